@@ -1,0 +1,39 @@
+"""Argument checks whose one-line errors say what was wrong and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_number(name: str, value: Any, *, low: float = 0., high: float | None = None,
+                 open_low: bool = False) -> None:
+    """Raises ValueError unless low <= value (< high); `open_low` excludes low itself."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    above = number and (value > low if open_low else value >= low)
+    if not (above and (high is None or value < high)):
+        bound = f'greater than {low:g}' if open_low else f'at least {low:g}'
+        below = '' if high is None else f' and less than {high:g}'
+        raise ValueError(f'{name}={value!r} is out of range; give a number {bound}{below}')
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless value is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f'{name}={value!r} is out of range; give an integer of at least 1')
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError unless value is one of the choices."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices)}')
+
+
+def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[str]) -> None:
+    """Raises TypeError that names left-over keyword arguments and how they came to be there."""
+    if unexpected:
+        keys = ', '.join(sorted(unexpected))
+        raise TypeError(
+            f'{owner} does not take {keys} (it takes {", ".join(known)}); if a base config left '
+            'the key behind, add `_delete_=True` to the optimizer of your config')

@@ -1,0 +1,201 @@
+"""Layers that can be preconditioned: their matrix form and the sums measured of them.
+
+Conventions, here and everywhere: a layer's gradient is a stack of matrices G (blocks, o, i). A
+linear layer or plain convolution is one block; a convolution with g groups is g independent
+blocks. A convolution's i counts its patch (channels, kernel height, kernel width), as in
+``weight.reshape(o, -1)``. With a joint bias the input rows carry a trailing 1 and the bias
+gradient is the last column of G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Layer:
+    """One weight (and its bias) that is preconditioned, with the modules that use it.
+
+    Attributes:
+        name: The weight's parameter name in the model.
+        weight: The weight.
+        bias: The bias, when it is preconditioned jointly with the weight, else None.
+        modules: The modules that own the weight (more than one where modules share parameters).
+        blocks: Independent blocks of the layer.
+        rows: o, output features of one block.
+        columns: i, input features of one block, the trailing 1 of a joint bias included.
+        working_dtype: Dtype of all statistics: the weight's own, at least float32.
+        damping: This layer's damping in place of its preconditioner's, or None.
+    """
+
+    def __init__(self, name: str, module: nn.Module, weight: nn.Parameter,
+                 bias: nn.Parameter | None, *, capture_mb: float = 64.,
+                 damping: float | None = None) -> None:
+        self.name = name
+        self.modules = [module]
+        self.weight = weight
+        self.bias = bias
+        self.capture_mb = capture_mb
+        self.damping = damping
+        self.blocks = self._blocks(module)
+        self.rows = weight.shape[0] // self.blocks
+        self.columns = weight[0].numel() + (bias is not None)
+        self.working_dtype = torch.promote_types(weight.dtype, torch.float32)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(blocks, o, i) of the gradient's matrix form."""
+        return self.blocks, self.rows, self.columns
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weight, and the bias where it is joint."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def join(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Puts weight- and bias-shaped tensors into the matrix form (blocks, o, i)."""
+        matrix = weight.to(self.working_dtype).reshape(self.blocks, self.rows, -1)
+        if self.bias is None:
+            return matrix
+        column = (matrix.new_zeros(self.blocks, self.rows, 1) if bias is None
+                  else bias.to(self.working_dtype).reshape(self.blocks, self.rows, 1))
+        return torch.cat([matrix, column], dim=2)
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """The inverse of `join`: tensors shaped and typed like `parameters`."""
+        width = self.columns - (self.bias is not None)
+        pieces = [matrix[..., :width].reshape(self.weight.shape).to(self.weight.dtype)]
+        if self.bias is not None:
+            pieces.append(matrix[..., width].reshape(self.bias.shape).to(self.bias.dtype))
+        return pieces
+
+    def input_moment(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Sum of x'x over all rows x of one call.
+
+        Args:
+            module: The module that was called.
+            inputs: Its input, any dtype.
+
+        Returns:
+            (blocks, i, i) in `working_dtype`.
+        """
+        moment = self.weight.new_zeros(self.blocks, self.columns, self.columns,
+                                       dtype=self.working_dtype)
+        width = self.columns - (self.bias is not None)
+        count = 0
+        for rows in self._input_rows(module, inputs):
+            moment[:, :width, :width].baddbmm_(rows, rows.transpose(1, 2))
+            if self.bias is not None:
+                moment[:, :width, width] += rows.sum(2)
+            count += rows.shape[2]
+        if self.bias is not None:
+            moment[:, width, :width] = moment[:, :width, width]
+            moment[:, width, width] = count
+        return moment
+
+    def gradient_moment(self, gradient: Tensor) -> Tensor:
+        """Sum of g'g over all rows g of an output gradient: (blocks, o, o)."""
+        rows = self._gradient_rows(gradient.to(self.working_dtype))
+        return rows @ rows.transpose(1, 2)
+
+    def _blocks(self, module: nn.Module) -> int:
+        return 1
+
+    def _input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+        """Chunks (blocks, i without bias, rows) of the input rows."""
+        raise TypeError(f'{type(self).__name__} must say what its input rows are')
+
+    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+        """(blocks, o, rows) of an output gradient."""
+        raise TypeError(f'{type(self).__name__} must say what its gradient rows are')
+
+
+class LinearLayer(Layer):
+    """`nn.Linear`; all leading dimensions of its input are rows."""
+
+    def _input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+        yield inputs.to(self.working_dtype).reshape(-1, inputs.shape[-1]).t()[None]
+
+    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+        return gradient.reshape(-1, gradient.shape[-1]).t()[None]
+
+
+class Conv2dLayer(Layer):
+    """`nn.Conv2d` with any stride, padding, padding mode, dilation and groups.
+
+    Every output position is one row. Patches are laid out in chunks of at most `capture_mb`
+    megabytes (at least one output row of one image), never for a whole feature map.
+    """
+
+    def _blocks(self, module: nn.Module) -> int:
+        return module.groups
+
+    def _input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+        if inputs.dim() == 3:
+            inputs = inputs[None]
+        height, width = self._output_size(module, inputs)
+        row_bytes = self.working_dtype.itemsize * self.weight[0].numel() * self.blocks * width
+        budget = max(1, int(self.capture_mb * 2**20 // max(1, row_bytes)))
+        images = max(1, budget // max(1, height))
+        strip = min(height, budget)
+        for batch in inputs.split(images):
+            padded = self._padded(module, batch.to(self.working_dtype))
+            for top in range(0, height, max(1, strip)):
+                yield self._patches(module, padded, top, min(strip, height - top), width)
+
+    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+        if gradient.dim() == 3:
+            gradient = gradient[None]
+        rows = gradient.reshape(gradient.shape[0], self.blocks, self.rows, -1)
+        return rows.permute(1, 2, 0, 3).reshape(self.blocks, self.rows, -1)
+
+    def _patches(self, module: nn.Module, padded: Tensor, top: int, height: int,
+                 width: int) -> Tensor:
+        """Patches of output rows [top, top + height): (blocks, i, images * height * width)."""
+        batch, channels = padded.shape[:2]
+        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+        image, channel, line, pixel = padded.stride()
+        group = channels // self.blocks
+        view = padded.as_strided(
+            (self.blocks, group, kh, kw, batch, height, width),
+            (group * channel, channel, dh * line, dw * pixel, image, sh * line, sw * pixel),
+            padded.storage_offset() + top * sh * line)
+        return view.reshape(self.blocks, group * kh * kw, batch * height * width)
+
+    @staticmethod
+    def _pads(module: nn.Module) -> list[int]:
+        """Padding as `F.pad` takes it: left, right, top, bottom."""
+        pads: list[int] = []
+        for axis in (1, 0):
+            if module.padding == 'valid':
+                pads += [0, 0]
+            elif module.padding == 'same':
+                total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+                pads += [total // 2, total - total // 2]
+            else:
+                pads += [module.padding[axis]] * 2
+        return pads
+
+    def _padded(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        pads = self._pads(module)
+        if not any(pads):
+            return inputs
+        if module.padding_mode == 'zeros':
+            return F.pad(inputs, pads)
+        return F.pad(inputs, pads, mode=module.padding_mode)
+
+    def _output_size(self, module: nn.Module, inputs: Tensor) -> tuple[int, int]:
+        left, right, top, bottom = self._pads(module)
+        sizes = (inputs.shape[-2] + top + bottom, inputs.shape[-1] + left + right)
+        height, width = ((size - dilation * (kernel - 1) - 1) // stride + 1
+                         for size, kernel, dilation, stride
+                         in zip(sizes, module.kernel_size, module.dilation, module.stride,
+                                strict=True))
+        return height, width
+
+
+#: Supported module classes, by exact type: a subclass may compute something else.
+LAYER_TYPES: dict[type[nn.Module], type[Layer]] = {nn.Linear: LinearLayer, nn.Conv2d: Conv2dLayer}

@@ -1,0 +1,7 @@
+"""MMEngine: constructor, wrapper, registration. The only room that imports mmengine."""
+
+from .constructor import PrecondOptimWrapperConstructor
+from .preset import use_optimizer
+from .registration import register_all
+
+__all__ = ['PrecondOptimWrapperConstructor', 'register_all', 'use_optimizer']

@@ -1,0 +1,73 @@
+"""The optimizer wrapper constructor: any constructor's groups, with the model passed on."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
+from torch import nn
+
+from ..curvature import LAYER_TYPES, Conv2dLayer, LinearLayer, unwrap
+from ..optimizers import PreconditionedOptimizer
+from .wrapper import mixed_wrapper, refuse_sharding
+
+
+class PrecondOptimWrapperConstructor:
+    """Builds a preconditioned optimizer and its wrapper from a config.
+
+    Parameter groups come from another constructor, so `paramwise_cfg` means what it always does;
+    further entries of its `custom_keys` reach the optimizer (``precondition=False``,
+    ``damping=0.1``). With an optimizer that is not ours it does what that constructor does.
+
+    Args:
+        optim_wrapper_cfg: The config; its `base_constructor` names the constructor that makes the
+            groups (default 'DefaultOptimWrapperConstructor').
+        paramwise_cfg: As in MMEngine.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict[str, Any],
+                 paramwise_cfg: dict[str, Any] | None = None) -> None:
+        cfg = optim_wrapper_cfg.copy()
+        base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
+        self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
+            dict(type=base, optim_wrapper_cfg=cfg, paramwise_cfg=paramwise_cfg))
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Builds the wrapper for a model, wrapped for data parallelism or not."""
+        kind = _resolve(OPTIMIZERS, self.base.optimizer_cfg['type'])
+        if not (inspect.isclass(kind) and issubclass(kind, PreconditionedOptimizer)):
+            return self.base(model)
+        _support_mmcv_layers()
+        wrapper = _resolve(OPTIM_WRAPPERS,
+                           self.base.optim_wrapper_cfg.get('type', 'OptimWrapper'))
+        refuse_sharding(self.base.optim_wrapper_cfg, wrapper)
+        self.base.optim_wrapper_cfg['type'] = mixed_wrapper(wrapper)
+        self.base.optimizer_cfg = dict(self.base.optimizer_cfg, model=unwrap(model))
+        built = self.base(model)
+        print_log(f'{kind.__name__} on {type(unwrap(model)).__name__}:\n{built.optimizer.table()}',
+                  logger='current')
+        return built
+
+
+def _resolve(registry: Registry, kind: Any) -> Any:
+    """The class behind a config's `type`."""
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(None) as scoped:
+        found = scoped.get(kind)
+    if found is None:
+        raise KeyError(f'{kind} is not registered as {registry.name}; is the package that defines '
+                       'it named in custom_imports?')
+    return found
+
+
+def _support_mmcv_layers() -> None:
+    """Adds mmcv's own Conv2d and Linear, which differ from torch's on old versions only."""
+    wrappers = sys.modules.get('mmcv.cnn.bricks.wrappers')
+    if wrappers is not None:
+        LAYER_TYPES.setdefault(wrappers.Conv2d, Conv2dLayer)
+        LAYER_TYPES.setdefault(wrappers.Linear, LinearLayer)

@@ -1,0 +1,102 @@
+"""What `tools/train.py` and `tools/test.py` share: configs, processes, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, DictAction
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that MMDetection's and MMPretrain's own tools share."""
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='settings that override the config, such as '
+                             'optim_wrapper.optimizer.lr=0.01')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                        help='how the processes were started')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
+                        help=argparse.SUPPRESS)
+
+
+def load_config(path: str) -> Config:
+    """Loads a config file, or one of an installed toolbox by `mmdet::faster_rcnn/NAME.py`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if '::' in path:
+        from mmengine.hub import get_config
+
+        return get_config(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'there is no config {path}; give a file, or mmdet::FOLDER/NAME.py '
+                                'for one of MMDetection')
+    return Config.fromfile(path)
+
+
+def finish_config(cfg: Config, args: argparse.Namespace) -> None:
+    """Applies the common arguments and prepares the processes."""
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    name = re.split(r'[/\\:]+', args.config)[-1].removesuffix('.py')
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / name)
+    cfg.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        _use_gloo(cfg)
+
+
+def _use_gloo(cfg: Config) -> None:
+    """Data parallelism without a GPU, which MMEngine's defaults do not allow for."""
+    torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
+    if not dist.is_initialized():
+        dist.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None,
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+
+
+def check_mmcv() -> None:
+    """Raises ImportError with the remedy if mmcv was installed without its compiled operators."""
+    try:
+        import mmcv
+    except ModuleNotFoundError:
+        return
+    try:
+        import mmcv._ext  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'mmcv {mmcv.__version__} was installed without its compiled operators (mmcv._ext); '
+            'run `pip uninstall -y mmcv onedl-mmcv`, then `bash tools/setup_env.sh`') from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line for the errors that a user can mend."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, FileNotFoundError, ImportError) as error:
+        if os.environ.get('MMPRECOND_TRACEBACK'):
+            raise
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        print(f'{type(error).__name__}: {text}\n'
+              '(set MMPRECOND_TRACEBACK=1 to see where it came from)', file=sys.stderr)
+        sys.exit(2)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a tool's main function and leaves the process group in order."""
+    try:
+        main()
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,45 @@
+"""Turns any config into one that trains with an optimizer of this package."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+
+from .. import optimizers
+
+#: Settings of a first-order optimizer that carry over to another.
+CARRIED = ('lr', 'momentum', 'weight_decay', 'betas', 'eps')
+
+
+def use_optimizer(cfg: Config, name: str) -> None:
+    """Replaces a config's optimizer, keeping its learning rate, decay and paramwise_cfg.
+
+    Args:
+        cfg: A config of MMDetection, MMPretrain or the like; changed in place.
+        name: One of our optimizers.
+
+    Raises:
+        ValueError: For an unknown name, or a config without an optimizer.
+    """
+    names = [n for n in optimizers.__all__ if n != 'PreconditionedOptimizer']
+    if name not in names:
+        raise ValueError(f'unknown optimizer {name!r}; choose one of {", ".join(names)}')
+    wrapper = cfg.get('optim_wrapper')
+    if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
+        raise ValueError('the config has no optim_wrapper.optimizer to take lr and weight_decay '
+                         'from; write optim_wrapper=dict(optimizer=dict(...)) in it')
+    old = wrapper['optimizer']
+    taken = inspect.signature(getattr(optimizers, name).__init__).parameters
+    new: dict[str, Any] = {key: old[key] for key in CARRIED if key in old and key in taken}
+    adaptive = 'betas' in taken
+    if ('momentum' in taken and 'Adam' in str(old['type'])) or (adaptive and 'momentum' in old):
+        print_log(f'{name} keeps lr={old.get("lr")} of {old["type"]}, a rule of another kind: its '
+                  'best rate will differ', logger='current', level=30)
+    base = wrapper.pop('constructor', None)
+    if base not in (None, 'DefaultOptimWrapperConstructor', 'PrecondOptimWrapperConstructor'):
+        wrapper['base_constructor'] = base
+    wrapper['constructor'] = 'PrecondOptimWrapperConstructor'
+    wrapper['optimizer'] = dict(type=name, **new)

@@ -1,0 +1,47 @@
+"""Registers the optimizers with MMEngine's root registries, where every scope finds them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
+
+from .. import optimizers
+from ..optimizers import PreconditionedOptimizer
+from .constructor import PrecondOptimWrapperConstructor
+
+
+class _MMEngineHandler(logging.Handler):
+    """Passes the package's log on to the running MMLogger, and so into its files."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_log(self.format(record), logger='current', level=record.levelno)
+
+
+def register_all() -> None:
+    """Registers once; a second call changes nothing.
+
+    Raises:
+        KeyError: If another package holds one of the names; it names both modules.
+    """
+    for name in optimizers.__all__:
+        kind = getattr(optimizers, name)
+        if kind is not PreconditionedOptimizer:
+            _register(OPTIMIZERS, kind)
+    _register(OPTIM_WRAPPER_CONSTRUCTORS, PrecondOptimWrapperConstructor)
+    logger = logging.getLogger('mmprecond')
+    if not any(isinstance(handler, _MMEngineHandler) for handler in logger.handlers):
+        logger.addHandler(_MMEngineHandler())
+        logger.setLevel(logging.INFO)
+
+
+def _register(registry: Registry, kind: type[Any]) -> None:
+    present = registry.module_dict.get(kind.__name__)
+    if present is None:
+        registry.register_module(module=kind)
+    elif present is not kind:
+        raise KeyError(
+            f'{kind.__name__} is registered in {registry.name!r} by {present.__module__} already, '
+            f'so {kind.__module__} cannot register it; import only one of the two')

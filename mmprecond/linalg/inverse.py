@@ -1,0 +1,55 @@
+"""Inverses of damped second moments, exact and by Newton iteration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact inverse of symmetric positive definite matrices by Cholesky factorisation.
+
+    Args:
+        matrix: (..., n, n), symmetric; float32 or float64.
+
+    Returns:
+        The inverse (..., n, n), and a bool tensor (...) that is False where a matrix was not
+        positive definite or its inverse is not finite (that inverse is then meaningless).
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    # A failed factor holds garbage; cholesky_inverse of it must not raise.
+    inverse = torch.cholesky_inverse(factor)
+    return inverse, (info == 0) & _all_finite(inverse)
+
+
+def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """Refines approximate inverses B of A by damped Newton (Schulz) iteration.
+
+    With P = B A, one step is ``B <- ((1 + a) I - a P) B``: a = 1 where ``||I - P||_F < 1``
+    (quadratic convergence), else a = 1 / ||P||_F, which keeps the step contracting.
+
+    Source: thesis Algorithm 2; the published code tests the current iterate, as is done here.
+
+    Args:
+        matrix: A (..., n, n), symmetric positive definite.
+        inverse: B (..., n, n), the inverses of the previous refresh; not modified.
+        steps: Number of Newton steps.
+
+    Returns:
+        The refined inverses (..., n, n), and a bool tensor (...) that is True where they are
+        finite.
+    """
+    for _ in range(steps):
+        product = inverse @ matrix
+        size = torch.linalg.matrix_norm(product)
+        diagonal = product.diagonal(dim1=-2, dim2=-1)
+        diagonal -= 1
+        residual = torch.linalg.matrix_norm(product)
+        diagonal += 1
+        step = torch.where(residual < 1, torch.ones_like(size), 1 / size)[..., None, None]
+        inverse = (1 + step) * inverse - step * (product @ inverse)
+    return inverse, _all_finite(inverse)
+
+
+def _all_finite(matrix: Tensor) -> Tensor:
+    return matrix.isfinite().flatten(-2).all(-1)

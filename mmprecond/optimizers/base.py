@@ -1,0 +1,312 @@
+"""The one optimizer step: merge statistics, refresh, precondition, apply the rule."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_number, reject_unexpected
+from ..curvature import Capture, Layer, LeftOut, find_layers, unwrap
+from ..distributed import sum_over_ranks, world_size
+from ..preconditioners import LayerStack, Preconditioner
+from . import checkpoint, report
+from .rules import Rule
+
+logger = logging.getLogger('mmprecond')
+
+#: Settings of the optimizer itself, beside its rule's and its preconditioner's.
+ENGINE_OPTIONS = ('capture_mb', 'save_curvature')
+
+
+class PreconditionedOptimizer(torch.optim.Optimizer):
+    """A rule that works on preconditioned gradients.
+
+    Plain PyTorch needs no further call: hooks are put on the model for the steps that measure
+    statistics and taken off again. Under a `GradScaler`, set ``optimizer.loss_scale = scaler``.
+
+    Args:
+        params: Parameters or groups, as in torch, with `model`; or the module itself. A group may
+            hold ``precondition=False`` or ``damping=...`` for its weights.
+        model: The module that owns the parameters, wrapped in DistributedDataParallel or not.
+        rule: The rule.
+        method: The preconditioner of every supported layer.
+        defaults: The rule's hyper-parameters; plain numbers.
+        capture_mb: Limit in megabytes for laid-out convolution patches.
+        save_curvature: Whether `state_dict` holds statistics and operators. Without, a resumed run
+            measures and refreshes at its first step.
+
+    Attributes:
+        t: Optimizer steps taken.
+        left_out: Modules that take the plain rule, and why.
+        auto_arm: Whether the optimizer arms itself; MMEngine's wrapper arms it instead.
+
+    Raises:
+        ValueError: For a missing model, a model without a supported layer, bad values.
+    """
+
+    def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule, method: Preconditioner,
+                 defaults: dict[str, Any], capture_mb: float = 64.,
+                 save_curvature: bool = True) -> None:
+        if isinstance(params, nn.Module):
+            model, params = params, params.parameters()
+        if model is None:
+            raise ValueError(
+                f'{type(self).__name__} needs the model that owns the parameters: pass model=..., '
+                "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper")
+        check_number('capture_mb', capture_mb, open_low=True)
+        self.rule = rule
+        self.method = method
+        super().__init__(params, defaults)
+        self.t = 0
+        self.save_curvature = save_curvature
+        self.auto_arm = True
+        self._names = {p: name for name, p in unwrap(model).named_parameters()}
+        layers, self.left_out = find_layers(unwrap(model), self.param_groups,
+                                            capture_mb=capture_mb)
+        self.layers = self._assign(layers)
+        self._capture = Capture({layer: stack.requires for layer, stack in self.layers.items()})
+        self._arm_if_automatic()
+
+    # ---------------------------------------------------------------- construction
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as in torch; they take the plain rule."""
+        super().add_param_group(param_group)
+        self.rule.check(self.param_groups[-1])
+        damping = self.param_groups[-1].get('damping')
+        if damping is not None:
+            check_number('damping', damping, open_low=True)
+
+    def _assign(self, layers: dict[str, Layer]) -> dict[Layer, LayerStack]:
+        """Puts layers of equal shape into stacks."""
+        stacks: dict[Any, LayerStack] = {}
+        assigned: dict[Layer, LayerStack] = {}
+        for name, layer in layers.items():
+            requires = self.method.required(layer.shape)
+            if not requires:
+                sides = f'{layer.rows} x {layer.columns}'
+                self.left_out.append(LeftOut(name, type(layer.modules[0]).__name__,
+                                             f'{sides} is over max_dim={self.method.max_dim}'))
+                continue
+            key = (layer.shape, layer.working_dtype, layer.weight.device)
+            stack = stacks.setdefault(key, LayerStack(self.method, requires))
+            assigned[layer] = stack
+        if not assigned:
+            kinds = sorted({left.kind for left in self.left_out})
+            raise ValueError(
+                f'{type(self).__name__} found no layer to precondition (modules with parameters: '
+                f'{", ".join(kinds) or "none"}); it needs a Linear or Conv2d whose weight is in '
+                'params')
+        self.stacks = list(stacks.values())
+        return assigned
+
+    # ---------------------------------------------------------------- capture
+
+    @property
+    def loss_scale(self) -> Any:
+        """By what the loss is multiplied: None, a number, or a `torch.amp.GradScaler`."""
+        return self._capture.loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: Any) -> None:
+        self._capture.loss_scale = scale
+
+    def arm(self) -> None:
+        """Puts hooks on the layers whose statistics this step measures, if it does."""
+        self._capture.arm(self._due())
+
+    def disarm(self) -> None:
+        """Takes the hooks off; what was measured stays until the step."""
+        self._capture.disarm()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients and the statistics measured with them."""
+        super().zero_grad(set_to_none)
+        self._capture.drop()
+
+    def _due(self) -> list[Layer]:
+        return [layer for layer, stack in self.layers.items()
+                if self.t % stack.method.stat_interval == 0]
+
+    def _arm_if_automatic(self) -> None:
+        if self.auto_arm:
+            self.arm()
+
+    # ---------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One optimizer step.
+
+        Args:
+            closure: Evaluates the loss again, as in torch.
+
+        Returns:
+            The closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._merge_statistics()
+        self._refresh()
+        self._update(self._gradients())
+        self.t += 1
+        self._arm_if_automatic()
+        return loss
+
+    def _merge_statistics(self) -> None:
+        """Sums what was measured over ranks and merges it, layer by layer, where it is sound.
+
+        Waits for the device once: for the norms that tell sound samples from others.
+        """
+        due = self._due()
+        if not due:
+            return
+        samples = self._samples(due)
+        sums = [s for sample in samples.values() for s in sample.values()]
+        norms = iter(torch.stack(torch._foreach_norm(sums)).tolist() if sums else [])
+        for layer in list(samples):
+            sizes = [next(norms) for _ in samples[layer]]
+            # A zero sample (a dropped block, no positives) tells nothing.
+            if not all(0 < size < float('inf') for size in sizes):
+                if any(size != size or size == float('inf') for size in sizes):
+                    logger.warning('%s: non-finite statistics at step %d were dropped',
+                                   layer.name, self.t)
+                del samples[layer]
+        for stack in self.stacks:
+            stack.merge({layer: samples.pop(layer) for layer in list(samples)
+                         if self.layers[layer] is stack})
+
+    def _samples(self, due: list[Layer]) -> dict[Layer, dict[str, Tensor]]:
+        """Joint statistics of all ranks: R = sum x'x / rows, L = sum g'g of the global mean loss."""
+        staged = self._capture.staged
+        ranks = world_size()
+        rows = [float(staged[layer].rows) if layer in staged else 0. for layer in due]
+        if ranks > 1:
+            counts = torch.tensor(rows, dtype=torch.float64, device=due[0].weight.device)
+            sum_over_ranks([counts])
+            rows = counts.tolist()
+        samples: dict[Layer, dict[str, Tensor]] = {}
+        for layer, count in zip(due, rows, strict=True):
+            if count:
+                sums = staged.pop(layer).sums if layer in staged else {}
+                samples[layer] = {name: sums[name] if name in sums else _no_sum(layer, name)
+                                  for name in self.layers[layer].requires}
+        self._capture.drop()
+        sum_over_ranks([s for sample in samples.values() for s in sample.values()])
+        counted = dict(zip(due, rows, strict=True))
+        for layer, sample in samples.items():
+            for name, total in sample.items():
+                # A rank's loss is a share 1 / ranks of the joint mean loss.
+                total /= counted[layer] if name.startswith('input') else float(ranks**2)
+        return samples
+
+    def _refresh(self) -> None:
+        """Refreshes the stacks that are due, and layers that have statistics but no operator."""
+        started = []
+        for stack in self.stacks:
+            due = self.t % stack.method.refresh_interval == 0
+            if due or stack.waiting():
+                started.append((stack, *stack.start_refresh(only_waiting=not due)))
+        outcomes = [good for _, _, good in started if good is not None]
+        if not outcomes:
+            return
+        device = outcomes[0].device
+        good = torch.cat([outcome.to(device) for outcome in outcomes]).tolist()
+        for stack, order, _ in started:
+            stack.finish_refresh(order, good[:len(order)])
+            del good[:len(order)]
+
+    def _gradients(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients that the rule sees: preconditioned where a layer has an operator."""
+        gradients = {p: p.grad for group in self.param_groups for p in group['params']
+                     if p.grad is not None}
+        if any(g.is_sparse for g in gradients.values()):
+            raise ValueError(f'{type(self).__name__} takes no sparse gradients; build the embedding '
+                             'with sparse=False')
+        for stack in self.stacks:
+            ready = [(k, layer) for k, layer in stack.ready() if layer.weight in gradients]
+            if not ready:
+                continue
+            positions, layers = zip(*ready, strict=True)
+            matrices = torch.stack([layer.join(*(gradients.get(p) for p in layer.parameters))
+                                    for layer in layers])
+            preconditioned = stack.method.apply(stack.operators(list(positions)), matrices)
+            for layer, matrix in zip(layers, preconditioned, strict=True):
+                pieces = zip(layer.parameters, layer.split(matrix), strict=True)
+                gradients.update((p, piece) for p, piece in pieces if p in gradients)
+        return gradients
+
+    def _update(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Applies the rule to batches of parameters with equal hyper-parameters."""
+        batches: dict[Any, tuple[dict[str, Any], list[nn.Parameter]]] = {}
+        for group in self.param_groups:
+            for p in group['params']:
+                if p in gradients:
+                    key = (self.rule.key(group, self.state[p]), p.device, p.dtype)
+                    batches.setdefault(key, (group, []))[1].append(p)
+        for group, params in batches.values():
+            states = [self.state[p] for p in params]
+            directions = self.rule.directions(params, [gradients[p] for p in params], states,
+                                              group)
+            self.rule.update(params, directions, states, group)
+
+    # ---------------------------------------------------------------- state and report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state with one more key, 'precond': plain tensors, numbers and strings."""
+        state = super().state_dict()
+        state[checkpoint.KEY] = checkpoint.export(self)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state; what it lacks of the curvature is measured at the next step."""
+        rest = {key: value for key, value in state_dict.items() if key != checkpoint.KEY}
+        super().load_state_dict(rest)
+        self._capture.drop()
+        checkpoint.restore(self, state_dict.get(checkpoint.KEY))
+        self._arm_if_automatic()
+
+    def table(self) -> str:
+        """Every module with parameters: its preconditioner or why not, factors, memory."""
+        return report.table(self)
+
+
+def _no_sum(layer: Layer, name: str) -> Tensor:
+    """What a rank that did not use a layer adds to the others' sums."""
+    side = layer.columns if name.startswith('input') else layer.rows
+    return layer.weight.new_zeros(layer.blocks, side, side, dtype=layer.working_dtype)
+
+
+def split_settings(owner: object, method: type[Preconditioner], settings: dict[str, Any],
+                   **defaults: Any) -> tuple[Preconditioner, dict[str, Any]]:
+    """Separates an optimizer's keyword arguments.
+
+    Args:
+        owner: The optimizer, named in errors.
+        method: The preconditioner's class.
+        settings: What the user gave.
+        **defaults: Settings whose default differs from the preconditioner's own.
+
+    Returns:
+        The preconditioner, and the arguments of `PreconditionedOptimizer`.
+
+    Raises:
+        TypeError: For a setting that neither takes.
+    """
+    known = method.options()
+    own = {key: settings[key] for key in ENGINE_OPTIONS if key in settings}
+    unexpected = {key: value for key, value in settings.items()
+                  if key not in known and key not in own}
+    signature = inspect.signature(type(owner).__init__).parameters
+    named = [name for name, p in signature.items()
+             if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
+    reject_unexpected(type(owner).__name__, unexpected, [*named, *known, *ENGINE_OPTIONS])
+    chosen = {key: value for key, value in settings.items() if key in known}
+    return method(**{**defaults, **chosen}), own

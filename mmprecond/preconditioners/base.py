@@ -1,0 +1,112 @@
+"""The contract of a preconditioner: settings and pure functions of stacks of matrices.
+
+A method keeps no state. Statistics, operators and counters live in `LayerStack`, so that the
+failure ladder, checkpoints and the batching over layers are written once for all methods.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_count, check_number
+from ..curvature import RunningAverage
+
+#: Stacked tensors by name: (layers, blocks, n, n).
+Stacked = dict[str, Tensor]
+
+OVERSIZE = ('one_sided', 'skip')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preconditioner(ABC):
+    """One method with its settings. Shapes: k layers, b blocks, gradient matrices o x i.
+
+    Attributes:
+        stat_interval: Steps between captures; t counts from 0 and a capture is due when
+            t % stat_interval == 0.
+        refresh_interval: Steps between refreshes, likewise; a multiple of `stat_interval`.
+        max_dim: Largest side of a factor. 8192 in float32 is 268 MB a matrix.
+        oversize: What happens to a layer with a larger side: 'one_sided' leaves that side alone
+            and preconditions the other, 'skip' gives the layer to the plain rule.
+    """
+
+    stat_interval: int = 20
+    refresh_interval: int = 200
+    max_dim: int = 8192
+    oversize: str = 'one_sided'
+
+    #: Statistics that the method needs of a layer.
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name in ('stat_interval', 'refresh_interval', 'max_dim'):
+            check_count(name, getattr(self, name))
+        check_choice('oversize', self.oversize, OVERSIZE)
+        if self.refresh_interval % self.stat_interval:
+            raise ValueError(f'refresh_interval={self.refresh_interval} must be a multiple of '
+                             f'stat_interval={self.stat_interval}')
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Names of the settings."""
+        return [field.name for field in fields(cls)]
+
+    def required(self, shape: tuple[int, int, int]) -> tuple[str, ...]:
+        """The statistics kept of a layer of shape (b, o, i); none leaves it to the rule."""
+        sides = {'input_moment': shape[2], 'gradient_moment': shape[1]}
+        kept = tuple(name for name in self.requires if sides[name] <= self.max_dim)
+        return kept if len(kept) == len(self.requires) or self.oversize == 'one_sided' else ()
+
+    def is_exact(self, refreshes: int) -> bool:
+        """Whether a layer's refresh number `refreshes` (from 0) starts from nothing."""
+        return True
+
+    @abstractmethod
+    def average(self) -> RunningAverage:
+        """How samples merge into the running statistics."""
+
+    @abstractmethod
+    def refresh(self, statistics: Stacked, previous: Stacked | None,
+                damping: Tensor | float | None) -> tuple[Stacked, Tensor]:
+        """Turns statistics into operators.
+
+        Args:
+            statistics: Running statistics (k, b, n, n) by name.
+            previous: The operators of the last refresh, or None for an exact refresh.
+            damping: Damping for these layers (k, 1) where some layers override the setting, else
+                None.
+
+        Returns:
+            Operators by name, and a bool tensor (k,) that is False where a refresh failed.
+        """
+
+    @abstractmethod
+    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+        """Preconditions gradients (k, b, o, i)."""
+
+
+def check_damping(name: str, value: float) -> None:
+    """Raises ValueError unless a damping is a positive number."""
+    check_number(name, value, open_low=True)
+
+
+def add_damping(statistic: Tensor, damping: Tensor) -> Tensor:
+    """``A + mu I`` for matrices (..., n, n) and dampings mu (...)."""
+    damped = statistic.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
+    return damped
+
+
+def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:
+    """Scales each layer's direction (k, b, o, i) to its gradient's Frobenius norm (thesis (3.7)).
+
+    One scalar a layer, over its weight and joint bias together.
+    """
+    wanted = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
+    size = torch.linalg.vector_norm(directions, dim=(1, 2, 3), keepdim=True)
+    return directions * (wanted / (size + 1e-12))

@@ -1,0 +1,219 @@
+"""The state of a preconditioner on layers of equal shape, stacked so that one product serves all.
+
+A layer joins its stack with its first captured statistics: one that is frozen or never used
+costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..curvature import Layer
+from .base import Preconditioner, Stacked
+
+logger = logging.getLogger('mmprecond')
+
+#: Consecutive failed refreshes of a layer after which training stops.
+TOLERATED_FAILURES = 3
+
+
+class RefreshError(RuntimeError):
+    """A layer's refresh failed too often in a row."""
+
+
+@dataclass
+class Slot:
+    """Counters of one layer: refreshes that succeeded, and failures in a row."""
+
+    layer: Layer
+    refreshes: int = 0
+    failures: int = 0
+
+
+class LayerStack:
+    """Statistics and operators of layers with one shape, device and preconditioner.
+
+    Attributes:
+        method: The preconditioner.
+        requires: The statistics kept.
+        slots: The layers that joined, in the order of the stacked tensors.
+        statistics: Running statistics (k, b, n, n) by name.
+        operator: Operators by name, leading dimension k; rows of layers that were never refreshed
+            are meaningless.
+    """
+
+    #: Refreshes work on so many bytes of statistics at a time.
+    chunk_bytes = 2**29
+
+    def __init__(self, method: Preconditioner, requires: tuple[str, ...]) -> None:
+        self.method = method
+        self.requires = requires
+        self.slots: list[Slot] = []
+        self.statistics: Stacked = {}
+        self.operator: Stacked = {}
+        self._index: dict[Layer, int] = {}
+
+    def merge(self, samples: dict[Layer, dict[str, Tensor]]) -> None:
+        """Merges samples into the running statistics, emptying `samples` as it goes."""
+        newcomers = [layer for layer in samples if layer not in self._index]
+        if newcomers:
+            self._join(newcomers, samples[newcomers[0]])
+        average = self.method.average()
+        for layer in list(samples):
+            for name, sample in samples.pop(layer).items():
+                average.merge(self.statistics[name][self._index[layer]], sample)
+
+    def waiting(self) -> bool:
+        """Whether a layer has statistics but no operator yet."""
+        return any(slot.refreshes == 0 for slot in self.slots)
+
+    def start_refresh(self, only_waiting: bool = False) -> tuple[list[int], Tensor | None]:
+        """Refreshes operators where that succeeds, without waiting for the device.
+
+        Args:
+            only_waiting: Refresh only the layers without an operator.
+
+        Returns:
+            Positions that were refreshed, and whether each succeeded (a bool tensor), to be
+            passed to `finish_refresh`.
+        """
+        order: list[int] = []
+        outcomes: list[Tensor] = []
+        for chunk, exact in self._chunks(only_waiting):
+            statistics = {name: take(s, chunk) for name, s in self.statistics.items()}
+            previous = ({name: take(o, chunk) for name, o in self.operator.items()}
+                        if self.operator else None)
+            operator, good = self.method.refresh(statistics, None if exact else previous,
+                                                 self._damping(chunk))
+            self._write(chunk, operator, good)
+            order += chunk
+            outcomes.append(good)
+        return order, torch.cat(outcomes) if outcomes else None
+
+    def finish_refresh(self, order: list[int], good: Sequence[bool]) -> None:
+        """Counts outcomes; retries failures in float64, else keeps the last good operator.
+
+        Raises:
+            RefreshError: If a layer failed for the third time in a row.
+        """
+        for position, fine in zip(order, good, strict=True):
+            slot = self.slots[position]
+            if fine or self._retry(position):
+                slot.refreshes += 1
+                slot.failures = 0
+                continue
+            slot.failures += 1
+            kept = 'its last good operator stays' if slot.refreshes else 'it takes the plain rule'
+            logger.warning('%s: refresh failed (%d in a row), %s', slot.layer.name,
+                           slot.failures, kept)
+            if slot.failures >= TOLERATED_FAILURES:
+                raise RefreshError(
+                    f'{slot.layer.name}: {slot.failures} refreshes in a row failed although its '
+                    'statistics are finite; raise `damping`, lower `lr`, or leave the layer out '
+                    'with custom_keys={name: dict(precondition=False)}')
+
+    def ready(self) -> list[tuple[int, Layer]]:
+        """Positions and layers that have an operator."""
+        return [(k, slot.layer) for k, slot in enumerate(self.slots) if slot.refreshes]
+
+    def operators(self, positions: list[int]) -> Stacked:
+        """The operators of some positions."""
+        return {name: take(stacked, positions) for name, stacked in self.operator.items()}
+
+    def export(self) -> Iterator[tuple[Layer, dict[str, Any]]]:
+        """Each layer's state as plain tensors and numbers."""
+        for k, slot in enumerate(self.slots):
+            yield slot.layer, {
+                'statistics': {name: s[k] for name, s in self.statistics.items()},
+                'operator': {name: o[k] for name, o in self.operator.items()},
+                'refreshes': slot.refreshes, 'failures': slot.failures}
+
+    def load(self, states: dict[Layer, dict[str, Any]]) -> None:
+        """Replaces the stack's state by exported states, on each weight's own device."""
+        self.slots, self._index = [], {}
+        self.statistics, self.operator = {}, {}
+        for kind in ('statistics', 'operator'):
+            names = {name for state in states.values() for name in state[kind]}
+            stacked = {name: torch.stack([self._loaded(layer, state, kind, name)
+                                          for layer, state in states.items()])
+                       for name in sorted(names)}
+            setattr(self, kind, stacked)
+        for layer, state in states.items():
+            self._index[layer] = len(self.slots)
+            self.slots.append(Slot(layer, int(state['refreshes']), int(state['failures'])))
+
+    @staticmethod
+    def _loaded(layer: Layer, state: dict[str, Any], kind: str, name: str) -> Tensor:
+        # A layer that joined but was never refreshed before its stack's first operator.
+        source = state[kind].get(name)
+        source = torch.zeros_like(state['statistics'][name]) if source is None else source
+        return source.to(layer.weight.device, layer.working_dtype)
+
+    def _join(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
+        for layer in layers:
+            self._index[layer] = len(self.slots)
+            self.slots.append(Slot(layer))
+        for name in self.requires:
+            empty = sample[name].new_zeros(len(layers), *sample[name].shape)
+            old = self.statistics.get(name)
+            self.statistics[name] = empty if old is None else torch.cat([old, empty])
+        for name, old in self.operator.items():
+            self.operator[name] = torch.cat([old, old.new_zeros(len(layers), *old.shape[1:])])
+
+    def _chunks(self, only_waiting: bool) -> Iterator[tuple[list[int], bool]]:
+        """Positions to refresh together, and whether exactly."""
+        if not self.slots:
+            return
+        one = sum(s[0].numel() * s.element_size() for s in self.statistics.values())
+        size = max(1, self.chunk_bytes // one)
+        parts: dict[bool, list[int]] = {}
+        for k, slot in enumerate(self.slots):
+            if not only_waiting or slot.refreshes == 0:
+                exact = slot.failures > 0 or self.method.is_exact(slot.refreshes)
+                parts.setdefault(exact, []).append(k)
+        for exact, positions in parts.items():
+            for start in range(0, len(positions), size):
+                yield positions[start:start + size], exact
+
+    def _damping(self, positions: list[int]) -> Tensor | None:
+        """Dampings (k, 1) where a layer of these overrides the setting."""
+        values = [self.slots[k].layer.damping for k in positions]
+        if all(value is None for value in values):
+            return None
+        default = getattr(self.method, 'damping', 0.)
+        like = next(iter(self.statistics.values()))
+        return like.new_tensor([[default if v is None else v] for v in values])
+
+    def _write(self, positions: list[int], operator: Stacked, good: Tensor) -> None:
+        """Stores operators where the refresh succeeded."""
+        whole = len(positions) == len(self.slots)
+        for name, new in operator.items():
+            if name not in self.operator:
+                self.operator[name] = new.new_zeros(len(self.slots), *new.shape[1:])
+            old = self.operator[name]
+            chosen = good.reshape(-1, *[1] * (new.dim() - 1))
+            merged = torch.where(chosen, new, take(old, positions))
+            if whole:
+                self.operator[name] = merged
+            else:
+                old[positions] = merged
+
+    def _retry(self, position: int) -> bool:
+        """One exact refresh in float64."""
+        statistics = {name: s[position:position + 1].double()
+                      for name, s in self.statistics.items()}
+        operator, good = self.method.refresh(statistics, None, self._damping([position]))
+        dtype = next(iter(self.statistics.values())).dtype
+        self._write([position], {n: o.to(dtype) for n, o in operator.items()}, good)
+        return bool(good)
+
+
+def take(stacked: Tensor, positions: list[int]) -> Tensor:
+    """Rows of a stacked tensor; all of them without a copy."""
+    return stacked if len(positions) == len(stacked) else stacked[positions]

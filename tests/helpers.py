@@ -1,0 +1,42 @@
+"""Networks and small helpers that several tests use."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """The convolutional network of the golden trajectories."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.fc = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+class TokenNet(nn.Module):
+    """The token network of the golden trajectories."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(16, 24)
+        self.fc2 = nn.Linear(24, 16)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.fc2(F.gelu(self.fc1(x)))
+        return self.head(self.norm(x).mean(1))
+
+
+def squared_error(out: Tensor, y: Tensor) -> Tensor:
+    """Squared error to one-hot targets, summed, divided by the batch size."""
+    return ((out - F.one_hot(y, out.shape[1]).to(out.dtype)) ** 2).sum() / len(out)

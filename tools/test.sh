@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Runs every check: ruff, mypy, then pytest. Sets the environment up first, if need be.
+#
+# Usage: bash tools/test.sh                 everything
+#        bash tools/test.sh PYTEST-ARGS...  pytest alone, from the project's root, with these arguments
+#
+# MMPRECOND_VENV names another environment than .venv; its stack (onedl or openmmlab) is kept.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd -- "$root"
+venv=${MMPRECOND_VENV:-.venv}
+case $venv in /*) ;; *) venv=$root/$venv ;; esac
+
+stack=onedl
+for found in "$venv"/lib/python3*/site-packages/mmengine-[0-9]*.dist-info; do
+  if [ -d "$found" ]; then
+    stack=openmmlab
+    # mmengine 0.10.7 reads its own checkpoints only so, on torch >= 2.6.
+    export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1
+  fi
+done
+bash tools/setup_env.sh --quiet --stack "$stack"
+
+# What the tests start (torchrun, the scripts in tools/) runs in the same environment.
+export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
+unset PYTHONHOME
+python=$venv/bin/python
+
+if [ $# -gt 0 ]; then
+  exec "$python" -m pytest "$@"
+fi
+
+code=0
+printf '== ruff\n'
+"$python" -m ruff check . || { code=1; printf 'test.sh: ruff FAILED\n' >&2; }
+printf '== mypy\n'
+"$python" -m mypy mmprecond || { code=1; printf 'test.sh: mypy FAILED\n' >&2; }
+printf '== pytest\n'
+"$python" -m pytest || code=$?
+exit "$code"

@@ -1,0 +1,62 @@
+"""Trains a config of MMDetection, MMPretrain or this project."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmprecond.engine import launch, use_optimizer
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='a config file, or mmdet::FOLDER/NAME.py')
+    parser.add_argument('--optimizer', metavar='NAME',
+                        help='train with this optimizer of mmprecond instead, keeping the '
+                             "config's lr, momentum, weight decay and paramwise_cfg")
+    parser.add_argument('--resume', nargs='?', const='auto',
+                        help='resume from this checkpoint, or from the newest in the work dir')
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision (GPU)')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help="scale lr to the batch size by the config's auto_scale_lr")
+    launch.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace) -> Runner:
+    """The runner that the arguments ask for."""
+    launch.check_mmcv()
+    cfg = launch.load_config(args.config)
+    if args.optimizer:
+        use_optimizer(cfg, args.optimizer)
+    launch.finish_config(cfg, args)
+    if args.amp:
+        if not torch.cuda.is_available():
+            raise ValueError('--amp needs a GPU; leave it out to train in float32 here')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the '
+                             'config')
+        cfg.auto_scale_lr.enable = True
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def main() -> None:
+    args = parse_args()
+    with launch.one_line_errors():
+        runner = build(args)
+        if isinstance(runner, Runner):  # early, so that a setting's error is one line too
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.train()
+
+
+if __name__ == '__main__':
+    launch.run(main)
