@@ -375,7 +375,8 @@ explain_failure() {  # explain_failure WHAT: why the last command in the log fai
   elif grep -qaE 'Killed signal|fatal error: Killed|internal compiler error: Killed|out of memory' <<<"$part"; then
     die "the memory ran out while installing $what: run this again with MAX_JOBS=1 (log: $log_shown)"
   fi
-  last=$(grep -aE '(^|[^a-z])(ERROR|error):' <<<"$part" | tail -n 1 | cut -c1-200 | sed 's/^ *//') || true
+  last=$({ grep -aE '(^|[^a-z])error: ' <<<"$part" || grep -aE '^ *ERROR: ' <<<"$part"; } | head -n 1 \
+    | cut -c1-200 | sed 's/^ *//') || true
   die "installing $what failed${last:+ ($last)}: see the end of $log_shown"
 }
 
@@ -509,18 +510,27 @@ fi
 
 # ---- 4 the stack ---------------------------------------------------------------------------------
 stage "${MMENGINE/==/ }, ${MMDET/==/ }, ${MMPRETRAIN/==/ }"
-# The forks come as source archives: first themselves, with the setuptools that is here, then what
-# they need, in the usual way.
-pip_install "the $stack stack" --no-deps --no-build-isolation "$MMENGINE" "$MMDET" "$MMPRETRAIN"
-pip_install "the $stack stack" "$MMENGINE" "$MMCV" "$MMDET" "$MMPRETRAIN"
+stack_complete() {  # the pinned versions, and nothing that they need is missing but opencv-python
+  local pin
+  for pin in "$MMENGINE" "$MMCV" "$MMDET" "$MMPRETRAIN" "opencv-python-headless==$OPENCV"; do
+    [ "$(installed "${pin%%==*}")" = "${pin##*==}" ] || return 1
+  done
+  [ -z "$(installed opencv-python)$(installed opencv-contrib-python)" ] || return 1
+  ! { "$py" -m pip check 2>/dev/null || true; } \
+    | grep -vqE 'requires opencv-python, which is not installed|^No broken requirements'
+}
 
-# opencv-python and opencv-python-headless own the same files and the former needs libGL. Removing
-# one breaks the other, so both go and the latter comes back.
-if [ -n "$(installed opencv-python)$(installed opencv-contrib-python)" ]; then
+if ! stack_complete; then
+  # The forks come as source archives: first themselves, with the setuptools that is here, then what
+  # they need, in the usual way.
+  pip_install "the $stack stack" --no-deps --no-build-isolation "$MMENGINE" "$MMDET" "$MMPRETRAIN"
+  pip_install "the $stack stack" "$MMENGINE" "$MMCV" "$MMDET" "$MMPRETRAIN"
+  # opencv-python and opencv-python-headless own the same files and the former needs libGL. Removing
+  # one breaks the other, so both go and the latter comes back.
   run_logged OpenCV "$py" -m pip uninstall --yes opencv-python opencv-contrib-python \
     opencv-python-headless
+  pip_install OpenCV --no-deps opencv-python-headless
 fi
-pip_install OpenCV --no-deps opencv-python-headless
 
 # ---- 5 mmprecond ---------------------------------------------------------------------------------
 stage 'mmprecond itself (editable) and the tools for its tests'

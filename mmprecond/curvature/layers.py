@@ -10,6 +10,7 @@ gradient is the last column of G.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,10 +131,10 @@ class Conv2dLayer(Layer):
     megabytes (at least one output row of one image), never for a whole feature map.
     """
 
-    def _blocks(self, module: nn.Module) -> int:
+    def _blocks(self, module: Any) -> int:
         return module.groups
 
-    def _input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    def _input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
         if inputs.dim() == 3:
             inputs = inputs[None]
         height, width = self._output_size(module, inputs)
@@ -152,7 +153,7 @@ class Conv2dLayer(Layer):
         rows = gradient.reshape(gradient.shape[0], self.blocks, self.rows, -1)
         return rows.permute(1, 2, 0, 3).reshape(self.blocks, self.rows, -1)
 
-    def _patches(self, module: nn.Module, padded: Tensor, top: int, height: int,
+    def _patches(self, module: Any, padded: Tensor, top: int, height: int,
                  width: int) -> Tensor:
         """Patches of output rows [top, top + height): (blocks, i, images * height * width)."""
         batch, channels = padded.shape[:2]
@@ -166,7 +167,7 @@ class Conv2dLayer(Layer):
         return view.reshape(self.blocks, group * kh * kw, batch * height * width)
 
     @staticmethod
-    def _pads(module: nn.Module) -> list[int]:
+    def _pads(module: Any) -> list[int]:
         """Padding as `F.pad` takes it: left, right, top, bottom."""
         pads: list[int] = []
         for axis in (1, 0):
@@ -179,7 +180,7 @@ class Conv2dLayer(Layer):
                 pads += [module.padding[axis]] * 2
         return pads
 
-    def _padded(self, module: nn.Module, inputs: Tensor) -> Tensor:
+    def _padded(self, module: Any, inputs: Tensor) -> Tensor:
         pads = self._pads(module)
         if not any(pads):
             return inputs
@@ -187,7 +188,7 @@ class Conv2dLayer(Layer):
             return F.pad(inputs, pads)
         return F.pad(inputs, pads, mode=module.padding_mode)
 
-    def _output_size(self, module: nn.Module, inputs: Tensor) -> tuple[int, int]:
+    def _output_size(self, module: Any, inputs: Tensor) -> tuple[int, int]:
         left, right, top, bottom = self._pads(module)
         sizes = (inputs.shape[-2] + top + bottom, inputs.shape[-1] + left + right)
         height, width = ((size - dilation * (kernel - 1) - 1) // stride + 1

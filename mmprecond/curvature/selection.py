@@ -66,7 +66,7 @@ def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *,
         if not own:
             continue
         reason = _reason_against(module, owned)
-        weight = getattr(module, 'weight', None)
+        weight = module._parameters.get('weight')
         if not reason and id(weight) in by_weight:
             first_name, layer = by_weight[id(weight)]
             reason = _reason_against_sharing(layer, module)
@@ -79,7 +79,7 @@ def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *,
         if reason:
             left_out.append(LeftOut(name, type(module).__name__, reason))
             continue
-        bias = module.bias
+        bias = module._parameters.get('bias')
         if bias is not None and not _takes_part(bias, owned):
             bias = None
         layer = LAYER_TYPES[type(module)](names[id(weight)], module, weight, bias,

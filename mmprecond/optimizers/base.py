@@ -140,7 +140,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     # ---------------------------------------------------------------- step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One optimizer step.
 
         Args:
@@ -184,7 +184,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                          if self.layers[layer] is stack})
 
     def _samples(self, due: list[Layer]) -> dict[Layer, dict[str, Tensor]]:
-        """Joint statistics of all ranks: R = sum x'x / rows, L = sum g'g of the global mean loss."""
+        """Joint statistics of all ranks: R = sum x'x / rows, L = sum g'g of the joint loss."""
         staged = self._capture.staged
         ranks = world_size()
         rows = [float(staged[layer].rows) if layer in staged else 0. for layer in due]
@@ -228,8 +228,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         gradients = {p: p.grad for group in self.param_groups for p in group['params']
                      if p.grad is not None}
         if any(g.is_sparse for g in gradients.values()):
-            raise ValueError(f'{type(self).__name__} takes no sparse gradients; build the embedding '
-                             'with sparse=False')
+            raise ValueError(f'{type(self).__name__} takes no sparse gradients; build the '
+                             'embedding with sparse=False')
         for stack in self.stacks:
             ready = [(k, layer) for k, layer in stack.ready() if layer.weight in gradients]
             if not ready:
@@ -245,7 +245,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _update(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         """Applies the rule to batches of parameters with equal hyper-parameters."""
-        batches: dict[Any, tuple[dict[str, Any], list[nn.Parameter]]] = {}
+        batches: dict[Any, tuple[dict[str, Any], list[Tensor]]] = {}
         for group in self.param_groups:
             for p in group['params']:
                 if p in gradients:

@@ -38,7 +38,7 @@ class Preconditioner(ABC):
     stat_interval: int = 20
     refresh_interval: int = 200
     max_dim: int = 8192
-    oversize: str = 'one_sided'
+    oversize: str = 'skip'
 
     #: Statistics that the method needs of a layer.
     requires: ClassVar[tuple[str, ...]] = ()
