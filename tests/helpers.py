@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,3 +42,19 @@ class TokenNet(nn.Module):
 def squared_error(out: Tensor, y: Tensor) -> Tensor:
     """Squared error to one-hot targets, summed, divided by the batch size."""
     return ((out - F.one_hot(y, out.shape[1]).to(out.dtype)) ** 2).sum() / len(out)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]],
+          loss: Callable[[Tensor, Tensor], Tensor] = squared_error) -> None:
+    """One step a batch."""
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+
+
+def token_batches(count: int, size: int = 8, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Batches for `TokenNet`, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 7, 16, generator=generator, dtype=torch.float64),
+             torch.randint(0, 10, (size,), generator=generator)) for _ in range(count)]

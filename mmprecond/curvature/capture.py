@@ -44,6 +44,7 @@ class Capture:
         staged: What was measured since the last `drop`.
         loss_scale: By what the loss was multiplied before backward: None, a number, or a
             `torch.amp.GradScaler`.
+        seen: Layers whose module was called while armed.
     """
 
     def __init__(self, requires: dict[Layer, tuple[str, ...]]) -> None:

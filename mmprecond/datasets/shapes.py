@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 CLASSES = ('circle', 'square', 'triangle', 'star')
 PALETTE = ((220, 20, 60), (0, 114, 189), (237, 177, 32), (119, 172, 48))
 
-RENDER_VERSION = 1  # raised with every change of pixels or annotations, to tell old sets
+RENDER_VERSION = 2  # raised with every change of pixels or annotations, to tell old sets
 MIN_SIZE = 32  # pixels; below it the shapes can no longer be told apart
 _MIN_DIAMETER = 6.0  # pixels; keeps every clipped box wider than 1 pixel
 _MIN_VISIBLE = 0.25  # part of a shape that must stay uncovered for it to be annotated
@@ -123,7 +123,7 @@ def make_shape_folders(out: str | os.PathLike[str], images: int = 400, size: int
 
 
 def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Record]]:
-    """Draw one image of 2 to 8 overlapping shapes; later shapes cover earlier ones.
+    """Draw one image of 1 to 5 overlapping shapes; later shapes cover earlier ones.
 
     Args:
         rng: Source of all randomness.
@@ -139,13 +139,13 @@ def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Recor
     canvas = _background(rng, size)
     owner = np.full((size, size), -1)  # index of the topmost shape at each pixel
     drawn: list[tuple[int, Array, int]] = []
-    for index in range(int(rng.integers(2, 9))):
+    for index in range(int(rng.integers(1, 6))):
         label = int(rng.integers(len(CLASSES)))
-        # Log-uniform from 12 % to 65 % of the image: small shapes as frequent as large ones.
-        diameter = max(size * 0.12 * (0.65 / 0.12) ** rng.random(), _MIN_DIAMETER)
+        # Log-uniform from 18 % to 65 % of the image: small shapes as frequent as large ones.
+        diameter = max(size * 0.18 * (0.65 / 0.18) ** rng.random(), _MIN_DIAMETER)
         # At most 15 % of the diameter may stick out of the image.
         centre = rng.uniform(0.35 * diameter, size - 0.35 * diameter, 2)
-        polygon = _polygon(label, centre, diameter, rng.uniform(0, 2 * math.pi), size)
+        polygon = _polygon(label, centre, diameter, _angle(rng), size)
         covered = _paint(rng, canvas, polygon) >= 0.5
         owner[covered] = index
         drawn.append((label, polygon, int(covered.sum())))
@@ -154,12 +154,17 @@ def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Recor
         if np.count_nonzero(owner == index) >= _MIN_VISIBLE * pixels]
 
 
+def _angle(rng: np.random.Generator) -> float:
+    """Roughly upright, so that a short training run can learn the classes."""
+    return float(rng.uniform(-0.35, 0.35)) - math.pi / 2
+
+
 def _render_single(rng: np.random.Generator, size: int, label: int) -> Array:
     """Draw one shape near the middle: uint8 (size, size, 3)."""
     canvas = _background(rng, size)
     diameter = size * rng.uniform(0.5, 0.85)
     centre = size * rng.uniform(0.42, 0.58, 2)
-    _paint(rng, canvas, _polygon(label, centre, diameter, rng.uniform(0, 2 * math.pi), size))
+    _paint(rng, canvas, _polygon(label, centre, diameter, _angle(rng), size))
     return _finish(rng, canvas)
 
 
@@ -175,6 +180,7 @@ def _annotation(label: int, polygon: Array) -> Record:
 def _polygon(label: int, centre: Array, diameter: float, angle: float, size: int) -> Array:
     """Outline (n, 2) clipped to the image; ``diameter`` of the circle around it, in pixels."""
     name = CLASSES[label]
+    angle += math.pi / 4 if name == 'square' else 0  # stands on a side, others on their base
     points: Points = []
     for k in range(_VERTICES[name]):
         # A star alternates between an outer and an inner circle.
@@ -237,7 +243,7 @@ def _paint(rng: np.random.Generator, canvas: Array, polygon: Array) -> Array:
 def _background(rng: np.random.Generator, size: int) -> Array:
     """Colour gradient, low-frequency noise and often stripes: float64 (size, size, 3)."""
     # Plain arithmetic alone: the rounding of np.sin or BLAS depends on the processor.
-    canvas = rng.uniform(60, 195, 3) + _field(rng, size, 1, 60.0)
+    canvas = rng.uniform(80, 175) + rng.uniform(-20, 20, 3) + _field(rng, size, 1, 30.0)
     canvas += _field(rng, size, int(rng.integers(3, 9)), rng.uniform(8, 28))
     if rng.random() < 0.6:
         angle, period = rng.uniform(0, math.pi), size * rng.uniform(0.05, 0.25)

@@ -194,7 +194,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             rows = counts.tolist()
         samples: dict[Layer, dict[str, Tensor]] = {}
         for layer, count in zip(due, rows, strict=True):
-            if count:
+            if not count:
+                self._warn_unseen(layer)
+            else:
                 sums = staged.pop(layer).sums if layer in staged else {}
                 samples[layer] = {name: sums[name] if name in sums else _no_sum(layer, name)
                                   for name in self.layers[layer].requires}
@@ -206,6 +208,14 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 # A rank's loss is a share 1 / ranks of the joint mean loss.
                 total /= counted[layer] if name.startswith('input') else float(ranks**2)
         return samples
+
+    def _warn_unseen(self, layer: Layer) -> None:
+        """Says once that a weight is trained although its module is never called."""
+        if layer.weight.grad is not None and layer not in self._capture.seen:
+            self._capture.seen.add(layer)
+            logger.warning('%s: it has a gradient although its module was not called (its weight '
+                           'is used elsewhere); without statistics it takes the plain rule',
+                           layer.name)
 
     def _refresh(self) -> None:
         """Refreshes the stacks that are due, and layers that have statistics but no operator."""
@@ -223,7 +233,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             stack.finish_refresh(order, good[:len(order)])
             del good[:len(order)]
 
-    def _gradients(self) -> dict[nn.Parameter, Tensor]:
+    def _gradients(self) -> dict[Tensor, Tensor]:
         """The gradients that the rule sees: preconditioned where a layer has an operator."""
         gradients = {p: p.grad for group in self.param_groups for p in group['params']
                      if p.grad is not None}
@@ -243,7 +253,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 gradients.update((p, piece) for p, piece in pieces if p in gradients)
         return gradients
 
-    def _update(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+    def _update(self, gradients: dict[Tensor, Tensor]) -> None:
         """Applies the rule to batches of parameters with equal hyper-parameters."""
         batches: dict[Any, tuple[dict[str, Any], list[Tensor]]] = {}
         for group in self.param_groups:

@@ -68,7 +68,7 @@ class SGDM(Rule):
     def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
                    group: Group) -> list[Tensor]:
         if group['weight_decay']:
-            gradients = torch._foreach_add(gradients, params, alpha=group['weight_decay'])
+            gradients = list(torch._foreach_add(gradients, params, alpha=group['weight_decay']))
         if not group['momentum']:
             return gradients
         buffers = _moments(states, 'momentum_buffer', params)

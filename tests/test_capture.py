@@ -1,0 +1,242 @@
+"""Captured factors of every supported layer against row-by-row Jacobians in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mmprecond.optimizers import NKFAC
+from reference.factors import gradient_rows, input_rows, plain_copy, second_moment
+
+
+def staged(optimizer: NKFAC, name: str = 'weight') -> tuple[Tensor, Tensor, int]:
+    """R = sum x'x / rows, L = sum g'g and the rows that a layer captured since the last step."""
+    found = [s for layer, s in optimizer._capture.staged.items() if layer.name == name]
+    if not found:
+        raise KeyError(f'nothing was captured of {name}')
+    sums, rows = found[0].sums, found[0].rows
+    return sums['input_moment'] / max(1, rows), sums['gradient_moment'], rows
+
+
+def loss_of(out: Tensor) -> Tensor:
+    """A loss whose gradient differs at every position."""
+    weights = torch.arange(1, out.numel() + 1, dtype=out.dtype).reshape(out.shape).cos()
+    return (out**2 * weights).sum() / 7 + (out * weights).sum()
+
+
+def wanted(module: nn.Module, *inputs: Tensor,
+           joint: bool | None = None) -> tuple[Tensor, Tensor, int]:
+    """What `staged` should be after `loss_of` of each input."""
+    joint = module.bias is not None if joint is None else joint
+    plain, right, left, count = plain_copy(module), 0., 0., 0
+    for x in inputs:
+        rows = input_rows(module, x, joint)
+        out = plain(x.detach().double())
+        (gradient,) = torch.autograd.grad(loss_of(out), out)
+        right = right + second_moment(rows)
+        left = left + second_moment(gradient_rows(module, gradient))
+        count += rows.shape[1]
+    return right / max(1, count), left, count
+
+
+def compare(found: tuple[Tensor, Tensor, int], expected: tuple[Tensor, Tensor, int],
+            rtol: float = 1e-10) -> None:
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).norm() <= rtol * theirs.norm() + 1e-300
+    assert found[2] == expected[2]
+
+
+def running(optimizer: NKFAC, name: str = 'weight') -> tuple[Tensor, Tensor]:
+    """The running statistics R and L, by the public way."""
+    statistics = optimizer.state_dict()['precond']['layers'][name]['statistics']
+    return statistics['input_moment'], statistics['gradient_moment']
+
+
+def normalised(matrix: Tensor) -> Tensor:
+    return matrix / torch.linalg.matrix_norm(matrix)[..., None, None]
+
+
+def check(module: nn.Module, *inputs: Tensor, **options: Any) -> None:
+    """Captures one backward pass over the inputs, and merges it, as the oracle does."""
+    module, inputs = module.double(), tuple(x.double() for x in inputs)
+    expected = wanted(module, *inputs)
+    optimizer = NKFAC(module, lr=0.1, stat_decay=0., **options)
+    sum(loss_of(module(x)) for x in inputs).backward()
+    compare(staged(optimizer), expected)
+    optimizer.step()
+    for ours, theirs in zip(running(optimizer), expected, strict=False):
+        assert torch.allclose(ours, normalised(theirs), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('shape', [(4,), (5, 4), (2, 3, 4), (2, 3, 2, 4)])
+def test_linear(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    check(nn.Linear(4, 3, bias=bias), torch.randn(shape))
+
+
+CONVS: dict[str, dict[str, Any]] = {
+    'plain': dict(kernel_size=3),
+    'pointwise': dict(kernel_size=1),
+    'stride': dict(kernel_size=3, stride=2),
+    'stride over kernel': dict(kernel_size=1, stride=3),
+    'padding': dict(kernel_size=3, padding=1),
+    'padding over kernel': dict(kernel_size=1, padding=2),
+    'valid': dict(kernel_size=3, padding='valid'),
+    'same': dict(kernel_size=3, padding='same'),
+    'same even': dict(kernel_size=(2, 4), padding='same'),
+    'same even dilated': dict(kernel_size=2, dilation=3, padding='same'),
+    'reflect': dict(kernel_size=3, padding=(2, 1), padding_mode='reflect'),
+    'replicate': dict(kernel_size=3, padding=(1, 2), padding_mode='replicate'),
+    'circular': dict(kernel_size=3, padding=(2, 1), padding_mode='circular'),
+    'same even reflect': dict(kernel_size=(4, 2), padding='same', padding_mode='reflect'),
+    'same even circular': dict(kernel_size=(2, 4), padding='same', padding_mode='circular'),
+    'dilation': dict(kernel_size=2, dilation=2),
+    'not square': dict(kernel_size=(2, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+    'groups': dict(kernel_size=3, groups=2, padding=1),
+    'groups not square': dict(kernel_size=(1, 2), groups=2, stride=(1, 2), padding=(1, 0)),
+    'depthwise': dict(kernel_size=3, groups=4, padding=1),
+    'depthwise multiplied': dict(kernel_size=2, groups=4, out_channels=8),
+}
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('name', CONVS)
+def test_conv(name: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    check(nn.Conv2d(**{'in_channels': 4, 'out_channels': 4, 'bias': bias, **CONVS[name]}),
+          torch.randn(2, 4, 5, 6))
+
+
+@pytest.mark.parametrize('name', ['stride', 'same even', 'reflect', 'groups'])
+def test_conv_of_one_unbatched_image(name: str) -> None:
+    torch.manual_seed(0)
+    check(nn.Conv2d(4, 4, **CONVS[name]), torch.randn(4, 6, 5))
+
+
+@pytest.mark.parametrize('name', ['plain', 'pointwise', 'padding', 'groups', 'not square'])
+def test_conv_of_memory_in_other_orders(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 4, 5)
+    check(nn.Conv2d(4, 4, **CONVS[name]), x.to(memory_format=torch.channels_last))
+    check(nn.Conv2d(4, 4, **CONVS[name]).to(memory_format=torch.channels_last), x)
+    check(nn.Conv2d(4, 4, **CONVS[name]), torch.randn(2, 4, 3, 9).permute(0, 3, 1, 2)[:, 2:6])
+    check(nn.Conv2d(4, 4, **CONVS[name]), torch.randn(1, 4, 1, 5).expand(2, 4, 4, 5))
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, ...], float]:
+    """A convolution, an input that fits it, and a limit of memory."""
+    pair = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(2))
+    groups = draw(st.integers(1, 3))
+    padding = draw(st.sampled_from(['same', 'valid', pair(0, 2)]))
+    conv = dict(in_channels=groups * draw(st.integers(1, 2)),
+                out_channels=groups * draw(st.integers(1, 2)), groups=groups,
+                kernel_size=pair(1, 3), dilation=pair(1, 2), padding=padding,
+                stride=1 if padding == 'same' else pair(1, 3),
+                padding_mode=draw(st.sampled_from(['zeros', 'reflect', 'replicate', 'circular'])),
+                bias=draw(st.booleans()))
+    needed = [d * (k - 1) + 1 for k, d in zip(conv['kernel_size'], conv['dilation'], strict=True)]
+    height, width = (max(3, n) + draw(st.integers(0, 2)) for n in needed)
+    shape = (draw(st.integers(1, 2)), conv['in_channels'], height, width)
+    return conv, shape, draw(st.sampled_from([1e-9, 1e-3, 64.]))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.too_slow])
+@given(geometries())
+def test_conv_of_any_geometry(case: tuple[dict[str, Any], tuple[int, ...], float]) -> None:
+    conv, shape, capture_mb = case
+    torch.manual_seed(0)
+    module, x = nn.Conv2d(**conv), torch.randn(shape)
+    with torch.no_grad():
+        assume(module(x).numel() <= 250)
+    check(module, x, capture_mb=capture_mb)
+
+
+@pytest.mark.parametrize('module', [
+    nn.Linear(4, 3), nn.Conv2d(4, 3, 2, padding=1), nn.Conv2d(4, 4, 3, groups=2)])
+def test_calls_of_different_sizes_add_up(module: nn.Module) -> None:
+    torch.manual_seed(0)
+    sizes = [(2, 3), (1, 5), (3, 4), (1, 3), (2, 6)]
+    check(module, *(torch.randn(n, 4, s, s + 1) if isinstance(module, nn.Conv2d)
+                    else torch.randn(n, s, 4) for n, s in sizes))
+
+
+EMPTY = [(lambda: nn.Linear(4, 3), (0, 4)), (lambda: nn.Linear(4, 3, bias=False), (0, 7, 4)),
+         (lambda: nn.Conv2d(4, 3, 3), (0, 4, 5, 5)),
+         (lambda: nn.Conv2d(4, 4, 3, groups=2, padding=1), (0, 4, 5, 5)),
+         (lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode='reflect'), (0, 4, 5, 5))]
+
+
+@pytest.mark.parametrize('make, shape', EMPTY)
+def test_an_empty_call_adds_nothing_to_others(make: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    full = torch.randn(2, *shape[1:])
+    check(make(), torch.randn(shape), full)
+    check(make(), full, torch.randn(shape))
+
+
+@pytest.mark.parametrize('make, shape', EMPTY)
+def test_an_empty_call_alone_leaves_no_statistic(make: Any, shape: tuple[int, ...]) -> None:
+    module = make()
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizer = NKFAC(module, lr=0.1)
+    module(torch.randn(shape)).sum().backward()
+    optimizer.step()
+    assert optimizer.state_dict()['precond']['layers'] == {}
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize('make, shape', EMPTY)
+def test_an_empty_call_does_not_age_the_statistic(make: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module = make()
+    optimizer = NKFAC(module, lr=0.1, stat_interval=1, refresh_interval=1)
+    loss_of(module(torch.randn(2, *shape[1:]))).backward()
+    optimizer.step()
+    before = [s.clone() for s in running(optimizer)]
+    optimizer.zero_grad()
+    loss_of(module(torch.randn(shape))).backward()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, running(optimizer), strict=True))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_products_are_formed_in_the_weights_dtype_but_at_least_float32(dtype: torch.dtype) -> None:
+    """Gradients of 1e-3 have squares that float16 cannot hold."""
+    torch.manual_seed(0)
+    module = nn.Linear(6, 4).to(dtype)
+    x = torch.randn(8, 6).to(dtype)
+    optimizer = NKFAC(module, lr=0.1)
+    out = module(x)
+    (1e-4 * out).sum().backward()
+    right, left, rows = staged(optimizer)
+    assert right.dtype == left.dtype == torch.promote_types(dtype, torch.float32)
+    g = torch.full((8, 4), 1e-4, dtype=dtype).double()
+    ones = torch.cat([x.double(), torch.ones(8, 1).double()], 1)
+    precise = 1e-12 if dtype == torch.float64 else 1e-5
+    assert torch.allclose(left[0].double(), g.t() @ g, rtol=precise, atol=0)
+    assert torch.allclose(right[0].double(), ones.t() @ ones / 8, rtol=precise, atol=1e-6)
+    assert rows == 8
+
+
+def test_autocast_captures_in_the_weights_dtype() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(6, 4), torch.randn(8, 6)
+    optimizer = NKFAC(module, lr=0.1)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    right, left, _ = staged(optimizer)
+    ones = torch.cat([x, torch.ones(8, 1)], 1)
+    assert right.dtype == left.dtype == torch.float32
+    assert torch.allclose(right[0], ones.t() @ ones / 8, rtol=1e-2, atol=1e-2)
+    assert torch.allclose(left[0], torch.full((4, 4), 8.))

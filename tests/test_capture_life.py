@@ -1,0 +1,389 @@
+"""Capture over whole networks: sharing, freezing, checkpointing, accumulation, scales, memory."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from mmprecond.optimizers import NKFAC
+from reference.factors import Loss, measure, plain_copy
+from test_capture import compare, loss_of, staged
+
+Captured = dict[str, tuple[Tensor, Tensor, int]]
+
+
+def captured(model: nn.Module, backward: Callable[[NKFAC], None], **options: Any) -> Captured:
+    """What a new optimizer captures of `backward`, by weight name."""
+    optimizer = NKFAC(model, lr=0.1, **options)
+    optimizer.zero_grad()
+    backward(optimizer)
+    found = {layer.name: staged(optimizer, layer.name) for layer in optimizer._capture.staged}
+    optimizer.disarm()
+    return found
+
+
+def same(ours: Captured, theirs: Captured, rtol: float = 1e-12) -> None:
+    assert ours.keys() == theirs.keys() and ours
+    for name in ours:
+        compare(ours[name], theirs[name], rtol)
+
+
+def against_oracle(model: nn.Module, *losses: Loss, plain_losses: tuple[Loss, ...] = ()) -> None:
+    """Captures the sum of the losses and compares every captured layer."""
+    plain = plain_copy(model)
+    ours = captured(model, lambda _: [loss(model).backward() for loss in losses])
+    assert ours
+    for name, found in ours.items():
+        weight = plain.get_parameter(name)
+        joint = plain.get_submodule(name.rpartition('.')[0]).bias is not None
+        compare(found, measure(plain, list(plain_losses or losses), weight, joint))
+
+
+class Net(nn.Module):
+    """A convolution before an in-place ReLU, a head shared over levels, a part used on demand."""
+
+    def __init__(self, inplace: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.relu = nn.ReLU(inplace=inplace)
+        self.grouped = nn.Conv2d(4, 4, 3, padding='same', groups=2, bias=False)
+        self.head = nn.Conv2d(4, 3, 3, padding=1)
+        self.extra = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, extra: bool = True) -> Tensor:
+        x = self.relu(self.grouped(self.relu(self.conv(x))))
+        levels = [x, F.max_pool2d(x, 2), F.avg_pool2d(x, 2), F.max_pool2d(x, 3)]
+        x = torch.cat([self.relu(self.head(level)).flatten(2) for level in levels], 2).mean(2)
+        return self.extra(x) if extra else x
+
+
+def image(n: int = 2, seed: int = 1) -> Tensor:
+    return torch.randn(n, 2, 7, 8, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.mark.parametrize('inplace', [True, False])
+def test_inplace_activations_and_a_shared_head(inplace: bool) -> None:
+    model = Net(inplace).double()
+    loss: Loss = lambda m: loss_of(m(image()))
+    against_oracle(model, loss)
+    assert set(captured(model, lambda _: loss(model).backward())) == {
+        'conv.weight', 'grouped.weight', 'head.weight', 'extra.weight'}
+
+
+def test_an_unused_layer_leaves_nothing() -> None:
+    model = Net().double()
+    found = captured(model, lambda _: loss_of(model(image(), extra=False)).backward())
+    assert set(found) == {'conv.weight', 'grouped.weight', 'head.weight'}
+    against_oracle(model, lambda m: loss_of(m(image(), extra=False)))
+
+
+def test_a_call_without_gradient_leaves_nothing() -> None:
+    """A detached output is no row of the loss."""
+    linear = nn.Linear(3, 2).double()
+    loss: Loss = lambda m: m(torch.ones(5, 3).double()).detach().sum() * loss_of(m(x))
+    x = torch.randn(4, 3).double()
+    assert captured(linear, lambda _: loss(linear).backward())['weight'][2] == 4
+    against_oracle(linear, loss)
+
+
+@pytest.mark.parametrize('frozen', ['conv.weight', 'grouped.weight', 'head.weight'])
+def test_a_frozen_weight_is_not_captured(frozen: str) -> None:
+    model = Net().double()
+    model.get_parameter(frozen).requires_grad_(False)
+    found = captured(model, lambda _: loss_of(model(image())).backward())
+    assert set(found) == {'conv.weight', 'grouped.weight', 'head.weight', 'extra.weight'} - {frozen}
+    against_oracle(model, lambda m: loss_of(m(image())))
+
+
+def test_a_weight_frozen_later_is_not_captured() -> None:
+    model = Net().double()
+    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
+    loss_of(model(image())).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.head.weight.requires_grad_(False)
+    before = model.head.weight.clone()
+    loss_of(model(image())).backward()
+    assert 'head.weight' not in {layer.name for layer in optimizer._capture.staged}
+    optimizer.step()
+    assert torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize('make', [lambda: nn.Linear(2, 3), lambda: nn.Conv2d(2, 3, 2)])
+def test_a_frozen_bias_leaves_the_gradient_moment_as_it_is(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    module = make().double()
+    module.bias.requires_grad_(False)
+    x = torch.randn(2, 2, 3, 2).double()
+    _, left, rows = captured(module, lambda _: loss_of(module(x)).backward())['weight']
+    plain = plain_copy(module)
+    _, expected, count = measure(plain, [lambda m: loss_of(m(x))], plain.weight, False)
+    assert torch.allclose(left, expected) and rows == count
+
+
+@pytest.mark.xfail(reason='suspected bug: a part of the norm goes to the frozen bias and is lost',
+                   strict=True)
+def test_norm_recovery_is_over_the_trained_parameters() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(2, 3).double()
+    module.bias.requires_grad_(False)
+    before = module.weight.detach().clone()
+    optimizer = NKFAC(module, lr=1., momentum=0.)
+    loss_of(module(torch.randn(9, 2).double() + 1)).backward()
+    optimizer.step()
+    assert (module.weight - before).norm().item() == pytest.approx(module.weight.grad.norm().item())
+
+
+class Tied(nn.Module):
+    """Two modules with one weight; `bias` is shared with it or absent."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = make(), make()
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize('make', [
+    lambda: nn.Linear(4, 4), lambda: nn.Linear(4, 4, bias=False),
+    lambda: nn.Conv2d(4, 4, 2), lambda: nn.Conv2d(4, 4, 2, groups=2, bias=False)])
+def test_modules_that_share_a_weight_are_one_layer(make: Callable[[], nn.Module]) -> None:
+    model = Tied(make).double()
+    x = torch.randn(2, 4, 5, 4).double()
+    against_oracle(model, lambda m: loss_of(m(x)))
+    assert len(NKFAC(model, lr=0.1).layers) == 1
+
+
+def test_accumulated_micro_batches_equal_the_joint_batch() -> None:
+    """The 1/k of accumulation stays in, and every nonlinear step comes after the sums."""
+    model, x = Net().double(), image(4)
+
+    def joint(_: NKFAC) -> None:
+        (model(x)**3).mean().backward()
+
+    def micro(_: NKFAC) -> None:
+        for part in x.split(2):
+            ((model(part)**3).mean() / 2).backward()
+
+    same(captured(model, micro), captured(model, joint))
+
+
+def test_accumulated_micro_batches_give_the_same_weights() -> None:
+    weights = []
+    for parts in (1, 2, 4):
+        model = Net().double()
+        optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
+        for step in range(3):
+            optimizer.zero_grad()
+            for part in image(4, seed=step).split(4 // parts):
+                ((model(part)**3).mean() / parts).backward()
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(weights[1], weights[0], rtol=0, atol=1e-9)
+    assert torch.allclose(weights[2], weights[0], rtol=0, atol=1e-9)
+
+
+def test_unequal_micro_batches_equal_the_joint_batch() -> None:
+    model, x = Net().double(), image(5)
+    same(captured(model, lambda _: [(model(part)**3).sum().div(5).backward()
+                                    for part in x.split([1, 3, 1])]),
+         captured(model, lambda _: (model(x)**3).sum().div(5).backward()))
+
+
+@pytest.mark.xfail(reason='suspected bug: a micro-batch with zero gradients loses its rows',
+                   strict=True)
+def test_a_micro_batch_without_gradient_counts_its_rows() -> None:
+    linear, x = nn.Linear(3, 2).double(), torch.randn(6, 3).double()
+    mask = (torch.arange(6) >= 3).double()[:, None]
+    loss: Callable[[slice], Tensor] = lambda part: (linear(x[part])**2 * mask[part]).sum() / 6
+    same(captured(linear, lambda _: [loss(slice(0, 3)).backward(), loss(slice(3, 6)).backward()]),
+         captured(linear, lambda _: loss(slice(0, 6)).backward()))
+
+
+@pytest.mark.parametrize('scale', [1024., 2.**-40, torch.tensor(65536.)])
+def test_the_loss_scale_is_divided_out(scale: Any) -> None:
+    model = Net().double()
+
+    def scaled(optimizer: NKFAC) -> None:
+        optimizer.loss_scale = scale
+        (loss_of(model(image())) * scale).backward()
+
+    same(captured(model, scaled), captured(model, lambda _: loss_of(model(image())).backward()))
+
+
+def test_the_loss_scale_is_divided_out_before_any_product() -> None:
+    """Squares of scaled gradients overflow float32."""
+    linear, x = nn.Linear(3, 2), torch.randn(4, 3)
+
+    def scaled(optimizer: NKFAC) -> None:
+        optimizer.loss_scale = 2.**90
+        (linear(x).sum() * 2.**90).backward()
+
+    same(captured(linear, scaled), captured(linear, lambda _: linear(x).sum().backward()), 1e-6)
+
+
+@pytest.mark.parametrize('enabled', [True, False])
+def test_a_grad_scaler_is_read(enabled: bool) -> None:
+    model = Net().double()
+
+    def scaled(optimizer: NKFAC) -> None:
+        optimizer.loss_scale = scaler = torch.amp.GradScaler('cpu', 512., enabled=enabled)
+        scaler.scale(loss_of(model(image()))).backward()
+
+    same(captured(model, scaled), captured(model, lambda _: loss_of(model(image())).backward()))
+
+
+class Deep(nn.Module):
+    """A stem and a block that may be checkpointed; `inner` notes the block's inner input."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 40), nn.Linear(40, 3)
+        self.reentrant = reentrant
+        self.inner: list[StorageWeakRef] = []
+
+    def block(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.first(x))
+        self.inner.append(StorageWeakRef(x.untyped_storage()))
+        return self.second(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.reentrant is None:
+            return self.block(x)
+        return checkpoint(self.block, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_checkpointing_does_not_change_what_is_captured(reentrant: bool) -> None:
+    x = torch.randn(7, 5).double()
+    ours, theirs = Deep(reentrant).double(), Deep(None).double()
+    same(captured(ours, lambda _: [loss_of(ours(part)).backward() for part in x.split(4)]),
+         captured(theirs, lambda _: [loss_of(theirs(part)).backward() for part in x.split(4)]))
+
+
+@pytest.mark.parametrize('reentrant, kept', [(None, True), (True, False), (False, False)])
+def test_a_checkpointed_input_is_not_kept(reentrant: bool | None, kept: bool) -> None:
+    model = Deep(reentrant)
+    optimizer = NKFAC(model, lr=0.1)
+    out = model(torch.randn(7, 5))
+    gc.collect()
+    assert (not model.inner[0].expired()) == kept
+    loss_of(out).backward()
+    assert {layer.name for layer in optimizer._capture.staged} == {
+        'stem.weight', 'first.weight', 'second.weight'}
+
+
+def test_a_forward_pass_without_backward_frees_its_inputs() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = NKFAC(model, lr=0.1)
+    x = torch.randn(4, 3)
+    storage, reference = StorageWeakRef(x.untyped_storage()), weakref.ref(x)
+    out = model(x)
+    del x
+    assert not storage.expired()
+    del out
+    assert storage.expired() and reference() is None
+    assert not optimizer._capture.staged
+
+
+@pytest.mark.parametrize('name, x', [('conv', image(3)), ('linear', torch.randn(4, 6).double())])
+def test_an_input_is_freed_after_backward(name: str, x: Tensor) -> None:
+    model = nn.Conv2d(2, 3, 3).double() if name == 'conv' else nn.Linear(6, 3).double()
+    optimizer = NKFAC(model, lr=0.1)
+    x = x.clone()
+    storage = StorageWeakRef(x.untyped_storage())
+    out = model(x)
+    loss_of(out).backward()
+    del x
+    assert storage.expired()
+    assert optimizer._capture.staged
+
+
+CONVS = {'plain': dict(kernel_size=3, padding=1), 'strided': dict(kernel_size=3, stride=2),
+         'grouped': dict(kernel_size=3, groups=2, padding='same', padding_mode='reflect'),
+         'pointwise': dict(kernel_size=1)}
+
+
+@pytest.mark.parametrize('name', CONVS)
+def test_the_memory_limit_does_not_change_the_sums(name: str) -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(4, 4, **CONVS[name]).double()
+    x = torch.randn(5, 4, 9, 8).double()
+    line = module.weight[0].numel() * module.groups * 9 * 8  # bytes of one output row's patches
+    limits = [1e-12, 2.5 * line / 2**20, 21 * line / 2**20, 64.]
+    found = [captured(module, lambda _: loss_of(module(x)).backward(), capture_mb=limit)
+             for limit in limits]
+    for other in found[1:]:
+        same(found[0], other)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor, in bytes, that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel() * tensor.element_size())
+        return result
+
+
+def largest_in_backward(module: nn.Module, x: Tensor, capture_mb: float) -> int:
+    optimizer = NKFAC(module, lr=0.1, capture_mb=capture_mb)
+    out = module(x)
+    with LargestTensor() as watch:
+        out.sum().backward()
+    assert optimizer._capture.staged
+    optimizer.disarm()
+    return watch.largest
+
+
+@pytest.mark.parametrize('batch, size', [(8, 32), (1, 96)])
+def test_patches_are_never_laid_out_for_a_whole_map(batch: int, size: int) -> None:
+    """Neither over a batch nor within one image; the control lays them out."""
+    module = nn.Conv2d(4, 4, 5, padding=2)
+    x = torch.randn(batch, 4, size, size)
+    unfolded = batch * size**2 * 4 * 25 * 4
+    assert largest_in_backward(module, x, 64.) >= unfolded
+    largest = largest_in_backward(module, x, 0.05)
+    assert largest <= max(0.05 * 2**20, 1.1 * (size + 4)**2 * 4 * 4 * batch) < unfolded / 5
+
+
+def test_hooked_and_recomputed_calls_of_many_levels_match() -> None:
+    """Five calls, the middle ones checkpointed, of different sizes."""
+    head = nn.Conv2d(3, 2, 3, padding=1).double()
+    levels = [torch.randn(2, 3, s, s).double().requires_grad_() for s in (9, 7, 5, 4, 3)]
+
+    def run(mixed: bool) -> Captured:
+        def backward(_: NKFAC) -> None:
+            total = 0.
+            for k, reentrant in zip(range(5), itertools.cycle([None, False, True]), strict=False):
+                out = (head(levels[k]) if reentrant is None or not mixed
+                       else checkpoint(head, levels[k], use_reentrant=reentrant))
+                total = total + loss_of(out)
+            total.backward()
+        return captured(head, backward)
+
+    same(run(True), run(False))

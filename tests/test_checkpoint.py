@@ -1,0 +1,290 @@
+"""Invariant 8: the state is plain values by parameter name, and a resumed run continues exactly."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reference  # noqa: F401 (one thread)
+from mmprecond.optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
+
+KINDS: dict[str, tuple[type[PreconditionedOptimizer], dict[str, Any]]] = {
+    'NKFAC': (NKFAC, dict(lr=0.05, momentum=0.9, weight_decay=0.01)),
+    'no momentum': (NKFAC, dict(lr=0.05, momentum=0.)),
+    'cholesky': (NKFAC, dict(lr=0.05, solver='cholesky')),
+    'AdaNKFAC': (AdaNKFAC, dict(lr=0.01, weight_decay=0.1)),
+    'one-sided': (NKFAC, dict(lr=0.05, max_dim=8)),
+}
+
+
+class Net(nn.Module):
+    """Layers of one shape of which the second one is used first, and a grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 4, 3, groups=2)
+        self.late, self.early = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor, late: bool) -> Tensor:
+        x = torch.tanh(self.norm(self.early(self.conv(x).mean((2, 3)))))
+        return self.last(self.late(x) if late else x)
+
+
+def make(kind: str = 'NKFAC', model: nn.Module | None = None,
+         **options: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
+    model = Net() if model is None else model
+    cls, settings = KINDS[kind]
+    return model, cls(model, **{**settings, 'stat_interval': 1, 'refresh_interval': 2, **options})
+
+
+def train(model: nn.Module, optimizer: PreconditionedOptimizer, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x, late=step >= 3)**2).mean().backward()
+        optimizer.step()
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """A state through a file, as plain values."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def walk(value: Any, path: str = 'state') -> list[str]:
+    """Paths of everything that is no plain value."""
+    if isinstance(value, dict) and type(value) is dict:
+        return [bad for k, v in value.items() for bad in [*walk(k, path), *walk(v, f'{path}/{k}')]]
+    if type(value) in (list, tuple):
+        return [bad for k, v in enumerate(value) for bad in walk(v, f'{path}/{k}')]
+    return [] if type(value) in (int, float, str, bool, type(None), Tensor) else [path]
+
+
+def everything(model: nn.Module, optimizer: PreconditionedOptimizer) -> dict[str, Any]:
+    return copy.deepcopy({'model': dict(model.state_dict()), 'optimizer': optimizer.state_dict()})
+
+
+def differences(ours: Any, theirs: Any, path: str = '') -> list[str]:
+    """Paths at which two nested states differ in any bit."""
+    if isinstance(ours, dict):
+        if ours.keys() != theirs.keys():
+            return [f'{path}: {list(ours)} != {list(theirs)}']
+        return [d for k in ours for d in differences(ours[k], theirs[k], f'{path}/{k}')]
+    if isinstance(ours, (list, tuple)):
+        if len(ours) != len(theirs):
+            return [path]
+        return [d for k, (a, b) in enumerate(zip(ours, theirs, strict=True))
+                for d in differences(a, b, f'{path}/{k}')]
+    if isinstance(ours, Tensor):
+        return [] if ours.dtype == theirs.dtype and torch.equal(ours, theirs) else [path]
+    return [] if ours == theirs else [path]
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('steps', [0, 1, 5])
+def test_the_state_holds_plain_values_by_parameter_name(kind: str, steps: int) -> None:
+    model, optimizer = make(kind)
+    train(model, optimizer, range(steps))
+    state = optimizer.state_dict()
+    assert walk(state) == []
+    names = dict(model.named_parameters())
+    layers = state['precond']['layers']
+    assert all(name in names for name in layers)
+    assert len(layers) == {0: 0, 1: 3, 5: 4}[steps] or kind == 'one-sided'
+    assert differences(saved(state), state) == []
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('at', [1, 2, 4, 7, 8])
+def test_a_resumed_run_continues_bit_for_bit(kind: str, at: int) -> None:
+    model, optimizer = make(kind)
+    train(model, optimizer, range(at))
+    kept = saved(optimizer.state_dict())
+    twin, resumed = make(kind, copy.deepcopy(model))
+    resumed.load_state_dict(kept)
+    assert differences(resumed.state_dict(), kept) == []
+    train(model, optimizer, range(at, 14))
+    train(twin, resumed, range(at, 14))
+    assert differences(everything(model, optimizer), everything(twin, resumed)) == []
+    assert optimizer.t == resumed.t == 14
+
+
+def test_loading_leaves_the_saved_curvature_alone() -> None:
+    model, optimizer = make()
+    train(model, optimizer, range(4))
+    kept = saved(optimizer.state_dict())
+    before = copy.deepcopy(kept)
+    twin, resumed = make(model=copy.deepcopy(model))
+    resumed.load_state_dict(kept)
+    train(twin, resumed, range(4, 8))
+    assert differences(kept['precond'], before['precond']) == []
+
+
+def test_loading_drops_what_was_staged_and_arms_for_the_loaded_step() -> None:
+    model, optimizer = make(stat_interval=2, refresh_interval=2)
+    train(model, optimizer, range(3))
+    kept = saved(optimizer.state_dict())
+    twin, resumed = make(model=copy.deepcopy(model), stat_interval=2, refresh_interval=2)
+    twin.eval()
+    (twin(torch.randn(6, 2, 5, 5), late=True)**2).mean().backward()
+    twin.train()
+    resumed.load_state_dict(kept)
+    assert not any(m._forward_hooks for m in twin.modules())
+    train(model, optimizer, range(3, 8))
+    train(twin, resumed, range(3, 8))
+    assert differences(everything(model, optimizer), everything(twin, resumed)) == []
+
+
+@pytest.mark.parametrize('why', ['missing', 'not saved'])
+def test_without_saved_curvature_it_is_measured_at_the_next_step(
+        why: str, caplog: pytest.LogCaptureFixture) -> None:
+    options = dict(stat_interval=5, refresh_interval=10)
+    model, optimizer = make(save_curvature=why == 'missing', **options)
+    train(model, optimizer, range(7))
+    state = optimizer.state_dict()
+    if why == 'missing':
+        del state['precond']
+    else:
+        assert state['precond']['layers'] == {}
+    twin, resumed = make(model=copy.deepcopy(model), **options)
+    with caplog.at_level(logging.WARNING, 'mmprecond'):
+        resumed.load_state_dict(saved(state))
+    assert len([m for m in warnings_of(caplog) if 'curvature' in m]) == 1
+    buffers = [s['momentum_buffer'] for s in optimizer.state.values()]
+    theirs = [s['momentum_buffer'] for s in resumed.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(buffers, theirs, strict=True))
+    train(twin, resumed, range(7, 8))
+    entries = resumed.state_dict()['precond']['layers']
+    assert len(entries) == 4 and all(e['refreshes'] == 1 for e in entries.values())
+
+
+def test_a_state_of_step_zero_loads_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    _, optimizer = make()
+    state = saved(optimizer.state_dict())
+    with caplog.at_level(logging.WARNING, 'mmprecond'):
+        make()[1].load_state_dict(state)
+    assert warnings_of(caplog) == []
+
+
+class Renamed(Net):
+    """The same parameters under other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ('conv', 'late', 'early', 'last'):
+            setattr(self, f'_{name}', self._modules.pop(name))
+
+    def forward(self, x: Tensor, late: bool) -> Tensor:
+        x = torch.tanh(self.norm(self._early(self._conv(x).mean((2, 3)))))
+        return self._last(self._late(x) if late else x)
+
+
+def test_the_curvature_of_another_model_is_measured_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """Same number of parameters, so that torch accepts the rest."""
+    model, optimizer = make()
+    train(model, optimizer, range(5))
+    other, resumed = make(model=Renamed())
+    state = saved(optimizer.state_dict())
+    state['state'] = {}
+    with caplog.at_level(logging.WARNING, 'mmprecond'):
+        resumed.load_state_dict(state)
+    (message,) = warnings_of(caplog)
+    assert 'measured anew' in message and '\n' not in message
+    train(other, resumed, range(5, 7))
+    layers = resumed.state_dict()['precond']['layers']
+    assert sorted(layers) == sorted(f'_{name}.weight' for name in ('conv', 'late', 'early', 'last'))
+
+
+def test_a_state_of_another_number_of_parameters_is_torchs_error() -> None:
+    _, optimizer = make()
+    with pytest.raises(ValueError, match='parameter group'):
+        optimizer.load_state_dict(make(model=nn.Linear(2, 2))[1].state_dict())
+
+
+def set_nan(kind: str) -> Callable[[dict[str, Any]], None]:
+    def corrupt(entry: dict[str, Any]) -> None:
+        entry[kind]['input_moment'][0, 0, 0] = float('nan')
+    return corrupt
+
+
+CORRUPTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    'NaN statistic': set_nan('statistics'),
+    'NaN operator': set_nan('operator'),
+    'infinite': lambda e: e['statistics']['gradient_moment'].fill_(float('inf')),
+    'no statistics': lambda e: e.pop('statistics'),
+    'no operator': lambda e: e.pop('operator'),
+    'no counters': lambda e: e.pop('refreshes'),
+    'counter is None': lambda e: e.update(failures=None),
+    'one statistic': lambda e: e['statistics'].popitem(),
+    'unknown statistic': lambda e: e['statistics'].update(other=torch.zeros(1, 5, 5)),
+    'unknown operator': lambda e: e['operator'].update(other=torch.zeros(1, 5, 5)),
+    'shape': lambda e: e['statistics'].update(input_moment=torch.zeros(1, 4, 4)),
+    'shape of the operator': lambda e: e['operator'].update(gradient_moment=torch.zeros(4, 4)),
+    'no tensor': lambda e: e['statistics'].update(input_moment=[1.]),
+    'statistics is a list': lambda e: e.update(statistics=[]),
+    'one operator': lambda e: e['operator'].popitem(),
+    'empty operator': lambda e: e['operator'].clear(),
+}
+
+
+@pytest.mark.parametrize('name', CORRUPTIONS)
+def test_a_corrupt_entry_is_named_and_measured_anew(
+        name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = make()
+    train(model, optimizer, range(6))
+    state = saved(optimizer.state_dict())
+    CORRUPTIONS[name](state['precond']['layers']['early.weight'])
+    twin, resumed = make(model=copy.deepcopy(model))
+    with caplog.at_level(logging.WARNING, 'mmprecond'):
+        resumed.load_state_dict(state)
+    (message,) = warnings_of(caplog)
+    assert 'early.weight' in message and 'late.weight' not in message and '\n' not in message
+    assert 'early.weight' not in resumed.state_dict()['precond']['layers']
+    assert resumed.t == 6
+    train(twin, resumed, range(6, 8))
+    layers = resumed.state_dict()['precond']['layers']
+    assert layers['early.weight']['refreshes'] == 1 and layers['late.weight']['refreshes'] > 1
+    assert all(p.isfinite().all() for p in twin.parameters())
+
+
+WHOLES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    'entry is None': lambda s: s['precond']['layers'].update({'early.weight': None}),
+    'layers is None': lambda s: s['precond'].update(layers=None),
+    'no layers': lambda s: s['precond'].pop('layers'),
+    'no steps': lambda s: s['precond'].pop('steps'),
+    'no method': lambda s: s['precond'].pop('method'),
+    'another method': lambda s: s['precond'].update(method='Rotation'),
+    'None': lambda s: s.update(precond=None),
+}
+
+
+@pytest.mark.parametrize('name', WHOLES)
+def test_a_corrupt_state_is_reported_and_measured_anew(
+        name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = make()
+    train(model, optimizer, range(6))
+    state = saved(optimizer.state_dict())
+    WHOLES[name](state)
+    twin, resumed = make(model=copy.deepcopy(model))
+    with caplog.at_level(logging.WARNING, 'mmprecond'):
+        resumed.load_state_dict(state)
+    assert len(warnings_of(caplog)) == 1 and '\n' not in warnings_of(caplog)[0]
+    train(twin, resumed, range(6, 9))
+    assert len(resumed.state_dict()['precond']['layers']) == 4
+    assert all(p.isfinite().all() for p in twin.parameters())

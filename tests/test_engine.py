@@ -1,0 +1,291 @@
+"""MMEngine: constructor, wrapper, registration, presets."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel, ExponentialMovingAverage
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
+from torch import Tensor, nn
+
+import mmprecond
+from mmprecond.engine import use_optimizer
+from mmprecond.engine.registration import _register, register_all
+from mmprecond.optimizers import NKFAC, AdaNKFAC
+
+
+class Classifier(BaseModel):
+    """A small MMEngine model; 'tensor' mode is never trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Any:
+        out = self.fc(torch.relu(self.norm(self.conv(inputs))).mean((2, 3)))
+        if mode == 'loss':
+            return dict(loss=nn.functional.cross_entropy(out, data_samples))
+        return out
+
+
+def build(model: nn.Module, **cfg: Any) -> OptimWrapper:
+    cfg.setdefault('optimizer', dict(type='NKFAC', lr=0.1, weight_decay=0., stat_interval=2,
+                                     refresh_interval=4))
+    return build_optim_wrapper(model, dict(constructor='PrecondOptimWrapperConstructor', **cfg))
+
+
+def batch(size: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return dict(inputs=torch.randn(size, 3, 8, 8, generator=generator),
+                data_samples=torch.randint(0, 4, (size,), generator=generator))
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+               for m in model.modules())
+
+
+def test_one_parameter_a_group_equals_one_group() -> None:
+    torch.manual_seed(0)
+    model = Classifier()
+    other = copy.deepcopy(model)
+    plain = build(model)
+    paramwise = build(other, paramwise_cfg=dict(norm_decay_mult=0.))
+    assert len(plain.optimizer.param_groups) == 1
+    assert len(paramwise.optimizer.param_groups) == 6
+    for seed in range(5):
+        model.train_step(batch(seed=seed), plain)
+        other.train_step(batch(seed=seed), paramwise)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_custom_keys_reach_the_optimizer() -> None:
+    keys = {'fc': dict(precondition=False), 'conv': dict(lr_mult=0.5, damping=0.1)}
+    wrapper = build(Classifier(), paramwise_cfg=dict(custom_keys=keys))
+    assert [layer.name for layer in wrapper.optimizer.layers] == ['conv.weight']
+    assert next(iter(wrapper.optimizer.layers)).damping == 0.1
+    assert 'precondition=False' in wrapper.optimizer.table()
+    assert wrapper.optimizer.param_groups[0]['lr'] == 0.05
+
+
+def test_capture_is_bracketed_by_the_training_step() -> None:
+    model = Classifier()
+    wrapper = build(model)
+    assert hooks(model) == 0
+    with wrapper.optim_context(model):
+        assert hooks(model) == 2
+        loss = model(**batch(), mode='loss')['loss']
+    assert hooks(model) == 2  # a checkpointed forward pass would run again in backward
+    wrapper.update_params(loss)
+    assert hooks(model) == 0
+    with wrapper.optim_context(model):
+        assert hooks(model) == 0  # step 1 measures nothing
+        loss = model(**batch(), mode='loss')['loss']
+    wrapper.update_params(loss)
+    assert wrapper.optimizer.t == 2
+
+
+def test_a_moving_average_of_the_model_feeds_nothing() -> None:
+    model = Classifier()
+    wrapper = build(model)
+    with wrapper.optim_context(model):
+        average = ExponentialMovingAverage(model)
+        average(**batch())
+        assert not wrapper.optimizer._capture.staged
+
+
+class Labelled(OptimWrapper):
+    """A user's own wrapper."""
+
+    def __init__(self, label: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.label = label
+
+
+def test_any_wrapper_class_is_kept() -> None:
+    first = build(Classifier(), type=Labelled, label='mine')
+    second = build(Classifier(), type=Labelled, label='mine')
+    assert isinstance(first, Labelled) and first.label == 'mine'
+    assert type(first) is type(second)
+    assert pickle.loads(pickle.dumps(type(first))) is type(first)
+
+
+@pytest.fixture
+def amp_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets AmpOptimWrapper be built on a machine without an accelerator."""
+    import mmengine.optim.optimizer.amp_optimizer_wrapper as module
+
+    monkeypatch.setattr(module, 'is_cuda_available', lambda: True)
+    monkeypatch.setattr(module, 'GradScaler',
+                        lambda **kwargs: torch.amp.GradScaler('cpu', **kwargs))
+    monkeypatch.setattr('mmengine.runner.amp.get_device', lambda: 'cpu')
+
+
+def amp_statistics(model: nn.Module, **cfg: Any) -> dict[str, Any]:
+    wrapper = build(model, **cfg)
+    model.train_step(batch(), wrapper)
+    return {layer.name: {name: s[k] for name, s in stack.statistics.items()}
+            for stack in wrapper.optimizer.stacks for k, slot in enumerate(stack.slots)
+            for layer in [slot.layer]}
+
+
+def test_amp_measures_unscaled_values(amp_on_cpu: None) -> None:
+    torch.manual_seed(0)
+    model = Classifier()
+    average = 'mmprecond.preconditioners.NewtonKronecker.average'
+    with pytest.MonkeyPatch.context() as patch:  # raw sums, which feel the scale
+        patch.setattr(average, lambda self: mmprecond.curvature.RunningAverage(0.))
+        plain = amp_statistics(copy.deepcopy(model))
+        scaled = amp_statistics(copy.deepcopy(model), type='AmpOptimWrapper', dtype='bfloat16',
+                                loss_scale=1024.)
+    assert set(plain) == {'conv.weight', 'fc.weight'}
+    for name, statistics in plain.items():
+        for key, value in statistics.items():
+            assert scaled[name][key].dtype == torch.float32
+            difference = torch.linalg.vector_norm(scaled[name][key] - value)
+            assert difference < 0.05 * torch.linalg.vector_norm(value), (name, key)
+
+
+def test_an_overflow_step_leaves_everything(amp_on_cpu: None) -> None:
+    model = Classifier()
+    wrapper = build(model, type='AmpOptimWrapper', dtype='bfloat16', loss_scale='dynamic')
+    assert isinstance(wrapper, AmpOptimWrapper)
+    before = copy.deepcopy(model.state_dict())
+    bad = batch()
+    bad['inputs'][0, 0, 0, 0] = float('inf')
+    model.train_step(bad, wrapper)
+    assert wrapper.optimizer.t == 0
+    assert not wrapper.optimizer._capture.staged
+    assert all(not stack.slots for stack in wrapper.optimizer.stacks)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+    model.norm.reset_running_stats()
+    model.train_step(batch(), wrapper)
+    assert wrapper.optimizer.t == 1
+    assert all(stack.slots for stack in wrapper.optimizer.stacks)
+
+
+def test_accumulation_equals_the_joint_batch() -> None:
+    torch.manual_seed(0)
+    joint = Classifier().double()
+    joint.norm.eval()
+    joint.norm.train = lambda mode=True: joint.norm  # batch statistics would differ
+    parts = copy.deepcopy(joint)
+    parts.norm.train = lambda mode=True: parts.norm
+    whole, split = build(joint), build(parts, accumulative_counts=2)
+    split.initialize_count_status(parts, 0, 12)
+    for seed in range(6):
+        data = batch(seed=seed)
+        data['inputs'] = data['inputs'].double()
+        joint.train_step(data, whole)
+        for half in (slice(0, 4), slice(4, 8)):
+            parts.train_step({key: value[half] for key, value in data.items()}, split)
+    assert whole.optimizer.t == split.optimizer.t == 6
+    for a, b in zip(joint.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_refused_wrappers() -> None:
+    with pytest.raises(ValueError, match='use AmpOptimWrapper'):
+        build(Classifier(), type='ApexOptimWrapper')
+    with pytest.raises(ValueError, match='DistributedDataParallel'):
+        build(Classifier(), type='AmpOptimWrapper', use_fsdp=True)
+
+
+def test_another_optimizer_is_left_to_the_base_constructor() -> None:
+    wrapper = build(Classifier(), optimizer=dict(type='SGD', lr=0.1))
+    assert type(wrapper) is OptimWrapper and type(wrapper.optimizer) is torch.optim.SGD
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class HalfRateConstructor:
+    """A user's constructor, with `add_params` of its own."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        from mmengine.optim import DefaultOptimWrapperConstructor
+
+        class Halved(DefaultOptimWrapperConstructor):
+            def add_params(self, params: list, module: nn.Module, **kwargs: Any) -> None:
+                params += [dict(params=[p], lr=self.base_lr / 2) for p in module.parameters()]
+
+        return Halved(*args, **kwargs)
+
+
+def test_base_constructor_makes_the_groups() -> None:
+    wrapper = build(Classifier(), base_constructor='HalfRateConstructor', paramwise_cfg=dict(a=1))
+    assert {group['lr'] for group in wrapper.optimizer.param_groups} == {0.05}
+    assert len(wrapper.optimizer.layers) == 2
+
+
+def test_left_over_key_says_what_to_write() -> None:
+    with pytest.raises(TypeError, match='_delete_=True'):
+        build(Classifier(), optimizer=dict(type='AdaNKFAC', lr=0.1, momentum=0.9))
+
+
+def test_optimizer_without_our_constructor_says_what_to_write() -> None:
+    with pytest.raises(ValueError, match="constructor='PrecondOptimWrapperConstructor'"):
+        build_optim_wrapper(Classifier(), dict(optimizer=dict(type='NKFAC', lr=0.1)))
+
+
+def test_registered_in_the_root_once() -> None:
+    assert OPTIMIZERS.get('NKFAC') is NKFAC and OPTIMIZERS.get('AdaNKFAC') is AdaNKFAC
+    assert 'PreconditionedOptimizer' not in OPTIMIZERS.module_dict
+    register_all()
+    clashing = Registry('optimizer')
+    clashing.register_module(name='NKFAC', module=torch.optim.SGD)
+    with pytest.raises(KeyError, match=r'torch\.optim\.sgd.*mmprecond\.optimizers'):
+        _register(clashing, NKFAC)
+
+
+def test_dotted_path_registers_everything() -> None:
+    code = ('import torch; from mmengine.optim import build_optim_wrapper as b; '
+            'w = b(torch.nn.Linear(2, 2), dict('
+            'constructor="mmprecond.PrecondOptimWrapperConstructor", '
+            'optimizer=dict(type="NKFAC", lr=0.1))); print(type(w.optimizer).__name__)')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == 'NKFAC'
+
+
+def test_core_works_without_mmengine() -> None:
+    code = ('import sys, importlib.util as u; find = u.find_spec; '
+            'u.find_spec = lambda name, *a: None if name == "mmengine" else find(name, *a); '
+            'import torch, mmprecond; m = torch.nn.Linear(3, 2); o = mmprecond.NKFAC(m, lr=0.1); '
+            'm(torch.ones(4, 3)).square().mean().backward(); o.step(); '
+            'assert "mmengine" not in sys.modules; print(o.t)')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '1'
+
+
+@pytest.mark.parametrize('name, kept', [
+    ('NKFAC', dict(lr=0.02, momentum=0.9, weight_decay=1e-4)),
+    ('AdaNKFAC', dict(lr=0.02, weight_decay=1e-4))])
+def test_preset_keeps_what_fits(name: str, kept: dict[str, float]) -> None:
+    paramwise = dict(norm_decay_mult=0.)
+    cfg = Config(dict(optim_wrapper=dict(
+        type='OptimWrapper', clip_grad=dict(max_norm=5), paramwise_cfg=paramwise,
+        constructor='SomeConstructor',
+        optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4))))
+    use_optimizer(cfg, name)
+    assert cfg.optim_wrapper.optimizer == dict(type=name, **kept)
+    assert cfg.optim_wrapper.constructor == 'PrecondOptimWrapperConstructor'
+    assert cfg.optim_wrapper.base_constructor == 'SomeConstructor'
+    assert cfg.optim_wrapper.paramwise_cfg == paramwise
+    assert cfg.optim_wrapper.clip_grad == dict(max_norm=5)
+
+
+def test_preset_names_the_choices() -> None:
+    with pytest.raises(ValueError, match='choose one of NKFAC, AdaNKFAC'):
+        use_optimizer(Config(dict()), 'NKFACC')
+    with pytest.raises(ValueError, match='optim_wrapper.optimizer'):
+        use_optimizer(Config(dict()), 'NKFAC')

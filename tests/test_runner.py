@@ -1,0 +1,160 @@
+"""Whole runs: resume through MMEngine's Runner, the tools, the quickstart end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from torch.utils.data import Dataset
+
+from mmprecond.datasets import make_shapes
+from test_engine import Classifier
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = 'configs/quickstart/faster-rcnn_r18_fpn_shapes'
+
+
+class OneBatch(Dataset):
+    """The same eight samples at every iteration, whatever the sampler does after a resume."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(8, 3, 8, 8, generator=generator)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(inputs=self.images[index], data_samples=index % 4)
+
+
+def run(work_dir: Path, iterations: int, resume: bool = False, **wrapper: Any) -> Runner:
+    runner = Runner(
+        model=Classifier(), work_dir=str(work_dir), resume=resume,
+        experiment_name=f'{work_dir.name}_{iterations}_{resume}',
+        train_dataloader=dict(dataset=OneBatch(), batch_size=8, num_workers=0,
+                              collate_fn=dict(type='default_collate'),
+                              sampler=dict(type='DefaultSampler', shuffle=False)),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=iterations),
+        optim_wrapper=dict(
+            constructor='PrecondOptimWrapperConstructor',
+            optimizer=dict(type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2), **wrapper),
+        param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=20),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=7)),
+        randomness=dict(seed=0))
+    runner.train()
+    return runner
+
+
+@pytest.mark.parametrize('wrapper', [{}, dict(paramwise_cfg=dict(bypass_duplicate=True))])
+def test_resume_equals_uninterrupted(tmp_path: Path, wrapper: dict[str, Any]) -> None:
+    whole = run(tmp_path / 'whole', 14, **wrapper)
+    run(tmp_path / 'parts', 7, **wrapper)
+    parts = run(tmp_path / 'parts', 14, resume=True, **wrapper)
+    assert parts.optim_wrapper.optimizer.t == 14
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, parts.model.state_dict()[name]), name
+    ours, theirs = (r.optim_wrapper.optimizer.state_dict()['precond'] for r in (whole, parts))
+    assert ours['layers'].keys() == theirs['layers'].keys() == {'conv.weight', 'fc.weight'}
+    for layer in ours['layers']:
+        for kind in ('statistics', 'operator'):
+            for name, value in ours['layers'][layer][kind].items():
+                assert torch.equal(value, theirs['layers'][layer][kind][name])
+
+
+def tool(*command: object, expect: int = 0, **environment: str) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **environment}, timeout=500)
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output[-4000:]
+    return output
+
+
+def small(data: Path, iterations: int = 2) -> list[str]:
+    return [f'train_dataloader.dataset.data_root={data}/',
+            f'val_dataloader.dataset.data_root={data}/',
+            f'test_dataloader.dataset.data_root={data}/',
+            f'val_evaluator.ann_file={data}/annotations/val.json',
+            f'test_evaluator.ann_file={data}/annotations/val.json',
+            f'train_cfg.max_iters={iterations}', f'train_cfg.val_interval={iterations}',
+            'train_dataloader.batch_size=2', 'default_hooks.logger.interval=1',
+            'model.train_cfg.rpn_proposal.max_per_img=50', 'model.test_cfg.rpn.max_per_img=20']
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp('shapes')
+    for split in ('train', 'val'):
+        make_shapes(out, images=8, size=96, split=split, progress=False)
+    return out
+
+
+def test_quickstart_end_to_end(tmp_path: Path) -> None:
+    output = tool('bash', 'tools/quickstart.sh', '--iterations', 2, '--val-interval', 2,
+                  '--images', 8, '--data', tmp_path / 'data', '--work-dir', tmp_path / 'out',
+                  '--sgd-grid', '', '--options', 'model.train_cfg.rpn_proposal.max_per_img=50',
+                  'model.test_cfg.rpn.max_per_img=20', 'train_dataloader.batch_size=2',
+                  'default_hooks.logger.interval=1')
+    assert '| NKFAC | 0.02 |' in output and '| SGD | 0.02 |' in output
+    runs = json.loads((tmp_path / 'out/results.json').read_text())
+    first, second = runs
+    assert [len(run['losses']) for run in runs] == [2, 2]
+    assert [len(run['scores']) for run in runs] == [1, 1]  # CocoMetric gave numbers
+    # The same weights and images: only the optimizer differs, so the first loss does not.
+    assert first['losses'][0][2] == pytest.approx(second['losses'][0][2], rel=1e-4)
+    assert first['losses'][1][2] != pytest.approx(second['losses'][1][2], rel=1e-3)
+    assert (tmp_path / 'out/quickstart.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_two_processes_without_a_gpu(tmp_path: Path, shapes: Path) -> None:
+    output = tool('bash', 'tools/dist_train.sh', f'{QUICK}_nkfac.py', 2, '--work-dir', tmp_path,
+                  '--cfg-options', *small(shapes), PORT='29611')
+    assert 'layers preconditioned' in output and 'coco/bbox_mAP' in output
+    checkpoint = torch.load(tmp_path / 'iter_2.pth', weights_only=False)
+    assert checkpoint['optimizer']['precond']['steps'] == 2
+
+
+def test_train_resume_and_test(tmp_path: Path, shapes: Path) -> None:
+    train = [sys.executable, 'tools/train.py', f'{QUICK}.py', '--optimizer', 'NKFAC',
+             '--work-dir', tmp_path]
+    tool(*train, '--cfg-options', *small(shapes, 1), 'default_hooks.checkpoint.interval=1')
+    output = tool(*train, '--resume', '--cfg-options', *small(shapes, 2))
+    assert 'resumed epoch: 0, iter: 1' in output
+    assert torch.load(tmp_path / 'iter_2.pth',
+                      weights_only=False)['optimizer']['precond']['steps'] == 2
+    output = tool(sys.executable, 'tools/test.py', f'{QUICK}.py', tmp_path / 'iter_2.pth',
+                  '--work-dir', tmp_path / 'test', '--cfg-options', *small(shapes))
+    assert 'coco/bbox_mAP' in output
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['no/such.py'], 'there is no config no/such.py'),
+    ([f'{QUICK}.py', '--amp'], '--amp needs a GPU'),
+    ([f'{QUICK}.py', '--optimizer', 'KNFAC'], 'choose one of NKFAC'),
+    ([f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.damping=-1'], 'damping=-1'),
+    ([f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.dampnig=1'], 'dampnig')])
+def test_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    if torch.cuda.is_available() and '--amp' in arguments:
+        pytest.skip('there is a GPU')
+    output = tool(sys.executable, 'tools/train.py', *arguments, '--work-dir', tmp_path, expect=2)
+    assert message in output.splitlines()[-2] and 'Traceback' not in output
+
+
+def test_three_lines_equal_the_preset() -> None:
+    from mmprecond.engine import use_optimizer
+
+    preset = Config.fromfile(ROOT / f'{QUICK}.py')
+    use_optimizer(preset, 'NKFAC')
+    by_hand = Config.fromfile(ROOT / f'{QUICK}_nkfac.py')
+    chosen = dict(by_hand.optim_wrapper.optimizer)
+    assert (chosen.pop('stat_interval'), chosen.pop('refresh_interval')) == (5, 25)
+    assert dict(preset.optim_wrapper.optimizer) == chosen
+    assert preset.optim_wrapper.constructor == by_hand.optim_wrapper.constructor

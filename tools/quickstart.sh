@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# One command from a fresh clone to a comparison of NKFAC and SGD on a small Faster R-CNN.
+#
+# Usage: bash tools/quickstart.sh [options of tools/quickstart.py]   (--help lists them)
+#
+# Sets the environment up if need be (tools/setup_env.sh), makes the data, trains, draws.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd -- "$root"
+bash tools/setup_env.sh --quiet
+venv=${MMPRECOND_VENV:-.venv}
+case $venv in /*) ;; *) venv=$root/$venv ;; esac
+exec "$venv/bin/python" tools/quickstart.py "$@"
