@@ -54,7 +54,8 @@ COUNT = 'give an integer of at least 1'
     ('solver', 'lu', 'newton, cholesky'), ('solver', None, 'newton, cholesky'),
     ('oversize', 'crop', 'one_sided, skip'), ('oversize', None, 'one_sided, skip')])
 def test_values_out_of_range(kind: Kind, name: str, value: Any, remedy: str) -> None:
-    refused(ValueError, lambda: kind(net(), **{'lr': 0.1, name: value}), f'{name}={value!r}', remedy)
+    refused(ValueError, lambda: kind(net(), **{'lr': 0.1, name: value}), f'{name}={value!r}',
+            remedy)
 
 
 @pytest.mark.parametrize('momentum', [1., 1.5, -0.1, float('nan'), None])

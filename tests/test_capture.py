@@ -10,11 +10,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mmprecond.optimizers import NKFAC
+from mmprecond.curvature import RunningAverage
+from mmprecond.optimizers import NKFAC, PreconditionedOptimizer
+from mmprecond.optimizers.rules import SGDM
+from mmprecond.preconditioners import NewtonKronecker
 from reference.factors import gradient_rows, input_rows, plain_copy, second_moment
 
 
-def staged(optimizer: NKFAC, name: str = 'weight') -> tuple[Tensor, Tensor, int]:
+def staged(optimizer: PreconditionedOptimizer, name: str = 'weight') -> tuple[Tensor, Tensor, int]:
     """R = sum x'x / rows, L = sum g'g and the rows that a layer captured since the last step."""
     found = [s for layer, s in optimizer._capture.staged.items() if layer.name == name]
     if not found:
@@ -52,26 +55,34 @@ def compare(found: tuple[Tensor, Tensor, int], expected: tuple[Tensor, Tensor, i
     assert found[2] == expected[2]
 
 
-def running(optimizer: NKFAC, name: str = 'weight') -> tuple[Tensor, Tensor]:
+class RawKronecker(NewtonKronecker):
+    """Keeps the last capture as it is, where NKFAC keeps an average of normalised ones."""
+
+    def average(self) -> RunningAverage:
+        return RunningAverage(decay=0., normalise=False)
+
+
+def raw_optimizer(model: nn.Module, **options: Any) -> PreconditionedOptimizer:
+    method = RawKronecker(stat_interval=1, refresh_interval=1)
+    return PreconditionedOptimizer(model, model=model, rule=SGDM(), method=method,
+                                   defaults=dict(lr=0.1, momentum=0., weight_decay=0.), **options)
+
+
+def running(optimizer: PreconditionedOptimizer, name: str = 'weight') -> tuple[Tensor, Tensor]:
     """The running statistics R and L, by the public way."""
     statistics = optimizer.state_dict()['precond']['layers'][name]['statistics']
     return statistics['input_moment'], statistics['gradient_moment']
 
 
-def normalised(matrix: Tensor) -> Tensor:
-    return matrix / torch.linalg.matrix_norm(matrix)[..., None, None]
-
-
 def check(module: nn.Module, *inputs: Tensor, **options: Any) -> None:
     """Captures one backward pass over the inputs, and merges it, as the oracle does."""
     module, inputs = module.double(), tuple(x.double() for x in inputs)
-    expected = wanted(module, *inputs)
-    optimizer = NKFAC(module, lr=0.1, stat_decay=0., **options)
+    right, left, rows = wanted(module, *inputs)
+    optimizer = raw_optimizer(module, **options)
     sum(loss_of(module(x)) for x in inputs).backward()
-    compare(staged(optimizer), expected)
+    compare(staged(optimizer), (right, left, rows))
     optimizer.step()
-    for ours, theirs in zip(running(optimizer), expected, strict=False):
-        assert torch.allclose(ours, normalised(theirs), rtol=1e-9, atol=1e-12)
+    compare((*running(optimizer), rows), (right, left, rows))
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -183,6 +194,24 @@ def test_an_empty_call_adds_nothing_to_others(make: Any, shape: tuple[int, ...])
     check(make(), full, torch.randn(shape))
 
 
+def test_nkfac_normalises_and_averages_captures() -> None:
+    """Each block by its own Frobenius norm; weight 1 - stat_decay for the new one, from zero."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(4, 4, 3, groups=2).double()
+    optimizer = NKFAC(module, lr=0., stat_decay=0.7, stat_interval=1, refresh_interval=1)
+    expected = [0., 0.]
+    for _ in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(2, 4, 5, 5).double()
+        loss_of(module(x)).backward()
+        optimizer.step()
+        for k, sample in enumerate(wanted(module, x)[:2]):
+            size = torch.stack([matrix.norm() for matrix in sample])[:, None, None]
+            expected[k] = 0.7 * expected[k] + 0.3 * sample / size
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+                   for a, b in zip(running(optimizer), expected, strict=True))
+
+
 @pytest.mark.parametrize('make, shape', EMPTY)
 def test_an_empty_call_alone_leaves_no_statistic(make: Any, shape: tuple[int, ...]) -> None:
     module = make()
@@ -240,3 +269,61 @@ def test_autocast_captures_in_the_weights_dtype() -> None:
     assert right.dtype == left.dtype == torch.float32
     assert torch.allclose(right[0], ones.t() @ ones / 8, rtol=1e-2, atol=1e-2)
     assert torch.allclose(left[0], torch.full((4, 4), 8.))
+
+
+@pytest.mark.parametrize('module, shape', [
+    (nn.Linear(4, 3), (5, 4)), (nn.Conv2d(4, 3, 3), (2, 4, 5, 5))], ids=['linear', 'conv'])
+def test_an_input_given_by_keyword(module: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module, x = module.double(), torch.randn(shape).double()
+    optimizer = NKFAC(module, lr=0.1)
+    loss_of(module(input=x)).backward()
+    compare(staged(optimizer), wanted(module, x))
+
+
+def relu_of_a_view(out: Tensor) -> Tensor:
+    out.flatten(1).relu_()
+    return out
+
+
+def part_overwritten(out: Tensor) -> Tensor:
+    out[0] = 0.
+    return out
+
+
+@pytest.mark.parametrize('change', [
+    torch.relu_, relu_of_a_view, part_overwritten, lambda out: out.mul_(3.).add_(1.)])
+def test_an_output_changed_in_place_afterwards(change: Any) -> None:
+    """g is the gradient of what the layer itself returned."""
+    torch.manual_seed(0)
+    module, x = nn.Conv2d(2, 3, 3).double(), torch.randn(2, 2, 5, 5).double()
+    optimizer = NKFAC(module, lr=0.1)
+    loss_of(change(module(x))).backward()
+    plain, probe = plain_copy(module), torch.zeros(2, 3, 3, 3).double().requires_grad_()
+    loss_of(change(plain(x) + probe)).backward()
+    left = second_moment(gradient_rows(module, probe.grad))
+    compare(staged(optimizer), (wanted(module, x)[0], left, 18))
+
+
+def test_a_hook_of_the_user_that_replaces_the_output_does_not_change_g() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(4, 3).double(), torch.randn(5, 4).double()
+    module.register_forward_hook(lambda module, args, out: 2 * out)
+    optimizer = NKFAC(module, lr=0.1)
+    loss_of(module(x)).backward()
+    plain, probe = plain_copy(module), torch.zeros(5, 3).double().requires_grad_()
+    loss_of(2 * (plain(x) + probe)).backward()
+    compare(staged(optimizer), (wanted(plain, x)[0],
+                                second_moment(gradient_rows(module, probe.grad)), 5))
+
+
+def test_a_graph_that_is_walked_twice_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The second walk's rows cannot be told from the first one's: it is not measured."""
+    module, x = nn.Linear(4, 3).double(), torch.randn(5, 4).double()
+    optimizer = NKFAC(module, lr=0.1)
+    out = module(x)
+    loss_of(out).backward(retain_graph=True)
+    for _ in range(2):
+        out.sum().backward(retain_graph=True)
+    compare(staged(optimizer), wanted(module, x))
+    assert len(caplog.records) == 1 and 'twice' in caplog.records[0].getMessage()

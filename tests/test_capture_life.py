@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_capture import compare, loss_of, staged
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mmprecond.optimizers import NKFAC
 from reference.factors import Loss, measure, plain_copy
-from test_capture import compare, loss_of, staged
 
 Captured = dict[str, tuple[Tensor, Tensor, int]]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_invariants import curvature, same
 from torch import Tensor, nn
 
 from mmprecond.optimizers import NKFAC
 from mmprecond.preconditioners import NewtonKronecker, RefreshError
-from test_invariants import curvature, same
 
 Fails = Callable[[Tensor], bool]
 
@@ -235,3 +235,16 @@ def test_failures_survive_a_resume(sabotage: Sabotage) -> None:
     sabotage.only = second_of(theirs)
     with pytest.raises(RefreshError, match='second.weight'):
         train(twin, theirs, range(5, 6))
+
+
+def test_a_singular_factor_is_a_failure_and_no_crash(caplog: pytest.LogCaptureFixture) -> None:
+    """Too little damping for float32: a pivot is exactly zero. Float64 may still succeed."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    optimizer = NKFAC(model, lr=0.1, damping=1e-12, damping_floor=0.)
+    (model(torch.ones(1, 64))**2).sum().backward()
+    optimizer.step()
+    refreshes, failures = counters(optimizer, 'weight')
+    assert refreshes + failures == 1
+    assert bool(failures) == any('weight' in message for message in warnings_of(caplog))
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -1,10 +1,12 @@
-"""What must always hold (design.md): invariants 1-6 and 11, copies, evaluation."""
+"""What must always hold (design.md): invariants 1-3 and 6, copies, evaluation."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mmprecond
+from mmprecond.curvature import Capture
 from mmprecond.optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
 from reference.factors import plain_copy
 
@@ -295,51 +298,6 @@ def test_a_parametrised_weight_takes_the_plain_rule(replace: Callable[..., nn.Mo
     assert any(left.name.startswith('0') for left in optimizer.left_out)
 
 
-# ------------------------------------------------------------------- 11: large factors
-
-def wide() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 3), nn.Tanh(), nn.Linear(3, 50), nn.Tanh(),
-                         nn.Linear(50, 60), nn.Tanh(), nn.Linear(60, 2)).double()
-
-
-def test_an_oversized_side_is_left_alone() -> None:
-    model = wide()
-    optimizer = NKFAC(model, lr=1., momentum=0., max_dim=45, oversize='one_sided')
-    before = [p.detach().clone() for p in model.parameters()]
-    (model(torch.randn(30, 40).double())**2).mean().backward()
-    optimizer.step()
-    kept = {name: entry['statistics'] for name, entry
-            in optimizer.state_dict()['precond']['layers'].items()}
-    assert {name: sorted(s) for name, s in kept.items()} == {
-        '0.weight': ['gradient_moment', 'input_moment'], '2.weight': ['input_moment'],
-        '6.weight': ['gradient_moment']}
-    lines = {line.split()[0]: line for line in optimizer.table().splitlines()}
-    assert '41x41 + 3x3' in lines['0'] and 'max_dim=45' not in lines['0']
-    assert '4x4' in lines['2'] and '50x50' not in lines['2'] and 'max_dim=45' in lines['2']
-    assert '2x2' in lines['6'] and '61' not in lines['6'] and 'max_dim=45' in lines['6']
-    assert 'plain rule' in lines['4'] and 'max_dim=45' in lines['4'] and '60 x 51' in lines['4']
-    moved = [(b - p).detach() for b, p in zip(before, model.parameters(), strict=True)]
-    assert torch.allclose(moved[4], model[4].weight.grad)  # no side fits: the plain rule
-    gradient = torch.cat([model[2].weight.grad, model[2].bias.grad[:, None]], 1)
-    direction = torch.cat([moved[2], moved[3][:, None]], 1)
-    factor = kept['2.weight']['input_moment'][0]
-    damped = factor + 0.01 * torch.linalg.eigvalsh(factor)[-1] * torch.eye(4).double()
-    expected = gradient @ torch.linalg.inv(damped)
-    expected *= gradient.norm() / expected.norm()
-    assert torch.allclose(direction, expected, rtol=1e-3, atol=1e-6)
-
-
-def test_an_oversized_layer_is_skipped() -> None:
-    model = wide()
-    optimizer = NKFAC(model, lr=1., momentum=0., max_dim=45, oversize='skip')
-    (model(torch.randn(30, 40).double())**2).mean().backward()
-    optimizer.step()
-    assert [layer.name for layer in optimizer.layers] == ['0.weight']
-    text = optimizer.table()
-    assert text.count('max_dim=45') == 3 and text.count('plain rule') >= 3
-
-
 # ------------------------------------------------------------------- copies and evaluation
 
 @pytest.mark.parametrize('duplicate', [
@@ -359,6 +317,24 @@ def test_a_copy_of_an_armed_model_works_and_is_not_measured(duplicate: Any) -> N
     backward(twin)
     theirs.step()
     assert same(curvature(theirs), curvature(optimizer))
+
+
+def test_a_copy_takes_no_curvature_along() -> None:
+    """It holds no statistics of its own, and does not keep the optimizer alive."""
+    def captures() -> int:
+        gc.collect()
+        return sum(type(o) is Capture for o in gc.get_objects())
+
+    model, optimizer = make()
+    model.outputs = []
+    before, capture = captures(), weakref.ref(optimizer._capture)
+    twins = copy.deepcopy(model), torch.load(_saved(model), weights_only=False)
+    assert captures() == before
+    del optimizer, model
+    gc.collect()
+    assert capture() is None
+    for twin in twins:
+        backward(twin)
 
 
 def _saved(model: nn.Module) -> io.BytesIO:

@@ -61,8 +61,9 @@ def test_cholesky_of_a_batch_is_that_of_each(dtype: torch.dtype) -> None:
                                            else 1e-12, atol=1e-6)
 
 
-BAD = {'indefinite': torch.diag(torch.tensor([1., -1e-3, 2.])), 'negative': -torch.eye(3),
-       'zero': torch.zeros(3, 3), 'nan': torch.full((3, 3), float('nan')),
+BAD = {'singular': torch.ones(3, 3), 'negative': -torch.eye(3),
+       'indefinite': torch.diag(torch.tensor([1., -1e-3, 2.])), 'zero': torch.zeros(3, 3),
+       'nan': torch.full((3, 3), float('nan')),
        'infinite': torch.diag(torch.tensor([1., float('inf'), 1.])),
        'one nan': torch.eye(3).index_put((torch.tensor(1), torch.tensor(0)),
                                          torch.tensor(float('nan')))}
@@ -156,10 +157,10 @@ def test_a_damped_step_brings_every_direction_nearer(n: int, seed: int, scale: f
 def test_the_damped_branch_may_increase_the_frobenius_residual() -> None:
     """What cannot be claimed: for B that does not commute with A the norm may grow."""
     matrix = torch.tensor([[1., 0.], [0., 1e-4]]).double()
-    start = torch.tensor([[1., 90.], [90., 10000.]]).double()
+    start = torch.tensor([[0.01, 0.9], [0.9, 100.]]).double()
     assert (torch.linalg.eigvalsh(start) > 0).all() and residual(matrix, start) >= 1
     refined, good = newton_inverse(matrix, start, 1)
-    assert good and residual(matrix, refined) > residual(matrix, start)
+    assert good and residual(matrix, refined) > 1.3 * residual(matrix, start)
 
 
 @pytest.mark.parametrize('spread', [1.5, 5., 100.])
@@ -201,6 +202,7 @@ def test_newton_from_zero_is_reported() -> None:
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(matrices())
 def test_the_estimate_is_a_lower_bound_and_not_far(matrix: Tensor) -> None:
+    """Of random matrices; there is no bound where the ones miss the top eigenvector."""
     true = torch.linalg.eigvalsh(matrix)[-1]
     estimate = largest_eigenvalue(matrix)
     assert estimate.shape == () and estimate.dtype == matrix.dtype
