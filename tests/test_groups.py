@@ -200,8 +200,6 @@ def test_a_weight_shared_by_convolutions_of_other_groups_is_left_out() -> None:
     assert [layer.name for layer in optimizer.layers] == ['2.weight']
 
 
-@pytest.mark.xfail(reason='suspected bug: a shared bias is preconditioned twice, or by the last',
-                   strict=True)
 def test_a_bias_shared_by_two_weights_gets_one_direction() -> None:
     """It belongs to no single matrix: both weights go without it, and it takes the plain rule."""
     torch.manual_seed(0)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
+from test_engine import Classifier
 from torch.utils.data import Dataset
 
 from mmprecond.datasets import make_shapes
-from test_engine import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = 'configs/quickstart/faster-rcnn_r18_fpn_shapes'

@@ -54,7 +54,7 @@ class Capture:
         self.seen: set[Layer] = set()
         self._layers = {module: layer for layer in requires for module in layer.modules}
         self._handles: list[RemovableHandle] = []
-        self._forward_is_new = True
+        self._forward_is_new = False
         self._warned = False
 
     def arm(self, layers: Iterable[Layer]) -> None:
@@ -63,7 +63,9 @@ class Capture:
         hook = _ForwardHook(self)
         for layer in layers:
             for module in layer.modules:
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                # First, before a user's hook that may replace the output.
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True,
+                                                                  prepend=True))
 
     def disarm(self) -> None:
         """Removes the hooks; what was measured stays."""
@@ -81,14 +83,15 @@ class Capture:
         if layer is None:  # a deep copy of the model, which took the hooks along
             return
         self.seen.add(layer)
+        if torch._C._current_graph_task_id() == -1:  # not a recomputation inside backward
+            self._forward_is_new = True
         trained = layer.weight.requires_grad and output.requires_grad
         if not (torch.is_grad_enabled() and trained):
             return
-        self._drop_abandoned()
         pending = [_Saved.apply(layer.weight, inputs)]
 
         def measure(gradient: Tensor) -> None:
-            self._forward_is_new = True
+            self._drop_abandoned()
             if not pending:
                 self._warn_lost(layer, 'its graph was walked backward twice')
                 return
@@ -130,10 +133,9 @@ class Capture:
     def _drop_abandoned(self) -> None:
         """Drops the staging of an earlier backward pass whose gradients were cleared since.
 
-        Looks once at the start of each forward pass, and never inside a recomputation.
+        Looks once, when the first gradient after a forward pass arrives.
         """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward or not self._forward_is_new:
+        if not self._forward_is_new:
             return
         self._forward_is_new = False
         gradients = [layer.weight.grad for layer in self.staged]
@@ -157,9 +159,6 @@ class _ForwardHook:
         if self.capture is not None:
             inputs = args[0] if args else next(iter(kwargs.values()))
             self.capture.observe_forward(module, inputs, output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return _ForwardHook(None)
 
     def __reduce__(self) -> tuple[type, tuple[None]]:
         return _ForwardHook, (None,)

@@ -32,16 +32,16 @@ class Layer:
         damping: This layer's damping in place of its preconditioner's, or None.
     """
 
-    def __init__(self, name: str, module: nn.Module, weight: nn.Parameter,
+    def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
                  bias: nn.Parameter | None, *, capture_mb: float = 64.,
                  damping: float | None = None) -> None:
         self.name = name
-        self.modules = [module]
+        self.modules = modules
         self.weight = weight
         self.bias = bias
         self.capture_mb = capture_mb
         self.damping = damping
-        self.blocks = self._blocks(module)
+        self.blocks = self._blocks(modules[0])
         self.rows = weight.shape[0] // self.blocks
         self.columns = weight[0].numel() + (bias is not None)
         self.working_dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -139,7 +139,8 @@ class Conv2dLayer(Layer):
             inputs = inputs[None]
         height, width = self._output_size(module, inputs)
         row_bytes = self.working_dtype.itemsize * self.weight[0].numel() * self.blocks * width
-        budget = max(1, int(self.capture_mb * 2**20 // max(1, row_bytes)))
+        most = max(1, len(inputs) * height)
+        budget = int(min(max(1., self.capture_mb * 2**20 / max(1, row_bytes)), most))
         images = max(1, budget // max(1, height))
         strip = min(height, budget)
         for batch in inputs.split(images):
@@ -150,8 +151,9 @@ class Conv2dLayer(Layer):
     def _gradient_rows(self, gradient: Tensor) -> Tensor:
         if gradient.dim() == 3:
             gradient = gradient[None]
-        rows = gradient.reshape(gradient.shape[0], self.blocks, self.rows, -1)
-        return rows.permute(1, 2, 0, 3).reshape(self.blocks, self.rows, -1)
+        positions = gradient.shape[2:].numel()
+        rows = gradient.reshape(gradient.shape[0], self.blocks, self.rows, positions)
+        return rows.permute(1, 2, 0, 3).flatten(2)
 
     def _patches(self, module: Any, padded: Tensor, top: int, height: int,
                  width: int) -> Tensor:

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import LAYER_TYPES, Layer
 
@@ -58,39 +57,37 @@ def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *,
     """
     owned = {id(p): group for group in groups for p in group['params']}
     names = {id(p): name for name, p in model.named_parameters()}
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            users.setdefault(id(p), []).append(module)
     layers: dict[str, Layer] = {}
-    by_weight: dict[int, tuple[str, Layer]] = {}
     left_out: list[LeftOut] = []
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if not own:
+        if next(module.parameters(recurse=False), None) is None:
             continue
-        reason = _reason_against(module, owned)
-        weight = module._parameters.get('weight')
-        if not reason and id(weight) in by_weight:
-            first_name, layer = by_weight[id(weight)]
-            reason = _reason_against_sharing(layer, module)
-            if reason:  # half a statistic is worse than none
-                layers.pop(first_name, None)
-                left_out.append(LeftOut(first_name, type(layer.modules[0]).__name__, reason))
-            else:
-                layer.modules.append(module)
-                continue
+        weight, bias = (module._parameters.get(key) for key in ('weight', 'bias'))
+        sharing = users.get(id(weight), [module])
+        reason = _reason_against(module, owned) or _reason_against_sharing(sharing)
         if reason:
             left_out.append(LeftOut(name, type(module).__name__, reason))
-            continue
-        bias = module._parameters.get('bias')
-        if bias is not None and not _takes_part(bias, owned):
-            bias = None
-        layer = LAYER_TYPES[type(module)](names[id(weight)], module, weight, bias,
-                                          capture_mb=capture_mb,
-                                          damping=owned[id(weight)].get('damping'))
-        layers[name] = layer
-        by_weight[id(weight)] = name, layer
+        elif module is sharing[0]:
+            joint = bias is not None and _joins(bias, weight, owned, users)
+            layers[name] = LAYER_TYPES[type(module)](
+                names[id(weight)], sharing, weight, bias if joint else None,
+                capture_mb=capture_mb, damping=owned[id(weight)].get('damping'))
     return layers, left_out
 
 
-def _takes_part(parameter: torch.Tensor, owned: dict[int, dict[str, Any]]) -> bool:
+def _joins(bias: Tensor, weight: Tensor, owned: dict[int, dict[str, Any]],
+           users: dict[int, list[nn.Module]]) -> bool:
+    """Whether a bias is preconditioned with its weight: trained with it, and with no other."""
+    weights = {id(module._parameters.get('weight')) for module in users[id(bias)]}
+    trained = bias.requires_grad or not weight.requires_grad
+    return trained and _takes_part(bias, owned) and weights == {id(weight)}
+
+
+def _takes_part(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> bool:
     group = owned.get(id(parameter))
     return group is not None and bool(group.get('precondition', True))
 
@@ -111,11 +108,14 @@ def _reason_against(module: nn.Module, owned: dict[int, dict[str, Any]]) -> str:
     return ''
 
 
-def _reason_against_sharing(layer: Layer, module: nn.Module) -> str:
-    """Why a second module cannot share a layer's statistics, or ''."""
-    first = layer.modules[0]
-    if type(first) is not type(module):
-        return 'its weight is shared with a module of another type'
-    if first.bias is not module.bias:
-        return 'its weight is shared with a module that has another bias'
+def _reason_against_sharing(modules: list[nn.Module]) -> str:
+    """Why modules that use one weight cannot share its statistics, or ''."""
+    first = modules[0]
+    for module in modules[1:]:
+        if type(module) is not type(first):
+            return f'its weight is also used by a {type(module).__name__}'
+        if module._parameters.get('bias') is not first._parameters.get('bias'):
+            return 'its weight is shared with a module that has another bias'
+        if getattr(module, 'groups', 1) != getattr(first, 'groups', 1):
+            return 'its weight is shared with a module of other groups'
     return ''

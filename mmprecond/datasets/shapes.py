@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 CLASSES = ('circle', 'square', 'triangle', 'star')
 PALETTE = ((220, 20, 60), (0, 114, 189), (237, 177, 32), (119, 172, 48))
 
-RENDER_VERSION = 2  # raised with every change of pixels or annotations, to tell old sets
+RENDER_VERSION = 1  # raised with every change of pixels or annotations, to tell old sets
 MIN_SIZE = 32  # pixels; below it the shapes can no longer be told apart
 _MIN_DIAMETER = 6.0  # pixels; keeps every clipped box wider than 1 pixel
 _MIN_VISIBLE = 0.25  # part of a shape that must stay uncovered for it to be annotated

@@ -17,9 +17,11 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
         positive definite or its inverse is not finite (that inverse is then meaningless).
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    # A failed factor holds garbage; cholesky_inverse of it must not raise.
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    # A failed factor may be singular, of which cholesky_inverse would raise.
+    factor = torch.where((info == 0)[..., None, None], factor, identity)
     inverse = torch.cholesky_inverse(factor)
-    return inverse, (info == 0) & _all_finite(inverse)
+    return inverse, (info == 0) & _all_finite(matrix) & _all_finite(inverse)
 
 
 def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
     """Estimates the largest eigenvalue of positive semi-definite matrices by power iteration.
 
     Starts from the vector of ones and takes two products a round, as the published code does; the
-    estimate is a lower bound, up to about a fifth too small where eigenvalues cluster. Where the
+    estimate is a lower bound, often some per cent and at times a fifth too small. Where the
     ones are (nearly) in the null space - a softmax classifier's gradient second moment - the
     iteration starts from the matrix's column of largest diagonal instead.
 
@@ -24,6 +24,8 @@ def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
         (...), one estimate per matrix; 0 for a zero matrix, never NaN.
     """
     size = matrix.shape[-1]
+    scale = matrix.abs().amax((-2, -1), keepdim=True)
+    matrix = matrix / torch.where(scale > 0, scale, 1)  # squares must neither over- nor underflow
     tiny = torch.finfo(matrix.dtype).tiny
     vector = matrix.new_ones(*matrix.shape[:-1], 1)
     image = torch.linalg.vector_norm(matrix @ vector, dim=(-2, -1))
@@ -39,4 +41,4 @@ def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
         vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)
         vector = matrix @ vector
         estimate = torch.linalg.vector_norm(vector, dim=(-2, -1))
-    return estimate
+    return estimate * scale[..., 0, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             return
         samples = self._samples(due)
         sums = [s for sample in samples.values() for s in sample.values()]
-        norms = iter(torch.stack(torch._foreach_norm(sums)).tolist() if sums else [])
+        norms = iter(_to_host(torch._foreach_norm(sums) if sums else []))
         for layer in list(samples):
             sizes = [next(norms) for _ in samples[layer]]
             # A zero sample (a dropped block, no positives) tells nothing.
@@ -211,8 +211,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _warn_unseen(self, layer: Layer) -> None:
         """Says once that a weight is trained although its module is never called."""
-        if layer.weight.grad is not None and layer not in self._capture.seen:
-            self._capture.seen.add(layer)
+        seen = self._capture.seen
+        if seen and layer not in seen and layer.weight.grad is not None:
+            seen.add(layer)
             logger.warning('%s: it has a gradient although its module was not called (its weight '
                            'is used elsewhere); without statistics it takes the plain rule',
                            layer.name)
@@ -227,8 +228,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         outcomes = [good for _, _, good in started if good is not None]
         if not outcomes:
             return
-        device = outcomes[0].device
-        good = torch.cat([outcome.to(device) for outcome in outcomes]).tolist()
+        good = [bool(one) for one in _to_host(outcomes)]
         for stack, order, _ in started:
             stack.finish_refresh(order, good[:len(order)])
             del good[:len(order)]
@@ -292,6 +292,14 @@ def _no_sum(layer: Layer, name: str) -> Tensor:
     """What a rank that did not use a layer adds to the others' sums."""
     side = layer.columns if name.startswith('input') else layer.rows
     return layer.weight.new_zeros(layer.blocks, side, side, dtype=layer.working_dtype)
+
+
+def _to_host(values: Sequence[Tensor]) -> list[float]:
+    """The numbers in some small tensors, with one wait for the device."""
+    if not values:
+        return []
+    flat = [value.reshape(-1).to(values[0].device, torch.float64) for value in values]
+    return torch.cat(flat).tolist()
 
 
 def split_settings(owner: object, method: type[Preconditioner], settings: dict[str, Any],

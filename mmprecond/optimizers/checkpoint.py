@@ -29,7 +29,7 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
     fitting: dict[Layer, dict[str, Any]] = {}
     complaints = []
     by_name: dict[str, tuple[Layer, tuple[str, ...]]] = {}
-    entries = (saved or {}).get('layers', {})
+    entries = (saved or {}).get('layers') or {}
     for layer, stack in optimizer.layers.items():
         by_name[layer.name] = layer, stack.requires
     for name, entry in entries.items():  # in the saved order, which is the order of the stacks
@@ -43,16 +43,19 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
     if saved and saved.get('method') != type(optimizer.method).__name__:
         complaints = [f'it was saved by {saved.get("method")}']
         fitting = {}
+    steps = (saved or {}).get('steps')
+    if entries and not isinstance(steps, int):
+        complaints, fitting = ['it does not say after how many steps it was saved'], {}
     if entries and not fitting and not complaints:
-        complaints = ['it holds none of this model\'s layers']
+        complaints = ["it holds none of this model's layers"]
     if complaints:
         more = f' and {len(complaints) - 3} more' if len(complaints) > 3 else ''
         logger.warning('saved curvature does not fit and is measured anew: %s%s',
                        '; '.join(complaints[:3]), more)
-    elif not entries and not (saved and saved.get('steps') == 0):
+    elif not entries and steps != 0:
         logger.warning('the checkpoint holds no curvature; statistics start anew at the next step')
     # Without operators the schedule starts over: step 0 captures and refreshes.
-    optimizer.t = int(saved['steps']) if saved and fitting else 0
+    optimizer.t = steps if fitting and isinstance(steps, int) else 0
     for stack in optimizer.stacks:
         stack.load({layer: state for layer, state in fitting.items()
                     if optimizer.layers[layer] is stack})
@@ -66,6 +69,8 @@ def _problem(entry: Any, layer: Layer, requires: tuple[str, ...]) -> str:
         int(entry['refreshes']), int(entry['failures'])
         if set(statistics) != set(requires):
             return f'it has {", ".join(statistics)}, not {", ".join(requires)}'
+        if entry['refreshes'] and set(operator) != set(requires):
+            return f'its operator has {", ".join(operator) or "nothing"}, not {", ".join(requires)}'
         for name, tensor in [*statistics.items(), *operator.items()]:
             wanted = (layer.blocks, sides[name], sides[name])
             if tuple(tensor.shape) != wanted:

@@ -35,6 +35,11 @@ class Slot:
     refreshes: int = 0
     failures: int = 0
 
+    @property
+    def waiting(self) -> bool:
+        """Whether no refresh was tried yet; after a failure the next one comes on schedule."""
+        return self.refreshes == 0 and self.failures == 0
+
 
 class LayerStack:
     """Statistics and operators of layers with one shape, device and preconditioner.
@@ -70,14 +75,14 @@ class LayerStack:
                 average.merge(self.statistics[name][self._index[layer]], sample)
 
     def waiting(self) -> bool:
-        """Whether a layer has statistics but no operator yet."""
-        return any(slot.refreshes == 0 for slot in self.slots)
+        """Whether a layer has statistics but was never refreshed."""
+        return any(slot.waiting for slot in self.slots)
 
     def start_refresh(self, only_waiting: bool = False) -> tuple[list[int], Tensor | None]:
         """Refreshes operators where that succeeds, without waiting for the device.
 
         Args:
-            only_waiting: Refresh only the layers without an operator.
+            only_waiting: Refresh only the layers that never were.
 
         Returns:
             Positions that were refreshed, and whether each succeeded (a bool tensor), to be
@@ -174,7 +179,7 @@ class LayerStack:
         size = max(1, self.chunk_bytes // one)
         parts: dict[bool, list[int]] = {}
         for k, slot in enumerate(self.slots):
-            if not only_waiting or slot.refreshes == 0:
+            if slot.waiting or not only_waiting:
                 exact = slot.failures > 0 or self.method.is_exact(slot.refreshes)
                 parts.setdefault(exact, []).append(k)
         for exact, positions in parts.items():
@@ -198,7 +203,8 @@ class LayerStack:
                 self.operator[name] = new.new_zeros(len(self.slots), *new.shape[1:])
             old = self.operator[name]
             chosen = good.reshape(-1, *[1] * (new.dim() - 1))
-            merged = torch.where(chosen, new, take(old, positions))
+            # Row-major, as a loaded state is: products round alike before and after a resume.
+            merged = torch.where(chosen, new, take(old, positions)).contiguous()
             if whole:
                 self.operator[name] = merged
             else:

@@ -1,6 +1,1 @@
 """Slow, obvious float64 oracles; they share no code and no approach with the package."""
-
-import torch
-
-# On busy cores the threads of a pool wait for each other: 40 s in place of 0.3 s were seen.
-torch.set_num_threads(1)
