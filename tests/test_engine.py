@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel, ExponentialMovingAverage
-from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
+from mmengine.optim import AmpOptimWrapper, BaseOptimWrapper, OptimWrapper, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
 from torch import Tensor, nn
 
@@ -196,7 +196,16 @@ def test_accumulation_equals_the_joint_batch() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+class OwnBackward(BaseOptimWrapper):
+    """A wrapper with a backward and step of its own, as DeepSpeed's."""
+
+    def update_params(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError('never built')
+
+
 def test_refused_wrappers() -> None:
+    with pytest.raises(ValueError, match='use OptimWrapper or AmpOptimWrapper'):
+        build(Classifier(), type=OwnBackward)
     with pytest.raises(ValueError, match='use AmpOptimWrapper'):
         build(Classifier(), type='ApexOptimWrapper')
     with pytest.raises(ValueError, match='DistributedDataParallel'):
