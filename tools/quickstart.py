@@ -55,6 +55,12 @@ class Run:
     def iterations(self) -> int:
         return self.losses[-1][0]
 
+    @property
+    def score(self) -> tuple[float, float]:
+        """mAP and mAP50 at the end; 0 where CocoMetric found no detection to rate."""
+        at_end = bool(self.scores) and self.scores[-1][0] == self.iterations
+        return self.scores[-1][2:] if at_end else (0., 0.)
+
     def read(self, lines: list[dict[str, float]]) -> None:
         """Takes the entries of MMEngine's scalars.json."""
         last = 0
@@ -66,7 +72,7 @@ class Run:
                 self.losses.append((iteration, self.seconds, line['loss']))
                 self.memory = max(self.memory, line.get('memory', 0))
             elif 'coco/bbox_mAP' in line:
-                self.scores.append((int(line['step']), self.seconds, line['coco/bbox_mAP'],
+                self.scores.append((last, self.seconds, line['coco/bbox_mAP'],
                                     line['coco/bbox_mAP_50']))
 
 
@@ -127,28 +133,26 @@ def table(runs: list[Run]) -> str:
     lines = ['| optimizer | lr | mAP | mAP50 | final loss | s / iteration | training s | peak MB |',
              '|---|---|---|---|---|---|---|---|']
     for run in runs:
-        _, _, score, score50 = run.scores[-1] if run.scores else (0, 0., float('nan'), float('nan'))
-        lines.append(f'| {run.optimizer} | {run.lr:g} | {score:.3f} | {score50:.3f} '
-                     f'| {run.losses[-1][2]:.3f} | {run.seconds / run.iterations:.2f} '
-                     f'| {run.seconds:.0f} | {run.memory:.0f} |')
+        loss = f'{run.losses[-1][2]:.3f}'.replace('nan', 'diverged')
+        pace = run.seconds / run.iterations
+        lines.append(f'| {run.optimizer} | {run.lr:g} | {run.score[0]:.3f} | {run.score[1]:.3f} '
+                     f'| {loss} | {pace:.2f} | {run.seconds:.0f} | {run.memory:.0f} |')
     return '\n'.join(lines)
 
 
 def verdict(runs: list[Run]) -> str:
     """What the table says of our optimizers against SGD."""
-    plain = [run for run in runs if run.optimizer == 'SGD' and run.scores]
+    plain = [run for run in runs if run.optimizer == 'SGD' and run.score[0] > 0]
     lines = []
     for run in runs:
-        if run.optimizer == 'SGD' or not (run.scores and plain):
+        if run.optimizer == 'SGD' or not plain:
             continue
         same = [other for other in plain if other.lr == run.lr]
-        best = max(plain, key=lambda other: other.scores[-1][2])
+        best = max(plain, key=lambda other: other.score)
         for other, what in [(same[0], 'the same rate')] * bool(same) + [(best, 'its best rate')]:
-            if other.scores[-1][2] > 0:
-                lines.append(
-                    f'{run.label}: {run.scores[-1][2] / other.scores[-1][2]:.2f} x the mAP of SGD '
-                    f'with {what} (lr {other.lr:g}), at {run.seconds / other.seconds:.2f} x its '
-                    'training time')
+            lines.append(f'{run.label}: {run.score[0] / other.score[0]:.2f} x the mAP of SGD with '
+                         f'{what} (lr {other.lr:g}), at {run.seconds / other.seconds:.2f} x its '
+                         'training time')
     return '\n'.join(lines)
 
 

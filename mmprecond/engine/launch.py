@@ -60,9 +60,9 @@ def _use_gloo(cfg: Config) -> None:
     torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
     if not dist.is_initialized():
         dist.init_process_group('gloo')
-    cfg.model_wrapper_cfg = dict(
-        type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None,
-        find_unused_parameters=cfg.get('find_unused_parameters', False))
+    wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
+                   find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
 
 
 def check_mmcv() -> None:
