@@ -184,7 +184,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--optimizers', default='SGD,NKFAC', help='default: %(default)s')
     parser.add_argument('--lr', type=float, default=0.02, help='of every run; default: %(default)s')
-    parser.add_argument('--sgd-grid', default='0.04,0.08',
+    parser.add_argument('--sgd-grid', default='0.01,0.04',
                         help="further rates for SGD, '' for none; default: %(default)s")
     parser.add_argument('--iterations', type=int, default=100)
     parser.add_argument('--val-interval', type=int, default=25)

@@ -95,8 +95,7 @@ def one_line_errors() -> Iterator[None]:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a tool's main function and leaves the process group in order."""
-    try:
-        main()
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    main()
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # a rank that leaves early takes the connections of the others down
+        dist.destroy_process_group()
