@@ -46,8 +46,7 @@ val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator
 
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=iterations, val_interval=50)
-# MMDetection's warm-up, over fewer iterations, then a constant rate.
-param_scheduler = [dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=25)]
+param_scheduler = []  # a constant rate: nothing but the optimizer differs between runs
 optim_wrapper = dict(optimizer=dict(lr=0.02))
 default_hooks = dict(
     logger=dict(interval=10),
