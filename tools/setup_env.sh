@@ -3,8 +3,9 @@
 #
 # Usage: bash tools/setup_env.sh [--stack onedl|openmmlab] [--quiet]
 #
-#   --stack onedl       the maintained forks onedl-mmengine, -mmcv, -mmdetection, -mmpretrain (default)
+#   --stack onedl       the maintained forks onedl-mmengine, -mmcv, -mmdetection, -mmpretrain
 #   --stack openmmlab   the originals mmengine, mmcv, mmdet, mmpretrain
+#                       (default: the stack that the environment holds, onedl for a new one)
 #   --quiet             print nothing when all is in place already
 #
 # The two stacks share import names, so one environment holds one of them. Keep both side by side with
@@ -95,7 +96,7 @@ on_exit() {
 # ---- arguments and places ------------------------------------------------------------------------
 usage() { sed -n '2,/^set -euo/{/^set -euo/!s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
 
-stack=onedl
+stack=''
 quiet=''
 while [ $# -gt 0 ]; do
   case $1 in
@@ -106,14 +107,19 @@ while [ $# -gt 0 ]; do
     *) die "unknown argument '$1': see bash tools/setup_env.sh --help" ;;
   esac
 done
-pins_of "$stack" || die "unknown stack '$stack': choose --stack onedl or --stack openmmlab"
-
 exec </dev/null
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd -- "$root"
 venv=${MMPRECOND_VENV:-.venv}
 case $venv in /*) ;; *) venv=$root/$venv ;; esac
 venv=${venv%/}
+if [ -z "$stack" ]; then
+  stack=onedl
+  for found in "$venv"/lib/python3*/site-packages/mmengine-[0-9]*.dist-info; do
+    if [ -d "$found" ]; then stack=openmmlab; fi
+  done
+fi
+pins_of "$stack" || die "unknown stack '$stack': choose --stack onedl or --stack openmmlab"
 py=$venv/bin/python
 stamp=$venv/mmprecond-setup.stamp
 mmcv_stamp=$venv/mmprecond-mmcv.stamp

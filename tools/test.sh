@@ -12,15 +12,13 @@ cd -- "$root"
 venv=${MMPRECOND_VENV:-.venv}
 case $venv in /*) ;; *) venv=$root/$venv ;; esac
 
-stack=onedl
 for found in "$venv"/lib/python3*/site-packages/mmengine-[0-9]*.dist-info; do
   if [ -d "$found" ]; then
-    stack=openmmlab
     # mmengine 0.10.7 reads its own checkpoints only so, on torch >= 2.6.
     export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1
   fi
 done
-bash tools/setup_env.sh --quiet --stack "$stack"
+bash tools/setup_env.sh --quiet
 
 # What the tests start (torchrun, the scripts in tools/) runs in the same environment.
 export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
