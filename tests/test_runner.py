@@ -86,7 +86,8 @@ def small(data: Path, iterations: int = 2) -> list[str]:
             f'val_evaluator.ann_file={data}/annotations/val.json',
             f'test_evaluator.ann_file={data}/annotations/val.json',
             f'train_cfg.max_iters={iterations}', f'train_cfg.val_interval={iterations}',
-            'train_dataloader.batch_size=2', 'default_hooks.logger.interval=1',
+            'train_dataloader.batch_size=2', 'optim_wrapper.optimizer.lr=0.001',
+            'default_hooks.logger.interval=1',
             'model.train_cfg.rpn_proposal.max_per_img=50', 'model.test_cfg.rpn.max_per_img=20']
 
 
@@ -101,10 +102,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quickstart_end_to_end(tmp_path: Path) -> None:
     output = tool('bash', 'tools/quickstart.sh', '--iterations', 2, '--val-interval', 2,
                   '--images', 8, '--data', tmp_path / 'data', '--work-dir', tmp_path / 'out',
-                  '--sgd-grid', '', '--options', 'model.train_cfg.rpn_proposal.max_per_img=50',
+                  '--sgd-grid', '', '--lr', 0.001, '--options',
+                  'model.train_cfg.rpn_proposal.max_per_img=50',
                   'model.test_cfg.rpn.max_per_img=20', 'train_dataloader.batch_size=2',
                   'default_hooks.logger.interval=1')
-    assert '| NKFAC | 0.02 |' in output and '| SGD | 0.02 |' in output
+    assert '| NKFAC | 0.001 |' in output and '| SGD | 0.001 |' in output
     runs = json.loads((tmp_path / 'out/results.json').read_text())
     first, second = runs
     assert [len(run['losses']) for run in runs] == [2, 2]
