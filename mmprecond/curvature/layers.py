@@ -51,6 +51,10 @@ class Layer:
         """(blocks, o, i) of the gradient's matrix form."""
         return self.blocks, self.rows, self.columns
 
+    def side(self, statistic: str) -> int:
+        """N of a statistic (blocks, n, n): i for the input's, o for the gradient's."""
+        return self.columns if statistic.startswith('input') else self.rows
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The weight, and the bias where it is joint."""

@@ -65,7 +65,6 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         self.t = 0
         self.save_curvature = save_curvature
         self.auto_arm = True
-        self._names = {p: name for name, p in unwrap(model).named_parameters()}
         layers, self.left_out = find_layers(unwrap(model), self.param_groups,
                                             capture_mb=capture_mb)
         self.layers = self._assign(layers)
@@ -87,7 +86,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         stacks: dict[Any, LayerStack] = {}
         assigned: dict[Layer, LayerStack] = {}
         for name, layer in layers.items():
-            requires = self.method.required(layer.shape)
+            requires = self.method.required(layer)
             if not requires:
                 sides = f'{layer.rows} x {layer.columns}'
                 self.left_out.append(LeftOut(name, type(layer.modules[0]).__name__,
@@ -290,7 +289,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
 def _no_sum(layer: Layer, name: str) -> Tensor:
     """What a rank that did not use a layer adds to the others' sums."""
-    side = layer.columns if name.startswith('input') else layer.rows
+    side = layer.side(name)
     return layer.weight.new_zeros(layer.blocks, side, side, dtype=layer.working_dtype)
 
 

@@ -63,7 +63,6 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
 
 def _problem(entry: Any, layer: Layer, requires: tuple[str, ...]) -> str:
     """Why one layer's saved state cannot be used, or ''."""
-    sides = {'input_moment': layer.columns, 'gradient_moment': layer.rows}
     try:
         statistics, operator = entry['statistics'], entry['operator']
         int(entry['refreshes']), int(entry['failures'])
@@ -72,7 +71,7 @@ def _problem(entry: Any, layer: Layer, requires: tuple[str, ...]) -> str:
         if entry['refreshes'] and set(operator) != set(requires):
             return f'its operator has {", ".join(operator) or "nothing"}, not {", ".join(requires)}'
         for name, tensor in [*statistics.items(), *operator.items()]:
-            wanted = (layer.blocks, sides[name], sides[name])
+            wanted = (layer.blocks, layer.side(name), layer.side(name))
             if tuple(tensor.shape) != wanted:
                 return f'{name} has shape {tuple(tensor.shape)}, not {wanted}'
             if not bool(tensor.isfinite().all()):

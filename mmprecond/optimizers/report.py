@@ -11,9 +11,8 @@ if TYPE_CHECKING:
 
 
 def factor_sides(layer: Layer, stack: LayerStack) -> list[int]:
-    """Sides of the factors kept of a layer: i for the input's, o for the gradient's."""
-    sides = {'input_moment': layer.columns, 'gradient_moment': layer.rows}
-    return [sides[name] for name in stack.requires]
+    """Sides of the factors kept of a layer."""
+    return [layer.side(name) for name in stack.requires]
 
 
 def megabytes(layer: Layer, stack: LayerStack) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..curvature import RunningAverage
+from ..curvature import Layer, RunningAverage
 
 #: Stacked tensors by name: (layers, blocks, n, n).
 Stacked = dict[str, Tensor]
@@ -56,10 +56,9 @@ class Preconditioner(ABC):
         """Names of the settings."""
         return [field.name for field in fields(cls)]
 
-    def required(self, shape: tuple[int, int, int]) -> tuple[str, ...]:
-        """The statistics kept of a layer of shape (b, o, i); none leaves it to the rule."""
-        sides = {'input_moment': shape[2], 'gradient_moment': shape[1]}
-        kept = tuple(name for name in self.requires if sides[name] <= self.max_dim)
+    def required(self, layer: Layer) -> tuple[str, ...]:
+        """The statistics kept of a layer; none leaves it to the rule."""
+        kept = tuple(name for name in self.requires if layer.side(name) <= self.max_dim)
         return kept if len(kept) == len(self.requires) or self.oversize == 'one_sided' else ()
 
     def is_exact(self, refreshes: int) -> bool:
