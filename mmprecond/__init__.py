@@ -5,10 +5,11 @@ Importing it registers every optimizer with MMEngine, where that is installed.
 
 from importlib.util import find_spec
 
-from .optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
+from . import optimizers
+from .optimizers import *  # noqa: F403
 from .version import __version__
 
-__all__ = ['NKFAC', 'AdaNKFAC', 'PreconditionedOptimizer', '__version__']
+__all__ = ['__version__', *optimizers.__all__]
 
 if find_spec('mmengine') is not None:
     from .engine import PrecondOptimWrapperConstructor, register_all

@@ -242,6 +242,8 @@ CORRUPTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     'statistics is a list': lambda e: e.update(statistics=[]),
     'one operator': lambda e: e['operator'].popitem(),
     'empty operator': lambda e: e['operator'].clear(),
+    'no method': lambda e: e.pop('method'),
+    'another method': lambda e: e.update(method='Rotation'),
 }
 
 
@@ -270,8 +272,6 @@ WHOLES: dict[str, Callable[[dict[str, Any]], Any]] = {
     'layers is None': lambda s: s['precond'].update(layers=None),
     'no layers': lambda s: s['precond'].pop('layers'),
     'no steps': lambda s: s['precond'].pop('steps'),
-    'no method': lambda s: s['precond'].pop('method'),
-    'another method': lambda s: s['precond'].update(method='Rotation'),
     'None': lambda s: s.update(precond=None),
 }
 

@@ -99,21 +99,26 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_quickstart_end_to_end(tmp_path: Path) -> None:
-    output = tool('bash', 'tools/quickstart.sh', '--iterations', 2, '--val-interval', 2,
-                  '--images', 8, '--data', tmp_path / 'data', '--work-dir', tmp_path / 'out',
-                  '--sgd-grid', '', '--lr', 0.001, '--options',
+@pytest.mark.parametrize(('model', 'names'), [
+    ('r18', ['SGD', 'NKFAC']), ('swin', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC'])])
+def test_quickstart_end_to_end(tmp_path: Path, model: str, names: list[str]) -> None:
+    output = tool('bash', 'tools/quickstart.sh', '--model', model, '--iterations', 2,
+                  '--val-interval', 2, '--images', 8, '--data', tmp_path / 'data',
+                  '--work-dir', tmp_path / 'out', '--grid', '', '--lr', 0.001, '--options',
                   'model.train_cfg.rpn_proposal.max_per_img=50',
                   'model.test_cfg.rpn.max_per_img=20', 'train_dataloader.batch_size=2',
                   'default_hooks.logger.interval=1')
-    assert '| NKFAC | 0.001 |' in output and '| SGD | 0.001 |' in output
     runs = json.loads((tmp_path / 'out/results.json').read_text())
-    first, second = runs
-    assert [len(run['losses']) for run in runs] == [2, 2]
-    assert [len(run['scores']) for run in runs] == [1, 1]  # CocoMetric gave numbers
+    assert [run['optimizer'] for run in runs] == names
+    assert all(f'| {name} | 0.001 |' in output for name in names)
+    assert ('mask AP' in output) == (model == 'swin')
+    assert all(len(run['losses']) == 2 for run in runs)
+    assert all(len(run['scores']) == 1 for run in runs)  # CocoMetric gave numbers
     # The same weights and images: only the optimizer differs, so the first loss does not.
-    assert first['losses'][0][2] == pytest.approx(second['losses'][0][2], rel=1e-6)
-    assert first['losses'][1][2] != pytest.approx(second['losses'][1][2], rel=1e-5)
+    first, *others = runs
+    for other in others:
+        assert first['losses'][0][2] == pytest.approx(other['losses'][0][2], rel=1e-6)
+        assert first['losses'][1][2] != pytest.approx(other['losses'][1][2], rel=1e-5)
     assert (tmp_path / 'out/quickstart.png').read_bytes().startswith(b'\x89PNG')
 
 
@@ -141,7 +146,7 @@ def test_train_resume_and_test(tmp_path: Path, shapes: Path) -> None:
 @pytest.mark.parametrize('arguments, message', [
     (['no/such.py'], 'there is no config no/such.py'),
     ([f'{QUICK}.py', '--amp'], '--amp needs a GPU'),
-    ([f'{QUICK}.py', '--optimizer', 'KNFAC'], 'choose one of NKFAC'),
+    ([f'{QUICK}.py', '--optimizer', 'KNFAC'], 'choose one of AFOpt'),
     ([f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.damping=-1'], 'damping=-1'),
     ([f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.dampnig=1'], 'dampnig')])
 def test_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:

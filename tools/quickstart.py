@@ -1,7 +1,8 @@
 """Trains one small detector with several optimizers on shapes and compares them.
 
-Every run starts from the same weights and sees the same images in the same order; only the
-optimizer differs. Ends with a table and a picture of loss and mAP against iterations and seconds.
+Every run of a seed starts from the same weights and sees the same images in the same order; only
+the optimizer differs. Ends with a table and a picture of loss and AP against iterations and
+seconds.
 """
 
 from __future__ import annotations
@@ -12,19 +13,83 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / 'configs/quickstart/faster-rcnn_r18_fpn_shapes.py'
-#: What our optimizers get beside lr. The default intervals suit runs of 10,000 iterations and more.
+FOLDER = ROOT / 'configs/quickstart'
+RATE = 'optim_wrapper.optimizer.lr'
+#: The default intervals suit runs of 10,000 iterations and more.
+INTERVALS = {'optim_wrapper.optimizer.stat_interval': 5,
+             'optim_wrapper.optimizer.refresh_interval': 25}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """How one optimizer is trained.
+
+    Attributes:
+        config: Name of a config in `FOLDER`.
+        arguments: Arguments of tools/train.py.
+        options: Settings for its --cfg-options.
+        rate: The config key of the learning rate.
+    """
+
+    config: str
+    arguments: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    rate: str = RATE
+
+
+@dataclass(frozen=True)
+class Model:
+    """A detector with the optimizers that are compared on it.
+
+    Attributes:
+        title: For the picture.
+        plain: Name of its first-order optimizer.
+        contestants: The optimizers by name, compared unless the user chooses.
+        lr: Learning rate of all of them.
+        grid: Further rates for the plain optimizer.
+        iterations: Length of a run.
+        options: What any other optimizer of ours gets beside lr.
+    """
+
+    title: str
+    plain: str
+    contestants: dict[str, Contestant]
+    lr: float
+    grid: str
+    iterations: int
+    options: dict[str, Any]
+
+    def contestant(self, name: str) -> Contestant:
+        """One of `contestants`, or any optimizer of ours on the plain one's config."""
+        known = self.contestants.get(name)
+        return known or Contestant(self.contestants[self.plain].config, ('--optimizer', name),
+                                   self.options)
+
+
+R18, SWIN = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes'
 #: With random weights and no warm-up the classifier's statistics age at once, and its operator from
 #: the first batch diverged: it takes the plain rule.
-CURVATURE = {'optim_wrapper.optimizer.stat_interval': 5,
-             'optim_wrapper.optimizer.refresh_interval': 25,
-             'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
+_R18_OPTIONS = {**INTERVALS, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
+MODELS = {
+    'r18': Model('Faster R-CNN R18-FPN', 'SGD',
+                 {'SGD': Contestant(R18), 'NKFAC': Contestant(R18, ('--optimizer', 'NKFAC'),
+                                                              _R18_OPTIONS)},
+                 0.02, '0.01,0.04', 100, _R18_OPTIONS),
+    'swin': Model('Mask R-CNN, small Swin', 'AdamW',
+                  {'AdamW': Contestant(SWIN), 'AdaAFOpt': Contestant(f'{SWIN}_adaafopt'),
+                   'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac',
+                                             rate='optim_wrapper.optimizer.rule.lr')},
+                  5e-4, '', 300, INTERVALS),
+}
 
 
 @dataclass
@@ -32,18 +97,20 @@ class Run:
     """One training run and what its log says.
 
     Attributes:
-        optimizer: SGD, or one of ours.
+        optimizer: The optimizer's name.
         lr: Learning rate.
+        seed: Of weights and data order.
         losses: (iteration, seconds of training so far, loss).
-        scores: (iteration, seconds of training so far, mAP, mAP50).
+        scores: (iteration, seconds of training so far, AP by its name in CocoMetric).
         seconds: Training time alone: validation and start-up are left out.
         memory: Peak memory in MB: of the process, or on the GPU where there is one.
     """
 
     optimizer: str
     lr: float
+    seed: int
     losses: list[tuple[int, float, float]] = field(default_factory=list)
-    scores: list[tuple[int, float, float, float]] = field(default_factory=list)
+    scores: list[tuple[int, float, dict[str, float]]] = field(default_factory=list)
     seconds: float = 0.
     memory: float = 0.
 
@@ -55,11 +122,10 @@ class Run:
     def iterations(self) -> int:
         return self.losses[-1][0]
 
-    @property
-    def score(self) -> tuple[float, float]:
-        """mAP and mAP50 at the end; 0 where CocoMetric found no detection to rate."""
+    def score(self, metric: str = 'bbox_mAP') -> float:
+        """A metric at the end; 0 where CocoMetric found no detection to rate."""
         at_end = bool(self.scores) and self.scores[-1][0] == self.iterations
-        return self.scores[-1][2:] if at_end else (0., 0.)
+        return self.scores[-1][2].get(metric, 0.) if at_end else 0.
 
     def read(self, lines: list[dict[str, float]]) -> None:
         """Takes the entries of MMEngine's scalars.json."""
@@ -72,24 +138,24 @@ class Run:
                 self.losses.append((iteration, self.seconds, line['loss']))
                 self.memory = max(self.memory, line.get('memory', 0))
             elif 'coco/bbox_mAP' in line:
-                self.scores.append((last, self.seconds, line['coco/bbox_mAP'],
-                                    line['coco/bbox_mAP_50']))
+                metrics = {key.removeprefix('coco/'): value for key, value in line.items()
+                           if key.startswith('coco/')}
+                self.scores.append((last, self.seconds, metrics))
 
 
 def train(run: Run, args: argparse.Namespace) -> None:
     """Trains one run in a process of its own and reads its log."""
-    work_dir = args.work_dir / run.label.replace(' ', '_')
+    work_dir = args.work_dir / f'{run.label.replace(" ", "_")}_seed_{run.seed}'
+    contestant = args.model.contestant(run.optimizer)
     options = dict(args.options or [])
     options |= {
         'train_cfg.max_iters': args.iterations, 'train_cfg.val_interval': args.val_interval,
-        'default_hooks.checkpoint.interval': args.iterations, 'randomness.seed': args.seed,
-        'optim_wrapper.optimizer.lr': run.lr, 'train_dataloader.dataset.data_root': f'{args.data}/',
+        'default_hooks.checkpoint.interval': args.iterations, 'randomness.seed': run.seed,
+        contestant.rate: run.lr, 'train_dataloader.dataset.data_root': f'{args.data}/',
         'val_dataloader.dataset.data_root': f'{args.data}/',
-        'val_evaluator.ann_file': f'{args.data}/annotations/val.json'}
-    command = [sys.executable, 'tools/train.py', str(CONFIG), '--work-dir', str(work_dir)]
-    if run.optimizer != 'SGD':
-        command += ['--optimizer', run.optimizer]
-        options |= CURVATURE
+        'val_evaluator.ann_file': f'{args.data}/annotations/val.json', **contestant.options}
+    command = [sys.executable, 'tools/train.py', str(FOLDER / f'{contestant.config}.py'),
+               '--work-dir', str(work_dir), *contestant.arguments]
     command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
     work_dir.mkdir(parents=True, exist_ok=True)
     log = work_dir / 'output.log'
@@ -97,7 +163,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
     with log.open('w') as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
                                    stdin=subprocess.DEVNULL)
-        usage = watch(process, work_dir, started, run.label, args.iterations)
+        usage = watch(process, work_dir, started, f'{run.label} seed {run.seed}', args.iterations)
     if process.returncode:
         tail = ''.join(log.read_text().splitlines(keepends=True)[-15:])
         sys.exit(f'{run.label} failed; the end of {log}:\n{tail}')
@@ -108,7 +174,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
 def watch(process: subprocess.Popen[bytes], work_dir: Path, started: float, label: str,
           iterations: int) -> float:
     """Shows a run's progress until it ends; returns the process's peak memory in MB."""
-    with tqdm(total=iterations, desc=label.ljust(16), unit='it', mininterval=5.) as bar:
+    with tqdm(total=iterations, desc=label.ljust(24), unit='it', mininterval=5.) as bar:
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             done = max((int(line['step']) for line in scalars(work_dir, started)
@@ -128,75 +194,127 @@ def scalars(work_dir: Path, started: float) -> list[dict[str, float]]:
             if line.endswith('}')]
 
 
+def by_label(runs: list[Run]) -> dict[str, list[Run]]:
+    """The seeds of each optimizer and rate."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean, and the range where there is one."""
+    text = f'{mean(values):{form}}'
+    if len(values) > 1:
+        text += f' ({min(values):{form}}-{max(values):{form}})'
+    return text.replace('nan', 'diverged')
+
+
+def metrics_of(runs: list[Run]) -> list[str]:
+    """The APs that are reported: those of boxes, and of masks where there are any."""
+    seen = {name for run in runs for _, _, metrics in run.scores for name in metrics}
+    wanted = ('bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50')
+    return [name for name in wanted if name in seen] or ['bbox_mAP']
+
+
+def readable(metric: str) -> str:
+    """'box AP50' for 'bbox_mAP_50'."""
+    return metric.replace('bbox_mAP', 'box AP').replace('segm_mAP', 'mask AP').replace('_', '')
+
+
 def table(runs: list[Run]) -> str:
-    """The comparison as a Markdown table."""
-    lines = ['| optimizer | lr | mAP | mAP50 | final loss | s / iteration | training s | peak MB |',
-             '|---|---|---|---|---|---|---|---|']
-    for run in runs:
-        loss = f'{run.losses[-1][2]:.3f}'.replace('nan', 'diverged')
-        pace = run.seconds / run.iterations
-        lines.append(f'| {run.optimizer} | {run.lr:g} | {run.score[0]:.3f} | {run.score[1]:.3f} '
-                     f'| {loss} | {pace:.2f} | {run.seconds:.0f} | {run.memory:.0f} |')
+    """The comparison as a Markdown table: means over seeds, with their range."""
+    metrics = metrics_of(runs)
+    titles = ['optimizer', 'lr', *map(readable, metrics), 'final loss', 's / iteration', 'peak MB']
+    lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
+    for group in by_label(runs).values():
+        columns: list[tuple[Callable[[Run], float], str]] = [
+            *((lambda run, m=metric: run.score(m), '.3f') for metric in metrics),
+            (lambda run: run.losses[-1][2], '.3f'),
+            (lambda run: run.seconds / run.iterations, '.2f'),
+            (lambda run: run.memory, '.0f')]
+        cells = [spread([read(run) for run in group], form) for read, form in columns]
+        lines.append(f'| {group[0].optimizer} | {group[0].lr:g} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
-def verdict(runs: list[Run]) -> str:
-    """What the table says of our optimizers against SGD."""
-    plain = [run for run in runs if run.optimizer == 'SGD' and run.score[0] > 0]
+def verdict(runs: list[Run], plain: str) -> str:
+    """What the table says of our optimizers against the plain one."""
+    groups = by_label(runs)
+    score = {label: mean(run.score() for run in group) for label, group in groups.items()}
+    seconds = {label: mean(run.seconds for run in group) for label, group in groups.items()}
+    plains = [label for label, group in groups.items()
+              if group[0].optimizer == plain and score[label] > 0]
     lines = []
-    for run in runs:
-        if run.optimizer == 'SGD' or not plain:
+    for label, group in groups.items():
+        if group[0].optimizer == plain or not plains:
             continue
-        same = [other for other in plain if other.lr == run.lr]
-        best = max(plain, key=lambda other: other.score)
+        same = [other for other in plains if groups[other][0].lr == group[0].lr]
+        best = max(plains, key=lambda other: score[other])
         for other, what in [(same[0], 'the same rate')] * bool(same) + [(best, 'its best rate')]:
-            lines.append(f'{run.label}: {run.score[0] / other.score[0]:.2f} x the mAP of SGD with '
-                         f'{what} (lr {other.lr:g}), at {run.seconds / other.seconds:.2f} x its '
-                         'training time')
+            lines.append(f'{label}: {score[label] / score[other]:.2f} x the box AP of {plain} with '
+                         f'{what} (lr {groups[other][0].lr:g}), at '
+                         f'{seconds[label] / seconds[other]:.2f} x its training time')
     return '\n'.join(lines)
 
 
-def draw(runs: list[Run], path: Path) -> None:
-    """Loss and mAP against iterations and against seconds of training."""
+def draw(runs: list[Run], model: Model, path: Path) -> None:
+    """Loss and APs against iterations and against seconds of training; thin lines are seeds."""
     import matplotlib
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
-    for run in runs:
-        style = dict(label=run.label, marker='.', linestyle='--' if run.optimizer == 'SGD' else '-')
-        for column in (0, 1):
-            axes[0, column].plot([x[column] for x in run.losses], [x[2] for x in run.losses],
-                                 **style)
-            axes[1, column].plot([x[column] for x in run.scores], [x[2] for x in run.scores],
-                                 **style)
+    metrics = [m for m in metrics_of(runs) if not m.endswith('_50')]
+    rows = len(metrics) + 1
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.5 * rows), constrained_layout=True)
+    for number, group in enumerate(by_label(runs).values()):
+        for seed, run in enumerate(group):
+            style = dict(label=run.label if seed == 0 else None, marker='.', color=f'C{number}',
+                         linewidth=1.5 if len(group) == 1 else 0.8,
+                         linestyle='--' if run.optimizer == model.plain else '-')
+            for column in (0, 1):
+                axes[0, column].plot([x[column] for x in run.losses], [x[2] for x in run.losses],
+                                     **style)
+                for row, metric in enumerate(metrics, 1):
+                    axes[row, column].plot([x[column] for x in run.scores],
+                                           [x[2].get(metric, 0.) for x in run.scores], **style)
     for column, unit in enumerate(('iterations', 'seconds of training')):
-        for row, quantity in enumerate(('loss', 'box mAP')):
+        for row, quantity in enumerate(('loss', *map(readable, metrics))):
             axes[row, column].set(xlabel=unit, ylabel=quantity)
             axes[row, column].grid(alpha=0.3)
     axes[0, 0].legend()
-    figure.suptitle('Faster R-CNN R18-FPN on shapes, random weights')
+    figure.suptitle(f'{model.title} on shapes, random weights')
     figure.savefig(path, dpi=110)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--optimizers', default='SGD,NKFAC', help='default: %(default)s')
-    parser.add_argument('--lr', type=float, default=0.02, help='of every run; default: %(default)s')
-    parser.add_argument('--sgd-grid', default='0.01,0.04',
-                        help="further rates for SGD, '' for none; default: %(default)s")
-    parser.add_argument('--iterations', type=int, default=100)
-    parser.add_argument('--val-interval', type=int, default=25)
+    parser.add_argument('--model', choices=list(MODELS), default='r18',
+                        help='r18: Faster R-CNN with SGD and NKFAC; swin: a Swin Mask R-CNN with '
+                             'AdamW, AdaAFOpt and AFOpt+NKFAC; default: %(default)s')
+    parser.add_argument('--optimizers', help='names, separated by commas')
+    parser.add_argument('--lr', type=float, help='of every run')
+    parser.add_argument('--grid', help="further rates for the plain optimizer, '' for none")
+    parser.add_argument('--iterations', type=int)
+    parser.add_argument('--val-interval', type=int, help='default: a quarter of --iterations')
     parser.add_argument('--images', type=int, default=400, help='for training; a quarter more for '
                         'validation')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seeds', type=lambda text: [int(k) for k in text.split(',')], default=[0],
+                        help='separated by commas; default: 0')
     parser.add_argument('--data', type=Path, default=ROOT / 'data/shapes')
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs/quickstart')
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/quickstart_MODEL')
     parser.add_argument('--options', nargs='+', metavar='KEY=VALUE', default=[],
                         type=lambda text: tuple(text.split('=', 1)),
                         help='settings of every run, as for --cfg-options of tools/train.py')
     args = parser.parse_args()
+    args.work_dir = args.work_dir or ROOT / f'work_dirs/quickstart_{args.model}'
+    args.model = MODELS[args.model]
+    args.optimizers = args.optimizers or ','.join(args.model.contestants)
+    args.lr = args.lr or args.model.lr
+    args.grid = args.model.grid if args.grid is None else args.grid
+    args.iterations = args.iterations or args.model.iterations
+    args.val_interval = args.val_interval or max(1, args.iterations // 4)
     args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
     return args
 
@@ -207,14 +325,16 @@ def main() -> None:
 
     make_shapes(args.data, images=args.images, split='train')
     make_shapes(args.data, images=max(1, args.images // 4), split='val')
-    runs = [Run(name, args.lr) for name in args.optimizers.split(',')]
-    runs += [Run('SGD', float(lr)) for lr in args.sgd_grid.split(',') if lr]
+    rates = [(name, args.lr) for name in args.optimizers.split(',')]
+    rates += [(args.model.plain, float(lr)) for lr in args.grid.split(',') if lr]
+    runs = [Run(name, lr, seed) for seed in args.seeds for name, lr in rates]
     for run in runs:
         train(run, args)
-    (args.work_dir / 'results.json').write_text(json.dumps([vars(run) for run in runs], indent=1))
+    (args.work_dir / 'results.json').write_text(json.dumps([asdict(run) for run in runs],
+                                                           indent=1))
     picture = args.work_dir / 'quickstart.png'
-    draw(runs, picture)
-    text = f'{table(runs)}\n\n{verdict(runs)}'
+    draw(runs, args.model, picture)
+    text = f'{table(runs)}\n\n{verdict(runs, args.model.plain)}'
     (args.work_dir / 'table.md').write_text(text + '\n')
     print(f'\n{text}\n\nTraining time leaves out validation and start-up. In '
           f'{os.path.relpath(args.work_dir)}: table.md, {picture.name}, results.json, and a folder '

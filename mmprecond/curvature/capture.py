@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .layers import Layer
+from .layers import Call, Layer
 
 logger = logging.getLogger('mmprecond')
 
@@ -26,7 +26,7 @@ class Staged:
     """Sums over the calls of one layer since the last step.
 
     Attributes:
-        sums: By statistic name: (blocks, n, n).
+        sums: By statistic name, shaped as the layer's `statistic_shape`.
         rows: Number of input rows.
     """
 
@@ -38,7 +38,7 @@ class Capture:
     """Measures the statistics that each layer needs, while armed.
 
     Args:
-        requires: The statistics of each layer: 'input_moment', 'gradient_moment' or both.
+        requires: Names of the statistics of each layer.
 
     Attributes:
         staged: What was measured since the last `drop`.
@@ -52,20 +52,22 @@ class Capture:
         self.staged: dict[Layer, Staged] = {}
         self.loss_scale: Any = None
         self.seen: set[Layer] = set()
-        self._layers = {module: layer for layer in requires for module in layer.modules}
         self._handles: list[RemovableHandle] = []
+        self._generator = torch.Generator()
         self._forward_is_new = False
-        self._warned = False
+        self._warned: set[Layer] = set()
 
-    def arm(self, layers: Iterable[Layer]) -> None:
-        """Installs forward hooks on the modules of these layers, in place of earlier ones."""
+    def arm(self, layers: Iterable[Layer], seed: int = 0) -> None:
+        """Installs forward hooks on the modules of these layers, in place of earlier ones.
+
+        Args:
+            layers: The layers to measure.
+            seed: Seeds what is sampled, apart from the user's own random numbers.
+        """
         self.disarm()
-        hook = _ForwardHook(self)
+        self._generator.manual_seed(seed)
         for layer in layers:
-            for module in layer.modules:
-                # First, before a user's hook that may replace the output.
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True,
-                                                                  prepend=True))
+            self._handles += layer.watch(self.observe, self._warn_lost)
 
     def disarm(self) -> None:
         """Removes the hooks; what was measured stays."""
@@ -77,18 +79,16 @@ class Capture:
         """Forgets what was measured."""
         self.staged.clear()
 
-    def observe_forward(self, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        """Prepares the measurement of one call, to be done when its gradient arrives."""
-        layer = self._layers.get(module)
-        if layer is None:  # a deep copy of the model, which took the hooks along
-            return
+    def observe(self, call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
+        """Prepares the measurement of one call, to be done when its output's gradient arrives."""
+        layer = call.layer
         self.seen.add(layer)
         if torch._C._current_graph_task_id() == -1:  # not a recomputation inside backward
             self._forward_is_new = True
         trained = layer.weight.requires_grad and output.requires_grad
         if not (torch.is_grad_enabled() and trained):
             return
-        pending = [_Saved.apply(layer.weight, inputs)]
+        pending = [_Saved.apply(layer.weight, *(tensor.detach() for tensor in kept))]
 
         def measure(gradient: Tensor) -> None:
             self._drop_abandoned()
@@ -97,28 +97,29 @@ class Capture:
                 return
             saved = pending.pop()  # its node lives as long as it does
             try:
-                (kept,) = saved.grad_fn.saved_tensors
+                held = saved.grad_fn.saved_tensors
             except RuntimeError:
                 self._warn_lost(layer, 'its input was changed in place after the forward pass')
                 return
-            self._stage(layer, module, kept, gradient)
+            self._stage(call, held, gradient)
 
         output.register_hook(measure)
 
     @torch.no_grad()
-    def _stage(self, layer: Layer, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+    def _stage(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor) -> None:
+        layer = call.layer
         staged = self.staged.setdefault(layer, Staged())
+        names = self.requires[layer]
         with torch.autocast(gradient.device.type, enabled=False):
-            for name in self.requires[layer]:
-                if name == 'input_moment':
-                    measured = layer.input_moment(module, inputs)
-                else:
-                    measured = layer.gradient_moment(self._unscaled(layer, gradient))
+            if 'gradient_moment' in names:
+                gradient = self._unscaled(layer, gradient)
+            for name, measured in layer.measure(call, kept, gradient, names,
+                                                self._generator).items():
                 if name in staged.sums:
                     staged.sums[name] += measured
                 else:
                     staged.sums[name] = measured
-        staged.rows += gradient.numel() // max(1, layer.blocks * layer.rows)
+        staged.rows += layer.count_rows(call, gradient)
 
     def _unscaled(self, layer: Layer, gradient: Tensor) -> Tensor:
         """The gradient of the loss itself; divided before any product, so that none overflows."""
@@ -143,38 +144,23 @@ class Capture:
             self.drop()
 
     def _warn_lost(self, layer: Layer, reason: str) -> None:
-        if not self._warned:
+        if layer not in self._warned:
             logger.warning('%s: a call was not measured, %s', layer.name, reason)
-        self._warned = True
-
-
-class _ForwardHook:
-    """A forward hook that can be deep-copied and pickled with the model without its capture."""
-
-    def __init__(self, capture: Capture | None) -> None:
-        self.capture = capture
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                 output: Tensor) -> None:
-        if self.capture is not None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            self.capture.observe_forward(module, inputs, output)
-
-    def __reduce__(self) -> tuple[type, tuple[None]]:
-        return _ForwardHook, (None,)
+        self._warned.add(layer)
 
 
 class _Saved(torch.autograd.Function):
-    """Holds an input as autograd holds it: under checkpointing it is recomputed, not kept.
+    """Holds tensors as autograd holds them: under checkpointing they are recomputed, not kept.
 
-    The anchor only makes the node exist when the input needs no gradient (an image).
+    The anchor makes the node exist; the tensors come detached, as a node that leads to the output
+    it waits for would never be freed.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(inputs)
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
         return anchor.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)

@@ -9,12 +9,47 @@ gradient is the last column of G.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One forward call of a layer's module; holds none of its activations.
+
+    Attributes:
+        layer: The layer.
+        module: The module that was called.
+        extra: What else the layer needs to read the call.
+    """
+
+    layer: Layer
+    module: nn.Module
+    extra: Any = None
+
+
+#: Takes a complete call, the tensors to keep, and the output whose gradient they wait for.
+Observer = Callable[[Call, tuple[Tensor, ...], Tensor], None]
+
+
+class Tap:
+    """A hook that a deep copy or a pickle of the model takes along without its observer."""
+
+    def __init__(self, observe: Callable[..., None] | None) -> None:
+        self.observe = observe
+
+    def __call__(self, *event: Any) -> None:
+        if self.observe is not None:
+            self.observe(*event)
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:
+        return Tap, (None,)
 
 
 class Layer:
@@ -51,9 +86,14 @@ class Layer:
         """(blocks, o, i) of the gradient's matrix form."""
         return self.blocks, self.rows, self.columns
 
-    def side(self, statistic: str) -> int:
-        """N of a statistic (blocks, n, n): i for the input's, o for the gradient's."""
-        return self.columns if statistic.startswith('input') else self.rows
+    def statistic_shape(self, statistic: str) -> tuple[int, int, int]:
+        """(blocks, n, n) of a statistic: n is i for the input's, o for the gradient's."""
+        side = self.columns if statistic == 'input_moment' else self.rows
+        return self.blocks, side, side
+
+    def empty(self, statistic: str) -> Tensor:
+        """Zeros in the shape of a statistic."""
+        return self.weight.new_zeros(self.statistic_shape(statistic), dtype=self.working_dtype)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -77,6 +117,50 @@ class Layer:
             pieces.append(matrix[..., width].reshape(self.bias.shape).to(self.bias.dtype))
         return pieces
 
+    def watch(self, observe: Observer,
+              complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
+        """Installs hooks that report each complete forward call.
+
+        Args:
+            observe: Takes the calls.
+            complain: Takes reasons why a call could not be read.
+
+        Returns:
+            Handles that remove the hooks.
+        """
+        def report(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                   output: Tensor) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            observe(Call(self, module), (inputs,), output)
+
+        # First, before a user's hook that may replace the output.
+        return [module.register_forward_hook(Tap(report), with_kwargs=True, prepend=True)
+                for module in self.modules]
+
+    def count_rows(self, call: Call, gradient: Tensor) -> int:
+        """Rows of one call, by which its input statistics are averaged."""
+        return gradient.numel() // max(1, self.blocks * self.rows)
+
+    def measure(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor,
+                statistics: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
+        """Sums of one call.
+
+        Args:
+            call: The call.
+            kept: The tensors kept of it.
+            gradient: Gradient of the loss by the call's output.
+            statistics: Names of the statistics wanted.
+            generator: For layers that sample.
+
+        Returns:
+            By name: tensors shaped as `statistic_shape`, in `working_dtype`.
+        """
+        sums = {}
+        for name in statistics:
+            sums[name] = (self.input_moment(call.module, kept[0]) if name == 'input_moment'
+                          else self.gradient_moment(gradient))
+        return sums
+
     def input_moment(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Sum of x'x over all rows x of one call.
 
@@ -87,8 +171,7 @@ class Layer:
         Returns:
             (blocks, i, i) in `working_dtype`.
         """
-        moment = self.weight.new_zeros(self.blocks, self.columns, self.columns,
-                                       dtype=self.working_dtype)
+        moment = self.empty('input_moment')
         width = self.columns - (self.bias is not None)
         count = 0
         for rows in self._input_rows(module, inputs):
@@ -204,5 +287,23 @@ class Conv2dLayer(Layer):
         return height, width
 
 
-#: Supported module classes, by exact type: a subclass may compute something else.
-LAYER_TYPES: dict[type[nn.Module], type[Layer]] = {nn.Linear: LinearLayer, nn.Conv2d: Conv2dLayer}
+#: Supported module classes, by exact type (a subclass may compute something else). Those of
+#: packages that are not imported here go by qualified name; mmcv's differ from torch's on empty
+#: inputs and old versions only.
+LAYER_TYPES: dict[type[nn.Module] | str, type[Layer]] = {
+    nn.Linear: LinearLayer,
+    nn.Conv2d: Conv2dLayer,
+    'mmcv.cnn.bricks.wrappers.Linear': LinearLayer,
+    'mmcv.cnn.bricks.wrappers.Conv2d': Conv2dLayer,
+}
+
+
+def qualified_name(kind: type) -> str:
+    """Module and name of a class."""
+    return f'{kind.__module__}.{kind.__qualname__}'
+
+
+def layer_type(module: nn.Module) -> type[Layer] | None:
+    """The kind of layer that a module is, or None."""
+    kind = type(module)
+    return LAYER_TYPES.get(kind) or LAYER_TYPES.get(qualified_name(kind))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import LAYER_TYPES, Layer
+from .attention_types import ATTENTION_TYPES, UNREADABLE
+from .layers import Layer, layer_type, qualified_name
 
 
 @dataclass(frozen=True)
@@ -42,41 +43,91 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, wrappers) else model
 
 
-def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *,
-                capture_mb: float = 64.) -> tuple[dict[str, Layer], list[LeftOut]]:
+def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *, capture_mb: float = 64.,
+                attention_windows: Callable[[str], int] = lambda name: 0,
+                ) -> tuple[dict[str, Layer], list[LeftOut]]:
     """Finds the layers of a model whose weights an optimizer holds.
 
     Args:
         model: The unwrapped model.
         groups: The optimizer's parameter groups; ``precondition=False`` in a group leaves its
             weights to the rule, and its biases out of their layer's matrix.
-        capture_mb: Limit for laid-out convolution patches, in megabytes.
+        capture_mb: Limit for laid-out convolution patches and attention matrices, in megabytes.
+        attention_windows: For the name of an attention module's projection: windows to measure a
+            call, or 0 to take its linear layers one by one.
 
     Returns:
         Layers by the name of their (first) module, in module order, and the modules left out.
     """
-    owned = {id(p): group for group in groups for p in group['params']}
-    names = {id(p): name for name, p in model.named_parameters()}
-    users: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            users.setdefault(id(p), []).append(module)
-    layers: dict[str, Layer] = {}
-    left_out: list[LeftOut] = []
-    for name, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is None:
-            continue
-        weight, bias = (module._parameters.get(key) for key in ('weight', 'bias'))
-        sharing = users.get(id(weight), [module])
-        reason = _reason_against(module, owned) or _reason_against_sharing(sharing)
-        if reason:
-            left_out.append(LeftOut(name, type(module).__name__, reason))
+    return _Search(model, groups, capture_mb, attention_windows).run()
+
+
+class _Search:
+    """One search (see `find_layers`)."""
+
+    def __init__(self, model: nn.Module, groups: Iterable[dict[str, Any]], capture_mb: float,
+                 attention_windows: Callable[[str], int]) -> None:
+        self.model = model
+        self.capture_mb = capture_mb
+        self.attention_windows = attention_windows
+        self.owned = {id(p): group for group in groups for p in group['params']}
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.users: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for p in module.parameters(recurse=False):
+                self.users.setdefault(id(p), []).append(module)
+        self.layers: dict[str, Layer] = {}
+        self.left_out: list[LeftOut] = []
+        self.claimed: set[nn.Module] = set()
+
+    def run(self) -> tuple[dict[str, Layer], list[LeftOut]]:
+        for name, module in self.model.named_modules():  # a block comes before its parts
+            self._visit_attention(name, module)
+            if module not in self.claimed and any(True for _ in module.parameters(recurse=False)):
+                self._visit(name, module)
+        return self.layers, self.left_out
+
+    def _visit(self, name: str, module: nn.Module) -> None:
+        weight: Any = module._parameters.get('weight')
+        bias = module._parameters.get('bias')
+        sharing = self.users.get(id(weight), [module])
+        kind = layer_type(module)
+        reason = ('type is not supported' if kind is None else
+                  _reason_against(weight, self.owned) or _reason_against_sharing(sharing))
+        if kind is None or reason:
+            self.left_out.append(LeftOut(name, type(module).__name__, reason))
         elif module is sharing[0]:
-            joint = bias is not None and _joins(bias, weight, owned, users)
-            layers[name] = LAYER_TYPES[type(module)](
-                names[id(weight)], sharing, weight, bias if joint else None,
-                capture_mb=capture_mb, damping=owned[id(weight)].get('damping'))
-    return layers, left_out
+            joint = bias is not None and _joins(bias, weight, self.owned, self.users)
+            self.layers[name] = kind(self.names[id(weight)], sharing, weight,
+                                     bias if joint else None, **self._options(weight))
+
+    def _visit_attention(self, name: str, block: nn.Module) -> None:
+        """Takes the projections of an attention module as one layer, where that is wanted."""
+        qualified = qualified_name(type(block))
+        kind, reason = ATTENTION_TYPES.get(qualified), UNREADABLE.get(qualified, '')
+        if kind is None and not reason:
+            return
+        part, key = kind.weight_owner(block) if kind else ('qkv', 'weight')
+        owner = f'{name}.{part}'.strip('.')
+        windows = self.attention_windows(owner)
+        if not windows:
+            return
+        reason = reason or (kind.refusal(block) if kind else '')
+        module = getattr(block, part, None) if part else block
+        weight: Any = module._parameters.get(key) if isinstance(module, nn.Module) else None
+        if not reason and len(self.users.get(id(weight), [])) > 1:
+            reason = 'its weight is shared with another module'
+        reason = reason or _reason_against(weight, self.owned)
+        if module is not None:
+            self.claimed.add(module)
+        if reason:
+            self.left_out.append(LeftOut(owner, type(block).__name__, reason))
+        elif kind:
+            self.layers[owner] = kind(self.names[id(weight)], [block], weight,
+                                      max_windows=windows, **self._options(weight))
+
+    def _options(self, weight: Tensor) -> dict[str, Any]:
+        return dict(capture_mb=self.capture_mb, damping=self.owned[id(weight)].get('damping'))
 
 
 def _joins(bias: Tensor, weight: Tensor, owned: dict[int, dict[str, Any]],
@@ -92,11 +143,8 @@ def _takes_part(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> bool:
     return group is not None and bool(group.get('precondition', True))
 
 
-def _reason_against(module: nn.Module, owned: dict[int, dict[str, Any]]) -> str:
-    """Why a module that owns parameters cannot be preconditioned, or ''."""
-    if type(module) not in LAYER_TYPES:
-        return 'type is not supported'
-    weight = module._parameters.get('weight')
+def _reason_against(weight: Tensor | None, owned: dict[int, dict[str, Any]]) -> str:
+    """Why a weight cannot be preconditioned, or ''."""
     if weight is None:
         return 'weight is not a plain parameter (parametrised or replaced)'
     if id(weight) not in owned:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any
 
 from mmengine.logging import print_log
@@ -11,7 +10,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
 from torch import nn
 
-from ..curvature import LAYER_TYPES, Conv2dLayer, LinearLayer, unwrap
+from ..curvature import unwrap
 from ..optimizers import PreconditionedOptimizer
 from .wrapper import mixed_wrapper, refuse_sharding
 
@@ -33,15 +32,19 @@ class PrecondOptimWrapperConstructor:
                  paramwise_cfg: dict[str, Any] | None = None) -> None:
         cfg = optim_wrapper_cfg.copy()
         base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
+        hoisted = _of_rule(cfg.get('optimizer'))
+        if hoisted:
+            cfg['optimizer'] = {**cfg['optimizer'], **hoisted}
         self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
             dict(type=base, optim_wrapper_cfg=cfg, paramwise_cfg=paramwise_cfg))
+        for key in hoisted:
+            del self.base.optimizer_cfg[key]
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Builds the wrapper for a model, wrapped for data parallelism or not."""
         kind = _resolve(OPTIMIZERS, self.base.optimizer_cfg['type'])
         if not (inspect.isclass(kind) and issubclass(kind, PreconditionedOptimizer)):
             return self.base(model)
-        _support_mmcv_layers()
         wrapper = _resolve(OPTIM_WRAPPERS,
                            self.base.optim_wrapper_cfg.get('type', 'OptimWrapper'))
         refuse_sharding(self.base.optim_wrapper_cfg, wrapper)
@@ -51,6 +54,15 @@ class PrecondOptimWrapperConstructor:
         print_log(f'{kind.__name__} on {type(unwrap(model)).__name__}:\n{built.optimizer.table()}',
                   logger='current')
         return built
+
+
+def _of_rule(optimizer: Any) -> dict[str, Any]:
+    """Rate and decay of a `Preconditioned` config, where constructors look for what they scale."""
+    rule = optimizer.get('rule') if isinstance(optimizer, dict) else None
+    if not isinstance(rule, dict):
+        return {}
+    values = dict(lr=rule.get('lr'), weight_decay=rule.get('weight_decay', 0.))
+    return {key: value for key, value in values.items() if key not in optimizer}
 
 
 def _resolve(registry: Registry, kind: Any) -> Any:
@@ -63,11 +75,3 @@ def _resolve(registry: Registry, kind: Any) -> Any:
         raise KeyError(f'{kind} is not registered as {registry.name}; is the package that defines '
                        'it named in custom_imports?')
     return found
-
-
-def _support_mmcv_layers() -> None:
-    """Adds mmcv's own Conv2d and Linear, which differ from torch's on old versions only."""
-    wrappers = sys.modules.get('mmcv.cnn.bricks.wrappers')
-    if wrappers is not None:
-        LAYER_TYPES.setdefault(wrappers.Conv2d, Conv2dLayer)
-        LAYER_TYPES.setdefault(wrappers.Linear, LinearLayer)

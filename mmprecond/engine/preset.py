@@ -24,7 +24,11 @@ def use_optimizer(cfg: Config, name: str) -> None:
     Raises:
         ValueError: For an unknown name, or a config without an optimizer.
     """
-    names = [n for n in optimizers.__all__ if n != 'PreconditionedOptimizer']
+    names = [n for n in optimizers.__all__
+             if 'lr' in inspect.signature(getattr(optimizers, n).__init__).parameters]
+    if name == 'Preconditioned':
+        raise ValueError('Preconditioned needs a list of layers: write it in the config, or start '
+                         'from one of configs/_base_')
     if name not in names:
         raise ValueError(f'unknown optimizer {name!r}; choose one of {", ".join(names)}')
     wrapper = cfg.get('optim_wrapper')

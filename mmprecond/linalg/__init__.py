@@ -1,6 +1,8 @@
 """Batched linear algebra on stacks of symmetric matrices: pure functions of tensors."""
 
-from .inverse import cholesky_inverse, newton_inverse
+from .inverse import all_finite, cholesky_inverse, newton_inverse
+from .roots import inverse_power
 from .spectrum import largest_eigenvalue
 
-__all__ = ['cholesky_inverse', 'largest_eigenvalue', 'newton_inverse']
+__all__ = ['all_finite', 'cholesky_inverse', 'inverse_power', 'largest_eigenvalue',
+           'newton_inverse']

@@ -21,7 +21,7 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     # A failed factor may be singular, of which cholesky_inverse would raise.
     factor = torch.where((info == 0)[..., None, None], factor, identity)
     inverse = torch.cholesky_inverse(factor)
-    return inverse, (info == 0) & _all_finite(matrix) & _all_finite(inverse)
+    return inverse, (info == 0) & all_finite(matrix) & all_finite(inverse)
 
 
 def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
@@ -50,8 +50,9 @@ def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Ten
         diagonal += 1
         step = torch.where(residual < 1, torch.ones_like(size), 1 / size)[..., None, None]
         inverse = (1 + step) * inverse - step * (product @ inverse)
-    return inverse, _all_finite(inverse)
+    return inverse, all_finite(inverse)
 
 
-def _all_finite(matrix: Tensor) -> Tensor:
+def all_finite(matrix: Tensor) -> Tensor:
+    """Whether all entries of each matrix (..., n, n) are finite: (...)."""
     return matrix.isfinite().flatten(-2).all(-1)

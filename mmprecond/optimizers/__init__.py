@@ -1,6 +1,10 @@
 """Optimizers: a rule with a preconditioner. Needs torch alone."""
 
+from .afopt import AdaAFOpt, AFOpt
 from .base import PreconditionedOptimizer
+from .fsgd import FSGD, FAdam
 from .nkfac import NKFAC, AdaNKFAC
+from .preconditioned import Preconditioned
 
-__all__ = ['NKFAC', 'AdaNKFAC', 'PreconditionedOptimizer']
+__all__ = ['AFOpt', 'AdaAFOpt', 'AdaNKFAC', 'FAdam', 'FSGD', 'NKFAC', 'Preconditioned',
+           'PreconditionedOptimizer']

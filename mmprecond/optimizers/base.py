@@ -15,6 +15,7 @@ from ..curvature import Capture, Layer, LeftOut, find_layers, unwrap
 from ..distributed import sum_over_ranks, world_size
 from ..preconditioners import LayerStack, Preconditioner
 from . import checkpoint, report
+from .assignment import Assignment
 from .rules import Rule
 
 logger = logging.getLogger('mmprecond')
@@ -34,7 +35,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             hold ``precondition=False`` or ``damping=...`` for its weights.
         model: The module that owns the parameters, wrapped in DistributedDataParallel or not.
         rule: The rule.
-        method: The preconditioner of every supported layer.
+        method: The preconditioner of every supported layer, or one for each by an assignment.
         defaults: The rule's hyper-parameters; plain numbers.
         capture_mb: Limit in megabytes for laid-out convolution patches.
         save_curvature: Whether `state_dict` holds statistics and operators. Without, a resumed run
@@ -49,9 +50,9 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         ValueError: For a missing model, a model without a supported layer, bad values.
     """
 
-    def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule, method: Preconditioner,
-                 defaults: dict[str, Any], capture_mb: float = 64.,
-                 save_curvature: bool = True) -> None:
+    def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule,
+                 method: Preconditioner | Assignment, defaults: dict[str, Any],
+                 capture_mb: float = 64., save_curvature: bool = True) -> None:
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
         if model is None:
@@ -60,14 +61,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper")
         check_number('capture_mb', capture_mb, open_low=True)
         self.rule = rule
-        self.method = method
         super().__init__(params, defaults)
         self.t = 0
         self.save_curvature = save_curvature
         self.auto_arm = True
-        layers, self.left_out = find_layers(unwrap(model), self.param_groups,
-                                            capture_mb=capture_mb)
-        self.layers = self._assign(layers)
+        self.left_out: list[LeftOut] = []
+        self.layers = self._assign(unwrap(model), method, capture_mb)
         self._capture = Capture({layer: stack.requires for layer, stack in self.layers.items()})
         self._arm_if_automatic()
 
@@ -81,20 +80,31 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if damping is not None:
             check_number('damping', damping, open_low=True)
 
-    def _assign(self, layers: dict[str, Layer]) -> dict[Layer, LayerStack]:
-        """Puts layers of equal shape into stacks."""
+    def _assign(self, model: nn.Module, method: Preconditioner | Assignment,
+                capture_mb: float) -> dict[Layer, LayerStack]:
+        """Gives each layer its preconditioner, and puts layers of equal shape into stacks."""
+        assignment = method if isinstance(method, Assignment) else Assignment(method)
+        bound = assignment.bind(model)
+
+        def windows(name: str) -> int:
+            chosen = bound.method(name)
+            return chosen.attention_windows if chosen else 0
+
+        layers, self.left_out = find_layers(model, self.param_groups, capture_mb=capture_mb,
+                                            attention_windows=windows)
+        bound.check_use(list(layers))
         stacks: dict[Any, LayerStack] = {}
         assigned: dict[Layer, LayerStack] = {}
         for name, layer in layers.items():
-            requires = self.method.required(layer)
-            if not requires:
-                sides = f'{layer.rows} x {layer.columns}'
-                self.left_out.append(LeftOut(name, type(layer.modules[0]).__name__,
-                                             f'{sides} is over max_dim={self.method.max_dim}'))
+            chosen = bound.method(name)
+            reason = _reason_against(layer, chosen, bound.entry(name) is not None)
+            if chosen is None or reason:
+                self.left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
                 continue
-            key = (layer.shape, layer.working_dtype, layer.weight.device)
-            stack = stacks.setdefault(key, LayerStack(self.method, requires))
-            assigned[layer] = stack
+            requires = chosen.required(layer)
+            key = (chosen, layer.shape, tuple(chosen.operator_shapes(layer).items()), requires,
+                   layer.working_dtype, layer.weight.device)
+            assigned[layer] = stacks.setdefault(key, LayerStack(chosen, requires))
         if not assigned:
             kinds = sorted({left.kind for left in self.left_out})
             raise ValueError(
@@ -117,7 +127,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def arm(self) -> None:
         """Puts hooks on the layers whose statistics this step measures, if it does."""
-        self._capture.arm(self._due())
+        self._capture.arm(self._due(), seed=self.t)
 
     def disarm(self) -> None:
         """Takes the hooks off; what was measured stays until the step."""
@@ -183,7 +193,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                          if self.layers[layer] is stack})
 
     def _samples(self, due: list[Layer]) -> dict[Layer, dict[str, Tensor]]:
-        """Joint statistics of all ranks: R = sum x'x / rows, L = sum g'g of the joint loss."""
+        """Joint statistics of all ranks: L = sum g'g of the joint loss, all others means."""
         staged = self._capture.staged
         ranks = world_size()
         rows = [float(staged[layer].rows) if layer in staged else 0. for layer in due]
@@ -197,7 +207,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 self._warn_unseen(layer)
             else:
                 sums = staged.pop(layer).sums if layer in staged else {}
-                samples[layer] = {name: sums[name] if name in sums else _no_sum(layer, name)
+                samples[layer] = {name: sums[name] if name in sums else layer.empty(name)
                                   for name in self.layers[layer].requires}
         self._capture.drop()
         sum_over_ranks([s for sample in samples.values() for s in sample.values()])
@@ -205,7 +215,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         for layer, sample in samples.items():
             for name, total in sample.items():
                 # A rank's loss is a share 1 / ranks of the joint mean loss.
-                total /= counted[layer] if name.startswith('input') else float(ranks**2)
+                total /= float(ranks**2) if name == 'gradient_moment' else counted[layer]
         return samples
 
     def _warn_unseen(self, layer: Layer) -> None:
@@ -287,10 +297,13 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         return report.table(self)
 
 
-def _no_sum(layer: Layer, name: str) -> Tensor:
-    """What a rank that did not use a layer adds to the others' sums."""
-    side = layer.side(name)
-    return layer.weight.new_zeros(layer.blocks, side, side, dtype=layer.working_dtype)
+def _reason_against(layer: Layer, method: Preconditioner | None, matched: bool) -> str:
+    """Why a layer takes the plain rule, or ''."""
+    if method is None:
+        return 'preconditioner=None' if matched else 'no entry of layers matches it'
+    if not method.required(layer):
+        return f'{layer.rows} x {layer.columns} is over max_dim={method.max_dim}'
+    return ''
 
 
 def _to_host(values: Sequence[Tensor]) -> list[float]:

@@ -6,7 +6,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..curvature import Layer
+    from ..preconditioners import Preconditioner
     from .base import PreconditionedOptimizer
 
 logger = logging.getLogger('mmprecond')
@@ -16,33 +19,28 @@ KEY = 'precond'
 
 
 def export(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
-    """Steps, method and, if they are saved, each layer's statistics and operators."""
+    """Steps and, if they are saved, each layer's method, statistics and operators."""
     layers = {}
     if optimizer.save_curvature:
-        layers = {layer.name: state for stack in optimizer.stacks
-                  for layer, state in stack.export()}
-    return {'method': type(optimizer.method).__name__, 'steps': optimizer.t, 'layers': layers}
+        layers = {layer.name: {'method': type(stack.method).__name__, **state}
+                  for stack in optimizer.stacks for layer, state in stack.export()}
+    return {'steps': optimizer.t, 'layers': layers}
 
 
 def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) -> None:
     """Puts saved curvature back; without it the next step captures and refreshes afresh."""
     fitting: dict[Layer, dict[str, Any]] = {}
     complaints = []
-    by_name: dict[str, tuple[Layer, tuple[str, ...]]] = {}
     entries = (saved or {}).get('layers') or {}
-    for layer, stack in optimizer.layers.items():
-        by_name[layer.name] = layer, stack.requires
+    by_name = {layer.name: (layer, stack.method) for layer, stack in optimizer.layers.items()}
     for name, entry in entries.items():  # in the saved order, which is the order of the stacks
         if name in by_name:
-            layer, requires = by_name[name]
-            problem = _problem(entry, layer, requires)
+            layer, method = by_name[name]
+            problem = _problem(entry, layer, method)
             if problem:
                 complaints.append(f'{name}: {problem}')
             else:
                 fitting[layer] = entry
-    if saved and saved.get('method') != type(optimizer.method).__name__:
-        complaints = [f'it was saved by {saved.get("method")}']
-        fitting = {}
     steps = (saved or {}).get('steps')
     if entries and not isinstance(steps, int):
         complaints, fitting = ['it does not say after how many steps it was saved'], {}
@@ -61,21 +59,29 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
                     if optimizer.layers[layer] is stack})
 
 
-def _problem(entry: Any, layer: Layer, requires: tuple[str, ...]) -> str:
+def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:
     """Why one layer's saved state cannot be used, or ''."""
     try:
-        statistics, operator = entry['statistics'], entry['operator']
+        if entry['method'] != type(method).__name__:
+            return f'it was saved by {entry["method"]}'
         int(entry['refreshes']), int(entry['failures'])
-        if set(statistics) != set(requires):
-            return f'it has {", ".join(statistics)}, not {", ".join(requires)}'
-        if entry['refreshes'] and set(operator) != set(requires):
-            return f'its operator has {", ".join(operator) or "nothing"}, not {", ".join(requires)}'
-        for name, tensor in [*statistics.items(), *operator.items()]:
-            wanted = (layer.blocks, layer.side(name), layer.side(name))
-            if tuple(tensor.shape) != wanted:
-                return f'{name} has shape {tuple(tensor.shape)}, not {wanted}'
-            if not bool(tensor.isfinite().all()):
-                return f'{name} is not finite'
+        statistics = {name: layer.statistic_shape(name) for name in method.required(layer)}
+        problem = _misfit('statistic', entry['statistics'], statistics)
+        if entry['refreshes'] or entry['operator']:
+            problem = problem or _misfit('operator', entry['operator'],
+                                         method.operator_shapes(layer))
+        return problem
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f'it is corrupt ({type(error).__name__}: {error})'
+
+
+def _misfit(kind: str, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int, int]]) -> str:
+    """Why saved tensors are not of the wanted names and shapes, or ''."""
+    if set(tensors) != set(shapes):
+        return f'its {kind} has {", ".join(tensors) or "nothing"}, not {", ".join(shapes)}'
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            return f'{name} has shape {tuple(tensor.shape)}, not {shapes[name]}'
+        if not bool(tensor.isfinite().all()):
+            return f'{name} is not finite'
     return ''

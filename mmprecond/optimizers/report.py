@@ -10,14 +10,15 @@ if TYPE_CHECKING:
     from .base import PreconditionedOptimizer
 
 
-def factor_sides(layer: Layer, stack: LayerStack) -> list[int]:
-    """Sides of the factors kept of a layer."""
-    return [layer.side(name) for name in stack.requires]
+def shapes(layer: Layer, stack: LayerStack) -> tuple[list[tuple[int, int, int]], ...]:
+    """Shapes (b, n, n) of a layer's statistics and of its operators."""
+    return ([layer.statistic_shape(name) for name in stack.requires],
+            list(stack.method.operator_shapes(layer).values()))
 
 
 def megabytes(layer: Layer, stack: LayerStack) -> float:
     """Memory of a layer's statistics and operators."""
-    numbers = sum(2 * layer.blocks * side**2 for side in factor_sides(layer, stack))
+    numbers = sum(b * n * m for kind in shapes(layer, stack) for b, n, m in kind)
     return numbers * layer.working_dtype.itemsize / 2**20
 
 
@@ -28,12 +29,11 @@ def table(optimizer: PreconditionedOptimizer) -> str:
     for layer, stack in optimizer.layers.items():
         memory = megabytes(layer, stack)
         total += memory
-        factors = ' + '.join(f'{side}x{side}' for side in factor_sides(layer, stack))
-        if layer.blocks > 1:
-            factors = f'{layer.blocks} x ({factors})'
+        factors = ' + '.join((f'{b} x ' if b > 1 else '') + f'{n}x{m}'
+                             for b, n, m in shapes(layer, stack)[0])
         treatment = type(stack.method).__name__
-        if len(stack.requires) < len(stack.method.requires):
-            treatment += f' (one side: the other is over max_dim={stack.method.max_dim})'
+        note = stack.method.note(layer)
+        treatment += f' ({note})' if note else ''
         rows.append((layer.name.removesuffix('.weight'), treatment, factors, f'{memory:.1f}'))
     for left in optimizer.left_out:
         rows.append((left.name or '(root)', f'plain rule: {left.kind}, {left.reason}', '', ''))

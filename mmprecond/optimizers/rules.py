@@ -7,8 +7,9 @@ hyper-parameters.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,16 +28,18 @@ class Rule(ABC):
 
     Attributes:
         hyper: Names of the group entries that the rule reads.
+        defaults: Their values where the user gives none; there is none for lr.
     """
 
     hyper: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[dict[str, Any]] = {}
 
     def key(self, group: Group, state: State) -> Hashable:
         """Parameters with equal keys are updated together."""
         return (*(group[name] for name in self.hyper), state.get('step'))
 
-    @staticmethod
-    def check(group: Group) -> None:
+    @classmethod
+    def check(cls, group: Group) -> None:
         """Raises ValueError for a group's bad hyper-parameters."""
         for name in ('lr', 'weight_decay'):
             check_number(name, group[name])
@@ -59,10 +62,11 @@ class SGDM(Rule):
     """
 
     hyper = ('lr', 'momentum', 'weight_decay')
+    defaults = dict(momentum=0.9, weight_decay=0.)
 
-    @staticmethod
-    def check(group: Group) -> None:
-        Rule.check(group)
+    @classmethod
+    def check(cls, group: Group) -> None:
+        super().check(group)
         check_number('momentum', group['momentum'], high=1)
 
     def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
@@ -93,6 +97,7 @@ class AdamW(Rule):
     """
 
     hyper = ('lr', 'betas', 'eps', 'weight_decay')
+    defaults = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.)
 
     def __init__(self, decay: str = 'decoupled') -> None:
         check_choice('decay', decay, DECAYS)
@@ -101,12 +106,14 @@ class AdamW(Rule):
     def key(self, group: Group, state: State) -> Hashable:
         return super().key({**group, 'betas': tuple(group['betas'])}, state)
 
-    @staticmethod
-    def check(group: Group) -> None:
-        Rule.check(group)
+    @classmethod
+    def check(cls, group: Group) -> None:
+        super().check(group)
         check_number('eps', group['eps'])
-        if not isinstance(group['betas'], (tuple, list)) or len(group['betas']) != 2:
-            raise ValueError(f'betas={group["betas"]!r} is not a pair; write betas=(0.9, 0.999)')
+        usual = cls.defaults['betas']
+        if not isinstance(group['betas'], (tuple, list)) or len(group['betas']) != len(usual):
+            raise ValueError(f'betas={group["betas"]!r} is not {len(usual)} numbers; write '
+                             f'betas={usual}')
         for beta in group['betas']:
             check_number('betas', beta, high=1)
 
@@ -135,6 +142,90 @@ class AdamW(Rule):
         if decay:
             torch._foreach_mul_(params, 1 - decay)
         torch._foreach_add_(params, directions, alpha=-group['lr'])
+
+
+class Adan(AdamW):
+    """Adan: moments of the gradient, of its change, and of the gradient looked ahead.
+
+    With the change c = g - g_before (0 at first): m, w and n are the moving averages of g, c and
+    (g + beta2 c)^2, ``d = (m' + beta2 w') / (sqrt(n') + eps)`` with the bias-corrected ones, then
+    ``p <- (p - lr d) / (1 + lr weight_decay)``.
+
+    Source: Adan (arXiv 2208.06677), Algorithm 1 without restart, with decays written as weights of
+    the old value, as its code does.
+    """
+
+    defaults = dict(betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.)
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+                   group: Group) -> list[Tensor]:
+        beta1, beta2, beta3 = group['betas']
+        step = states[0].get('step', 0) + 1
+        for state, gradient in zip(states, gradients, strict=True):
+            state['step'] = step
+            state.setdefault('previous', gradient.clone())
+        first = _moments(states, 'exp_avg', params)
+        change = _moments(states, 'exp_avg_diff', params)
+        second = _moments(states, 'exp_avg_sq', params)
+        previous = [state['previous'] for state in states]
+        difference = torch._foreach_sub(gradients, previous)
+        ahead = torch._foreach_add(gradients, difference, alpha=beta2)
+        torch._foreach_copy_(previous, gradients)
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_lerp_(change, list(difference), 1 - beta2)
+        torch._foreach_mul_(second, beta3)
+        torch._foreach_addcmul_(second, ahead, ahead, 1 - beta3)
+        scale = torch._foreach_sqrt(second)
+        torch._foreach_div_(scale, (1 - beta3**step) ** 0.5)
+        torch._foreach_add_(scale, group['eps'])
+        total = torch._foreach_div(first, 1 - beta1**step)
+        torch._foreach_add_(total, change, alpha=beta2 / (1 - beta2**step))
+        return list(torch._foreach_div(total, scale))
+
+    def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
+               group: Group) -> None:
+        torch._foreach_add_(params, directions, alpha=-group['lr'])
+        torch._foreach_div_(params, 1 + group['lr'] * group['weight_decay'])
+
+
+#: Rules that a config may name.
+RULES: dict[str, type[Rule]] = {rule.__name__: rule for rule in (SGDM, AdamW, Adan)}
+
+
+def build_rule(config: Any, choices: Sequence[str] = tuple(RULES)) -> tuple[Rule, Group]:
+    """Reads ``dict(type=..., lr=..., ...)``.
+
+    Args:
+        config: The rule's type, its options and its hyper-parameters.
+        choices: Types to choose from.
+
+    Returns:
+        The rule, and hyper-parameters for all parameter groups.
+
+    Raises:
+        ValueError: For what cannot be read, with what to write instead.
+    """
+    names = ', '.join(choices)
+    if not isinstance(config, dict) or 'type' not in config:
+        raise ValueError(f'rule={config!r} has no type; write rule=dict(type=..., lr=...) with one '
+                         f'of {names}')
+    settings = dict(config)
+    kind = settings.pop('type')
+    if kind not in choices:
+        raise ValueError(f'unknown rule {kind!r}; choose one of {names}')
+    rule = RULES[kind]
+    if 'lr' not in settings:
+        raise ValueError(f"rule={config!r} has no lr; write rule=dict(type='{kind}', lr=...)")
+    options = {key: settings.pop(key) for key in inspect.signature(rule).parameters
+               if key in settings}
+    unknown = sorted(set(settings) - set(rule.hyper))
+    if unknown:
+        raise ValueError(f'the rule {kind} does not take {", ".join(unknown)}; it takes '
+                         f'{", ".join([*rule.hyper, *inspect.signature(rule).parameters])}')
+    return rule(**options), {**rule.defaults, **settings}
 
 
 def _moments(states: list[State], name: str, params: list[Tensor]) -> list[Tensor]:

@@ -42,6 +42,8 @@ class Preconditioner(ABC):
 
     #: Statistics that the method needs of a layer.
     requires: ClassVar[tuple[str, ...]] = ()
+    #: Names of the rules that the method works with; none means all.
+    rules: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name in ('stat_interval', 'refresh_interval', 'max_dim'):
@@ -56,10 +58,33 @@ class Preconditioner(ABC):
         """Names of the settings."""
         return [field.name for field in fields(cls)]
 
+    @property
+    def attention_windows(self) -> int:
+        """Windows it measures of an attention module a call; 0 takes the linear layers alone."""
+        return 0
+
+    def wanted(self, layer: Layer) -> tuple[str, ...]:
+        """The statistics that the method would keep of a layer, whatever their size."""
+        return self.requires
+
     def required(self, layer: Layer) -> tuple[str, ...]:
         """The statistics kept of a layer; none leaves it to the rule."""
-        kept = tuple(name for name in self.requires if layer.side(name) <= self.max_dim)
-        return kept if len(kept) == len(self.requires) or self.oversize == 'one_sided' else ()
+        wanted = self.wanted(layer)
+        kept = tuple(name for name in wanted if layer.statistic_shape(name)[-1] <= self.max_dim)
+        return kept if len(kept) == len(wanted) or self.oversize == 'one_sided' else ()
+
+    def reads_weight(self, layer: Layer) -> bool:
+        """Whether `refresh` also needs the layers' weights (k, b, o, i), as 'weight'."""
+        return False
+
+    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
+        """Shapes (b, n, n) of a layer's operators by name; by default one for each statistic."""
+        return {name: layer.statistic_shape(name) for name in self.required(layer)}
+
+    def note(self, layer: Layer) -> str:
+        """What the table adds to the method's name, such as what it leaves out; or ''."""
+        whole = len(self.required(layer)) == len(self.wanted(layer))
+        return '' if whole else f'one side: the other is over max_dim={self.max_dim}'
 
     def is_exact(self, refreshes: int) -> bool:
         """Whether a layer's refresh number `refreshes` (from 0) starts from nothing."""
@@ -104,7 +129,7 @@ def add_damping(statistic: Tensor, damping: Tensor) -> Tensor:
 def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:
     """Scales each layer's direction (k, b, o, i) to its gradient's Frobenius norm (thesis (3.7)).
 
-    One scalar a layer, over its weight and joint bias together.
+    One scalar a layer, over all its blocks, weight and joint bias together.
     """
     wanted = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
     size = torch.linalg.vector_norm(directions, dim=(1, 2, 3), keepdim=True)

@@ -91,7 +91,7 @@ class LayerStack:
         order: list[int] = []
         outcomes: list[Tensor] = []
         for chunk, exact in self._chunks(only_waiting):
-            statistics = {name: take(s, chunk) for name, s in self.statistics.items()}
+            statistics = self._source(chunk)
             previous = ({name: take(o, chunk) for name, o in self.operator.items()}
                         if self.operator else None)
             operator, good = self.method.refresh(statistics, None if exact else previous,
@@ -186,6 +186,14 @@ class LayerStack:
             for start in range(0, len(positions), size):
                 yield positions[start:start + size], exact
 
+    def _source(self, positions: list[int]) -> Stacked:
+        """What operators are made of: statistics, and weights where the method reads them."""
+        source = {name: take(s, positions) for name, s in self.statistics.items()}
+        layers = [self.slots[k].layer for k in positions]
+        if self.method.reads_weight(layers[0]):
+            source['weight'] = torch.stack([layer.join(layer.weight) for layer in layers])
+        return source
+
     def _damping(self, positions: list[int]) -> Tensor | None:
         """Dampings (k, 1) where a layer of these overrides the setting."""
         values = [self.slots[k].layer.damping for k in positions]
@@ -212,8 +220,7 @@ class LayerStack:
 
     def _retry(self, position: int) -> bool:
         """One exact refresh in float64."""
-        statistics = {name: s[position:position + 1].double()
-                      for name, s in self.statistics.items()}
+        statistics = {name: s.double() for name, s in self._source([position]).items()}
         operator, good = self.method.refresh(statistics, None, self._damping([position]))
         dtype = next(iter(self.statistics.values())).dtype
         self._write([position], {n: o.to(dtype) for n, o in operator.items()}, good)

@@ -1,0 +1,225 @@
+"""How the attention modules of MMDetection, MMPretrain and torch are read, by exact type.
+
+They are known by qualified name, as neither toolbox is imported here. Add a class of your own with
+``ATTENTION_TYPES[qualified_name(MyAttention)] = WindowAttention``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .attention import AttentionLayer, Heads
+from .layers import Call, Layer, Observer, Tap
+
+
+class WindowAttention(AttentionLayer):
+    """`WindowMSA`: queries, keys, values and softmax as the module itself computed them."""
+
+    #: Submodules whose calls make up one call of the block.
+    parts: tuple[str, ...] = ('qkv', 'softmax', 'proj')
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str:
+        missing = [part for part in cls.parts
+                   if not isinstance(getattr(module, part, None), nn.Module)]
+        return f'it has no submodule {", ".join(missing)}' if missing else ''
+
+    def watch(self, observe: Observer,
+              complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
+        """Installs hooks on the block and its parts (see the base class)."""
+        return [handle for module in self.modules
+                for handle in self._watch_block(module, observe, complain)]
+
+    def _watch_block(self, block: nn.Module, observe: Observer,
+                     complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def start(*_: Any) -> None:
+            seen.clear()  # a recomputation may stop half-way
+
+        def note(part: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[part] = args[0], output
+
+        def finish(*_: Any) -> None:
+            missing = [part for part in self.parts if part not in seen]
+            if missing:
+                complain(self, f'its {", ".join(missing)} was not called as a module')
+            else:
+                observe(Call(self, block), self.kept(seen), seen['qkv'][1])
+            seen.clear()
+
+        handles = [block.register_forward_pre_hook(Tap(start)),
+                   block.register_forward_hook(Tap(finish))]
+        return handles + [
+            block.get_submodule(part).register_forward_hook(Tap(partial(note, part)), prepend=True)
+            for part in self.parts]
+
+    def kept(self, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        """What is kept of a call: X, the projections, O, and S."""
+        return seen['qkv'][0], seen['qkv'][1], seen['proj'][0], seen['softmax'][1]
+
+    def read(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor) -> Heads:
+        inputs, projected, outputs = (t[chosen].to(self.working_dtype) for t in kept[:3])
+        split = projected.unflatten(2, (3, self.heads, self.rows)).permute(2, 0, 3, 1, 4)
+        query, key, value = split.unbind()
+        scores = self.scores(call, kept, chosen, query, key)
+        return Heads(inputs, inputs, inputs, query, key, value, scores, outputs)
+
+    def scores(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor,
+               key: Tensor) -> Tensor:
+        """The softmax of some windows (w, h, n, n)."""
+        return kept[3][chosen].to(self.working_dtype)
+
+
+class TokenAttention(WindowAttention):
+    """MMPretrain's `MultiheadAttention` (ViT): its fused softmax is computed again from Q and K.
+
+    Attention dropout acts after the softmax and is left out of it.
+    """
+
+    parts = ('qkv', 'proj')
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str:
+        if getattr(module, 'v_shortcut', False):
+            return 'v_shortcut=True passes the values around the attention'
+        if cls._scale(module) is None:
+            return 'its attention function is not known'
+        return super().refusal(module)
+
+    def kept(self, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        return seen['qkv'][0], seen['qkv'][1], seen['proj'][0]
+
+    def scores(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor,
+               key: Tensor) -> Tensor:
+        return torch.softmax(query @ key.mT * (self._scale(call.module) or 1.), -1)
+
+    @staticmethod
+    def _scale(module: Any) -> float | None:
+        """What the module multiplies the logits by, or None where that is not known."""
+        function = getattr(module, 'scaled_dot_product_attention', None)
+        if function is F.scaled_dot_product_attention:
+            return module.head_dims**-0.5
+        if isinstance(function, partial) and set(function.keywords) == {'scale'}:
+            return 1 / function.keywords['scale']  # MMPretrain divides by it
+        return None
+
+
+class PackedAttention(AttentionLayer):
+    """`nn.MultiheadAttention`, as mmcv wraps it too (DETR): recomputed from its arguments.
+
+    Queries, keys and values may come from different rows, of different number. Dropout of the
+    attention weights is left out.
+    """
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        if module.in_proj_weight is None:
+            return 'its queries, keys and values have weights of their own (kdim, vdim)'
+        if module.bias_k is not None or module.add_zero_attn:
+            return 'it adds keys of its own (add_bias_kv, add_zero_attn)'
+        return ''
+
+    @classmethod
+    def weight_owner(cls, module: nn.Module) -> tuple[str, str]:
+        return '', 'in_proj_weight'
+
+    @property
+    def inputs(self) -> int:
+        """Two: W_Q's rows and W_K's rows."""
+        return 2
+
+    @property
+    def is_square(self) -> bool:
+        """Not known before it is called."""
+        return False
+
+    def watch(self, observe: Observer,
+              complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
+        """Installs a hook on the module (see the base class)."""
+        signature = inspect.signature(nn.MultiheadAttention.forward)
+
+        def report(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                   output: tuple[Tensor, Any]) -> None:
+            given = signature.bind(module, *args, **kwargs).arguments
+            masks = given.get('attn_mask'), given.get('key_padding_mask')
+            observe(Call(self, module, masks), (given['query'], given['key'], given['value']),
+                    output[0])
+
+        return [module.register_forward_hook(Tap(report), with_kwargs=True, prepend=True)
+                for module in self.modules]
+
+    def sizes(self, call: Call, kept: tuple[Tensor, ...]) -> tuple[int, int, int]:
+        query, key, _ = self._batch_first(call, kept)
+        return query.shape[0], query.shape[1], key.shape[1]
+
+    def read(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor) -> Heads:
+        inputs, memory, values_in = rows = [t[chosen].to(self.working_dtype)
+                                            for t in self._batch_first(call, kept)]
+        weights = self.weight.to(self.working_dtype).chunk(3)
+        bias: Any = call.module.in_proj_bias
+        biases = [None] * 3 if bias is None else bias.to(self.working_dtype).chunk(3)
+        query, key, value = (
+            F.linear(x, w, b).unflatten(2, (self.heads, self.rows)).transpose(1, 2)
+            for x, w, b in zip(rows, weights, biases, strict=True))
+        logits = query @ key.mT * self.rows**-0.5
+        for mask in self._masks(call, chosen):
+            logits = logits + mask
+        scores = torch.softmax(logits, -1)
+        outputs = (scores @ value).transpose(1, 2).flatten(2)
+        return Heads(inputs, memory, values_in, query, key, value, scores, outputs)
+
+    @staticmethod
+    def _batch_first(call: Call, kept: tuple[Tensor, ...]) -> list[Tensor]:
+        """Queries, keys and values as (batch, tokens, c)."""
+        module: Any = call.module
+        if kept[0].dim() == 2:
+            return [t[None] for t in kept]
+        return [t if module.batch_first else t.transpose(0, 1) for t in kept]
+
+    def _masks(self, call: Call, chosen: Tensor) -> list[Tensor]:
+        """Additive masks that broadcast against the logits (w, h, n_q, n_k)."""
+        attention, padding = (self._additive(mask) for mask in call.extra)
+        masks = []
+        if attention is not None:
+            if attention.dim() == 3:
+                attention = attention.unflatten(0, (-1, self.heads))[chosen]
+            masks.append(attention)
+        if padding is not None:
+            masks.append(padding.reshape(-1, padding.shape[-1])[chosen][:, None, None])
+        return masks
+
+    def _additive(self, mask: Tensor | None) -> Tensor | None:
+        """A mask as numbers to add: True of a bool mask forbids."""
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        zeros = torch.zeros(mask.shape, dtype=self.working_dtype, device=mask.device)
+        return zeros.masked_fill(mask, float('-inf'))
+
+
+#: Attention modules that are read as a whole.
+ATTENTION_TYPES: dict[str, type[AttentionLayer]] = {
+    'mmdet.models.backbones.swin.WindowMSA': WindowAttention,
+    'mmpretrain.models.utils.attention.WindowMSA': WindowAttention,
+    'mmpretrain.models.utils.attention.MultiheadAttention': TokenAttention,
+    'torch.nn.modules.activation.MultiheadAttention': PackedAttention,
+}
+
+_FUNCTIONAL = 'it uses the weight of its qkv without calling it'
+
+#: Attention modules with a `qkv` that cannot be read, and why.
+UNREADABLE: dict[str, str] = {
+    'mmpretrain.models.utils.attention.WindowMSAV2':
+        f'its attention is cosine, for which no statistic is known, and {_FUNCTIONAL}',
+    'mmpretrain.models.utils.attention.BEiTAttention': _FUNCTIONAL,
+    'torchvision.models.swin_transformer.ShiftedWindowAttention': _FUNCTIONAL,
+    'torchvision.models.swin_transformer.ShiftedWindowAttentionV2': _FUNCTIONAL,
+}

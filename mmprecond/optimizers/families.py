@@ -1,0 +1,78 @@
+"""The two constructors that most optimizers share: a rule with one preconditioner."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..preconditioners import Preconditioner
+from .base import PreconditionedOptimizer, split_settings
+from .rules import SGDM, AdamW
+
+
+class PreconditionedSGDM(PreconditionedOptimizer):
+    """SGD with momentum on the directions of one preconditioner.
+
+    Args:
+        params: Parameters or groups, with `model`; or the module itself.
+        lr: Learning rate.
+        momentum: Heavy-ball momentum.
+        weight_decay: L2 decay, added after preconditioning.
+        model: The module that owns the parameters.
+        **settings: Those of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
+            ...) and `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
+
+    Attributes:
+        preconditioner: The preconditioner's class.
+        preset: Settings whose default differs from the preconditioner's own.
+
+    Raises:
+        ValueError: For values out of range or a missing model.
+        TypeError: For unknown settings.
+    """
+
+    preconditioner: ClassVar[type[Preconditioner]]
+    preset: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
+                 model: nn.Module | None = None, **settings: Any) -> None:
+        method, own = split_settings(self, self.preconditioner, settings, **self.preset)
+        super().__init__(params, model=model, rule=SGDM(), method=method,
+                         defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay), **own)
+
+
+class PreconditionedAdamW(PreconditionedOptimizer):
+    """AdamW on the directions of one preconditioner.
+
+    Args:
+        params: Parameters or groups, with `model`; or the module itself.
+        lr: Learning rate.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decay apart from the moments, see `decay`.
+        model: The module that owns the parameters.
+        **settings: Those of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
+            ...) and `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
+
+    Attributes:
+        preconditioner: The preconditioner's class.
+        preset: Settings whose default differs from the preconditioner's own.
+        decay: The weight decay's form, see `rules.AdamW`.
+
+    Raises:
+        ValueError: For values out of range or a missing model.
+        TypeError: For unknown settings.
+    """
+
+    preconditioner: ClassVar[type[Preconditioner]]
+    preset: ClassVar[dict[str, Any]] = {}
+    decay: ClassVar[str] = 'decoupled'
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0., *,
+                 model: nn.Module | None = None, **settings: Any) -> None:
+        method, own = split_settings(self, self.preconditioner, settings, **self.preset)
+        super().__init__(params, model=model, rule=AdamW(decay=self.decay), method=method,
+                         defaults=dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+                         **own)

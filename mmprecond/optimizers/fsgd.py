@@ -1,0 +1,25 @@
+"""FSGD and FAdam: gradient descent in feature space."""
+
+from __future__ import annotations
+
+from ..preconditioners import InputFeature
+from .families import PreconditionedAdamW, PreconditionedSGDM
+
+
+class FSGD(PreconditionedSGDM):
+    """SGD with momentum on G R^-1 (thesis 5.2.2), by default at intervals 50 and 500.
+
+    ``exponent=0.5`` gives feature whitening (EFW). Arguments as in `PreconditionedSGDM`; settings
+    as in `InputFeature`.
+    """
+
+    preconditioner = InputFeature
+
+
+class FAdam(PreconditionedAdamW):
+    """AdamW on G R^-1 (thesis 5.3.4), with decoupled weight decay.
+
+    Arguments as in `PreconditionedAdamW`; settings as in `InputFeature`.
+    """
+
+    preconditioner = InputFeature

@@ -1,0 +1,68 @@
+"""Any rule with any preconditioners, chosen layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..checks import reject_unexpected
+from .assignment import Assignment, parse_layers
+from .base import ENGINE_OPTIONS, PreconditionedOptimizer
+from .rules import Rule, build_rule
+
+
+class Preconditioned(PreconditionedOptimizer):
+    """A rule with preconditioners that an ordered list assigns to the layers.
+
+    Example, AFOpt on Swin's attention and NKFAC elsewhere::
+
+        Preconditioned(model, rule=dict(type='AdamW', lr=1e-4, weight_decay=0.05), layers=[
+            dict(match=dict(module_type='WindowMSA'),
+                 preconditioner=dict(type='AttentionFeature')),
+            dict(preconditioner=dict(type='NewtonKronecker'))])
+
+    Args:
+        params: Parameters or groups, with `model`; or the module itself.
+        model: The module that owns the parameters.
+        rule: ``dict(type='SGDM' | 'AdamW' | 'Adan', lr=..., ...)`` with the rule's
+            hyper-parameters.
+        layers: Entries ``dict(match=..., preconditioner=...)``, of which the first that matches a
+            layer wins. `match` holds `module_type` (a class name or several: layers of such a
+            class, or within one), `name` (a pattern as in `fnmatch`, for the name of the layer's
+            module or one around it), or both; without it an entry means all remaining layers.
+            `preconditioner` is ``dict(type=..., **settings)``, or None for the plain rule.
+        capture_mb: Limit in megabytes for what a capture lays out.
+        save_curvature: Whether `state_dict` holds statistics and operators.
+
+    Raises:
+        ValueError: For unknown types or settings, a match that hits nothing, a preconditioner that
+            does not work with the rule, a missing model.
+    """
+
+    def __init__(self, params: Any, *, rule: dict[str, Any] | None = None,
+                 layers: list[dict[str, Any]] | None = None, model: nn.Module | None = None,
+                 capture_mb: float = 64., save_curvature: bool = True, **unexpected: Any) -> None:
+        reject_unexpected('Preconditioned', unexpected, ['rule', 'layers', *ENGINE_OPTIONS])
+        built, defaults = build_rule(rule)
+        assignment = parse_layers(layers)
+        _check_rule(built, assignment)
+        super().__init__(params, model=model, rule=built, method=assignment, defaults=defaults,
+                         capture_mb=capture_mb, save_curvature=save_curvature)
+
+
+def _check_rule(rule: Rule, assignment: Assignment) -> None:
+    """Raises ValueError if a preconditioner does not work with the rule."""
+    bound = [method for method in assignment.methods if method.rules]
+    possible = {name for method in bound for name in method.rules}
+    for method in bound:
+        possible &= set(method.rules)
+    name = type(rule).__name__
+    for method in bound:
+        if name in method.rules:
+            continue
+        others = ', '.join(f'{type(m).__name__} with {" or ".join(m.rules)}' for m in bound)
+        advice = (f"write rule=dict(type='{min(possible)}', ...)" if possible
+                  else 'no rule suits them all; drop one of them')
+        raise ValueError(f'{type(method).__name__} does not work with the rule {name} '
+                         f'({others}); {advice}')

@@ -1,0 +1,81 @@
+"""First-order rules one parameter at a time, from all directions so far, in float64.
+
+A moving average from zero with bias correction is a weighted mean of what it has seen, with weights
+beta^age: no running quantity is kept here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def weighted_mean(history: list[Tensor], beta: float) -> Tensor:
+    """Mean of a history with weights beta^age; the last one has age 0."""
+    weights = [beta**age for age in reversed(range(len(history)))]
+    total = sum(weight * value for weight, value in zip(weights, history, strict=True))
+    return total / sum(weights)
+
+
+class ReferenceRule:
+    """Remembers all directions of each parameter."""
+
+    def __init__(self) -> None:
+        self.history: dict[Tensor, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, parameter: Tensor, direction: Tensor, lr: float, weight_decay: float) -> None:
+        seen = self.history.setdefault(parameter, [])
+        seen.append(direction.detach().double().clone())
+        parameter.copy_(self.moved(parameter.double(), seen, lr, weight_decay))
+
+    def moved(self, p: Tensor, seen: list[Tensor], lr: float, weight_decay: float) -> Tensor:
+        raise NotImplementedError
+
+
+class ReferenceSGDM(ReferenceRule):
+    """Heavy ball: p -= lr * sum of momentum^age (direction + weight_decay p)."""
+
+    def __init__(self, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+
+    def moved(self, p: Tensor, seen: list[Tensor], lr: float, weight_decay: float) -> Tensor:
+        seen[-1] += weight_decay * p  # each with the parameter of its own step
+        ages = reversed(range(len(seen)))
+        return p - lr * sum(self.momentum**age * d for age, d in zip(ages, seen, strict=True))
+
+
+class ReferenceAdamW(ReferenceRule):
+    """Adam with decay lr weight_decay p apart from it (arXiv 1711.05101, Algorithm 2)."""
+
+    def __init__(self, betas: tuple[float, float], eps: float) -> None:
+        super().__init__()
+        self.betas, self.eps = betas, eps
+
+    def moved(self, p: Tensor, seen: list[Tensor], lr: float, weight_decay: float) -> Tensor:
+        mean = weighted_mean(seen, self.betas[0])
+        square = weighted_mean([d**2 for d in seen], self.betas[1])
+        return p - lr * (mean / (square.sqrt() + self.eps) + weight_decay * p)
+
+
+class ReferenceAdan(ReferenceRule):
+    """Adan (arXiv 2208.06677), Algorithm 1 without restart.
+
+    m, v and n average g, its change, and (g + (1 - b2) change)^2, with weight b of the new value;
+    ``p <- (p - lr (m + (1 - b2) v) / (sqrt(n) + eps)) / (1 + lr weight_decay)``. The averages are
+    bias-corrected and b = 1 - beta, as in the authors' code.
+    """
+
+    def __init__(self, betas: tuple[float, float, float], eps: float) -> None:
+        super().__init__()
+        self.news = tuple(1 - beta for beta in betas)
+        self.eps = eps
+
+    def moved(self, p: Tensor, seen: list[Tensor], lr: float, weight_decay: float) -> Tensor:
+        b1, b2, b3 = self.news
+        changes = [new - old for new, old in zip(seen, [seen[0], *seen], strict=False)]
+        ahead = [(g + (1 - b2) * change)**2 for g, change in zip(seen, changes, strict=True)]
+        m, v, n = (weighted_mean(values, 1 - b) for values, b
+                   in ((seen, b1), (changes, b2), (ahead, b3)))
+        return (p - lr * (m + (1 - b2) * v) / (n.sqrt() + self.eps)) / (1 + lr * weight_decay)
