@@ -7,9 +7,10 @@ from typing import Any
 
 
 def check_number(name: str, value: Any, *, low: float = 0., high: float | None = None,
-                 open_low: bool = False) -> None:
+                 open_low: bool = False, finite: bool = True) -> None:
     """Raises ValueError unless low <= value (< high); `open_low` excludes low itself."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = (isinstance(value, (int, float)) and not isinstance(value, bool)
+              and (abs(value) < float('inf') or not finite))
     above = number and (value > low if open_low else value >= low)
     if not (above and (high is None or value < high)):
         bound = f'greater than {low:g}' if open_low else f'at least {low:g}'
@@ -21,6 +22,12 @@ def check_count(name: str, value: Any) -> None:
     """Raises ValueError unless value is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f'{name}={value!r} is out of range; give an integer of at least 1')
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name}={value!r} is neither True nor False')
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -290,3 +290,21 @@ def block_windows(model: Any, call: Noted, shape: tuple[int, int], batch: int = 
 
     return windows_of([call.inputs] * 3, block.qkv.weight, block.qkv.bias, block.num_heads,
                       block.scale, offset, real_queries(model, shape, batch))
+
+
+def swin(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """A `SwinTransformer` of two stages with two blocks each, and maps that need padding."""
+    kind = pytest.importorskip('mmdet.models.backbones.swin').SwinTransformer
+    model = kind(embed_dims=6, patch_size=2, window_size=3, mlp_ratio=2, depths=(2, 2),
+                 num_heads=(2, 3), strides=(2, 2), out_indices=(0, 1),
+                 **{'drop_path_rate': 0., **options})
+    return randomise(model.to(dtype), spread=0.7)
+
+
+def images(batch: int = 2, seed: int = 0) -> Tensor:
+    return oracle.normal(seed, batch, 3, 10, 14)
+
+
+def backward(model: nn.Module, x: Tensor, share: float = 1.) -> None:
+    """Of `loss_of` over all stages."""
+    (sum(loss_of(out) for out in model(x)) * share).backward()

@@ -157,25 +157,33 @@ def test_a_call_that_does_not_reach_the_loss_is_not_counted() -> None:
          measured_whole(model, lambda: loss_of(model(x, (6, 3))).backward()))
 
 
-def test_the_memory_limit_does_not_change_the_sums() -> None:
+def test_the_memory_limit_does_not_change_the_sums(reads: Reads) -> None:
     model, shape = shift_window('mmdet', 1), (8, 8)
+    run = lambda: loss_of(model(feature_map(shape, batch=3), shape)).backward()
+    found, counts = [], []
+    for limit in (64., 0.1, 1e-9):
+        reads.clear()
+        found.append(measured_whole(model, run, capture_mb=limit))
+        counts.append(len(reads) // 2)
+    assert counts[0] == 1 < counts[1] < counts[2] == 27
+    same(found[1], found[0])
+    same(found[2], found[0])
 
-    def run() -> None:
-        loss_of(model(feature_map(shape, batch=3), shape)).backward()
 
-    found = measured_whole(model, run)
-    for limit in (1e-9, 6 * 81 * 2 * 8 * 5.5 / 2**20):
-        same(measured_whole(model, run, capture_mb=limit), found)
-
-
-def test_the_memory_limit_bounds_the_windows_of_a_read(reads: Reads) -> None:
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_memory_limit_bounds_what_is_read(variant: str, reads: Reads) -> None:
+    """All windows in order, with T of them; at least one."""
     model, shape = shift_window('mmdet'), (9, 9)
     run = lambda: loss_of(model(feature_map(shape), shape)).backward()
-    measured(model, run, capture_mb=6 * 81 * 2 * 8 * 5.5 / 2**20)
-    assert [len(chosen) for _, _, chosen in reads] == [5, 5, 5, 3]
-    reads.clear()
-    measured(model, run, capture_mb=1e-9)
-    assert [chosen.tolist() for _, _, chosen in reads] == [[w] for w in range(18)]
+    for limit in (0.2, 0.1, 1e-9):
+        reads.clear()
+        measured(model, run, variant, capture_mb=limit)
+        assert [w for _, _, chosen in reads for w in chosen.tolist()] == list(range(18))
+        for _, heads, chosen in reads:
+            names = 'inputs', 'query', 'key', 'value', 'scores', 'outputs', 'gram'
+            held = sum(getattr(heads, name).numel() * 8 for name in names)
+            assert held <= limit * 2**20 or len(chosen) == 1
+        assert (max(len(chosen) for _, _, chosen in reads) > 1) == (limit > 1e-9)
 
 
 # ------------------------------------------------------------------- what is sampled

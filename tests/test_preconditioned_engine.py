@@ -220,10 +220,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize('paramwise', [None, dict(norm_decay_mult=0., bias_lr_mult=2.)],
                          ids=['plain', 'paramwise'])
 @pytest.mark.parametrize('name', WRONG)
-def test_errors_are_one_line(name: str, paramwise: Any, request: pytest.FixtureRequest) -> None:
-    if paramwise and name in ('no lr', 'no rule', 'rule is a name'):
-        request.applymarker(pytest.mark.xfail(
-            strict=True, reason="MMEngine's constructor scales None before we see the rule"))
+def test_errors_are_one_line(name: str, paramwise: Any) -> None:
     change, fragments = WRONG[name]
     with pytest.raises(ValueError) as caught:
         build(model(), optimizer=dict(OPTIMIZER, **change), paramwise_cfg=paramwise)
@@ -306,7 +303,6 @@ def test_presets_of_the_new_names(name: str, old: dict[str, Any]) -> None:
         assert wrapper.optimizer.defaults[kept] == old[kept]
 
 
-@pytest.mark.xfail(strict=True, reason='use_optimizer looks for lr beside the rule, not in it')
 def test_a_preset_replaces_a_preconditioned_config() -> None:
     """Its rate and decay are those of the rule."""
     cfg = config()

@@ -248,6 +248,17 @@ def test_adans_state_is_its_own() -> None:
     compare(model, other)
 
 
+def test_adan_copies_no_gradient_once_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Bare()
+    optimizer = optimizer_of(model, type='Adan', lr=0.1)
+    give(model, gradients(0)), optimizer.step()
+    give(model, gradients(1))
+    copies, clone = [], Tensor.clone
+    monkeypatch.setattr(Tensor, 'clone', lambda t, **kw: copies.append(t) or clone(t, **kw))
+    optimizer.step()
+    assert not copies
+
+
 # ------------------------------------------------------------------- settings
 
 def test_settings_of_ada_afopt() -> None:

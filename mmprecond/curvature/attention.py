@@ -58,6 +58,7 @@ class Heads:
         value: V (w, h, n_k, d).
         scores: S (w, h, n_q, n_k).
         outputs: What the output projection multiplies (w, n_q, h d).
+        keep: 1 for real queries and 0 for padding, whose outputs are cut off (w, n_q).
     """
 
     inputs: Tensor
@@ -68,11 +69,7 @@ class Heads:
     value: Tensor
     scores: Tensor
     outputs: Tensor
-
-    @cached_property
-    def keep(self) -> Tensor:
-        """1 for real queries, 0 for padding (w, n_q): zero inputs, whose outputs are cut off."""
-        return (self.inputs != 0).any(-1).to(self.inputs.dtype)
+    keep: Tensor
 
     @cached_property
     def gram(self) -> Tensor:
@@ -209,4 +206,4 @@ class AttentionLayer(Layer):
         if {'key_feature_moment', 'value_feature_moment'} & set(statistics):
             numbers += 3 * self.heads * tokens * self.columns
         size = numbers * self.working_dtype.itemsize
-        return max(1, int(self.capture_mb * 2**20 / max(1, size)))
+        return max(1, int(min(self.capture_mb * 2**20 / max(1, size), self.max_windows)))

@@ -23,7 +23,7 @@ from .layers import Call, Layer, Observer, Tap
 class WindowAttention(AttentionLayer):
     """`WindowMSA`: queries, keys, values and softmax as the module itself computed them."""
 
-    #: Submodules whose calls make up one call of the block.
+    #: Submodules whose calls make up one call of the block, in their order.
     parts: tuple[str, ...] = ('qkv', 'softmax', 'proj')
 
     @classmethod
@@ -34,31 +34,34 @@ class WindowAttention(AttentionLayer):
 
     def watch(self, observe: Observer,
               complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
-        """Installs hooks on the block and its parts (see the base class)."""
-        return [handle for module in self.modules
-                for handle in self._watch_block(module, observe, complain)]
+        """Installs hooks on the parts of each block (see the base class).
 
-    def _watch_block(self, block: nn.Module, observe: Observer,
+        None on the block, whose forward may be wrapped to run twice (activation checkpointing).
+        """
+        return [handle for module in self.modules
+                for handle in self._watch_parts(module, observe, complain)]
+
+    def _watch_parts(self, block: nn.Module, observe: Observer,
                      complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
+        first, last = self.parts[0], self.parts[-1]
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def start(*_: Any) -> None:
-            seen.clear()  # a recomputation may stop half-way
-
         def note(part: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if part == first:
+                seen.clear()  # a recomputation may have stopped half-way
             seen[part] = args[0], output
+            if part == last:
+                finish(dict(seen))
 
-        def finish(*_: Any) -> None:
-            missing = [part for part in self.parts if part not in seen]
+        def finish(whole: dict[str, tuple[Tensor, Tensor]]) -> None:
+            seen.clear()  # first: nothing is held, whatever `observe` raises
+            missing = [part for part in self.parts if part not in whole]
             if missing:
                 complain(self, f'its {", ".join(missing)} was not called as a module')
             else:
-                observe(Call(self, block), self.kept(seen), seen['qkv'][1])
-            seen.clear()
+                observe(Call(self, block), self.kept(whole), whole['qkv'][1])
 
-        handles = [block.register_forward_pre_hook(Tap(start)),
-                   block.register_forward_hook(Tap(finish))]
-        return handles + [
+        return [
             block.get_submodule(part).register_forward_hook(Tap(partial(note, part)), prepend=True)
             for part in self.parts]
 
@@ -71,7 +74,11 @@ class WindowAttention(AttentionLayer):
         split = projected.unflatten(2, (3, self.heads, self.rows)).permute(2, 0, 3, 1, 4)
         query, key, value = split.unbind()
         scores = self.scores(call, kept, chosen, query, key)
-        return Heads(inputs, inputs, inputs, query, key, value, scores, outputs)
+        return Heads(inputs, inputs, inputs, query, key, value, scores, outputs, self.real(inputs))
+
+    def real(self, inputs: Tensor) -> Tensor:
+        """1 for real queries (w, n): Swin pads its normalised map with zeros."""
+        return (inputs != 0).any(-1).to(inputs.dtype)
 
     def scores(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor,
                key: Tensor) -> Tensor:
@@ -97,6 +104,9 @@ class TokenAttention(WindowAttention):
 
     def kept(self, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         return seen['qkv'][0], seen['qkv'][1], seen['proj'][0]
+
+    def real(self, inputs: Tensor) -> Tensor:
+        return torch.ones_like(inputs[..., 0])
 
     def scores(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor,
                key: Tensor) -> Tensor:
@@ -173,9 +183,12 @@ class PackedAttention(AttentionLayer):
         logits = query @ key.mT * self.rows**-0.5
         for mask in self._masks(call, chosen):
             logits = logits + mask
-        scores = torch.softmax(logits, -1)
+        # A query that may look at nothing: torch's own result is zero.
+        nothing = logits.amax(-1, keepdim=True) == float('-inf')
+        scores = torch.softmax(logits, -1).masked_fill(nothing, 0)
         outputs = (scores @ value).transpose(1, 2).flatten(2)
-        return Heads(inputs, memory, values_in, query, key, value, scores, outputs)
+        return Heads(inputs, memory, values_in, query, key, value, scores, outputs,
+                     torch.ones_like(inputs[..., 0]))
 
     @staticmethod
     def _batch_first(call: Call, kept: tuple[Tensor, ...]) -> list[Tensor]:
@@ -215,11 +228,12 @@ ATTENTION_TYPES: dict[str, type[AttentionLayer]] = {
 
 _FUNCTIONAL = 'it uses the weight of its qkv without calling it'
 
-#: Attention modules with a `qkv` that cannot be read, and why.
-UNREADABLE: dict[str, str] = {
-    'mmpretrain.models.utils.attention.WindowMSAV2':
+#: Attention modules with a `qkv` that cannot be read, and why (or '').
+UNREADABLE: dict[str, Callable[[Any], str]] = {
+    'mmpretrain.models.utils.attention.WindowMSAV2': lambda block:
         f'its attention is cosine, for which no statistic is known, and {_FUNCTIONAL}',
-    'mmpretrain.models.utils.attention.BEiTAttention': _FUNCTIONAL,
-    'torchvision.models.swin_transformer.ShiftedWindowAttention': _FUNCTIONAL,
-    'torchvision.models.swin_transformer.ShiftedWindowAttentionV2': _FUNCTIONAL,
+    'mmpretrain.models.utils.attention.BEiTAttention': lambda block:
+        '' if block.q_bias is None else _FUNCTIONAL,
+    'torchvision.models.swin_transformer.ShiftedWindowAttention': lambda block: _FUNCTIONAL,
+    'torchvision.models.swin_transformer.ShiftedWindowAttentionV2': lambda block: _FUNCTIONAL,
 }

@@ -103,7 +103,19 @@ class Capture:
                 return
             self._stage(call, held, gradient)
 
-        output.register_hook(measure)
+        self._source(layer, output).register_hook(measure)
+
+    def _source(self, layer: Layer, output: Tensor) -> Tensor:
+        """The tensor whose gradient is the output's, before anything changes it in place.
+
+        An in-place operation on a view (a linear layer's output of more than two dimensions) would
+        take the view's hooks to its own result.
+        """
+        base = output._base
+        if base is None or not base.requires_grad or base.numel() != output.numel():
+            return output
+        ordered = output.is_contiguous() and base.is_contiguous()
+        return base if ordered or 'gradient_moment' not in self.requires[layer] else output
 
     @torch.no_grad()
     def _stage(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor) -> None:
@@ -144,6 +156,7 @@ class Capture:
             self.drop()
 
     def _warn_lost(self, layer: Layer, reason: str) -> None:
+        self.seen.add(layer)
         if layer not in self._warned:
             logger.warning('%s: a call was not measured, %s', layer.name, reason)
         self._warned.add(layer)

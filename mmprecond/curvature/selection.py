@@ -78,7 +78,7 @@ class _Search:
                 self.users.setdefault(id(p), []).append(module)
         self.layers: dict[str, Layer] = {}
         self.left_out: list[LeftOut] = []
-        self.claimed: set[nn.Module] = set()
+        self.claimed: dict[nn.Module, str] = {}
 
     def run(self) -> tuple[dict[str, Layer], list[LeftOut]]:
         for name, module in self.model.named_modules():  # a block comes before its parts
@@ -92,7 +92,7 @@ class _Search:
         bias = module._parameters.get('bias')
         sharing = self.users.get(id(weight), [module])
         kind = layer_type(module)
-        reason = ('type is not supported' if kind is None else
+        reason = (_reason_against_type(module) if kind is None else
                   _reason_against(weight, self.owned) or _reason_against_sharing(sharing))
         if kind is None or reason:
             self.left_out.append(LeftOut(name, type(module).__name__, reason))
@@ -104,7 +104,8 @@ class _Search:
     def _visit_attention(self, name: str, block: nn.Module) -> None:
         """Takes the projections of an attention module as one layer, where that is wanted."""
         qualified = qualified_name(type(block))
-        kind, reason = ATTENTION_TYPES.get(qualified), UNREADABLE.get(qualified, '')
+        kind = ATTENTION_TYPES.get(qualified)
+        reason = UNREADABLE[qualified](block) if qualified in UNREADABLE else ''
         if kind is None and not reason:
             return
         part, key = kind.weight_owner(block) if kind else ('qkv', 'weight')
@@ -115,11 +116,13 @@ class _Search:
         reason = reason or (kind.refusal(block) if kind else '')
         module = getattr(block, part, None) if part else block
         weight: Any = module._parameters.get(key) if isinstance(module, nn.Module) else None
-        if not reason and len(self.users.get(id(weight), [])) > 1:
+        if not reason and (module in self.claimed or len(self.users.get(id(weight), [])) > 1):
             reason = 'its weight is shared with another module'
         reason = reason or _reason_against(weight, self.owned)
         if module is not None:
-            self.claimed.add(module)
+            before = self.claimed.setdefault(module, owner)
+            if self.layers.pop(before, None):
+                self.left_out.append(LeftOut(before, type(block).__name__, reason))
         if reason:
             self.left_out.append(LeftOut(owner, type(block).__name__, reason))
         elif kind:
@@ -141,6 +144,14 @@ def _joins(bias: Tensor, weight: Tensor, owned: dict[int, dict[str, Any]],
 def _takes_part(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> bool:
     group = owned.get(id(parameter))
     return group is not None and bool(group.get('precondition', True))
+
+
+def _reason_against_type(module: nn.Module) -> str:
+    """Why a module's own parameters are none of a layer's."""
+    if qualified_name(type(module)) in ATTENTION_TYPES:
+        names = ', '.join(name for name, _ in module.named_parameters(recurse=False))
+        return f'parameters of its own ({names})'
+    return 'type is not supported'
 
 
 def _reason_against(weight: Tensor | None, owned: dict[int, dict[str, Any]]) -> str:

@@ -11,7 +11,8 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from torch import nn
 
 from ..curvature import unwrap
-from ..optimizers import PreconditionedOptimizer
+from ..optimizers import Preconditioned, PreconditionedOptimizer
+from ..optimizers.rules import build_rule
 from .wrapper import mixed_wrapper, refuse_sharding
 
 
@@ -58,11 +59,11 @@ class PrecondOptimWrapperConstructor:
 
 def _of_rule(optimizer: Any) -> dict[str, Any]:
     """Rate and decay of a `Preconditioned` config, where constructors look for what they scale."""
-    rule = optimizer.get('rule') if isinstance(optimizer, dict) else None
-    if not isinstance(rule, dict):
+    if not isinstance(optimizer, dict) or optimizer.get('type') not in ('Preconditioned',
+                                                                        Preconditioned):
         return {}
-    values = dict(lr=rule.get('lr'), weight_decay=rule.get('weight_decay', 0.))
-    return {key: value for key, value in values.items() if key not in optimizer}
+    _, defaults = build_rule(optimizer.get('rule'))
+    return {key: defaults[key] for key in ('lr', 'weight_decay') if key not in optimizer}
 
 
 def _resolve(registry: Registry, kind: Any) -> Any:

@@ -35,7 +35,7 @@ def use_optimizer(cfg: Config, name: str) -> None:
     if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
         raise ValueError('the config has no optim_wrapper.optimizer to take lr and weight_decay '
                          'from; write optim_wrapper=dict(optimizer=dict(...)) in it')
-    old = wrapper['optimizer']
+    old = {**wrapper['optimizer'], **(wrapper['optimizer'].get('rule') or {})}
     taken = inspect.signature(getattr(optimizers, name).__init__).parameters
     new: dict[str, Any] = {key: old[key] for key in CARRIED if key in old and key in taken}
     adaptive = 'betas' in taken

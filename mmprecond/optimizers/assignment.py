@@ -31,6 +31,11 @@ class Entry:
     module_types: tuple[str, ...] | None = None
     name: str | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it means all layers that are left."""
+        return self.module_types is None and self.name is None
+
     def meets(self, path: Sequence[tuple[str, nn.Module]]) -> bool:
         """Whether a module is meant, given as itself and all modules around it."""
         return ((self.module_types is None
@@ -40,7 +45,9 @@ class Entry:
     @property
     def match(self) -> str:
         """The conditions as a config has them."""
-        parts = {'module_type': self.module_types, 'name': self.name}
+        types = self.module_types
+        parts = {'module_type': types[0] if types and len(types) == 1 else types,
+                 'name': self.name}
         given = (f'{key}={value!r}' for key, value in parts.items() if value is not None)
         return f'dict({", ".join(given)})'
 
@@ -75,9 +82,11 @@ class BoundAssignment:
     def __init__(self, entries: list[Entry], model: nn.Module) -> None:
         self.entries = entries
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.names: dict[nn.Module, list[str]] = {}
+        for name, module in self.modules.items():
+            self.names.setdefault(module, []).append(name)
         for position, entry in enumerate(entries):
-            everything = entry.module_types is None and entry.name is None
-            if not everything and not any(entry.meets(self._path(n)) for n in self.modules):
+            if not any(entry.meets(self._path(name)) for name in self.modules):
                 kinds = sorted({type(m).__name__ for m in self.modules.values()})
                 raise ValueError(
                     f'layers[{position}]: match={entry.match} hits nothing in '
@@ -95,24 +104,32 @@ class BoundAssignment:
         return entry.preconditioner if entry else None
 
     def check_use(self, names: Sequence[str]) -> None:
-        """Raises ValueError if an entry with a match has no layer of the given names.
+        """Raises ValueError if an entry can never be used.
 
         Args:
             names: Names of the layers that can be preconditioned.
         """
         taken = [self.entry(name) for name in names]
         for position, entry in enumerate(self.entries):
-            unused = entry.preconditioner is not None and not any(e is entry for e in taken)
-            if unused and (entry.module_types is not None or entry.name is not None):
-                earlier = any(entry.meets(self._path(name)) for name in names)
-                why = ('all its layers are taken by entries before it; put it first' if earlier else
-                       'it hits no layer that can be preconditioned')
-                raise ValueError(f'layers[{position}]: match={entry.match} is of no use, {why}')
+            met = any(entry.meets(self._path(name)) for name in names)
+            used = any(other is entry for other in taken)
+            shadowed = (any(earlier.is_open for earlier in self.entries[:position])
+                        or met and not used and not entry.is_open)
+            if shadowed:
+                raise ValueError(f'layers[{position}]: match={entry.match} is of no use, all its '
+                                 'layers are taken by entries before it; put it first')
+            if not met and entry.preconditioner is not None and not entry.is_open:
+                raise ValueError(f'layers[{position}]: match={entry.match} is of no use, it hits '
+                                 'no layer that can be preconditioned')
 
     def _path(self, name: str) -> list[tuple[str, nn.Module]]:
-        parts = name.split('.') if name else []
-        names = ['.'.join(parts[:k]) for k in range(len(parts) + 1)]
-        return [(n, self.modules[n]) for n in names]
+        """A module and those around it, by all their names."""
+        path = []
+        for alias in self.names[self.modules[name]]:
+            parts = alias.split('.') if alias else []
+            names = ['.'.join(parts[:k]) for k in range(len(parts) + 1)]
+            path += [(n, self.modules[n]) for n in names]
+        return path
 
 
 def parse_layers(layers: Any) -> Assignment:
@@ -136,14 +153,15 @@ def _parse_entry(where: str, entry: Any) -> Entry:
                          "dict(match=..., preconditioner=dict(type='NewtonKronecker')), or "
                          'preconditioner=None for the plain rule')
     _reject_keys(where, entry, ENTRY_KEYS)
-    match = entry.get('match') or {}
+    match = {} if entry.get('match') is None else entry['match']
     if not isinstance(match, dict):
         raise ValueError(f"{where}: match={match!r} is no dict; write match=dict(name='backbone.*')"
                          " or match=dict(module_type='WindowMSA')")
     _reject_keys(f'{where}: match', match, MATCH_KEYS)
     types, name = match.get('module_type'), match.get('name')
     types = (types,) if isinstance(types, str) else types
-    if types is not None and not (types and all(isinstance(t, str) for t in types)):
+    listed = isinstance(types, (list, tuple)) and types
+    if types is not None and not (listed and all(isinstance(t, str) for t in types)):
         raise ValueError(f'{where}: module_type={types!r} is neither a class name nor a list of '
                          "class names; write module_type='WindowMSA'")
     if name is not None and not isinstance(name, str):

@@ -59,7 +59,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f'{type(self).__name__} needs the model that owns the parameters: pass model=..., '
                 "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper")
-        check_number('capture_mb', capture_mb, open_low=True)
+        check_number('capture_mb', capture_mb, open_low=True, finite=False)
         self.rule = rule
         super().__init__(params, defaults)
         self.t = 0
@@ -106,11 +106,8 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                    layer.working_dtype, layer.weight.device)
             assigned[layer] = stacks.setdefault(key, LayerStack(chosen, requires))
         if not assigned:
-            kinds = sorted({left.kind for left in self.left_out})
-            raise ValueError(
-                f'{type(self).__name__} found no layer to precondition (modules with parameters: '
-                f'{", ".join(kinds) or "none"}); it needs a Linear or Conv2d whose weight is in '
-                'params')
+            raise ValueError(f'{type(self).__name__} found no layer to precondition: '
+                             f'{_why_none(layers, self.left_out)}')
         self.stacks = list(stacks.values())
         return assigned
 
@@ -287,10 +284,26 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; what it lacks of the curvature is measured at the next step."""
         rest = {key: value for key, value in state_dict.items() if key != checkpoint.KEY}
+        for group in rest['param_groups']:
+            self._check_saved(group)
         super().load_state_dict(rest)
         self._capture.drop()
         checkpoint.restore(self, state_dict.get(checkpoint.KEY))
         self._arm_if_automatic()
+
+    def _check_saved(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a saved group of another rule."""
+        name = type(self.rule).__name__
+        missing = [key for key in self.rule.hyper if key not in group]
+        if missing:
+            raise ValueError(f'the state was saved under another rule: its groups have no '
+                             f'{", ".join(missing)}, which {name} needs; start afresh from the '
+                             'weights alone (load_from without resume)')
+        try:
+            self.rule.check(group)
+        except ValueError as error:
+            raise ValueError(f'the state was saved under another rule than {name}: '
+                             f'{error}') from error
 
     def table(self) -> str:
         """Every module with parameters: its preconditioner or why not, factors, memory."""
@@ -304,6 +317,16 @@ def _reason_against(layer: Layer, method: Preconditioner | None, matched: bool) 
     if not method.required(layer):
         return f'{layer.rows} x {layer.columns} is over max_dim={method.max_dim}'
     return ''
+
+
+def _why_none(layers: dict[str, Layer], left_out: Sequence[LeftOut]) -> str:
+    """Why a model has nothing to precondition."""
+    if layers:
+        reasons = sorted({left.reason for left in left_out if left.name in layers})
+        return f'all {len(layers)} are left to the plain rule ({"; ".join(reasons)})'
+    kinds = sorted({left.kind for left in left_out})
+    return (f'it has modules with parameters {", ".join(kinds) or "none"}, and needs a Linear or '
+            'Conv2d whose weight is in params')
 
 
 def _to_host(values: Sequence[Tensor]) -> list[float]:

@@ -166,7 +166,8 @@ class Adan(AdamW):
         step = states[0].get('step', 0) + 1
         for state, gradient in zip(states, gradients, strict=True):
             state['step'] = step
-            state.setdefault('previous', gradient.clone())
+            if 'previous' not in state:
+                state['previous'] = gradient.clone()
         first = _moments(states, 'exp_avg', params)
         change = _moments(states, 'exp_avg_diff', params)
         second = _moments(states, 'exp_avg_sq', params)

@@ -134,3 +134,13 @@ def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:
     wanted = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
     size = torch.linalg.vector_norm(directions, dim=(1, 2, 3), keepdim=True)
     return directions * (wanted / (size + 1e-12))
+
+
+def two_sided(operator: Stacked, gradients: Tensor) -> Tensor:
+    """``L G R`` for operators on both sides; a side without an operator is left alone."""
+    directions = gradients
+    if 'gradient_moment' in operator:
+        directions = operator['gradient_moment'] @ directions
+    if 'input_moment' in operator:
+        directions = directions @ operator['input_moment']
+    return directions

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_number
+from ..checks import check_flag, check_number
 from ..curvature import RunningAverage
 from ..linalg import inverse_power, largest_eigenvalue
 from .base import Preconditioner, Stacked, add_damping, check_damping, recover_norm
@@ -48,6 +48,7 @@ class InputFeature(Preconditioner):
         check_number('stat_decay', self.stat_decay, high=1)
         check_damping('damping', self.damping)
         check_number('exponent', self.exponent, open_low=True)
+        check_flag('norm_recovery', self.norm_recovery)
 
     def average(self) -> RunningAverage:
         """Moving average of the captures as they are."""

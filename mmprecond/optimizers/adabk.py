@@ -1,0 +1,26 @@
+"""SGDMBK and AdamWBK (AdaBK): inverse roots of Kronecker factors."""
+
+from __future__ import annotations
+
+from ..preconditioners import KroneckerRoot
+from .families import PreconditionedAdamW, PreconditionedSGDM
+
+
+class SGDMBK(PreconditionedSGDM):
+    """SGD with momentum on L^-1/2 G R^-1/2 (AdaBK, CVPR 2023).
+
+    Arguments as in `PreconditionedSGDM`; settings as in `KroneckerRoot`.
+    """
+
+    preconditioner = KroneckerRoot
+
+
+class AdamWBK(PreconditionedAdamW):
+    """AdamW on L^-1/2 G R^-1/2 (AdaBK, CVPR 2023).
+
+    Weight decay is lr / (1 - beta1^t) weight_decay p, as in the published code. Arguments as in
+    `PreconditionedAdamW`; settings as in `KroneckerRoot`.
+    """
+
+    preconditioner = KroneckerRoot
+    decay = 'published'
