@@ -67,7 +67,7 @@ def test_momentum_out_of_range(momentum: Any) -> None:
 @pytest.mark.parametrize('betas, remedy', [
     ((0.9, 1.), 'betas=1.0'), ((-0.1, 0.9), 'betas=-0.1'), ((0.9, float('nan')), 'betas=nan'),
     ((0.9,), 'write betas=(0.9, 0.999)'), ((0.9, 0.99, 0.999), 'write betas=(0.9, 0.999)'),
-    (0.9, 'write betas=(0.9, 0.999)'), (None, 'write betas=(0.9, 0.999)')])
+    (0.9, 'write betas=(0.9, 0.999)')])
 def test_bad_betas(betas: Any, remedy: str) -> None:
     refused(ValueError, lambda: AdaNKFAC(net(), lr=0.1, betas=betas), remedy)
 

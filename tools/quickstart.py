@@ -35,12 +35,14 @@ class Contestant:
 
     Attributes:
         config: Name of a config in `FOLDER`.
+        lr: Learning rate, unless the user gives one.
         arguments: Arguments of tools/train.py.
         options: Settings for its --cfg-options.
         rate: The config key of the learning rate.
     """
 
     config: str
+    lr: float
     arguments: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     rate: str = RATE
@@ -54,7 +56,6 @@ class Model:
         title: For the picture.
         plain: Name of its first-order optimizer.
         contestants: The optimizers by name, compared unless the user chooses.
-        lr: Learning rate of all of them.
         grid: Further rates for the plain optimizer.
         iterations: Length of a run.
         options: What any other optimizer of ours gets beside lr.
@@ -63,16 +64,15 @@ class Model:
     title: str
     plain: str
     contestants: dict[str, Contestant]
-    lr: float
     grid: str
     iterations: int
     options: dict[str, Any]
 
     def contestant(self, name: str) -> Contestant:
         """One of `contestants`, or any optimizer of ours on the plain one's config."""
-        known = self.contestants.get(name)
-        return known or Contestant(self.contestants[self.plain].config, ('--optimizer', name),
-                                   self.options)
+        plain = self.contestants[self.plain]
+        return self.contestants.get(name) or Contestant(plain.config, plain.lr,
+                                                        ('--optimizer', name), self.options)
 
 
 R18, SWIN = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes'
@@ -81,14 +81,15 @@ R18, SWIN = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes'
 _R18_OPTIONS = {**INTERVALS, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
 MODELS = {
     'r18': Model('Faster R-CNN R18-FPN', 'SGD',
-                 {'SGD': Contestant(R18), 'NKFAC': Contestant(R18, ('--optimizer', 'NKFAC'),
-                                                              _R18_OPTIONS)},
-                 0.02, '0.01,0.04', 100, _R18_OPTIONS),
+                 {'SGD': Contestant(R18, 0.02),
+                  'NKFAC': Contestant(R18, 0.02, ('--optimizer', 'NKFAC'), _R18_OPTIONS)},
+                 '0.01,0.04', 100, _R18_OPTIONS),
     'swin': Model('Mask R-CNN, small Swin', 'AdamW',
-                  {'AdamW': Contestant(SWIN), 'AdaAFOpt': Contestant(f'{SWIN}_adaafopt'),
-                   'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac',
+                  {'AdamW': Contestant(SWIN, 2.5e-4),
+                   'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3),
+                   'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac', 1e-3,
                                              rate='optim_wrapper.optimizer.rule.lr')},
-                  5e-4, '', 300, INTERVALS),
+                  '', 300, INTERVALS),
 }
 
 
@@ -311,7 +312,6 @@ def parse_args() -> argparse.Namespace:
     args.work_dir = args.work_dir or ROOT / f'work_dirs/quickstart_{args.model}'
     args.model = MODELS[args.model]
     args.optimizers = args.optimizers or ','.join(args.model.contestants)
-    args.lr = args.lr or args.model.lr
     args.grid = args.model.grid if args.grid is None else args.grid
     args.iterations = args.iterations or args.model.iterations
     args.val_interval = args.val_interval or max(1, args.iterations // 4)
@@ -325,7 +325,8 @@ def main() -> None:
 
     make_shapes(args.data, images=args.images, split='train')
     make_shapes(args.data, images=max(1, args.images // 4), split='val')
-    rates = [(name, args.lr) for name in args.optimizers.split(',')]
+    rates = [(name, args.lr or args.model.contestant(name).lr)
+             for name in args.optimizers.split(',')]
     rates += [(args.model.plain, float(lr)) for lr in args.grid.split(',') if lr]
     runs = [Run(name, lr, seed) for seed in args.seeds for name, lr in rates]
     for run in runs:

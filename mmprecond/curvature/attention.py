@@ -167,7 +167,7 @@ class AttentionLayer(Layer):
                 'value_feature_moment': (self.heads, self.columns, self.columns),
                 }.get(statistic, (self.heads, self.rows, self.rows))
 
-    def count_rows(self, call: Call, gradient: Tensor) -> int:
+    def count_rows(self, call: Call, gradient: Tensor, statistics: tuple[str, ...]) -> int:
         """Queries of one call."""
         return gradient.numel() // max(1, gradient.shape[-1])
 

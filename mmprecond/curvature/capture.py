@@ -131,7 +131,7 @@ class Capture:
                     staged.sums[name] += measured
                 else:
                     staged.sums[name] = measured
-        staged.rows += layer.count_rows(call, gradient)
+        staged.rows += layer.count_rows(call, gradient, names)
 
     def _unscaled(self, layer: Layer, gradient: Tensor) -> Tensor:
         """The gradient of the loss itself; divided before any product, so that none overflows."""

@@ -38,6 +38,10 @@ class Call:
 Observer = Callable[[Call, tuple[Tensor, ...], Tensor], None]
 
 
+#: Suffix of statistics over samples: the mean input and the summed gradient of their positions.
+REDUCED = '_reduced'
+
+
 class Tap:
     """A hook that a deep copy or a pickle of the model takes along without its observer."""
 
@@ -88,7 +92,7 @@ class Layer:
 
     def statistic_shape(self, statistic: str) -> tuple[int, int, int]:
         """(blocks, n, n) of a statistic: n is i for the input's, o for the gradient's."""
-        side = self.columns if statistic == 'input_moment' else self.rows
+        side = self.columns if statistic.startswith('input') else self.rows
         return self.blocks, side, side
 
     def empty(self, statistic: str) -> Tensor:
@@ -137,8 +141,10 @@ class Layer:
         return [module.register_forward_hook(Tap(report), with_kwargs=True, prepend=True)
                 for module in self.modules]
 
-    def count_rows(self, call: Call, gradient: Tensor) -> int:
+    def count_rows(self, call: Call, gradient: Tensor, statistics: tuple[str, ...]) -> int:
         """Rows of one call, by which its input statistics are averaged."""
+        if any(name.endswith(REDUCED) for name in statistics):
+            return self._reduced_gradient(gradient).shape[-1]
         return gradient.numel() // max(1, self.blocks * self.rows)
 
     def measure(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor,
@@ -155,11 +161,26 @@ class Layer:
         Returns:
             By name: tensors shaped as `statistic_shape`, in `working_dtype`.
         """
-        sums = {}
-        for name in statistics:
-            sums[name] = (self.input_moment(call.module, kept[0]) if name == 'input_moment'
-                          else self.gradient_moment(gradient))
-        return sums
+        return {name: self._measure_one(name, call.module, kept[0], gradient)
+                for name in statistics}
+
+    def _measure_one(self, name: str, module: nn.Module, inputs: Tensor,
+                     gradient: Tensor) -> Tensor:
+        if name == 'input_moment':
+            return self.input_moment(module, inputs)
+        if name == 'gradient_moment':
+            return self.gradient_moment(gradient)
+        if name == 'input_moment' + REDUCED:
+            return _gram(self._with_ones(self._reduced_input(module, inputs)))
+        if name == 'gradient_moment' + REDUCED:
+            return _gram(self._reduced_gradient(gradient.to(self.working_dtype)))
+        raise ValueError(f'{type(self).__name__} has no statistic {name!r}')
+
+    def _with_ones(self, rows: Tensor) -> Tensor:
+        """Rows (blocks, i, n) with the trailing 1 of a joint bias."""
+        if self.bias is None:
+            return rows
+        return torch.cat([rows, rows.new_ones(self.blocks, 1, rows.shape[2])], 1)
 
     def input_moment(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Sum of x'x over all rows x of one call.
@@ -186,8 +207,7 @@ class Layer:
 
     def gradient_moment(self, gradient: Tensor) -> Tensor:
         """Sum of g'g over all rows g of an output gradient: (blocks, o, o)."""
-        rows = self._gradient_rows(gradient.to(self.working_dtype))
-        return rows @ rows.transpose(1, 2)
+        return _gram(self._gradient_rows(gradient.to(self.working_dtype)))
 
     def _blocks(self, module: nn.Module) -> int:
         return 1
@@ -200,6 +220,14 @@ class Layer:
         """(blocks, o, rows) of an output gradient."""
         raise TypeError(f'{type(self).__name__} must say what its gradient rows are')
 
+    def _reduced_input(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Mean input row of each sample (blocks, i without bias, samples)."""
+        raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
+
+    def _reduced_gradient(self, gradient: Tensor) -> Tensor:
+        """Sum of the gradient rows of each sample (blocks, o, samples)."""
+        raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
+
 
 class LinearLayer(Layer):
     """`nn.Linear`; all leading dimensions of its input are rows."""
@@ -209,6 +237,12 @@ class LinearLayer(Layer):
 
     def _gradient_rows(self, gradient: Tensor) -> Tensor:
         return gradient.reshape(-1, gradient.shape[-1]).t()[None]
+
+    def _reduced_input(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        return _by_sample(inputs.to(self.working_dtype)).mean(1).t()[None]
+
+    def _reduced_gradient(self, gradient: Tensor) -> Tensor:
+        return _by_sample(gradient).sum(1).t()[None]
 
 
 class Conv2dLayer(Layer):
@@ -242,18 +276,34 @@ class Conv2dLayer(Layer):
         rows = gradient.reshape(gradient.shape[0], self.blocks, self.rows, positions)
         return rows.permute(1, 2, 0, 3).flatten(2)
 
+    def _reduced_input(self, module: Any, inputs: Tensor) -> Tensor:
+        inputs = inputs if inputs.dim() == 4 else inputs[None]
+        height, width = self._output_size(module, inputs)
+        padded = self._padded(module, inputs.to(self.working_dtype))
+        patches = self._patch_view(module, padded, 0, height, width)
+        return patches.mean((-2, -1)).flatten(1, 3)
+
+    def _reduced_gradient(self, gradient: Tensor) -> Tensor:
+        gradient = gradient if gradient.dim() == 4 else gradient[None]
+        return gradient.sum((2, 3)).t().reshape(self.blocks, self.rows, len(gradient))
+
     def _patches(self, module: Any, padded: Tensor, top: int, height: int,
                  width: int) -> Tensor:
         """Patches of output rows [top, top + height): (blocks, i, images * height * width)."""
+        view = self._patch_view(module, padded, top, height, width)
+        return view.reshape(self.blocks, view.shape[1:4].numel(), len(padded) * height * width)
+
+    def _patch_view(self, module: Any, padded: Tensor, top: int, height: int,
+                    width: int) -> Tensor:
+        """The same as a view (blocks, channels, kh, kw, images, height, width)."""
         batch, channels = padded.shape[:2]
         (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
         image, channel, line, pixel = padded.stride()
         group = channels // self.blocks
-        view = padded.as_strided(
+        return padded.as_strided(
             (self.blocks, group, kh, kw, batch, height, width),
             (group * channel, channel, dh * line, dw * pixel, image, sh * line, sw * pixel),
             padded.storage_offset() + top * sh * line)
-        return view.reshape(self.blocks, group * kh * kw, batch * height * width)
 
     @staticmethod
     def _pads(module: Any) -> list[int]:
@@ -285,6 +335,18 @@ class Conv2dLayer(Layer):
                          in zip(sizes, module.kernel_size, module.dilation, module.stride,
                                 strict=True))
         return height, width
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Sum of outer products of rows (blocks, n, rows): (blocks, n, n)."""
+    return rows @ rows.mT
+
+
+def _by_sample(tensor: Tensor) -> Tensor:
+    """(samples, positions, features) of what a linear layer takes or gives."""
+    if tensor.dim() <= 2:
+        return tensor.reshape(-1, 1, tensor.shape[-1])
+    return tensor.flatten(1, -2)
 
 
 #: Supported module classes, by exact type (a subclass may compute something else). Those of

@@ -13,17 +13,29 @@ class RunningAverage:
     """``m <- decay m + (1 - decay) sample``, from zero, without bias correction.
 
     Attributes:
-        decay: Weight of the old value, in [0, 1).
+        decay: Weight of the old value, in [0, 1); None for the plain mean of all samples.
+        from_first: Takes the first sample whole.
         normalise: Divides each sample by its Frobenius norm first, which makes captures count
             alike whatever the loss's scale (NKFAC's published code; not in its paper).
     """
 
-    decay: float = 0.95
+    decay: float | None = 0.95
     normalise: bool = False
+    from_first: bool = False
 
-    def merge(self, running: Tensor, sample: Tensor) -> None:
-        """Merges one sample (blocks, n, n) into the running average, in place."""
+    def merge(self, running: Tensor, sample: Tensor, merged: int) -> None:
+        """Merges one sample (blocks, n, n) into the running average, in place.
+
+        Args:
+            running: The average of `merged` samples.
+            sample: The new one.
+            merged: Number of samples before it.
+        """
         if self.normalise:
             norm = torch.linalg.matrix_norm(sample)[..., None, None]
             sample = sample / (norm + 1e-12)
-        running.lerp_(sample, 1 - self.decay)
+        if self.decay is None:
+            weight = 1 / (merged + 1)
+        else:
+            weight = 1. if self.from_first and merged == 0 else 1 - self.decay
+        running.lerp_(sample, weight)

@@ -1,11 +1,13 @@
 """Optimizers: a rule with a preconditioner. Needs torch alone."""
 
 from .adabk import SGDMBK, AdamWBK
+from .adamr import AdamR
 from .afopt import AdaAFOpt, AFOpt
 from .base import PreconditionedOptimizer
 from .fsgd import FSGD, FAdam
+from .kfac import KFAC
 from .nkfac import NKFAC, AdaNKFAC
 from .preconditioned import Preconditioned
 
-__all__ = ['AFOpt', 'AdaAFOpt', 'AdaNKFAC', 'AdamWBK', 'FAdam', 'FSGD', 'NKFAC', 'Preconditioned',
-           'PreconditionedOptimizer', 'SGDMBK']
+__all__ = ['AFOpt', 'AdaAFOpt', 'AdaNKFAC', 'AdamR', 'AdamWBK', 'FAdam', 'FSGD', 'KFAC', 'NKFAC',
+           'Preconditioned', 'PreconditionedOptimizer', 'SGDMBK']

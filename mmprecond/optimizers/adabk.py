@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..preconditioners import KroneckerRoot
-from .families import PreconditionedAdamW, PreconditionedSGDM
+from .families import PreconditionedAdam, PreconditionedSGDM
 
 
 class SGDMBK(PreconditionedSGDM):
@@ -15,11 +15,11 @@ class SGDMBK(PreconditionedSGDM):
     preconditioner = KroneckerRoot
 
 
-class AdamWBK(PreconditionedAdamW):
+class AdamWBK(PreconditionedAdam):
     """AdamW on L^-1/2 G R^-1/2 (AdaBK, CVPR 2023).
 
     Weight decay is lr / (1 - beta1^t) weight_decay p, as in the published code. Arguments as in
-    `PreconditionedAdamW`; settings as in `KroneckerRoot`.
+    `PreconditionedAdam`; settings as in `KroneckerRoot`.
     """
 
     preconditioner = KroneckerRoot

@@ -14,8 +14,10 @@ from ..checks import check_number, reject_unexpected
 from ..curvature import Capture, Layer, LeftOut, find_layers, unwrap
 from ..distributed import sum_over_ranks, world_size
 from ..preconditioners import LayerStack, Preconditioner
-from . import checkpoint, report
+from ..preconditioners.base import Stacked
+from . import checkpoint, moments, report
 from .assignment import Assignment
+from .kl_clip import kl_clip
 from .rules import Rule
 
 logger = logging.getLogger('mmprecond')
@@ -137,7 +139,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     def _due(self) -> list[Layer]:
         return [layer for layer, stack in self.layers.items()
-                if self.t % stack.method.stat_interval == 0]
+                if (self.t + stack.method.phase) % stack.method.stat_interval == 0]
 
     def _arm_if_automatic(self) -> None:
         if self.auto_arm:
@@ -212,7 +214,11 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         for layer, sample in samples.items():
             for name, total in sample.items():
                 # A rank's loss is a share 1 / ranks of the joint mean loss.
-                total /= float(ranks**2) if name == 'gradient_moment' else counted[layer]
+                if name.startswith('gradient'):
+                    per_row = self.layers[layer].method.per_row
+                    total *= (counted[layer] if per_row else 1.) / ranks**2
+                else:
+                    total /= counted[layer]
         return samples
 
     def _warn_unseen(self, layer: Layer) -> None:
@@ -228,16 +234,19 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         """Refreshes the stacks that are due, and layers that have statistics but no operator."""
         started = []
         for stack in self.stacks:
-            due = self.t % stack.method.refresh_interval == 0
+            due = (self.t + stack.method.phase) % stack.method.refresh_interval == 0
             if due or stack.waiting():
-                started.append((stack, *stack.start_refresh(only_waiting=not due)))
-        outcomes = [good for _, _, good in started if good is not None]
+                before = moments.remember(stack)
+                started.append((stack, before, *stack.start_refresh(only_waiting=not due)))
+        outcomes = [good for *_, good in started if good is not None]
         if not outcomes:
             return
         good = [bool(one) for one in _to_host(outcomes)]
-        for stack, order, _ in started:
+        for stack, before, order, _ in started:
             stack.finish_refresh(order, good[:len(order)])
             del good[:len(order)]
+            if before:
+                moments.carry(self, stack, before)
 
     def _gradients(self) -> dict[Tensor, Tensor]:
         """The gradients that the rule sees: preconditioned where a layer has an operator."""
@@ -246,18 +255,26 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
         if any(g.is_sparse for g in gradients.values()):
             raise ValueError(f'{type(self).__name__} takes no sparse gradients; build the '
                              'embedding with sparse=False')
+        directions = dict(gradients)
         for stack in self.stacks:
-            ready = [(k, layer) for k, layer in stack.ready() if layer.weight in gradients]
-            if not ready:
-                continue
-            positions, layers = zip(*ready, strict=True)
-            matrices = torch.stack([layer.join(*(gradients.get(p) for p in layer.parameters))
-                                    for layer in layers])
-            preconditioned = stack.method.apply(stack.operators(list(positions)), matrices)
-            for layer, matrix in zip(layers, preconditioned, strict=True):
-                pieces = zip(layer.parameters, layer.split(matrix), strict=True)
-                gradients.update((p, piece) for p, piece in pieces if p in gradients)
-        return gradients
+            self._transform(stack, stack.method.apply, directions)
+        kl_clip(self, gradients, directions)
+        return directions
+
+    @staticmethod
+    def _transform(stack: LayerStack, function: Callable[[Stacked, Tensor], Tensor],
+                   tensors: dict[Tensor, Tensor]) -> None:
+        """Replaces what belongs to a stack's parameters by a function of its matrix form."""
+        ready = [(k, layer) for k, layer in stack.ready() if layer.weight in tensors]
+        if not ready:
+            return
+        positions, layers = zip(*ready, strict=True)
+        matrices = torch.stack([layer.join(*(tensors.get(p) for p in layer.parameters))
+                                for layer in layers])
+        results = function(stack.operators(list(positions)), matrices)
+        for layer, matrix in zip(layers, results, strict=True):
+            pieces = zip(layer.parameters, layer.split(matrix), strict=True)
+            tensors.update((p, piece) for p, piece in pieces if p in tensors)
 
     def _update(self, gradients: dict[Tensor, Tensor]) -> None:
         """Applies the rule to batches of parameters with equal hyper-parameters."""
@@ -267,11 +284,17 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 if p in gradients:
                     key = (self.rule.key(group, self.state[p]), p.device, p.dtype)
                     batches.setdefault(key, (group, []))[1].append(p)
+        directions: dict[Tensor, Tensor] = {}
         for group, params in batches.values():
             states = [self.state[p] for p in params]
-            directions = self.rule.directions(params, [gradients[p] for p in params], states,
-                                              group)
-            self.rule.update(params, directions, states, group)
+            found = self.rule.directions(params, [gradients[p] for p in params], states, group)
+            directions.update(zip(params, found, strict=True))
+        for stack in self.stacks:
+            if stack.method.rotates:
+                self._transform(stack, stack.method.restore, directions)
+        for group, params in batches.values():
+            self.rule.update(params, [directions[p] for p in params],
+                             [self.state[p] for p in params], group)
 
     # ---------------------------------------------------------------- state and report
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ..preconditioners.stack import COUNTERS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -64,7 +66,7 @@ def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:
     try:
         if entry['method'] != type(method).__name__:
             return f'it was saved by {entry["method"]}'
-        int(entry['refreshes']), int(entry['failures'])
+        [int(entry[name]) for name in COUNTERS]
         statistics = {name: layer.statistic_shape(name) for name in method.required(layer)}
         problem = _misfit('statistic', entry['statistics'], statistics)
         if entry['refreshes'] or entry['operator']:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..preconditioners import Preconditioner
 from .base import PreconditionedOptimizer, split_settings
-from .rules import SGDM, AdamW
+from .rules import SGDM, build_rule
 
 
 class PreconditionedSGDM(PreconditionedOptimizer):
@@ -42,23 +42,26 @@ class PreconditionedSGDM(PreconditionedOptimizer):
                          defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay), **own)
 
 
-class PreconditionedAdamW(PreconditionedOptimizer):
-    """AdamW on the directions of one preconditioner.
+class PreconditionedAdam(PreconditionedOptimizer):
+    """AdamW or Adan on the directions of one preconditioner.
 
     Args:
         params: Parameters or groups, with `model`; or the module itself.
         lr: Learning rate.
-        betas: Decay of the first and second moment.
+        betas: Decays of the moments; default (0.9, 0.999) for AdamW and (0.98, 0.92, 0.99) for
+            Adan.
         eps: Added to the root of the second moment.
-        weight_decay: Decay apart from the moments, see `decay`.
+        weight_decay: Decay apart from the moments: decoupled with AdamW (but see `decay`),
+            proximal with Adan.
         model: The module that owns the parameters.
+        rule: 'AdamW' or 'Adan'.
         **settings: Those of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
             ...) and `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
 
     Attributes:
         preconditioner: The preconditioner's class.
         preset: Settings whose default differs from the preconditioner's own.
-        decay: The weight decay's form, see `rules.AdamW`.
+        decay: The form of AdamW's weight decay, see `rules.AdamW`.
 
     Raises:
         ValueError: For values out of range or a missing model.
@@ -69,10 +72,14 @@ class PreconditionedAdamW(PreconditionedOptimizer):
     preset: ClassVar[dict[str, Any]] = {}
     decay: ClassVar[str] = 'decoupled'
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0., *,
-                 model: nn.Module | None = None, **settings: Any) -> None:
+    def __init__(self, params: Any, lr: float, betas: tuple[float, ...] | None = None,
+                 eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
+                 rule: str = 'AdamW', **settings: Any) -> None:
         method, own = split_settings(self, self.preconditioner, settings, **self.preset)
-        super().__init__(params, model=model, rule=AdamW(decay=self.decay), method=method,
-                         defaults=dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
-                         **own)
+        config: dict[str, Any] = dict(type=rule, lr=lr, eps=eps, weight_decay=weight_decay)
+        if betas is not None:
+            config['betas'] = betas
+        if rule == 'AdamW':
+            config['decay'] = self.decay
+        built, defaults = build_rule(config, choices=('AdamW', 'Adan'))
+        super().__init__(params, model=model, rule=built, method=method, defaults=defaults, **own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..preconditioners import InputFeature
-from .families import PreconditionedAdamW, PreconditionedSGDM
+from .families import PreconditionedAdam, PreconditionedSGDM
 
 
 class FSGD(PreconditionedSGDM):
@@ -16,10 +16,10 @@ class FSGD(PreconditionedSGDM):
     preconditioner = InputFeature
 
 
-class FAdam(PreconditionedAdamW):
+class FAdam(PreconditionedAdam):
     """AdamW on G R^-1 (thesis 5.3.4), with decoupled weight decay.
 
-    Arguments as in `PreconditionedAdamW`; settings as in `InputFeature`.
+    Arguments as in `PreconditionedAdam`; settings as in `InputFeature`.
     """
 
     preconditioner = InputFeature

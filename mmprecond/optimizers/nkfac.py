@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..preconditioners import NewtonKronecker
-from .families import PreconditionedAdamW, PreconditionedSGDM
+from .families import PreconditionedAdam, PreconditionedSGDM
 
 
 class NKFAC(PreconditionedSGDM):
@@ -15,11 +15,11 @@ class NKFAC(PreconditionedSGDM):
     preconditioner = NewtonKronecker
 
 
-class AdaNKFAC(PreconditionedAdamW):
+class AdaNKFAC(PreconditionedAdam):
     """AdamW on L^-1 G R^-1 (thesis Algorithm 5), by default at intervals 100 and 1000.
 
     Weight decay is lr / (1 - beta1^t) weight_decay p, as in the published code. Arguments as in
-    `PreconditionedAdamW`; settings as in `NewtonKronecker`.
+    `PreconditionedAdam`; settings as in `NewtonKronecker`.
     """
 
     preconditioner = NewtonKronecker

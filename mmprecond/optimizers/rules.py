@@ -29,10 +29,12 @@ class Rule(ABC):
     Attributes:
         hyper: Names of the group entries that the rule reads.
         defaults: Their values where the user gives none; there is none for lr.
+        linear_moments: Names of the moments that are sums of gradients.
     """
 
     hyper: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[dict[str, Any]] = {}
+    linear_moments: ClassVar[tuple[str, ...]] = ()
 
     def key(self, group: Group, state: State) -> Hashable:
         """Parameters with equal keys are updated together."""
@@ -63,6 +65,7 @@ class SGDM(Rule):
 
     hyper = ('lr', 'momentum', 'weight_decay')
     defaults = dict(momentum=0.9, weight_decay=0.)
+    linear_moments = ('momentum_buffer',)
 
     @classmethod
     def check(cls, group: Group) -> None:
@@ -98,13 +101,15 @@ class AdamW(Rule):
 
     hyper = ('lr', 'betas', 'eps', 'weight_decay')
     defaults = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.)
+    linear_moments: ClassVar[tuple[str, ...]] = ('exp_avg',)
 
     def __init__(self, decay: str = 'decoupled') -> None:
         check_choice('decay', decay, DECAYS)
         self.decay = decay
 
     def key(self, group: Group, state: State) -> Hashable:
-        return super().key({**group, 'betas': tuple(group['betas'])}, state)
+        hyper = super().key({**group, 'betas': tuple(group['betas'])}, state)
+        return hyper, state.get('restart', 0)
 
     @classmethod
     def check(cls, group: Group) -> None:
@@ -129,7 +134,7 @@ class AdamW(Rule):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta2**step) ** 0.5)
+        torch._foreach_div_(scale, (1 - beta2 ** (step - states[0].get('restart', 0))) ** 0.5)
         torch._foreach_add_(scale, group['eps'])
         torch._foreach_mul_(scale, 1 - beta1**step)
         return list(torch._foreach_div(first, scale))
@@ -156,6 +161,7 @@ class Adan(AdamW):
     """
 
     defaults = dict(betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.)
+    linear_moments = ('exp_avg', 'exp_avg_diff', 'previous')
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +186,7 @@ class Adan(AdamW):
         torch._foreach_mul_(second, beta3)
         torch._foreach_addcmul_(second, ahead, ahead, 1 - beta3)
         scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta3**step) ** 0.5)
+        torch._foreach_div_(scale, (1 - beta3 ** (step - states[0].get('restart', 0))) ** 0.5)
         torch._foreach_add_(scale, group['eps'])
         total = torch._foreach_div(first, 1 - beta1**step)
         torch._foreach_add_(total, change, alpha=beta2 / (1 - beta2**step))

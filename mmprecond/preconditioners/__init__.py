@@ -3,13 +3,15 @@
 from .attention import AttentionFeature
 from .base import Preconditioner
 from .feature import InputFeature
+from .kfac import FisherKronecker
 from .kronecker import KroneckerRoot, NewtonKronecker
+from .rotation import EigenRotation
 from .stack import LayerStack, RefreshError
-
-__all__ = ['AttentionFeature', 'InputFeature', 'KroneckerRoot', 'LayerStack', 'NewtonKronecker',
-           'Preconditioner', 'RefreshError']
 
 #: Methods that a config may name.
 METHODS: dict[str, type[Preconditioner]] = {
-    kind.__name__: kind for kind in (AttentionFeature, InputFeature, KroneckerRoot,
-                                     NewtonKronecker)}
+    kind.__name__: kind for kind in (AttentionFeature, EigenRotation, FisherKronecker, InputFeature,
+                                     KroneckerRoot, NewtonKronecker)}
+
+__all__ = ['METHODS', 'AttentionFeature', 'EigenRotation', 'FisherKronecker', 'InputFeature',
+           'KroneckerRoot', 'LayerStack', 'NewtonKronecker', 'Preconditioner', 'RefreshError']

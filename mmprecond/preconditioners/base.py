@@ -44,6 +44,14 @@ class Preconditioner(ABC):
     requires: ClassVar[tuple[str, ...]] = ()
     #: Names of the rules that the method works with; none means all.
     rules: ClassVar[tuple[str, ...]] = ()
+    #: Steps are counted from here when intervals fall due: 0 captures and refreshes at once.
+    phase: ClassVar[int] = 0
+    #: Whether a layer whose first statistics come late is refreshed at once.
+    eager: ClassVar[bool] = True
+    #: Whether the gradient second moment is that of each row's own loss: multiplied by the rows.
+    per_row: ClassVar[bool] = False
+    #: Whether the rule works in the space of `apply`, from which `restore` leads back.
+    rotates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ('stat_interval', 'refresh_interval', 'max_dim'):
@@ -108,6 +116,19 @@ class Preconditioner(ABC):
         Returns:
             Operators by name, and a bool tensor (k,) that is False where a refresh failed.
         """
+
+    @property
+    def clip(self) -> float | None:
+        """Bound of the KL clip that is taken over all layers, or None."""
+        return None
+
+    def align(self, operator: Stacked, previous: Stacked | None) -> Stacked:
+        """New operators in the form closest to the previous ones, where they have a choice."""
+        return operator
+
+    def restore(self, operator: Stacked, directions: Tensor) -> Tensor:
+        """Turns the rule's directions (k, b, o, i) back; only of methods that rotate."""
+        return directions
 
     @abstractmethod
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:

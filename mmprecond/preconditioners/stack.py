@@ -23,15 +23,20 @@ logger = logging.getLogger('mmprecond')
 TOLERATED_FAILURES = 3
 
 
+#: Names of a slot's counters.
+COUNTERS = ('samples', 'refreshes', 'failures')
+
+
 class RefreshError(RuntimeError):
     """A layer's refresh failed too often in a row."""
 
 
 @dataclass
 class Slot:
-    """Counters of one layer: refreshes that succeeded, and failures in a row."""
+    """Counters of one layer: samples merged, refreshes that succeeded, failures in a row."""
 
     layer: Layer
+    samples: int = 0
     refreshes: int = 0
     failures: int = 0
 
@@ -71,12 +76,14 @@ class LayerStack:
             self._join(newcomers, samples[newcomers[0]])
         average = self.method.average()
         for layer in list(samples):
+            slot = self.slots[self._index[layer]]
             for name, sample in samples.pop(layer).items():
-                average.merge(self.statistics[name][self._index[layer]], sample)
+                average.merge(self.statistics[name][self._index[layer]], sample, slot.samples)
+            slot.samples += 1
 
     def waiting(self) -> bool:
-        """Whether a layer has statistics but was never refreshed."""
-        return any(slot.waiting for slot in self.slots)
+        """Whether a layer has statistics but no refresh was tried, and none is to be awaited."""
+        return self.method.eager and any(slot.waiting for slot in self.slots)
 
     def start_refresh(self, only_waiting: bool = False) -> tuple[list[int], Tensor | None]:
         """Refreshes operators where that succeeds, without waiting for the device.
@@ -91,11 +98,10 @@ class LayerStack:
         order: list[int] = []
         outcomes: list[Tensor] = []
         for chunk, exact in self._chunks(only_waiting):
-            statistics = self._source(chunk)
-            previous = ({name: take(o, chunk) for name, o in self.operator.items()}
-                        if self.operator else None)
-            operator, good = self.method.refresh(statistics, None if exact else previous,
+            previous = self.operators(chunk) if self.operator else None
+            operator, good = self.method.refresh(self._source(chunk), None if exact else previous,
                                                  self._damping(chunk))
+            operator = self.method.align(operator, previous)
             self._write(chunk, operator, good)
             order += chunk
             outcomes.append(good)
@@ -137,7 +143,8 @@ class LayerStack:
             yield slot.layer, {
                 'statistics': {name: s[k] for name, s in self.statistics.items()},
                 'operator': {name: o[k] for name, o in self.operator.items()},
-                'refreshes': slot.refreshes, 'failures': slot.failures}
+                'samples': slot.samples, 'refreshes': slot.refreshes,
+                'failures': slot.failures}
 
     def load(self, states: dict[Layer, dict[str, Any]]) -> None:
         """Replaces the stack's state by exported states, on each weight's own device."""
@@ -151,7 +158,7 @@ class LayerStack:
             setattr(self, kind, stacked)
         for layer, state in states.items():
             self._index[layer] = len(self.slots)
-            self.slots.append(Slot(layer, int(state['refreshes']), int(state['failures'])))
+            self.slots.append(Slot(layer, *(int(state[name]) for name in COUNTERS)))
 
     @staticmethod
     def _loaded(layer: Layer, state: dict[str, Any], kind: str, name: str) -> Tensor:
@@ -222,6 +229,8 @@ class LayerStack:
         """One exact refresh in float64."""
         statistics = {name: s.double() for name, s in self._source([position]).items()}
         operator, good = self.method.refresh(statistics, None, self._damping([position]))
+        previous = {name: o.double() for name, o in self.operators([position]).items()}
+        operator = self.method.align(operator, previous or None)
         dtype = next(iter(self.statistics.values())).dtype
         self._write([position], {n: o.to(dtype) for n, o in operator.items()}, good)
         return bool(good)

@@ -1,0 +1,79 @@
+"""Eigenbases of second moments, and how one basis follows another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .inverse import all_finite
+
+
+def eigenbasis(matrix: Tensor, shift: float = 0.) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of symmetric positive semi-definite matrices, as columns.
+
+    Args:
+        matrix: (..., n, n).
+        shift: Added to the diagonal, relative to the largest entry; it changes no eigenvector.
+
+    Returns:
+        Orthogonal matrices (..., n, n), columns by falling eigenvalue, and a bool tensor (...) that
+        is False where the matrix or the result is not finite.
+    """
+    finite = all_finite(matrix)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    scale = matrix.abs().amax((-2, -1), keepdim=True)
+    scaled = matrix / torch.where(scale > 0, scale, 1) + shift * identity
+    vectors = torch.linalg.eigh(torch.where(finite[..., None, None], scaled, identity))[1]
+    return vectors.flip(-1), finite & all_finite(vectors)
+
+
+def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """One step towards the eigenvectors: the Q factor of A U, each column in its old place.
+
+    Args:
+        matrix: A (..., n, n), symmetric positive semi-definite.
+        basis: U (..., n, n), the last basis.
+
+    Returns:
+        Orthogonal matrices (..., n, n) whose columns have the old ones' signs, and a bool tensor
+        (...) that is False where the result is not finite.
+    """
+    image = matrix @ basis
+    values = (basis * image).sum(-2)
+    # From the largest down: other orders are fixed points too, but unstable ones.
+    order = values.argsort(-1, descending=True)[..., None, :].expand_as(image)
+    factor, triangle = torch.linalg.qr(torch.take_along_dim(image, order, -1))
+    signs = triangle.diagonal(dim1=-2, dim2=-1).sign()
+    factor = factor * torch.where(signs == 0, 1, signs)[..., None, :]
+    result = torch.zeros_like(factor).scatter(-1, order, factor)
+    return result, all_finite(result)
+
+
+def assign_columns(basis: Tensor, old: Tensor) -> Tensor:
+    """Orders and signs a basis' columns by the old basis' columns.
+
+    Pairs with mutually largest overlap |u_old' u| are matched first, then those of what is left.
+
+    Args:
+        basis: (..., n, n), orthogonal.
+        old: (..., n, n), orthogonal.
+
+    Returns:
+        The columns of `basis`, each in the place and with the sign of its partner.
+    """
+    overlap = old.mT @ basis
+    shape, size = overlap.shape, overlap.shape[-1]
+    left = overlap.abs().reshape(-1, size, size).nan_to_num()
+    partner = torch.full(left.shape[:2], -1, device=left.device)
+    rows = torch.arange(size, device=left.device).expand_as(partner)
+    while bool((partner < 0).any()):  # each round matches the largest overlap that is left
+        best = left.argmax(2)
+        mutual = (left.argmax(1).gather(1, best) == rows) & (partner < 0)
+        partner = torch.where(mutual, best, partner)
+        taken = torch.zeros_like(left, dtype=torch.bool).scatter_(
+            2, best[..., None], mutual[..., None])
+        left = left.masked_fill(taken.any(1, keepdim=True) | mutual[..., None], -1)
+    order = partner.reshape(shape[:-1])[..., None, :]
+    signs = torch.take_along_dim(overlap, order.mT, -1).mT.sign()
+    return torch.take_along_dim(basis, order.expand_as(basis), -1) * torch.where(signs == 0, 1,
+                                                                                  signs)

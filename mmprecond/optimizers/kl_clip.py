@@ -1,0 +1,39 @@
+"""The KL clip: one factor over all layers that bounds a step's estimated change of the output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import PreconditionedOptimizer
+
+
+def kl_clip(optimizer: PreconditionedOptimizer, raw: dict[Tensor, Tensor],
+            directions: dict[Tensor, Tensor]) -> None:
+    """Scales clipped layers' directions V by min(1, sqrt(bound / sum lr^2 <V, G>)), in place.
+
+    Without waiting for the device. Where methods of several bounds are mixed, the least counts.
+
+    Source: as in the public KFAC baselines (Ba, Grosse and Martens, 2017, section 5).
+
+    Args:
+        optimizer: The optimizer.
+        raw: Gradients G by parameter.
+        directions: Preconditioned gradients V by parameter; those of clipped layers are replaced.
+    """
+    bounds = [stack.method.clip for stack in optimizer.stacks if stack.method.clip is not None]
+    if not bounds:
+        return
+    rates = {p: float(group['lr']) for group in optimizer.param_groups for p in group['params']}
+    clipped = [p for stack in optimizer.stacks if stack.method.clip is not None
+               for _, layer in stack.ready() for p in layer.parameters if p in directions]
+    if not clipped:
+        return
+    products = [rates[p]**2 * (directions[p].double() * raw[p].double()).sum() for p in clipped]
+    total = torch.stack([product.to(products[0].device) for product in products]).sum()
+    factor = (min(bounds) / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1)
+    for p in clipped:
+        directions[p] = directions[p] * factor.to(directions[p])

@@ -1,0 +1,205 @@
+"""One AdamR step, layer by layer, as spec/algorithms.md 7 writes it, in float64.
+
+A layer's raw gradients are kept, each with the basis of its step: nothing is ever carried from one
+basis to the next. The first moment that is turned into each new basis is the mean of the raw
+gradients, seen in the basis of now.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .factors import Loss, Recorder, blocks_of, is_conv, measure
+from .nkfac import ReferenceNKFAC
+from .rules import weighted_mean
+
+
+def assigned(basis: Tensor, old: Tensor) -> Tensor:
+    """The columns (n, n) in the places and with the signs of the old ones, closest pairs first."""
+    result, overlap = torch.zeros_like(basis), old.t() @ basis
+    left = overlap.abs()
+    for _ in range(len(old)):
+        place, column = divmod(int(left.argmax()), len(old))
+        result[:, place] = basis[:, column] * (1 if overlap[place, column] >= 0 else -1)
+        left[place], left[:, column] = -1, -1
+    return result
+
+
+def iterated(matrix: Tensor, basis: Tensor) -> Tensor:
+    """One orthogonal iteration: each A u, made orthogonal from the largest u'Au down."""
+    result = torch.zeros_like(basis)
+    done: list[Tensor] = []
+    for place in (basis * (matrix @ basis)).sum(0).argsort(descending=True):
+        column = matrix @ basis[:, place]
+        for _ in range(3):  # repeated, as rounding asks
+            for other in done:
+                column = column - (other @ column) * other
+            column = column / column.norm()
+        done.append(column)
+        result[:, place] = column
+    return result
+
+
+def moments(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
+            joint: bool) -> tuple[Tensor, Tensor]:
+    """R and L as `factors.measure`, but for many rows at once where the layer is one block."""
+    modules = [m for m in model.modules() if getattr(m, 'weight', None) is weight]
+    if blocks_of(modules[0]) > 1 or getattr(modules[0], 'padding_mode', 'zeros') != 'zeros':
+        return measure(model, losses, weight, joint)[:2]
+    inputs, gradients = [], []
+    for loss in losses:
+        with Recorder(modules) as recorder:
+            value = loss(model)
+        probes = [probe for *_, probe in recorder.calls]
+        slopes = torch.autograd.grad(value, probes, allow_unused=True) if probes else []
+        for (module, x, _), slope in zip(recorder.calls, slopes, strict=True):
+            if slope is None:
+                continue
+            if is_conv(module):
+                x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+                x, slope = x.mT, slope.flatten(2).mT
+            x = x.flatten(0, -2)
+            inputs.append(torch.cat([x, torch.ones(len(x), 1).double()], 1) if joint else x)
+            gradients.append(slope.flatten(0, -2))
+    x, g = (torch.cat(rows) if rows else torch.zeros(0, 1) for rows in (inputs, gradients))
+    return (x.t() @ x / max(1, len(x)))[None].detach(), (g.t() @ g)[None]
+
+
+class Side:
+    """One side of one block of a layer: its captures, and its basis, at first the identity."""
+
+    def __init__(self, size: int, solver: str, kept: bool) -> None:
+        self.captures: list[Tensor] = []
+        self.basis = torch.eye(size).double()
+        self.solver, self.kept, self.refreshes = solver, kept, 0
+
+    def refresh(self) -> None:
+        if not self.kept:
+            return
+        mean = sum(self.captures) / len(self.captures)
+        new = (iterated(mean, self.basis) if self.solver == 'qr' and self.refreshes
+               else torch.linalg.svd(mean)[0])
+        self.basis = assigned(new, self.basis)
+        self.refreshes += 1
+
+
+class Seen:
+    """A gradient (blocks, o, i) and the bases of its step (blocks, o, o), (blocks, i, i)."""
+
+    def __init__(self, gradient: Tensor, left: Tensor, right: Tensor, measured: bool) -> None:
+        self.gradient, self.left, self.right, self.measured = gradient, left, right, measured
+
+    def turn(self, gradient: Tensor) -> Tensor:
+        return self.left.mT @ gradient @ self.right
+
+    def restore(self, direction: Tensor) -> Tensor:
+        return self.left @ direction @ self.right.mT
+
+
+class ReferenceRotation(ReferenceNKFAC):
+    """AdamR on a float64 model without hooks, with AdamW or Adan.
+
+    Args:
+        model: The model, trained in place.
+        rule: 'AdamW' or 'Adan'.
+        overrides: As in `ReferenceNKFAC`.
+        settings: As the optimizer's, all intervals 1 by default.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, betas: tuple[float, ...], eps: float = 1e-8,
+                 weight_decay: float = 0., rule: str = 'AdamW',
+                 overrides: dict[str, dict[str, Any]] | None = None, **settings: Any) -> None:
+        settings = dict(basis_solver='eigh', rotate_moments=True, max_dim=8192) | settings
+        super().__init__(model, lr, weight_decay=weight_decay, betas=betas, eps=eps,
+                         overrides=overrides, **settings)
+        self.rule = rule
+        self.sides: dict[nn.Parameter, tuple[list[Side], list[Side]]] = {}
+        self.history: dict[nn.Parameter, list[Seen]] = {}
+
+    def step(self, *losses: Loss) -> None:
+        """One step on the sum of the losses (several: micro-batches)."""
+        self.t += 1
+        if self.t % self.settings['stat_interval'] == 0:
+            for weight, module in self.layers.items():
+                self._capture(weight, self.is_joint(module), list(losses))
+        if self.t % self.settings['refresh_interval'] == 0:
+            for sides in self.sides.values():
+                for side in (*sides[0], *sides[1]):
+                    side.refresh()
+        trained = [p for p in self.names if p.requires_grad]
+        slopes = torch.autograd.grad(sum(loss(self.model) for loss in losses), trained,
+                                     allow_unused=True)
+        gradients = {p: g for p, g in zip(trained, slopes, strict=True) if g is not None}
+        with torch.no_grad():
+            biases = {m.bias for w, m in self.layers.items() if self.is_joint(m) and w in gradients}
+            for p in gradients:
+                if p not in biases:
+                    self._update(p, gradients)
+
+    def _capture(self, weight: nn.Parameter, joint: bool, losses: list[Loss]) -> None:
+        right, left = moments(self.model, losses, weight, joint)
+        if left.norm() == 0:
+            return
+        if weight not in self.sides:
+            solver, most = self.settings['basis_solver'], self.settings['max_dim']
+            self.sides[weight] = tuple([Side(len(block), solver, len(block) <= most)
+                                        for block in sample] for sample in (left, right))
+        for sides, sample in zip(self.sides[weight], (left, right), strict=True):
+            for side, block in zip(sides, sample, strict=True):
+                side.captures.append(block)
+
+    def _update(self, p: nn.Parameter, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Moves a parameter, or a weight together with its joint bias."""
+        module = self.layers.get(p)
+        joint = module is not None and self.is_joint(module)
+        matrix = gradients[p].reshape(len(p), -1) if p.dim() else gradients[p].reshape(1, 1)
+        if joint:
+            column = gradients.get(module.bias, torch.zeros(len(p)).double())
+            matrix = torch.cat([matrix, column[:, None]], 1)
+        if p in self.sides:
+            left, right = (torch.stack([s.basis for s in sides]) for sides in self.sides[p])
+            measured = any(s.refreshes for sides in self.sides[p] for s in sides)
+            pieces = torch.stack(matrix.chunk(len(left)))
+        else:
+            left, right = (torch.eye(n).double()[None] for n in matrix.shape)
+            measured, pieces = False, matrix[None]
+        seen = self.history.setdefault(p, [])
+        seen.append(Seen(pieces, left, right, measured))
+        direction = seen[-1].restore(self._direction(seen)).reshape(matrix.shape)
+        width = matrix.shape[1] - joint
+        self._move(p, direction[:, :width].reshape(p.shape))
+        if joint and module.bias in gradients:
+            self._move(module.bias, direction[:, -1])
+
+    def _direction(self, seen: list[Seen]) -> Tensor:
+        """The rule's direction in the basis of now."""
+        if self.settings['rotate_moments']:
+            # Raw gradients in one basis; squares in that of their own step, since the first basis.
+            linear = [seen[-1].turn(s.gradient) for s in seen]
+            own = [(s.turn(s.gradient), s.turn(before.gradient))
+                   for s, before in zip(seen, [seen[0], *seen], strict=False)
+                   if s.measured or not seen[-1].measured]
+        else:
+            linear = [s.turn(s.gradient) for s in seen]
+            own = list(zip(linear, [linear[0], *linear], strict=False))
+        mean = weighted_mean(linear, self.betas[0])
+        if self.rule == 'Adan':
+            _, beta, square_beta = self.betas
+            changes = [new - old for new, old in zip(linear, [linear[0], *linear], strict=False)]
+            mean = mean + beta * weighted_mean(changes, beta)
+            squares = [(new + beta * (new - old))**2 for new, old in own]
+        else:
+            square_beta = self.betas[1]
+            squares = [new**2 for new, _ in own]
+        return mean / (weighted_mean(squares, square_beta).sqrt() + self.eps)
+
+    def _move(self, p: nn.Parameter, direction: Tensor) -> None:
+        lr, decay = self.option(p, 'lr'), self.option(p, 'weight_decay')
+        if self.rule == 'Adan':
+            p.copy_((p - lr * direction) / (1 + lr * decay))
+        else:
+            p.copy_(p - lr * (direction + decay * p))
