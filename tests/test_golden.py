@@ -32,7 +32,7 @@ def test_trajectory(case: str) -> None:
         loss = squared_error(model(x), torch.from_numpy(data['y'][step]))
         assert loss.item() == pytest.approx(float(golden['loss'][step]), rel=1e-6)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward(create_graph=getattr(optimizer, 'needs_graph', False))
         optimizer.step()
         for name, p in model.named_parameters():
             if f'step{step + 1}/{name}' in golden.files:

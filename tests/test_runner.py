@@ -100,14 +100,17 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(('model', 'names'), [
-    ('r18', ['SGD', 'NKFAC']), ('swin', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC'])])
+    ('r18', ['SGD', 'NKFAC']), ('swin', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC']),
+    ('resnet-cls', ['SGD', 'NKFAC'])])
 def test_quickstart_end_to_end(tmp_path: Path, model: str, names: list[str]) -> None:
+    options = ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
+    if not model.endswith('cls'):
+        options += ['model.train_cfg.rpn_proposal.max_per_img=50',
+                    'model.test_cfg.rpn.max_per_img=20']
     output = tool('bash', 'tools/quickstart.sh', '--model', model, '--iterations', 2,
-                  '--val-interval', 2, '--images', 8, '--data', tmp_path / 'data',
-                  '--work-dir', tmp_path / 'out', '--grid', '', '--lr', 0.001, '--options',
-                  'model.train_cfg.rpn_proposal.max_per_img=50',
-                  'model.test_cfg.rpn.max_per_img=20', 'train_dataloader.batch_size=2',
-                  'default_hooks.logger.interval=1')
+                  '--val-interval', 2, '--images', 16, '--data', tmp_path / 'data',
+                  '--work-dir', tmp_path / 'out', '--grid', '', '--lr', 0.001,
+                  '--options', *options)
     runs = json.loads((tmp_path / 'out/results.json').read_text())
     assert [run['optimizer'] for run in runs] == names
     assert all(f'| {name} | 0.001 |' in output for name in names)

@@ -1,13 +1,14 @@
-"""Trains one small detector with several optimizers on shapes and compares them.
+"""Trains one small model with several optimizers on shapes and compares them.
 
 Every run of a seed starts from the same weights and sees the same images in the same order; only
-the optimizer differs. Ends with a table and a picture of loss and AP against iterations and
+the optimizer differs. Ends with a table and a picture of loss and score against iterations and
 seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -50,7 +51,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Model:
-    """A detector with the optimizers that are compared on it.
+    """A model with the optimizers that are compared on it.
 
     Attributes:
         title: For the picture.
@@ -59,6 +60,9 @@ class Model:
         grid: Further rates for the plain optimizer.
         iterations: Length of a run.
         options: What any other optimizer of ours gets beside lr.
+        rates: Learning rates of any other optimizer of ours: of SGD's kind, and of Adam's.
+        metrics: What is reported, by its name in the log; the first is the headline.
+        data: Default folder of the data.
     """
 
     title: str
@@ -67,15 +71,36 @@ class Model:
     grid: str
     iterations: int
     options: dict[str, Any]
+    rates: tuple[float, float]
+    metrics: dict[str, str]
+    data: str = 'shapes'
+
+    @property
+    def detects(self) -> bool:
+        return self.headline.startswith('coco/')
+
+    @property
+    def headline(self) -> str:
+        return next(iter(self.metrics))
 
     def contestant(self, name: str) -> Contestant:
         """One of `contestants`, or any optimizer of ours on the plain one's config."""
-        plain = self.contestants[self.plain]
-        return self.contestants.get(name) or Contestant(plain.config, plain.lr,
-                                                        ('--optimizer', name), self.options)
+        if name in self.contestants:
+            return self.contestants[name]
+        from mmprecond import optimizers
+
+        kind = getattr(optimizers, name, None)
+        if kind is None:
+            sys.exit(f'there is no optimizer {name}; choose from '
+                     f'{", ".join(sorted({*self.contestants, *optimizers.__all__}))}')
+        adaptive = 'betas' in inspect.signature(kind.__init__).parameters
+        return Contestant(self.contestants[self.plain].config, self.rates[adaptive],
+                          ('--optimizer', name), self.options)
 
 
-R18, SWIN = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes'
+R18, SWIN, CLS = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes', 'resnet18_shapes-cls'
+BOXES = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
+MASKS = {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'}
 #: With random weights and no warm-up the classifier's statistics age at once, and its operator from
 #: the first batch diverged: it takes the plain rule.
 _R18_OPTIONS = {**INTERVALS, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
@@ -83,13 +108,18 @@ MODELS = {
     'r18': Model('Faster R-CNN R18-FPN', 'SGD',
                  {'SGD': Contestant(R18, 0.02),
                   'NKFAC': Contestant(R18, 0.02, ('--optimizer', 'NKFAC'), _R18_OPTIONS)},
-                 '0.01,0.04', 100, _R18_OPTIONS),
+                 '0.01,0.04', 100, _R18_OPTIONS, (0.02, 1e-3), BOXES),
     'swin': Model('Mask R-CNN, small Swin', 'AdamW',
                   {'AdamW': Contestant(SWIN, 2.5e-4),
                    'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3),
                    'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac', 1e-3,
                                              rate='optim_wrapper.optimizer.rule.lr')},
-                  '', 300, INTERVALS),
+                  '', 300, INTERVALS, (0.02, 1e-3), BOXES | MASKS),
+    'resnet-cls': Model('ResNet-18 classifier', 'SGD',
+                        {'SGD': Contestant(CLS, 0.05),
+                         'NKFAC': Contestant(CLS, 0.05, ('--optimizer', 'NKFAC'), INTERVALS)},
+                        '0.02,0.1', 400, INTERVALS, (0.05, 1e-3), {'accuracy/top1': 'top-1 %'},
+                        'shapes-cls'),
 }
 
 
@@ -102,7 +132,7 @@ class Run:
         lr: Learning rate.
         seed: Of weights and data order.
         losses: (iteration, seconds of training so far, loss).
-        scores: (iteration, seconds of training so far, AP by its name in CocoMetric).
+        scores: (iteration, seconds of training so far, metrics by their names in the log).
         seconds: Training time alone: validation and start-up are left out.
         memory: Peak memory in MB: of the process, or on the GPU where there is one.
     """
@@ -123,7 +153,7 @@ class Run:
     def iterations(self) -> int:
         return self.losses[-1][0]
 
-    def score(self, metric: str = 'bbox_mAP') -> float:
+    def score(self, metric: str) -> float:
         """A metric at the end; 0 where CocoMetric found no detection to rate."""
         at_end = bool(self.scores) and self.scores[-1][0] == self.iterations
         return self.scores[-1][2].get(metric, 0.) if at_end else 0.
@@ -138,9 +168,8 @@ class Run:
                 last = iteration
                 self.losses.append((iteration, self.seconds, line['loss']))
                 self.memory = max(self.memory, line.get('memory', 0))
-            elif 'coco/bbox_mAP' in line:
-                metrics = {key.removeprefix('coco/'): value for key, value in line.items()
-                           if key.startswith('coco/')}
+            elif any('/' in key for key in line):
+                metrics = {key: value for key, value in line.items() if '/' in key}
                 self.scores.append((last, self.seconds, metrics))
 
 
@@ -153,8 +182,9 @@ def train(run: Run, args: argparse.Namespace) -> None:
         'train_cfg.max_iters': args.iterations, 'train_cfg.val_interval': args.val_interval,
         'default_hooks.checkpoint.interval': args.iterations, 'randomness.seed': run.seed,
         contestant.rate: run.lr, 'train_dataloader.dataset.data_root': f'{args.data}/',
-        'val_dataloader.dataset.data_root': f'{args.data}/',
-        'val_evaluator.ann_file': f'{args.data}/annotations/val.json', **contestant.options}
+        'val_dataloader.dataset.data_root': f'{args.data}/', **contestant.options}
+    if args.model.detects:
+        options['val_evaluator.ann_file'] = f'{args.data}/annotations/val.json'
     command = [sys.executable, 'tools/train.py', str(FOLDER / f'{contestant.config}.py'),
                '--work-dir', str(work_dir), *contestant.arguments]
     command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
@@ -211,22 +241,9 @@ def spread(values: list[float], form: str) -> str:
     return text.replace('nan', 'diverged')
 
 
-def metrics_of(runs: list[Run]) -> list[str]:
-    """The APs that are reported: those of boxes, and of masks where there are any."""
-    seen = {name for run in runs for _, _, metrics in run.scores for name in metrics}
-    wanted = ('bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50')
-    return [name for name in wanted if name in seen] or ['bbox_mAP']
-
-
-def readable(metric: str) -> str:
-    """'box AP50' for 'bbox_mAP_50'."""
-    return metric.replace('bbox_mAP', 'box AP').replace('segm_mAP', 'mask AP').replace('_', '')
-
-
-def table(runs: list[Run]) -> str:
+def table(runs: list[Run], metrics: dict[str, str]) -> str:
     """The comparison as a Markdown table: means over seeds, with their range."""
-    metrics = metrics_of(runs)
-    titles = ['optimizer', 'lr', *map(readable, metrics), 'final loss', 's / iteration', 'peak MB']
+    titles = ['optimizer', 'lr', *metrics.values(), 'final loss', 's / iteration', 'peak MB']
     lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
     for group in by_label(runs).values():
         columns: list[tuple[Callable[[Run], float], str]] = [
@@ -239,10 +256,11 @@ def table(runs: list[Run]) -> str:
     return '\n'.join(lines)
 
 
-def verdict(runs: list[Run], plain: str) -> str:
+def verdict(runs: list[Run], model: Model) -> str:
     """What the table says of our optimizers against the plain one."""
-    groups = by_label(runs)
-    score = {label: mean(run.score() for run in group) for label, group in groups.items()}
+    groups, plain, what_counts = by_label(runs), model.plain, model.metrics[model.headline]
+    score = {label: mean(run.score(model.headline) for run in group)
+             for label, group in groups.items()}
     seconds = {label: mean(run.seconds for run in group) for label, group in groups.items()}
     plains = [label for label, group in groups.items()
               if group[0].optimizer == plain and score[label] > 0]
@@ -253,8 +271,8 @@ def verdict(runs: list[Run], plain: str) -> str:
         same = [other for other in plains if groups[other][0].lr == group[0].lr]
         best = max(plains, key=lambda other: score[other])
         for other, what in [(same[0], 'the same rate')] * bool(same) + [(best, 'its best rate')]:
-            lines.append(f'{label}: {score[label] / score[other]:.2f} x the box AP of {plain} with '
-                         f'{what} (lr {groups[other][0].lr:g}), at '
+            lines.append(f'{label}: {score[label] / score[other]:.2f} x the {what_counts} of '
+                         f'{plain} with {what} (lr {groups[other][0].lr:g}), at '
                          f'{seconds[label] / seconds[other]:.2f} x its training time')
     return '\n'.join(lines)
 
@@ -266,7 +284,7 @@ def draw(runs: list[Run], model: Model, path: Path) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    metrics = [m for m in metrics_of(runs) if not m.endswith('_50')]
+    metrics = {key: title for key, title in model.metrics.items() if not key.endswith('_50')}
     rows = len(metrics) + 1
     figure, axes = plt.subplots(rows, 2, figsize=(10, 3.5 * rows), constrained_layout=True)
     for number, group in enumerate(by_label(runs).values()):
@@ -281,7 +299,7 @@ def draw(runs: list[Run], model: Model, path: Path) -> None:
                     axes[row, column].plot([x[column] for x in run.scores],
                                            [x[2].get(metric, 0.) for x in run.scores], **style)
     for column, unit in enumerate(('iterations', 'seconds of training')):
-        for row, quantity in enumerate(('loss', *map(readable, metrics))):
+        for row, quantity in enumerate(('loss', *metrics.values())):
             axes[row, column].set(xlabel=unit, ylabel=quantity)
             axes[row, column].grid(alpha=0.3)
     axes[0, 0].legend()
@@ -293,7 +311,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', choices=list(MODELS), default='r18',
                         help='r18: Faster R-CNN with SGD and NKFAC; swin: a Swin Mask R-CNN with '
-                             'AdamW, AdaAFOpt and AFOpt+NKFAC; default: %(default)s')
+                             'AdamW, AdaAFOpt and AFOpt+NKFAC; resnet-cls: a ResNet-18 classifier '
+                             'with SGD and NKFAC; default: %(default)s')
     parser.add_argument('--optimizers', help='names, separated by commas')
     parser.add_argument('--lr', type=float, help='of every run')
     parser.add_argument('--grid', help="further rates for the plain optimizer, '' for none")
@@ -303,7 +322,7 @@ def parse_args() -> argparse.Namespace:
                         'validation')
     parser.add_argument('--seeds', type=lambda text: [int(k) for k in text.split(',')], default=[0],
                         help='separated by commas; default: 0')
-    parser.add_argument('--data', type=Path, default=ROOT / 'data/shapes')
+    parser.add_argument('--data', type=Path, help='default: data/shapes, or data/shapes-cls')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/quickstart_MODEL')
     parser.add_argument('--options', nargs='+', metavar='KEY=VALUE', default=[],
                         type=lambda text: tuple(text.split('=', 1)),
@@ -311,6 +330,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     args.work_dir = args.work_dir or ROOT / f'work_dirs/quickstart_{args.model}'
     args.model = MODELS[args.model]
+    args.data = args.data or ROOT / 'data' / args.model.data
     args.optimizers = args.optimizers or ','.join(args.model.contestants)
     args.grid = args.model.grid if args.grid is None else args.grid
     args.iterations = args.iterations or args.model.iterations
@@ -321,10 +341,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from mmprecond.datasets import make_shapes
+    from mmprecond.datasets import make_shape_folders, make_shapes
 
-    make_shapes(args.data, images=args.images, split='train')
-    make_shapes(args.data, images=max(1, args.images // 4), split='val')
+    make = make_shapes if args.model.detects else make_shape_folders
+    make(args.data, images=args.images, split='train')
+    make(args.data, images=max(4, args.images // 4), split='val')
     rates = [(name, args.lr or args.model.contestant(name).lr)
              for name in args.optimizers.split(',')]
     rates += [(args.model.plain, float(lr)) for lr in args.grid.split(',') if lr]
@@ -335,7 +356,7 @@ def main() -> None:
                                                            indent=1))
     picture = args.work_dir / 'quickstart.png'
     draw(runs, args.model, picture)
-    text = f'{table(runs)}\n\n{verdict(runs, args.model.plain)}'
+    text = f'{table(runs, args.model.metrics)}\n\n{verdict(runs, args.model)}'
     (args.work_dir / 'table.md').write_text(text + '\n')
     print(f'\n{text}\n\nTraining time leaves out validation and start-up. In '
           f'{os.path.relpath(args.work_dir)}: table.md, {picture.name}, results.json, and a folder '

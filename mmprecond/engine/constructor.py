@@ -11,7 +11,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from torch import nn
 
 from ..curvature import unwrap
-from ..optimizers import Preconditioned, PreconditionedOptimizer
+from ..optimizers import SGDPH, Preconditioned, RuleOptimizer
 from ..optimizers.rules import build_rule
 from .wrapper import mixed_wrapper, refuse_sharding
 
@@ -44,12 +44,12 @@ class PrecondOptimWrapperConstructor:
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Builds the wrapper for a model, wrapped for data parallelism or not."""
         kind = _resolve(OPTIMIZERS, self.base.optimizer_cfg['type'])
-        if not (inspect.isclass(kind) and issubclass(kind, PreconditionedOptimizer)):
+        if not (inspect.isclass(kind) and issubclass(kind, RuleOptimizer)):
             return self.base(model)
         wrapper = _resolve(OPTIM_WRAPPERS,
                            self.base.optim_wrapper_cfg.get('type', 'OptimWrapper'))
         refuse_sharding(self.base.optim_wrapper_cfg, wrapper)
-        self.base.optim_wrapper_cfg['type'] = mixed_wrapper(wrapper)
+        self.base.optim_wrapper_cfg['type'] = mixed_wrapper(wrapper, issubclass(kind, SGDPH))
         self.base.optimizer_cfg = dict(self.base.optimizer_cfg, model=unwrap(model))
         built = self.base(model)
         print_log(f'{kind.__name__} on {type(unwrap(model)).__name__}:\n{built.optimizer.table()}',

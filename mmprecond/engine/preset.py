@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from .. import optimizers
+from .registration import optimizer_types
 
 #: Settings of a first-order optimizer that carry over to another.
 CARRIED = ('lr', 'momentum', 'weight_decay', 'betas', 'eps')
@@ -24,8 +25,8 @@ def use_optimizer(cfg: Config, name: str) -> None:
     Raises:
         ValueError: For an unknown name, or a config without an optimizer.
     """
-    names = [n for n in optimizers.__all__
-             if 'lr' in inspect.signature(getattr(optimizers, n).__init__).parameters]
+    names = [kind.__name__ for kind in optimizer_types()
+             if 'lr' in inspect.signature(kind.__init__).parameters]
     if name == 'Preconditioned':
         raise ValueError('Preconditioned needs a list of layers: write it in the config, or start '
                          'from one of configs/_base_')

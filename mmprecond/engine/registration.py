@@ -9,8 +9,15 @@ from mmengine.logging import print_log
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
 
 from .. import optimizers
-from ..optimizers import PreconditionedOptimizer
+from ..optimizers import PreconditionedOptimizer, RuleOptimizer
 from .constructor import PrecondOptimWrapperConstructor
+
+
+def optimizer_types() -> list[type[RuleOptimizer]]:
+    """The optimizers that a config may name."""
+    bases = (RuleOptimizer, PreconditionedOptimizer)
+    named = (getattr(optimizers, name) for name in optimizers.__all__)
+    return [kind for kind in named if kind not in bases and isinstance(kind, type)]
 
 
 class _MMEngineHandler(logging.Handler):
@@ -26,10 +33,8 @@ def register_all() -> None:
     Raises:
         KeyError: If another package holds one of the names; it names both modules.
     """
-    for name in optimizers.__all__:
-        kind = getattr(optimizers, name)
-        if kind is not PreconditionedOptimizer:
-            _register(OPTIMIZERS, kind)
+    for kind in optimizer_types():
+        _register(OPTIMIZERS, kind)
     _register(OPTIM_WRAPPER_CONSTRUCTORS, PrecondOptimWrapperConstructor)
     logger = logging.getLogger('mmprecond')
     if not any(isinstance(handler, _MMEngineHandler) for handler in logger.handlers):

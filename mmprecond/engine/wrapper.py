@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapper
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..optimizers import PreconditionedOptimizer
+from ..optimizers import SGDPH, PreconditionedOptimizer
 
 
 class PrecondMixin:
@@ -45,9 +47,44 @@ class PrecondMixin:
             self.optimizer.disarm()
 
 
+class PartialHessianMixin:
+    """Makes backward passes differentiable where `SGDPH` asks for it.
+
+    Under DistributedDataParallel, whose own synchronisation has no second derivative, every
+    backward pass is local, and the optimizer averages gradients and Hessian over the ranks.
+    """
+
+    optimizer: SGDPH
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """One training step: attention in its differentiable form, gradients not synchronised."""
+        with ExitStack() as stack:
+            if self.optimizer.needs_graph:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if isinstance(model, nn.parallel.DistributedDataParallel):
+                stack.enter_context(model.no_sync())
+            stack.enter_context(super().optim_context(model))  # type: ignore[misc]
+            yield
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Builds the gradients' graph where it is needed, and reads it before the clipping."""
+        with warnings.catch_warnings():
+            # The cycle it warns of is broken by `measure`.
+            warnings.filterwarnings('ignore', message='Using backward.. with create_graph=True')
+            super().backward(  # type: ignore[misc]
+                loss, create_graph=self.optimizer.needs_graph, **kwargs)
+        if self.should_update():  # type: ignore[attr-defined]
+            self.optimizer.measure()
+
+
 @cache
-def mixed_wrapper(base: type[OptimWrapper]) -> type[OptimWrapper]:
-    """The wrapper class that adds `PrecondMixin` to a wrapper class; one for each.
+def mixed_wrapper(base: type[OptimWrapper], twice: bool = False) -> type[OptimWrapper]:
+    """The wrapper class that adds what our optimizers need to a wrapper class; one for each.
+
+    Args:
+        base: The wrapper class.
+        twice: Whether the optimizer differentiates twice (`SGDPH`).
 
     Raises:
         ValueError: For wrappers under which capture cannot be right.
@@ -58,7 +95,12 @@ def mixed_wrapper(base: type[OptimWrapper]) -> type[OptimWrapper]:
     if issubclass(base, ApexOptimWrapper):
         raise ValueError('ApexOptimWrapper swaps the parameters under the optimizer; use '
                          'AmpOptimWrapper')
-    mixed = type(f'Precond{base.__name__}', (PrecondMixin, base), {'__module__': __name__})
+    mixin: type = PartialHessianMixin if twice else PrecondMixin
+    if twice and issubclass(base, AmpOptimWrapper):
+        raise ValueError('SGDPH differentiates twice and needs float32; use OptimWrapper (train '
+                         'without --amp)')
+    name = f'{mixin.__name__.removesuffix("Mixin")}{base.__name__}'
+    mixed = type(name, (mixin, base), {'__module__': __name__})
     globals()[mixed.__name__] = mixed  # picklable, as its base is
     return mixed
 

@@ -8,6 +8,9 @@ from .fsgd import FSGD, FAdam
 from .kfac import KFAC
 from .nkfac import NKFAC, AdaNKFAC
 from .preconditioned import Preconditioned
+from .rule_optimizer import RuleOptimizer
+from .sgdph import SGDPH, weight_norm
 
 __all__ = ['AFOpt', 'AdaAFOpt', 'AdaNKFAC', 'AdamR', 'AdamWBK', 'FAdam', 'FSGD', 'KFAC', 'NKFAC',
-           'Preconditioned', 'PreconditionedOptimizer', 'SGDMBK']
+           'Preconditioned', 'PreconditionedOptimizer', 'RuleOptimizer', 'SGDMBK', 'SGDPH',
+           'weight_norm']

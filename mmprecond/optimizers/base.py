@@ -1,4 +1,4 @@
-"""The one optimizer step: merge statistics, refresh, precondition, apply the rule."""
+"""Optimizers that measure curvature: statistics, refreshes, preconditioned gradients."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..preconditioners.base import Stacked
 from . import checkpoint, moments, report
 from .assignment import Assignment
 from .kl_clip import kl_clip
+from .rule_optimizer import RuleOptimizer
 from .rules import Rule
 
 logger = logging.getLogger('mmprecond')
@@ -26,7 +27,7 @@ logger = logging.getLogger('mmprecond')
 ENGINE_OPTIONS = ('capture_mb', 'save_curvature')
 
 
-class PreconditionedOptimizer(torch.optim.Optimizer):
+class PreconditionedOptimizer(RuleOptimizer):
     """A rule that works on preconditioned gradients.
 
     Plain PyTorch needs no further call: hooks are put on the model for the steps that measure
@@ -44,7 +45,6 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             measures and refreshes at its first step.
 
     Attributes:
-        t: Optimizer steps taken.
         left_out: Modules that take the plain rule, and why.
         auto_arm: Whether the optimizer arms itself; MMEngine's wrapper arms it instead.
 
@@ -62,9 +62,7 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
                 f'{type(self).__name__} needs the model that owns the parameters: pass model=..., '
                 "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper")
         check_number('capture_mb', capture_mb, open_low=True, finite=False)
-        self.rule = rule
-        super().__init__(params, defaults)
-        self.t = 0
+        super().__init__(params, rule, defaults)
         self.save_curvature = save_curvature
         self.auto_arm = True
         self.left_out: list[LeftOut] = []
@@ -77,7 +75,6 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as in torch; they take the plain rule."""
         super().add_param_group(param_group)
-        self.rule.check(self.param_groups[-1])
         damping = self.param_groups[-1].get('damping')
         if damping is not None:
             check_number('damping', damping, open_low=True)
@@ -147,26 +144,12 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- step
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One optimizer step.
-
-        Args:
-            closure: Evaluates the loss again, as in torch.
-
-        Returns:
-            The closure's loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _measure(self) -> None:
         self._merge_statistics()
         self._refresh()
-        self._update(self._gradients())
-        self.t += 1
+
+    def _after_step(self) -> None:
         self._arm_if_automatic()
-        return loss
 
     def _merge_statistics(self) -> None:
         """Sums what was measured over ranks and merges it, layer by layer, where it is sound.
@@ -248,18 +231,19 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             if before:
                 moments.carry(self, stack, before)
 
-    def _gradients(self) -> dict[Tensor, Tensor]:
-        """The gradients that the rule sees: preconditioned where a layer has an operator."""
-        gradients = {p: p.grad for group in self.param_groups for p in group['params']
-                     if p.grad is not None}
-        if any(g.is_sparse for g in gradients.values()):
-            raise ValueError(f'{type(self).__name__} takes no sparse gradients; build the '
-                             'embedding with sparse=False')
+    def _directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """The gradients, preconditioned where a layer has an operator."""
         directions = dict(gradients)
         for stack in self.stacks:
             self._transform(stack, stack.method.apply, directions)
         kl_clip(self, gradients, directions)
         return directions
+
+    def _turn_back(self, directions: dict[Tensor, Tensor]) -> None:
+        """Out of the rotated spaces."""
+        for stack in self.stacks:
+            if stack.method.rotates:
+                self._transform(stack, stack.method.restore, directions)
 
     @staticmethod
     def _transform(stack: LayerStack, function: Callable[[Stacked, Tensor], Tensor],
@@ -276,26 +260,6 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
             pieces = zip(layer.parameters, layer.split(matrix), strict=True)
             tensors.update((p, piece) for p, piece in pieces if p in tensors)
 
-    def _update(self, gradients: dict[Tensor, Tensor]) -> None:
-        """Applies the rule to batches of parameters with equal hyper-parameters."""
-        batches: dict[Any, tuple[dict[str, Any], list[Tensor]]] = {}
-        for group in self.param_groups:
-            for p in group['params']:
-                if p in gradients:
-                    key = (self.rule.key(group, self.state[p]), p.device, p.dtype)
-                    batches.setdefault(key, (group, []))[1].append(p)
-        directions: dict[Tensor, Tensor] = {}
-        for group, params in batches.values():
-            states = [self.state[p] for p in params]
-            found = self.rule.directions(params, [gradients[p] for p in params], states, group)
-            directions.update(zip(params, found, strict=True))
-        for stack in self.stacks:
-            if stack.method.rotates:
-                self._transform(stack, stack.method.restore, directions)
-        for group, params in batches.values():
-            self.rule.update(params, [directions[p] for p in params],
-                             [self.state[p] for p in params], group)
-
     # ---------------------------------------------------------------- state and report
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,26 +271,10 @@ class PreconditionedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; what it lacks of the curvature is measured at the next step."""
         rest = {key: value for key, value in state_dict.items() if key != checkpoint.KEY}
-        for group in rest['param_groups']:
-            self._check_saved(group)
         super().load_state_dict(rest)
         self._capture.drop()
         checkpoint.restore(self, state_dict.get(checkpoint.KEY))
         self._arm_if_automatic()
-
-    def _check_saved(self, group: dict[str, Any]) -> None:
-        """Raises ValueError for a saved group of another rule."""
-        name = type(self.rule).__name__
-        missing = [key for key in self.rule.hyper if key not in group]
-        if missing:
-            raise ValueError(f'the state was saved under another rule: its groups have no '
-                             f'{", ".join(missing)}, which {name} needs; start afresh from the '
-                             'weights alone (load_from without resume)')
-        try:
-            self.rule.check(group)
-        except ValueError as error:
-            raise ValueError(f'the state was saved under another rule than {name}: '
-                             f'{error}') from error
 
     def table(self) -> str:
         """Every module with parameters: its preconditioner or why not, factors, memory."""

@@ -78,7 +78,7 @@ class SGDM(Rule):
             gradients = list(torch._foreach_add(gradients, params, alpha=group['weight_decay']))
         if not group['momentum']:
             return gradients
-        buffers = _moments(states, 'momentum_buffer', params)
+        buffers = moments_of(states, 'momentum_buffer', params)
         torch._foreach_mul_(buffers, group['momentum'])
         torch._foreach_add_(buffers, gradients)
         return buffers
@@ -126,8 +126,8 @@ class AdamW(Rule):
                    group: Group) -> list[Tensor]:
         beta1, beta2 = group['betas']
         step = states[0].get('step', 0) + 1
-        first = _moments(states, 'exp_avg', params)
-        second = _moments(states, 'exp_avg_sq', params)
+        first = moments_of(states, 'exp_avg', params)
+        second = moments_of(states, 'exp_avg_sq', params)
         for state in states:
             state['step'] = step
         torch._foreach_lerp_(first, gradients, 1 - beta1)
@@ -174,9 +174,9 @@ class Adan(AdamW):
             state['step'] = step
             if 'previous' not in state:
                 state['previous'] = gradient.clone()
-        first = _moments(states, 'exp_avg', params)
-        change = _moments(states, 'exp_avg_diff', params)
-        second = _moments(states, 'exp_avg_sq', params)
+        first = moments_of(states, 'exp_avg', params)
+        change = moments_of(states, 'exp_avg_diff', params)
+        second = moments_of(states, 'exp_avg_sq', params)
         previous = [state['previous'] for state in states]
         difference = torch._foreach_sub(gradients, previous)
         ahead = torch._foreach_add(gradients, difference, alpha=beta2)
@@ -235,7 +235,8 @@ def build_rule(config: Any, choices: Sequence[str] = tuple(RULES)) -> tuple[Rule
     return rule(**options), {**rule.defaults, **settings}
 
 
-def _moments(states: list[State], name: str, params: list[Tensor]) -> list[Tensor]:
+def moments_of(states: list[State], name: str, params: list[Tensor]) -> list[Tensor]:
+    """A moment of each parameter, made where it is missing."""
     for state, param in zip(states, params, strict=True):
         if name not in state:
             state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

@@ -160,13 +160,14 @@ class ReferenceRotation(ReferenceNKFAC):
         if joint:
             column = gradients.get(module.bias, torch.zeros(len(p)).double())
             matrix = torch.cat([matrix, column[:, None]], 1)
+        pieces = torch.stack(matrix.chunk(1 if module is None else blocks_of(module)))
         if p in self.sides:
             left, right = (torch.stack([s.basis for s in sides]) for sides in self.sides[p])
             measured = any(s.refreshes for sides in self.sides[p] for s in sides)
-            pieces = torch.stack(matrix.chunk(len(left)))
         else:
-            left, right = (torch.eye(n).double()[None] for n in matrix.shape)
-            measured, pieces = False, matrix[None]
+            left, right = (torch.eye(n).double().repeat(len(pieces), 1, 1)
+                           for n in pieces.shape[1:])
+            measured = False
         seen = self.history.setdefault(p, [])
         seen.append(Seen(pieces, left, right, measured))
         direction = seen[-1].restore(self._direction(seen)).reshape(matrix.shape)

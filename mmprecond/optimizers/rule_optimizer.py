@@ -1,0 +1,121 @@
+"""The one optimizer step: measure, find gradients, apply the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rules import Group, Rule
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose update is a `Rule`; subclasses say which gradients it sees.
+
+    Args:
+        params: Parameters or groups, as in torch.
+        rule: The rule.
+        defaults: The rule's hyper-parameters; plain numbers.
+
+    Attributes:
+        t: Optimizer steps taken.
+
+    Raises:
+        ValueError: For hyper-parameters out of range.
+    """
+
+    def __init__(self, params: Any, rule: Rule, defaults: Group) -> None:
+        self.rule = rule
+        super().__init__(params, defaults)
+        self.t = 0
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group of parameters, as in torch."""
+        super().add_param_group(param_group)
+        self.rule.check(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimizer step.
+
+        Args:
+            closure: Evaluates the loss again, as in torch.
+
+        Returns:
+            The closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._measure()
+        self._update(self._directions(self._gradients()))
+        self.t += 1
+        self._after_step()
+        return loss
+
+    def _measure(self) -> None:
+        """Before a step: updates what the directions are made with."""
+
+    def _after_step(self) -> None:
+        """Prepares the next step."""
+
+    def _directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """What the rule sees in the place of the gradients."""
+        return gradients
+
+    def _turn_back(self, directions: dict[Tensor, Tensor]) -> None:
+        """Changes the rule's directions before they are applied."""
+
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        gradients = {p: p.grad for group in self.param_groups for p in group['params']
+                     if p.grad is not None}
+        if any(g.is_sparse for g in gradients.values()):
+            raise ValueError(f'{type(self).__name__} takes no sparse gradients; build the '
+                             'embedding with sparse=False')
+        return gradients
+
+
+    def _update(self, gradients: dict[Tensor, Tensor]) -> None:
+        """Applies the rule to batches of parameters with equal hyper-parameters."""
+        batches: dict[Any, tuple[dict[str, Any], list[Tensor]]] = {}
+        for group in self.param_groups:
+            for p in group['params']:
+                if p in gradients:
+                    key = (self.rule.key(group, self.state[p]), p.device, p.dtype)
+                    batches.setdefault(key, (group, []))[1].append(p)
+        directions: dict[Tensor, Tensor] = {}
+        for group, params in batches.values():
+            states = [self.state[p] for p in params]
+            found = self.rule.directions(params, [gradients[p] for p in params], states, group)
+            directions.update(zip(params, found, strict=True))
+        self._turn_back(directions)
+        for group, params in batches.values():
+            self.rule.update(params, [directions[p] for p in params],
+                             [self.state[p] for p in params], group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of the same rule.
+
+        Raises:
+            ValueError: For the state of another rule.
+        """
+        for group in state_dict['param_groups']:
+            self._check_saved(group)
+        super().load_state_dict(state_dict)
+
+    def _check_saved(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for a saved group of another rule."""
+        name = type(self.rule).__name__
+        missing = [key for key in self.rule.hyper if key not in group]
+        if missing:
+            raise ValueError(f'the state was saved under another rule: its groups have no '
+                             f'{", ".join(missing)}, which {name} needs; start afresh from the '
+                             'weights alone (load_from without resume)')
+        try:
+            self.rule.check(group)
+        except ValueError as error:
+            raise ValueError(f'the state was saved under another rule than {name}: '
+                             f'{error}') from error

@@ -1,0 +1,247 @@
+"""SGDPH: SGD with a partial Hessian, on the 1-D parameters of normalisation layers and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_choice, check_count, check_number
+from ..distributed import sum_over_ranks, world_size
+from .double_backward import refuse_single_backward
+from .rule_optimizer import RuleOptimizer
+from .rules import SGDM, Group, State, moments_of
+
+REFRESHES = ('round_robin', 'all')
+
+
+class PartialHessianSGDM(SGDM):
+    """SGDM, but parameters with a Hessian diagonal d move by tau (1 - momentum^n) buf / (d + eps).
+
+    Their momentum is that of the plain gradient, and weight decay is added after the division.
+
+    Attributes:
+        rate: tau.
+        eps: Added to the diagonal.
+        cycle: n, the number of the current cycle over all 1-D parameters, from 1.
+    """
+
+    def __init__(self, rate: float, eps: float) -> None:
+        self.rate = rate
+        self.eps = eps
+        self.cycle = 1
+
+    def key(self, group: Group, state: State) -> Hashable:
+        return super().key(group, state), 'hessian' in state
+
+    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+                   group: Group) -> list[Tensor]:
+        if 'hessian' not in states[0]:
+            return super().directions(params, gradients, states, group)
+        buffers = moments_of(states, 'momentum_buffer', params)
+        torch._foreach_mul_(buffers, group['momentum'])
+        torch._foreach_add_(buffers, gradients)
+        damped = torch._foreach_add([state['hessian'] for state in states], self.eps)
+        directions = torch._foreach_div(buffers, list(damped))
+        torch._foreach_mul_(directions, self.rate * (1 - group['momentum']**self.cycle))
+        torch._foreach_add_(directions, params, alpha=group['weight_decay'])
+        return list(directions)
+
+
+class SGDPH(RuleOptimizer):
+    """SGD with momentum whose 1-D parameters are divided by a diagonal of the Hessian.
+
+    For the 1-D parameter p with gradient g, d is the moving average of ``|d<g, 1> / dp|``: the row
+    sums of the parameter's Hessian block, which are its diagonal where the block is diagonal (the
+    last such layer before a separable loss) and an approximation elsewhere.
+
+    On steps where `needs_graph` is true, call ``loss.backward(create_graph=True)``; MMEngine's
+    wrapper does. float32 or float64, without automatic mixed precision.
+
+    Source: thesis chapter 2, (2.3)-(2.6), with averages, round-robin, the factor (1 - momentum^n)
+    and the plain last 1-D parameter as in the published code.
+
+    Args:
+        params: Parameters or groups, or the module itself.
+        lr: Learning rate.
+        momentum: Heavy-ball momentum.
+        weight_decay: L2 decay, added after the division.
+        model: The module, to refuse what cannot be differentiated twice before it fails.
+        hessian_decay: Weight of the old diagonal, in [0, 1).
+        hessian_lr: tau.
+        eps: Added to the diagonal.
+        refresh: 'round_robin': one 1-D parameter a refresh, as published; 'all': all of them, from
+            `probes` products in which each parameter's block has a random sign.
+        interval: Steps between refreshes.
+        probes: Products a refresh of 'all'.
+
+    Raises:
+        ValueError: For values out of range, no 1-D parameter, or a model with a module that has no
+            second derivative.
+    """
+
+    probe_seed: ClassVar[int] = 0
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
+                 model: nn.Module | None = None, hessian_decay: float = 0.9,
+                 hessian_lr: float = 1e-3, eps: float = 1e-4, refresh: str = 'round_robin',
+                 interval: int = 1, probes: int = 4) -> None:
+        if isinstance(params, nn.Module):
+            model, params = params, params.parameters()
+        if model is not None:
+            refuse_single_backward(model)
+        check_number('hessian_decay', hessian_decay, high=1)
+        check_number('hessian_lr', hessian_lr)
+        check_number('eps', eps, open_low=True)
+        check_choice('refresh', refresh, REFRESHES)
+        check_count('interval', interval)
+        check_count('probes', probes)
+        self.hessian_decay = hessian_decay
+        self.refresh = refresh
+        self.interval = interval
+        self.probes = probes
+        self.ph_rule = PartialHessianSGDM(hessian_lr, eps)
+        super().__init__(params, self.ph_rule,
+                         dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.vectors = [p for group in self.param_groups for p in group['params'] if is_vector(p)]
+        if not self.vectors:
+            raise ValueError('SGDPH found no 1-D parameter; for a network without normalisation '
+                             'call mmprecond.optimizers.weight_norm(model) before')
+        for p in self.vectors[:-1]:
+            self.state[p]['hessian'] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        self._measured = False
+        self._filled: set[Tensor] = set()
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether this step's backward pass must be differentiable."""
+        return self.t % self.interval == 0
+
+    def measure(self) -> None:
+        """Takes the Hessian from the gradients' graph, and frees it; `step` does if need be.
+
+        With several ranks, gradients and products are averaged over them: the backward passes must
+        have run without gradient synchronisation (`no_sync`).
+        """
+        if self._measured:
+            return
+        self._fill_missing()
+        rows = self._row_sums() if self.needs_graph else {}
+        self._average([*self._detach(), *rows.values()])
+        for p, row in rows.items():
+            if 'hessian' in self.state[p]:
+                self.state[p]['hessian'].lerp_(row.abs(), 1 - self.hessian_decay)
+        self._measured = True
+
+    def table(self) -> str:
+        """What is preconditioned, in one line."""
+        count = sum(p.numel() for p in self.vectors[:-1])
+        return (f'{len(self.vectors) - 1} 1-D parameters ({count} numbers) are divided by their '
+                f'Hessian diagonal, refreshed {self.refresh}; the last one and all others take '
+                'plain SGD with momentum')
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state with the number of steps."""
+        return {**super().state_dict(), 'steps': self.t}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state."""
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != 'steps'})
+        self.t = int(state_dict.get('steps', 0))
+
+    def _measure(self) -> None:
+        self.measure()
+        self._measured = False
+        self.ph_rule.cycle = (self.t + 1) // len(self.vectors) + 1
+
+    def _row_sums(self) -> dict[Tensor, Tensor]:
+        """Products of the Hessian blocks with ones, for the parameters whose turn it is."""
+        if self.refresh == 'round_robin':
+            turn = self.vectors[self.t // self.interval % len(self.vectors)]
+            return {turn: self._products([turn], [1.])[0]} if turn.grad is not None else {}
+        present = [p for p in self.vectors if p.grad is not None]
+        generator = torch.Generator().manual_seed(self.probe_seed + self.t)
+        rows = [torch.zeros_like(p) for p in present]
+        for probe in range(self.probes):
+            signs = (torch.randint(2, (len(present),), generator=generator) * 2 - 1).tolist()
+            products = self._products(present, signs, keep=probe + 1 < self.probes)
+            for row, product, sign in zip(rows, products, signs, strict=True):
+                row += product * (sign / self.probes)
+        return dict(zip(present, rows, strict=True))
+
+    def _products(self, params: Sequence[Tensor], signs: Sequence[float],
+                  keep: bool = False) -> list[Tensor]:
+        """Gradients by the parameters of sum of sign * <g, 1> over them."""
+        used: list[tuple[Any, float]] = [(p.grad, sign) for p, sign in
+                                         zip(params, signs, strict=True) if p not in self._filled]
+        if not all(g.requires_grad for g, _ in used):
+            raise ValueError('the gradients have no graph; call loss.backward(create_graph=True) '
+                             'where optimizer.needs_graph is true')
+        if not used:
+            return [torch.zeros_like(p) for p in params]
+        ones = [torch.full_like(g, sign) for g, sign in used]
+        with torch.enable_grad():
+            products = torch.autograd.grad([g for g, _ in used], list(params), ones,
+                                           retain_graph=keep, allow_unused=True)
+        return [torch.zeros_like(p) if product is None else product
+                for p, product in zip(params, products, strict=True)]
+
+    def _fill_missing(self) -> None:
+        """Gives zero gradients to parameters that other ranks used and this one did not."""
+        self._filled = set()
+        if world_size() == 1:
+            return
+        trained = [p for group in self.param_groups for p in group['params'] if p.requires_grad]
+        users = torch.tensor([float(p.grad is not None) for p in trained],
+                             device=trained[0].device)
+        sum_over_ranks([users])
+        for p, count in zip(trained, users.tolist(), strict=True):
+            if count and p.grad is None:
+                p.grad = torch.zeros_like(p)
+                self._filled.add(p)
+
+    @staticmethod
+    def _average(tensors: list[Tensor]) -> None:
+        """Means over the ranks, in place."""
+        if world_size() > 1:
+            sum_over_ranks(tensors)
+            torch._foreach_div_(tensors, world_size())
+
+    def _detach(self) -> list[Tensor]:
+        """Frees the graph of all gradients, which holds the parameters it is held by."""
+        found = []
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is not None:
+                    p.grad = p.grad.detach()
+                    found.append(p.grad)
+        return found
+
+
+def is_vector(parameter: Tensor) -> bool:
+    """Whether a parameter counts as 1-D: vectors, and the lengths made by `weight_norm`."""
+    return parameter.dim() == 1 or getattr(parameter, 'is_length', False)
+
+
+def weight_norm(model: nn.Module) -> nn.Module:
+    """Writes every convolution's weight as length times direction, for networks without norms.
+
+    Call it before the optimizer is built: SGDPH then treats the lengths as 1-D parameters.
+
+    Source: thesis 2.3.4, with torch's own parametrization.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The model.
+    """
+    from torch.nn.utils.parametrizations import weight_norm as parametrise
+
+    for module in list(model.modules()):
+        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            made: Any = parametrise(module)
+            made.parametrizations.weight.original0.is_length = True
+    return model
