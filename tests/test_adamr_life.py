@@ -15,7 +15,7 @@ from test_trajectory import Tokens, follow, make_loss
 from test_trajectory import batch as rows
 from torch import Tensor, nn
 
-from mmprecond.optimizers import AdamR, Preconditioned, PreconditionedOptimizer
+from mmprecond.optimizers import AdamR, AdamWBK, Preconditioned, PreconditionedOptimizer
 from mmprecond.optimizers.rules import AdamW, Adan
 from mmprecond.preconditioners import EigenRotation, RefreshError
 from reference.factors import plain_copy
@@ -221,6 +221,49 @@ def test_a_failed_first_refresh_leaves_adamw() -> None:
     run(model, optimizer, range(7, 8))
     assert entry(optimizer, 'weight')['refreshes'] == 1
     assert {state['restart'] for state in optimizer.state.values()} == {7}
+
+
+def test_a_basis_from_the_retry_in_float64_follows_the_old_one(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one from the first attempt does; the failing one would have been another."""
+    settings = ADAMW | dict(stat_interval=1, refresh_interval=3)
+    model = Tokens()
+    twin = copy.deepcopy(model)
+    optimizer, other = AdamR(model, **settings), AdamR(twin, **settings)
+    late(model, optimizer, range(3)), late(twin, other, range(3))
+    real = EigenRotation.refresh
+
+    def refresh(method: EigenRotation, statistics: dict[str, Tensor], *rest: Any) -> Any:
+        operator, good = real(method, statistics, *rest)
+        return operator, good & (statistics['input_moment'].dtype == torch.float64)
+
+    late(twin, other, range(3, 6))
+    monkeypatch.setattr(EigenRotation, 'refresh', refresh)
+    late(model, optimizer, range(3, 6))
+    assert entry(optimizer, 'first.weight')['refreshes'] == 2
+    for ours, theirs in zip(bases(optimizer), bases(other), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)
+    assert equals(model, twin, 1e-3)
+
+
+@pytest.mark.xfail(strict=True, reason='LinAlgError of torch.linalg.eigh ends the run')
+@pytest.mark.parametrize('kind', [AdamR, AdamWBK])
+def test_an_eigh_that_does_not_converge_is_retried_in_float64(
+        kind: type[PreconditionedOptimizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises of finite matrices with many equal eigenvalues, on GPUs above all."""
+    model = Tokens()
+    solver = dict(solver='eigh') if kind is AdamWBK else {}
+    optimizer = kind(model, lr=0.01, stat_interval=1, refresh_interval=1, **solver)
+    real = torch.linalg.eigh
+
+    def eigh(matrix: Tensor) -> Any:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError('linalg.eigh: The algorithm failed to converge')
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, 'eigh', eigh)
+    late(model, optimizer, range(3))
+    assert entry(optimizer, 'first.weight')['refreshes'] == 3
 
 
 def test_the_third_failure_in_a_row_is_an_error() -> None:

@@ -24,14 +24,6 @@ from reference.factors import Loss, plain_copy
 from reference.kfac import ReferenceKFAC
 
 STAR = dict(damping_form='relative', damping=0.01, scaling='norm_recovery')
-VIEW = pytest.mark.xfail(strict=True, reason='the output of a linear layer with a bias is a view '
-                         'of rows; reduced, Capture._source takes each row for a sample')
-ROOT = pytest.mark.xfail(strict=True, reason='FisherKronecker takes the root of a damping that is '
-                         'a plain number in float32, also for float64 factors')
-DEAD = pytest.mark.xfail(strict=True, reason='relative damping of a block of zeros is zero: the '
-                         'refresh of the layer fails, and the third failure ends the training')
-BIAS = pytest.mark.xfail(strict=True, reason='kl_clip counts and scales the bias of a layer whose '
-                         'weight has no gradient, although it takes the plain rule')
 
 
 class Unbiased(TokenNet):
@@ -63,7 +55,7 @@ def tokens(step: int) -> list[Loss]:
 @pytest.mark.parametrize('form', ['pi', 'relative'])
 @pytest.mark.parametrize('make, reduction', [
     (ConvNet, 'expand'), (ConvNet, 'reduce'), (TokenNet, 'expand'), (Unbiased, 'reduce'),
-    pytest.param(TokenNet, 'reduce', marks=VIEW)])
+    (TokenNet, 'reduce')])
 def test_trajectories(make: Any, reduction: str, form: str, scaling: str) -> None:
     model, optimizer, reference = both(make, reduction=reduction, damping_form=form,
                                        scaling=scaling)
@@ -79,18 +71,20 @@ def test_trajectories(make: Any, reduction: str, form: str, scaling: str) -> Non
     dict(damping=1 / 2**20, kl_clip=1e-6), dict(kl_clip=1e-5), dict(kl_clip=1e3), STAR,
     dict(**STAR, stat_interval=2, refresh_interval=4), dict(STAR, scaling='none', lr=1e-5),
 ], ids=str)
-@pytest.mark.parametrize('make', [Tokens, Convs])
-def test_settings(make: Any, settings: dict[str, Any]) -> None:
-    """Also grouped, strided and dilated convolutions, and modules that are called repeatedly."""
+def test_settings(settings: dict[str, Any]) -> None:
     settings = dict(settings)
-    model, optimizer, reference = both(make, dict(SGD, lr=settings.pop('lr', 0.05)),
-                                       reduction='reduce' if make is Convs else 'expand',
-                                       **settings)
-    follow(model, optimizer, reference, lambda t: [make_loss(rows(t, features=make.features))],
-           9 if make is Tokens else 4)
+    rule = dict(SGD, lr=settings.pop('lr', 0.05))
+    follow(*both(Tokens, rule, **settings), tokens, 9)
 
 
-@ROOT
+@pytest.mark.parametrize('settings', [
+    dict(), dict(reduction='reduce'), dict(STAR, reduction='reduce'),
+    dict(reduction='reduce', stat_interval=2, refresh_interval=2)], ids=str)
+def test_convolutions(settings: dict[str, Any]) -> None:
+    """Grouped, strided and dilated ones, and one that is called three times a step."""
+    follow(*both(Convs, **settings), lambda t: [make_loss(rows(t))], 3)
+
+
 def test_the_default_damping_is_exact() -> None:
     model, optimizer, reference = both(Tokens, damping=0.03)
     follow(model, optimizer, reference, tokens, 4, atol=1e-12)
@@ -211,7 +205,6 @@ def test_other_methods_are_neither_clipped_nor_counted() -> None:
             assert float(alone.max()) < 0.1
 
 
-@BIAS
 def test_the_bias_of_a_frozen_weight_takes_the_plain_rule() -> None:
     model, optimizer, reference = both(Tokens, kl_clip=1e-6, stat_interval=2, refresh_interval=2)
     follow(model, optimizer, reference, tokens, 1)
@@ -260,7 +253,7 @@ def test_pi_splits_the_damping_by_the_factors_mean_eigenvalues() -> None:
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('dead', ['input', 'gradient', 'both'])
 @pytest.mark.parametrize('settings', [
-    {}, dict(reduction='reduce'), pytest.param(STAR, marks=DEAD)], ids=str)
+    {}, dict(reduction='reduce'), STAR], ids=str)
 def test_a_block_of_zeros(settings: dict[str, Any], dead: str, dtype: torch.dtype) -> None:
     """A dead channel of a depthwise convolution: the others are preconditioned as without it."""
     torch.manual_seed(0)

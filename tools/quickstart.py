@@ -87,13 +87,14 @@ class Model:
         """One of `contestants`, or any optimizer of ours on the plain one's config."""
         if name in self.contestants:
             return self.contestants[name]
-        from mmprecond import optimizers
+        from mmprecond.engine.registration import optimizer_types
 
-        kind = getattr(optimizers, name, None)
-        if kind is None:
+        kinds = {kind.__name__: kind for kind in optimizer_types()}
+        kinds.pop('Preconditioned')  # needs its layers
+        if name not in kinds:
             sys.exit(f'there is no optimizer {name}; choose from '
-                     f'{", ".join(sorted({*self.contestants, *optimizers.__all__}))}')
-        adaptive = 'betas' in inspect.signature(kind.__init__).parameters
+                     f'{", ".join(sorted({*self.contestants, *kinds}))}')
+        adaptive = 'betas' in inspect.signature(kinds[name].__init__).parameters
         return Contestant(self.contestants[self.plain].config, self.rates[adaptive],
                           ('--optimizer', name), self.options)
 

@@ -1,4 +1,5 @@
-# For `Preconditioned`: AFOpt on attention modules, NKFAC elsewhere. Any rule.
+# For `Preconditioned`: AFOpt on attention modules, NKFAC elsewhere. Any rule. Of a list of module
+# types it is enough that one is there.
 afopt_nkfac = [
     dict(match=dict(module_type=['WindowMSA', 'MultiheadAttention']),
          preconditioner=dict(type='AttentionFeature')),

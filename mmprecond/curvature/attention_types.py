@@ -30,6 +30,8 @@ class WindowAttention(AttentionLayer):
     def refusal(cls, module: nn.Module) -> str:
         missing = [part for part in cls.parts
                    if not isinstance(getattr(module, part, None), nn.Module)]
+        if not isinstance(getattr(module, 'num_heads', None), int):
+            return 'it has no number num_heads'
         return f'it has no submodule {", ".join(missing)}' if missing else ''
 
     def watch(self, observe: Observer,

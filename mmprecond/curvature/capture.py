@@ -54,6 +54,7 @@ class Capture:
         self.seen: set[Layer] = set()
         self._handles: list[RemovableHandle] = []
         self._generator = torch.Generator()
+        self._seed: int | None = None
         self._forward_is_new = False
         self._warned: set[Layer] = set()
 
@@ -65,7 +66,9 @@ class Capture:
             seed: Seeds what is sampled, apart from the user's own random numbers.
         """
         self.disarm()
-        self._generator.manual_seed(seed)
+        if seed != self._seed:  # the micro-batches of one step draw on
+            self._seed = seed
+            self._generator.manual_seed(seed)
         for layer in layers:
             self._handles += layer.watch(self.observe, self._warn_lost)
 
@@ -88,6 +91,7 @@ class Capture:
         trained = layer.weight.requires_grad and output.requires_grad
         if not (torch.is_grad_enabled() and trained):
             return
+        shape = output.shape
         pending = [_Saved.apply(layer.weight, *(tensor.detach() for tensor in kept))]
 
         def measure(gradient: Tensor) -> None:
@@ -101,7 +105,7 @@ class Capture:
             except RuntimeError:
                 self._warn_lost(layer, 'its input was changed in place after the forward pass')
                 return
-            self._stage(call, held, gradient)
+            self._stage(call, held, gradient.reshape(shape))
 
         self._source(layer, output).register_hook(measure)
 
@@ -115,7 +119,7 @@ class Capture:
         if base is None or not base.requires_grad or base.numel() != output.numel():
             return output
         ordered = output.is_contiguous() and base.is_contiguous()
-        return base if ordered or 'gradient_moment' not in self.requires[layer] else output
+        return base if ordered or not _needs_gradient(self.requires[layer]) else output
 
     @torch.no_grad()
     def _stage(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor) -> None:
@@ -123,7 +127,7 @@ class Capture:
         staged = self.staged.setdefault(layer, Staged())
         names = self.requires[layer]
         with torch.autocast(gradient.device.type, enabled=False):
-            if 'gradient_moment' in names:
+            if _needs_gradient(names):
                 gradient = self._unscaled(layer, gradient)
             for name, measured in layer.measure(call, kept, gradient, names,
                                                 self._generator).items():
@@ -160,6 +164,10 @@ class Capture:
         if layer not in self._warned:
             logger.warning('%s: a call was not measured, %s', layer.name, reason)
         self._warned.add(layer)
+
+
+def _needs_gradient(names: tuple[str, ...]) -> bool:
+    return any(name.startswith('gradient') for name in names)
 
 
 class _Saved(torch.autograd.Function):

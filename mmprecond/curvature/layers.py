@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 
@@ -48,6 +49,7 @@ class Tap:
     def __init__(self, observe: Callable[..., None] | None) -> None:
         self.observe = observe
 
+    @_disable_dynamo  # a compiled model breaks its graph here on statistics steps
     def __call__(self, *event: Any) -> None:
         if self.observe is not None:
             self.observe(*event)
@@ -144,7 +146,7 @@ class Layer:
     def count_rows(self, call: Call, gradient: Tensor, statistics: tuple[str, ...]) -> int:
         """Rows of one call, by which its input statistics are averaged."""
         if any(name.endswith(REDUCED) for name in statistics):
-            return self._reduced_gradient(gradient).shape[-1]
+            return self._samples(gradient)
         return gradient.numel() // max(1, self.blocks * self.rows)
 
     def measure(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor,
@@ -228,6 +230,10 @@ class Layer:
         """Sum of the gradient rows of each sample (blocks, o, samples)."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
+    def _samples(self, gradient: Tensor) -> int:
+        """Number of samples."""
+        raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
+
 
 class LinearLayer(Layer):
     """`nn.Linear`; all leading dimensions of its input are rows."""
@@ -243,6 +249,9 @@ class LinearLayer(Layer):
 
     def _reduced_gradient(self, gradient: Tensor) -> Tensor:
         return _by_sample(gradient).sum(1).t()[None]
+
+    def _samples(self, gradient: Tensor) -> int:
+        return len(_by_sample(gradient))
 
 
 class Conv2dLayer(Layer):
@@ -286,6 +295,9 @@ class Conv2dLayer(Layer):
     def _reduced_gradient(self, gradient: Tensor) -> Tensor:
         gradient = gradient if gradient.dim() == 4 else gradient[None]
         return gradient.sum((2, 3)).t().reshape(self.blocks, self.rows, len(gradient))
+
+    def _samples(self, gradient: Tensor) -> int:
+        return len(gradient) if gradient.dim() == 4 else 1
 
     def _patches(self, module: Any, padded: Tensor, top: int, height: int,
                  width: int) -> Tensor:
@@ -346,7 +358,8 @@ def _by_sample(tensor: Tensor) -> Tensor:
     """(samples, positions, features) of what a linear layer takes or gives."""
     if tensor.dim() <= 2:
         return tensor.reshape(-1, 1, tensor.shape[-1])
-    return tensor.flatten(1, -2)
+    tensor = tensor.flatten(1, -2)
+    return tensor if tensor.shape[1] else tensor[:0]
 
 
 #: Supported module classes, by exact type (a subclass may compute something else). Those of

@@ -28,7 +28,7 @@ class LeftOut:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside `DistributedDataParallel` or `DataParallel`.
+    """The user's module inside data parallelism and `torch.compile`.
 
     Raises:
         ValueError: If the model is sharded (FSDP), which hides whole weights from us.
@@ -40,7 +40,10 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise ValueError('the model is sharded by FSDP, whose weights cannot be preconditioned as '
                          'matrices; use DistributedDataParallel instead')
     wrappers = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
-    return model.module if isinstance(model, wrappers) else model
+    inner: Any = model
+    while isinstance(inner, wrappers) or hasattr(inner, '_orig_mod'):
+        inner = inner.module if isinstance(inner, wrappers) else inner._orig_mod
+    return inner
 
 
 def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *, capture_mb: float = 64.,
@@ -109,12 +112,12 @@ class _Search:
         if kind is None and not reason:
             return
         part, key = kind.weight_owner(block) if kind else ('qkv', 'weight')
-        owner = f'{name}.{part}'.strip('.')
+        reason = reason or (kind.refusal(block) if kind else '')
+        module = getattr(block, part, None) if part else block
+        owner = name if module is None else f'{name}.{part}'.strip('.')
         windows = self.attention_windows(owner)
         if not windows:
             return
-        reason = reason or (kind.refusal(block) if kind else '')
-        module = getattr(block, part, None) if part else block
         weight: Any = module._parameters.get(key) if isinstance(module, nn.Module) else None
         if not reason and (module in self.claimed or len(self.users.get(id(weight), [])) > 1):
             reason = 'its weight is shared with another module'
@@ -151,6 +154,8 @@ def _reason_against_type(module: nn.Module) -> str:
     if qualified_name(type(module)) in ATTENTION_TYPES:
         names = ', '.join(name for name, _ in module.named_parameters(recurse=False))
         return f'parameters of its own ({names})'
+    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return 'nn.MultiheadAttention uses its weight without calling it'
     return 'type is not supported'
 
 

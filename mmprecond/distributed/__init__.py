@@ -1,5 +1,5 @@
 """How sums travel between ranks."""
 
-from .reduce import sum_over_ranks, world_size
+from .reduce import rank, sum_over_ranks, world_size
 
-__all__ = ['sum_over_ranks', 'world_size']
+__all__ = ['rank', 'sum_over_ranks', 'world_size']

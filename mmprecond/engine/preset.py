@@ -36,11 +36,17 @@ def use_optimizer(cfg: Config, name: str) -> None:
     if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
         raise ValueError('the config has no optim_wrapper.optimizer to take lr and weight_decay '
                          'from; write optim_wrapper=dict(optimizer=dict(...)) in it')
-    old = {**wrapper['optimizer'], **(wrapper['optimizer'].get('rule') or {})}
+    old = dict(wrapper['optimizer'])
+    rule = old.get('rule')
+    if isinstance(rule, dict):  # of `Preconditioned`
+        old.update(rule)
+    if len(old.get('betas', (0, 0))) != 2:
+        del old['betas']  # Adan's
     taken = inspect.signature(getattr(optimizers, name).__init__).parameters
     new: dict[str, Any] = {key: old[key] for key in CARRIED if key in old and key in taken}
     adaptive = 'betas' in taken
-    if ('momentum' in taken and 'Adam' in str(old['type'])) or (adaptive and 'momentum' in old):
+    was_adaptive = str(old['type']).startswith('Ada') or 'Adam' in str(old['type'])
+    if adaptive != was_adaptive and ('momentum' in old or was_adaptive):
         print_log(f'{name} keeps lr={old.get("lr")} of {old["type"]}, a rule of another kind: its '
                   'best rate will differ', logger='current', level=30)
     base = wrapper.pop('constructor', None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import check_number, reject_unexpected
 from ..curvature import Capture, Layer, LeftOut, find_layers, unwrap
-from ..distributed import sum_over_ranks, world_size
+from ..distributed import rank, sum_over_ranks, world_size
 from ..preconditioners import LayerStack, Preconditioner
 from ..preconditioners.base import Stacked
 from . import checkpoint, moments, report
@@ -64,6 +64,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         check_number('capture_mb', capture_mb, open_low=True, finite=False)
         super().__init__(params, rule, defaults)
         self.save_curvature = save_curvature
+        self._noted: set[Layer] = set()
+        self._catch_up: set[Layer] = set()
         self.auto_arm = True
         self.left_out: list[LeftOut] = []
         self.layers = self._assign(unwrap(model), method, capture_mb)
@@ -123,7 +125,7 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def arm(self) -> None:
         """Puts hooks on the layers whose statistics this step measures, if it does."""
-        self._capture.arm(self._due(), seed=self.t)
+        self._capture.arm(self._due(), seed=self.t * world_size() + rank())
 
     def disarm(self) -> None:
         """Takes the hooks off; what was measured stays until the step."""
@@ -135,8 +137,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         self._capture.drop()
 
     def _due(self) -> list[Layer]:
-        return [layer for layer, stack in self.layers.items()
-                if (self.t + stack.method.phase) % stack.method.stat_interval == 0]
+        return [layer for layer, stack in self.layers.items() if layer in self._catch_up
+                or (self.t + stack.method.phase) % stack.method.stat_interval == 0]
 
     def _arm_if_automatic(self) -> None:
         if self.auto_arm:
@@ -159,16 +161,19 @@ class PreconditionedOptimizer(RuleOptimizer):
         due = self._due()
         if not due:
             return
+        self._catch_up.clear()
         samples = self._samples(due)
         sums = [s for sample in samples.values() for s in sample.values()]
         norms = iter(_to_host(torch._foreach_norm(sums) if sums else []))
         for layer in list(samples):
-            sizes = [next(norms) for _ in samples[layer]]
+            sizes = {name: next(norms) for name in samples[layer]}
+            if not all(size < float('inf') for size in sizes.values()):
+                logger.warning('%s: non-finite statistics at step %d were dropped',
+                               layer.name, self.t)
+                del samples[layer]
             # A zero sample (a dropped block, no positives) tells nothing.
-            if not all(0 < size < float('inf') for size in sizes):
-                if any(size != size or size == float('inf') for size in sizes):
-                    logger.warning('%s: non-finite statistics at step %d were dropped',
-                                   layer.name, self.t)
+            elif not all(sizes[name] for name in self.layers[layer].method.essential(layer)):
+                self._note_zero(layer)
                 del samples[layer]
         for stack in self.stacks:
             stack.merge({layer: samples.pop(layer) for layer in list(samples)
@@ -203,6 +208,13 @@ class PreconditionedOptimizer(RuleOptimizer):
                 else:
                     total /= counted[layer]
         return samples
+
+    def _note_zero(self, layer: Layer) -> None:
+        """Says once that a layer's first statistics tell nothing."""
+        if layer not in self._noted and not self.layers[layer].holds(layer):
+            logger.info('%s: its statistics at step %d are zero; it takes the plain rule until '
+                        'they are not', layer.name, self.t)
+        self._noted.add(layer)
 
     def _warn_unseen(self, layer: Layer) -> None:
         """Says once that a weight is trained although its module is never called."""
@@ -273,7 +285,9 @@ class PreconditionedOptimizer(RuleOptimizer):
         rest = {key: value for key, value in state_dict.items() if key != checkpoint.KEY}
         super().load_state_dict(rest)
         self._capture.drop()
-        checkpoint.restore(self, state_dict.get(checkpoint.KEY))
+        unfit = checkpoint.restore(self, state_dict.get(checkpoint.KEY))
+        # They had statistics by now, and are measured at once.
+        self._catch_up = {layer for layer in unfit if self.layers[layer].method.eager}
         self._arm_if_automatic()
 
     def table(self) -> str:
@@ -295,8 +309,8 @@ def _why_none(layers: dict[str, Layer], left_out: Sequence[LeftOut]) -> str:
     if layers:
         reasons = sorted({left.reason for left in left_out if left.name in layers})
         return f'all {len(layers)} are left to the plain rule ({"; ".join(reasons)})'
-    kinds = sorted({left.kind for left in left_out})
-    return (f'it has modules with parameters {", ".join(kinds) or "none"}, and needs a Linear or '
+    found = sorted({f'{left.kind}: {left.reason}' for left in left_out})
+    return (f'its modules with parameters are {"; ".join(found) or "none"}; it needs a Linear or '
             'Conv2d whose weight is in params')
 
 

@@ -29,10 +29,15 @@ def export(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
     return {'steps': optimizer.t, 'layers': layers}
 
 
-def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) -> None:
-    """Puts saved curvature back; without it the next step captures and refreshes afresh."""
+def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) -> list[Layer]:
+    """Puts saved curvature back; without it the next step captures and refreshes afresh.
+
+    Returns:
+        Layers whose saved state does not fit.
+    """
     fitting: dict[Layer, dict[str, Any]] = {}
-    complaints = []
+    complaints: list[str] = []
+    unfit: list[Layer] = []
     entries = (saved or {}).get('layers') or {}
     by_name = {layer.name: (layer, stack.method) for layer, stack in optimizer.layers.items()}
     for name, entry in entries.items():  # in the saved order, which is the order of the stacks
@@ -41,6 +46,7 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
             problem = _problem(entry, layer, method)
             if problem:
                 complaints.append(f'{name}: {problem}')
+                unfit.append(layer)
             else:
                 fitting[layer] = entry
     steps = (saved or {}).get('steps')
@@ -59,6 +65,7 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
     for stack in optimizer.stacks:
         stack.load({layer: state for layer, state in fitting.items()
                     if optimizer.layers[layer] is stack})
+    return unfit
 
 
 def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def kl_clip(optimizer: PreconditionedOptimizer, raw: dict[Tensor, Tensor],
             directions: dict[Tensor, Tensor]) -> None:
-    """Scales clipped layers' directions V by min(1, sqrt(bound / sum lr^2 <V, G>)), in place.
+    """Scales clipped layers' directions V by nu = min(1, sqrt(bound / sum lr^2 <V, G>)), in place.
+
+    V = F^-1 G, so that nu^2 sum lr^2 <V, G>, twice the step's KL divergence, stays in the bound.
 
     Without waiting for the device. Where methods of several bounds are mixed, the least counts.
 
@@ -29,7 +31,8 @@ def kl_clip(optimizer: PreconditionedOptimizer, raw: dict[Tensor, Tensor],
         return
     rates = {p: float(group['lr']) for group in optimizer.param_groups for p in group['params']}
     clipped = [p for stack in optimizer.stacks if stack.method.clip is not None
-               for _, layer in stack.ready() for p in layer.parameters if p in directions]
+               for _, layer in stack.ready() if layer.weight in directions
+               for p in layer.parameters if p in directions]
     if not clipped:
         return
     products = [rates[p]**2 * (directions[p].double() * raw[p].double()).sum() for p in clipped]

@@ -43,6 +43,11 @@ class Preconditioned(PreconditionedOptimizer):
     def __init__(self, params: Any, *, rule: dict[str, Any] | None = None,
                  layers: list[dict[str, Any]] | None = None, model: nn.Module | None = None,
                  capture_mb: float = 64., save_curvature: bool = True, **unexpected: Any) -> None:
+        if isinstance(rule, dict) and set(unexpected) & set(rule):
+            keys = ', '.join(sorted(unexpected))
+            raise TypeError(f'Preconditioned does not take {keys} beside rule and layers, its rule '
+                            'does (write optimizer.rule.lr and the like); if a base config left '
+                            'the key behind, add `_delete_=True` to the optimizer of your config')
         reject_unexpected('Preconditioned', unexpected, ['rule', 'layers', *ENGINE_OPTIONS])
         built, defaults = build_rule(rule)
         assignment = parse_layers(layers)

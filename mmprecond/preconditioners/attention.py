@@ -54,6 +54,9 @@ class AttentionFeature(InputFeature):
         super().__post_init__()
         check_choice('variant', self.variant, VARIANTS)
         check_count('max_windows', self.max_windows)
+        if self.exponent != 1:
+            raise ValueError(f'exponent={self.exponent!r} is not for attention, whose operators '
+                             'are inverses; leave it at 1')
 
     @property
     def attention_windows(self) -> int:
@@ -81,6 +84,10 @@ class AttentionFeature(InputFeature):
         partial = self.variant == 'thesis' and not layer.is_square
         return f'{self.variant}, {layer.heads} heads' + (
             '; W_K by G R^-1, as keys and queries may differ in number' if partial else '')
+
+    def essential(self, layer: Layer) -> tuple[str, ...]:
+        """The input's: W_Q and W_K of saturated heads have no curvature, and no gradient."""
+        return self.requires
 
     def reads_weight(self, layer: Layer) -> bool:
         """The thesis's operator of W_V does."""

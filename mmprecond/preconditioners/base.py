@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import Layer, RunningAverage
+from ..linalg import largest_eigenvalue
 
 #: Stacked tensors by name: (layers, blocks, n, n).
 Stacked = dict[str, Tensor]
@@ -81,6 +82,10 @@ class Preconditioner(ABC):
         kept = tuple(name for name in wanted if layer.statistic_shape(name)[-1] <= self.max_dim)
         return kept if len(kept) == len(wanted) or self.oversize == 'one_sided' else ()
 
+    def essential(self, layer: Layer) -> tuple[str, ...]:
+        """The statistics without which a sample tells nothing: those that must not be zero."""
+        return self.required(layer)
+
     def reads_weight(self, layer: Layer) -> bool:
         """Whether `refresh` also needs the layers' weights (k, b, o, i), as 'weight'."""
         return False
@@ -145,6 +150,19 @@ def add_damping(statistic: Tensor, damping: Tensor) -> Tensor:
     damped = statistic.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
     return damped
+
+
+def relative_damping(statistic: Tensor, damping: Tensor | float) -> Tensor:
+    """``damping lambda_max`` of each matrix (..., b, n, n): (..., b).
+
+    A block that is nothing beside its layer's others (a saturated head, a dead channel) is damped
+    as rounding asks, and a layer that is nothing at all by 1.
+    """
+    largest = largest_eigenvalue(statistic)
+    rounding = 10 * torch.finfo(statistic.dtype).eps
+    peak = largest.amax(-1, keepdim=True) if largest.dim() else largest
+    amount = damping * largest + rounding * peak
+    return torch.where(amount > 0, amount, 1)
 
 
 def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..checks import check_flag, check_number
 from ..curvature import RunningAverage
-from ..linalg import inverse_power, largest_eigenvalue
-from .base import Preconditioner, Stacked, add_damping, check_damping, recover_norm
+from ..linalg import inverse_power
+from .base import (
+    Preconditioner,
+    Stacked,
+    add_damping,
+    check_damping,
+    recover_norm,
+    relative_damping,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +75,5 @@ class InputFeature(Preconditioner):
 
 def damped_power(statistic: Tensor, damping: Tensor | float,
                  exponent: float = 1.) -> tuple[Tensor, Tensor]:
-    """``(A + damping lambda_max(A) I)^-exponent`` of (..., b, n, n), and whether it succeeded.
-
-    A block that is nothing beside its layer's others (a saturated head) is damped as rounding asks.
-    """
-    largest = largest_eigenvalue(statistic)
-    rounding = 10 * torch.finfo(statistic.dtype).eps
-    peak = largest.amax(-1, keepdim=True) if largest.dim() else largest
-    scale = damping * largest + rounding * peak
-    return inverse_power(add_damping(statistic, torch.where(scale > 0, scale, 1)), exponent)
+    """``(A + damping lambda_max(A) I)^-exponent`` of (..., b, n, n), and whether it succeeded."""
+    return inverse_power(add_damping(statistic, relative_damping(statistic, damping)), exponent)

@@ -10,8 +10,16 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number
 from ..curvature import REDUCED, Layer, RunningAverage
-from ..linalg import cholesky_inverse, largest_eigenvalue
-from .base import Preconditioner, Stacked, add_damping, check_damping, recover_norm, two_sided
+from ..linalg import cholesky_inverse
+from .base import (
+    Preconditioner,
+    Stacked,
+    add_damping,
+    check_damping,
+    recover_norm,
+    relative_damping,
+    two_sided,
+)
 
 REDUCTIONS = ('expand', 'reduce')
 DAMPING_FORMS = ('pi', 'relative')
@@ -93,14 +101,14 @@ class FisherKronecker(Preconditioner):
     def _dampings(self, factors: Stacked, damping: Tensor | float) -> Stacked:
         """What is added to each factor's diagonal (k, b)."""
         if self.damping_form == 'relative':
-            return {name: damping * largest_eigenvalue(s) for name, s in factors.items()}
+            return {name: relative_damping(s, damping) for name, s in factors.items()}
         means = {name: s.diagonal(dim1=-2, dim2=-1).mean(-1) for name, s in factors.items()}
-        root = torch.as_tensor(damping).sqrt()
+        root = damping**0.5
         if len(means) < 2:
-            return {name: root.to(mean).expand_as(mean) for name, mean in means.items()}
+            return {name: root + torch.zeros_like(mean) for name, mean in means.items()}
         pi = (means['input_moment'] / means['gradient_moment']).sqrt()
         pi = pi.nan_to_num(nan=1.).clamp(1 / LARGEST_PI, LARGEST_PI)
-        return {'input_moment': root.to(pi) * pi, 'gradient_moment': root.to(pi) / pi}
+        return {'input_moment': root * pi, 'gradient_moment': root / pi}
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1``; the KL clip comes after, over all layers."""

@@ -81,6 +81,10 @@ class LayerStack:
                 average.merge(self.statistics[name][self._index[layer]], sample, slot.samples)
             slot.samples += 1
 
+    def holds(self, layer: Layer) -> bool:
+        """Whether the layer has statistics here."""
+        return layer in self._index
+
     def waiting(self) -> bool:
         """Whether a layer has statistics but no refresh was tried, and none is to be awaited."""
         return self.method.eager and any(slot.waiting for slot in self.slots)
