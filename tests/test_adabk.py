@@ -229,7 +229,6 @@ def test_bad_matrices_among_good_ones_are_reported(name: str, dtype: torch.dtype
             [exact_root(m) for m in stack[[0, 2], 0].double()]), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason='finite, although far above 1.5^steps / sqrt(trace)')
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('negative', [0.01, 0.05])
 def test_a_somewhat_indefinite_matrix_is_reported(negative: float, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .eigen import checked_eigh
 from .inverse import all_finite
 
 
@@ -19,12 +20,11 @@ def eigenbasis(matrix: Tensor, shift: float = 0.) -> tuple[Tensor, Tensor]:
         Orthogonal matrices (..., n, n), columns by falling eigenvalue, and a bool tensor (...) that
         is False where the matrix or the result is not finite.
     """
-    finite = all_finite(matrix)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     scaled = matrix / torch.where(scale > 0, scale, 1) + shift * identity
-    vectors = torch.linalg.eigh(torch.where(finite[..., None, None], scaled, identity))[1]
-    return vectors.flip(-1), finite & all_finite(vectors)
+    _, vectors, good = checked_eigh(scaled)
+    return vectors.flip(-1), good
 
 
 def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,10 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
         Orthogonal matrices (..., n, n) whose columns have the old ones' signs, and a bool tensor
         (...) that is False where the result is not finite.
     """
-    image = matrix @ basis
+    scale = matrix.abs().amax((-2, -1), keepdim=True)
+    # A little of U itself, so that columns in the null space stay.
+    image = matrix @ basis + 1e3 * torch.finfo(matrix.dtype).eps * torch.where(
+        scale > 0, scale, 1) * basis
     values = (basis * image).sum(-2)
     # From the largest down: other orders are fixed points too, but unstable ones.
     order = values.argsort(-1, descending=True)[..., None, :].expand_as(image)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .eigen import checked_eigh
 from .inverse import all_finite, cholesky_inverse
 
 
@@ -23,11 +24,8 @@ def inverse_power(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
     """
     if exponent == 1:
         return cholesky_inverse(matrix)
-    finite = all_finite(matrix)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    # eigh raises of what is not finite.
-    values, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], matrix, identity))
-    good = finite & (values[..., 0] > 0)
+    values, vectors, good = checked_eigh(matrix)
+    good = good & (values[..., 0] > 0)
     powers = torch.where(good[..., None], values, 1).pow(-exponent)
     result = (vectors * powers[..., None, :]) @ vectors.mT
     return result, good & all_finite(result)
@@ -59,4 +57,7 @@ def newton_schulz_inverse_root(matrix: Tensor, steps: int = 10) -> tuple[Tensor,
         step.diagonal(dim1=-2, dim2=-1).add_(1.5)
         y, z = y @ step, step @ z
     root = z / trace.sqrt()
-    return root, (trace[..., 0, 0] > 0) & all_finite(root)
+    # No more than that for a positive semi-definite matrix; a negative eigenvalue grows further.
+    bound = 1.01 * 1.5**steps * matrix.shape[-1] ** 0.5
+    bounded = torch.linalg.matrix_norm(z) <= bound
+    return root, (trace[..., 0, 0] > 0) & bounded & all_finite(root)

@@ -26,7 +26,10 @@ def export(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
     if optimizer.save_curvature:
         layers = {layer.name: {'method': type(stack.method).__name__, **state}
                   for stack in optimizer.stacks for layer, state in stack.export()}
-    return {'steps': optimizer.t, 'layers': layers}
+    rotated = [layer.name for stack in optimizer.stacks if stack.method.rotates
+               for _, layer in stack.ready()]
+    return {'steps': optimizer.t, 'complete': optimizer.save_curvature, 'rotated': rotated,
+            'layers': layers}
 
 
 def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) -> list[Layer]:
@@ -50,6 +53,8 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
             else:
                 fitting[layer] = entry
     steps = (saved or {}).get('steps')
+    # Saved with its curvature, of which there was none yet.
+    whole = (saved or {}).get('layers') == {} and bool((saved or {}).get('complete'))
     if entries and not isinstance(steps, int):
         complaints, fitting = ['it does not say after how many steps it was saved'], {}
     if entries and not fitting and not complaints:
@@ -58,14 +63,26 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
         more = f' and {len(complaints) - 3} more' if len(complaints) > 3 else ''
         logger.warning('saved curvature does not fit and is measured anew: %s%s',
                        '; '.join(complaints[:3]), more)
-    elif not entries and steps != 0:
+    elif not entries and steps != 0 and not whole:
         logger.warning('the checkpoint holds no curvature; statistics start anew at the next step')
     # Without operators the schedule starts over: step 0 captures and refreshes.
-    optimizer.t = steps if fitting and isinstance(steps, int) else 0
+    optimizer.t = steps if (fitting or whole) and isinstance(steps, int) else 0
     for stack in optimizer.stacks:
         stack.load({layer: state for layer, state in fitting.items()
                     if optimizer.layers[layer] is stack})
+    _drop_lost_moments(optimizer, set((saved or {}).get('rotated') or ()), fitting)
     return unfit
+
+
+def _drop_lost_moments(optimizer: PreconditionedOptimizer, rotated: set[str],
+                       fitting: dict[Layer, dict[str, Any]]) -> None:
+    """Clears the moments of layers that were kept in a basis which is not there."""
+    lost = [layer for layer in optimizer.layers if layer.name in rotated and layer not in fitting]
+    for layer in lost:
+        for p in layer.parameters:
+            optimizer.state.pop(p, None)
+    if lost:
+        logger.warning('%d layers lost the basis of their moments, which start anew', len(lost))
 
 
 def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:

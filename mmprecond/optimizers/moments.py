@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..preconditioners import LayerStack
 from ..preconditioners.base import Stacked
@@ -29,33 +29,26 @@ def remember(stack: LayerStack) -> Before | None:
 
 
 def carry(optimizer: PreconditionedOptimizer, stack: LayerStack, before: Before) -> None:
-    """Turns the linear moments of refreshed layers from the old basis into the new one.
+    """Turns the moments of refreshed layers from the old basis into the new one.
 
-    The second moment has no such form: it stays where it is, but restarts when a layer gets its
-    first basis.
+    With Q1 = U1old' U1new and Q2 = U2old' U2new, sums of gradients become ``Q1' M Q2``, and the
+    second moment ``(Q1 o Q1)' V (Q2 o Q2)``: what it would be if entries of the gradient were
+    uncorrelated. Its sum stays, and a basis that is the same in another order or with other signs
+    changes nothing but places.
     """
     for k, slot in enumerate(stack.slots):
         if slot.refreshes == before.refreshes[k]:
             continue
-        first = before.refreshes[k] == 0
-        old = {} if first else {name: o[k:k + 1] for name, o in before.operator.items()}
-        new, parameters = stack.operators([k]), slot.layer.parameters
-        states = [optimizer.state[p] for p in parameters]
-        for name in optimizer.rule.linear_moments:
+        new = stack.operators([k])
+        turn = {name: o if before.refreshes[k] == 0 else before.operator[name][k:k + 1].mT @ o
+                for name, o in new.items()}
+        spread = {name: q.square() for name, q in turn.items()}
+        states = [optimizer.state[p] for p in slot.layer.parameters]
+        for name in (*optimizer.rule.linear_moments, 'exp_avg_sq'):
             if name not in states[0]:
                 continue
             matrix = slot.layer.join(*(state.get(name) for state in states))[None]
-            turned = stack.method.apply(new, stack.method.restore(old, matrix))[0]
+            turned = stack.method.apply(spread if name == 'exp_avg_sq' else turn, matrix)[0]
             for state, piece in zip(states, slot.layer.split(turned), strict=True):
                 if name in state:
                     state[name].copy_(piece)
-        if first:
-            for state in states:
-                restart_second_moment(state)
-
-
-def restart_second_moment(state: dict[str, Any]) -> None:
-    """Starts Adam's second moment anew, with a bias correction of its own."""
-    if 'exp_avg_sq' in state:
-        state['exp_avg_sq'].zero_()
-        state['restart'] = state['step']

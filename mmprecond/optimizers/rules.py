@@ -108,8 +108,7 @@ class AdamW(Rule):
         self.decay = decay
 
     def key(self, group: Group, state: State) -> Hashable:
-        hyper = super().key({**group, 'betas': tuple(group['betas'])}, state)
-        return hyper, state.get('restart', 0)
+        return super().key({**group, 'betas': tuple(group['betas'])}, state)
 
     @classmethod
     def check(cls, group: Group) -> None:
@@ -134,7 +133,7 @@ class AdamW(Rule):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta2 ** (step - states[0].get('restart', 0))) ** 0.5)
+        torch._foreach_div_(scale, (1 - beta2**step) ** 0.5)
         torch._foreach_add_(scale, group['eps'])
         torch._foreach_mul_(scale, 1 - beta1**step)
         return list(torch._foreach_div(first, scale))
@@ -186,7 +185,7 @@ class Adan(AdamW):
         torch._foreach_mul_(second, beta3)
         torch._foreach_addcmul_(second, ahead, ahead, 1 - beta3)
         scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta3 ** (step - states[0].get('restart', 0))) ** 0.5)
+        torch._foreach_div_(scale, (1 - beta3**step) ** 0.5)
         torch._foreach_add_(scale, group['eps'])
         total = torch._foreach_div(first, 1 - beta1**step)
         torch._foreach_add_(total, change, alpha=beta2 / (1 - beta2**step))

@@ -33,8 +33,8 @@ class EigenRotation(Preconditioner):
         basis_eps: Added to the diagonal for the decomposition, relative to the largest entry; it
             changes no eigenvector.
         basis_solver: 'eigh', or 'qr': after the first basis one step of orthogonal iteration.
-        rotate_moments: Whether the first moment is turned into each new basis, and the second
-            restarts with the first basis. The thesis leaves both as they are.
+        rotate_moments: Whether both moments follow into each new basis. The thesis leaves them as
+            they are.
     """
 
     stat_interval: int = 100

@@ -128,10 +128,11 @@ class LayerStack:
             logger.warning('%s: refresh failed (%d in a row), %s', slot.layer.name,
                            slot.failures, kept)
             if slot.failures >= TOLERATED_FAILURES:
+                advice = 'raise `damping`, ' if hasattr(self.method, 'damping') else ''
                 raise RefreshError(
                     f'{slot.layer.name}: {slot.failures} refreshes in a row failed although its '
-                    'statistics are finite; raise `damping`, lower `lr`, or leave the layer out '
-                    'with custom_keys={name: dict(precondition=False)}')
+                    f'statistics are finite; {advice}lower `lr`, or leave the layer out with '
+                    'custom_keys={name: dict(precondition=False)}')
 
     def ready(self) -> list[tuple[int, Layer]]:
         """Positions and layers that have an operator."""

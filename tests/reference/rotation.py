@@ -75,6 +75,7 @@ class Side:
     def __init__(self, size: int, solver: str, kept: bool) -> None:
         self.captures: list[Tensor] = []
         self.basis = torch.eye(size).double()
+        self.turns: list[Tensor] = []
         self.solver, self.kept, self.refreshes = solver, kept, 0
 
     def refresh(self) -> None:
@@ -83,15 +84,17 @@ class Side:
         mean = sum(self.captures) / len(self.captures)
         new = (iterated(mean, self.basis) if self.solver == 'qr' and self.refreshes
                else torch.linalg.svd(mean)[0])
-        self.basis = assigned(new, self.basis)
+        new = assigned(new, self.basis)
+        self.turns.append(self.basis.t() @ new)
+        self.basis = new
         self.refreshes += 1
 
 
 class Seen:
     """A gradient (blocks, o, i) and the bases of its step (blocks, o, o), (blocks, i, i)."""
 
-    def __init__(self, gradient: Tensor, left: Tensor, right: Tensor, measured: bool) -> None:
-        self.gradient, self.left, self.right, self.measured = gradient, left, right, measured
+    def __init__(self, gradient: Tensor, left: Tensor, right: Tensor, turns: int) -> None:
+        self.gradient, self.left, self.right, self.turns = gradient, left, right, turns
 
     def turn(self, gradient: Tensor) -> Tensor:
         return self.left.mT @ gradient @ self.right
@@ -163,27 +166,26 @@ class ReferenceRotation(ReferenceNKFAC):
         pieces = torch.stack(matrix.chunk(1 if module is None else blocks_of(module)))
         if p in self.sides:
             left, right = (torch.stack([s.basis for s in sides]) for sides in self.sides[p])
-            measured = any(s.refreshes for sides in self.sides[p] for s in sides)
+            turns = max(len(s.turns) for sides in self.sides[p] for s in sides)
         else:
             left, right = (torch.eye(n).double().repeat(len(pieces), 1, 1)
                            for n in pieces.shape[1:])
-            measured = False
+            turns = 0
         seen = self.history.setdefault(p, [])
-        seen.append(Seen(pieces, left, right, measured))
-        direction = seen[-1].restore(self._direction(seen)).reshape(matrix.shape)
+        seen.append(Seen(pieces, left, right, turns))
+        direction = seen[-1].restore(self._direction(p, seen)).reshape(matrix.shape)
         width = matrix.shape[1] - joint
         self._move(p, direction[:, :width].reshape(p.shape))
         if joint and module.bias in gradients:
             self._move(module.bias, direction[:, -1])
 
-    def _direction(self, seen: list[Seen]) -> Tensor:
+    def _direction(self, p: nn.Parameter, seen: list[Seen]) -> Tensor:
         """The rule's direction in the basis of now."""
         if self.settings['rotate_moments']:
-            # Raw gradients in one basis; squares in that of their own step, since the first basis.
+            # Raw gradients in one basis; squares in that of their own step, spread since then.
             linear = [seen[-1].turn(s.gradient) for s in seen]
             own = [(s.turn(s.gradient), s.turn(before.gradient))
-                   for s, before in zip(seen, [seen[0], *seen], strict=False)
-                   if s.measured or not seen[-1].measured]
+                   for s, before in zip(seen, [seen[0], *seen], strict=False)]
         else:
             linear = [s.turn(s.gradient) for s in seen]
             own = list(zip(linear, [linear[0], *linear], strict=False))
@@ -196,7 +198,19 @@ class ReferenceRotation(ReferenceNKFAC):
         else:
             square_beta = self.betas[1]
             squares = [new**2 for new, _ in own]
+        if self.settings['rotate_moments']:
+            squares = [self._spread(p, s.turns, square)
+                       for s, square in zip(seen, squares, strict=True)]
         return mean / (weighted_mean(squares, square_beta).sqrt() + self.eps)
+
+    def _spread(self, p: nn.Parameter, since: int, square: Tensor) -> Tensor:
+        """A square after all changes of the basis since then, as if entries were uncorrelated."""
+        for k in range(since, max((len(side.turns) for sides in self.sides.get(p, ())
+                                   for side in sides), default=0)):
+            left, right = (torch.stack([s.turns[k] if s.turns else s.basis for s in sides])**2
+                           for sides in self.sides[p])
+            square = left.mT @ square @ right
+        return square
 
     def _move(self, p: nn.Parameter, direction: Tensor) -> None:
         lr, decay = self.option(p, 'lr'), self.option(p, 'weight_decay')

@@ -1,0 +1,33 @@
+"""Eigendecompositions that report failure instead of raising."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .inverse import all_finite
+
+
+def checked_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.linalg.eigh` of symmetric matrices, one by one where the batch does not converge.
+
+    Args:
+        matrix: (..., n, n).
+
+    Returns:
+        Eigenvalues (..., n) and eigenvectors (..., n, n), and a bool tensor (...) that is False
+        where a matrix is not finite or its decomposition failed (the identity stands for it).
+    """
+    finite = all_finite(matrix)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    safe = torch.where(finite[..., None, None], matrix, identity)
+    try:
+        values, vectors = torch.linalg.eigh(safe)
+        return values, vectors, finite & all_finite(vectors)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if matrix.dim() == 2:
+            return identity.diagonal(), identity, torch.zeros_like(finite)
+        parts = [checked_eigh(one) for one in safe.reshape(-1, *matrix.shape[-2:])]
+        values, vectors, good = (torch.stack(part) for part in zip(*parts, strict=True))
+        return (values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape),
+                finite & good.reshape(finite.shape))
