@@ -269,9 +269,10 @@ def verdict(runs: list[Run], model: Model) -> str:
     for label, group in groups.items():
         if group[0].optimizer == plain or not plains:
             continue
-        same = [other for other in plains if groups[other][0].lr == group[0].lr]
-        best = max(plains, key=lambda other: score[other])
-        for other, what in [(same[0], 'the same rate')] * bool(same) + [(best, 'its best rate')]:
+        compared = [(other, 'the same rate') for other in plains
+                    if groups[other][0].lr == group[0].lr]
+        compared.append((max(plains, key=lambda other: score[other]), 'its best rate'))
+        for other, what in compared:
             lines.append(f'{label}: {score[label] / score[other]:.2f} x the {what_counts} of '
                          f'{plain} with {what} (lr {groups[other][0].lr:g}), at '
                          f'{seconds[label] / seconds[other]:.2f} x its training time')

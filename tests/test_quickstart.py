@@ -1,0 +1,39 @@
+"""The quickstart's tables, on runs that were not trained."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
+from quickstart import MODELS, Run, table, verdict
+
+BOX = 'coco/bbox_mAP'
+
+
+def run(optimizer: str, lr: float, seed: int, score: float, seconds: float = 10.) -> Run:
+    return Run(optimizer, lr, seed, losses=[(100, seconds, 1.)],
+               scores=[(100, seconds, {BOX: score})], seconds=seconds, memory=5.)
+
+
+def test_means_and_ranges_over_seeds() -> None:
+    text = table([run('SGD', 0.1, 0, 0.1), run('SGD', 0.1, 1, 0.3), run('NKFAC', 0.1, 0, 0.4)],
+                 {BOX: 'box AP'})
+    assert '| SGD | 0.1 | 0.200 (0.100-0.300) |' in text and '| NKFAC | 0.1 | 0.400 |' in text
+
+
+def test_the_verdict_compares_with_the_same_and_the_best_rate() -> None:
+    said = verdict([run('SGD', 0.1, 0, 0.1), run('SGD', 0.2, 0, 0.2),
+                    run('NKFAC', 0.1, 0, 0.4, 20.)], MODELS['r18']).splitlines()
+    assert said == [
+        'NKFAC lr 0.1: 4.00 x the box AP of SGD with the same rate (lr 0.1), at 2.00 x its '
+        'training time',
+        'NKFAC lr 0.1: 2.00 x the box AP of SGD with its best rate (lr 0.2), at 2.00 x its '
+        'training time']
+
+
+def test_the_verdict_without_the_same_rate_or_without_a_score() -> None:
+    (one,) = verdict([run('SGD', 0.1, 0, 0.1), run('NKFAC', 0.3, 0, 0.4)],
+                     MODELS['r18']).splitlines()
+    assert one.startswith('NKFAC lr 0.3: 4.00 x the box AP of SGD with its best rate (lr 0.1)')
+    assert verdict([run('SGD', 0.1, 0, 0.), run('NKFAC', 0.1, 0, 0.4)], MODELS['r18']) == ''
