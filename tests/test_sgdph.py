@@ -249,3 +249,14 @@ def test_what_cannot_be_differentiated_twice_is_refused_at_start() -> None:
             'SyncBatchNorm', 'torch.nn.BatchNorm2d')
     backbone = pytest.importorskip('mmdet.models.backbones').ResNet(18, with_cp=True)
     refused(ValueError, lambda: SGDPH(backbone, lr=0.1), 'with_cp=False')
+
+
+def test_cleared_gradients_do_not_count_as_measured() -> None:
+    model = conv_net()
+    optimizer = SGDPH(model, lr=0.01)
+    loss_of(model).backward(create_graph=True)
+    optimizer.measure()
+    optimizer.zero_grad()
+    loss_of(model, 1).backward(create_graph=True)
+    optimizer.step()
+    assert all(not p.grad.requires_grad for p in model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class SGDPH(RuleOptimizer):
             second derivative.
     """
 
-    probe_seed: ClassVar[int] = 0
+    rule: PartialHessianSGDM
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
                  model: nn.Module | None = None, hessian_decay: float = 0.9,
@@ -102,8 +102,7 @@ class SGDPH(RuleOptimizer):
         self.refresh = refresh
         self.interval = interval
         self.probes = probes
-        self.ph_rule = PartialHessianSGDM(hessian_lr, eps)
-        super().__init__(params, self.ph_rule,
+        super().__init__(params, PartialHessianSGDM(hessian_lr, eps),
                          dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.vectors = [p for group in self.param_groups for p in group['params'] if is_vector(p)]
         if not self.vectors:
@@ -118,6 +117,11 @@ class SGDPH(RuleOptimizer):
     def needs_graph(self) -> bool:
         """Whether this step's backward pass must be differentiable."""
         return self.t % self.interval == 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients; what was measured of them counts no more as measured."""
+        super().zero_grad(set_to_none)
+        self._measured = False
 
     def measure(self) -> None:
         """Takes the Hessian from the gradients' graph, and frees it; `step` does if need be.
@@ -154,7 +158,7 @@ class SGDPH(RuleOptimizer):
     def _measure(self) -> None:
         self.measure()
         self._measured = False
-        self.ph_rule.cycle = (self.t + 1) // len(self.vectors) + 1
+        self.rule.cycle = (self.t + 1) // len(self.vectors) + 1
 
     def _row_sums(self) -> dict[Tensor, Tensor]:
         """Products of the Hessian blocks with ones, for the parameters whose turn it is."""
@@ -162,7 +166,7 @@ class SGDPH(RuleOptimizer):
             turn = self.vectors[self.t // self.interval % len(self.vectors)]
             return {turn: self._products([turn], [1.])[0]} if turn.grad is not None else {}
         present = [p for p in self.vectors if p.grad is not None]
-        generator = torch.Generator().manual_seed(self.probe_seed + self.t)
+        generator = torch.Generator().manual_seed(self.t)
         rows = [torch.zeros_like(p) for p in present]
         for probe in range(self.probes):
             signs = (torch.randint(2, (len(present),), generator=generator) * 2 - 1).tolist()

@@ -4,7 +4,8 @@ from .attention import AttentionFeature
 from .base import Preconditioner
 from .feature import InputFeature
 from .kfac import FisherKronecker
-from .kronecker import KroneckerRoot, NewtonKronecker
+from .kronecker import NewtonKronecker
+from .root import KroneckerRoot
 from .rotation import EigenRotation
 from .stack import LayerStack, RefreshError
 

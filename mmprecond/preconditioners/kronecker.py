@@ -1,4 +1,4 @@
-"""Kronecker-factored preconditioners: L^-1 G R^-1, and L^-1/2 G R^-1/2."""
+"""Kronecker-factored preconditioners: L^-1 G R^-1."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import RunningAverage
-from ..linalg import (
-    cholesky_inverse,
-    inverse_power,
-    largest_eigenvalue,
-    newton_inverse,
-    newton_schulz_inverse_root,
-)
+from ..linalg import cholesky_inverse, largest_eigenvalue, newton_inverse
 from .base import Preconditioner, Stacked, add_damping, check_damping, recover_norm, two_sided
 
 SOLVERS = ('newton', 'cholesky')
@@ -91,68 +85,4 @@ class NewtonKronecker(Preconditioner):
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1`` with norm recovery; a side without an operator is left alone."""
-        return recover_norm(two_sided(operator, gradients), gradients)
-
-
-ROOT_SOLVERS = ('newton_schulz', 'eigh')
-
-
-@dataclass(frozen=True, kw_only=True)
-class KroneckerRoot(Preconditioner):
-    """AdaBK: ``V = L^-1/2 G R^-1/2``, scaled to the norm of G.
-
-    R (i x i) and L (o x o) are running averages of the input and gradient second moments, each
-    damped by damping * lambda_max.
-
-    Source: AdaBK (CVPR 2023; thesis chapter 4's baseline); averages and roots as in its published
-    code.
-
-    State: 2 (o^2 + i^2) numbers a block. A refresh costs 6 n^3 FLOPs a Newton-Schulz step and
-    factor, a step 2 o i (o + i).
-
-    Attributes:
-        stat_decay: Weight of the old statistic, in [0, 1).
-        damping: Damping relative to a factor's largest eigenvalue.
-        solver: 'newton_schulz', as published, whose steps also bound small eigenvalues; or 'eigh'
-            for exact roots.
-        root_steps: Newton-Schulz steps a refresh.
-    """
-
-    stat_interval: int = 200
-    refresh_interval: int = 2000
-    stat_decay: float = 0.9
-    damping: float = 1e-5
-    solver: str = 'newton_schulz'
-    root_steps: int = 10
-
-    requires: ClassVar[tuple[str, ...]] = ('input_moment', 'gradient_moment')
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number('stat_decay', self.stat_decay, high=1)
-        check_damping('damping', self.damping)
-        check_choice('solver', self.solver, ROOT_SOLVERS)
-        check_count('root_steps', self.root_steps)
-
-    def average(self) -> RunningAverage:
-        """Moving average of the captures as they are."""
-        return RunningAverage(self.stat_decay)
-
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
-        """Inverse roots of the damped factors (see the base class)."""
-        damping = self.damping if damping is None else damping
-        operator: Stacked = {}
-        fine = []
-        for name, statistic in statistics.items():
-            damped = add_damping(statistic, damping * largest_eigenvalue(statistic))
-            if self.solver == 'newton_schulz':
-                operator[name], good = newton_schulz_inverse_root(damped, self.root_steps)
-            else:
-                operator[name], good = inverse_power(damped, 0.5)
-            fine.append(good)
-        return operator, torch.stack(fine).all(0).all(-1)
-
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
-        """``L^-1/2 G R^-1/2`` with norm recovery; a side without an operator is left alone."""
         return recover_norm(two_sided(operator, gradients), gradients)

@@ -78,7 +78,7 @@ class EigenRotation(Preconditioner):
 
     def align(self, operator: Stacked, previous: Stacked | None) -> Stacked:
         """Orders and signs the bases by the previous ones, the first by the identity."""
-        return {name: assign_columns(basis, previous_basis(previous, name, basis))
+        return {name: assign_columns(basis, _previous_basis(previous, name, basis))
                 for name, basis in operator.items()}
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _turned(operator: Stacked, name: str) -> Stacked:
     return {name: operator[name].mT} if name in operator else {}
 
 
-def previous_basis(previous: Stacked | None, name: str, like: Tensor) -> Tensor:
+def _previous_basis(previous: Stacked | None, name: str, like: Tensor) -> Tensor:
     """The old bases by name; the identity where a layer had none."""
     identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
     if previous is None:
