@@ -331,7 +331,7 @@ def test_values_out_of_range(name: str, value: Any, remedy: str) -> None:
 
 
 def test_wrong_keys_and_a_missing_model() -> None:
-    for key in ('betas', 'solver', 'exponent', 'norm_recovery'):
+    for key in ('betas', 'newton_steps', 'exponent', 'norm_recovery'):
         refused(TypeError, lambda: KFAC(nn.Linear(2, 2), lr=0.1, **{key: 1}), 'KFAC', key,
                 '`_delete_=True`', 'damping_form')
     refused(ValueError, lambda: KFAC(nn.Linear(2, 2).parameters(), lr=0.1), 'KFAC', 'model=')

@@ -12,8 +12,8 @@ from test_checkpoint import differences, everything, saved, warnings_of
 from torch import Tensor, nn
 
 import mmprecond.optimizers
+from mmprecond.curvature import qualified_name
 from mmprecond.curvature.attention_types import ATTENTION_TYPES, WindowAttention
-from mmprecond.curvature.layers import qualified_name
 from mmprecond.optimizers import Preconditioned, PreconditionedOptimizer
 
 KRONECKER = dict(type='NewtonKronecker', stat_interval=1, refresh_interval=2)

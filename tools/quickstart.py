@@ -8,7 +8,6 @@ seconds.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import subprocess
@@ -18,110 +17,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
+from contestants import FOLDER, MODELS, ROOT, Model
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / 'configs/quickstart'
-RATE = 'optim_wrapper.optimizer.lr'
-#: The default intervals suit runs of 10,000 iterations and more.
-INTERVALS = {'optim_wrapper.optimizer.stat_interval': 5,
-             'optim_wrapper.optimizer.refresh_interval': 25}
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """How one optimizer is trained.
-
-    Attributes:
-        config: Name of a config in `FOLDER`.
-        lr: Learning rate, unless the user gives one.
-        arguments: Arguments of tools/train.py.
-        options: Settings for its --cfg-options.
-        rate: The config key of the learning rate.
-    """
-
-    config: str
-    lr: float
-    arguments: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    rate: str = RATE
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model with the optimizers that are compared on it.
-
-    Attributes:
-        title: For the picture.
-        plain: Name of its first-order optimizer.
-        contestants: The optimizers by name, compared unless the user chooses.
-        grid: Further rates for the plain optimizer.
-        iterations: Length of a run.
-        options: What any other optimizer of ours gets beside lr.
-        rates: Learning rates of any other optimizer of ours: of SGD's kind, and of Adam's.
-        metrics: What is reported, by its name in the log; the first is the headline.
-        data: Default folder of the data.
-    """
-
-    title: str
-    plain: str
-    contestants: dict[str, Contestant]
-    grid: str
-    iterations: int
-    options: dict[str, Any]
-    rates: tuple[float, float]
-    metrics: dict[str, str]
-    data: str = 'shapes'
-
-    @property
-    def detects(self) -> bool:
-        return self.headline.startswith('coco/')
-
-    @property
-    def headline(self) -> str:
-        return next(iter(self.metrics))
-
-    def contestant(self, name: str) -> Contestant:
-        """One of `contestants`, or any optimizer of ours on the plain one's config."""
-        if name in self.contestants:
-            return self.contestants[name]
-        from mmprecond.engine.registration import optimizer_types
-
-        kinds = {kind.__name__: kind for kind in optimizer_types()}
-        kinds.pop('Preconditioned')  # needs its layers
-        if name not in kinds:
-            sys.exit(f'there is no optimizer {name}; choose from '
-                     f'{", ".join(sorted({*self.contestants, *kinds}))}')
-        adaptive = 'betas' in inspect.signature(kinds[name].__init__).parameters
-        return Contestant(self.contestants[self.plain].config, self.rates[adaptive],
-                          ('--optimizer', name), self.options)
-
-
-R18, SWIN, CLS = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes', 'resnet18_shapes-cls'
-BOXES = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
-MASKS = {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'}
-#: With random weights and no warm-up the classifier's statistics age at once, and its operator from
-#: the first batch diverged: it takes the plain rule.
-_R18_OPTIONS = {**INTERVALS, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
-MODELS = {
-    'r18': Model('Faster R-CNN R18-FPN', 'SGD',
-                 {'SGD': Contestant(R18, 0.02),
-                  'NKFAC': Contestant(R18, 0.02, ('--optimizer', 'NKFAC'), _R18_OPTIONS)},
-                 '0.01,0.04', 100, _R18_OPTIONS, (0.02, 1e-3), BOXES),
-    'swin': Model('Mask R-CNN, small Swin', 'AdamW',
-                  {'AdamW': Contestant(SWIN, 2.5e-4),
-                   'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3),
-                   'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac', 1e-3,
-                                             rate='optim_wrapper.optimizer.rule.lr')},
-                  '', 300, INTERVALS, (0.02, 1e-3), BOXES | MASKS),
-    'resnet-cls': Model('ResNet-18 classifier', 'SGD',
-                        {'SGD': Contestant(CLS, 0.05),
-                         'NKFAC': Contestant(CLS, 0.05, ('--optimizer', 'NKFAC'), INTERVALS)},
-                        '0.02,0.1', 400, INTERVALS, (0.05, 1e-3), {'accuracy/top1': 'top-1 %'},
-                        'shapes-cls'),
-}
 
 
 @dataclass
@@ -174,8 +72,16 @@ class Run:
                 self.scores.append((last, self.seconds, metrics))
 
 
+class RunError(RuntimeError):
+    """A run that ended early; its text is the end of its log."""
+
+
 def train(run: Run, args: argparse.Namespace) -> None:
-    """Trains one run in a process of its own and reads its log."""
+    """Trains one run in a process of its own and reads its log.
+
+    Raises:
+        RunError: If it failed.
+    """
     work_dir = args.work_dir / f'{run.label.replace(" ", "_")}_seed_{run.seed}'
     contestant = args.model.contestant(run.optimizer)
     options = dict(args.options or [])
@@ -198,7 +104,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         usage = watch(process, work_dir, started, f'{run.label} seed {run.seed}', args.iterations)
     if process.returncode:
         tail = ''.join(log.read_text().splitlines(keepends=True)[-15:])
-        sys.exit(f'{run.label} failed; the end of {log}:\n{tail}')
+        raise RunError(f'{run.label} failed; the end of {log}:\n{tail}')
     run.read(scalars(work_dir, started))
     run.memory = run.memory or usage
 
@@ -314,7 +220,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--model', choices=list(MODELS), default='r18',
                         help='r18: Faster R-CNN with SGD and NKFAC; swin: a Swin Mask R-CNN with '
                              'AdamW, AdaAFOpt and AFOpt+NKFAC; resnet-cls: a ResNet-18 classifier '
-                             'with SGD and NKFAC; default: %(default)s')
+                             'with SGD and NKFAC; swin-cls: a small Swin classifier with AdamW, '
+                             'AdaAFOpt and two hybrids; default: %(default)s')
     parser.add_argument('--optimizers', help='names, separated by commas')
     parser.add_argument('--lr', type=float, help='of every run')
     parser.add_argument('--grid', help="further rates for the plain optimizer, '' for none")
@@ -352,8 +259,11 @@ def main() -> None:
              for name in args.optimizers.split(',')]
     rates += [(args.model.plain, float(lr)) for lr in args.grid.split(',') if lr]
     runs = [Run(name, lr, seed) for seed in args.seeds for name, lr in rates]
-    for run in runs:
-        train(run, args)
+    try:
+        for run in runs:
+            train(run, args)
+    except RunError as error:
+        sys.exit(str(error))
     (args.work_dir / 'results.json').write_text(json.dumps([asdict(run) for run in runs],
                                                            indent=1))
     picture = args.work_dir / 'quickstart.png'

@@ -3,11 +3,13 @@
 from .attention import AttentionLayer, softmax_gram
 from .attention_types import ATTENTION_TYPES, PackedAttention, TokenAttention, WindowAttention
 from .capture import Capture, Staged
-from .layers import LAYER_TYPES, REDUCED, Conv2dLayer, Layer, LinearLayer, qualified_name
+from .conv import Conv2dLayer
+from .layer_types import LAYER_TYPES, qualified_name
+from .layers import COLUMNS, REDUCED, SAMPLED, Layer, LinearLayer
 from .selection import LeftOut, find_layers, unwrap
 from .statistics import RunningAverage
 
-__all__ = ['ATTENTION_TYPES', 'LAYER_TYPES', 'REDUCED', 'AttentionLayer', 'Capture', 'Conv2dLayer',
-           'Layer', 'LeftOut', 'LinearLayer', 'PackedAttention', 'RunningAverage', 'Staged',
-           'TokenAttention', 'WindowAttention', 'find_layers', 'qualified_name', 'softmax_gram',
-           'unwrap']
+__all__ = ['ATTENTION_TYPES', 'COLUMNS', 'LAYER_TYPES', 'REDUCED', 'SAMPLED', 'AttentionLayer',
+           'Capture', 'Conv2dLayer', 'Layer', 'LeftOut', 'LinearLayer', 'PackedAttention',
+           'RunningAverage', 'Staged', 'TokenAttention', 'WindowAttention', 'find_layers',
+           'qualified_name', 'softmax_gram', 'unwrap']

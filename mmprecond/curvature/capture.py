@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .layers import Call, Layer
+from .layers import COLUMNS, Call, Layer
 
 logger = logging.getLogger('mmprecond')
 
@@ -28,10 +28,12 @@ class Staged:
     Attributes:
         sums: By statistic name, shaped as the layer's `statistic_shape`.
         rows: Number of input rows.
+        columns: Number of columns that were placed, by statistic name.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
+    columns: dict[str, int] = field(default_factory=dict)
 
 
 class Capture:
@@ -54,21 +56,26 @@ class Capture:
         self.seen: set[Layer] = set()
         self._handles: list[RemovableHandle] = []
         self._generator = torch.Generator()
+        self._signs = torch.Generator()
         self._seed: int | None = None
+        self._first = 0.
         self._forward_is_new = False
         self._warned: set[Layer] = set()
 
-    def arm(self, layers: Iterable[Layer], seed: int = 0) -> None:
+    def arm(self, layers: Iterable[Layer], seed: int = 0, first: float = 0.) -> None:
         """Installs forward hooks on the modules of these layers, in place of earlier ones.
 
         Args:
             layers: The layers to measure.
             seed: Seeds what is sampled, apart from the user's own random numbers.
+            first: Where columns begin, as a share of the slots: ranks fill different ones.
         """
         self.disarm()
+        self._first = first
         if seed != self._seed:  # the micro-batches of one step draw on
             self._seed = seed
             self._generator.manual_seed(seed)
+            self._signs.manual_seed(seed)
         for layer in layers:
             self._handles += layer.watch(self.observe, self._warn_lost)
 
@@ -131,11 +138,26 @@ class Capture:
                 gradient = self._unscaled(layer, gradient)
             for name, measured in layer.measure(call, kept, gradient, names,
                                                 self._generator).items():
+                if COLUMNS in name:
+                    measured = self._placed(layer, staged, name, measured)
                 if name in staged.sums:
                     staged.sums[name] += measured
                 else:
                     staged.sums[name] = measured
         staged.rows += layer.count_rows(call, gradient, names)
+
+    def _placed(self, layer: Layer, staged: Staged, name: str, columns: Tensor) -> Tensor:
+        """Columns (b, n, c), each in the next slot; once all are taken, on top of others.
+
+        Random signs keep the Gram matrix right in the mean: a count sketch of the rows.
+        """
+        count = columns.shape[2]
+        start = int(self._first * layer.slots) + staged.columns.get(name, 0)
+        staged.columns[name] = staged.columns.get(name, 0) + count
+        slots = (torch.arange(count) + start) % layer.slots
+        signs = torch.randint(0, 2, (count,), generator=self._signs) * 2. - 1
+        return layer.empty(name).index_add_(2, slots.to(columns.device),
+                                            columns * signs.to(columns))
 
     def _unscaled(self, layer: Layer, gradient: Tensor) -> Tensor:
         """The gradient of the loss itself; divided before any product, so that none overflows."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
@@ -41,6 +40,10 @@ Observer = Callable[[Call, tuple[Tensor, ...], Tensor], None]
 
 #: Suffix of statistics over samples: the mean input and the summed gradient of their positions.
 REDUCED = '_reduced'
+#: Suffix of statistics over some positions of each sample, drawn at random, scaled to all.
+SAMPLED = '_sampled'
+#: Statistics that keep rows as columns (n, `Layer.slots`), whose Gram matrix is the moment.
+COLUMNS = '_columns'
 
 
 class Tap:
@@ -71,7 +74,12 @@ class Layer:
         columns: i, input features of one block, the trailing 1 of a joint bias included.
         working_dtype: Dtype of all statistics: the weight's own, at least float32.
         damping: This layer's damping in place of its preconditioner's, or None.
+        positions: Positions of each sample that `SAMPLED` statistics draw at a call.
+        slots: Width of `COLUMNS` statistics.
     """
+
+    positions = 8
+    slots = 256
 
     def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
                  bias: nn.Parameter | None, *, capture_mb: float = 64.,
@@ -93,9 +101,9 @@ class Layer:
         return self.blocks, self.rows, self.columns
 
     def statistic_shape(self, statistic: str) -> tuple[int, int, int]:
-        """(blocks, n, n) of a statistic: n is i for the input's, o for the gradient's."""
+        """(blocks, n, n), of columns (blocks, n, slots); n is i of the input's, else o."""
         side = self.columns if statistic.startswith('input') else self.rows
-        return self.blocks, side, side
+        return self.blocks, side, self.slots if COLUMNS in statistic else side
 
     def empty(self, statistic: str) -> Tensor:
         """Zeros in the shape of a statistic."""
@@ -161,22 +169,32 @@ class Layer:
             generator: For layers that sample.
 
         Returns:
-            By name: tensors shaped as `statistic_shape`, in `working_dtype`.
+            By name, in `working_dtype`: tensors shaped as `statistic_shape`, of `COLUMNS` as many
+            columns as there are.
         """
-        return {name: self._measure_one(name, call.module, kept[0], gradient)
+        drawn = torch.arange(0)
+        if any(name.endswith(SAMPLED) for name in statistics):  # the same for both sides
+            drawn = torch.randperm(self._position_count(gradient), generator=generator)
+            drawn = drawn[:self.positions].to(gradient.device)
+        return {name: self._measure_one(name, call.module, kept[0], gradient, drawn)
                 for name in statistics}
 
-    def _measure_one(self, name: str, module: nn.Module, inputs: Tensor,
-                     gradient: Tensor) -> Tensor:
+    def _measure_one(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor,
+                     drawn: Tensor) -> Tensor:
         if name == 'input_moment':
             return self.input_moment(module, inputs)
         if name == 'gradient_moment':
             return self.gradient_moment(gradient)
-        if name == 'input_moment' + REDUCED:
-            return _gram(self._with_ones(self._reduced_input(module, inputs)))
-        if name == 'gradient_moment' + REDUCED:
-            return _gram(self._reduced_gradient(gradient.to(self.working_dtype)))
-        raise ValueError(f'{type(self).__name__} has no statistic {name!r}')
+        widened = gradient.to(self.working_dtype)
+        if name.startswith('input'):
+            rows = self._with_ones(self._reduced_input(module, inputs) if name.endswith(REDUCED)
+                                   else self._sampled_input(module, inputs, drawn))
+        else:
+            rows = (self._reduced_gradient(widened) if name.endswith(REDUCED)
+                    else self._sampled_gradient(widened, drawn))
+        if name.endswith(SAMPLED):
+            rows = rows * (self._position_count(gradient) / max(1, len(drawn)))**0.5
+        return rows if COLUMNS in name else _gram(rows)
 
     def _with_ones(self, rows: Tensor) -> Tensor:
         """Rows (blocks, i, n) with the trailing 1 of a joint bias."""
@@ -234,6 +252,18 @@ class Layer:
         """Number of samples."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
+    def _position_count(self, gradient: Tensor) -> int:
+        """Number of positions a sample."""
+        raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
+
+    def _sampled_input(self, module: nn.Module, inputs: Tensor, drawn: Tensor) -> Tensor:
+        """Input rows at the drawn positions of each sample (blocks, i without bias, rows)."""
+        raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
+
+    def _sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
+        """Gradient rows at the drawn positions of each sample (blocks, o, rows)."""
+        raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
+
 
 class LinearLayer(Layer):
     """`nn.Linear`; all leading dimensions of its input are rows."""
@@ -253,100 +283,14 @@ class LinearLayer(Layer):
     def _samples(self, gradient: Tensor) -> int:
         return len(_by_sample(gradient))
 
+    def _position_count(self, gradient: Tensor) -> int:
+        return _by_sample(gradient).shape[1]
 
-class Conv2dLayer(Layer):
-    """`nn.Conv2d` with any stride, padding, padding mode, dilation and groups.
+    def _sampled_input(self, module: nn.Module, inputs: Tensor, drawn: Tensor) -> Tensor:
+        return self._sampled_gradient(inputs, drawn).to(self.working_dtype)
 
-    Every output position is one row. Patches are laid out in chunks of at most `capture_mb`
-    megabytes (at least one output row of one image), never for a whole feature map.
-    """
-
-    def _blocks(self, module: Any) -> int:
-        return module.groups
-
-    def _input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
-        if inputs.dim() == 3:
-            inputs = inputs[None]
-        height, width = self._output_size(module, inputs)
-        row_bytes = self.working_dtype.itemsize * self.weight[0].numel() * self.blocks * width
-        most = max(1, len(inputs) * height)
-        budget = int(min(max(1., self.capture_mb * 2**20 / max(1, row_bytes)), most))
-        images = max(1, budget // max(1, height))
-        strip = min(height, budget)
-        for batch in inputs.split(images):
-            padded = self._padded(module, batch.to(self.working_dtype))
-            for top in range(0, height, max(1, strip)):
-                yield self._patches(module, padded, top, min(strip, height - top), width)
-
-    def _gradient_rows(self, gradient: Tensor) -> Tensor:
-        if gradient.dim() == 3:
-            gradient = gradient[None]
-        positions = gradient.shape[2:].numel()
-        rows = gradient.reshape(gradient.shape[0], self.blocks, self.rows, positions)
-        return rows.permute(1, 2, 0, 3).flatten(2)
-
-    def _reduced_input(self, module: Any, inputs: Tensor) -> Tensor:
-        inputs = inputs if inputs.dim() == 4 else inputs[None]
-        height, width = self._output_size(module, inputs)
-        padded = self._padded(module, inputs.to(self.working_dtype))
-        patches = self._patch_view(module, padded, 0, height, width)
-        return patches.mean((-2, -1)).flatten(1, 3)
-
-    def _reduced_gradient(self, gradient: Tensor) -> Tensor:
-        gradient = gradient if gradient.dim() == 4 else gradient[None]
-        return gradient.sum((2, 3)).t().reshape(self.blocks, self.rows, len(gradient))
-
-    def _samples(self, gradient: Tensor) -> int:
-        return len(gradient) if gradient.dim() == 4 else 1
-
-    def _patches(self, module: Any, padded: Tensor, top: int, height: int,
-                 width: int) -> Tensor:
-        """Patches of output rows [top, top + height): (blocks, i, images * height * width)."""
-        view = self._patch_view(module, padded, top, height, width)
-        return view.reshape(self.blocks, view.shape[1:4].numel(), len(padded) * height * width)
-
-    def _patch_view(self, module: Any, padded: Tensor, top: int, height: int,
-                    width: int) -> Tensor:
-        """The same as a view (blocks, channels, kh, kw, images, height, width)."""
-        batch, channels = padded.shape[:2]
-        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
-        image, channel, line, pixel = padded.stride()
-        group = channels // self.blocks
-        return padded.as_strided(
-            (self.blocks, group, kh, kw, batch, height, width),
-            (group * channel, channel, dh * line, dw * pixel, image, sh * line, sw * pixel),
-            padded.storage_offset() + top * sh * line)
-
-    @staticmethod
-    def _pads(module: Any) -> list[int]:
-        """Padding as `F.pad` takes it: left, right, top, bottom."""
-        pads: list[int] = []
-        for axis in (1, 0):
-            if module.padding == 'valid':
-                pads += [0, 0]
-            elif module.padding == 'same':
-                total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-                pads += [total // 2, total - total // 2]
-            else:
-                pads += [module.padding[axis]] * 2
-        return pads
-
-    def _padded(self, module: Any, inputs: Tensor) -> Tensor:
-        pads = self._pads(module)
-        if not any(pads):
-            return inputs
-        if module.padding_mode == 'zeros':
-            return F.pad(inputs, pads)
-        return F.pad(inputs, pads, mode=module.padding_mode)
-
-    def _output_size(self, module: Any, inputs: Tensor) -> tuple[int, int]:
-        left, right, top, bottom = self._pads(module)
-        sizes = (inputs.shape[-2] + top + bottom, inputs.shape[-1] + left + right)
-        height, width = ((size - dilation * (kernel - 1) - 1) // stride + 1
-                         for size, kernel, dilation, stride
-                         in zip(sizes, module.kernel_size, module.dilation, module.stride,
-                                strict=True))
-        return height, width
+    def _sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
+        return _by_sample(gradient)[:, drawn].flatten(0, 1).t()[None]
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -360,25 +304,3 @@ def _by_sample(tensor: Tensor) -> Tensor:
         return tensor.reshape(-1, 1, tensor.shape[-1])
     tensor = tensor.flatten(1, -2)
     return tensor if tensor.shape[1] else tensor[:0]
-
-
-#: Supported module classes, by exact type (a subclass may compute something else). Those of
-#: packages that are not imported here go by qualified name; mmcv's differ from torch's on empty
-#: inputs and old versions only.
-LAYER_TYPES: dict[type[nn.Module] | str, type[Layer]] = {
-    nn.Linear: LinearLayer,
-    nn.Conv2d: Conv2dLayer,
-    'mmcv.cnn.bricks.wrappers.Linear': LinearLayer,
-    'mmcv.cnn.bricks.wrappers.Conv2d': Conv2dLayer,
-}
-
-
-def qualified_name(kind: type) -> str:
-    """Module and name of a class."""
-    return f'{kind.__module__}.{kind.__qualname__}'
-
-
-def layer_type(module: nn.Module) -> type[Layer] | None:
-    """The kind of layer that a module is, or None."""
-    kind = type(module)
-    return LAYER_TYPES.get(kind) or LAYER_TYPES.get(qualified_name(kind))

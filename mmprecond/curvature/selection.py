@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention_types import ATTENTION_TYPES, UNREADABLE
-from .layers import Layer, layer_type, qualified_name
+from .layer_types import layer_type, qualified_name
+from .layers import Layer
 
 
 @dataclass(frozen=True)

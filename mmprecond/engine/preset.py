@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 
@@ -14,13 +15,18 @@ from .registration import optimizer_types
 #: Settings of a first-order optimizer that carry over to another.
 CARRIED = ('lr', 'momentum', 'weight_decay', 'betas', 'eps')
 
+#: Torch's own, to compare with, and what a config would set that names them.
+BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    'SGD': (torch.optim.SGD, dict(momentum=0.9)), 'AdamW': (torch.optim.AdamW, {})}
+
 
 def use_optimizer(cfg: Config, name: str) -> None:
     """Replaces a config's optimizer, keeping its learning rate, decay and paramwise_cfg.
 
     Args:
         cfg: A config of MMDetection, MMPretrain or the like; changed in place.
-        name: One of our optimizers.
+        name: One of our optimizers, or of torch's, 'SGD' (momentum 0.9 unless the config says so)
+            or 'AdamW', to compare with.
 
     Raises:
         ValueError: For an unknown name, or a config without an optimizer.
@@ -30,8 +36,9 @@ def use_optimizer(cfg: Config, name: str) -> None:
     if name == 'Preconditioned':
         raise ValueError('Preconditioned needs a list of layers: write it in the config, or start '
                          'from one of configs/_base_')
-    if name not in names:
-        raise ValueError(f'unknown optimizer {name!r}; choose one of {", ".join(names)}')
+    if name not in [*names, *BASELINES]:
+        raise ValueError(f'unknown optimizer {name!r}; choose one of {", ".join(names)}, or of '
+                         f'torch: {", ".join(BASELINES)}')
     wrapper = cfg.get('optim_wrapper')
     if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
         raise ValueError('the config has no optim_wrapper.optimizer to take lr and weight_decay '
@@ -42,15 +49,18 @@ def use_optimizer(cfg: Config, name: str) -> None:
         old.update(rule)
     if len(old.get('betas', (0, 0))) != 2:
         del old['betas']  # Adan's
-    taken = inspect.signature(getattr(optimizers, name).__init__).parameters
-    new: dict[str, Any] = {key: old[key] for key in CARRIED if key in old and key in taken}
+    kind, new = BASELINES[name] if name in BASELINES else (getattr(optimizers, name), {})
+    taken = inspect.signature(kind.__init__).parameters
+    new = new | {key: old[key] for key in CARRIED if key in old and key in taken}
     adaptive = 'betas' in taken
     was_adaptive = str(old['type']).startswith('Ada') or 'Adam' in str(old['type'])
     if adaptive != was_adaptive and ('momentum' in old or was_adaptive):
         print_log(f'{name} keeps lr={old.get("lr")} of {old["type"]}, a rule of another kind: its '
                   'best rate will differ', logger='current', level=30)
+    wrapper['optimizer'] = dict(type=name, **new)
+    if name in BASELINES:
+        return
     base = wrapper.pop('constructor', None)
     if base not in (None, 'DefaultOptimWrapperConstructor', 'PrecondOptimWrapperConstructor'):
         wrapper['base_constructor'] = base
     wrapper['constructor'] = 'PrecondOptimWrapperConstructor'
-    wrapper['optimizer'] = dict(type=name, **new)

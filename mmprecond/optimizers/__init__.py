@@ -5,7 +5,7 @@ from .adamr import AdamR
 from .afopt import AdaAFOpt, AFOpt
 from .base import PreconditionedOptimizer
 from .fsgd import FSGD, FAdam
-from .kfac import KFAC
+from .kfac import KFAC, SKFAC
 from .nkfac import NKFAC, AdaNKFAC
 from .preconditioned import Preconditioned
 from .rule_optimizer import RuleOptimizer
@@ -13,4 +13,4 @@ from .sgdph import SGDPH, weight_norm
 
 __all__ = ['AFOpt', 'AdaAFOpt', 'AdaNKFAC', 'AdamR', 'AdamWBK', 'FAdam', 'FSGD', 'KFAC', 'NKFAC',
            'Preconditioned', 'PreconditionedOptimizer', 'RuleOptimizer', 'SGDMBK', 'SGDPH',
-           'weight_norm']
+           'SKFAC', 'weight_norm']

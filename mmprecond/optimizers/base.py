@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_number, reject_unexpected
-from ..curvature import Capture, Layer, LeftOut, find_layers, unwrap
+from ..curvature import COLUMNS, Capture, Layer, LeftOut, find_layers, unwrap
 from ..distributed import rank, sum_over_ranks, world_size
 from ..preconditioners import LayerStack, Preconditioner
 from ..preconditioners.base import Stacked
@@ -98,6 +98,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         assigned: dict[Layer, LayerStack] = {}
         for name, layer in layers.items():
             chosen = bound.method(name)
+            for option, value in (chosen.layer_options if chosen else {}).items():
+                setattr(layer, option, value)
             reason = _reason_against(layer, chosen, bound.entry(name) is not None)
             if chosen is None or reason:
                 self.left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
@@ -125,7 +127,8 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def arm(self) -> None:
         """Puts hooks on the layers whose statistics this step measures, if it does."""
-        self._capture.arm(self._due(), seed=self.t * world_size() + rank())
+        self._capture.arm(self._due(), seed=self.t * world_size() + rank(),
+                          first=rank() / world_size())
 
     def disarm(self) -> None:
         """Takes the hooks off; what was measured stays until the step."""
@@ -138,7 +141,7 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def _due(self) -> list[Layer]:
         return [layer for layer, stack in self.layers.items() if layer in self._catch_up
-                or (self.t + stack.method.phase) % stack.method.stat_interval == 0]
+                or (self.t + stack.method.phase) % stack.method.capture_interval == 0]
 
     def _arm_if_automatic(self) -> None:
         if self.auto_arm:
@@ -204,9 +207,10 @@ class PreconditionedOptimizer(RuleOptimizer):
                 # A rank's loss is a share 1 / ranks of the joint mean loss.
                 if name.startswith('gradient'):
                     per_row = self.layers[layer].method.per_row
-                    total *= (counted[layer] if per_row else 1.) / ranks**2
+                    factor = (counted[layer] if per_row else 1.) / ranks**2
                 else:
-                    total /= counted[layer]
+                    factor = 1 / counted[layer]
+                total *= factor**0.5 if COLUMNS in name else factor
         return samples
 
     def _note_zero(self, layer: Layer) -> None:

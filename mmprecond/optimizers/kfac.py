@@ -1,4 +1,4 @@
-"""KFAC: the baseline of the thesis."""
+"""KFAC and SKFAC: the baselines of the thesis."""
 
 from __future__ import annotations
 
@@ -14,3 +14,16 @@ class KFAC(PreconditionedSGDM):
     """
 
     preconditioner = FisherKronecker
+
+
+class SKFAC(PreconditionedSGDM):
+    """KFAC from few rows of one batch (Tang et al., CVPR 2021; a baseline of the thesis).
+
+    Eight random positions of each sample of the batch at a refresh, inverses by the
+    Sherman-Morrison-Woodbury identity. SKFAC* of the thesis is ``damping_form='relative',
+    damping=0.01, scaling='norm_recovery'``. Arguments as in `PreconditionedSGDM`; settings as in
+    `FisherKronecker`.
+    """
+
+    preconditioner = FisherKronecker
+    preset = dict(solver='woodbury', reduction='sample', stat_decay=0.)

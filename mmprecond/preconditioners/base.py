@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import Layer, RunningAverage
-from ..linalg import largest_eigenvalue
+from ..linalg import largest_eigenvalue, woodbury_apply
 
-#: Stacked tensors by name: (layers, blocks, n, n).
+#: Stacked tensors by name: (layers, blocks, n, n), of columns (layers, blocks, n, slots).
 Stacked = dict[str, Tensor]
 
 OVERSIZE = ('one_sided', 'skip')
@@ -71,6 +71,16 @@ class Preconditioner(ABC):
     def attention_windows(self) -> int:
         """Windows it measures of an attention module a call; 0 takes the linear layers alone."""
         return 0
+
+    @property
+    def capture_interval(self) -> int:
+        """Steps between captures that serve."""
+        return self.stat_interval
+
+    @property
+    def layer_options(self) -> dict[str, int]:
+        """Attributes of a layer on which its statistics depend."""
+        return {}
 
     def wanted(self, layer: Layer) -> tuple[str, ...]:
         """The statistics that the method would keep of a layer, whatever their size."""
@@ -176,10 +186,19 @@ def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:
 
 
 def two_sided(operator: Stacked, gradients: Tensor) -> Tensor:
-    """``L G R`` for operators on both sides; a side without an operator is left alone."""
+    """``L G R`` for operators on both sides; a side without an operator is left alone.
+
+    A side's operator is a matrix, or columns U and a scale with which it is scale (I - U U').
+    """
     directions = gradients
     if 'gradient_moment' in operator:
         directions = operator['gradient_moment'] @ directions
+    elif 'gradient_columns' in operator:
+        directions = woodbury_apply(directions.mT, operator['gradient_columns'],
+                                    operator['gradient_scale']).mT
     if 'input_moment' in operator:
         directions = directions @ operator['input_moment']
+    elif 'input_columns' in operator:
+        directions = woodbury_apply(directions, operator['input_columns'],
+                                    operator['input_scale'])
     return directions

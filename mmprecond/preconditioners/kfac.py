@@ -1,4 +1,4 @@
-"""KFAC: L^-1 G R^-1 with exact inverses of the Fisher matrix's Kronecker factors."""
+"""KFAC and SKFAC: L^-1 G R^-1 with the Kronecker factors of the Fisher matrix."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number
-from ..curvature import REDUCED, Layer, RunningAverage
-from ..linalg import cholesky_inverse
+from ..checks import check_choice, check_count, check_number
+from ..curvature import COLUMNS, REDUCED, SAMPLED, Layer, RunningAverage
+from ..linalg import cholesky_inverse, woodbury_inverse
 from .base import (
     Preconditioner,
     Stacked,
@@ -21,7 +21,8 @@ from .base import (
     two_sided,
 )
 
-REDUCTIONS = ('expand', 'reduce')
+REDUCTIONS = {'expand': '', 'reduce': REDUCED, 'sample': SAMPLED}
+SOLVERS = ('inverse', 'woodbury')
 DAMPING_FORMS = ('pi', 'relative')
 SCALINGS = ('kl_clip', 'norm_recovery', 'none')
 
@@ -31,16 +32,19 @@ LARGEST_PI = 1e10
 
 @dataclass(frozen=True, kw_only=True)
 class FisherKronecker(Preconditioner):
-    """KFAC, the thesis's baseline, with a switch for each thing in which its variants differ.
+    """KFAC and SKFAC, the thesis's baselines, with a switch for each thing in which they differ.
 
     R = sum x'x / n and L = n sum g'g over n rows x of the input and g of the gradient of the mean
     loss: the factors of a Fisher matrix whose n samples each are one row.
 
     Source: KFAC (arXiv 1503.05671); thesis (3.4); 'reduce' from arXiv 2311.00636; defaults of
     damping and `kl_clip` from the public baselines that the thesis and MAC compare with. KFAC* of
-    the thesis is damping_form='relative', damping=0.01, scaling='norm_recovery'.
+    the thesis is damping_form='relative', damping=0.01, scaling='norm_recovery'. SKFAC (Tang et
+    al., CVPR 2021) is solver='woodbury', reduction='sample', stat_decay=0: of the batch at the
+    refresh it keeps few rows, and inverts a matrix of their number.
 
     State: 2 (o^2 + i^2) numbers a block. A refresh costs n^3 FLOPs a factor, a step 2 o i (o + i).
+    With m columns on a side of n > m: 2 n m numbers; 2 n m^2 FLOPs and 4 o i m.
 
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1); the first sample starts from itself.
@@ -48,7 +52,15 @@ class FisherKronecker(Preconditioner):
         damping_form: 'pi': R + pi sqrt(rho) I and L + sqrt(rho) / pi I, with pi^2 the ratio of the
             factors' mean eigenvalues; 'relative': each + rho lambda_max I.
         reduction: 'expand': every position (of a feature map or sequence) is a row; 'reduce': a
-            sample is one row, of its positions' mean input and summed gradient.
+            sample is one row, of its positions' mean input and summed gradient; 'sample': some
+            positions of each sample, drawn at random, stand for all.
+        positions: Number of positions that 'sample' draws of a sample at each call.
+        solver: 'inverse': exact inverses of factors; 'woodbury': on sides longer than
+            `max_columns` the rows themselves are kept, and the inverse follows by the
+            Sherman-Morrison-Woodbury identity. It is the same inverse while they are no more than
+            `max_columns` over all calls and ranks; further rows are added to them with random
+            signs. It needs stat_decay=0, and reduction 'sample' or 'reduce'.
+        max_columns: Rows kept of one side.
         scaling: 'kl_clip' scales all layers by min(1, sqrt(kl_clip / sum lr^2 <V, G>));
             'norm_recovery' each layer to its gradient's norm; or 'none'.
         kl_clip: The bound of 'kl_clip'.
@@ -58,6 +70,9 @@ class FisherKronecker(Preconditioner):
     damping: float = 0.03
     damping_form: str = 'pi'
     reduction: str = 'expand'
+    positions: int = 8
+    solver: str = 'inverse'
+    max_columns: int = 256
     scaling: str = 'kl_clip'
     kl_clip: float = 1e-3
 
@@ -70,18 +85,50 @@ class FisherKronecker(Preconditioner):
         check_damping('damping', self.damping)
         check_damping('kl_clip', self.kl_clip)
         check_choice('damping_form', self.damping_form, DAMPING_FORMS)
-        check_choice('reduction', self.reduction, REDUCTIONS)
+        check_choice('reduction', self.reduction, tuple(REDUCTIONS))
+        check_choice('solver', self.solver, SOLVERS)
+        check_count('positions', self.positions)
+        check_count('max_columns', self.max_columns)
         check_choice('scaling', self.scaling, SCALINGS)
+        if self.solver == 'woodbury' and (self.stat_decay or self.reduction == 'expand'):
+            raise ValueError(f"solver='woodbury' keeps few rows of one batch: set stat_decay=0 and "
+                             f"reduction='sample' or 'reduce', not stat_decay={self.stat_decay} "
+                             f'and reduction={self.reduction!r}')
+
+    @property
+    def capture_interval(self) -> int:
+        """A sample that the next one replaces is not captured."""
+        return self.stat_interval if self.stat_decay else self.refresh_interval
+
+    @property
+    def layer_options(self) -> dict[str, int]:
+        """How many rows are drawn and kept."""
+        return dict(positions=self.positions, slots=self.max_columns)
 
     def wanted(self, layer: Layer) -> tuple[str, ...]:
-        """The factors over rows or over samples."""
-        suffix = REDUCED if self.reduction == 'reduce' else ''
-        return tuple(name + suffix for name in self.requires)
+        """The factors, or their columns, over the rows that the reduction takes."""
+        return tuple(self._wanted_one(name, layer) for name in self.requires)
+
+    def _wanted_one(self, name: str, layer: Layer) -> str:
+        tall = layer.statistic_shape(name)[-1] > self.max_columns
+        if self.solver == 'woodbury' and tall:
+            name = name.replace('_moment', COLUMNS)
+        return name + REDUCTIONS[self.reduction]
 
     def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
-        """One for each factor, by its name without the reduction."""
-        return {name.removesuffix(REDUCED): layer.statistic_shape(name)
-                for name in self.required(layer)}
+        """An inverse, or columns and a scale, for each side, named without the reduction."""
+        shapes = {}
+        for name in self.required(layer):
+            plain = name.removesuffix(REDUCTIONS[self.reduction])
+            shapes[plain] = layer.statistic_shape(name)
+            if COLUMNS in plain:
+                shapes[plain.replace(COLUMNS, '_scale')] = (layer.blocks, 1, 1)
+        return shapes
+
+    def note(self, layer: Layer) -> str:
+        """Says where the rows are kept."""
+        columns = any(COLUMNS in name for name in self.required(layer))
+        return super().note(layer) or ('Woodbury' if columns else '')
 
     def average(self) -> RunningAverage:
         """Moving average that starts from the first sample."""
@@ -91,24 +138,36 @@ class FisherKronecker(Preconditioner):
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """Inverts the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
-        factors = {name.removesuffix(REDUCED): s for name, s in statistics.items()}
-        amounts = self._dampings(factors, damping)
-        results = {name: cholesky_inverse(add_damping(factor, amounts[name]))
-                   for name, factor in factors.items()}
-        good = torch.stack([fine.all(-1) for _, fine in results.values()]).all(0)
-        return {name: inverse for name, (inverse, _) in results.items()}, good
+        factors = {name.removesuffix(REDUCTIONS[self.reduction]): s
+                   for name, s in statistics.items()}
+        # The same eigenvalues but for zeros.
+        grams = {name: s.mT @ s if COLUMNS in name else s for name, s in factors.items()}
+        amounts = self._dampings(factors, grams, damping)
+        operator: Stacked = {}
+        outcomes = []
+        for name, factor in factors.items():
+            if COLUMNS in name:
+                scale = name.replace(COLUMNS, '_scale')
+                operator[name], operator[scale], good = woodbury_inverse(factor, grams[name],
+                                                                         amounts[name])
+            else:
+                operator[name], good = cholesky_inverse(add_damping(factor, amounts[name]))
+            outcomes.append(good.all(-1))
+        return operator, torch.stack(outcomes).all(0)
 
-    def _dampings(self, factors: Stacked, damping: Tensor | float) -> Stacked:
+    def _dampings(self, factors: Stacked, grams: Stacked, damping: Tensor | float) -> Stacked:
         """What is added to each factor's diagonal (k, b)."""
         if self.damping_form == 'relative':
-            return {name: relative_damping(s, damping) for name, s in factors.items()}
-        means = {name: s.diagonal(dim1=-2, dim2=-1).mean(-1) for name, s in factors.items()}
+            return {name: relative_damping(gram, damping) for name, gram in grams.items()}
+        means = {name: gram.diagonal(dim1=-2, dim2=-1).sum(-1) / factors[name].shape[-2]
+                 for name, gram in grams.items()}
         root = damping**0.5
         if len(means) < 2:
             return {name: root + torch.zeros_like(mean) for name, mean in means.items()}
-        pi = (means['input_moment'] / means['gradient_moment']).sqrt()
+        first, second = sorted(means, reverse=True)  # the input's, the gradient's
+        pi = (means[first] / means[second]).sqrt()
         pi = pi.nan_to_num(nan=1.).clamp(1 / LARGEST_PI, LARGEST_PI)
-        return {'input_moment': root * pi, 'gradient_moment': root / pi}
+        return {first: root * pi, second: root / pi}
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1``; the KL clip comes after, over all layers."""

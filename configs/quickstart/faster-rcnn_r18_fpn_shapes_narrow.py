@@ -1,0 +1,10 @@
+# The quickstart's detector with a narrow pyramid and box head, for comparisons of many runs.
+_base_ = 'faster-rcnn_r18_fpn_shapes.py'
+
+width = 64  # of the pyramid and of all heads
+
+model = dict(
+    neck=dict(out_channels=width),
+    rpn_head=dict(in_channels=width, feat_channels=width),
+    roi_head=dict(bbox_roi_extractor=dict(out_channels=width),
+                  bbox_head=dict(in_channels=width, fc_out_channels=256)))

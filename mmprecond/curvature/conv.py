@@ -1,0 +1,123 @@
+"""Convolutions: every output position is one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import Layer
+
+
+class Conv2dLayer(Layer):
+    """`nn.Conv2d` with any stride, padding, padding mode, dilation and groups.
+
+    Every output position is one row. Patches are laid out in chunks of at most `capture_mb`
+    megabytes (at least one output row of one image), never for a whole feature map.
+    """
+
+    def _blocks(self, module: Any) -> int:
+        return module.groups
+
+    def _input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
+        if inputs.dim() == 3:
+            inputs = inputs[None]
+        height, width = self._output_size(module, inputs)
+        row_bytes = self.working_dtype.itemsize * self.weight[0].numel() * self.blocks * width
+        most = max(1, len(inputs) * height)
+        budget = int(min(max(1., self.capture_mb * 2**20 / max(1, row_bytes)), most))
+        images = max(1, budget // max(1, height))
+        strip = min(height, budget)
+        for batch in inputs.split(images):
+            padded = self._padded(module, batch.to(self.working_dtype))
+            for top in range(0, height, max(1, strip)):
+                yield self._patches(module, padded, top, min(strip, height - top), width)
+
+    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+        if gradient.dim() == 3:
+            gradient = gradient[None]
+        positions = gradient.shape[2:].numel()
+        rows = gradient.reshape(gradient.shape[0], self.blocks, self.rows, positions)
+        return rows.permute(1, 2, 0, 3).flatten(2)
+
+    def _reduced_input(self, module: Any, inputs: Tensor) -> Tensor:
+        inputs = inputs if inputs.dim() == 4 else inputs[None]
+        height, width = self._output_size(module, inputs)
+        padded = self._padded(module, inputs.to(self.working_dtype))
+        patches = self._patch_view(module, padded, 0, height, width)
+        return patches.mean((-2, -1)).flatten(1, 3)
+
+    def _reduced_gradient(self, gradient: Tensor) -> Tensor:
+        gradient = gradient if gradient.dim() == 4 else gradient[None]
+        return gradient.sum((2, 3)).t().reshape(self.blocks, self.rows, len(gradient))
+
+    def _samples(self, gradient: Tensor) -> int:
+        return len(gradient) if gradient.dim() == 4 else 1
+
+    def _position_count(self, gradient: Tensor) -> int:
+        return gradient.shape[-2:].numel()
+
+    def _sampled_input(self, module: Any, inputs: Tensor, drawn: Tensor) -> Tensor:
+        inputs = inputs if inputs.dim() == 4 else inputs[None]
+        height, width = self._output_size(module, inputs)
+        padded = self._padded(module, inputs.to(self.working_dtype))
+        view = self._patch_view(module, padded, 0, height, width)
+        lines = drawn // width if width else drawn
+        return view[..., lines, drawn - lines * width].flatten(1, 3).flatten(2)
+
+    def _sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
+        gradient = gradient if gradient.dim() == 4 else gradient[None]
+        chosen = gradient.flatten(2)[..., drawn]
+        rows = chosen.reshape(len(gradient), self.blocks, self.rows, len(drawn))
+        return rows.permute(1, 2, 0, 3).flatten(2)
+
+    def _patches(self, module: Any, padded: Tensor, top: int, height: int,
+                 width: int) -> Tensor:
+        """Patches of output rows [top, top + height): (blocks, i, images * height * width)."""
+        view = self._patch_view(module, padded, top, height, width)
+        return view.reshape(self.blocks, view.shape[1:4].numel(), len(padded) * height * width)
+
+    def _patch_view(self, module: Any, padded: Tensor, top: int, height: int,
+                    width: int) -> Tensor:
+        """The same as a view (blocks, channels, kh, kw, images, height, width)."""
+        batch, channels = padded.shape[:2]
+        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+        image, channel, line, pixel = padded.stride()
+        group = channels // self.blocks
+        return padded.as_strided(
+            (self.blocks, group, kh, kw, batch, height, width),
+            (group * channel, channel, dh * line, dw * pixel, image, sh * line, sw * pixel),
+            padded.storage_offset() + top * sh * line)
+
+    @staticmethod
+    def _pads(module: Any) -> list[int]:
+        """Padding as `F.pad` takes it: left, right, top, bottom."""
+        pads: list[int] = []
+        for axis in (1, 0):
+            if module.padding == 'valid':
+                pads += [0, 0]
+            elif module.padding == 'same':
+                total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+                pads += [total // 2, total - total // 2]
+            else:
+                pads += [module.padding[axis]] * 2
+        return pads
+
+    def _padded(self, module: Any, inputs: Tensor) -> Tensor:
+        pads = self._pads(module)
+        if not any(pads):
+            return inputs
+        if module.padding_mode == 'zeros':
+            return F.pad(inputs, pads)
+        return F.pad(inputs, pads, mode=module.padding_mode)
+
+    def _output_size(self, module: Any, inputs: Tensor) -> tuple[int, int]:
+        left, right, top, bottom = self._pads(module)
+        sizes = (inputs.shape[-2] + top + bottom, inputs.shape[-1] + left + right)
+        height, width = ((size - dilation * (kernel - 1) - 1) // stride + 1
+                         for size, kernel, dilation, stride
+                         in zip(sizes, module.kernel_size, module.dilation, module.stride,
+                                strict=True))
+        return height, width

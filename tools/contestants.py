@@ -1,0 +1,133 @@
+"""What tools/quickstart.py and tools/results.py train: models, and optimizers on them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / 'configs/quickstart'
+RATE = 'optim_wrapper.optimizer.lr'
+RULE_RATE = 'optim_wrapper.optimizer.rule.lr'
+DECAY = 'optim_wrapper.optimizer.weight_decay'
+#: The default intervals suit runs of 10,000 iterations and more.
+INTERVALS = {'optim_wrapper.optimizer.stat_interval': 5,
+             'optim_wrapper.optimizer.refresh_interval': 25}
+#: Weight decay of SGD's kind, added to the gradient, and of Adam's, apart from it.
+DECAYS = (1e-4, 0.05)
+BASELINES = ('SGD', 'AdamW')
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """How one optimizer is trained.
+
+    Attributes:
+        config: Name of a config in `FOLDER`.
+        lr: Learning rate, unless the user gives one.
+        arguments: Arguments of tools/train.py.
+        options: Settings for its --cfg-options.
+        rate: The config key of the learning rate.
+        adaptive: Whether its rule is of Adam's kind, rather than SGD's.
+    """
+
+    config: str
+    lr: float
+    arguments: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    rate: str = RATE
+    adaptive: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with the optimizers that are compared on it.
+
+    Attributes:
+        title: For the picture.
+        plain: Name of its first-order optimizer.
+        contestants: The optimizers by name, compared unless the user chooses.
+        grid: Further rates for the plain optimizer.
+        iterations: Length of a run.
+        options: What any other optimizer of ours gets beside lr and decay.
+        rates: Learning rates of any other optimizer: of SGD's kind, and of Adam's.
+        metrics: What is reported, by its name in the log; the first is the headline.
+        data: Default folder of the data.
+    """
+
+    title: str
+    plain: str
+    contestants: dict[str, Contestant]
+    grid: str
+    iterations: int
+    options: dict[str, Any]
+    rates: tuple[float, float]
+    metrics: dict[str, str]
+    data: str = 'shapes'
+
+    @property
+    def detects(self) -> bool:
+        return self.headline.startswith('coco/')
+
+    @property
+    def headline(self) -> str:
+        return next(iter(self.metrics))
+
+    def contestant(self, name: str) -> Contestant:
+        """One of `contestants`, or any optimizer of ours or baseline on the plain one's config."""
+        if name in self.contestants:
+            return self.contestants[name]
+        from mmprecond.engine.registration import optimizer_types
+
+        kinds = {kind.__name__: inspect.signature(kind.__init__).parameters
+                 for kind in optimizer_types() if kind.__name__ != 'Preconditioned'}
+        if name not in (*kinds, *BASELINES):
+            sys.exit(f'there is no optimizer {name}; choose from '
+                     f'{", ".join(sorted({*self.contestants, *kinds, *BASELINES}))}')
+        adaptive = name == 'AdamW' if name in BASELINES else 'betas' in kinds[name]
+        measured = name not in (*BASELINES, 'SGDPH')  # it has no statistics
+        options = {**(self.options if measured else {}), DECAY: DECAYS[adaptive]}
+        return Contestant(self.contestants[self.plain].config, self.rates[adaptive],
+                          ('--optimizer', name), options, adaptive=adaptive)
+
+
+R18, SWIN = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes'
+RESNET_CLS, SWIN_CLS = 'resnet18_shapes-cls', 'swin_shapes-cls'
+BOXES = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
+MASKS = {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'}
+TOP_1 = {'accuracy/top1': 'top-1 %'}
+#: With random weights and no warm-up the classifier's statistics age at once, and its operator from
+#: the first batch diverged: it takes the plain rule.
+_R18_OPTIONS = {**INTERVALS, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
+MODELS = {
+    'r18': Model('Faster R-CNN R18-FPN', 'SGD',
+                 {'SGD': Contestant(R18, 0.02),
+                  'NKFAC': Contestant(R18, 0.02, ('--optimizer', 'NKFAC'), _R18_OPTIONS)},
+                 '0.01,0.04', 100, _R18_OPTIONS, (0.02, 1e-3), BOXES),
+    'r18-narrow': Model('Faster R-CNN R18-FPN, narrow neck and head', 'SGD',
+                        {'SGD': Contestant(f'{R18}_narrow', 0.02)},
+                        '', 120, _R18_OPTIONS, (0.02, 1e-3), BOXES),
+    'swin': Model('Mask R-CNN, small Swin', 'AdamW',
+                  {'AdamW': Contestant(SWIN, 2.5e-4, adaptive=True),
+                   'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3, adaptive=True),
+                   'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac', 1e-3,
+                                             rate=RULE_RATE, adaptive=True)},
+                  '', 300, INTERVALS, (0.02, 1e-3), BOXES | MASKS),
+    'resnet-cls': Model('ResNet-18 classifier', 'SGD',
+                        {'SGD': Contestant(RESNET_CLS, 0.05),
+                         'NKFAC': Contestant(RESNET_CLS, 0.05, ('--optimizer', 'NKFAC'),
+                                             INTERVALS)},
+                        '0.02,0.1', 400, INTERVALS, (0.05, 1e-3), TOP_1, 'shapes-cls'),
+    'swin-cls': Model('small Swin classifier', 'AdamW',
+                      {'AdamW': Contestant(SWIN_CLS, 1e-3, adaptive=True),
+                       'AdaAFOpt': Contestant(SWIN_CLS, 1e-3, ('--optimizer', 'AdaAFOpt'),
+                                              {**INTERVALS, DECAY: 0.05}, adaptive=True),
+                       'AFOpt+NKFAC': Contestant(f'{SWIN_CLS}_afopt-nkfac', 1e-3,
+                                                 rate=RULE_RATE, adaptive=True),
+                       'AFOpt+AdamR': Contestant(f'{SWIN_CLS}_afopt-adamr', 1e-3,
+                                                 rate=RULE_RATE, adaptive=True)},
+                      '', 400, INTERVALS, (0.05, 1e-3), TOP_1, 'shapes-cls'),
+}
