@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from test_engine import Classifier
 from torch.utils.data import Dataset
 
-from mmprecond.datasets import make_shapes
+from mmprecond.datasets import make_shape_folders, make_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = 'configs/quickstart/faster-rcnn_r18_fpn_shapes'
@@ -101,7 +101,8 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(('model', 'names'), [
     ('r18', ['SGD', 'NKFAC']), ('swin', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC']),
-    ('resnet-cls', ['SGD', 'NKFAC'])])
+    ('resnet-cls', ['SGD', 'NKFAC']),
+    ('swin-cls', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC', 'AFOpt+AdamR'])])
 def test_quickstart_end_to_end(tmp_path: Path, model: str, names: list[str]) -> None:
     options = ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
     if not model.endswith('cls'):
@@ -123,6 +124,33 @@ def test_quickstart_end_to_end(tmp_path: Path, model: str, names: list[str]) -> 
         assert first['losses'][0][2] == pytest.approx(other['losses'][0][2], rel=1e-6)
         assert first['losses'][1][2] != pytest.approx(other['losses'][1][2], rel=1e-5)
     assert (tmp_path / 'out/quickstart.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('name', ['resnet18_shapes-cls', 'swin_shapes-cls', 'vgg11_shapes-cls',
+                                  'vgg11-wn_shapes-cls_sgdph'])
+def test_classifiers_train_with_the_partial_hessian(tmp_path: Path, name: str) -> None:
+    """With normalisation and without; lengths of weights survive the checkpoint."""
+    for split in ('train', 'val'):
+        make_shape_folders(tmp_path / 'data', images=8, split=split, progress=False)
+    options = ['--cfg-options', 'train_cfg.max_iters=4', 'train_cfg.val_interval=4',
+               'train_dataloader.batch_size=4', 'optim_wrapper.optimizer.lr=0.01',
+               *(f'{part}_dataloader.dataset.data_root={tmp_path}/data/'
+                 for part in ('train', 'val', 'test'))]
+    config = f'configs/quickstart/{name}.py'
+    chosen = [] if name.endswith('sgdph') else ['--optimizer', 'SGDPH']
+    work_dir = ['--work-dir', tmp_path / 'out']
+    tool(sys.executable, 'tools/train.py', config, *work_dir, *chosen, *options)
+    checkpoint = tmp_path / 'out/iter_4.pth'
+    saved = torch.load(checkpoint, weights_only=False)
+    states = saved['optimizer']['state'].values()
+    measured = [state['hessian'] for state in states if 'hessian' in state]
+    lengths = [key for key in saved['state_dict'] if key.endswith('weight.original0')]
+    assert len(lengths) == (8 if 'wn' in name else 0)
+    assert len(measured) > 8 and all(h.isfinite().all() and (h >= 0).all() for h in measured)
+    assert any(h.any() for h in measured)
+    assert all(value.isfinite().all() for value in saved['state_dict'].values())
+    output = tool(sys.executable, 'tools/test.py', config, checkpoint, *work_dir, *options)
+    assert 'accuracy/top1' in output and 'unexpected key' not in output
 
 
 def test_two_processes_without_a_gpu(tmp_path: Path, shapes: Path) -> None:

@@ -6,10 +6,10 @@ import logging
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
 
 from .. import optimizers
-from ..optimizers import PreconditionedOptimizer, RuleOptimizer
+from ..optimizers import PreconditionedOptimizer, RuleOptimizer, WeightNormConv2d
 from .constructor import PrecondOptimWrapperConstructor
 
 
@@ -17,7 +17,8 @@ def optimizer_types() -> list[type[RuleOptimizer]]:
     """The optimizers that a config may name."""
     bases = (RuleOptimizer, PreconditionedOptimizer)
     named = (getattr(optimizers, name) for name in optimizers.__all__)
-    return [kind for kind in named if kind not in bases and isinstance(kind, type)]
+    return [kind for kind in named
+            if isinstance(kind, type) and issubclass(kind, RuleOptimizer) and kind not in bases]
 
 
 class _MMEngineHandler(logging.Handler):
@@ -36,6 +37,7 @@ def register_all() -> None:
     for kind in optimizer_types():
         _register(OPTIMIZERS, kind)
     _register(OPTIM_WRAPPER_CONSTRUCTORS, PrecondOptimWrapperConstructor)
+    _register(MODELS, WeightNormConv2d)
     logger = logging.getLogger('mmprecond')
     if not any(isinstance(handler, _MMEngineHandler) for handler in logger.handlers):
         logger.addHandler(_MMEngineHandler())

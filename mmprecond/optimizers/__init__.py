@@ -9,8 +9,9 @@ from .kfac import KFAC, SKFAC
 from .nkfac import NKFAC, AdaNKFAC
 from .preconditioned import Preconditioned
 from .rule_optimizer import RuleOptimizer
-from .sgdph import SGDPH, weight_norm
+from .sgdph import SGDPH
+from .weight_norm import WeightNormConv2d, weight_norm
 
 __all__ = ['AFOpt', 'AdaAFOpt', 'AdaNKFAC', 'AdamR', 'AdamWBK', 'FAdam', 'FSGD', 'KFAC', 'NKFAC',
            'Preconditioned', 'PreconditionedOptimizer', 'RuleOptimizer', 'SGDMBK', 'SGDPH',
-           'SKFAC', 'weight_norm']
+           'SKFAC', 'WeightNormConv2d', 'weight_norm']

@@ -13,6 +13,7 @@ from ..distributed import sum_over_ranks, world_size
 from .double_backward import refuse_single_backward
 from .rule_optimizer import RuleOptimizer
 from .rules import SGDM, Group, State, moments_of
+from .weight_norm import is_vector
 
 REFRESHES = ('round_robin', 'all')
 
@@ -107,7 +108,8 @@ class SGDPH(RuleOptimizer):
         self.vectors = [p for group in self.param_groups for p in group['params'] if is_vector(p)]
         if not self.vectors:
             raise ValueError('SGDPH found no 1-D parameter; for a network without normalisation '
-                             'call mmprecond.optimizers.weight_norm(model) before')
+                             'call mmprecond.optimizers.weight_norm(model) before, or in a config '
+                             "give the backbone conv_cfg=dict(type='WeightNormConv2d')")
         for p in self.vectors[:-1]:
             self.state[p]['hessian'] = torch.zeros_like(p, memory_format=torch.preserve_format)
         self._measured = False
@@ -222,30 +224,3 @@ class SGDPH(RuleOptimizer):
                     p.grad = p.grad.detach()
                     found.append(p.grad)
         return found
-
-
-def is_vector(parameter: Tensor) -> bool:
-    """Whether a parameter counts as 1-D: vectors, and the lengths made by `weight_norm`."""
-    return parameter.dim() == 1 or getattr(parameter, 'is_length', False)
-
-
-def weight_norm(model: nn.Module) -> nn.Module:
-    """Writes every convolution's weight as length times direction, for networks without norms.
-
-    Call it before the optimizer is built: SGDPH then treats the lengths as 1-D parameters.
-
-    Source: thesis 2.3.4, with torch's own parametrization.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        The model.
-    """
-    from torch.nn.utils.parametrizations import weight_norm as parametrise
-
-    for module in list(model.modules()):
-        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            made: Any = parametrise(module)
-            made.parametrizations.weight.original0.is_length = True
-    return model
