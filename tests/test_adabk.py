@@ -296,7 +296,7 @@ def test_default_settings() -> None:
     ('damping', 0., 'greater than 0'), ('damping', float('nan'), 'give a number'),
     ('stat_decay', 1., 'less than 1'), ('stat_decay', -0.1, 'at least 0'),
     ('stat_interval', 300, 'multiple'), ('refresh_interval', 100, 'stat_interval=200'),
-    ('max_dim', 0, 'at least 1'), ('oversize', 'crop', 'one_sided, skip'),
+    ('max_dim', 0, 'at least 1'), ('oversize', 'crop', 'skip, one_sided'),
     ('lr', -1., 'at least 0'), ('weight_decay', None, 'at least 0')])
 def test_values_out_of_range(kind: str, name: str, value: Any, remedy: str) -> None:
     refused(ValueError, lambda: KINDS[kind](nn.Linear(2, 2), **{'lr': 0.1, name: value}), name,

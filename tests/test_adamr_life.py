@@ -373,7 +373,7 @@ def test_default_settings() -> None:
     ('rule', None, 'AdamW, Adan'), ('stat_interval', 0, 'at least 1'),
     ('stat_interval', 300, 'multiple'), ('refresh_interval', 150, 'multiple'),
     ('betas', (0.9,), 'betas=(0.9, 0.999)'), ('eps', -1., 'at least 0'),
-    ('max_dim', 0, 'at least 1'), ('oversize', 'crop', 'one_sided, skip')])
+    ('max_dim', 0, 'at least 1'), ('oversize', 'crop', 'skip, one_sided')])
 def test_values_out_of_range(name: str, value: Any, remedy: str) -> None:
     refused(ValueError, lambda: AdamR(nn.Linear(2, 2), **{'lr': 0.1, name: value}), name, remedy)
 

@@ -52,7 +52,7 @@ COUNT = 'give an integer of at least 1'
     ('max_dim', 0, COUNT), ('max_dim', 1e3, COUNT),
     ('capture_mb', 0., NUMBER + ' greater than 0'), ('capture_mb', -1, NUMBER),
     ('solver', 'lu', 'newton, cholesky'), ('solver', None, 'newton, cholesky'),
-    ('oversize', 'crop', 'one_sided, skip'), ('oversize', None, 'one_sided, skip')])
+    ('oversize', 'crop', 'skip, one_sided'), ('oversize', None, 'skip, one_sided')])
 def test_values_out_of_range(kind: Kind, name: str, value: Any, remedy: str) -> None:
     refused(ValueError, lambda: kind(net(), **{'lr': 0.1, name: value}), f'{name}={value!r}',
             remedy)

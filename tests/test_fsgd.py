@@ -186,7 +186,7 @@ def test_undamped_it_is_least_squares_in_feature_space() -> None:
     ('refresh_interval', 75, 'multiple of stat_interval=50'),
     ('stat_interval', 3, 'multiple'), ('lr', -1., 'at least 0'),
     ('weight_decay', -1., 'at least 0'), ('max_dim', 0, 'at least 1'),
-    ('oversize', 'crop', 'one_sided, skip')])
+    ('oversize', 'crop', 'skip, one_sided')])
 def test_values_out_of_range(kind: Any, name: str, value: Any, remedy: str) -> None:
     refused(ValueError, lambda: kind(nn.Linear(2, 2), **{'lr': 0.1, name: value}), name, remedy)
 

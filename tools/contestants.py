@@ -109,7 +109,7 @@ MODELS = {
                  '0.01,0.04', 100, _R18_OPTIONS, (0.02, 1e-3), BOXES),
     'r18-narrow': Model('Faster R-CNN R18-FPN, narrow neck and head', 'SGD',
                         {'SGD': Contestant(f'{R18}_narrow', 0.02)},
-                        '', 120, _R18_OPTIONS, (0.02, 1e-3), BOXES),
+                        '', 160, _R18_OPTIONS, (0.02, 1e-3), BOXES),
     'swin': Model('Mask R-CNN, small Swin', 'AdamW',
                   {'AdamW': Contestant(SWIN, 2.5e-4, adaptive=True),
                    'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3, adaptive=True),

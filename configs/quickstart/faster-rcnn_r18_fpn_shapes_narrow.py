@@ -1,4 +1,5 @@
-# The quickstart's detector with a narrow pyramid and box head, for comparisons of many runs.
+# The quickstart's detector with a narrow pyramid and box head, for comparisons of many runs; with
+# a warm-up, as detectors are trained.
 _base_ = 'faster-rcnn_r18_fpn_shapes.py'
 
 width = 64  # of the pyramid and of all heads
@@ -8,3 +9,4 @@ model = dict(
     rpn_head=dict(in_channels=width, feat_channels=width),
     roi_head=dict(bbox_roi_extractor=dict(out_channels=width),
                   bbox_head=dict(in_channels=width, fc_out_channels=256)))
+param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30)]

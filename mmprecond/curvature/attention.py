@@ -131,6 +131,8 @@ class AttentionLayer(Layer):
         max_windows: Windows measured a call, drawn afresh at each; sums are scaled to all windows.
     """
 
+    compressible = False
+
     def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter, *,
                  max_windows: int = 256, **options: Any) -> None:
         block: Any = modules[0]

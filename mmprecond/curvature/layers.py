@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,9 @@ Observer = Callable[[Call, tuple[Tensor, ...], Tensor], None]
 REDUCED = '_reduced'
 #: Suffix of statistics over some positions of each sample, drawn at random, scaled to all.
 SAMPLED = '_sampled'
-#: Statistics that keep rows as columns (n, `Layer.slots`), whose Gram matrix is the moment.
-COLUMNS = '_columns'
+#: The second moment of a side's rows, and the forms that stand for it where it is too large: its
+#: diagonal blocks; its product with a random test matrix; rows themselves, as columns.
+MOMENT, BLOCKS, SKETCH, COLUMNS = '_moment', '_blocks', '_sketch', '_columns'
 
 
 class Tap:
@@ -76,10 +78,16 @@ class Layer:
         damping: This layer's damping in place of its preconditioner's, or None.
         positions: Positions of each sample that `SAMPLED` statistics draw at a call.
         slots: Width of `COLUMNS` statistics.
+        rank: Width of `SKETCH` statistics.
+        block: Largest block of `BLOCKS` statistics.
+        compressible: Whether its moments have the other forms.
     """
 
     positions = 8
     slots = 256
+    rank = 256
+    block = 8192
+    compressible = True
 
     def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
                  bias: nn.Parameter | None, *, capture_mb: float = 64.,
@@ -100,10 +108,32 @@ class Layer:
         """(blocks, o, i) of the gradient's matrix form."""
         return self.blocks, self.rows, self.columns
 
+    def side(self, statistic: str) -> int:
+        """N of a statistic's side: i of the input's, o of the gradient's."""
+        return self.columns if statistic.startswith('input') else self.rows
+
     def statistic_shape(self, statistic: str) -> tuple[int, int, int]:
-        """(blocks, n, n), of columns (blocks, n, slots); n is i of the input's, else o."""
-        side = self.columns if statistic.startswith('input') else self.rows
-        return self.blocks, side, self.slots if COLUMNS in statistic else side
+        """(blocks, n, n) of a moment; (blocks, n, slots) or (blocks, n, rank) of its stand-ins."""
+        side = self.side(statistic)
+        if COLUMNS in statistic:
+            return self.blocks, side, self.slots
+        if SKETCH in statistic:
+            return self.blocks, side, min(self.rank, side)
+        if BLOCKS in statistic:
+            count = -(-side // self.block)
+            size = -(-side // count)
+            return self.blocks * count, size, size
+        return self.blocks, side, side
+
+    def test_matrix(self, statistic: str) -> Tensor:
+        """The test matrix of a sketch (1, n, rank): normal entries of variance 1 / rank.
+
+        Drawn from the layer's name, it is the same at all steps, on all ranks and devices.
+        """
+        _, side, rank = self.statistic_shape(statistic)
+        generator = torch.Generator().manual_seed(crc32(f'{self.name} {statistic}'.encode()))
+        drawn = torch.randn(1, side, rank, generator=generator, dtype=torch.float32)
+        return (drawn / rank**0.5).to(self.weight.device, self.working_dtype)
 
     def empty(self, statistic: str) -> Tensor:
         """Zeros in the shape of a statistic."""
@@ -181,20 +211,39 @@ class Layer:
 
     def _measure_one(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor,
                      drawn: Tensor) -> Tensor:
-        if name == 'input_moment':
+        if name == 'input' + MOMENT:
             return self.input_moment(module, inputs)
-        if name == 'gradient_moment':
-            return self.gradient_moment(gradient)
-        widened = gradient.to(self.working_dtype)
+        if COLUMNS in name:
+            return torch.cat(list(self._rows(name, module, inputs, gradient, drawn)), 2)
+        total = self.empty(name)
+        test = self.test_matrix(name) if SKETCH in name else total
+        for rows in self._rows(name, module, inputs, gradient, drawn):
+            if SKETCH in name:
+                total.baddbmm_(rows, rows.mT @ test)
+            else:
+                rows = _in_blocks(rows, total) if BLOCKS in name else rows
+                total.baddbmm_(rows, rows.mT)
+        return total
+
+    def _rows(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor,
+              drawn: Tensor) -> Iterator[Tensor]:
+        """Chunks (blocks, n, rows) of the rows that a statistic is over."""
+        scale = (self._position_count(gradient) / max(1, len(drawn)))**0.5
         if name.startswith('input'):
-            rows = self._with_ones(self._reduced_input(module, inputs) if name.endswith(REDUCED)
-                                   else self._sampled_input(module, inputs, drawn))
+            if name.endswith(REDUCED):
+                yield self._with_ones(self._reduced_input(module, inputs))
+            elif name.endswith(SAMPLED):
+                yield self._with_ones(self._sampled_input(module, inputs, drawn)) * scale
+            else:
+                yield from map(self._with_ones, self._input_rows(module, inputs))
+            return
+        gradient = gradient.to(self.working_dtype)
+        if name.endswith(REDUCED):
+            yield self._reduced_gradient(gradient)
+        elif name.endswith(SAMPLED):
+            yield self._sampled_gradient(gradient, drawn) * scale
         else:
-            rows = (self._reduced_gradient(widened) if name.endswith(REDUCED)
-                    else self._sampled_gradient(widened, drawn))
-        if name.endswith(SAMPLED):
-            rows = rows * (self._position_count(gradient) / max(1, len(drawn)))**0.5
-        return rows if COLUMNS in name else _gram(rows)
+            yield self._gradient_rows(gradient)
 
     def _with_ones(self, rows: Tensor) -> Tensor:
         """Rows (blocks, i, n) with the trailing 1 of a joint bias."""
@@ -224,10 +273,6 @@ class Layer:
             moment[:, width, :width] = moment[:, :width, width]
             moment[:, width, width] = count
         return moment
-
-    def gradient_moment(self, gradient: Tensor) -> Tensor:
-        """Sum of g'g over all rows g of an output gradient: (blocks, o, o)."""
-        return _gram(self._gradient_rows(gradient.to(self.working_dtype)))
 
     def _blocks(self, module: nn.Module) -> int:
         return 1
@@ -293,9 +338,11 @@ class LinearLayer(Layer):
         return _by_sample(gradient)[:, drawn].flatten(0, 1).t()[None]
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Sum of outer products of rows (blocks, n, rows): (blocks, n, n)."""
-    return rows @ rows.mT
+def _in_blocks(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows (b, n, r) cut into the blocks of `like`, the last filled up with zeros."""
+    count, size, _ = like.shape
+    padded = nn.functional.pad(rows, (0, 0, 0, count // len(rows) * size - rows.shape[1]))
+    return padded.reshape(count, size, rows.shape[2])
 
 
 def _by_sample(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
-"""How sums travel between ranks."""
+"""How sums and shared-out work travel between ranks."""
 
 from .reduce import rank, sum_over_ranks, world_size
+from .shard import broadcast_from, longest_first, send_to_first
 
-__all__ = ['rank', 'sum_over_ranks', 'world_size']
+__all__ = ['broadcast_from', 'longest_first', 'rank', 'send_to_first', 'sum_over_ranks',
+           'world_size']

@@ -53,37 +53,6 @@ def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Ten
     return inverse, all_finite(inverse)
 
 
-def woodbury_inverse(columns: Tensor, gram: Tensor, damping: Tensor
-                     ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse of ``A A' + mu I`` for tall A, as ``(I - U U') / mu``, without an n x n matrix.
-
-    With the Cholesky factor C C' = A'A + mu I of the small side, U = A C'^-1.
-
-    Source: the Sherman-Morrison-Woodbury identity, as used by SKFAC (Tang et al., CVPR 2021).
-
-    Args:
-        columns: A (..., n, m); float32 or float64.
-        gram: A'A (..., m, m).
-        damping: mu > 0 (...).
-
-    Returns:
-        U (..., n, m), the scale 1 / mu (..., 1, 1), and a bool tensor (...) that is False where
-        the result is meaningless.
-    """
-    damped = gram.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-    factor, info = torch.linalg.cholesky_ex(damped)
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor = torch.where((info == 0)[..., None, None], factor, identity)
-    basis = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
-    return basis, 1 / damping[..., None, None], (info == 0) & all_finite(basis)
-
-
-def woodbury_apply(matrix: Tensor, basis: Tensor, scale: Tensor) -> Tensor:
-    """``scale M (I - U U')`` for M (..., o, n), U (..., n, m), scale (..., 1, 1): (..., o, n)."""
-    return scale * (matrix - (matrix @ basis) @ basis.mT)
-
-
 def all_finite(matrix: Tensor) -> Tensor:
     """Whether all entries of each matrix (..., n, n) are finite: (...)."""
     return matrix.isfinite().flatten(-2).all(-1)

@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_number, reject_unexpected
+from ..checks import check_choice, check_number, reject_unexpected
 from ..curvature import COLUMNS, Capture, Layer, LeftOut, find_layers, unwrap
 from ..distributed import rank, sum_over_ranks, world_size
 from ..preconditioners import LayerStack, Preconditioner
-from ..preconditioners.base import Stacked
+from ..preconditioners.sides import Stacked
 from . import checkpoint, moments, report
 from .assignment import Assignment
-from .kl_clip import kl_clip
+from .clipping import clip_norm, kl_clip
 from .rule_optimizer import RuleOptimizer
 from .rules import Rule
+from .sharding import SHARDINGS, Sharding
 
 logger = logging.getLogger('mmprecond')
 
 #: Settings of the optimizer itself, beside its rule's and its preconditioner's.
-ENGINE_OPTIONS = ('capture_mb', 'save_curvature')
+ENGINE_OPTIONS = ('capture_mb', 'save_curvature', 'sharding', 'clip_update')
 
 
 class PreconditionedOptimizer(RuleOptimizer):
@@ -43,6 +44,11 @@ class PreconditionedOptimizer(RuleOptimizer):
         capture_mb: Limit in megabytes for laid-out convolution patches.
         save_curvature: Whether `state_dict` holds statistics and operators. Without, a resumed run
             measures and refreshes at its first step.
+        sharding: Of data-parallel ranks: 'none': each does all refreshes; 'refresh': each does its
+            share and gets the others' operators; 'apply': each holds the operators of its share
+            and preconditions that part of the gradients at every step.
+        clip_update: Largest norm of all directions together, after preconditioning and before
+            momentum and weight decay; None for no limit.
 
     Attributes:
         left_out: Modules that take the plain rule, and why.
@@ -54,7 +60,8 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule,
                  method: Preconditioner | Assignment, defaults: dict[str, Any],
-                 capture_mb: float = 64., save_curvature: bool = True) -> None:
+                 capture_mb: float = 64., save_curvature: bool = True, sharding: str = 'none',
+                 clip_update: float | None = None) -> None:
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
         if model is None:
@@ -62,8 +69,12 @@ class PreconditionedOptimizer(RuleOptimizer):
                 f'{type(self).__name__} needs the model that owns the parameters: pass model=..., '
                 "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper")
         check_number('capture_mb', capture_mb, open_low=True, finite=False)
+        check_choice('sharding', sharding, SHARDINGS)
+        check_number('clip_update', 1. if clip_update is None else clip_update, open_low=True)
         super().__init__(params, rule, defaults)
         self.save_curvature = save_curvature
+        self.clip_update = clip_update
+        self.sharding = Sharding(sharding, save_curvature)
         self._noted: set[Layer] = set()
         self._catch_up: set[Layer] = set()
         self.auto_arm = True
@@ -83,7 +94,7 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def _assign(self, model: nn.Module, method: Preconditioner | Assignment,
                 capture_mb: float) -> dict[Layer, LayerStack]:
-        """Gives each layer its preconditioner, and puts layers of equal shape into stacks."""
+        """Gives each layer its preconditioner and its place in a stack."""
         assignment = method if isinstance(method, Assignment) else Assignment(method)
         bound = assignment.bind(model)
 
@@ -94,8 +105,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         layers, self.left_out = find_layers(model, self.param_groups, capture_mb=capture_mb,
                                             attention_windows=windows)
         bound.check_use(list(layers))
-        stacks: dict[Any, LayerStack] = {}
-        assigned: dict[Layer, LayerStack] = {}
+        taken: dict[Layer, Preconditioner] = {}
         for name, layer in layers.items():
             chosen = bound.method(name)
             for option, value in (chosen.layer_options if chosen else {}).items():
@@ -104,13 +114,21 @@ class PreconditionedOptimizer(RuleOptimizer):
             if chosen is None or reason:
                 self.left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
                 continue
-            requires = chosen.required(layer)
-            key = (chosen, layer.shape, tuple(chosen.operator_shapes(layer).items()), requires,
-                   layer.working_dtype, layer.weight.device)
-            assigned[layer] = stacks.setdefault(key, LayerStack(chosen, requires))
-        if not assigned:
+            taken[layer] = chosen
+        if not taken:
             raise ValueError(f'{type(self).__name__} found no layer to precondition: '
                              f'{_why_none(layers, self.left_out)}')
+        return self._stack(taken)
+
+    def _stack(self, taken: dict[Layer, Preconditioner]) -> dict[Layer, LayerStack]:
+        """Puts layers that are alike, and belong to one rank, into stacks."""
+        stacks: dict[Any, LayerStack] = {}
+        assigned: dict[Layer, LayerStack] = {}
+        for layer, owner in self.sharding.assign(taken).items():
+            method, requires = taken[layer], taken[layer].required(layer)
+            key = (method, layer.shape, tuple(method.operator_shapes(layer).items()), requires,
+                   layer.working_dtype, layer.weight.device, owner)
+            assigned[layer] = stacks.setdefault(key, LayerStack(method, requires, owner))
         self.stacks = list(stacks.values())
         return assigned
 
@@ -234,16 +252,25 @@ class PreconditionedOptimizer(RuleOptimizer):
         started = []
         for stack in self.stacks:
             due = (self.t + stack.method.phase) % stack.method.refresh_interval == 0
-            if due or stack.waiting():
+            if stack.slots and (due or stack.waiting()):
                 before = moments.remember(stack)
-                started.append((stack, before, *stack.start_refresh(only_waiting=not due)))
-        outcomes = [good for *_, good in started if good is not None]
-        if not outcomes:
+                positions = stack.due(only_waiting=not due)
+                good = stack.start_refresh(positions) if self.sharding.mine(stack) else None
+                started.append((stack, before, positions, good))
+        if not started:
             return
-        good = [bool(one) for one in _to_host(outcomes)]
-        for stack, before, order, _ in started:
-            stack.finish_refresh(order, good[:len(order)])
-            del good[:len(order)]
+        flags = _to_host([good for *_, good in started if good is not None])
+        settled = []
+        for stack, _, positions, good in started:
+            mine = [bool(flags.pop(0)) for _ in positions] if good is not None else None
+            settled.append(stack.finish_refresh(positions, mine) if mine is not None
+                           else [False] * len(positions))
+        device = next(iter(self.layers)).weight.device
+        for (stack, _, positions, _), fine in zip(started, self.sharding.agree(settled, device),
+                                                  strict=True):
+            stack.count_refresh(positions, fine)
+        self.sharding.exchange_operators([stack for stack, *_ in started])
+        for stack, before, *_ in started:
             if before:
                 moments.carry(self, stack, before)
 
@@ -251,8 +278,12 @@ class PreconditionedOptimizer(RuleOptimizer):
         """The gradients, preconditioned where a layer has an operator."""
         directions = dict(gradients)
         for stack in self.stacks:
-            self._transform(stack, stack.method.apply, directions)
+            if self.sharding.holds(stack):
+                self._transform(stack, stack.method.apply, directions)
+        self.sharding.exchange_directions(self.stacks, directions)
         kl_clip(self, gradients, directions)
+        if self.clip_update is not None:
+            clip_norm(directions, self.clip_update)
         return directions
 
     def _turn_back(self, directions: dict[Tensor, Tensor]) -> None:
@@ -290,6 +321,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         super().load_state_dict(rest)
         self._capture.drop()
         unfit = checkpoint.restore(self, state_dict.get(checkpoint.KEY))
+        for stack in self.stacks:
+            self.sharding.settle(stack)
         # They had statistics by now, and are measured at once.
         self._catch_up = {layer for layer in unfit if self.layers[layer].method.eager}
         self._arm_if_automatic()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..preconditioners import LayerStack
-from ..preconditioners.base import Stacked
+from ..preconditioners.sides import Stacked
 
 if TYPE_CHECKING:
     from .base import PreconditionedOptimizer

@@ -34,6 +34,8 @@ class Preconditioned(PreconditionedOptimizer):
             `preconditioner` is ``dict(type=..., **settings)``, or None for the plain rule.
         capture_mb: Limit in megabytes for what a capture lays out.
         save_curvature: Whether `state_dict` holds statistics and operators.
+        sharding: As in `PreconditionedOptimizer`.
+        clip_update: As in `PreconditionedOptimizer`.
 
     Raises:
         ValueError: For unknown types or settings, a match that hits nothing, a preconditioner that
@@ -42,7 +44,8 @@ class Preconditioned(PreconditionedOptimizer):
 
     def __init__(self, params: Any, *, rule: dict[str, Any] | None = None,
                  layers: list[dict[str, Any]] | None = None, model: nn.Module | None = None,
-                 capture_mb: float = 64., save_curvature: bool = True, **unexpected: Any) -> None:
+                 capture_mb: float = 64., save_curvature: bool = True, sharding: str = 'none',
+                 clip_update: float | None = None, **unexpected: Any) -> None:
         if isinstance(rule, dict) and set(unexpected) & set(rule):
             keys = ', '.join(sorted(unexpected))
             raise TypeError(f'Preconditioned does not take {keys} beside rule and layers, its rule '
@@ -53,7 +56,8 @@ class Preconditioned(PreconditionedOptimizer):
         assignment = parse_layers(layers)
         _check_rule(built, assignment)
         super().__init__(params, model=model, rule=built, method=assignment, defaults=defaults,
-                         capture_mb=capture_mb, save_curvature=save_curvature)
+                         capture_mb=capture_mb, save_curvature=save_curvature, sharding=sharding,
+                         clip_update=clip_update)
 
 
 def _check_rule(rule: Rule, assignment: Assignment) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count
 from ..curvature import AttentionLayer, Layer
-from .base import Stacked, recover_norm
 from .feature import InputFeature, damped_power
+from .sides import Stacked, recover_norm
 
 VARIANTS = ('thesis', 'gauss_newton')
 
@@ -87,7 +87,7 @@ class AttentionFeature(InputFeature):
 
     def essential(self, layer: Layer) -> tuple[str, ...]:
         """The input's: W_Q and W_K of saturated heads have no curvature, and no gradient."""
-        return self.requires
+        return self.required(layer)[:1]
 
     def reads_weight(self, layer: Layer) -> bool:
         """The thesis's operator of W_V does."""

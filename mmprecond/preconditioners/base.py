@@ -10,17 +10,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..curvature import Layer, RunningAverage
-from ..linalg import largest_eigenvalue, woodbury_apply
+from ..curvature import BLOCKS, MOMENT, SKETCH, Layer, RunningAverage
+from .sides import Stacked, operator_shapes
 
-#: Stacked tensors by name: (layers, blocks, n, n), of columns (layers, blocks, n, slots).
-Stacked = dict[str, Tensor]
-
-OVERSIZE = ('one_sided', 'skip')
+#: What stands for the moment of a side over max_dim.
+OVERSIZE = {'skip': None, 'one_sided': None, 'block': BLOCKS, 'lowrank': SKETCH}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +29,18 @@ class Preconditioner(ABC):
             t % stat_interval == 0.
         refresh_interval: Steps between refreshes, likewise; a multiple of `stat_interval`.
         max_dim: Largest side of a factor. 8192 in float32 is 268 MB a matrix.
-        oversize: What happens to a layer with a larger side: 'one_sided' leaves that side alone
-            and preconditions the other, 'skip' gives the layer to the plain rule.
+        oversize: What happens to a layer with a larger side: 'skip' gives the layer to the plain
+            rule; 'one_sided' leaves that side alone and preconditions the other; 'block' takes
+            that side's factor in diagonal blocks of at most `max_dim`; 'lowrank' as `max_rank`
+            eigenvectors, found from a random sketch, beside the damping.
+        max_rank: Rank kept of a side by 'lowrank'.
     """
 
     stat_interval: int = 20
     refresh_interval: int = 200
     max_dim: int = 8192
     oversize: str = 'skip'
+    max_rank: int = 256
 
     #: Statistics that the method needs of a layer.
     requires: ClassVar[tuple[str, ...]] = ()
@@ -55,9 +56,12 @@ class Preconditioner(ABC):
     rotates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ('stat_interval', 'refresh_interval', 'max_dim'):
+        for name in ('stat_interval', 'refresh_interval', 'max_dim', 'max_rank'):
             check_count(name, getattr(self, name))
-        check_choice('oversize', self.oversize, OVERSIZE)
+        check_choice('oversize', self.oversize, tuple(OVERSIZE))
+        if self.rotates and OVERSIZE[self.oversize]:
+            raise ValueError(f"oversize={self.oversize!r} is for inverses; {type(self).__name__} "
+                             "turns gradients, and takes 'skip' or 'one_sided'")
         if self.refresh_interval % self.stat_interval:
             raise ValueError(f'refresh_interval={self.refresh_interval} must be a multiple of '
                              f'stat_interval={self.stat_interval}')
@@ -80,7 +84,7 @@ class Preconditioner(ABC):
     @property
     def layer_options(self) -> dict[str, int]:
         """Attributes of a layer on which its statistics depend."""
-        return {}
+        return dict(block=self.max_dim, rank=self.max_rank)
 
     def wanted(self, layer: Layer) -> tuple[str, ...]:
         """The statistics that the method would keep of a layer, whatever their size."""
@@ -89,8 +93,12 @@ class Preconditioner(ABC):
     def required(self, layer: Layer) -> tuple[str, ...]:
         """The statistics kept of a layer; none leaves it to the rule."""
         wanted = self.wanted(layer)
-        kept = tuple(name for name in wanted if layer.statistic_shape(name)[-1] <= self.max_dim)
-        return kept if len(kept) == len(wanted) or self.oversize == 'one_sided' else ()
+        large = {name for name in wanted if min(layer.statistic_shape(name)[1:]) > self.max_dim}
+        form = OVERSIZE[self.oversize]
+        if form and (layer.compressible or not large):
+            return tuple(name.replace(MOMENT, form) if name in large else name for name in wanted)
+        kept = tuple(name for name in wanted if name not in large)
+        return kept if not large or self.oversize == 'one_sided' else ()
 
     def essential(self, layer: Layer) -> tuple[str, ...]:
         """The statistics without which a sample tells nothing: those that must not be zero."""
@@ -101,13 +109,17 @@ class Preconditioner(ABC):
         return False
 
     def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
-        """Shapes (b, n, n) of a layer's operators by name; by default one for each statistic."""
-        return {name: layer.statistic_shape(name) for name in self.required(layer)}
+        """Shapes (b, n, m) of a layer's operators by name; by default those of `sides`."""
+        return operator_shapes(layer, self.required(layer))
 
     def note(self, layer: Layer) -> str:
         """What the table adds to the method's name, such as what it leaves out; or ''."""
-        whole = len(self.required(layer)) == len(self.wanted(layer))
-        return '' if whole else f'one side: the other is over max_dim={self.max_dim}'
+        required, wanted = self.required(layer), self.wanted(layer)
+        if len(required) < len(wanted):
+            return f'one side: the other is over max_dim={self.max_dim}'
+        forms = {BLOCKS: f'blocks of at most {self.max_dim}', SKETCH: f'rank {self.max_rank}'}
+        return ', '.join(f'{name.split("_")[0]} side in {text}' for name in required
+                         for form, text in forms.items() if form in name)
 
     def is_exact(self, refreshes: int) -> bool:
         """Whether a layer's refresh number `refreshes` (from 0) starts from nothing."""
@@ -153,52 +165,3 @@ class Preconditioner(ABC):
 def check_damping(name: str, value: float) -> None:
     """Raises ValueError unless a damping is a positive number."""
     check_number(name, value, open_low=True)
-
-
-def add_damping(statistic: Tensor, damping: Tensor) -> Tensor:
-    """``A + mu I`` for matrices (..., n, n) and dampings mu (...)."""
-    damped = statistic.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-    return damped
-
-
-def relative_damping(statistic: Tensor, damping: Tensor | float) -> Tensor:
-    """``damping lambda_max`` of each matrix (..., b, n, n): (..., b).
-
-    A block that is nothing beside its layer's others (a saturated head, a dead channel) is damped
-    as rounding asks, and a layer that is nothing at all by 1.
-    """
-    largest = largest_eigenvalue(statistic)
-    rounding = 10 * torch.finfo(statistic.dtype).eps
-    peak = largest.amax(-1, keepdim=True) if largest.dim() else largest
-    amount = damping * largest + rounding * peak
-    return torch.where(amount > 0, amount, 1)
-
-
-def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:
-    """Scales each layer's direction (k, b, o, i) to its gradient's Frobenius norm (thesis (3.7)).
-
-    One scalar a layer, over all its blocks, weight and joint bias together.
-    """
-    wanted = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
-    size = torch.linalg.vector_norm(directions, dim=(1, 2, 3), keepdim=True)
-    return directions * (wanted / (size + 1e-12))
-
-
-def two_sided(operator: Stacked, gradients: Tensor) -> Tensor:
-    """``L G R`` for operators on both sides; a side without an operator is left alone.
-
-    A side's operator is a matrix, or columns U and a scale with which it is scale (I - U U').
-    """
-    directions = gradients
-    if 'gradient_moment' in operator:
-        directions = operator['gradient_moment'] @ directions
-    elif 'gradient_columns' in operator:
-        directions = woodbury_apply(directions.mT, operator['gradient_columns'],
-                                    operator['gradient_scale']).mT
-    if 'input_moment' in operator:
-        directions = directions @ operator['input_moment']
-    elif 'input_columns' in operator:
-        directions = woodbury_apply(directions, operator['input_columns'],
-                                    operator['input_scale'])
-    return directions

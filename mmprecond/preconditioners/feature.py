@@ -10,14 +10,8 @@ from torch import Tensor
 from ..checks import check_flag, check_number
 from ..curvature import RunningAverage
 from ..linalg import inverse_power
-from .base import (
-    Preconditioner,
-    Stacked,
-    add_damping,
-    check_damping,
-    recover_norm,
-    relative_damping,
-)
+from .base import Preconditioner, check_damping
+from .sides import Stacked, add_damping, damped_sides, recover_norm, relative_damping, two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +58,12 @@ class InputFeature(Preconditioner):
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """Inverts the damped moments (see the base class)."""
         damping = self.damping if damping is None else damping
-        inverse, good = damped_power(statistics['input_moment'], damping, self.exponent)
-        return {'input_moment': inverse}, good.all(-1)
+        return damped_sides(statistics, lambda _, moment: relative_damping(moment, damping),
+                            lambda _, damped: inverse_power(damped, self.exponent), self.exponent)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``G R^-p`` with norm recovery."""
-        directions = gradients @ operator['input_moment']
+        directions = two_sided(operator, gradients)
         return recover_norm(directions, gradients) if self.norm_recovery else directions
 
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..curvature import COLUMNS, REDUCED, SAMPLED, Layer, RunningAverage
-from ..linalg import cholesky_inverse, woodbury_inverse
-from .base import (
-    Preconditioner,
+from ..curvature import COLUMNS, MOMENT, REDUCED, SAMPLED, Layer, RunningAverage
+from ..linalg import cholesky_inverse
+from .base import Preconditioner, check_damping
+from .sides import (
     Stacked,
-    add_damping,
-    check_damping,
+    damped_sides,
+    gram,
     recover_norm,
     relative_damping,
+    side_name,
     two_sided,
 )
 
@@ -103,7 +104,7 @@ class FisherKronecker(Preconditioner):
     @property
     def layer_options(self) -> dict[str, int]:
         """How many rows are drawn and kept."""
-        return dict(positions=self.positions, slots=self.max_columns)
+        return {**super().layer_options, 'positions': self.positions, 'slots': self.max_columns}
 
     def wanted(self, layer: Layer) -> tuple[str, ...]:
         """The factors, or their columns, over the rows that the reduction takes."""
@@ -112,18 +113,8 @@ class FisherKronecker(Preconditioner):
     def _wanted_one(self, name: str, layer: Layer) -> str:
         tall = layer.statistic_shape(name)[-1] > self.max_columns
         if self.solver == 'woodbury' and tall:
-            name = name.replace('_moment', COLUMNS)
+            name = name.replace(MOMENT, COLUMNS)
         return name + REDUCTIONS[self.reduction]
-
-    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
-        """An inverse, or columns and a scale, for each side, named without the reduction."""
-        shapes = {}
-        for name in self.required(layer):
-            plain = name.removesuffix(REDUCTIONS[self.reduction])
-            shapes[plain] = layer.statistic_shape(name)
-            if COLUMNS in plain:
-                shapes[plain.replace(COLUMNS, '_scale')] = (layer.blocks, 1, 1)
-        return shapes
 
     def note(self, layer: Layer) -> str:
         """Says where the rows are kept."""
@@ -138,36 +129,28 @@ class FisherKronecker(Preconditioner):
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """Inverts the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
-        factors = {name.removesuffix(REDUCTIONS[self.reduction]): s
-                   for name, s in statistics.items()}
-        # The same eigenvalues but for zeros.
-        grams = {name: s.mT @ s if COLUMNS in name else s for name, s in factors.items()}
-        amounts = self._dampings(factors, grams, damping)
-        operator: Stacked = {}
-        outcomes = []
-        for name, factor in factors.items():
-            if COLUMNS in name:
-                scale = name.replace(COLUMNS, '_scale')
-                operator[name], operator[scale], good = woodbury_inverse(factor, grams[name],
-                                                                         amounts[name])
-            else:
-                operator[name], good = cholesky_inverse(add_damping(factor, amounts[name]))
-            outcomes.append(good.all(-1))
-        return operator, torch.stack(outcomes).all(0)
+        amounts = self._dampings(statistics, damping)
+        return damped_sides(statistics, lambda name, _: amounts[name],
+                            lambda _, damped: cholesky_inverse(damped))
 
-    def _dampings(self, factors: Stacked, grams: Stacked, damping: Tensor | float) -> Stacked:
-        """What is added to each factor's diagonal (k, b)."""
+    def _dampings(self, statistics: Stacked, damping: Tensor | float) -> Stacked:
+        """What is added to each factor's diagonal (k, b), by the side's name."""
+        factors = {side_name(statistic): s for statistic, s in statistics.items()}
+        grams = {name: gram(name, factor) for name, factor in factors.items()}
         if self.damping_form == 'relative':
-            return {name: relative_damping(gram, damping) for name, gram in grams.items()}
-        means = {name: gram.diagonal(dim1=-2, dim2=-1).sum(-1) / factors[name].shape[-2]
-                 for name, gram in grams.items()}
+            return {name: relative_damping(small, damping) for name, small in grams.items()}
+        means = {name: small.diagonal(dim1=-2, dim2=-1).sum(-1) / factors[name].shape[-2]
+                 for name, small in grams.items()}
+        if len({mean.shape for mean in means.values()}) > 1:  # one side is cut into blocks
+            means = {name: mean.mean(-1, keepdim=True) for name, mean in means.items()}
         root = damping**0.5
         if len(means) < 2:
             return {name: root + torch.zeros_like(mean) for name, mean in means.items()}
         first, second = sorted(means, reverse=True)  # the input's, the gradient's
         pi = (means[first] / means[second]).sqrt()
         pi = pi.nan_to_num(nan=1.).clamp(1 / LARGEST_PI, LARGEST_PI)
-        return {first: root * pi, second: root / pi}
+        amounts = {first: root * pi, second: root / pi}
+        return {name: amounts[name].expand(factors[name].shape[:2]) for name in factors}
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1``; the KL clip comes after, over all layers."""

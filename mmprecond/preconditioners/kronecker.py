@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import RunningAverage
 from ..linalg import cholesky_inverse, largest_eigenvalue, newton_inverse
-from .base import Preconditioner, Stacked, add_damping, check_damping, recover_norm, two_sided
+from .base import Preconditioner, check_damping
+from .sides import Stacked, damped_sides, recover_norm, two_sided
 
 SOLVERS = ('newton', 'cholesky')
 
@@ -71,17 +71,16 @@ class NewtonKronecker(Preconditioner):
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """Inverts the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
-        operator: Stacked = {}
-        fine = []
-        for name, statistic in statistics.items():
-            scale = damping * largest_eigenvalue(statistic)
-            damped = add_damping(statistic, scale.clamp_min(self.damping_floor))
+
+        def amount(name: str, factor: Tensor) -> Tensor:
+            return (damping * largest_eigenvalue(factor)).clamp_min(self.damping_floor)
+
+        def invert(name: str, damped: Tensor) -> tuple[Tensor, Tensor]:
             if previous is None:
-                operator[name], good = cholesky_inverse(damped)
-            else:
-                operator[name], good = newton_inverse(damped, previous[name], self.newton_steps)
-            fine.append(good)
-        return operator, torch.stack(fine).all(0).all(-1)
+                return cholesky_inverse(damped)
+            return newton_inverse(damped, previous[name], self.newton_steps)
+
+        return damped_sides(statistics, amount, invert)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1`` with norm recovery; a side without an operator is left alone."""

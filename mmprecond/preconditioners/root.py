@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import RunningAverage
 from ..linalg import inverse_power, largest_eigenvalue, newton_schulz_inverse_root
-from .base import Preconditioner, Stacked, add_damping, check_damping, recover_norm, two_sided
+from .base import Preconditioner, check_damping
+from .sides import Stacked, damped_sides, recover_norm, two_sided
 
 ROOT_SOLVERS = ('newton_schulz', 'eigh')
 
@@ -61,16 +61,14 @@ class KroneckerRoot(Preconditioner):
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """Inverse roots of the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
-        operator: Stacked = {}
-        fine = []
-        for name, statistic in statistics.items():
-            damped = add_damping(statistic, damping * largest_eigenvalue(statistic))
+
+        def root(name: str, damped: Tensor) -> tuple[Tensor, Tensor]:
             if self.solver == 'newton_schulz':
-                operator[name], good = newton_schulz_inverse_root(damped, self.root_steps)
-            else:
-                operator[name], good = inverse_power(damped, 0.5)
-            fine.append(good)
-        return operator, torch.stack(fine).all(0).all(-1)
+                return newton_schulz_inverse_root(damped, self.root_steps)
+            return inverse_power(damped, 0.5)
+
+        return damped_sides(statistics, lambda _, factor: damping * largest_eigenvalue(factor),
+                            root, exponent=0.5)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1/2 G R^-1/2`` with norm recovery; a side without an operator is left alone."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..checks import check_choice, check_flag, check_number
 from ..curvature import RunningAverage
 from ..linalg import assign_columns, eigenbasis, orthogonal_iteration
-from .base import Preconditioner, Stacked, two_sided
+from .base import Preconditioner
+from .sides import Stacked, two_sided
 
 BASIS_SOLVERS = ('eigh', 'qr')
 

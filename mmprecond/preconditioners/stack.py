@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..curvature import Layer
-from .base import Preconditioner, Stacked
+from ..curvature import COLUMNS, SKETCH, Layer
+from ..linalg import nystrom_columns
+from .base import Preconditioner
+from .sides import Stacked
 
 logger = logging.getLogger('mmprecond')
 
@@ -52,6 +54,8 @@ class LayerStack:
     Attributes:
         method: The preconditioner.
         requires: The statistics kept.
+        owner: The rank that refreshes it, where that work is shared out, or None for all.
+        archive: Operators in host memory, for a checkpoint by a rank that has no others.
         slots: The layers that joined, in the order of the stacked tensors.
         statistics: Running statistics (k, b, n, n) by name.
         operator: Operators by name, leading dimension k; rows of layers that were never refreshed
@@ -61,9 +65,12 @@ class LayerStack:
     #: Refreshes work on so many bytes of statistics at a time.
     chunk_bytes = 2**29
 
-    def __init__(self, method: Preconditioner, requires: tuple[str, ...]) -> None:
+    def __init__(self, method: Preconditioner, requires: tuple[str, ...],
+                 owner: int | None = None) -> None:
         self.method = method
         self.requires = requires
+        self.owner = owner
+        self.archive: Stacked = {}
         self.slots: list[Slot] = []
         self.statistics: Stacked = {}
         self.operator: Stacked = {}
@@ -89,37 +96,41 @@ class LayerStack:
         """Whether a layer has statistics but no refresh was tried, and none is to be awaited."""
         return self.method.eager and any(slot.waiting for slot in self.slots)
 
-    def start_refresh(self, only_waiting: bool = False) -> tuple[list[int], Tensor | None]:
+    def due(self, only_waiting: bool = False) -> list[int]:
+        """Positions that a refresh takes: all, or those of layers that never were refreshed."""
+        return [k for k, slot in enumerate(self.slots) if slot.waiting or not only_waiting]
+
+    def start_refresh(self, positions: list[int]) -> Tensor:
         """Refreshes operators where that succeeds, without waiting for the device.
 
-        Args:
-            only_waiting: Refresh only the layers that never were.
-
         Returns:
-            Positions that were refreshed, and whether each succeeded (a bool tensor), to be
-            passed to `finish_refresh`.
+            Whether each succeeded (a bool tensor), to be passed to `finish_refresh`.
         """
-        order: list[int] = []
-        outcomes: list[Tensor] = []
-        for chunk, exact in self._chunks(only_waiting):
+        outcomes = torch.zeros(len(positions), dtype=torch.bool,
+                               device=next(iter(self.statistics.values())).device)
+        place = {position: at for at, position in enumerate(positions)}
+        for chunk, exact in self._chunks(positions):
             previous = self.operators(chunk) if self.operator else None
             operator, good = self.method.refresh(self._source(chunk), None if exact else previous,
                                                  self._damping(chunk))
             operator = self.method.align(operator, previous)
             self._write(chunk, operator, good)
-            order += chunk
-            outcomes.append(good)
-        return order, torch.cat(outcomes) if outcomes else None
+            outcomes[[place[k] for k in chunk]] = good
+        return outcomes
 
-    def finish_refresh(self, order: list[int], good: Sequence[bool]) -> None:
-        """Counts outcomes; retries failures in float64, else keeps the last good operator.
+    def finish_refresh(self, positions: list[int], good: Sequence[bool]) -> list[bool]:
+        """Retries failures in float64; says what succeeded in the end."""
+        return [fine or self._retry(k) for k, fine in zip(positions, good, strict=True)]
+
+    def count_refresh(self, positions: list[int], good: Sequence[bool]) -> None:
+        """Counts outcomes; a layer that failed keeps its last good operator.
 
         Raises:
             RefreshError: If a layer failed for the third time in a row.
         """
-        for position, fine in zip(order, good, strict=True):
+        for position, fine in zip(positions, good, strict=True):
             slot = self.slots[position]
-            if fine or self._retry(position):
+            if fine:
                 slot.refreshes += 1
                 slot.failures = 0
                 continue
@@ -144,17 +155,18 @@ class LayerStack:
 
     def export(self) -> Iterator[tuple[Layer, dict[str, Any]]]:
         """Each layer's state as plain tensors and numbers."""
+        operator = self.operator or self.archive
         for k, slot in enumerate(self.slots):
             yield slot.layer, {
                 'statistics': {name: s[k] for name, s in self.statistics.items()},
-                'operator': {name: o[k] for name, o in self.operator.items()},
+                'operator': {name: o[k] for name, o in operator.items()},
                 'samples': slot.samples, 'refreshes': slot.refreshes,
                 'failures': slot.failures}
 
     def load(self, states: dict[Layer, dict[str, Any]]) -> None:
         """Replaces the stack's state by exported states, on each weight's own device."""
         self.slots, self._index = [], {}
-        self.statistics, self.operator = {}, {}
+        self.statistics, self.operator, self.archive = {}, {}, {}
         for kind in ('statistics', 'operator'):
             names = {name for state in states.values() for name in state[kind]}
             stacked = {name: torch.stack([self._loaded(layer, state, kind, name)
@@ -183,27 +195,33 @@ class LayerStack:
         for name, old in self.operator.items():
             self.operator[name] = torch.cat([old, old.new_zeros(len(layers), *old.shape[1:])])
 
-    def _chunks(self, only_waiting: bool) -> Iterator[tuple[list[int], bool]]:
+    def _chunks(self, chosen: list[int]) -> Iterator[tuple[list[int], bool]]:
         """Positions to refresh together, and whether exactly."""
-        if not self.slots:
-            return
         one = sum(s[0].numel() * s.element_size() for s in self.statistics.values())
         size = max(1, self.chunk_bytes // one)
         parts: dict[bool, list[int]] = {}
-        for k, slot in enumerate(self.slots):
-            if slot.waiting or not only_waiting:
-                exact = slot.failures > 0 or self.method.is_exact(slot.refreshes)
-                parts.setdefault(exact, []).append(k)
+        for k in chosen:
+            exact = self.slots[k].failures > 0 or self.method.is_exact(self.slots[k].refreshes)
+            parts.setdefault(exact, []).append(k)
         for exact, positions in parts.items():
             for start in range(0, len(positions), size):
                 yield positions[start:start + size], exact
 
-    def _source(self, positions: list[int]) -> Stacked:
-        """What operators are made of: statistics, and weights where the method reads them."""
-        source = {name: take(s, positions) for name, s in self.statistics.items()}
+    def _source(self, positions: list[int], dtype: torch.dtype | None = None) -> Stacked:
+        """What operators are made of: statistics, and weights where the method reads them.
+
+        Of a sketch, the columns that it gives.
+        """
         layers = [self.slots[k].layer for k in positions]
+        source = {name: take(s, positions) for name, s in self.statistics.items()}
         if self.method.reads_weight(layers[0]):
             source['weight'] = torch.stack([layer.join(layer.weight) for layer in layers])
+        if dtype is not None:
+            source = {name: s.to(dtype) for name, s in source.items()}
+        for name in [name for name in source if SKETCH in name]:
+            sketch = source.pop(name)
+            test = torch.stack([layer.test_matrix(name) for layer in layers]).to(sketch.dtype)
+            source[name.replace(SKETCH, COLUMNS)] = nystrom_columns(sketch, test)
         return source
 
     def _damping(self, positions: list[int]) -> Tensor | None:
@@ -232,7 +250,7 @@ class LayerStack:
 
     def _retry(self, position: int) -> bool:
         """One exact refresh in float64."""
-        statistics = {name: s.double() for name, s in self._source([position]).items()}
+        statistics = self._source([position], torch.float64)
         operator, good = self.method.refresh(statistics, None, self._damping([position]))
         previous = {name: o.double() for name, o in self.operators([position]).items()}
         operator = self.method.align(operator, previous or None)

@@ -1,4 +1,4 @@
-"""The KL clip: one factor over all layers that bounds a step's estimated change of the output."""
+"""Clips of preconditioned gradients: one factor over many layers."""
 
 from __future__ import annotations
 
@@ -40,3 +40,20 @@ def kl_clip(optimizer: PreconditionedOptimizer, raw: dict[Tensor, Tensor],
     factor = (min(bounds) / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1)
     for p in clipped:
         directions[p] = directions[p] * factor.to(directions[p])
+
+
+def clip_norm(directions: dict[Tensor, Tensor], largest: float) -> None:
+    """Scales all directions by min(1, largest / their joint norm), without waiting for the device.
+
+    Args:
+        directions: Directions by parameter; they are replaced, not changed in place.
+        largest: The bound.
+    """
+    if not directions:
+        return
+    device = next(iter(directions.values())).device
+    norms = torch._foreach_norm(list(directions.values()))
+    total = torch.stack([norm.to(device, torch.float64) for norm in norms]).norm()
+    factor = (largest / total.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1)
+    for p, direction in directions.items():
+        directions[p] = direction * factor.to(direction)

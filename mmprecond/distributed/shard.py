@@ -1,0 +1,92 @@
+"""Work shared out over ranks, and its results exchanged in few messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from .reduce import rank, world_size
+
+
+def longest_first(costs: Sequence[float], ranks: int) -> list[int]:
+    """A rank for each job: the longest first, each to the rank with the least work so far.
+
+    Args:
+        costs: Cost of each job.
+        ranks: Number of ranks.
+
+    Returns:
+        Ranks in the order of the jobs. The longest total is at most 4/3 of the best possible
+        (Graham, 1969).
+    """
+    loads = [0.] * ranks
+    owners = [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        owners[job] = loads.index(min(loads))
+        loads[owners[job]] += costs[job]
+    return owners
+
+
+def broadcast_from(owners: Sequence[int], tensors: Sequence[Tensor],
+                   bucket_mb: float = 64.) -> None:
+    """Overwrites each tensor by its owner's, in packed messages that are under way together.
+
+    Every rank must call this with tensors of the same shapes and dtypes in the same order.
+
+    Args:
+        owners: The rank that has the right values, one a tensor.
+        tensors: The tensors, on one device.
+        bucket_mb: Messages are filled up to this many megabytes.
+    """
+    if world_size() == 1:
+        return
+    under_way = []
+    for owner, bucket in _buckets(owners, tensors, bucket_mb):
+        message = _flatten_dense_tensors(bucket)
+        under_way.append((owner, bucket, message, dist.broadcast(message, owner, async_op=True)))
+    for owner, bucket, message, work in under_way:
+        work.wait()
+        if owner != rank():
+            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(message, bucket)))
+
+
+def send_to_first(owner: int, tensor: Tensor | None, shape: Sequence[int],
+                  like: Tensor) -> Tensor | None:
+    """Sends a tensor from its owner to rank 0, which gets it in host memory.
+
+    Args:
+        owner: The rank that has it, not 0.
+        tensor: The tensor, on its owner.
+        shape: Its shape.
+        like: A tensor of its dtype and device.
+
+    Returns:
+        The tensor on rank 0, else None.
+    """
+    if rank() == owner and tensor is not None:
+        dist.send(tensor.contiguous(), 0)
+    elif rank() == 0:
+        arriving = like.new_empty(shape)
+        dist.recv(arriving, owner)
+        return arriving.cpu()
+    return None
+
+
+def _buckets(owners: Sequence[int], tensors: Sequence[Tensor],
+             bucket_mb: float) -> list[tuple[int, list[Tensor]]]:
+    """Tensors of one owner and dtype, up to a size (a larger tensor is a bucket of its own)."""
+    buckets: list[tuple[int, list[Tensor]]] = []
+    open_ones: dict[tuple[int, torch.dtype], tuple[float, list[Tensor]]] = {}
+    for owner, tensor in zip(owners, tensors, strict=True):
+        megabytes = tensor.numel() * tensor.element_size() / 2**20
+        size, bucket = open_ones.get((owner, tensor.dtype), (0., []))
+        if not bucket or size + megabytes > bucket_mb:
+            size, bucket = 0., []
+            buckets.append((owner, bucket))
+        bucket.append(tensor)
+        open_ones[owner, tensor.dtype] = size + megabytes, bucket
+    return buckets

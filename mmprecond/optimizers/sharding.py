@@ -1,0 +1,135 @@
+"""Sharded refreshes: each rank inverts its share of the layers, and the ranks exchange results.
+
+'refresh': every rank ends with all operators. 'apply': a rank holds the operators of its share
+alone and preconditions its gradients, which are exchanged at every step; the first rank keeps
+copies in host memory for checkpoints, which it writes without the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..curvature import Layer
+from ..distributed import (
+    broadcast_from,
+    longest_first,
+    rank,
+    send_to_first,
+    sum_over_ranks,
+    world_size,
+)
+from ..preconditioners import LayerStack, Preconditioner
+
+SHARDINGS = ('none', 'refresh', 'apply')
+
+
+class Sharding:
+    """Who does what, and the exchanges.
+
+    Args:
+        mode: 'none', 'refresh' or 'apply'.
+        archive: Whether the first rank keeps all operators for its checkpoints.
+    """
+
+    def __init__(self, mode: str, archive: bool) -> None:
+        self.mode = mode if world_size() > 1 else 'none'
+        self.archive = archive
+
+    def assign(self, chosen: dict[Layer, Preconditioner]) -> dict[Layer, int | None]:
+        """The owner of each layer, by the cost of its refreshes and steps; None for all ranks.
+
+        Raises:
+            ValueError: For 'apply' with a method whose rule works in a rotated space.
+        """
+        for method in chosen.values():
+            if self.mode == 'apply' and method.rotates:
+                raise ValueError(f"{type(method).__name__} works with sharding='refresh' or "
+                                 "'none', not 'apply': every rank needs the bases of its moments")
+        if self.mode == 'none':
+            return dict.fromkeys(chosen)
+        costs = [self._cost(layer, method) for layer, method in chosen.items()]
+        return dict(zip(chosen, longest_first(costs, world_size()), strict=True))
+
+    def mine(self, stack: LayerStack) -> bool:
+        """Whether this rank refreshes a stack."""
+        return stack.owner in (None, rank())
+
+    def holds(self, stack: LayerStack) -> bool:
+        """Whether this rank has a stack's operators."""
+        return self.mode != 'apply' or self.mine(stack)
+
+    def agree(self, good: Sequence[Sequence[bool]], device: torch.device) -> list[list[bool]]:
+        """What succeeded, from the ranks that know."""
+        if self.mode == 'none':
+            return [list(one) for one in good]
+        flags = torch.tensor([float(fine) for one in good for fine in one], device=device)
+        sum_over_ranks([flags])
+        known = iter(flags.tolist())
+        return [[next(known) > 0 for _ in one] for one in good]
+
+    def exchange_operators(self, stacks: Sequence[LayerStack]) -> None:
+        """Hands the operators of refreshed stacks on: to all ranks, or to the first's archive."""
+        for stack in stacks:
+            if self.mode == 'refresh' and stack.slots:
+                if not stack.operator:
+                    stack.operator = self._room(stack)
+                names = sorted(stack.operator)
+                broadcast_from([stack.owner or 0] * len(names),
+                               [stack.operator[name] for name in names])
+            elif self.mode == 'apply' and self.archive and stack.slots and stack.owner:
+                self._file(stack, stack.owner)
+
+    def exchange_directions(self, stacks: Sequence[LayerStack],
+                            directions: dict[Tensor, Tensor]) -> None:
+        """Fills in the preconditioned gradients of the layers that other ranks hold."""
+        if self.mode != 'apply':
+            return
+        owners: list[int] = []
+        tensors: list[Tensor] = []
+        for stack in stacks:
+            for _, layer in stack.ready():
+                for p in layer.parameters if layer.weight in directions else ():
+                    if p in directions:
+                        if not self.mine(stack):
+                            directions[p] = torch.empty_like(directions[p])
+                        owners.append(stack.owner or 0)
+                        tensors.append(directions[p])
+        broadcast_from(owners, tensors)
+
+    def settle(self, stack: LayerStack) -> None:
+        """After a load: keeps what this rank is to hold."""
+        if self.holds(stack):
+            return
+        if self.archive and rank() == 0:
+            stack.archive = {name: o.cpu() for name, o in stack.operator.items()}
+        stack.operator = {}
+
+    def _cost(self, layer: Layer, method: Preconditioner) -> float:
+        """About the FLOPs of a step, with its share of a refresh."""
+        if not layer.weight.requires_grad:
+            return 0.
+        refresh = sum(b * n * n * m for b, n, m in map(layer.statistic_shape,
+                                                       method.required(layer)))
+        if self.mode == 'refresh':
+            return refresh
+        apply = sum(layer.weight.numel() * m for _, _, m in method.operator_shapes(layer).values())
+        return 2 * apply + refresh / method.refresh_interval
+
+    @staticmethod
+    def _room(stack: LayerStack) -> dict[str, Tensor]:
+        shapes = stack.method.operator_shapes(stack.slots[0].layer)
+        like = next(iter(stack.statistics.values()))
+        return {name: like.new_zeros(len(stack.slots), *shape) for name, shape in shapes.items()}
+
+    def _file(self, stack: LayerStack, owner: int) -> None:
+        """Puts a copy of another rank's operators into the first rank's archive."""
+        like = next(iter(stack.statistics.values()))
+        shapes = stack.method.operator_shapes(stack.slots[0].layer)
+        for name in sorted(shapes):
+            shape = (len(stack.slots), *shapes[name])
+            arrived = send_to_first(owner, stack.operator.get(name), shape, like)
+            if arrived is not None:
+                stack.archive[name] = arrived

@@ -1,0 +1,176 @@
+"""Refreshes shared out over two and four gloo processes, against ranks that do everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_arguments import refused
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers import TokenNet, squared_error, token_batches
+from mmprecond.distributed import longest_first, shard
+from mmprecond.optimizers import (
+    FSGD,
+    KFAC,
+    NKFAC,
+    SGDMBK,
+    SKFAC,
+    AdamR,
+    AdaNKFAC,
+    PreconditionedOptimizer,
+)
+from mmprecond.optimizers import sharding as module
+
+SOON: dict[str, Any] = dict(stat_interval=1, refresh_interval=2)
+METHODS = {
+    'NKFAC': lambda model, **s: NKFAC(model, lr=0.05, **SOON, **s),
+    'AdaNKFAC': lambda model, **s: AdaNKFAC(model, lr=2e-3, **SOON, **s),
+    'FSGD': lambda model, **s: FSGD(model, lr=0.05, **SOON, **s),
+    'KFAC': lambda model, **s: KFAC(model, lr=0.05, **SOON, **s),
+    'SKFAC': lambda model, **s: SKFAC(model, lr=0.05, reduction='reduce', max_columns=12, **SOON,
+                                      **s),
+    'SGDMBK': lambda model, **s: SGDMBK(model, lr=0.05, **SOON, **s),
+    'AdamR': lambda model, **s: AdamR(model, lr=2e-3, **SOON, **s),
+}
+STEPS = 6
+
+
+def steps(optimizer: PreconditionedOptimizer, model: nn.Module, wrapped: nn.Module, first: int,
+          rank: int, ranks: int) -> list[Tensor]:
+    """Weights after each step from `first` on; each rank has its part of each batch."""
+    weights = []
+    for x, y in token_batches(STEPS)[first:]:
+        optimizer.zero_grad()
+        part = slice(8 // ranks * rank, 8 // ranks * (rank + 1))
+        squared_error(wrapped(x[part]), y[part]).backward()
+        optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return weights
+
+
+def make() -> nn.Module:
+    torch.manual_seed(3)
+    return TokenNet().double()
+
+
+def worker(rank: int, ranks: int, folder: str, names: list[str], modes: list[str]) -> None:
+    """For each method and mode: all steps; then the last two again, from a saved state."""
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet{ranks}', rank=rank,
+                            world_size=ranks)
+    torch.set_num_threads(1)
+    found = {}
+    for name in names:
+        for mode in modes if name != 'AdamR' else [m for m in modes if m != 'apply']:
+            model = make()
+            wrapped = DistributedDataParallel(model)
+            optimizer = METHODS[name](wrapped, sharding=mode)
+            weights = steps(optimizer, model, wrapped, 0, rank, ranks)
+            held = {stack.owner: sorted(stack.operator) for stack in optimizer.stacks}
+            # As MMEngine does it: the first rank saves alone, all load.
+            path = f'{folder}/state{ranks}.pt'
+            model = make()
+            wrapped = DistributedDataParallel(model)
+            optimizer = METHODS[name](wrapped, sharding=mode)
+            for x, y in token_batches(STEPS)[:STEPS - 2]:
+                optimizer.zero_grad()
+                part = slice(8 // ranks * rank, 8 // ranks * (rank + 1))
+                squared_error(wrapped(x[part]), y[part]).backward()
+                optimizer.step()
+            if rank == 0:
+                torch.save([model.state_dict(), optimizer.state_dict()], path)
+            dist.barrier()
+            values, state = torch.load(path)
+            model = make()
+            wrapped = DistributedDataParallel(model)
+            model.load_state_dict(values)
+            optimizer = METHODS[name](wrapped, sharding=mode)
+            optimizer.load_state_dict(state)
+            resumed = steps(optimizer, model, wrapped, STEPS - 2, rank, ranks)
+            found[name, mode] = weights, held, resumed, state
+    torch.save(found, f'{folder}/{rank}_{ranks}.pt')
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(folder: Path, ranks: int, names: list[str], modes: list[str]) -> list[dict[Any, Any]]:
+    mp.spawn(worker, args=(ranks, str(folder), names, modes), nprocs=ranks)
+    return [torch.load(folder / f'{rank}_{ranks}.pt') for rank in range(ranks)]
+
+
+@pytest.mark.parametrize(('ranks', 'names'), [(2, list(METHODS)), (4, ['NKFAC', 'KFAC'])])
+def test_shared_work_gives_the_same_weights(tmp_path: Path, ranks: int, names: list[str]) -> None:
+    found = run(tmp_path, ranks, names, ['none', 'refresh', 'apply'])
+    for (name, mode), (weights, held, resumed, state) in found[0].items():
+        plain = found[0][name, 'none'][0]
+        for step in range(STEPS):
+            for other in found[1:]:
+                assert torch.equal(weights[step], other[name, mode][0][step]), (name, mode, step)
+            torch.testing.assert_close(weights[step], plain[step], rtol=0, atol=1e-11,
+                                       msg=f'{name} {mode} {step}')
+        for step in range(2):
+            for other in found:
+                assert torch.equal(other[name, mode][2][step], resumed[step])
+            torch.testing.assert_close(resumed[step], weights[STEPS - 2 + step], rtol=0,
+                                       atol=1e-12, msg=f'{name} {mode} resumed')
+        assert set(held) == {None} if mode == 'none' else len(held) >= 2  # of the three layers
+        for rank, other in enumerate(found):
+            for owner, operators in other[name, mode][1].items():
+                assert bool(operators) == (mode != 'apply' or owner == rank)
+        assert all(entry['operator'] for entry in state['precond']['layers'].values())
+
+
+def test_a_state_of_two_ranks_serves_one(tmp_path: Path) -> None:
+    """The joint batch on one process, from the first rank's checkpoint of shared-out operators."""
+    found = run(tmp_path, 2, ['NKFAC'], ['apply'])[0]['NKFAC', 'apply']
+    model = make()
+    optimizer = METHODS['NKFAC'](model)
+    values, state = torch.load(tmp_path / 'state2.pt')
+    model.load_state_dict(values)
+    optimizer.load_state_dict(state)
+    for ours, theirs in zip(steps(optimizer, model, model, STEPS - 2, 0, 1), found[0][-2:],
+                            strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=30), st.integers(1, 8))
+@settings(max_examples=200, deadline=None)
+def test_no_rank_has_much_more_work(costs: list[float], ranks: int) -> None:
+    owners = longest_first(costs, ranks)
+    loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(ranks)]
+    # Graham's argument: the last job of the fullest rank began when no other rank had less.
+    assert max(loads) <= sum(costs) / ranks + max([0., *costs]) * (1 - 1 / ranks) + 1e-6
+    assert owners == longest_first(costs, ranks) and all(0 <= o < ranks for o in owners)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 300)), max_size=40),
+       st.floats(1e-6, 1e-3))
+@settings(max_examples=100, deadline=None)
+def test_buckets_keep_every_tensor_with_its_owner(sizes: list[tuple[int, int]],
+                                                  bucket_mb: float) -> None:
+    tensors = [torch.full((n,), float(k), dtype=[torch.float32, torch.float64][k % 2])
+               for k, (_, n) in enumerate(sizes)]
+    owners = [owner for owner, _ in sizes]
+    buckets = shard._buckets(owners, tensors, bucket_mb)
+    placed = [id(t) for _, bucket in buckets for t in bucket]
+    assert sorted(placed) == sorted(map(id, tensors))
+    for owner, bucket in buckets:
+        assert len({t.dtype for t in bucket}) == 1
+        assert all(owners[[id(x) for x in tensors].index(id(t))] == owner for t in bucket)
+        total = sum(t.numel() * t.element_size() for t in bucket) / 2**20
+        assert total <= bucket_mb or len(bucket) == 1 or total - bucket_mb < 1e-9
+
+
+def test_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(ValueError, lambda: NKFAC(nn.Linear(2, 2), lr=0.1, sharding='zero'), 'sharding',
+            'refresh')
+    monkeypatch.setattr(module, 'world_size', lambda: 2)
+    refused(ValueError, lambda: AdamR(nn.Linear(2, 2), lr=0.1, sharding='apply'), 'EigenRotation',
+            "sharding='refresh'")
