@@ -215,7 +215,8 @@ def test_it_is_the_dense_inverse(reduction: str, scaling: str, form: str, micro:
     torch.manual_seed(0)
     model = Tall().double()
     twin = copy.deepcopy(model)
-    settings = dict(lr=0.01, weight_decay=0.01, reduction=reduction, positions=2, damping=0.1,
+    lr = 1e-4 if form == 'relative' and scaling == 'none' else 0.01  # or it diverges
+    settings = dict(lr=lr, weight_decay=0.01, reduction=reduction, positions=2, damping=0.1,
                     damping_form=form, scaling=scaling, **EVERY)
     groups = lambda model: [dict(params=[p], **(dict(damping=0.7) if 'twice' in name else {}))
                             for name, p in model.named_parameters()]

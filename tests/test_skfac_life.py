@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from test_arguments import refused
 from test_checkpoint import Net, differences, everything, saved, walk, warnings_of
 from test_checkpoint import train as train_net
+from test_costs import Waits
 from test_invariants import hooks_of
-from test_kfac_statistics import loss_of
+from test_kfac_statistics import Scaler, loss_of
 from test_skfac import EVERY, Tall, close, entry, factors, images, measure
 from test_trajectory import make_loss
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmprecond.optimizers import KFAC, SKFAC
+from mmprecond.optimizers import KFAC, SKFAC, Preconditioned
 
 # ------------------------------------------------------------------- state, odd batches
 
@@ -30,8 +31,8 @@ def resumable(model: nn.Module, **settings: Any) -> SKFAC:
 
 
 @pytest.mark.parametrize('settings', [
-    {}, dict(reduction='reduce'), dict(max_columns=9), dict(damping_form='relative', damping=0.01)],
-    ids=str)
+    {}, dict(reduction='reduce'), dict(max_columns=9), dict(damping_form='relative', damping=0.01),
+    dict(solver='inverse', stat_decay=0.9)], ids=str)
 @pytest.mark.parametrize('at', [1, 4])
 def test_a_resumed_run_continues_bit_for_bit(at: int, settings: dict[str, Any]) -> None:
     """In float32, with more rows than slots, and a layer that is used from step 3 on."""
@@ -45,8 +46,26 @@ def test_a_resumed_run_continues_bit_for_bit(at: int, settings: dict[str, Any]) 
     resumed.load_state_dict(saved(state))
     train_net(model, optimizer, range(at, 8)), train_net(twin, resumed, range(at, 8))
     assert differences(everything(model, optimizer), everything(twin, resumed)) == []
-    assert entry(resumed, 'late.weight')['refreshes'] == 2  # at steps 4 and 6
-    assert any(p.grad is not None for p in model.late.parameters())
+    # At steps 4 and 6: step 3 is no refresh, and without a running average it is not measured.
+    assert entry(resumed, 'late.weight')['refreshes'] == (3 if 'solver' in settings else 2)
+
+
+@pytest.mark.xfail(strict=True, reason='Capture.arm seeds anew only where the seed changes: what '
+                                       'was drawn at this step before stays drawn')
+def test_a_state_loaded_after_draws_of_the_same_step_continues_bit_for_bit() -> None:
+    model = Net()
+    optimizer = resumable(model)
+    train_net(model, optimizer, range(4))
+    state = saved(optimizer.state_dict())
+    twin = copy.deepcopy(model)
+    again = resumable(twin)
+    again.load_state_dict(copy.deepcopy(state))
+    twin.eval()
+    twin(torch.randn(2, 2, 5, 5), late=True).sum().backward()
+    twin.train()
+    again.load_state_dict(state)
+    train_net(model, optimizer, range(4, 6)), train_net(twin, again, range(4, 6))
+    assert differences(everything(model, optimizer), everything(twin, again)) == []
 
 
 @pytest.mark.parametrize('settings', [dict(max_columns=3), dict(max_columns=300),
@@ -200,6 +219,47 @@ def test_statistics_are_float32(dtype: torch.dtype, reduction: str, max_columns:
             for kind in ('statistics', 'operator'):
                 assert all(v.dtype == torch.float32 for v in entry(optimizer)[kind].values())
             assert all(f.isfinite().all() and f.norm() > 0 for f in factors(optimizer))
+
+
+@pytest.mark.parametrize('scale', [256., Scaler()], ids=['number', 'scaler'])
+def test_the_loss_scale_is_divided_out(scale: Any) -> None:
+    found = []
+    for given in (None, scale):
+        torch.manual_seed(0)
+        module = nn.Conv2d(2, 9, 3).double()
+        optimizer = SKFAC(module, lr=0., max_columns=5, positions=3)
+        optimizer.loss_scale = given
+        (loss_of(module(torch.randn(3, 2, 5, 5).double())) * (1. if given is None else 256.)
+         ).backward()
+        optimizer.step()
+        found.append(factors(optimizer))
+    close(*found)
+
+
+def test_a_plain_step_never_waits_for_the_device() -> None:
+    model = Net()
+    optimizer = resumable(model, stat_interval=3, refresh_interval=3)
+    for step in range(5):
+        with Waits() as waits:
+            train_net(model, optimizer, range(step, step + 1))
+        assert bool(waits.seen) == (step % 3 == 0), waits.seen
+
+
+def test_layers_with_columns_of_their_own() -> None:
+    """Several settings in one model, and the same for layers of one shape."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(20, 20) for _ in range(3)])
+    entries = [dict(match=dict(name=str(k)), preconditioner=dict(
+        type='FisherKronecker', solver='woodbury', stat_decay=0., reduction=reduction,
+        max_columns=columns)) for k, (reduction, columns) in enumerate(
+            [('sample', 4), ('reduce', 7), ('sample', 21)])]
+    optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=0.1), layers=entries)
+    loss_of(model(torch.randn(3, 5, 20))).backward()
+    optimizer.step()
+    shapes = [[tuple(v.shape) for v in entry(optimizer, f'{k}.weight')['operator'].values()]
+              for k in range(3)]
+    assert [sorted(s)[-1][-1] for s in shapes] == [4, 7, 21] and len(shapes[2]) == 2
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize('way', ['in place', 'checkpoint', 'reentrant', 'extra forward'])

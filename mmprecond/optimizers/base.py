@@ -18,6 +18,7 @@ from ..preconditioners.sides import Stacked
 from . import checkpoint, moments, report
 from .assignment import Assignment
 from .clipping import clip_norm, kl_clip
+from .memory import refuse_what_does_not_fit
 from .rule_optimizer import RuleOptimizer
 from .rules import Rule
 from .sharding import SHARDINGS, Sharding
@@ -55,7 +56,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         auto_arm: Whether the optimizer arms itself; MMEngine's wrapper arms it instead.
 
     Raises:
-        ValueError: For a missing model, a model without a supported layer, bad values.
+        ValueError: For a missing model, a model without a supported layer, bad values, or more
+            statistics and operators than fit into memory.
     """
 
     def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule,
@@ -80,6 +82,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         self.auto_arm = True
         self.left_out: list[LeftOut] = []
         self.layers = self._assign(unwrap(model), method, capture_mb)
+        refuse_what_does_not_fit(self)
         self._capture = Capture({layer: stack.requires for layer, stack in self.layers.items()})
         self._arm_if_automatic()
 

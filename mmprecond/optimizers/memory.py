@@ -1,0 +1,78 @@
+"""What an optimizer will keep in memory, and whether that fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ..curvature import Layer
+    from ..preconditioners import LayerStack
+    from .base import PreconditionedOptimizer
+
+#: A refresh works on copies of what it turns into operators: damped, factorised, inverted.
+REFRESH_COPIES = 3
+
+
+def megabytes(layer: Layer, stack: LayerStack, operators: bool = True) -> float:
+    """Memory of a layer's statistics and, unless another rank holds them, its operators."""
+    shapes = [layer.statistic_shape(name) for name in stack.requires]
+    if operators:
+        shapes += stack.method.operator_shapes(layer).values()
+    return sum(b * n * m for b, n, m in shapes) * layer.working_dtype.itemsize / 2**20
+
+
+def forecast(optimizer: PreconditionedOptimizer) -> dict[torch.device, tuple[float, float]]:
+    """By device, megabytes that are kept once all trained layers were measured, and at a refresh.
+
+    The latter are additional and for the largest stack alone.
+    """
+    kept: dict[torch.device, float] = {}
+    working: dict[torch.device, float] = {}
+    statistics: dict[LayerStack, float] = {}
+    for layer, stack in optimizer.layers.items():
+        if not layer.weight.requires_grad:
+            continue
+        device = layer.weight.device
+        held = megabytes(layer, stack, optimizer.sharding.holds(stack))
+        kept[device] = kept.get(device, 0.) + held
+        if optimizer.sharding.mine(stack):
+            statistics[stack] = statistics.get(stack, 0.) + megabytes(layer, stack, False)
+            chunk = max(stack.chunk_bytes / 2**20, megabytes(layer, stack, False))
+            size = REFRESH_COPIES * min(statistics[stack], chunk)
+            working[device] = max(working.get(device, 0.), size)
+    return {device: (size, working.get(device, 0.)) for device, size in kept.items()}
+
+
+def available(device: torch.device) -> float:
+    """Megabytes that a device has left; infinite where it cannot be told."""
+    if device.type == 'cuda':
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (free + unused) / 2**20
+    if device.type != 'cpu':
+        return float('inf')
+    try:
+        with open('/proc/meminfo', encoding='ascii') as lines:
+            found = dict(line.split(':') for line in lines)
+        return int(found['MemAvailable'].split()[0]) / 2**10
+    except (OSError, KeyError, ValueError):
+        return float('inf')
+
+
+def refuse_what_does_not_fit(optimizer: PreconditionedOptimizer) -> None:
+    """Raises ValueError, with the numbers, if a device lacks the memory for the forecast."""
+    for device, (kept, working) in forecast(optimizer).items():
+        free = available(device)
+        if kept + working <= free:
+            continue
+        sizes = sorted(((megabytes(layer, stack), layer.name) for layer, stack
+                        in optimizer.layers.items() if layer.weight.device == device), reverse=True)
+        largest = ', '.join(f'{name} {size:,.0f} MB' for size, name in sizes[:3])
+        raise ValueError(
+            f'{type(optimizer).__name__} would keep {kept:,.0f} MB of statistics and operators on '
+            f'{device} and take {working:,.0f} MB more at a refresh, but {free:,.0f} MB are free '
+            f"(the largest: {largest}); lower max_dim, set oversize='lowrank', leave layers out "
+            "with custom_keys={name: dict(precondition=False)}, or, with several GPUs, set "
+            "sharding='apply'")

@@ -1,0 +1,302 @@
+"""What must hold for every optimizer, whatever is switched on (the table in docs/guarantees.md)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.optim import LinearMomentum, OptimWrapperDict, build_optim_wrapper
+from test_arguments import refused
+from test_engine import Classifier, amp_on_cpu, batch, build  # noqa: F401
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmprecond import optimizers
+from mmprecond.engine.registration import optimizer_types
+from mmprecond.optimizers import NKFAC, RuleOptimizer
+
+#: Every optimizer of the package, with the settings under which nothing is drawn at random.
+SETTINGS: dict[str, dict[str, Any]] = {
+    'AFOpt': {}, 'AdaAFOpt': {}, 'AdaNKFAC': {}, 'AdamR': {}, 'AdamWBK': {}, 'FAdam': {},
+    'FSGD': {}, 'KFAC': {}, 'NKFAC': {}, 'SGDMBK': {}, 'SGDPH': dict(refresh='all'),
+    'SKFAC': dict(reduction='reduce', max_columns=12),
+    'Preconditioned': dict(rule=dict(type='Adan', lr=1e-2), layers=[
+        dict(match=dict(module_type='Linear'),
+             preconditioner=dict(type='InputFeature', stat_interval=2, refresh_interval=4)),
+        dict(preconditioner=dict(type='NewtonKronecker', stat_interval=2, refresh_interval=4))]),
+}
+MEASURED = [name for name in SETTINGS if name != 'SGDPH']
+
+
+class Net(nn.Module):
+    """Convolutions, one of them called twice, tokens and a head; no batch statistics.
+
+    No unit is ever dead: with an eigenvalue of zero twice, bases are as rounding has it.
+    """
+
+    def __init__(self, checkpointed: bool | None = None, inplace: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 6)
+        self.twice = nn.Conv2d(6, 6, 3, padding=1, groups=2, bias=False)
+        self.fc1 = nn.Linear(6, 12)
+        self.fc2 = nn.Linear(12, 4)
+        self.checkpointed = checkpointed
+        self.inplace = inplace
+
+    def middle(self, x: Tensor) -> Tensor:
+        x = F.elu(self.twice(x), inplace=self.inplace)
+        return torch.tanh(self.twice(F.avg_pool2d(x, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.elu(self.norm(self.stem(x)), inplace=self.inplace)
+        if self.checkpointed is None:
+            x = self.middle(x)
+        else:
+            x = checkpoint(self.middle, x, use_reentrant=self.checkpointed)
+        tokens = x.flatten(2).mT
+        return self.fc2(F.elu(self.fc1(tokens), inplace=self.inplace).mean(1))
+
+
+def make(name: str, model: nn.Module, **settings: Any) -> RuleOptimizer:
+    if name != 'Preconditioned':
+        settings = dict(lr=1e-2) | settings
+    if name in MEASURED and name != 'Preconditioned':
+        settings = dict(stat_interval=2, refresh_interval=4) | settings
+    return getattr(optimizers, name)(model, **SETTINGS[name], **settings)
+
+
+def backward(name: str, optimizer: Any, loss: Tensor) -> None:
+    if name == 'SGDPH' and optimizer.needs_graph:
+        loss.backward(create_graph=True)
+    else:
+        loss.backward()
+
+
+def images(seed: int, count: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64),
+            torch.randint(0, 4, (count,), generator=generator))
+
+
+def train(name: str, model: nn.Module, optimizer: RuleOptimizer, steps: range,
+          sizes: tuple[int, ...] = (6,)) -> None:
+    """Steps on batches of six, in micro-batches of the given sizes."""
+    for seed in steps:
+        optimizer.zero_grad()
+        x, y = images(seed)
+        for xs, ys in zip(x.split(sizes), y.split(sizes), strict=True):
+            loss = F.cross_entropy(model(xs), ys, reduction='sum') / 6
+            backward(name, optimizer, loss)
+        optimizer.step()
+
+
+def net(**options: Any) -> Net:
+    torch.manual_seed(0)
+    return Net(**options).double()
+
+
+def assert_same(a: nn.Module, b: nn.Module, tolerance: float) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=tolerance, msg=f'{name} differs')
+
+
+def test_every_optimizer_is_here() -> None:
+    assert {kind.__name__ for kind in optimizer_types()} == set(SETTINGS)
+
+
+@pytest.mark.parametrize('sizes', [(3, 3), (2, 1, 3)])
+@pytest.mark.parametrize('name', SETTINGS)
+def test_accumulation_is_the_joint_batch(name: str, sizes: tuple[int, ...]) -> None:
+    joint, parts = net(), net()
+    train(name, joint, make(name, joint), range(9))
+    train(name, parts, make(name, parts), range(9), sizes)
+    assert_same(joint, parts, 1e-10)
+
+
+@pytest.mark.parametrize('options', [dict(checkpointed=False), dict(checkpointed=True),
+                                     dict(inplace=True)], ids=str)
+@pytest.mark.parametrize('name', MEASURED)
+def test_checkpointing_and_in_place_activations_change_nothing(name: str,
+                                                               options: dict[str, bool]) -> None:
+    plain, other = net(), net(**options)
+    train(name, plain, make(name, plain), range(6))
+    train(name, other, make(name, other), range(6))
+    assert_same(plain, other, 1e-11)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('at', [1, 5])
+@pytest.mark.parametrize('name', SETTINGS)
+def test_a_resumed_run_continues_bit_for_bit(name: str, at: int, dtype: torch.dtype,
+                                             tmp_path: Any) -> None:
+    """Through a file that is read with `weights_only`, into a new model and optimizer."""
+    whole = net()
+    optimizer = make(name, whole)
+    train(name, whole, optimizer, range(at))
+    torch.save([whole.state_dict(), optimizer.state_dict()], tmp_path / 'state.pt')
+    train(name, whole, optimizer, range(at, at + 6))
+    weights, state = torch.load(tmp_path / 'state.pt', weights_only=True)
+    resumed = net()
+    resumed.load_state_dict(weights)
+    other = make(name, resumed)
+    other.load_state_dict(state)
+    train(name, resumed, other, range(at, at + 6))
+    assert_same(whole, resumed, 0)
+
+
+@pytest.mark.parametrize('name', MEASURED)
+def test_a_layer_may_be_frozen_and_thawed(name: str) -> None:
+    """Frozen it stays; thawed it learns, its statistics first measured then."""
+    model = net()
+    model.fc1.requires_grad_(False)
+    optimizer = make(name, model)
+    before = copy.deepcopy(model.fc1.state_dict())
+    train(name, model, optimizer, range(5))
+    assert all(torch.equal(value, before[key]) for key, value in model.fc1.state_dict().items())
+    assert all(slot.layer.weight is not model.fc1.weight
+               for stack in optimizer.stacks for slot in stack.slots)
+    model.fc1.requires_grad_(True)
+    model.stem.requires_grad_(False)
+    stem = model.stem.weight.detach().clone()
+    train(name, model, optimizer, range(5, 14))
+    assert torch.equal(model.stem.weight, stem)
+    assert not torch.equal(model.fc1.weight, before['weight'])
+    assert any(layer.weight is model.fc1.weight for stack in optimizer.stacks
+               for _, layer in stack.ready())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', MEASURED)
+def test_a_constant_feature_and_a_batch_of_one(name: str) -> None:
+    model = net().float()
+    optimizer = make(name, model)
+    for step in range(10):
+        optimizer.zero_grad()
+        x = torch.ones(1, 3, 8, 8) if step % 2 else torch.zeros(1, 3, 8, 8)
+        F.cross_entropy(model(x), torch.tensor([step % 4])).backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters()), step
+
+
+@pytest.mark.parametrize('name', MEASURED)
+def test_what_is_not_finite_stays_out(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A batch with an inf in it never reaches statistics or operators."""
+    model = net()
+    optimizer = make(name, model)
+    train(name, model, optimizer, range(2))
+    with caplog.at_level(logging.WARNING, 'mmprecond'):
+        for seed in range(2, 6):
+            optimizer.zero_grad()
+            x, y = images(seed)
+            x[0, 0, 0, 0] = float('inf')
+            F.cross_entropy(model(x), y).backward()
+            for p in model.parameters():  # what a guard outside would do
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+    assert 'non-finite statistics' in caplog.text
+    for stack in optimizer.stacks:
+        for tensor in (*stack.statistics.values(), *stack.operator.values()):
+            assert tensor.isfinite().all()
+    train(name, model, optimizer, range(6, 12))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------- MMEngine
+
+
+@pytest.mark.parametrize('name', MEASURED)
+def test_raw_gradients_are_clipped_as_by_mmengine(name: str) -> None:
+    """Our wrapper's clip_grad is clip_grad_norm_ between backward and step."""
+    models = [Classifier(), Classifier()]
+    models[1].load_state_dict(models[0].state_dict())
+    settings = {'Preconditioned': {}}.get(name, dict(lr=0.05, stat_interval=1, refresh_interval=2))
+    config = dict(type=name, **SETTINGS[name], **settings)
+    wrapper = build(models[0], optimizer=dict(config), clip_grad=dict(max_norm=0.01))
+    plain = getattr(optimizers, name)(models[1], **{k: v for k, v in config.items() if k != 'type'})
+    for seed in range(5):
+        models[0].train_step(batch(seed=seed), wrapper)
+        plain.zero_grad()
+        data = batch(seed=seed)
+        models[1](**models[1].data_preprocessor(data, True), mode='loss')['loss'].backward()
+        nn.utils.clip_grad_norm_(models[1].parameters(), 0.01)
+        plain.step()
+    assert_same(*models, 1e-6)
+
+
+@pytest.mark.parametrize('name', [n for n in MEASURED if n != 'Preconditioned'])
+def test_clipping_after_preconditioning(name: str) -> None:
+    model = net()
+    optimizer = make(name, model, clip_update=0.01)
+    train(name, model, optimizer, range(3))
+    x, y = images(3)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    directions = optimizer._directions(optimizer._gradients())
+    norm = torch.cat([d.flatten() for d in directions.values()]).norm()
+    torch.testing.assert_close(norm, torch.tensor(0.01).double())
+    assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm() > 0.01
+    optimizer.clip_update = 1e9
+    free = optimizer._directions(optimizer._gradients())
+    optimizer.clip_update = None
+    for p, direction in optimizer._directions(optimizer._gradients()).items():
+        assert torch.equal(direction, free[p])
+    refused(ValueError, lambda: make(name, model, clip_update=0.), 'clip_update')
+
+
+def test_a_momentum_schedule_acts() -> None:
+    model = Classifier()
+    wrapper = build(model, optimizer=dict(type='NKFAC', lr=0.1))
+    schedule = LinearMomentum(wrapper, start_factor=1., end_factor=0.5, begin=0, end=6,
+                              by_epoch=False)
+    seen = []
+    for seed in range(4):
+        seen.append(wrapper.optimizer.param_groups[0]['momentum'])
+        model.train_step(batch(seed=seed), wrapper)
+        schedule.step()
+    assert seen == pytest.approx([0.9 * (1 - k / 10) for k in range(4)])
+
+
+def test_several_wrappers_in_one() -> None:
+    """OptimWrapperDict: each part of a model with its own optimizer, ours and torch's."""
+    torch.manual_seed(0)
+    model = Classifier()
+    ours = build(model.conv, optimizer=dict(type='NKFAC', lr=0.05, stat_interval=1,
+                                            refresh_interval=2))
+    plain = build_optim_wrapper(model.fc, dict(optimizer=dict(type='SGD', lr=0.05)))
+    both = OptimWrapperDict(conv=ours, fc=plain)
+    before = copy.deepcopy(model.state_dict())
+    for seed in range(3):
+        data = model.data_preprocessor(batch(seed=seed), True)
+        with both['conv'].optim_context(model), both['fc'].optim_context(model):
+            loss = model(**data, mode='loss')['loss']
+        both['conv'].backward(loss)
+        both['conv'].step(), both['fc'].step()
+        both['conv'].zero_grad(), both['fc'].zero_grad()
+    assert ours.optimizer.stacks[0].slots[0].samples == 3
+    assert ours.optimizer.stacks[0].slots[0].refreshes == 2
+    for key in ('conv.weight', 'fc.weight'):
+        assert not torch.equal(model.state_dict()[key], before[key])
+
+
+def test_many_classes_and_wide_layers_are_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(300, 40), nn.Linear(40, 500))
+    monkeypatch.setattr('mmprecond.optimizers.memory.available', lambda device: 1.)
+    refused(ValueError, lambda: NKFAC(model, lr=0.1), '3 MB', '1 MB are free', '1.weight',
+            "oversize='lowrank'", 'max_dim')
+    NKFAC(model, lr=0.1, max_dim=100, oversize='lowrank', max_rank=8)
+
+
+@pytest.mark.parametrize('name', ['NKFAC', 'AdamR', 'FSGD', 'KFAC'])
+def test_a_compiled_model(name: str) -> None:
+    plain = net()
+    inner = net()
+    compiled = torch.compile(inner, backend='aot_eager')
+    first, second = make(name, plain), make(name, compiled)
+    train(name, plain, first, range(6))
+    train(name, compiled, second, range(6))
+    assert_same(plain, inner, 1e-10)
