@@ -201,13 +201,8 @@ def images(step: int, n: int = 2) -> Tensor:
     return torch.randn(n, 4, 9, 7, generator=generator, dtype=torch.float64)
 
 
-RELATIVE_DIFFERS = pytest.mark.xfail(strict=True, raises=AssertionError, reason=(
-    "power iteration on the columns' Gram matrix starts elsewhere than on the factor itself: the "
-    "largest eigenvalue, and with it damping_form='relative', is another one"))
-
-
 @pytest.mark.parametrize('form, micro', [
-    ('pi', False), ('pi', True), pytest.param('relative', True, marks=RELATIVE_DIFFERS)])
+    ('pi', False), ('pi', True), ('relative', True)])
 @pytest.mark.parametrize('scaling', SCALINGS)
 @pytest.mark.parametrize('reduction', ['sample', 'reduce'])
 def test_it_is_the_dense_inverse(reduction: str, scaling: str, form: str, micro: bool) -> None:
@@ -273,7 +268,7 @@ def test_unequal_micro_batches_are_the_joint_batch(form: str) -> None:
                 torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize('form', ['pi', pytest.param('relative', marks=RELATIVE_DIFFERS)])
+@pytest.mark.parametrize('form', ['pi', 'relative'])
 @pytest.mark.parametrize('bias', [True, False])
 def test_the_operator_is_the_inverse_of_the_damped_factor(form: str, bias: bool) -> None:
     """Written out: scale (I - U U') (A A' + mu I) = I, with mu as the docstring defines it."""
@@ -328,8 +323,6 @@ def test_overflowing_rows_are_right_in_the_mean(slots: int) -> None:
         assert 0.1 * variance / draws < error < 6 * variance / draws
 
 
-@pytest.mark.xfail(strict=True, reason='signs and positions are drawn from two generators of one '
-                                       'seed: the sign of a column depends on its position')
 def test_overflowing_random_positions_are_right_in_the_mean() -> None:
     torch.manual_seed(0)
     module, x = nn.Linear(5, 6, bias=False).double(), torch.randn(1, 4, 5).double()

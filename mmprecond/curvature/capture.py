@@ -58,24 +58,24 @@ class Capture:
         self._generator = torch.Generator()
         self._signs = torch.Generator()
         self._seed: int | None = None
-        self._first = 0.
+        self._share = (0, 1)
         self._forward_is_new = False
         self._warned: set[Layer] = set()
 
-    def arm(self, layers: Iterable[Layer], seed: int = 0, first: float = 0.) -> None:
+    def arm(self, layers: Iterable[Layer], seed: int = 0, share: tuple[int, int] = (0, 1)) -> None:
         """Installs forward hooks on the modules of these layers, in place of earlier ones.
 
         Args:
             layers: The layers to measure.
             seed: Seeds what is sampled, apart from the user's own random numbers.
-            first: Where columns begin, as a share of the slots: ranks fill different ones.
+            share: Rank and number of ranks, each of which fills other slots with columns first.
         """
         self.disarm()
-        self._first = first
+        self._share = share
         if seed != self._seed:  # the micro-batches of one step draw on
             self._seed = seed
             self._generator.manual_seed(seed)
-            self._signs.manual_seed(seed)
+            self._signs.manual_seed(seed ^ 0x5bd1e995)  # other numbers than the positions'
         for layer in layers:
             self._handles += layer.watch(self.observe, self._warn_lost)
 
@@ -84,6 +84,11 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def restart(self) -> None:
+        """Forgets what was measured and drawn, so that a loaded step draws as it did before."""
+        self._seed = None
+        self.drop()
 
     def drop(self) -> None:
         """Forgets what was measured."""
@@ -152,7 +157,8 @@ class Capture:
         Random signs keep the Gram matrix right in the mean: a count sketch of the rows.
         """
         count = columns.shape[2]
-        start = int(self._first * layer.slots) + staged.columns.get(name, 0)
+        rank, ranks = self._share
+        start = rank * layer.slots // ranks + staged.columns.get(name, 0)
         staged.columns[name] = staged.columns.get(name, 0) + count
         slots = (torch.arange(count) + start) % layer.slots
         signs = torch.randint(0, 2, (count,), generator=self._signs) * 2. - 1

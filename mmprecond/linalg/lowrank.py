@@ -9,8 +9,8 @@ from .eigen import checked_eigh
 from .inverse import all_finite
 
 
-def power_of_columns(columns: Tensor, gram: Tensor, damping: Tensor,
-                     exponent: float = 1.) -> tuple[Tensor, Tensor, Tensor]:
+def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.
+                     ) -> tuple[Tensor, Tensor, Tensor]:
     """``(A A' + mu I)^-p`` for tall A, as ``mu^-p (I - U U')``.
 
     The inverse by a Cholesky factor of the small side, A'A + mu I = C C': U = A C'^-1. Other
@@ -20,7 +20,6 @@ def power_of_columns(columns: Tensor, gram: Tensor, damping: Tensor,
 
     Args:
         columns: A (..., n, m); float32 or float64.
-        gram: A'A (..., m, m).
         damping: mu > 0 (...).
         exponent: p > 0.
 
@@ -28,6 +27,7 @@ def power_of_columns(columns: Tensor, gram: Tensor, damping: Tensor,
         U (..., n, m), the scale mu^-p (..., 1, 1), and a bool tensor (...) that is False where the
         result is meaningless.
     """
+    gram = columns.mT @ columns
     scale = damping[..., None, None].pow(-exponent)
     if exponent == 1:
         damped = gram.clone()

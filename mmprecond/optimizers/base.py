@@ -149,7 +149,7 @@ class PreconditionedOptimizer(RuleOptimizer):
     def arm(self) -> None:
         """Puts hooks on the layers whose statistics this step measures, if it does."""
         self._capture.arm(self._due(), seed=self.t * world_size() + rank(),
-                          first=rank() / world_size())
+                          share=(rank(), world_size()))
 
     def disarm(self) -> None:
         """Takes the hooks off; what was measured stays until the step."""
@@ -162,7 +162,7 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def _due(self) -> list[Layer]:
         return [layer for layer, stack in self.layers.items() if layer in self._catch_up
-                or (self.t + stack.method.phase) % stack.method.capture_interval == 0]
+                or (self.t + stack.method.phase) % stack.capture_interval(layer) == 0]
 
     def _arm_if_automatic(self) -> None:
         if self.auto_arm:
@@ -322,7 +322,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         """Loads a state; what it lacks of the curvature is measured at the next step."""
         rest = {key: value for key, value in state_dict.items() if key != checkpoint.KEY}
         super().load_state_dict(rest)
-        self._capture.drop()
+        self._capture.restart()
         unfit = checkpoint.restore(self, state_dict.get(checkpoint.KEY))
         for stack in self.stacks:
             self.sharding.settle(stack)

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..curvature import BLOCKS, MOMENT, SKETCH, Layer, RunningAverage
+from ..curvature import BLOCKS, COLUMNS, MOMENT, SKETCH, Layer, RunningAverage
 from .sides import Stacked, operator_shapes
 
 #: What stands for the moment of a side over max_dim.
@@ -78,7 +78,7 @@ class Preconditioner(ABC):
 
     @property
     def capture_interval(self) -> int:
-        """Steps between captures that serve."""
+        """Steps between captures that serve a layer that has statistics."""
         return self.stat_interval
 
     @property
@@ -93,7 +93,8 @@ class Preconditioner(ABC):
     def required(self, layer: Layer) -> tuple[str, ...]:
         """The statistics kept of a layer; none leaves it to the rule."""
         wanted = self.wanted(layer)
-        large = {name for name in wanted if min(layer.statistic_shape(name)[1:]) > self.max_dim}
+        large = {name for name in wanted
+                 if COLUMNS not in name and layer.statistic_shape(name)[-1] > self.max_dim}
         form = OVERSIZE[self.oversize]
         if form and (layer.compressible or not large):
             return tuple(name.replace(MOMENT, form) if name in large else name for name in wanted)

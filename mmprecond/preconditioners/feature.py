@@ -58,7 +58,7 @@ class InputFeature(Preconditioner):
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """Inverts the damped moments (see the base class)."""
         damping = self.damping if damping is None else damping
-        return damped_sides(statistics, lambda _, moment: relative_damping(moment, damping),
+        return damped_sides(statistics, lambda name, given: relative_damping(given, damping, name),
                             lambda _, damped: inverse_power(damped, self.exponent), self.exponent)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import RunningAverage
-from ..linalg import cholesky_inverse, largest_eigenvalue, newton_inverse
+from ..linalg import cholesky_inverse, newton_inverse
 from .base import Preconditioner, check_damping
-from .sides import Stacked, damped_sides, recover_norm, two_sided
+from .sides import Stacked, damped_sides, largest, recover_norm, two_sided
 
 SOLVERS = ('newton', 'cholesky')
 
@@ -73,7 +73,7 @@ class NewtonKronecker(Preconditioner):
         damping = self.damping if damping is None else damping
 
         def amount(name: str, factor: Tensor) -> Tensor:
-            return (damping * largest_eigenvalue(factor)).clamp_min(self.damping_floor)
+            return (damping * largest(name, factor)).clamp_min(self.damping_floor)
 
         def invert(name: str, damped: Tensor) -> tuple[Tensor, Tensor]:
             if previous is None:

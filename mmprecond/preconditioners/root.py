@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import RunningAverage
-from ..linalg import inverse_power, largest_eigenvalue, newton_schulz_inverse_root
+from ..linalg import inverse_power, newton_schulz_inverse_root
 from .base import Preconditioner, check_damping
-from .sides import Stacked, damped_sides, recover_norm, two_sided
+from .sides import Stacked, damped_sides, largest, recover_norm, two_sided
 
 ROOT_SOLVERS = ('newton_schulz', 'eigh')
 
@@ -67,8 +67,8 @@ class KroneckerRoot(Preconditioner):
                 return newton_schulz_inverse_root(damped, self.root_steps)
             return inverse_power(damped, 0.5)
 
-        return damped_sides(statistics, lambda _, factor: damping * largest_eigenvalue(factor),
-                            root, exponent=0.5)
+        return damped_sides(statistics, lambda name, factor: damping * largest(name, factor), root,
+                            exponent=0.5)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1/2 G R^-1/2`` with norm recovery; a side without an operator is left alone."""

@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from ..curvature import BLOCKS, COLUMNS, MOMENT, REDUCED, SAMPLED, SKETCH, Layer
-from ..linalg import apply_columns, largest_eigenvalue, power_of_columns
+from ..linalg import (
+    apply_columns,
+    largest_eigenvalue,
+    largest_eigenvalue_of_columns,
+    power_of_columns,
+)
 
 #: Stacked tensors by name: (layers, blocks, n, m).
 Stacked = dict[str, Tensor]
@@ -44,9 +49,15 @@ def operator_shapes(layer: Layer, statistics: tuple[str, ...]) -> dict[str, tupl
     return shapes
 
 
-def gram(name: str, statistic: Tensor) -> Tensor:
-    """A small matrix with the eigenvalues of a side's moment that are not zero."""
-    return statistic.mT @ statistic if COLUMNS in name else statistic
+def largest(name: str, statistic: Tensor) -> Tensor:
+    """Estimate of the largest eigenvalue of a side's moment, given by itself or by columns."""
+    return (largest_eigenvalue_of_columns if COLUMNS in name else largest_eigenvalue)(statistic)
+
+
+def trace(name: str, statistic: Tensor) -> Tensor:
+    """Trace of a side's moment, given by itself or by columns."""
+    return (statistic.square().sum((-2, -1)) if COLUMNS in name
+            else statistic.diagonal(dim1=-2, dim2=-1).sum(-1))
 
 
 def damped_sides(statistics: Stacked, amounts: Callable[[str, Tensor], Tensor],
@@ -56,7 +67,7 @@ def damped_sides(statistics: Stacked, amounts: Callable[[str, Tensor], Tensor],
 
     Args:
         statistics: Moments, blocks or columns (k, b, n, m) by name.
-        amounts: Of a side's name and matrix (or its `gram`), what is added to its diagonal (k, b).
+        amounts: Of a side's name and moment or columns, what is added to its diagonal (k, b).
         solve: Of a side's name and damped matrices, their power and whether it succeeded (k, b).
         exponent: The power that `solve` takes, for columns.
 
@@ -67,10 +78,9 @@ def damped_sides(statistics: Stacked, amounts: Callable[[str, Tensor], Tensor],
     outcomes = []
     for statistic, given in statistics.items():
         name = side_name(statistic)
-        small = gram(name, given)
-        amount = amounts(name, small)
+        amount = amounts(name, given)
         if COLUMNS in name:
-            operator[name], scale, good = power_of_columns(given, small, amount, exponent)
+            operator[name], scale, good = power_of_columns(given, amount, exponent)
             operator[name.replace(COLUMNS, SCALE)] = scale
         else:
             operator[name], good = solve(name, add_damping(given, amount))
@@ -113,16 +123,17 @@ def add_damping(statistic: Tensor, damping: Tensor) -> Tensor:
     return damped
 
 
-def relative_damping(statistic: Tensor, damping: Tensor | float) -> Tensor:
-    """``damping lambda_max`` of each matrix (..., b, n, n): (..., b).
+def relative_damping(statistic: Tensor, damping: Tensor | float,
+                     name: str = MOMENT) -> Tensor:
+    """``damping lambda_max`` of each moment (..., b, n, n), or columns by the name: (..., b).
 
     A block that is nothing beside its layer's others (a saturated head, a dead channel) is damped
     as rounding asks, and a layer that is nothing at all by 1.
     """
-    largest = largest_eigenvalue(statistic)
+    value = largest(name, statistic)
     rounding = 10 * torch.finfo(statistic.dtype).eps
-    peak = largest.amax(-1, keepdim=True) if largest.dim() else largest
-    amount = damping * largest + rounding * peak
+    peak = value.amax(-1, keepdim=True) if value.dim() else value
+    amount = damping * value + rounding * peak
     return torch.where(amount > 0, amount, 1)
 
 

@@ -92,6 +92,11 @@ class LayerStack:
         """Whether the layer has statistics here."""
         return layer in self._index
 
+    def capture_interval(self, layer: Layer) -> int:
+        """Steps between captures of a layer; one without statistics waits for no refresh."""
+        return (self.method.capture_interval if self.holds(layer)
+                else self.method.stat_interval)
+
     def waiting(self) -> bool:
         """Whether a layer has statistics but no refresh was tried, and none is to be awaited."""
         return self.method.eager and any(slot.waiting for slot in self.slots)
@@ -177,11 +182,10 @@ class LayerStack:
             self._index[layer] = len(self.slots)
             self.slots.append(Slot(layer, *(int(state[name]) for name in COUNTERS)))
 
-    @staticmethod
-    def _loaded(layer: Layer, state: dict[str, Any], kind: str, name: str) -> Tensor:
-        # A layer that joined but was never refreshed before its stack's first operator.
+    def _loaded(self, layer: Layer, state: dict[str, Any], kind: str, name: str) -> Tensor:
         source = state[kind].get(name)
-        source = torch.zeros_like(state['statistics'][name]) if source is None else source
+        if source is None:  # it joined but was never refreshed before its stack's first operator
+            source = torch.zeros(self.method.operator_shapes(layer)[name])
         return source.to(layer.weight.device, layer.working_dtype)
 
     def _join(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:

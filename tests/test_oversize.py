@@ -1,0 +1,345 @@
+"""Sides over max_dim in diagonal blocks or low rank, and clip_update."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_helpers import reasons
+from mmengine.optim import build_optim_wrapper
+from test_arguments import refused
+from test_checkpoint import differences, everything, saved, warnings_of
+from test_engine import Classifier, batch
+from test_trajectory import Convs, follow, make_loss
+from test_trajectory import batch as rows
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reference.feature
+import reference.kfac
+import reference.nkfac
+import reference.root
+import reference.rules
+from helpers import TokenNet
+from mmprecond.linalg import apply_columns, nystrom_columns, power_of_columns
+from mmprecond.optimizers import (
+    FSGD,
+    KFAC,
+    NKFAC,
+    SGDMBK,
+    AdamR,
+    AdamWBK,
+    AdaNKFAC,
+    AFOpt,
+    FAdam,
+    Preconditioned,
+    PreconditionedOptimizer,
+)
+from mmprecond.preconditioners import AttentionFeature, RefreshError, sides, stack
+from reference.factors import measure, plain_copy
+from reference.kfac import ReferenceKFAC, kfac_factors
+
+FORMS = ['block', 'lowrank']
+EVERY = dict(stat_interval=1, refresh_interval=1)
+SGD = dict(lr=0.05, momentum=0.9, weight_decay=0.01)
+ADAM = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.02)
+STAR = dict(damping_form='relative', damping=0.01, scaling='norm_recovery')
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def dense_power(matrix: Tensor, damping: Tensor, exponent: float) -> Tensor:
+    """(A + mu I)^-p by the singular vectors of A (..., n, n)."""
+    left, values, _ = torch.linalg.svd(matrix)
+    return left @ torch.diag_embed((values + damping[..., None])**-exponent) @ left.mT
+
+
+def laid_out(columns: Tensor, damping: Tensor, exponent: float) -> Tensor:
+    """What `power_of_columns` means, as a dense matrix."""
+    basis, scale, good = power_of_columns(columns, damping, exponent)
+    assert good.all() and good.shape == damping.shape and scale.shape[-2:] == (1, 1)
+    return apply_columns(torch.eye(columns.shape[-2]).to(columns).expand(
+        *columns.shape[:-2], -1, -1), basis, scale)
+
+
+# ------------------------------------------------------------------- linear algebra
+
+@pytest.mark.parametrize('exponent', [1., 0.5, 0.25, 2.])
+@pytest.mark.parametrize('shape', [(9, 4), (2, 3, 9, 4), (2, 4, 9), (5, 5), (7, 1)], ids=str)
+def test_powers_of_columns(shape: tuple[int, ...], exponent: float) -> None:
+    columns = normal(*shape)
+    columns[..., -1] = columns[..., 0]  # rank deficient
+    if shape[-1] > 2:
+        columns[..., 1] = 0.
+    damping = 0.1 + normal(*shape[:-2], seed=1).abs()
+    ours = laid_out(columns, damping, exponent)
+    torch.testing.assert_close(ours, dense_power(columns @ columns.mT, damping, exponent),
+                               rtol=1e-9, atol=1e-10)
+    gone = laid_out(torch.zeros_like(columns), damping, exponent)
+    eye = torch.eye(shape[-2], dtype=torch.float64)
+    torch.testing.assert_close(gone, eye * damping[..., None, None]**-exponent)
+
+
+@pytest.mark.parametrize('relative', [1e-2, 1e-5])
+@pytest.mark.parametrize('exponent', [1., 0.5])
+def test_powers_of_columns_in_float32(exponent: float, relative: float) -> None:
+    """The error beside the largest value of the operator is rounding over the damping."""
+    columns = normal(60, 20) * torch.logspace(0, -3, 20).double()
+    top = torch.linalg.matrix_norm(columns, 2)**2
+    exact = dense_power(columns @ columns.mT, relative * top, exponent)
+    ours = laid_out(columns.float(), (relative * top).float(), exponent).double()
+    error = torch.linalg.matrix_norm(ours - exact, 2) / torch.linalg.matrix_norm(exact, 2)
+    assert error < 2**-23 / relative + 2e-6
+
+
+@pytest.mark.parametrize('exponent', [1., 0.5])
+def test_bad_columns_say_so(exponent: float) -> None:
+    columns = normal(3, 6, 2)
+    columns[1, 2, 0] = float('nan')
+    _, _, good = power_of_columns(columns, torch.ones(3).double(), exponent)
+    assert good.tolist() == [True, False, True]
+
+
+def spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    basis = torch.linalg.qr(normal(len(values), len(values), seed=seed))[0]
+    return basis @ values.diag() @ basis.t()
+
+
+@pytest.mark.parametrize('m', [3, 5, 12])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+def test_low_rank_is_recovered(m: int, dtype: torch.dtype, tolerance: float) -> None:
+    values = torch.tensor([5., 2., 1.] + 9 * [0.]).double()
+    matrices = torch.stack([spectrum(values), 1e-6 * spectrum(values, 1), torch.zeros(12, 12)])
+    test = normal(12, m, seed=5)
+    found = nystrom_columns((matrices @ test).to(dtype), test.to(dtype)).double()
+    sizes = torch.linalg.matrix_norm(matrices)
+    errors = torch.linalg.matrix_norm(found @ found.mT - matrices)
+    assert bool((errors <= tolerance * sizes).all()) and found.shape == (3, 12, m)
+
+
+@pytest.mark.parametrize('decay', [0.5, 0.8])
+def test_the_bound_of_the_low_rank_error_in_the_mean(decay: float) -> None:
+    n, m = 24, 8
+    values = decay**torch.arange(n).double()
+    matrix = spectrum(values)
+    tests = normal(200, n, m, seed=3)
+    found = nystrom_columns(matrix @ tests, tests)
+    rest = matrix - found @ found.mT
+    assert float(torch.linalg.eigvalsh(rest)[:, 0].min()) > -1e-10  # never more than the matrix
+    mean = float(rest.diagonal(dim1=-2, dim2=-1).sum(-1).mean())
+    bound = min((1 + k / (m - k - 1)) * float(values[k:].sum()) for k in range(m - 1))
+    assert float(values[m:].sum()) <= mean <= bound
+
+
+def test_a_bad_sketch_is_nan_alone() -> None:
+    test, sketch = normal(6, 2), spectrum(torch.ones(6).double()) @ normal(6, 2)
+    found = nystrom_columns(torch.stack([sketch, sketch * float('nan')]), test)
+    assert found[0].isfinite().all() and found[1].isnan().all()
+
+
+# ------------------------------------------------------------------- what is measured
+
+def pieces(matrix: Tensor, largest: int) -> list[Tensor]:
+    """Diagonal blocks of at most `largest`, all but the last of one size."""
+    n = len(matrix)
+    size = math.ceil(n / math.ceil(n / largest))
+    return [matrix[at:at + size, at:at + size] for at in range(0, n, size)]
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    'linear': (lambda: nn.Linear(7, 5), (6, 7)),
+    'tokens': (lambda: nn.Linear(8, 7, bias=False), (3, 4, 8)),
+    'conv': (lambda: nn.Conv2d(2, 5, 3, stride=2, padding=1), (3, 2, 6, 5)),
+    'dilated': (lambda: nn.Conv2d(3, 4, (2, 1), dilation=2, bias=False), (2, 3, 5, 4)),
+    'groups': (lambda: nn.Conv2d(4, 10, 2, groups=2, padding='same'), (2, 4, 3, 5))}
+
+
+@pytest.mark.parametrize('reduction', ['expand', 'reduce'])
+@pytest.mark.parametrize('case', CASES)
+def test_statistics(case: str, reduction: str) -> None:
+    """Of three calls in two micro-batches, patches laid out a few at a time."""
+    torch.manual_seed(0)
+    make, shape = CASES[case]
+    model = nn.Sequential(make()).double()
+    losses = [lambda m, s=s: sum((m(normal(*shape, seed=k))**2).sum() for k in range(s, 3, 2))
+              for s in (0, 1)]
+    weight = '0.weight'
+    joint = model[0].bias is not None
+    plain = plain_copy(model)
+    right, left, _ = kfac_factors(plain, losses, plain[0].weight, joint, reduction)
+    for form in FORMS:
+        optimizer = KFAC(model, lr=0., max_dim=3, max_rank=2, oversize=form, reduction=reduction,
+                         capture_mb=1e-4)
+        optimizer.zero_grad()
+        for loss in losses:
+            loss(model).backward()
+        optimizer.step()
+        (layer,) = optimizer.layers
+        kept = optimizer.state_dict()['precond']['layers'][weight]['statistics']
+        for side, dense in (('input', right), ('gradient', left)):
+            name = f'{side}_{"blocks" if form == "block" else "sketch"}'
+            name += '_reduced' if reduction == 'reduce' else ''
+            if form == 'lowrank':
+                wanted = dense @ layer.test_matrix(name)
+            else:
+                cut = [piece for one in dense for piece in pieces(one, 3)]
+                size = len(cut[0])
+                wanted = torch.stack([nn.functional.pad(p, 2 * [0, size - len(p)]) for p in cut])
+            torch.testing.assert_close(kept[name], wanted, rtol=1e-10, atol=1e-10)
+        assert len(kept) == 2
+
+
+# ------------------------------------------------------------------- trajectories
+
+class Cut:
+    """One factor of a reference, as a block-diagonal matrix of smaller factors."""
+
+    def __init__(self, kind: Callable[[Any], Any], settings: dict[str, Any], largest: int) -> None:
+        self.make, self.largest = lambda: kind(settings), largest
+        self.parts: list[Any] = []
+        self.refreshes = 0
+
+    def merge(self, sample: Tensor) -> None:
+        cut = pieces(sample, self.largest)
+        self.parts = self.parts or [self.make() for _ in cut]
+        for part, piece in zip(self.parts, cut, strict=True):
+            part.merge(piece)
+
+    def refresh(self, damping: float) -> None:
+        for part in self.parts:
+            part.refresh(damping)
+        self.refreshes += 1
+
+    @property
+    def inverse(self) -> Tensor:
+        return torch.block_diag(*[part.inverse for part in self.parts])
+
+
+class CutFisher(reference.kfac.Block):
+    """KFAC's factors without what is outside their diagonal blocks."""
+
+    largest = 0
+
+    def refresh(self, damping: float) -> None:
+        self.running = [torch.block_diag(*pieces(f, self.largest)) for f in self.running]
+        if self.settings['damping_form'] == 'pi':
+            return super().refresh(damping)
+        self.inverses = []
+        for factor in self.running:
+            tops = [reference.nkfac.power_iteration(p) for p in pieces(factor, self.largest)]
+            damped = [piece + damping * top * torch.eye(len(piece)).double()
+                      for piece, top in zip(pieces(factor, self.largest), tops, strict=True)]
+            self.inverses.append(torch.linalg.inv(torch.block_diag(*damped)))
+        self.refreshes += 1
+
+
+#: Optimizer, its reference, the name of the reference's factor, rule, settings.
+METHODS: dict[str, tuple[Any, Any, Any, str, dict[str, Any], dict[str, Any]]] = {
+    'NKFAC': (NKFAC, reference.nkfac.ReferenceNKFAC, reference.nkfac, 'Factor', SGD,
+              dict(exact_interval=4)),
+    'AdaNKFAC': (AdaNKFAC, reference.nkfac.ReferenceNKFAC, reference.nkfac, 'Factor', ADAM,
+                 dict(solver='cholesky')),
+    'FSGD': (FSGD, None, reference.feature, 'Feature', SGD, dict(exponent=1., damping=0.03)),
+    'FAdam': (FAdam, None, reference.feature, 'Feature', ADAM, dict(exponent=0.5)),
+    'SGDMBK': (SGDMBK, reference.root.ReferenceRoot, reference.root, 'Root', SGD,
+               dict(solver='eigh', damping=1e-3)),
+    'AdamWBK': (AdamWBK, reference.root.ReferenceRoot, reference.root, 'Root', ADAM,
+                dict(solver='eigh', damping=0.01)),
+    'KFAC': (KFAC, ReferenceKFAC, reference.kfac, 'Block', SGD, dict(STAR)),
+    'KFAC reduce': (KFAC, ReferenceKFAC, reference.kfac, 'Block', SGD,
+                    dict(STAR, reduction='reduce', scaling='none', damping=0.3)),
+    'KFAC pi': (KFAC, ReferenceKFAC, reference.kfac, 'Block', SGD, dict(damping=0.0625))}
+
+
+def reference_of(method: str, model: nn.Module, settings: dict[str, Any]) -> Any:
+    _, kind, _, _, rule, _ = METHODS[method]
+    if kind is not None:
+        return kind(plain_copy(model), **rule, **settings)
+    steps = (reference.rules.ReferenceAdamW(rule['betas'], rule['eps']) if 'betas' in rule
+             else reference.rules.ReferenceSGDM(rule['momentum']))
+    return reference.feature.ReferenceFeature(plain_copy(model), steps, rule['lr'],
+                                              rule['weight_decay'], **settings)
+
+
+def chain(*sizes: int, bias: bool = True) -> nn.Module:
+    """Linear layers with tanh between them."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(i, o, bias=bias), nn.Tanh())
+              for i, o in zip(sizes, sizes[1:], strict=False)]
+    layers[-1] = layers[-1][0]
+    return nn.Sequential(*layers)
+
+
+#: Networks, their input features, max_dim.
+NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    'even': (lambda: chain(24, 12, 3, bias=False), 24, 8),  # 3, 2 and 1 blocks without padding
+    'padded': (lambda: chain(20, 18, 16, 3), 20, 7),
+    'convs': (Convs, 0, 5)}
+
+
+def defect(*cases: Any, reason: str) -> Any:
+    return pytest.param(*cases, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
+NEWTON = ('padding enters the norms that choose a Newton step', ['NKFAC'])
+PI = ("pi is that of unrelated blocks, or of padded means", ['KFAC pi'])
+
+
+def in_blocks(method: str, net: str, patch: pytest.MonkeyPatch) -> None:
+    kind, _, module, factor, rule, options = METHODS[method]
+    make, features, largest = NETS[net]
+    model = make().double()
+    settings = dict(EVERY, **options)
+    real = getattr(module, factor)
+    patch.setattr(CutFisher, 'largest', largest)
+    patch.setattr(module, factor, CutFisher if module is reference.kfac
+                  else lambda s: Cut(real, s, largest))
+    optimizer = kind(model, **rule, **settings, oversize='block', max_dim=largest)
+    assert any('blocks' in name for stack in optimizer.stacks for name in stack.requires)
+    follow(model, optimizer, reference_of(method, model, settings),
+           lambda t: [make_loss(rows(t, 4, features))], 7 if features else 3)
+
+
+@pytest.mark.parametrize('method, net', [
+    (m, n) for m in METHODS for n in NETS if (m, n) not in {
+        ('NKFAC', 'padded'), ('KFAC pi', 'padded'), ('KFAC pi', 'convs')}])
+def test_trajectories_in_blocks(method: str, net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_blocks(method, net, monkeypatch)
+
+
+@pytest.mark.parametrize('net, sizes', [
+    defect('equal', (12, 12, 3), reason="block i's pi is from block i of the other side"),
+    defect('padded', (20, 18, 16, 3), reason='the mean eigenvalue counts the padding')])
+def test_pi_is_of_whole_sides(net: str, sizes: tuple[int, ...],
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETS, net, (lambda: chain(*sizes, bias=False), sizes[0], 6))
+    in_blocks('KFAC pi', net, monkeypatch)
+
+
+@pytest.mark.parametrize('net', ['whole', 'low', 'convs'])
+@pytest.mark.parametrize('method', METHODS)
+def test_trajectories_at_full_rank(method: str, net: str) -> None:
+    """Where the rank is enough for all rows so far, nothing is lost."""
+    kind, _, _, _, rule, options = METHODS[method]
+    settings = dict(EVERY, **options)
+    if kind in (NKFAC, AdaNKFAC):  # captures are scaled by the norm of a sketch
+        settings.update(stat_decay=0., damping_floor=0.)
+        settings['solver'] = 'cholesky'
+    make, features = (Convs, 0) if net == 'convs' else (lambda: chain(22, 19, 17, 3), 22)
+    model = make().double()
+    low = dict(oversize='lowrank', max_dim=4, max_rank=16 if net == 'low' else 40)
+    optimizer = kind(model, **rule, **settings, **low)
+    assert any('sketch' in name for stack in optimizer.stacks for name in stack.requires)
+    settings.pop('damping_floor', None)
+    theirs = reference_of(method, model, settings)
+    if net == 'low':
+        settings['exact_interval'] = 1
+    follow(model, optimizer, theirs, lambda t: [make_loss(rows(t, 3, features))],
+           2 if net == 'convs' else 5, atol=1e-7)
