@@ -116,9 +116,9 @@ def run(args: argparse.Namespace) -> None:
             scaler.update(scaler.get_scale() / 2)  # what an overflow does to the scale
             continue
         faults = 0
-        if args.fail:  # in ten steps there is one refresh
-            faults = {int(args.steps * FAIL_ONCE) // 10: 1,
-                      int(args.steps * FAIL_TWICE) // 10: 10**6}.get(step // 10, 0)
+        for share, count in ((FAIL_ONCE, 1), (FAIL_TWICE, 10**6)) if args.fail else ():
+            if 0 <= step - int(args.steps * share) < 20:  # one or two refreshes
+                faults = count
         with failing(type(optimizer.stacks[0].method), faults):
             train_step(model, optimizer, scaler, step, overflow)
         if not all(p.isfinite().all() for p in model.parameters()):

@@ -176,6 +176,21 @@ def test_the_table_of_attention_optimizers_tells_of_blocks() -> None:
 
 # ------------------------------------------------------------------- adversity
 
+@defect_mark(reason="each block's damping is relative to its own largest eigenvalue")
+def test_blocks_of_small_inputs_do_not_drown_the_others() -> None:
+    """Blocks are closer to the dense direction than the gradient is, as a dense damping makes them.
+    """
+    x = normal(400, 60) / torch.arange(1, 61).double()
+    start = nn.Linear(60, 4, bias=False).double()
+    found = []
+    for options in ({}, dict(max_dim=20, oversize='block')):
+        model = copy.deepcopy(start)
+        found.append(one_step(model, FSGD(model, lr=1., momentum=0., **options), x)[0])
+    dense, ours = found
+    gradient = model.weight.grad
+    assert (ours - dense).norm() < (gradient - dense).norm()
+
+
 @pytest.mark.parametrize('form', [
     'skip', defect('block', reason='a block of dead inputs has no damping: RefreshError')])
 def test_dead_inputs_beside_others(form: str) -> None:
