@@ -131,8 +131,6 @@ class AttentionLayer(Layer):
         max_windows: Windows measured a call, drawn afresh at each; sums are scaled to all windows.
     """
 
-    compressible = False
-
     def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter, *,
                  max_windows: int = 256, **options: Any) -> None:
         block: Any = modules[0]
@@ -149,6 +147,11 @@ class AttentionLayer(Layer):
     def weight_owner(cls, module: nn.Module) -> tuple[str, str]:
         """Relative name of the submodule that owns the weight, and the weight's name there."""
         return 'qkv', 'weight'
+
+    @property
+    def compressible(self) -> bool:
+        """It has but the forms of `MEASURES`."""
+        return False
 
     @property
     def inputs(self) -> int:
@@ -177,9 +180,10 @@ class AttentionLayer(Layer):
                 statistics: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
         """Sums over all windows, estimated from at most `max_windows` of them."""
         windows, queries, keys = self.sizes(call, kept)
-        chosen = torch.arange(windows)
+        chosen = torch.arange(windows, device='cpu')
         if windows > self.max_windows:
-            chosen = torch.randperm(windows, generator=generator)[:self.max_windows].sort().values
+            drawn = torch.randperm(windows, generator=generator, device='cpu')
+            chosen = drawn[:self.max_windows].sort().values
         sums = {name: self.empty(name) for name in statistics}
         for chunk in chosen.split(self._chunk(queries, keys, statistics)):
             heads = self.read(call, kept, chunk.to(gradient.device))

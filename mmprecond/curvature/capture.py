@@ -160,8 +160,8 @@ class Capture:
         rank, ranks = self._share
         start = rank * layer.slots // ranks + staged.columns.get(name, 0)
         staged.columns[name] = staged.columns.get(name, 0) + count
-        slots = (torch.arange(count) + start) % layer.slots
-        signs = torch.randint(0, 2, (count,), generator=self._signs) * 2. - 1
+        slots = (torch.arange(count, device='cpu') + start) % layer.slots
+        signs = torch.randint(0, 2, (count,), generator=self._signs, device='cpu') * 2. - 1
         return layer.empty(name).index_add_(2, slots.to(columns.device),
                                             columns * signs.to(columns))
 

@@ -80,14 +80,12 @@ class Layer:
         slots: Width of `COLUMNS` statistics.
         rank: Width of `SKETCH` statistics.
         block: Largest block of `BLOCKS` statistics.
-        compressible: Whether its moments have the other forms.
     """
 
     positions = 8
     slots = 256
     rank = 256
     block = 8192
-    compressible = True
 
     def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
                  bias: nn.Parameter | None, *, capture_mb: float = 64.,
@@ -108,6 +106,11 @@ class Layer:
         """(blocks, o, i) of the gradient's matrix form."""
         return self.blocks, self.rows, self.columns
 
+    @property
+    def compressible(self) -> bool:
+        """Whether its moments have the other forms; those of grouped convolutions are small."""
+        return self.blocks == 1
+
     def side(self, statistic: str) -> int:
         """N of a statistic's side: i of the input's, o of the gradient's."""
         return self.columns if statistic.startswith('input') else self.rows
@@ -122,7 +125,7 @@ class Layer:
         if BLOCKS in statistic:
             count = -(-side // self.block)
             size = -(-side // count)
-            return self.blocks * count, size, size
+            return count, size, size
         return self.blocks, side, side
 
     def test_matrix(self, statistic: str) -> Tensor:
@@ -132,7 +135,8 @@ class Layer:
         """
         _, side, rank = self.statistic_shape(statistic)
         generator = torch.Generator().manual_seed(crc32(f'{self.name} {statistic}'.encode()))
-        drawn = torch.randn(1, side, rank, generator=generator, dtype=torch.float32)
+        drawn = torch.randn(1, side, rank, generator=generator, dtype=torch.float32,
+                            device='cpu')
         return (drawn / rank**0.5).to(self.weight.device, self.working_dtype)
 
     def empty(self, statistic: str) -> Tensor:
@@ -202,9 +206,10 @@ class Layer:
             By name, in `working_dtype`: tensors shaped as `statistic_shape`, of `COLUMNS` as many
             columns as there are.
         """
-        drawn = torch.arange(0)
+        drawn = torch.arange(0, device='cpu')
         if any(name.endswith(SAMPLED) for name in statistics):  # the same for both sides
-            drawn = torch.randperm(self._position_count(gradient), generator=generator)
+            drawn = torch.randperm(self._position_count(gradient), generator=generator,
+                                   device='cpu')
             drawn = drawn[:self.positions].to(gradient.device)
         return {name: self._measure_one(name, call.module, kept[0], gradient, drawn)
                 for name in statistics}

@@ -23,16 +23,18 @@ class RunningAverage:
     normalise: bool = False
     from_first: bool = False
 
-    def merge(self, running: Tensor, sample: Tensor, merged: int) -> None:
+    def merge(self, running: Tensor, sample: Tensor, merged: int, joint: bool = False) -> None:
         """Merges one sample (blocks, n, n) into the running average, in place.
 
         Args:
             running: The average of `merged` samples.
             sample: The new one.
             merged: Number of samples before it.
+            joint: Whether the blocks are those of one matrix, with one norm.
         """
         if self.normalise:
             norm = torch.linalg.matrix_norm(sample)[..., None, None]
+            norm = torch.linalg.vector_norm(norm) if joint else norm
             sample = sample / (norm + 1e-12)
         if self.decay is None:
             weight = 1 / (merged + 1)

@@ -29,6 +29,7 @@ def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.
     """
     gram = columns.mT @ columns
     scale = damping[..., None, None].pow(-exponent)
+    sound = (damping > 0) & scale.isfinite()[..., 0, 0]
     if exponent == 1:
         damped = gram.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
@@ -36,14 +37,14 @@ def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor = torch.where((info == 0)[..., None, None], factor, identity)
         basis = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
-        return basis, scale, (info == 0) & all_finite(basis)
+        return basis, scale, sound & (info == 0) & all_finite(basis)
     values, vectors, good = checked_eigh(gram)
     values = values.clamp_min(0)
     floor = torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
     taken = -torch.expm1(-exponent * torch.log1p(values / damping[..., None]))
     weights = torch.where(values > floor, taken / values.clamp_min(floor), 0)
     basis = columns @ (vectors * weights.nan_to_num(posinf=0).sqrt()[..., None, :])
-    return basis, scale, good & all_finite(basis)
+    return basis, scale, sound & good & all_finite(basis)
 
 
 def apply_columns(matrix: Tensor, basis: Tensor, scale: Tensor) -> Tensor:

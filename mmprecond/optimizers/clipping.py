@@ -52,7 +52,8 @@ def clip_norm(directions: dict[Tensor, Tensor], largest: float) -> None:
     if not directions:
         return
     device = next(iter(directions.values())).device
-    norms = torch._foreach_norm(list(directions.values()))
+    wide = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in directions.values()]
+    norms = torch._foreach_norm(wide)
     total = torch.stack([norm.to(device, torch.float64) for norm in norms]).norm()
     factor = (largest / total.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1)
     for p, direction in directions.items():

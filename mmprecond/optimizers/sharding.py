@@ -111,7 +111,7 @@ class Sharding:
         """About the FLOPs of a step, with its share of a refresh."""
         if not layer.weight.requires_grad:
             return 0.
-        refresh = sum(b * n * n * m for b, n, m in map(layer.statistic_shape,
+        refresh = sum(b * n * m * m for b, n, m in map(layer.statistic_shape,
                                                        method.required(layer)))
         if self.mode == 'refresh':
             return refresh

@@ -80,7 +80,7 @@ class AttentionFeature(InputFeature):
     def note(self, layer: Layer) -> str:
         """What the layer is taken for."""
         if not isinstance(layer, AttentionLayer):
-            return 'input side'
+            return super().note(layer) or 'input side'
         partial = self.variant == 'thesis' and not layer.is_square
         return f'{self.variant}, {layer.heads} heads' + (
             '; W_K by G R^-1, as keys and queries may differ in number' if partial else '')

@@ -32,7 +32,8 @@ class Preconditioner(ABC):
         oversize: What happens to a layer with a larger side: 'skip' gives the layer to the plain
             rule; 'one_sided' leaves that side alone and preconditions the other; 'block' takes
             that side's factor in diagonal blocks of at most `max_dim`; 'lowrank' as `max_rank`
-            eigenvectors, found from a random sketch, beside the damping.
+            eigenvectors, found from a random sketch, beside the damping. The last two skip
+            attention modules and grouped convolutions.
         max_rank: Rank kept of a side by 'lowrank'.
     """
 
@@ -118,9 +119,12 @@ class Preconditioner(ABC):
         required, wanted = self.required(layer), self.wanted(layer)
         if len(required) < len(wanted):
             return f'one side: the other is over max_dim={self.max_dim}'
-        forms = {BLOCKS: f'blocks of at most {self.max_dim}', SKETCH: f'rank {self.max_rank}'}
-        return ', '.join(f'{name.split("_")[0]} side in {text}' for name in required
-                         for form, text in forms.items() if form in name)
+        notes = []
+        for name in required:
+            size = layer.statistic_shape(name)[-1]
+            notes += [f'{name.split("_")[0]} side {text} {size}' for form, text
+                      in ((BLOCKS, 'in blocks of'), (SKETCH, 'of rank')) if form in name]
+        return ', '.join(notes)
 
     def is_exact(self, refreshes: int) -> bool:
         """Whether a layer's refresh number `refreshes` (from 0) starts from nothing."""

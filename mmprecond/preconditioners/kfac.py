@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..curvature import COLUMNS, MOMENT, REDUCED, SAMPLED, Layer, RunningAverage
+from ..curvature import BLOCKS, COLUMNS, MOMENT, REDUCED, SAMPLED, Layer, RunningAverage
 from ..linalg import cholesky_inverse
 from .base import Preconditioner, check_damping
 from .sides import (
@@ -141,7 +141,7 @@ class FisherKronecker(Preconditioner):
         if self.damping_form == 'relative':
             return {name: relative_damping(s, damping, name) for name, s in factors.items()}
         means = {name: trace(name, s) / s.shape[-2] for name, s in factors.items()}
-        if len({mean.shape for mean in means.values()}) > 1:  # one side is cut into blocks
+        if any(BLOCKS in name for name in means):  # of whole sides
             means = {name: mean.mean(-1, keepdim=True) for name, mean in means.items()}
         root = damping**0.5
         if len(means) < 2:

@@ -11,9 +11,10 @@ from ..checks import check_choice, check_count, check_number
 from ..curvature import RunningAverage
 from ..linalg import inverse_power, newton_schulz_inverse_root
 from .base import Preconditioner, check_damping
-from .sides import Stacked, damped_sides, largest, recover_norm, two_sided
+from .sides import Stacked, damped_sides, exact_relative_damping, recover_norm, two_sided
 
 ROOT_SOLVERS = ('newton_schulz', 'eigh')
+LEAST_LOWRANK_DAMPING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,10 @@ class KroneckerRoot(Preconditioner):
         check_damping('damping', self.damping)
         check_choice('solver', self.solver, ROOT_SOLVERS)
         check_count('root_steps', self.root_steps)
+        if self.oversize == 'lowrank' and self.damping < LEAST_LOWRANK_DAMPING:
+            raise ValueError(f"oversize='lowrank' leaves out eigenvalues that damping="
+                             f'{self.damping} would not hide: set damping of at least '
+                             f"{LEAST_LOWRANK_DAMPING}, or oversize='block'")
 
     def average(self) -> RunningAverage:
         """Moving average of the captures as they are."""
@@ -67,8 +72,9 @@ class KroneckerRoot(Preconditioner):
                 return newton_schulz_inverse_root(damped, self.root_steps)
             return inverse_power(damped, 0.5)
 
-        return damped_sides(statistics, lambda name, factor: damping * largest(name, factor), root,
-                            exponent=0.5)
+        return damped_sides(
+            statistics, lambda name, factor: exact_relative_damping(name, factor, damping), root,
+            exponent=0.5)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1/2 G R^-1/2`` with norm recovery; a side without an operator is left alone."""

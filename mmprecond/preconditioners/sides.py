@@ -4,7 +4,7 @@ A side's statistic is its moment, or what stands for it: diagonal blocks, or col
 is the moment (kept rows, or eigenvectors from a sketch). Its operator is accordingly
 
 * ``input_moment`` (b, n, n): a matrix,
-* ``input_blocks`` (b x count, m, m): its diagonal blocks,
+* ``input_blocks`` (count, m, m): its diagonal blocks, where b is 1,
 * ``input_columns`` U (b, n, r) and ``input_scale`` (b, 1, 1): scale (I - U U'),
 
 and likewise for ``gradient_...``. Statistics over other rows (`REDUCED`, `SAMPLED`) make the same
@@ -50,8 +50,14 @@ def operator_shapes(layer: Layer, statistics: tuple[str, ...]) -> dict[str, tupl
 
 
 def largest(name: str, statistic: Tensor) -> Tensor:
-    """Estimate of the largest eigenvalue of a side's moment, given by itself or by columns."""
-    return (largest_eigenvalue_of_columns if COLUMNS in name else largest_eigenvalue)(statistic)
+    """Estimate of the largest eigenvalue of a side's moment in any form (..., b).
+
+    Blocks of one side are damped alike: all have that of the largest.
+    """
+    if COLUMNS in name:
+        return largest_eigenvalue_of_columns(statistic)
+    values = largest_eigenvalue(statistic)
+    return values.amax(-1, keepdim=True).expand_as(values) if BLOCKS in name else values
 
 
 def trace(name: str, statistic: Tensor) -> Tensor:
@@ -134,6 +140,13 @@ def relative_damping(statistic: Tensor, damping: Tensor | float,
     rounding = 10 * torch.finfo(statistic.dtype).eps
     peak = value.amax(-1, keepdim=True) if value.dim() else value
     amount = damping * value + rounding * peak
+    return torch.where(amount > 0, amount, 1)
+
+
+def exact_relative_damping(name: str, statistic: Tensor, damping: Tensor | float) -> Tensor:
+    """The same, but a block takes its layer's largest eigenvalue only where its own is zero."""
+    value = largest(name, statistic)
+    amount = damping * torch.where(value > 0, value, value.amax(-1, keepdim=True))
     return torch.where(amount > 0, amount, 1)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..curvature import COLUMNS, SKETCH, Layer
+from ..curvature import BLOCKS, COLUMNS, SKETCH, Layer
 from ..linalg import nystrom_columns
 from .base import Preconditioner
 from .sides import Stacked
@@ -85,7 +85,8 @@ class LayerStack:
         for layer in list(samples):
             slot = self.slots[self._index[layer]]
             for name, sample in samples.pop(layer).items():
-                average.merge(self.statistics[name][self._index[layer]], sample, slot.samples)
+                average.merge(self.statistics[name][self._index[layer]], sample, slot.samples,
+                              joint=BLOCKS in name)
             slot.samples += 1
 
     def holds(self, layer: Layer) -> bool:
