@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.optim import LinearMomentum, OptimWrapperDict, build_optim_wrapper
+from mmengine.runner import Runner
 from test_arguments import refused
 from test_engine import Classifier, amp_on_cpu, batch, build  # noqa: F401
 from torch import Tensor, nn
@@ -206,6 +208,33 @@ def test_what_is_not_finite_stays_out(name: str, caplog: pytest.LogCaptureFixtur
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('name', MEASURED)
+def test_autocast_measures_as_float32_does(name: str, dtype: torch.dtype) -> None:
+    """Under a scaler: unscaled, in float32, and within the rounding of the activations."""
+    found = []
+    for enabled in (False, True):
+        model = net().float()
+        optimizer = make(name, model, **({} if name == 'Preconditioned' else dict(stat_interval=1,
+                                                                                 refresh_interval=1)))
+        scaler = torch.amp.GradScaler('cpu', init_scale=2.**12, enabled=enabled)
+        optimizer.loss_scale = scaler
+        x, y = (t.float() if t.is_floating_point() else t for t in images(0))
+        with torch.autocast('cpu', dtype, enabled=enabled):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        found.append(optimizer.state_dict()['precond']['layers'])
+    assert len(found[0]) >= 4
+    for layer, entry in found[0].items():
+        for key, value in entry['statistics'].items():
+            other = found[1][layer]['statistics'][key]
+            assert other.dtype == torch.float32
+            if 'columns' in key:
+                other, value = other @ other.mT, value @ value.mT
+            assert (other - value).norm() < 0.05 * value.norm(), (layer, key)
+
+
 # ---------------------------------------------------------------- MMEngine
 
 
@@ -259,6 +288,21 @@ def test_a_momentum_schedule_acts() -> None:
         model.train_step(batch(seed=seed), wrapper)
         schedule.step()
     assert seen == pytest.approx([0.9 * (1 - k / 10) for k in range(4)])
+
+
+def test_the_rate_is_scaled_to_the_batch() -> None:
+    wrapper = build(Classifier(), optimizer=dict(type='KFAC', lr=0.1))
+    runner = SimpleNamespace(_train_dataloader=dict(batch_size=8), world_size=1,
+                             logger=logging.getLogger('test'), param_schedulers=None)
+    Runner.scale_lr(runner, wrapper, dict(enable=True, base_batch_size=32))
+    assert wrapper.optimizer.param_groups[0]['lr'] == pytest.approx(0.1 * 8 / 32)
+
+
+def test_synchronised_batch_norm_takes_the_plain_rule() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(Classifier())
+    optimizer = build(model).optimizer
+    assert [left.kind for left in optimizer.left_out] == ['SyncBatchNorm']
+    assert {layer.name for layer in optimizer.layers} == {'conv.weight', 'fc.weight'}
 
 
 def test_several_wrappers_in_one() -> None:

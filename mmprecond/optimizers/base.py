@@ -54,6 +54,7 @@ class PreconditionedOptimizer(RuleOptimizer):
     Attributes:
         left_out: Modules that take the plain rule, and why.
         auto_arm: Whether the optimizer arms itself; MMEngine's wrapper arms it instead.
+        dropped: Samples of layers that were not finite, since the start.
 
     Raises:
         ValueError: For a missing model, a model without a supported layer, bad values, or more
@@ -76,6 +77,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         super().__init__(params, rule, defaults)
         self.save_curvature = save_curvature
         self.clip_update = clip_update
+        self.dropped = 0
         self.sharding = Sharding(sharding, save_curvature)
         self._noted: set[Layer] = set()
         self._catch_up: set[Layer] = set()
@@ -192,8 +194,9 @@ class PreconditionedOptimizer(RuleOptimizer):
         for layer in list(samples):
             sizes = {name: next(norms) for name in samples[layer]}
             if not all(size < float('inf') for size in sizes.values()):
-                logger.warning('%s: non-finite statistics at step %d were dropped',
-                               layer.name, self.t)
+                self.dropped += 1
+                logger.warning('%s: non-finite statistics at step %d were dropped (%d so far)',
+                               layer.name, self.t, self.dropped)
                 del samples[layer]
             # A zero sample (a dropped block, no positives) tells nothing.
             elif not all(sizes[name] for name in self.layers[layer].method.essential(layer)):
