@@ -206,6 +206,26 @@ def test_lists_to_start_from(file: str) -> None:
     assert len(wrapper.optimizer.layers) == 2
 
 
+PRESETS = Config.fromfile(Path(__file__).parents[1] / 'configs/_base_/thesis.py').to_dict()
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_presets_of_the_thesis(name: str) -> None:
+    """They build, with the rate, decay and intervals they name, and train."""
+    preset = PRESETS[name]
+    network = model()
+    wrapper = build(network, optimizer=dict(preset))
+    optimizer = wrapper.optimizer
+    assert type(optimizer).__name__ == preset['type']
+    for key in ('lr', 'weight_decay'):
+        assert optimizer.param_groups[0][key] == preset[key]
+    for key in ('stat_interval', 'refresh_interval', 'scaling'):
+        if key in preset:
+            assert getattr(optimizer.stacks[0].method, key) == preset[key]
+    network.train_step(batch(), wrapper)
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     'no lr': (dict(rule=dict(type='AdamW')), ['no lr', "write rule=dict(type='AdamW', lr=...)"]),
     'no rule': (dict(rule=None), ['rule=None', 'write rule=dict(type=...']),
