@@ -1,6 +1,19 @@
 """Settings of all tests."""
 
+import os
+from importlib.util import find_spec
+
 import torch
 
 # On busy cores the threads of a pool wait for each other: 40 s in place of 0.3 s were seen.
 torch.set_num_threads(1)
+
+if find_spec('hypothesis'):
+    from hypothesis import HealthCheck, settings
+
+    # Of tests that do not say themselves how many examples they take (test_fuzz.py).
+    settings.register_profile('short', max_examples=8, deadline=None, derandomize=True,
+                              suppress_health_check=list(HealthCheck))
+    settings.register_profile('long', settings.get_profile('short'), derandomize=False,
+                              max_examples=int(os.environ.get('FUZZ_EXAMPLES', 100)))
+    settings.load_profile('short')

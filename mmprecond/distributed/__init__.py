@@ -1,7 +1,7 @@
 """How sums and shared-out work travel between ranks."""
 
 from .reduce import rank, sum_over_ranks, world_size
-from .shard import broadcast_from, longest_first, send_to_first
+from .shard import broadcast_from, longest_first, send_to_first, share_objects
 
-__all__ = ['broadcast_from', 'longest_first', 'rank', 'send_to_first', 'sum_over_ranks',
-           'world_size']
+__all__ = ['broadcast_from', 'longest_first', 'rank', 'send_to_first', 'share_objects',
+           'sum_over_ranks', 'world_size']

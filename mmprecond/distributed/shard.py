@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,18 @@ def broadcast_from(owners: Sequence[int], tensors: Sequence[Tensor],
         work.wait()
         if owner != rank():
             torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(message, bucket)))
+
+
+def share_objects(objects: Sequence[Any], owners: Sequence[int]) -> list[Any]:
+    """Small picklable objects, each from its owner; the other ranks give None."""
+    found = list(objects)
+    for owner in sorted(set(owners)):
+        message = [[found[k] for k, other in enumerate(owners) if other == owner]]
+        dist.broadcast_object_list(message, owner)
+        mine = iter(message[0])
+        found = [next(mine) if other == owner else one
+                 for one, other in zip(found, owners, strict=True)]
+    return found
 
 
 def send_to_first(owner: int, tensor: Tensor | None, shape: Sequence[int],

@@ -2,11 +2,18 @@
 
 from .basis import assign_columns, eigenbasis, orthogonal_iteration
 from .inverse import all_finite, cholesky_inverse, newton_inverse
-from .lowrank import apply_columns, nystrom_columns, power_of_columns
+from .lowrank import (
+    apply_columns,
+    columns_to_matrix,
+    low_rank_power,
+    nystrom_columns,
+    power_of_columns,
+)
 from .roots import inverse_power, newton_schulz_inverse_root
 from .spectrum import largest_eigenvalue, largest_eigenvalue_of_columns
 
-__all__ = ['all_finite', 'apply_columns', 'assign_columns', 'cholesky_inverse', 'eigenbasis',
-           'inverse_power', 'largest_eigenvalue', 'largest_eigenvalue_of_columns',
-           'newton_inverse', 'newton_schulz_inverse_root', 'nystrom_columns',
-           'orthogonal_iteration', 'power_of_columns']
+__all__ = ['all_finite', 'apply_columns', 'assign_columns', 'cholesky_inverse',
+           'columns_to_matrix', 'eigenbasis', 'inverse_power', 'largest_eigenvalue',
+           'largest_eigenvalue_of_columns', 'low_rank_power', 'newton_inverse',
+           'newton_schulz_inverse_root', 'nystrom_columns', 'orthogonal_iteration',
+           'power_of_columns']

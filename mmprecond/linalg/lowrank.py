@@ -75,3 +75,104 @@ def nystrom_columns(sketch: Tensor, test: Tensor) -> Tensor:
     weights = torch.where(kept, values, 1).rsqrt() * kept
     columns = sketch @ (vectors * weights[..., None, :])
     return torch.where(good[..., None, None], columns, torch.nan)
+
+
+def columns_to_matrix(basis: Tensor, scale: Tensor) -> Tensor:
+    """``scale (I - U U')`` laid out (..., n, n)."""
+    matrix = -(basis @ basis.mT)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(1)
+    return scale * matrix
+
+
+def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, exponent: float = 1.,
+                   tolerance: float = 0.1, largest_rank: int | None = None
+                   ) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``(A + mu I)^-p`` from the eigenvectors of A that stand out of the damping mu.
+
+    Eigenvalues above ``tolerance mu`` are kept; the others count as their mean tau, so that outside
+    the power is (mu + tau)^-p. The eigenvectors come from subspace iteration, ``A V`` for the last
+    refresh's eigenvectors V and a few random columns, with the Nystroem form of the result; the
+    subspace grows until no eigenvalue above the tolerance is left outside.
+
+    Args:
+        matrix: A (..., n, n), symmetric positive semi-definite; float32 or float64.
+        start: Columns (..., n, m) of an earlier result for a similar matrix, or None.
+        damping: mu > 0 (...).
+        exponent: p > 0.
+        tolerance: Relative to mu, the largest eigenvalue that may be left out.
+        largest_rank: Number of columns from which on this is given up; default n / 2, where a
+            whole matrix is as cheap.
+
+    Returns:
+        U (..., n, r), the scale (mu + tau)^-p (..., 1, 1) with which the power is
+        scale (I - U U'), and a bool tensor (...) that is False where it is meaningless; or None if
+        more columns are needed than allowed.
+    """
+    size = matrix.shape[-1]
+    most = min(largest_rank or size // 2, size)
+    width = OVERSAMPLING + (start.shape[-1] if start is not None else min(size // 16, most))
+    vectors = _orthonormal(matrix, start, min(width, size))
+    while True:
+        image = matrix @ vectors
+        columns = nystrom_columns(image, vectors)
+        outside = _largest_outside(matrix, columns)
+        left_out = outside > tolerance * damping
+        # NaN compares false: a matrix that is not finite is reported, not searched.
+        if not bool(left_out.any()):
+            break
+        if vectors.shape[-1] >= most:
+            return None
+        vectors = _orthonormal(matrix, image, min(2 * vectors.shape[-1], size))
+    return _power_of_eigenvectors(matrix, columns, damping, exponent, tolerance)
+
+
+#: Random columns beside those of the last refresh, which find what is new.
+OVERSAMPLING = 16
+#: Power iterations by which what was left out is estimated.
+CHECKS = 6
+
+
+def _orthonormal(matrix: Tensor, start: Tensor | None, width: int) -> Tensor:
+    """Orthonormal columns (..., n, width) that span those given and random ones."""
+    generator = torch.Generator().manual_seed(width)
+    shape = (*matrix.shape[:-1], width - (0 if start is None else start.shape[-1]))
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device='cpu').to(matrix)
+    if start is None:
+        return torch.linalg.qr(drawn)[0]
+    norms = torch.linalg.vector_norm(start, dim=-2, keepdim=True)
+    # Columns of zero stand for nothing: ranks differ between layers.
+    others = torch.randn(start.shape, generator=generator, dtype=torch.float32,
+                         device='cpu').to(matrix)
+    start = torch.where(norms > 0, start / norms, others)
+    return torch.linalg.qr(torch.cat([start, drawn], -1))[0]
+
+
+def _largest_outside(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Estimate of the largest eigenvalue of ``A - B B'`` (...)."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(matrix.shape[-1], 4, generator=generator, dtype=torch.float32,
+                         device='cpu').to(matrix).expand(*matrix.shape[:-1], 4)
+    tiny = torch.finfo(matrix.dtype).tiny
+    for _ in range(CHECKS):
+        norms = torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)
+        vector = vector / norms
+        vector = matrix @ vector - columns @ (columns.mT @ vector)
+    return torch.linalg.vector_norm(vector, dim=-2).amax(-1)
+
+
+def _power_of_eigenvectors(matrix: Tensor, columns: Tensor, damping: Tensor, exponent: float,
+                           tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The damped power of B B', the rest of A standing as its mean eigenvalue."""
+    values, vectors, good = checked_eigh(columns.mT @ columns)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    kept = values > tolerance * damping[..., None]
+    rest = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) - (values * kept).sum(-1)
+    tail = rest.clamp_min(0) / (matrix.shape[-1] - kept.sum(-1)).clamp_min(1)
+    outer = (damping + tail)[..., None]
+    weights = 1 - (outer / (values + damping[..., None])).pow(exponent)
+    safe = torch.where(kept, values, 1)
+    factors = torch.where(kept, weights.clamp_min(0) / safe, 0).sqrt()
+    rank = int(kept.sum(-1).amax()) if kept.numel() else 0
+    basis = columns @ (vectors * factors[..., None, :])[..., :max(1, rank)]
+    scale = outer[..., None].pow(-exponent)
+    return basis, scale, good & (damping > 0) & scale.isfinite()[..., 0, 0] & all_finite(basis)

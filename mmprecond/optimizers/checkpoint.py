@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ..preconditioners.sides import adapted
 from ..preconditioners.stack import COUNTERS
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:
         statistics = {name: layer.statistic_shape(name) for name in method.required(layer)}
         problem = _misfit('statistic', entry['statistics'], statistics)
         if entry['refreshes'] or entry['operator']:
-            problem = problem or _misfit('operator', entry['operator'],
-                                         method.operator_shapes(layer))
+            shapes = adapted(method.operator_shapes(layer), entry['operator'])
+            problem = problem or _misfit('operator', entry['operator'], shapes)
         return problem
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f'it is corrupt ({type(error).__name__}: {error})'

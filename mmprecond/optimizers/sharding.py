@@ -18,6 +18,7 @@ from ..distributed import (
     longest_first,
     rank,
     send_to_first,
+    share_objects,
     sum_over_ranks,
     world_size,
 )
@@ -72,15 +73,19 @@ class Sharding:
 
     def exchange_operators(self, stacks: Sequence[LayerStack]) -> None:
         """Hands the operators of refreshed stacks on: to all ranks, or to the first's archive."""
-        for stack in stacks:
-            if self.mode == 'refresh' and stack.slots:
-                if not stack.operator:
-                    stack.operator = self._room(stack)
-                names = sorted(stack.operator)
-                broadcast_from([stack.owner or 0] * len(names),
-                               [stack.operator[name] for name in names])
-            elif self.mode == 'apply' and self.archive and stack.slots and stack.owner:
-                self._file(stack, stack.owner)
+        if self.mode == 'none' or self.mode == 'apply' and not self.archive:
+            return
+        shapes = share_objects([{name: tuple(o.shape) for name, o in sorted(stack.operator.items())}
+                                if self.mine(stack) else None for stack in stacks],
+                               [stack.owner or 0 for stack in stacks])
+        for stack, known in zip(stacks, shapes, strict=True):
+            if self.mode == 'apply':
+                self._file(stack, known)
+                continue
+            like = next(iter(stack.statistics.values()))
+            if not self.mine(stack):
+                stack.operator = {name: like.new_empty(shape) for name, shape in known.items()}
+            broadcast_from([stack.owner or 0] * len(known), [stack.operator[n] for n in known])
 
     def exchange_directions(self, stacks: Sequence[LayerStack],
                             directions: dict[Tensor, Tensor]) -> None:
@@ -119,17 +124,11 @@ class Sharding:
         return 2 * apply + refresh / method.refresh_interval
 
     @staticmethod
-    def _room(stack: LayerStack) -> dict[str, Tensor]:
-        shapes = stack.method.operator_shapes(stack.slots[0].layer)
-        like = next(iter(stack.statistics.values()))
-        return {name: like.new_zeros(len(stack.slots), *shape) for name, shape in shapes.items()}
-
-    def _file(self, stack: LayerStack, owner: int) -> None:
+    def _file(stack: LayerStack, shapes: dict[str, tuple[int, ...]]) -> None:
         """Puts a copy of another rank's operators into the first rank's archive."""
+        if not stack.owner:
+            return
         like = next(iter(stack.statistics.values()))
-        shapes = stack.method.operator_shapes(stack.slots[0].layer)
-        for name in sorted(shapes):
-            shape = (len(stack.slots), *shapes[name])
-            arrived = send_to_first(owner, stack.operator.get(name), shape, like)
-            if arrived is not None:
-                stack.archive[name] = arrived
+        arrived = {name: send_to_first(stack.owner, stack.operator.get(name), shape, like)
+                   for name, shape in shapes.items()}
+        stack.archive = {name: tensor for name, tensor in arrived.items() if tensor is not None}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import BLOCKS, COLUMNS, MOMENT, SKETCH, Layer, RunningAverage
-from .sides import Stacked, operator_shapes
+from .sides import LowRank, Stacked, operator_shapes
 
 #: What stands for the moment of a side over max_dim.
 OVERSIZE = {'skip': None, 'one_sided': None, 'block': BLOCKS, 'lowrank': SKETCH}
@@ -112,7 +112,12 @@ class Preconditioner(ABC):
 
     def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
         """Shapes (b, n, m) of a layer's operators by name; by default those of `sides`."""
-        return operator_shapes(layer, self.required(layer))
+        return operator_shapes(layer, self.required(layer), self.low_rank)
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """When operators come as columns whose number is found at a refresh; None: never."""
+        return None
 
     def note(self, layer: Layer) -> str:
         """What the table adds to the method's name, such as what it leaves out; or ''."""

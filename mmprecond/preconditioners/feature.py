@@ -7,11 +7,21 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_flag, check_number
+from ..checks import check_choice, check_flag, check_number
 from ..curvature import RunningAverage
 from ..linalg import inverse_power
 from .base import Preconditioner, check_damping
-from .sides import Stacked, add_damping, damped_sides, recover_norm, relative_damping, two_sided
+from .sides import (
+    LowRank,
+    Stacked,
+    add_damping,
+    damped_sides,
+    recover_norm,
+    relative_damping,
+    two_sided,
+)
+
+FEATURE_SOLVERS = ('exact', 'lowrank')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,9 @@ class InputFeature(Preconditioner):
         damping: Damping relative to the largest eigenvalue.
         exponent: p of ``G R^-p``; 0.5 for feature whitening.
         norm_recovery: Whether V is scaled to the norm of G.
+        solver: 'exact', or 'lowrank', which keeps the eigenvectors that stand out of the damping,
+            where that is fewer than half (see `LowRank`).
+        tolerance: Largest eigenvalue that 'lowrank' leaves out, relative to the damping.
     """
 
     stat_interval: int = 50
@@ -40,6 +53,8 @@ class InputFeature(Preconditioner):
     damping: float = 0.01
     exponent: float = 1.
     norm_recovery: bool = True
+    solver: str = 'exact'
+    tolerance: float = 0.1
 
     requires: ClassVar[tuple[str, ...]] = ('input_moment',)
 
@@ -49,6 +64,8 @@ class InputFeature(Preconditioner):
         check_damping('damping', self.damping)
         check_number('exponent', self.exponent, open_low=True)
         check_flag('norm_recovery', self.norm_recovery)
+        check_choice('solver', self.solver, FEATURE_SOLVERS)
+        check_number('tolerance', self.tolerance, open_low=True)
 
     def average(self) -> RunningAverage:
         """Moving average of the captures as they are."""
@@ -59,7 +76,17 @@ class InputFeature(Preconditioner):
         """Inverts the damped moments (see the base class)."""
         damping = self.damping if damping is None else damping
         return damped_sides(statistics, lambda name, given: relative_damping(given, damping, name),
-                            lambda _, damped: inverse_power(damped, self.exponent), self.exponent)
+                            lambda _, damped: inverse_power(damped, self.exponent), self.exponent,
+                            self.low_rank, previous)
+
+    def is_exact(self, refreshes: int) -> bool:
+        """All but those of low rank, which start from the last."""
+        return self.solver == 'exact' or refreshes == 0
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """With solver='lowrank'."""
+        return LowRank(self.tolerance) if self.solver == 'lowrank' else None
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``G R^-p`` with norm recovery."""

@@ -11,9 +11,9 @@ from ..checks import check_choice, check_count, check_number
 from ..curvature import RunningAverage
 from ..linalg import cholesky_inverse, newton_inverse
 from .base import Preconditioner, check_damping
-from .sides import Stacked, damped_sides, largest, recover_norm, two_sided
+from .sides import LowRank, Stacked, damped_sides, largest, recover_norm, two_sided
 
-SOLVERS = ('newton', 'cholesky')
+SOLVERS = ('newton', 'cholesky', 'lowrank')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,10 @@ class NewtonKronecker(Preconditioner):
         newton_steps: Newton steps a refresh.
         exact_interval: A layer's refreshes 0, 1, 2 and every `exact_interval`-th are exact
             inverses (C in the thesis).
-        solver: 'newton', or 'cholesky' for exact inverses at every refresh.
+        solver: 'newton'; 'cholesky' for exact inverses at every refresh; or 'lowrank', which
+            keeps of a side's inverse the eigenvectors that stand out of the damping, where that
+            is fewer than half (see `LowRank`), and has exact inverses of the other sides.
+        tolerance: Largest eigenvalue that 'lowrank' leaves out, relative to the damping.
     """
 
     stat_decay: float = 0.95
@@ -46,6 +49,7 @@ class NewtonKronecker(Preconditioner):
     newton_steps: int = 1
     exact_interval: int = 500
     solver: str = 'newton'
+    tolerance: float = 0.1
 
     requires: ClassVar[tuple[str, ...]] = ('input_moment', 'gradient_moment')
 
@@ -57,11 +61,19 @@ class NewtonKronecker(Preconditioner):
         check_count('newton_steps', self.newton_steps)
         check_count('exact_interval', self.exact_interval)
         check_choice('solver', self.solver, SOLVERS)
+        check_number('tolerance', self.tolerance, open_low=True)
 
     def is_exact(self, refreshes: int) -> bool:
         """Refreshes 0, 1, 2 and every `exact_interval`-th, or all with Cholesky."""
+        if self.solver == 'lowrank':
+            return refreshes == 0
         return (self.solver == 'cholesky' or refreshes <= 2
                 or refreshes % self.exact_interval == 0)
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """With solver='lowrank'."""
+        return LowRank(self.tolerance) if self.solver == 'lowrank' else None
 
     def average(self) -> RunningAverage:
         """Moving average of normalised captures."""
@@ -76,11 +88,11 @@ class NewtonKronecker(Preconditioner):
             return (damping * largest(name, factor)).clamp_min(self.damping_floor)
 
         def invert(name: str, damped: Tensor) -> tuple[Tensor, Tensor]:
-            if previous is None:
+            if previous is None or self.solver == 'lowrank':
                 return cholesky_inverse(damped)
             return newton_inverse(damped, previous[name], self.newton_steps)
 
-        return damped_sides(statistics, amount, invert)
+        return damped_sides(statistics, amount, invert, low_rank=self.low_rank, previous=previous)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1`` with norm recovery; a side without an operator is left alone."""

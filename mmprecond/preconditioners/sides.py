@@ -14,6 +14,7 @@ operators.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from torch import Tensor
 from ..curvature import BLOCKS, COLUMNS, MOMENT, REDUCED, SAMPLED, SKETCH, Layer
 from ..linalg import (
     apply_columns,
+    columns_to_matrix,
     largest_eigenvalue,
     largest_eigenvalue_of_columns,
+    low_rank_power,
     power_of_columns,
 )
 
@@ -33,17 +36,46 @@ SCALE = '_scale'
 SIDES = ('gradient', 'input')
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """When a dense moment's power is kept as columns.
+
+    Attributes:
+        tolerance: Largest eigenvalue left out, relative to the damping.
+        largest_rank: Columns from which on a side stays dense; at most n / 2.
+    """
+
+    tolerance: float = 0.1
+    largest_rank: int | None = None
+
+    #: Sides shorter than this stay dense.
+    smallest_side = 256
+    #: Guess of the rank, as a share of n, for the forecast of memory.
+    usual_share = 1 / 8
+
+    def takes(self, name: str, side: int) -> bool:
+        """Whether a side's power may come as columns."""
+        return MOMENT in name and side >= self.smallest_side
+
+
 def side_name(statistic: str) -> str:
     """The name of the operator that a statistic makes."""
     return statistic.removesuffix(REDUCED).removesuffix(SAMPLED).replace(SKETCH, COLUMNS)
 
 
-def operator_shapes(layer: Layer, statistics: tuple[str, ...]) -> dict[str, tuple[int, int, int]]:
-    """Shapes (b, n, m) of the operators that some statistics of a layer make."""
+def operator_shapes(layer: Layer, statistics: tuple[str, ...],
+                    low_rank: LowRank | None = None) -> dict[str, tuple[int, int, int]]:
+    """Shapes (b, n, m) of the operators that some statistics of a layer make.
+
+    With `low_rank` those that are likely: m, or the form, is found at a refresh.
+    """
     shapes = {}
     for statistic in statistics:
-        name = side_name(statistic)
-        shapes[name] = layer.statistic_shape(statistic)
+        name, shape = side_name(statistic), layer.statistic_shape(statistic)
+        if low_rank is not None and low_rank.takes(name, shape[-1]):
+            name = name.replace(MOMENT, COLUMNS)
+            shape = (shape[0], shape[1], int(shape[1] * low_rank.usual_share))
+        shapes[name] = shape
         if COLUMNS in name:
             shapes[name.replace(COLUMNS, SCALE)] = (layer.blocks, 1, 1)
     return shapes
@@ -68,7 +100,8 @@ def trace(name: str, statistic: Tensor) -> Tensor:
 
 def damped_sides(statistics: Stacked, amounts: Callable[[str, Tensor], Tensor],
                  solve: Callable[[str, Tensor], tuple[Tensor, Tensor]],
-                 exponent: float = 1.) -> tuple[Stacked, Tensor]:
+                 exponent: float = 1., low_rank: LowRank | None = None,
+                 previous: Stacked | None = None) -> tuple[Stacked, Tensor]:
     """Negative powers of all sides' damped moments.
 
     Args:
@@ -76,6 +109,9 @@ def damped_sides(statistics: Stacked, amounts: Callable[[str, Tensor], Tensor],
         amounts: Of a side's name and moment or columns, what is added to its diagonal (k, b).
         solve: Of a side's name and damped matrices, their power and whether it succeeded (k, b).
         exponent: The power that `solve` takes, for columns.
+        low_rank: When dense moments are turned into columns.
+        previous: The last operators: a side that is dense there stays so, and columns are where
+            the search for new ones starts.
 
     Returns:
         Operators by name, and a bool tensor (k,) that is False where one failed.
@@ -85,13 +121,61 @@ def damped_sides(statistics: Stacked, amounts: Callable[[str, Tensor], Tensor],
     for statistic, given in statistics.items():
         name = side_name(statistic)
         amount = amounts(name, given)
+        found: tuple[Tensor, Tensor, Tensor] | None = None
         if COLUMNS in name:
-            operator[name], scale, good = power_of_columns(given, amount, exponent)
-            operator[name.replace(COLUMNS, SCALE)] = scale
+            found = power_of_columns(given, amount, exponent)
+        elif low_rank is not None and low_rank.takes(name, given.shape[-1]) and name not in (
+                previous or ()):
+            name = name.replace(MOMENT, COLUMNS)
+            found = low_rank_power(given, (previous or {}).get(name), amount, exponent,
+                                   low_rank.tolerance, low_rank.largest_rank)
+        if found is not None:
+            operator[name], operator[name.replace(COLUMNS, SCALE)], good = found
         else:
+            name = side_name(statistic)
             operator[name], good = solve(name, add_damping(given, amount))
         outcomes.append(good.all(-1))
     return operator, torch.stack(outcomes).all(0)
+
+
+def alike(first: Stacked, second: Stacked) -> tuple[Stacked, Stacked]:
+    """The same operators in forms that can be stacked: as many columns, or dense in both."""
+    first, second = dict(first), dict(second)
+    for side in SIDES if first and second else ():
+        if side + MOMENT in first or side + MOMENT in second:
+            first, second = _dense(first, side), _dense(second, side)
+        elif side + COLUMNS in first:
+            name = side + COLUMNS
+            width = max(first[name].shape[-1], second[name].shape[-1])
+            for operator in (first, second):
+                missing = width - operator[name].shape[-1]
+                operator[name] = torch.nn.functional.pad(operator[name], (0, missing))
+    return first, second
+
+
+def _dense(operator: Stacked, side: str) -> Stacked:
+    if side + COLUMNS not in operator:
+        return operator
+    columns, scale = operator[side + COLUMNS], operator[side + SCALE]
+    rest = {n: o for n, o in operator.items() if n not in (side + COLUMNS, side + SCALE)}
+    return {**rest, side + MOMENT: columns_to_matrix(columns, scale)}
+
+
+def adapted(shapes: dict[str, tuple[int, int, int]],
+            tensors: Stacked) -> dict[str, tuple[int, int, int]]:
+    """Likely operator shapes of a layer, made those of its operators where they may differ."""
+    result = dict(shapes)
+    for side in SIDES:
+        name = side + COLUMNS
+        if name not in shapes:
+            continue
+        blocks, size, _ = shapes[name]
+        if side + MOMENT in tensors:
+            del result[name], result[side + SCALE]
+            result[side + MOMENT] = (blocks, size, size)
+        elif name in tensors and tensors[name].dim() == 3:
+            result[name] = (blocks, size, min(tensors[name].shape[-1], size))
+    return result
 
 
 def two_sided(operator: Stacked, gradients: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..curvature import BLOCKS, COLUMNS, SKETCH, Layer
 from ..linalg import nystrom_columns
 from .base import Preconditioner
-from .sides import Stacked
+from .sides import Stacked, alike
 
 logger = logging.getLogger('mmprecond')
 
@@ -173,21 +173,15 @@ class LayerStack:
         """Replaces the stack's state by exported states, on each weight's own device."""
         self.slots, self._index = [], {}
         self.statistics, self.operator, self.archive = {}, {}, {}
-        for kind in ('statistics', 'operator'):
-            names = {name for state in states.values() for name in state[kind]}
-            stacked = {name: torch.stack([self._loaded(layer, state, kind, name)
-                                          for layer, state in states.items()])
-                       for name in sorted(names)}
-            setattr(self, kind, stacked)
+        loaded = [{kind: {name: tensor[None].to(layer.weight.device, layer.working_dtype)
+                          for name, tensor in sorted(state[kind].items())}
+                   for kind in ('statistics', 'operator')} for layer, state in states.items()]
+        if loaded:
+            self.statistics = _joined([one['statistics'] for one in loaded])
+            self.operator = _joined([one['operator'] for one in loaded])
         for layer, state in states.items():
             self._index[layer] = len(self.slots)
             self.slots.append(Slot(layer, *(int(state[name]) for name in COUNTERS)))
-
-    def _loaded(self, layer: Layer, state: dict[str, Any], kind: str, name: str) -> Tensor:
-        source = state[kind].get(name)
-        if source is None:  # it joined but was never refreshed before its stack's first operator
-            source = torch.zeros(self.method.operator_shapes(layer)[name])
-        return source.to(layer.weight.device, layer.working_dtype)
 
     def _join(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
         for layer in layers:
@@ -241,6 +235,11 @@ class LayerStack:
     def _write(self, positions: list[int], operator: Stacked, good: Tensor) -> None:
         """Stores operators where the refresh succeeded."""
         whole = len(positions) == len(self.slots)
+        if self.method.low_rank is not None:
+            if whole and bool(good.all()):  # nothing of the old is kept, and fewer columns may do
+                self.operator = {name: new.contiguous() for name, new in operator.items()}
+                return
+            operator, self.operator = alike(operator, self.operator)
         for name, new in operator.items():
             if name not in self.operator:
                 self.operator[name] = new.new_zeros(len(self.slots), *new.shape[1:])
@@ -267,3 +266,13 @@ class LayerStack:
 def take(stacked: Tensor, positions: list[int]) -> Tensor:
     """Rows of a stacked tensor; all of them without a copy."""
     return stacked if len(positions) == len(stacked) else stacked[positions]
+
+
+def _joined(rows: list[Stacked]) -> Stacked:
+    """Rows of layers as one, in a common form; zeros for a layer that has none yet."""
+    common: Stacked = {}
+    for row in rows:
+        common = alike(common, row)[0] if common else row
+    parts = [alike(row, common)[0] if row else {n: torch.zeros_like(o) for n, o in common.items()}
+             for row in rows]
+    return {name: torch.cat([part[name] for part in parts]) for name in common}

@@ -71,14 +71,15 @@ class ReferenceFeature(ReferenceNKFAC):
         joint = self.is_joint(module)
         matrix = gradients[weight].reshape(len(weight), -1)
         if joint:
-            matrix = torch.cat([matrix, gradients[module.bias][:, None]], dim=1)
+            column = gradients.get(module.bias, torch.zeros(len(weight), dtype=matrix.dtype))
+            matrix = torch.cat([matrix, column[:, None]], dim=1)
         blocks, _ = self.factors[weight]
         direction = torch.cat([piece @ block.inverse for piece, block
                                in zip(matrix.chunk(len(blocks)), blocks, strict=True)])
-        if self.settings['norm_recovery']:
+        if self.settings['norm_recovery'] and direction.any():
             direction = direction * matrix.norm() / direction.norm()
         gradients[weight] = direction[:, :weight[0].numel()].reshape(weight.shape)
-        if joint:
+        if joint and module.bias in gradients:
             gradients[module.bias] = direction[:, -1]
 
     def _sgd(self, p: nn.Parameter, direction: Tensor) -> None:

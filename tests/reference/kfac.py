@@ -151,7 +151,7 @@ class ReferenceKFAC(ReferenceNKFAC):
             # Column by column, (L (x) R)^-1 vec(G): what a Fisher block of that form asks for.
             pieces.append((torch.kron(left, right) @ piece.flatten()).reshape(piece.shape))
         direction = torch.cat(pieces)
-        if self.settings['scaling'] == 'norm_recovery':
+        if self.settings['scaling'] == 'norm_recovery' and direction.any():
             direction = direction * (matrix.norm() / direction.norm())
         found = {weight: direction[:, :weight[0].numel()].reshape(weight.shape)}
         if joint and module.bias in raw:

@@ -1,0 +1,276 @@
+"""solver='lowrank': damped powers from the eigenvectors that stand out of the damping."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_arguments import refused
+from test_checkpoint import differences, everything, saved, warnings_of
+from torch import Tensor, nn
+
+from mmprecond.linalg import apply_columns, columns_to_matrix, low_rank_power
+from mmprecond.optimizers import FSGD, NKFAC, AdaNKFAC, FAdam, Preconditioned
+from mmprecond.preconditioners.sides import LowRank, alike
+
+
+def moment(eigenvalues: Tensor, seed: int = 0) -> Tensor:
+    """A symmetric matrix with these eigenvalues (..., n)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(*eigenvalues.shape, eigenvalues.shape[-1], generator=generator,
+                        dtype=torch.float64)
+    basis = torch.linalg.qr(drawn)[0]
+    return (basis * eigenvalues[..., None, :]) @ basis.mT
+
+
+def decay(n: int, power: float) -> Tensor:
+    return torch.arange(1, n + 1, dtype=torch.float64)**-power
+
+
+def exact_power(matrix: Tensor, damping: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * (values + damping[..., None])[..., None, :]**-exponent) @ vectors.mT
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a.double().flatten(), b.double().flatten(), 0))
+
+
+@pytest.mark.parametrize('exponent', [1., 0.5])
+@pytest.mark.parametrize('tolerance, least', [(0.1, 0.995), (0.01, 0.9999)])
+@pytest.mark.parametrize('power', [2., 3., 5.])
+def test_directions_are_those_of_the_exact_power(power: float, tolerance: float, least: float,
+                                                 exponent: float) -> None:
+    matrix = moment(decay(300, power))
+    damping = torch.tensor(0.01, dtype=torch.float64)
+    found = low_rank_power(matrix.float(), None, damping.float(), exponent, tolerance, 250)
+    assert found is not None
+    basis, scale, good = found
+    wanted_rank = int((decay(300, power) > tolerance * 0.01).sum())
+    assert bool(good) and abs(basis.shape[-1] - wanted_rank) <= 1 + wanted_rank // 20
+    gradient = torch.randn(20, 300, generator=torch.Generator().manual_seed(1))
+    wanted = gradient.double() @ exact_power(matrix, damping, exponent)
+    assert cosine(apply_columns(gradient, basis, scale), wanted) > least
+    laid_out = columns_to_matrix(basis.double(), scale.double())
+    torch.testing.assert_close(apply_columns(gradient.double(), basis.double(), scale.double()),
+                               gradient.double() @ laid_out)
+    # Never more than the damping allows, never negative.
+    values = torch.linalg.eigvalsh(laid_out)
+    assert values[0] > 0 and values[-1] < 0.01**-exponent * 1.001
+
+
+@given(st.integers(20, 60), st.floats(1.2, 5.), st.floats(1e-3, 0.1), st.floats(1e-3, 0.5),
+       st.integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_no_direction_is_wrong_by_more_than_the_tolerance(
+        n: int, power: float, damping: float, tolerance: float, seed: int) -> None:
+    """Relative error of the operator in the exact one's own scale: spec, (e / mu) for a tail e."""
+    matrix = moment(decay(n, power), seed)
+    mu = torch.tensor(damping, dtype=torch.float64)
+    found = low_rank_power(matrix, None, mu, 1., tolerance, n)
+    assert found is not None
+    basis, scale, good = found
+    assert bool(good)
+    difference = columns_to_matrix(basis, scale) @ (matrix + mu * torch.eye(n).double())
+    error = torch.linalg.matrix_norm(difference - torch.eye(n).double(), 2)
+    assert error < 1.5 * tolerance + 1e-6
+
+
+def test_layers_of_different_ranks_and_a_zero_one() -> None:
+    spectra = torch.stack([decay(64, 1.), decay(64, 6.), torch.zeros(64).double()])[:, None]
+    matrix = moment(spectra)
+    mu = torch.tensor([[0.1], [0.1], [1.]], dtype=torch.float64)
+    found = low_rank_power(matrix, None, mu, largest_rank=64)
+    assert found is not None
+    basis, scale, good = found
+    assert bool(good.all())
+    norms = torch.linalg.vector_norm(basis, dim=-2)
+    assert [int((n > 0).sum()) for n in norms[:, 0]] == [
+        int((s > 0.01).sum()) for s in spectra[:2, 0]] + [0]
+    for k in range(3):
+        exact = exact_power(matrix[k, 0], mu[k, 0], 1.)
+        assert cosine(columns_to_matrix(basis, scale)[k, 0], exact) > 0.99
+
+
+def test_what_is_not_low_rank_is_given_up() -> None:
+    flat = moment(torch.ones(64).double())
+    assert low_rank_power(flat, None, torch.tensor(0.01).double()) is None
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_what_is_not_finite_is_a_failure(bad: float) -> None:
+    matrix = torch.stack([moment(decay(64, 3.)), moment(decay(64, 3.))])
+    matrix[1, 3, 3] = bad
+    found = low_rank_power(matrix, None, torch.full((2,), 0.01).double())
+    assert found is None or found[2].tolist() == [True, False]
+
+
+def test_a_good_start_is_enough() -> None:
+    """Each pass multiplies once; a warm one finds what a cold one needs several for."""
+    matrix = moment(decay(400, 1.5))
+    mu = torch.tensor(0.01, dtype=torch.float64)
+    cold = low_rank_power(matrix, None, mu)
+    assert cold is not None
+    later = matrix + 1e-3 * moment(decay(400, 1.), 5)
+    warm = low_rank_power(later, cold[0], mu)
+    assert warm is not None
+    gradient = torch.randn(9, 400).double()
+    assert cosine(apply_columns(gradient, warm[0], warm[1]),
+                  gradient @ exact_power(later, mu, 1.)) > 0.998
+
+
+def test_forms_are_made_alike() -> None:
+    wide, narrow, dense = torch.randn(1, 1, 8, 3), torch.randn(2, 1, 8, 2), torch.randn(1, 1, 8, 8)
+    scale = torch.rand(1, 1, 1, 1)
+    first = {'input_columns': wide, 'input_scale': scale, 'gradient_moment': torch.eye(4)}
+    second = {'input_columns': narrow, 'input_scale': scale.expand(2, 1, 1, 1),
+              'gradient_moment': torch.eye(4)}
+    a, b = alike(first, second)
+    assert a['input_columns'].shape[-1] == b['input_columns'].shape[-1] == 3
+    a, b = alike(first, {'input_moment': dense, 'gradient_moment': torch.eye(4)})
+    assert set(a) == set(b) == {'input_moment', 'gradient_moment'}
+    torch.testing.assert_close(a['input_moment'], columns_to_matrix(wide, scale))
+
+
+# ---------------------------------------------------------------- optimizers
+
+
+class Wide(nn.Module):
+    """Inputs with decaying spectra; two layers of one shape, and one that is not low-rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(80, 60)
+        self.first = nn.Linear(60, 60)
+        self.second = nn.Linear(60, 60)
+        self.head = nn.Linear(60, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.second(torch.tanh(self.first(x)))))
+
+
+KINDS: dict[str, Any] = {'NKFAC': NKFAC, 'AdaNKFAC': AdaNKFAC, 'FSGD': FSGD, 'FAdam': FAdam}
+
+
+@pytest.fixture(autouse=True)
+def short_sides_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LowRank, 'smallest_side', 16)
+
+
+def batch(step: int, count: int = 64) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    scales = decay(80, 1.)
+    return torch.randn(count, 80, generator=generator, dtype=torch.float64) * scales + 0.3 * scales
+
+
+def make(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = Wide().to(dtype)
+    settings = dict(lr=1e-3, stat_interval=1, refresh_interval=2, damping=0.05) | options
+    return model, KINDS[kind](model, **settings)
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        optimizer.zero_grad()
+        x = batch(step).to(dtype)
+        (model(x).square() * torch.arange(1, 6)).mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_trajectories_follow_exact_inverses(kind: str) -> None:
+    """Closer, the smaller the tolerance."""
+    exact = {'solver': 'cholesky'} if 'NKFAC' in kind else {}
+    model, optimizer = make(kind, **exact)
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    train(model, optimizer, range(8))
+    wanted = torch.cat([p.detach().flatten() for p in model.parameters()]) - start
+    errors = []
+    for tolerance in (0.3, 0.03, 0.003):
+        model, optimizer = make(kind, solver='lowrank', tolerance=tolerance)
+        train(model, optimizer, range(8))
+        moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - start
+        errors.append(float((moved - wanted).norm() / wanted.norm()))
+    assert errors[0] > errors[1] > errors[2] and errors[0] < 0.5 and errors[2] < 0.05
+    names = {name for stack in optimizer.stacks for name in stack.operator}
+    assert 'input_columns' in names
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('at', [1, 4])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_resumed_run_continues_bit_for_bit(kind: str, at: int, dtype: torch.dtype) -> None:
+    model, optimizer = make(kind, dtype, solver='lowrank')
+    train(model, optimizer, range(at))
+    twin = copy.deepcopy(model)
+    other = KINDS[kind](twin, lr=1e-3, stat_interval=1, refresh_interval=2, damping=0.05,
+                        solver='lowrank')
+    other.load_state_dict(saved(optimizer.state_dict()))
+    train(model, optimizer, range(at, 8)), train(twin, other, range(at, 8))
+    assert differences(everything(model, optimizer), everything(twin, other)) == []
+
+
+def test_the_state_of_another_solver_is_measured_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """Columns do not fit where whole matrices are wanted; the reverse does: a side may be dense."""
+    model, optimizer = make('NKFAC', solver='lowrank')
+    train(model, optimizer, range(3))
+    _, dense = make('NKFAC')
+    dense.load_state_dict(saved(optimizer.state_dict()))
+    assert 'measured anew' in warnings_of(caplog)[0]
+    caplog.clear()
+    model, optimizer = make('NKFAC')
+    train(model, optimizer, range(3))
+    _, low = make('NKFAC', solver='lowrank')
+    low.load_state_dict(saved(optimizer.state_dict()))
+    assert warnings_of(caplog) == []
+
+
+def test_a_side_that_is_not_low_rank_stays_dense() -> None:
+    """Its neighbours in the stack go with it, and what they had is carried over."""
+    model, optimizer = make('NKFAC', solver='lowrank', tolerance=0.1)
+    train(model, optimizer, range(3))
+    stack = next(s for s in optimizer.stacks if len(s.slots) == 2)
+    assert 'input_columns' in stack.operator
+    before = columns_to_matrix(stack.operator['input_columns'], stack.operator['input_scale'])
+    stack.statistics['input_moment'][0] = torch.eye(61)
+    stack.statistics['gradient_moment'][1] *= float('nan')  # this layer keeps its last operator
+    good = stack.start_refresh([0, 1])
+    assert good.tolist() == [True, False]
+    assert 'input_columns' not in stack.operator and 'input_scale' not in stack.operator
+    torch.testing.assert_close(stack.operator['input_moment'][1], before[1])
+    stack.statistics['gradient_moment'][1] = torch.eye(60)
+    stack.start_refresh([0, 1])
+    assert 'input_moment' in stack.operator
+
+
+def test_fewer_columns_when_fewer_do() -> None:
+    model, optimizer = make('FSGD', solver='lowrank')
+    train(model, optimizer, range(3))
+    stack = optimizer.stacks[0]
+    before = stack.operator['input_columns'].shape[-1]
+    flat = torch.zeros(81, dtype=torch.float64)
+    flat[0] = 1
+    stack.statistics['input_moment'][0, 0] = moment(flat)
+    assert stack.start_refresh([0]).tolist() == [True]
+    assert stack.operator['input_columns'].shape[-1] == 1 < before
+
+
+def test_mixed_with_other_methods_and_refusals() -> None:
+    model, _ = make('NKFAC')
+    optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=1e-3), layers=[
+        dict(match=dict(name='stem'), preconditioner=dict(
+            type='InputFeature', solver='lowrank', stat_interval=1, refresh_interval=2)),
+        dict(preconditioner=dict(type='NewtonKronecker', solver='lowrank', stat_interval=1,
+                                 refresh_interval=2))])
+    train(model, optimizer, range(5))
+    assert all(p.isfinite().all() for p in model.parameters())
+    refused(ValueError, lambda: make('NKFAC', solver='lowrank', tolerance=0.), 'tolerance')
+    refused(ValueError, lambda: make('FSGD', solver='low'), 'exact, lowrank')
