@@ -87,16 +87,16 @@ def columns_to_matrix(basis: Tensor, scale: Tensor) -> Tensor:
 def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, exponent: float = 1.,
                    tolerance: float = 0.1, largest_rank: int | None = None
                    ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``(A + mu I)^-p`` from the eigenvectors of A that stand out of the damping mu.
+    """``(A + mu I)^-p`` from the directions of A that stand out of the damping mu.
 
-    Eigenvalues above ``tolerance mu`` are kept; the others count as their mean tau, so that outside
-    the power is (mu + tau)^-p. The eigenvectors come from subspace iteration, ``A V`` for the last
-    refresh's eigenvectors V and a few random columns, with the Nystroem form of the result; the
-    subspace grows until no eigenvalue above the tolerance is left outside.
+    Eigenvalues above ``tolerance mu`` are kept, the others count as their mean tau. Subspace
+    iteration, one product with A a pass: V spans the last result and a few random columns, and the
+    eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2`` (Nystroem). The subspace grows
+    until no eigenvalue above the tolerance is left outside.
 
     Args:
         matrix: A (..., n, n), symmetric positive semi-definite; float32 or float64.
-        start: Columns (..., n, m) of an earlier result for a similar matrix, or None.
+        start: U (..., n, m) of an earlier result for a similar matrix, or None.
         damping: mu > 0 (...).
         exponent: p > 0.
         tolerance: Relative to mu, the largest eigenvalue that may be left out.
@@ -109,42 +109,65 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
         more columns are needed than allowed.
     """
     size = matrix.shape[-1]
-    most = min(largest_rank or size // 2, size)
-    width = OVERSAMPLING + (start.shape[-1] if start is not None else min(size // 16, most))
-    vectors = _orthonormal(matrix, start, min(width, size))
+    most = min(size // 2 if largest_rank is None else largest_rank, size)
+    if start is None:
+        vectors = _orthonormal(matrix @ _orthonormal(matrix, None, _wider(size // 16, size)), None)
+    else:
+        vectors = _orthonormal(matrix, start, _wider(start.shape[-1], size))
     while True:
         image = matrix @ vectors
-        columns = nystrom_columns(image, vectors)
-        outside = _largest_outside(matrix, columns)
-        left_out = outside > tolerance * damping
+        columns = _nystrom_of_orthonormal(image, vectors.mT @ image)
         # NaN compares false: a matrix that is not finite is reported, not searched.
-        if not bool(left_out.any()):
+        if not bool((_largest_outside(matrix, columns) > tolerance * damping).any()):
             break
         if vectors.shape[-1] >= most:
             return None
-        vectors = _orthonormal(matrix, image, min(2 * vectors.shape[-1], size))
+        vectors = _orthonormal(matrix, image, min(vectors.shape[-1] * 3 // 2 + MARGIN, size))
     return _power_of_eigenvectors(matrix, columns, damping, exponent, tolerance)
 
 
-#: Random columns beside those of the last refresh, which find what is new.
-OVERSAMPLING = 16
+#: Least number of columns beside those that stand out, which find what is new.
+MARGIN = 16
 #: Power iterations by which what was left out is estimated.
 CHECKS = 6
 
 
-def _orthonormal(matrix: Tensor, start: Tensor | None, width: int) -> Tensor:
-    """Orthonormal columns (..., n, width) that span those given and random ones."""
+def _wider(rank: int, most: int) -> int:
+    """A rank with its margin."""
+    return min(rank + max(MARGIN, rank // 8), most)
+
+
+def _nystrom_of_orthonormal(image: Tensor, core: Tensor) -> Tensor:
+    """B with ``B B' = A V (V'A V)^-1 V'A`` for image A V and core V'A V; NaN where it failed."""
+    peak = core.diagonal(dim1=-2, dim2=-1).amax(-1)
+    shift = torch.finfo(core.dtype).eps * core.shape[-1] * torch.where(peak > 0, peak, 1)
+    core = (core + core.mT) / 2
+    core.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+    factor, info = torch.linalg.cholesky_ex(core)
+    failed = ((info != 0) | ~all_finite(factor))[..., None, None]
+    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    columns = torch.linalg.solve_triangular(torch.where(failed, identity, factor).mT, image,
+                                            upper=True, left=False)
+    return torch.where(failed, torch.nan, columns)
+
+
+def _orthonormal(matrix: Tensor, start: Tensor | None, width: int | None = None) -> Tensor:
+    """Orthonormal columns (..., n, width) that span those given (or the matrix's) and random ones.
+
+    Columns keep their order, so that the first converge to the largest eigenvectors.
+    """
+    if width is None:
+        return torch.linalg.qr(matrix)[0]
+    given = 0 if start is None else start.shape[-1]
     generator = torch.Generator().manual_seed(width)
-    shape = (*matrix.shape[:-1], width - (0 if start is None else start.shape[-1]))
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device='cpu').to(matrix)
+    drawn = torch.randn((*matrix.shape[:-1], width), generator=generator, dtype=torch.float32,
+                        device='cpu').to(matrix)
     if start is None:
         return torch.linalg.qr(drawn)[0]
     norms = torch.linalg.vector_norm(start, dim=-2, keepdim=True)
     # Columns of zero stand for nothing: ranks differ between layers.
-    others = torch.randn(start.shape, generator=generator, dtype=torch.float32,
-                         device='cpu').to(matrix)
-    start = torch.where(norms > 0, start / norms, others)
-    return torch.linalg.qr(torch.cat([start, drawn], -1))[0]
+    start = torch.where(norms > 0, start / norms, drawn[..., width - given:])
+    return torch.linalg.qr(torch.cat([start, drawn[..., :width - given]], -1))[0]
 
 
 def _largest_outside(matrix: Tensor, columns: Tensor) -> Tensor:
@@ -170,8 +193,7 @@ def _power_of_eigenvectors(matrix: Tensor, columns: Tensor, damping: Tensor, exp
     tail = rest.clamp_min(0) / (matrix.shape[-1] - kept.sum(-1)).clamp_min(1)
     outer = (damping + tail)[..., None]
     weights = 1 - (outer / (values + damping[..., None])).pow(exponent)
-    safe = torch.where(kept, values, 1)
-    factors = torch.where(kept, weights.clamp_min(0) / safe, 0).sqrt()
+    factors = torch.where(kept, weights.clamp_min(0) / torch.where(kept, values, 1), 0).sqrt()
     rank = int(kept.sum(-1).amax()) if kept.numel() else 0
     basis = columns @ (vectors * factors[..., None, :])[..., :max(1, rank)]
     scale = outer[..., None].pow(-exponent)
