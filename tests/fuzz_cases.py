@@ -173,7 +173,12 @@ class Unit(nn.Module):
         # References divide by blocks of zeros; the package leaves them alone (test_kfac.py).
         alive = y.flatten(2).movedim(1, 0).flatten(1) if y.dim() == 4 else y.flatten()
         assume(bool(alive.any(-1).all()))
-        return self.norm(y)
+        y = self.norm(y)
+        if y.requires_grad:
+            # Torch's batch norm on the CPU gives wrong gradients where the batch is 1 and y's has
+            # the strides of channels last (2.11, without any optimizer of ours).
+            y.register_hook(Tensor.contiguous)
+        return y
 
 
 class Net(nn.Module):

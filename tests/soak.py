@@ -6,7 +6,8 @@ The faults of a step are the same in all runs, so that a run that is killed and 
 with exactly the weights of one that never was; and one with overflows with those of a run that
 leaves their batches out. A failing decomposition changes weights, but nothing may become
 non-finite, and the log must tell. Memory must not grow. Exits with 1 if anything of this fails.
-Steps must be a multiple of 50. --optimizer takes any that measures statistics.
+Steps must be a multiple of 50, at least 100. --optimizer takes any of one method that measures
+statistics.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def supervise(args: argparse.Namespace) -> list[str]:
             wrong.append('a failed refresh was not logged')
         usage = [json.loads(line) for line in (root / 'whole/memory.jsonl').read_text().split('\n')
                  if line]
-        early = max(m for step, m in usage if step <= max(200, args.steps // 4))
+        early = max(m for step, m in usage if step <= args.steps // 4)
         if usage[-1][1] > early + 5:
             wrong.append(f'memory grew from {early:.0f} to {usage[-1][1]:.0f} MB')
         print(f'{args.optimizer}: {args.steps} steps, overflow every {OVERFLOW_EVERY}, killed '
@@ -224,6 +225,8 @@ def main() -> None:
     for name in ('--fail', '--leave-out'):
         parser.add_argument(name, action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps < 100 or args.steps % OVERFLOW_EVERY:
+        parser.error(f'--steps {args.steps}: give a multiple of {OVERFLOW_EVERY}, at least 100')
     if args.folder:
         logging.basicConfig(level=logging.INFO)
         run(args)

@@ -62,24 +62,24 @@ def settings_of(kind: str) -> st.SearchStrategy[dict[str, Any]]:
         'KroneckerRoot': st.fixed_dictionaries(dict(
             damping=pick([1e-5, 0.3]), solver=pick(['newton_schulz', 'eigh']),
             root_steps=pick([4, 10])))}
-    common = st.builds(
-        lambda intervals, decay, dim: dict(stat_interval=intervals[0], stat_decay=decay,
-                                           refresh_interval=intervals[1], max_dim=dim),
-        pick(INTERVALS), pick([0., 0.5, 0.95]), pick([8192, 8192, 8192, 6, 12]))
-    return st.builds(lambda a, b: a | b, common, own[METHODS[kind]])
+    common = pick(INTERVALS).flatmap(lambda pair: st.fixed_dictionaries(dict(
+        stat_interval=st.just(pair[0]), refresh_interval=st.just(pair[1]),
+        stat_decay=pick([0., 0.5, 0.95]), max_dim=pick([8192, 8192, 8192, 6, 12]))))
+    return st.tuples(common, own[METHODS[kind]]).map(lambda both: both[0] | both[1])
 
 
 def rules_of(kind: str) -> st.SearchStrategy[dict[str, Any]]:
-    decay = st.sampled_from([0., 0.05])
     if kind in ('NKFAC', 'KFAC', 'FSGD', 'SGDMBK', 'AFOpt'):
-        return st.builds(lambda m, w: dict(type='SGDM', lr=0.02, momentum=m, weight_decay=w),
-                         st.sampled_from([0., 0.9]), decay)
+        fixed: dict[str, Any] = dict(type='SGDM', lr=0.02)
+        return st.fixed_dictionaries({name: st.just(value) for name, value in fixed.items()} | dict(
+            momentum=st.sampled_from([0., 0.9]), weight_decay=st.sampled_from([0., 0.05])))
+    fixed = dict(type='AdamW', lr=0.01, betas=(0.8, 0.95), eps=1e-6)
     if kind == 'AdaAFOpt':
-        return st.builds(lambda w: dict(type='Adan', lr=0.01, betas=(0.9, 0.8, 0.95), eps=1e-6,
-                                        weight_decay=w), decay)
-    form = {} if kind == 'FAdam' else dict(decay='published')
-    return st.builds(lambda w: dict(type='AdamW', lr=0.01, betas=(0.8, 0.95), eps=1e-6,
-                                    weight_decay=w, **form), decay)
+        fixed.update(type='Adan', betas=(0.9, 0.8, 0.95))
+    elif kind != 'FAdam':
+        fixed.update(decay='published')
+    return st.fixed_dictionaries({name: st.just(value) for name, value in fixed.items()} | dict(
+        weight_decay=st.sampled_from([0., 0.05])))
 
 
 @st.composite

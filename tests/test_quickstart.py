@@ -7,8 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
 from quickstart import MODELS, Run, table, verdict
+from results import at, best_rate, usual
 
 BOX = 'coco/bbox_mAP'
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(optimizer: str, lr: float, seed: int, score: float, seconds: float = 10.) -> Run:
@@ -37,3 +39,21 @@ def test_the_verdict_without_the_same_rate_or_without_a_score() -> None:
                      MODELS['r18']).splitlines()
     assert one.startswith('NKFAC lr 0.3: 4.00 x the box AP of SGD with its best rate (lr 0.1)')
     assert verdict([run('SGD', 0.1, 0, 0.), run('NKFAC', 0.1, 0, 0.4)], MODELS['r18']) == ''
+
+
+def test_every_model_can_be_compared_with_its_usual_optimizers() -> None:
+    for name, model in MODELS.items():
+        names = usual(model)
+        assert {'SGD', 'AdamW', 'NKFAC', 'AdamR'} <= set(names) and len(names) == len(set(names))
+        assert ('SGDPH' in names) == name.endswith('cls')
+        for optimizer in names:
+            contestant = model.contestant(optimizer)
+            assert (ROOT / 'configs/quickstart' / f'{contestant.config}.py').exists()
+
+
+def test_scores_between_evaluations() -> None:
+    one = Run('SGD', 0.1, 0, losses=[(100, 9., 1.)],
+              scores=[(50, 5., {BOX: 0.2}), (100, 9., {BOX: 0.3})])
+    assert [round(at(one, k, BOX), 3) for k in (0, 25, 50, 60, 100, 400)] == [
+        0., 0.1, 0.2, 0.22, 0.3, 0.3]
+    assert best_rate([one, run('SGD', 0.2, 0, 0.4), run('SGD', 0.3, 0, 0.4)], BOX) == 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from mmengine.runner.checkpoint import load_state_dict
 from test_arguments import refused
 from test_engine import Classifier, batch, build
 from torch import Tensor, nn
 
 from helpers import ConvNet, squared_error
-from mmprecond.optimizers import SGDPH, weight_norm
+from mmprecond.optimizers import SGDPH, WeightNormConv2d, weight_norm
 
 OPTIMIZER = dict(type='SGDPH', lr=0.05, momentum=0.9, weight_decay=1e-3)
 
@@ -220,6 +222,22 @@ def test_weight_norm_gives_lengths_that_count_as_vectors() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_lengths_survive_copies_and_plain_checkpoints_load() -> None:
+    """As EMA copies a model, and as a model trained without weight norm is taken over."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False))
+    for normed in (weight_norm(copy.deepcopy(plain)),
+                   nn.Sequential(WeightNormConv2d(3, 4, 3), nn.ReLU(),
+                                 WeightNormConv2d(4, 2, 3, bias=False))):
+        load_state_dict(normed, plain.state_dict(), strict=True)
+        x = images(0)[0].float()
+        torch.testing.assert_close(normed(x), plain(x))
+        twin = copy.deepcopy(normed)
+        assert len(SGDPH(twin, lr=0.1).vectors) == len(SGDPH(normed, lr=0.1).vectors) == 3
+        twin.load_state_dict(normed.state_dict())
+        torch.testing.assert_close(twin(x), plain(x))
 
 
 def test_a_missing_graph_is_one_line() -> None:

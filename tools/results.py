@@ -1,24 +1,26 @@
 """Compares all optimizers on one small model: rates from one grid, several seeds.
 
 Each optimizer is trained on the first seed with every rate of its kind's grid, then on the other
-seeds with the rate that scored best at the end. Runs that are finished are kept, so that a second
-call goes on where the first was stopped, and one with more optimizers adds to the table.
+seeds with the rate that scored best at the end. Runs that are finished are kept in the work
+folder, so that a second call goes on where the first was stopped, and one with more optimizers adds
+to the table; other data or settings need another folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from contestants import MODELS, ROOT
+from contestants import MODELS, ROOT, Model
 from quickstart import Run, RunError, spread, train
 
-CNN = ('SGD', 'AdamW', 'SGDPH', 'NKFAC', 'AdaNKFAC', 'FSGD', 'FAdam', 'KFAC', 'SKFAC', 'SGDMBK',
+ANY = ('SGD', 'AdamW', 'SGDPH', 'NKFAC', 'AdaNKFAC', 'FSGD', 'FAdam', 'KFAC', 'SKFAC', 'SGDMBK',
        'AdamWBK', 'AdamR')
-ATTENTION = ('AFOpt', 'AdaAFOpt', 'AFOpt+NKFAC', 'AFOpt+AdamR')
+ATTENTION = ('AFOpt', 'AdaAFOpt')
 #: Of whom the seconds are, at which scores are compared.
 PACE = 'SGD'
 
@@ -44,10 +46,16 @@ def finished(run: Run, args: argparse.Namespace) -> Run:
     try:
         train(run, args)
     except RunError as error:
-        (args.work_dir / f'{name}.failed.txt').write_text(str(error))
+        if not diverged(str(error)):
+            raise
         run.losses.append((args.iterations, run.seconds, float('nan')))
     record.write_text(json.dumps(asdict(run)))
     return run
+
+
+def diverged(message: str) -> bool:
+    """Whether a run ended for its numbers, which is a result, and not for a fault."""
+    return re.search(r'RefreshError|non-finite|\b(nan|inf)\b', message, re.IGNORECASE) is not None
 
 
 def paces(names: list[str], args: argparse.Namespace) -> dict[str, float]:
@@ -124,10 +132,17 @@ def parse_args() -> argparse.Namespace:
     args.model = MODELS[args.model]
     args.iterations = args.iterations or args.model.iterations
     args.val_interval = max(1, args.iterations // args.evaluations)
-    names = [name for name in CNN if not (args.model.detects and name == 'SGDPH')]
-    names += ATTENTION if args.model.plain == 'AdamW' else ()
-    args.optimizers = args.optimizers.split(',') if args.optimizers else names
+    args.optimizers = args.optimizers.split(',') if args.optimizers else usual(args.model)
+    for name in args.optimizers:
+        args.model.contestant(name)
     return args
+
+
+def usual(model: Model) -> list[str]:
+    """All optimizers that a model can be trained with."""
+    names = [name for name in ANY if not (model.detects and name == 'SGDPH')]
+    names += ATTENTION if model.plain == 'AdamW' else ()
+    return [*names, *(name for name in model.contestants if name not in names)]
 
 
 def main() -> None:

@@ -80,7 +80,8 @@ def send_to_first(owner: int, tensor: Tensor | None, shape: Sequence[int],
     Returns:
         The tensor on rank 0, else None.
     """
-    if rank() == owner and tensor is not None:
+    if rank() == owner:
+        assert tensor is not None, 'its owner has no such tensor'
         dist.send(tensor.contiguous(), 0)
     elif rank() == 0:
         arriving = like.new_empty(shape)

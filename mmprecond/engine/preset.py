@@ -44,6 +44,8 @@ def use_optimizer(cfg: Config, name: str) -> None:
         raise ValueError('the config has no optim_wrapper.optimizer to take lr and weight_decay '
                          'from; write optim_wrapper=dict(optimizer=dict(...)) in it')
     old = dict(wrapper['optimizer'])
+    if name in BASELINES and old['type'] == name:
+        return
     rule = old.get('rule')
     if isinstance(rule, dict):  # of `Preconditioned`
         old.update(rule)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_number, reject_unexpected
+from ..checks import check_choice, check_number
 from ..curvature import COLUMNS, Capture, Layer, LeftOut, find_layers, unwrap
 from ..distributed import rank, sum_over_ranks, world_size
 from ..preconditioners import LayerStack, Preconditioner
@@ -24,10 +23,6 @@ from .rules import Rule
 from .sharding import SHARDINGS, Sharding
 
 logger = logging.getLogger('mmprecond')
-
-#: Settings of the optimizer itself, beside its rule's and its preconditioner's.
-ENGINE_OPTIONS = ('capture_mb', 'save_curvature', 'sharding', 'clip_update')
-
 
 class PreconditionedOptimizer(RuleOptimizer):
     """A rule that works on preconditioned gradients.
@@ -50,6 +45,7 @@ class PreconditionedOptimizer(RuleOptimizer):
             and preconditions that part of the gradients at every step.
         clip_update: Largest norm of all directions together, after preconditioning and before
             momentum and weight decay; None for no limit.
+        check_memory: Whether to refuse statistics and operators that exceed the free memory.
 
     Attributes:
         left_out: Modules that take the plain rule, and why.
@@ -64,7 +60,7 @@ class PreconditionedOptimizer(RuleOptimizer):
     def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule,
                  method: Preconditioner | Assignment, defaults: dict[str, Any],
                  capture_mb: float = 64., save_curvature: bool = True, sharding: str = 'none',
-                 clip_update: float | None = None) -> None:
+                 clip_update: float | None = None, check_memory: bool = True) -> None:
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
         if model is None:
@@ -84,7 +80,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         self.auto_arm = True
         self.left_out: list[LeftOut] = []
         self.layers = self._assign(unwrap(model), method, capture_mb)
-        refuse_what_does_not_fit(self)
+        if check_memory:
+            refuse_what_does_not_fit(self)
         self._capture = Capture({layer: stack.requires for layer, stack in self.layers.items()})
         self._arm_if_automatic()
 
@@ -255,30 +252,38 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def _refresh(self) -> None:
         """Refreshes the stacks that are due, and layers that have statistics but no operator."""
-        started = []
+        due = []
         for stack in self.stacks:
-            due = (self.t + stack.method.phase) % stack.method.refresh_interval == 0
-            if stack.slots and (due or stack.waiting()):
-                before = moments.remember(stack)
-                positions = stack.due(only_waiting=not due)
-                good = stack.start_refresh(positions) if self.sharding.mine(stack) else None
-                started.append((stack, before, positions, good))
-        if not started:
+            on_schedule = (self.t + stack.method.phase) % stack.method.refresh_interval == 0
+            if stack.slots and (on_schedule or stack.waiting()):
+                due.append((stack, stack.due(only_waiting=not on_schedule),
+                            moments.remember(stack)))
+        if not due:
             return
-        flags = _to_host([good for *_, good in started if good is not None])
-        settled = []
-        for stack, _, positions, good in started:
-            mine = [bool(flags.pop(0)) for _ in positions] if good is not None else None
-            settled.append(stack.finish_refresh(positions, mine) if mine is not None
-                           else [False] * len(positions))
+        self.sharding.check_ranks()
+        error: Exception | None = None
+        good = [[False] * len(positions) for _, positions, _ in due]
+        try:
+            good = self._compute([(stack, positions) for stack, positions, _ in due])
+        except Exception as raised:  # the other ranks must hear of it first
+            error = raised
         device = next(iter(self.layers)).weight.device
-        for (stack, _, positions, _), fine in zip(started, self.sharding.agree(settled, device),
-                                                  strict=True):
+        for (stack, positions, _), fine in zip(due, self.sharding.agree(good, error, device),
+                                               strict=True):
             stack.count_refresh(positions, fine)
-        self.sharding.exchange_operators([stack for stack, *_ in started])
-        for stack, before, *_ in started:
+        self.sharding.exchange_operators([stack for stack, *_ in due])
+        for stack, _, before in due:
             if before:
                 moments.carry(self, stack, before)
+
+    def _compute(self, due: list[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
+        """Refreshes this rank's stacks, waiting for the device once; says what succeeded."""
+        started = [stack.start_refresh(positions) if self.sharding.mine(stack) else None
+                   for stack, positions in due]
+        flags = iter(_to_host([good for good in started if good is not None]))
+        return [[False] * len(positions) if good is None else
+                stack.finish_refresh(positions, [bool(next(flags)) for _ in positions])
+                for (stack, positions), good in zip(due, started, strict=True)]
 
     def _directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The gradients, preconditioned where a layer has an operator."""
@@ -316,7 +321,10 @@ class PreconditionedOptimizer(RuleOptimizer):
     # ---------------------------------------------------------------- state and report
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's state with one more key, 'precond': plain tensors, numbers and strings."""
+        """Torch's state with one more key, 'precond': plain tensors, numbers and strings.
+
+        Under sharding='apply' only the first rank's is whole, and only it can be loaded.
+        """
         state = super().state_dict()
         state[checkpoint.KEY] = checkpoint.export(self)
         return state
@@ -327,8 +335,6 @@ class PreconditionedOptimizer(RuleOptimizer):
         super().load_state_dict(rest)
         self._capture.restart()
         unfit = checkpoint.restore(self, state_dict.get(checkpoint.KEY))
-        for stack in self.stacks:
-            self.sharding.settle(stack)
         # They had statistics by now, and are measured at once.
         self._catch_up = {layer for layer in unfit if self.layers[layer].method.eager}
         self._arm_if_automatic()
@@ -363,31 +369,3 @@ def _to_host(values: Sequence[Tensor]) -> list[float]:
         return []
     flat = [value.reshape(-1).to(values[0].device, torch.float64) for value in values]
     return torch.cat(flat).tolist()
-
-
-def split_settings(owner: object, method: type[Preconditioner], settings: dict[str, Any],
-                   **defaults: Any) -> tuple[Preconditioner, dict[str, Any]]:
-    """Separates an optimizer's keyword arguments.
-
-    Args:
-        owner: The optimizer, named in errors.
-        method: The preconditioner's class.
-        settings: What the user gave.
-        **defaults: Settings whose default differs from the preconditioner's own.
-
-    Returns:
-        The preconditioner, and the arguments of `PreconditionedOptimizer`.
-
-    Raises:
-        TypeError: For a setting that neither takes.
-    """
-    known = method.options()
-    own = {key: settings[key] for key in ENGINE_OPTIONS if key in settings}
-    unexpected = {key: value for key, value in settings.items()
-                  if key not in known and key not in own}
-    signature = inspect.signature(type(owner).__init__).parameters
-    named = [name for name, p in signature.items()
-             if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
-    reject_unexpected(type(owner).__name__, unexpected, [*named, *known, *ENGINE_OPTIONS])
-    chosen = {key: value for key, value in settings.items() if key in known}
-    return method(**{**defaults, **chosen}), own

@@ -30,7 +30,7 @@ def export(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
     rotated = [layer.name for stack in optimizer.stacks if stack.method.rotates
                for _, layer in stack.ready()]
     return {'steps': optimizer.t, 'complete': optimizer.save_curvature, 'rotated': rotated,
-            'layers': layers}
+            'whole': not layers or optimizer.sharding.is_whole(), 'layers': layers}
 
 
 def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) -> list[Layer]:
@@ -38,7 +38,13 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
 
     Returns:
         Layers whose saved state does not fit.
+
+    Raises:
+        ValueError: For the state of a rank that had but a part of the operators.
     """
+    if saved and not saved.get('whole', True):
+        raise ValueError("the state is that of one rank under sharding='apply', which holds but a "
+                         'part of the operators; load the one that the first rank saved')
     fitting: dict[Layer, dict[str, Any]] = {}
     complaints: list[str] = []
     unfit: list[Layer] = []
@@ -70,7 +76,8 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
     optimizer.t = steps if (fitting or whole) and isinstance(steps, int) else 0
     for stack in optimizer.stacks:
         stack.load({layer: state for layer, state in fitting.items()
-                    if optimizer.layers[layer] is stack})
+                    if optimizer.layers[layer] is stack},
+                   optimizer.sharding.holds(stack), optimizer.sharding.is_whole())
     _drop_lost_moments(optimizer, set((saved or {}).get('rotated') or ()), fitting)
     return unfit
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..preconditioners import Preconditioner
-from .base import PreconditionedOptimizer, split_settings
+from .base import PreconditionedOptimizer
 from .rules import SGDM, build_rule
+from .settings import split_settings
 
 
 class PreconditionedSGDM(PreconditionedOptimizer):

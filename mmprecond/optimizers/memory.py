@@ -26,7 +26,8 @@ def megabytes(layer: Layer, stack: LayerStack, operators: bool = True) -> float:
 def forecast(optimizer: PreconditionedOptimizer) -> dict[torch.device, tuple[float, float]]:
     """By device, megabytes that are kept once all trained layers were measured, and at a refresh.
 
-    The latter are additional and for the largest stack alone.
+    The latter are additional and for the largest stack alone. Activations and the rule's moments
+    are not in it.
     """
     kept: dict[torch.device, float] = {}
     working: dict[torch.device, float] = {}
@@ -67,12 +68,23 @@ def refuse_what_does_not_fit(optimizer: PreconditionedOptimizer) -> None:
         free = available(device)
         if kept + working <= free:
             continue
-        sizes = sorted(((megabytes(layer, stack), layer.name) for layer, stack
-                        in optimizer.layers.items() if layer.weight.device == device), reverse=True)
+        sizes = sorted(((megabytes(layer, stack, optimizer.sharding.holds(stack)), layer.name)
+                        for layer, stack in optimizer.layers.items()
+                        if layer.weight.device == device), reverse=True)
         largest = ', '.join(f'{name} {size:,.0f} MB' for size, name in sizes[:3])
         raise ValueError(
             f'{type(optimizer).__name__} would keep {kept:,.0f} MB of statistics and operators on '
             f'{device} and take {working:,.0f} MB more at a refresh, but {free:,.0f} MB are free '
-            f"(the largest: {largest}); lower max_dim, set oversize='lowrank', leave layers out "
-            "with custom_keys={name: dict(precondition=False)}, or, with several GPUs, set "
-            "sharding='apply'")
+            f'(the largest: {largest}); {_advice(optimizer)}')
+
+
+def _advice(optimizer: PreconditionedOptimizer) -> str:
+    """What may help with these methods."""
+    methods = [stack.method for stack in optimizer.stacks]
+    advice = ['lower max_dim']
+    if any(not m.rotates and m.oversize != 'lowrank' for m in methods):
+        advice[0] += " and set oversize='lowrank'"
+    advice.append('leave layers out with custom_keys={name: dict(precondition=False)}')
+    if optimizer.sharding.requested != 'apply' and not any(m.rotates for m in methods):
+        advice.append("with several GPUs set sharding='apply'")
+    return '; '.join([*advice, 'or set check_memory=False where layers are never used'])

@@ -8,8 +8,9 @@ from torch import nn
 
 from ..checks import reject_unexpected
 from .assignment import Assignment, parse_layers
-from .base import ENGINE_OPTIONS, PreconditionedOptimizer
+from .base import PreconditionedOptimizer
 from .rules import Rule, build_rule
+from .settings import ENGINE_OPTIONS
 
 
 class Preconditioned(PreconditionedOptimizer):
@@ -36,6 +37,7 @@ class Preconditioned(PreconditionedOptimizer):
         save_curvature: Whether `state_dict` holds statistics and operators.
         sharding: As in `PreconditionedOptimizer`.
         clip_update: As in `PreconditionedOptimizer`.
+        check_memory: As in `PreconditionedOptimizer`.
 
     Raises:
         ValueError: For unknown types or settings, a match that hits nothing, a preconditioner that
@@ -45,7 +47,8 @@ class Preconditioned(PreconditionedOptimizer):
     def __init__(self, params: Any, *, rule: dict[str, Any] | None = None,
                  layers: list[dict[str, Any]] | None = None, model: nn.Module | None = None,
                  capture_mb: float = 64., save_curvature: bool = True, sharding: str = 'none',
-                 clip_update: float | None = None, **unexpected: Any) -> None:
+                 clip_update: float | None = None, check_memory: bool = True,
+                 **unexpected: Any) -> None:
         if isinstance(rule, dict) and set(unexpected) & set(rule):
             keys = ', '.join(sorted(unexpected))
             raise TypeError(f'Preconditioned does not take {keys} beside rule and layers, its rule '
@@ -57,7 +60,7 @@ class Preconditioned(PreconditionedOptimizer):
         _check_rule(built, assignment)
         super().__init__(params, model=model, rule=built, method=assignment, defaults=defaults,
                          capture_mb=capture_mb, save_curvature=save_curvature, sharding=sharding,
-                         clip_update=clip_update)
+                         clip_update=clip_update, check_memory=check_memory)
 
 
 def _check_rule(rule: Rule, assignment: Assignment) -> None:

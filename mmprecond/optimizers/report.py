@@ -14,7 +14,7 @@ def table(optimizer: PreconditionedOptimizer) -> str:
     """The table: layer, preconditioner or reason why not, factor sizes, memory."""
     rows = [('layer', 'treatment', 'factors', 'MB')]
     for layer, stack in optimizer.layers.items():
-        memory = megabytes(layer, stack)
+        memory = megabytes(layer, stack, optimizer.sharding.holds(stack))
         factors = ' + '.join((f'{b} x ' if b > 1 else '') + f'{n}x{m}' for b, n, m
                              in map(layer.statistic_shape, stack.requires))
         frozen = '' if layer.weight.requires_grad else 'frozen, costs nothing until it is trained'

@@ -77,7 +77,6 @@ class RuleOptimizer(torch.optim.Optimizer):
                              'embedding with sparse=False')
         return gradients
 
-
     def _update(self, gradients: dict[Tensor, Tensor]) -> None:
         """Applies the rule to batches of parameters with equal hyper-parameters."""
         batches: dict[Any, tuple[dict[str, Any], list[Tensor]]] = {}

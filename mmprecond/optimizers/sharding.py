@@ -36,7 +36,9 @@ class Sharding:
     """
 
     def __init__(self, mode: str, archive: bool) -> None:
-        self.mode = mode if world_size() > 1 else 'none'
+        self.requested = mode
+        self.ranks = world_size()
+        self.mode = mode if self.ranks > 1 else 'none'
         self.archive = archive
 
     def assign(self, chosen: dict[Layer, Preconditioner]) -> dict[Layer, int | None]:
@@ -46,13 +48,21 @@ class Sharding:
             ValueError: For 'apply' with a method whose rule works in a rotated space.
         """
         for method in chosen.values():
-            if self.mode == 'apply' and method.rotates:
-                raise ValueError(f"{type(method).__name__} works with sharding='refresh' or "
-                                 "'none', not 'apply': every rank needs the bases of its moments")
+            if self.requested == 'apply' and method.rotates:
+                raise ValueError(f"{type(method).__name__} (AdamR) works with sharding='refresh' "
+                                 "or 'none', not 'apply': every rank needs the bases of its "
+                                 'moments')
         if self.mode == 'none':
             return dict.fromkeys(chosen)
         costs = [self._cost(layer, method) for layer, method in chosen.items()]
         return dict(zip(chosen, longest_first(costs, world_size()), strict=True))
+
+    def check_ranks(self) -> None:
+        """Raises RuntimeError if the work was shared out over another number of ranks."""
+        if self.requested != 'none' and self.ranks != world_size():
+            raise RuntimeError(f"sharding={self.requested!r}: the optimizer was built for "
+                               f'{self.ranks} ranks and runs on {world_size()}; build it after '
+                               'torch.distributed.init_process_group')
 
     def mine(self, stack: LayerStack) -> bool:
         """Whether this rank refreshes a stack."""
@@ -62,14 +72,27 @@ class Sharding:
         """Whether this rank has a stack's operators."""
         return self.mode != 'apply' or self.mine(stack)
 
-    def agree(self, good: Sequence[Sequence[bool]], device: torch.device) -> list[list[bool]]:
-        """What succeeded, from the ranks that know."""
+    def agree(self, good: Sequence[Sequence[bool]], error: Exception | None,
+              device: torch.device) -> list[list[bool]]:
+        """What succeeded, from the ranks that know; an error on one rank ends all.
+
+        Raises:
+            RuntimeError: On the ranks that had no error while another had; it raises its own.
+        """
         if self.mode == 'none':
+            if error is not None:
+                raise error
             return [list(one) for one in good]
-        flags = torch.tensor([float(fine) for one in good for fine in one], device=device)
+        flags = torch.tensor([float(error is not None),
+                              *(float(fine) for one in good for fine in one)], device=device)
         sum_over_ranks([flags])
-        known = iter(flags.tolist())
-        return [[next(known) > 0 for _ in one] for one in good]
+        failed, *known = flags.tolist()
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError('a refresh ended in an error on another rank, whose log has it')
+        flag = iter(known)
+        return [[next(flag) > 0 for _ in one] for one in good]
 
     def exchange_operators(self, stacks: Sequence[LayerStack]) -> None:
         """Hands the operators of refreshed stacks on: to all ranks, or to the first's archive."""
@@ -96,21 +119,21 @@ class Sharding:
         tensors: list[Tensor] = []
         for stack in stacks:
             for _, layer in stack.ready():
-                for p in layer.parameters if layer.weight in directions else ():
+                if layer.weight not in directions:
+                    continue
+                for p in layer.parameters:
                     if p in directions:
-                        if not self.mine(stack):
-                            directions[p] = torch.empty_like(directions[p])
+                        # Laid out alike on all ranks: sums over them then round alike.
+                        directions[p] = (directions[p].contiguous() if self.mine(stack) else
+                                         torch.empty_like(directions[p],
+                                                          memory_format=torch.contiguous_format))
                         owners.append(stack.owner or 0)
                         tensors.append(directions[p])
         broadcast_from(owners, tensors)
 
-    def settle(self, stack: LayerStack) -> None:
-        """After a load: keeps what this rank is to hold."""
-        if self.holds(stack):
-            return
-        if self.archive and rank() == 0:
-            stack.archive = {name: o.cpu() for name, o in stack.operator.items()}
-        stack.operator = {}
+    def is_whole(self) -> bool:
+        """Whether this rank's state dict has all operators."""
+        return self.mode != 'apply' or rank() == 0 and self.archive
 
     def _cost(self, layer: Layer, method: Preconditioner) -> float:
         """About the FLOPs of a step, with its share of a refresh."""

@@ -8,9 +8,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm as parametrise
 
 
+class Length(nn.Parameter):
+    """The lengths of a weight's filters; copies of a model keep the type."""
+
+
 def is_vector(parameter: Tensor) -> bool:
-    """Whether a parameter counts as 1-D: vectors, and the lengths made here."""
-    return parameter.dim() == 1 or getattr(parameter, 'is_length', False)
+    """Whether a parameter counts as 1-D: vectors, and lengths."""
+    return parameter.dim() == 1 or isinstance(parameter, Length)
 
 
 def weight_norm(model: nn.Module) -> nn.Module:
@@ -37,7 +41,8 @@ class WeightNormConv2d(nn.Conv2d):
     """A convolution whose weight is length times direction: ``conv_cfg=dict(type=...)``.
 
     Arguments as for `nn.Conv2d`. It starts from Kaiming's rule (normal, fan out); a config's
-    `init_cfg` does not reach a weight that is computed.
+    `init_cfg` does not reach a weight that is computed. Checkpoints of plain convolutions load. It
+    cannot be fused with a batch normalisation (mmcv's `fuse_conv_bn`), nor pickled as a module.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,4 +56,15 @@ class WeightNormConv2d(nn.Conv2d):
 
 def _split_off_length(module: nn.Module) -> None:
     made: Any = parametrise(module)
-    made.parametrizations.weight.original0.is_length = True
+    parts = made.parametrizations.weight
+    parts.original0 = Length(parts.original0.detach())
+    module.register_load_state_dict_pre_hook(_take_plain_weight)
+
+
+def _take_plain_weight(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Splits the weight of a checkpoint that knows no lengths."""
+    weight = state.pop(f'{prefix}weight', None)
+    if weight is not None:
+        parts = module.parametrizations.weight[0].right_inverse(weight)
+        for number, part in enumerate(parts):
+            state[f'{prefix}parametrizations.weight.original{number}'] = part

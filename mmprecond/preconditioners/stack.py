@@ -24,7 +24,6 @@ logger = logging.getLogger('mmprecond')
 #: Consecutive failed refreshes of a layer after which training stops.
 TOLERATED_FAILURES = 3
 
-
 #: Names of a slot's counters.
 COUNTERS = ('samples', 'refreshes', 'failures')
 
@@ -169,19 +168,31 @@ class LayerStack:
                 'samples': slot.samples, 'refreshes': slot.refreshes,
                 'failures': slot.failures}
 
-    def load(self, states: dict[Layer, dict[str, Any]]) -> None:
-        """Replaces the stack's state by exported states, on each weight's own device."""
+    def load(self, states: dict[Layer, dict[str, Any]], hold: bool = True,
+             archive: bool = False) -> None:
+        """Replaces the stack's state by exported states, on each weight's own device.
+
+        Args:
+            states: The layers' states.
+            hold: Whether operators are to be held on the device.
+            archive: Whether they are otherwise to be kept in host memory.
+        """
         self.slots, self._index = [], {}
         self.statistics, self.operator, self.archive = {}, {}, {}
-        loaded = [{kind: {name: tensor[None].to(layer.weight.device, layer.working_dtype)
-                          for name, tensor in sorted(state[kind].items())}
-                   for kind in ('statistics', 'operator')} for layer, state in states.items()]
-        if loaded:
-            self.statistics = _joined([one['statistics'] for one in loaded])
-            self.operator = _joined([one['operator'] for one in loaded])
+        rows: dict[str, list[Stacked]] = {'statistics': [], 'operator': []}
         for layer, state in states.items():
             self._index[layer] = len(self.slots)
             self.slots.append(Slot(layer, *(int(state[name]) for name in COUNTERS)))
+            for kind, found in rows.items():
+                device = layer.weight.device if hold or kind == 'statistics' else 'cpu'
+                found.append({name: tensor[None].to(device, layer.working_dtype)
+                              for name, tensor in sorted(state[kind].items())})
+        if states:
+            self.statistics = _joined(rows['statistics'])
+            if hold:
+                self.operator = _joined(rows['operator'])
+            elif archive:
+                self.archive = _joined(rows['operator'])
 
     def _join(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
         for layer in layers:

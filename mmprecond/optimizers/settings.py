@@ -1,0 +1,40 @@
+"""Settings of optimizers: which are the preconditioner's, and which the engine's."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ..checks import reject_unexpected
+from ..preconditioners import Preconditioner
+
+#: Settings of the optimizer itself, beside its rule's and its preconditioner's.
+ENGINE_OPTIONS = ('capture_mb', 'save_curvature', 'sharding', 'clip_update', 'check_memory')
+
+
+def split_settings(owner: object, method: type[Preconditioner], settings: dict[str, Any],
+                   **defaults: Any) -> tuple[Preconditioner, dict[str, Any]]:
+    """Separates an optimizer's keyword arguments.
+
+    Args:
+        owner: The optimizer, named in errors.
+        method: The preconditioner's class.
+        settings: What the user gave.
+        **defaults: Settings whose default differs from the preconditioner's own.
+
+    Returns:
+        The preconditioner, and the arguments of `PreconditionedOptimizer`.
+
+    Raises:
+        TypeError: For a setting that neither takes.
+    """
+    known = method.options()
+    own = {key: settings[key] for key in ENGINE_OPTIONS if key in settings}
+    unexpected = {key: value for key, value in settings.items()
+                  if key not in known and key not in own}
+    signature = inspect.signature(type(owner).__init__).parameters
+    named = [name for name, p in signature.items()
+             if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
+    reject_unexpected(type(owner).__name__, unexpected, [*named, *known, *ENGINE_OPTIONS])
+    chosen = {key: value for key, value in settings.items() if key in known}
+    return method(**{**defaults, **chosen}), own
