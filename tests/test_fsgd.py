@@ -192,7 +192,7 @@ def test_values_out_of_range(kind: Any, name: str, value: Any, remedy: str) -> N
 
 
 @pytest.mark.parametrize('kind, key', [
-    (FSGD, 'betas'), (FAdam, 'momentum'), (FSGD, 'damping_floor'), (FAdam, 'solver'),
+    (FSGD, 'betas'), (FAdam, 'momentum'), (FSGD, 'damping_floor'), (FAdam, 'newton_steps'),
     (FSGD, 'variant'), (FAdam, 'decay')])
 def test_a_left_over_key_says_delete(kind: Any, key: str) -> None:
     refused(TypeError, lambda: kind(nn.Linear(2, 2), lr=0.1, **{key: 1}), kind.__name__, key,
