@@ -31,6 +31,7 @@ from attention_helpers import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers import leave
 from mmprecond.curvature import PackedAttention, TokenAttention
 from mmprecond.optimizers import AFOpt
 from reference.attention import normal
@@ -311,7 +312,7 @@ def worker(rank: int, folder: str) -> None:
         results[variant] = steps(model, DistributedDataParallel(model), variant,
                                  slice(2 * rank, 2 * rank + 2))
     torch.save(results, f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_ranks_equal_the_joint_batch(tmp_path: Path) -> None:

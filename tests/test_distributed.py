@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers import TokenNet, squared_error, token_batches
+from helpers import TokenNet, leave, squared_error, token_batches
 from mmprecond.distributed import sum_over_ranks
 from mmprecond.optimizers import NKFAC, AdaNKFAC
 
@@ -60,7 +60,7 @@ def worker(rank: int, folder: str, kind: Callable[[], nn.Module], name: str) -> 
         optimizer.step()
         weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
     torch.save({'weights': weights, 'state': optimizer.state_dict()}, f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
+    leave()
 
 
 def run_two(folder: Path, kind: Callable[[], nn.Module], name: str) -> list[dict]:
@@ -109,7 +109,7 @@ def buckets(rank: int, folder: str) -> None:
     sum_over_ranks(tensors, bucket_mb=0.003)
     for index, tensor in enumerate(tensors):
         assert (tensor == 2 * (index // 2) + 1).all()
-    dist.destroy_process_group()
+    leave()
 
 
 def test_sums_in_many_buckets(tmp_path: Path) -> None:

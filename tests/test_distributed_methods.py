@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers import squared_error
+from helpers import leave, squared_error
 from mmprecond.optimizers import (
     FSGD,
     KFAC,
@@ -119,7 +119,7 @@ def worker(rank: int, folder: str) -> None:
                             world_size=2)
     torch.set_num_threads(1)
     torch.save({name: run(name, rank) for name in ALL}, f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope='module')

@@ -16,7 +16,7 @@ from test_arguments import refused
 from test_engine import Classifier, batch, build
 from torch import Tensor, nn
 
-from helpers import ConvNet, squared_error
+from helpers import ConvNet, leave, squared_error
 from mmprecond.optimizers import SGDPH, WeightNormConv2d, weight_norm
 
 OPTIMIZER = dict(type='SGDPH', lr=0.05, momentum=0.9, weight_decay=1e-3)
@@ -170,8 +170,7 @@ def train_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.save(run_classifier(DistributedDataParallel, slice(4 * rank, 4 * rank + 4)),
                f'{folder}/{rank}.pt')
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 class Smooth(Classifier):

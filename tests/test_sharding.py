@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from test_arguments import refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers import TokenNet, squared_error, token_batches
+from helpers import TokenNet, leave, squared_error, token_batches
 from mmprecond.distributed import longest_first, shard
 from mmprecond.optimizers import (
     FSGD,
@@ -59,14 +57,6 @@ def steps(optimizer: PreconditionedOptimizer, model: nn.Module, wrapped: nn.Modu
         optimizer.step()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     return weights
-
-
-def leave() -> None:
-    """Ends a worker at once: gloo's threads at times abort an interpreter that shuts down."""
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def make(name: str = '') -> nn.Module:
