@@ -112,7 +112,7 @@ class Layer:
         return self.blocks == 1
 
     def side(self, statistic: str) -> int:
-        """N of a statistic's side: i of the input's, o of the gradient's."""
+        """Length of a statistic's side: i of the input's, o of the gradient's."""
         return self.columns if statistic.startswith('input') else self.rows
 
     def statistic_shape(self, statistic: str) -> tuple[int, int, int]:
@@ -344,9 +344,9 @@ class LinearLayer(Layer):
 
 
 def _in_blocks(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows (b, n, r) cut into the blocks of `like`, the last filled up with zeros."""
+    """Rows (1, n, r) cut into the blocks of `like`, the last filled up with zeros."""
     count, size, _ = like.shape
-    padded = nn.functional.pad(rows, (0, 0, 0, count // len(rows) * size - rows.shape[1]))
+    padded = nn.functional.pad(rows, (0, 0, 0, count * size - rows.shape[1]))
     return padded.reshape(count, size, rows.shape[2])
 
 

@@ -8,6 +8,11 @@ from torch import Tensor
 from .eigen import checked_eigh
 from .inverse import all_finite
 
+#: Least number of columns beside those that stand out, which find what is new.
+MARGIN = 16
+#: Power iterations by which what was left out is estimated.
+CHECKS = 6
+
 
 def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.
                      ) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +116,8 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
     size = matrix.shape[-1]
     most = min(size // 2 if largest_rank is None else largest_rank, size)
     if start is None:
-        vectors = _orthonormal(matrix @ _orthonormal(matrix, None, _wider(size // 16, size)), None)
+        drawn = _orthonormal(matrix, None, _wider(size // 16, size))
+        vectors = torch.linalg.qr(matrix @ drawn)[0]
     else:
         vectors = _orthonormal(matrix, start, _wider(start.shape[-1], size))
     while True:
@@ -124,12 +130,6 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
             return None
         vectors = _orthonormal(matrix, image, min(vectors.shape[-1] * 3 // 2 + MARGIN, size))
     return _power_of_eigenvectors(matrix, columns, damping, exponent, tolerance)
-
-
-#: Least number of columns beside those that stand out, which find what is new.
-MARGIN = 16
-#: Power iterations by which what was left out is estimated.
-CHECKS = 6
 
 
 def _wider(rank: int, most: int) -> int:
@@ -151,13 +151,11 @@ def _nystrom_of_orthonormal(image: Tensor, core: Tensor) -> Tensor:
     return torch.where(failed, torch.nan, columns)
 
 
-def _orthonormal(matrix: Tensor, start: Tensor | None, width: int | None = None) -> Tensor:
-    """Orthonormal columns (..., n, width) that span those given (or the matrix's) and random ones.
+def _orthonormal(matrix: Tensor, start: Tensor | None, width: int) -> Tensor:
+    """Orthonormal columns (..., n, width) that span those given and random ones.
 
     Columns keep their order, so that the first converge to the largest eigenvectors.
     """
-    if width is None:
-        return torch.linalg.qr(matrix)[0]
     given = 0 if start is None else start.shape[-1]
     generator = torch.Generator().manual_seed(width)
     drawn = torch.randn((*matrix.shape[:-1], width), generator=generator, dtype=torch.float32,

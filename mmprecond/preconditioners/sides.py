@@ -42,11 +42,9 @@ class LowRank:
 
     Attributes:
         tolerance: Largest eigenvalue left out, relative to the damping.
-        largest_rank: Columns from which on a side stays dense; at most n / 2.
     """
 
     tolerance: float = 0.1
-    largest_rank: int | None = None
 
     #: Sides shorter than this stay dense.
     smallest_side = 256
@@ -128,7 +126,7 @@ def damped_sides(statistics: Stacked, amounts: Callable[[str, Tensor], Tensor],
                 previous or ()):
             name = name.replace(MOMENT, COLUMNS)
             found = low_rank_power(given, (previous or {}).get(name), amount, exponent,
-                                   low_rank.tolerance, low_rank.largest_rank)
+                                   low_rank.tolerance)
         if found is not None:
             operator[name], operator[name.replace(COLUMNS, SCALE)], good = found
         else:
