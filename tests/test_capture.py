@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mmprecond.curvature import RunningAverage
+from mmprecond.curvature.conv import Conv2dLayer
 from mmprecond.optimizers import NKFAC, PreconditionedOptimizer
 from mmprecond.optimizers.rules import SGDM
 from mmprecond.preconditioners import NewtonKronecker
@@ -75,14 +77,22 @@ def running(optimizer: PreconditionedOptimizer, name: str = 'weight') -> tuple[T
 
 
 def check(module: nn.Module, *inputs: Tensor, **options: Any) -> None:
-    """Captures one backward pass over the inputs, and merges it, as the oracle does."""
+    """Captures one backward pass over the inputs, and merges it, as the oracle does.
+
+    Convolutions of stride 1 both ways: by patches, and by shifted products.
+    """
     module, inputs = module.double(), tuple(x.double() for x in inputs)
     right, left, rows = wanted(module, *inputs)
-    optimizer = raw_optimizer(module, **options)
-    sum(loss_of(module(x)) for x in inputs).backward()
-    compare(staged(optimizer), (right, left, rows))
-    optimizer.step()
-    compare((*running(optimizer), rows), (right, left, rows))
+    by_patches = isinstance(module, nn.Conv2d) and module.stride == (1, 1)
+    for few in (10**9, 1)[:1 + by_patches]:
+        twin = copy.deepcopy(module)
+        optimizer = raw_optimizer(twin, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Conv2dLayer, 'few_rows', few)
+            sum(loss_of(twin(x)) for x in inputs).backward()
+        compare(staged(optimizer), (right, left, rows))
+        optimizer.step()
+        compare((*running(optimizer), rows), (right, left, rows))
 
 
 @pytest.mark.parametrize('bias', [True, False])

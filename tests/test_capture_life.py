@@ -361,12 +361,21 @@ def largest_in_backward(module: nn.Module, x: Tensor, capture_mb: float) -> int:
 @pytest.mark.parametrize('batch, size', [(8, 32), (1, 96)])
 def test_patches_are_never_laid_out_for_a_whole_map(batch: int, size: int) -> None:
     """Neither over a batch nor within one image; the control lays them out."""
-    module = nn.Conv2d(4, 4, 5, padding=2)
+    module = nn.Conv2d(4, 4, 5, padding=2, padding_mode='reflect')
     x = torch.randn(batch, 4, size, size)
     unfolded = batch * size**2 * 4 * 25 * 4
     assert largest_in_backward(module, x, 64.) >= unfolded
     largest = largest_in_backward(module, x, 0.05)
     assert largest <= max(0.05 * 2**20, 1.1 * (size + 4)**2 * 4 * 4 * batch) < unfolded / 5
+
+
+@pytest.mark.parametrize('batch, size', [(8, 32), (1, 96)])
+def test_where_the_stride_is_one_they_are_not_laid_out_at_all(batch: int, size: int) -> None:
+    module = nn.Conv2d(4, 4, 5, padding=2, bias=False)
+    x = torch.randn(batch, 4, size, size)
+    padded = batch * (size + 4)**2 * 4 * 4
+    assert largest_in_backward(module, x, 64.) <= 1.1 * padded
+    assert largest_in_backward(module, x, 0.05) <= max(x.numel() * 4, 1.1 * padded / batch)
 
 
 def test_hooked_and_recomputed_calls_of_many_levels_match() -> None:

@@ -263,3 +263,13 @@ def test_gradient_moments_of_a_softmax_classifier(dtype: torch.dtype) -> None:
     moment = logits.grad.t() @ logits.grad
     true = float(torch.linalg.eigvalsh(moment.double())[-1])
     assert 0.75 * true <= float(largest_eigenvalue(moment)) <= true * (1 + 1e-5)
+
+
+def test_the_largest_eigenvalue_from_a_good_start() -> None:
+    matrix = torch.cat([spd(9), spd(9), torch.zeros(1, 9, 9, dtype=torch.float64)])
+    values, vectors = torch.linalg.eigh(matrix)
+    start = vectors[..., -1] * torch.tensor([[3.], [0.], [0.]])  # at any length; zero is unknown
+    estimate = largest_eigenvalue(matrix, start)
+    assert torch.allclose(estimate[0], values[0, -1], rtol=1e-12)
+    assert 0.3 * values[1, -1] < estimate[1] <= values[1, -1] * (1 + 1e-12)
+    assert estimate[2] == 0

@@ -8,18 +8,54 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import Layer
+from .layers import MOMENT, Layer
+from .patches import Axis, PatchMoment
 
 
 class Conv2dLayer(Layer):
     """`nn.Conv2d` with any stride, padding, padding mode, dilation and groups.
 
     Every output position is one row. Patches are laid out in chunks of at most `capture_mb`
-    megabytes (at least one output row of one image), never for a whole feature map.
+    megabytes (at least one output row of one image), never for a whole feature map; where
+    `PatchMoment` makes the input's moment (stride 1, zero padding) not at all.
     """
+
+    #: Fewer rows than this are multiplied faster than blocks are put together.
+    few_rows = 400
 
     def _blocks(self, module: Any) -> int:
         return module.groups
+
+    def input_moment(self, module: Any, inputs: Tensor) -> Tensor:
+        """Sum of x'x over all rows x of one call (see the base class)."""
+        inputs = inputs if inputs.dim() == 4 else inputs[None]
+        height, width = self._output_size(module, inputs)
+        count = len(inputs) * height * width
+        sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
+        if not sliding or module.padding_mode != 'zeros' or count < self.few_rows:
+            return super().input_moment(module, inputs)
+        products = PatchMoment(*self._axes(module, inputs, (height, width)))
+        image_bytes = self.working_dtype.itemsize * inputs[0].numel()
+        images = max(1, int(min(self.capture_mb * 2**20 / max(1, image_bytes), len(inputs))))
+        sums = inputs.new_zeros(self.blocks, self.columns - 1, dtype=self.working_dtype)
+        for batch in inputs.split(images):
+            batch = batch.to(self.working_dtype)
+            products.add(batch.transpose(0, 1).unflatten(0, (self.blocks, -1)).transpose(2, 3))
+            if self.bias is not None:
+                view = self._patch_view(module, self._padded(module, batch), 0, height, width)
+                sums += view.sum((-3, -2, -1)).flatten(1)
+        if self.bias is None:
+            return products.result()
+        moment = self.empty('input' + MOMENT)
+        moment[:, :-1, :-1] = products.result()
+        return self._bordered(moment, sums, count)
+
+    def _axes(self, module: Any, inputs: Tensor, positions: tuple[int, int]) -> Iterator[Axis]:
+        left, _, top, _ = self._pads(module)
+        for size, count, kernel, step, pad in zip(
+                inputs.shape[2:], positions, module.kernel_size, module.dilation, (top, left),
+                strict=True):
+            yield Axis(size, count, tuple(place * step - pad for place in range(kernel)))
 
     def _input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
         if inputs.dim() == 3:

@@ -266,17 +266,27 @@ class Layer:
         Returns:
             (blocks, i, i) in `working_dtype`.
         """
-        moment = self.empty('input_moment')
+        moment = self.empty('input' + MOMENT)
         width = self.columns - (self.bias is not None)
-        count = 0
+        sums, count = moment.new_zeros(self.blocks, width), 0
         for rows in self._input_rows(module, inputs):
             moment[:, :width, :width].baddbmm_(rows, rows.transpose(1, 2))
             if self.bias is not None:
-                moment[:, :width, width] += rows.sum(2)
+                sums += rows.sum(2)
             count += rows.shape[2]
+        return self._bordered(moment, sums, count)
+
+    def _bordered(self, moment: Tensor, sums: Tensor, count: int) -> Tensor:
+        """A moment whose last row and column are filled in for the 1 of a joint bias.
+
+        Args:
+            moment: (blocks, i, i), changed in place.
+            sums: Of the rows without the 1 (blocks, i - 1).
+            count: Number of rows.
+        """
         if self.bias is not None:
-            moment[:, width, :width] = moment[:, :width, width]
-            moment[:, width, width] = count
+            moment[:, -1, :-1] = moment[:, :-1, -1] = sums
+            moment[:, -1, -1] = count
         return moment
 
     def _blocks(self, module: nn.Module) -> int:

@@ -12,6 +12,9 @@ from .inverse import all_finite
 MARGIN = 16
 #: Power iterations by which what was left out is estimated.
 CHECKS = 6
+#: What may be left out is so many times the tolerance: eigenvalues close to it take many columns
+#: to be found, and bring little.
+SLACK = 3
 
 
 def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.
@@ -90,54 +93,70 @@ def columns_to_matrix(basis: Tensor, scale: Tensor) -> Tensor:
 
 
 def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, exponent: float = 1.,
-                   tolerance: float = 0.1, largest_rank: int | None = None
+                   tolerance: float = 0.1, max_rank: int | None = None
                    ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(A + mu I)^-p`` from the directions of A that stand out of the damping mu.
 
     Eigenvalues above ``tolerance mu`` are kept, the others count as their mean tau. Subspace
-    iteration, one product with A a pass: V spans the last result and a few random columns, and the
-    eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2`` (Nystroem). The subspace grows
-    until no eigenvalue above the tolerance is left outside.
+    iteration, one product with A a call: V spans the last result and a few random columns, and the
+    eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2`` (Nystroem). Columns join V until
+    no eigenvalue of A - B B' is larger than `SLACK` times the tolerance.
 
     Args:
         matrix: A (..., n, n), symmetric positive semi-definite; float32 or float64.
         start: U (..., n, m) of an earlier result for a similar matrix, or None.
         damping: mu > 0 (...).
         exponent: p > 0.
-        tolerance: Relative to mu, the largest eigenvalue that may be left out.
-        largest_rank: Number of columns from which on this is given up; default n / 2, where a
-            whole matrix is as cheap.
+        tolerance: Relative to mu, the least eigenvalue kept.
+        max_rank: Most columns kept, whatever is left out; default: n / 2, and if that is not
+            enough none, for a whole matrix is as cheap.
 
     Returns:
         U (..., n, r), the scale (mu + tau)^-p (..., 1, 1) with which the power is
         scale (I - U U'), and a bool tensor (...) that is False where it is meaningless; or None if
-        more columns are needed than allowed.
+        more columns are needed than n / 2.
     """
+    bound = tolerance * damping
+    most = matrix.shape[-1] // 2 if max_rank is None else max_rank
+    columns, enough = _standing_out(matrix, start, bound, most)
+    if not enough and max_rank is None:
+        return None
+    return _power_of_eigenvectors(matrix, columns, damping, exponent, bound, most)
+
+
+def _standing_out(matrix: Tensor, start: Tensor | None, bound: Tensor,
+                  most: int) -> tuple[Tensor, bool]:
+    """B with ``A - B B' >= 0`` below bounds (...) with `SLACK`, if `most` columns are enough."""
     size = matrix.shape[-1]
-    most = min(size // 2 if largest_rank is None else largest_rank, size)
     if start is None:
-        drawn = _orthonormal(matrix, None, _wider(size // 16, size))
-        vectors = torch.linalg.qr(matrix @ drawn)[0]
+        vectors = _range(matrix, matrix, size // 16)
     else:
-        vectors = _orthonormal(matrix, start, _wider(start.shape[-1], size))
+        vectors = _refilled(start, _margin(start.shape[-1], size))
+    image = _product(matrix, vectors)
     while True:
-        image = matrix @ vectors
-        columns = _nystrom_of_orthonormal(image, vectors.mT @ image)
+        columns = _nystrom_of_image(image, vectors.mT @ image)
         # NaN compares false: a matrix that is not finite is reported, not searched.
-        if not bool((_largest_outside(matrix, columns) > tolerance * damping).any()):
-            break
-        if vectors.shape[-1] >= most:
-            return None
-        vectors = _orthonormal(matrix, image, min(vectors.shape[-1] * 3 // 2 + MARGIN, size))
-    return _power_of_eigenvectors(matrix, columns, damping, exponent, tolerance)
+        if not bool((_largest_outside(matrix, columns) > SLACK * bound).any()):
+            return columns, True
+        width = vectors.shape[-1]
+        if width >= min(most + MARGIN, size):
+            return columns, False
+        added = _range(matrix, columns, min(max(MARGIN, width // 2), size - width), remainder=True)
+        vectors = torch.cat([vectors, added], -1)
+        image = torch.cat([image, _product(matrix, added)], -1)
 
 
-def _wider(rank: int, most: int) -> int:
-    """A rank with its margin."""
-    return min(rank + max(MARGIN, rank // 8), most)
+def _product(matrix: Tensor, columns: Tensor) -> Tensor:
+    """``A V`` for symmetric A, as ``(V' A)'``: faster where V is narrow, on CPU by up to half."""
+    return (columns.mT @ matrix).mT
 
 
-def _nystrom_of_orthonormal(image: Tensor, core: Tensor) -> Tensor:
+def _margin(rank: int, size: int) -> int:
+    """Random columns beside those of an earlier result."""
+    return min(max(MARGIN, rank // 8), size - min(rank, size))
+
+
+def _nystrom_of_image(image: Tensor, core: Tensor) -> Tensor:
     """B with ``B B' = A V (V'A V)^-1 V'A`` for image A V and core V'A V; NaN where it failed."""
     peak = core.diagonal(dim1=-2, dim2=-1).amax(-1)
     shift = torch.finfo(core.dtype).eps * core.shape[-1] * torch.where(peak > 0, peak, 1)
@@ -146,47 +165,59 @@ def _nystrom_of_orthonormal(image: Tensor, core: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(core)
     failed = ((info != 0) | ~all_finite(factor))[..., None, None]
     identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
-    columns = torch.linalg.solve_triangular(torch.where(failed, identity, factor).mT, image,
-                                            upper=True, left=False)
-    return torch.where(failed, torch.nan, columns)
+    columns = torch.linalg.solve_triangular(torch.where(failed, identity, factor), image.mT,
+                                            upper=False).mT
+    return columns.mul_(torch.where(failed, torch.nan, 1))
 
 
-def _orthonormal(matrix: Tensor, start: Tensor | None, width: int) -> Tensor:
-    """Orthonormal columns (..., n, width) that span those given and random ones.
+def _drawn(like: Tensor, width: int, seed: int = 0) -> Tensor:
+    """Random normal columns (n, width) of about unit length for matrices (..., n, m)."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(like.shape[-2], width, generator=generator, dtype=torch.float32,
+                        device='cpu')
+    return (drawn / like.shape[-2]**0.5).to(like)
 
-    Columns keep their order, so that the first converge to the largest eigenvectors.
+
+def _refilled(start: Tensor, margin: int) -> Tensor:
+    """The columns of an earlier result at unit length, and random ones beside them.
+
+    Columns of zero, by which ranks of layers differ, are drawn too.
     """
-    given = 0 if start is None else start.shape[-1]
-    generator = torch.Generator().manual_seed(width)
-    drawn = torch.randn((*matrix.shape[:-1], width), generator=generator, dtype=torch.float32,
-                        device='cpu').to(matrix)
-    if start is None:
-        return torch.linalg.qr(drawn)[0]
     norms = torch.linalg.vector_norm(start, dim=-2, keepdim=True)
-    # Columns of zero stand for nothing: ranks differ between layers.
-    start = torch.where(norms > 0, start / norms, drawn[..., width - given:])
-    return torch.linalg.qr(torch.cat([start, drawn[..., :width - given]], -1))[0]
+    width = start.shape[-1]
+    drawn = _drawn(start, width + margin, seed=width).expand(*start.shape[:-1], -1)
+    vectors = torch.cat([start.mT, drawn[..., width:].mT], -2).mT  # columns are contiguous
+    vectors[..., :width].div_(torch.where(norms > 0, norms, 1))
+    vectors[..., :width].addcmul_(drawn[..., :width], (norms == 0).to(norms))
+    return vectors
+
+
+def _range(matrix: Tensor, columns: Tensor, width: int, remainder: bool = False) -> Tensor:
+    """Orthonormal columns (..., n, width) in the range of A, or of ``A - B B'``."""
+    drawn = _drawn(matrix, max(width, MARGIN), seed=columns.shape[-1])
+    image = _product(matrix, drawn.expand(*matrix.shape[:-1], -1))
+    if remainder:
+        image -= columns @ (columns.mT @ drawn)
+    return torch.linalg.qr(image)[0]
 
 
 def _largest_outside(matrix: Tensor, columns: Tensor) -> Tensor:
     """Estimate of the largest eigenvalue of ``A - B B'`` (...)."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(matrix.shape[-1], 4, generator=generator, dtype=torch.float32,
-                         device='cpu').to(matrix).expand(*matrix.shape[:-1], 4)
+    vector = _drawn(matrix, 4).expand(*matrix.shape[:-1], -1)
     tiny = torch.finfo(matrix.dtype).tiny
     for _ in range(CHECKS):
         norms = torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)
         vector = vector / norms
-        vector = matrix @ vector - columns @ (columns.mT @ vector)
+        vector = _product(matrix, vector) - columns @ (columns.mT @ vector)
     return torch.linalg.vector_norm(vector, dim=-2).amax(-1)
 
 
 def _power_of_eigenvectors(matrix: Tensor, columns: Tensor, damping: Tensor, exponent: float,
-                           tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+                           bound: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """The damped power of B B', the rest of A standing as its mean eigenvalue."""
     values, vectors, good = checked_eigh(columns.mT @ columns)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    kept = values > tolerance * damping[..., None]
+    values, vectors = values.flip(-1)[..., :most], vectors.flip(-1)[..., :most]
+    kept = values > bound[..., None]
     rest = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) - (values * kept).sum(-1)
     tail = rest.clamp_min(0) / (matrix.shape[-1] - kept.sum(-1)).clamp_min(1)
     outer = (damping + tail)[..., None]

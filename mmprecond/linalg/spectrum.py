@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
+def largest_eigenvalue(matrix: Tensor, start: Tensor | None = None, rounds: int = 10) -> Tensor:
     """Estimates the largest eigenvalue of positive semi-definite matrices by power iteration.
 
     Starts from the vector of ones and takes two products a round, as the published code does; the
@@ -20,16 +20,26 @@ def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
 
     Args:
         matrix: (..., n, n), symmetric positive semi-definite.
-        rounds: Number of rounds.
+        start: Vectors (..., n) close to the eigenvectors, from which one round is enough; zero
+            for unknown ones.
+        rounds: Number of rounds without them.
 
     Returns:
         (...), one estimate per matrix; 0 for a zero matrix, never NaN.
     """
-    scale = _scale_of(matrix)
-    matrix = matrix / scale
-    return scale[..., 0, 0] * _power_iteration(
-        lambda vector: matrix @ vector, matrix.diagonal(dim1=-2, dim2=-1),
-        torch.linalg.matrix_norm(matrix), rounds)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    scale = _scale_of(diagonal[..., None])  # no entry is larger
+    diagonal = diagonal / scale[..., 0]
+
+    def product(vector: Tensor) -> Tensor:
+        return matrix @ (vector / scale)
+
+    if start is None:
+        estimate = _power_iteration(product, diagonal, rounds)
+    else:
+        known = start.any(-1, keepdim=True)
+        estimate = _powers(product, torch.where(known, start, 1)[..., None], 1)
+    return scale[..., 0, 0] * estimate
 
 
 def largest_eigenvalue_of_columns(columns: Tensor, rounds: int = 10) -> Tensor:
@@ -37,8 +47,7 @@ def largest_eigenvalue_of_columns(columns: Tensor, rounds: int = 10) -> Tensor:
     scale = _scale_of(columns)
     columns = columns / scale
     return scale[..., 0, 0].square() * _power_iteration(
-        lambda vector: columns @ (columns.mT @ vector), columns.square().sum(-1),
-        torch.linalg.matrix_norm(columns.mT @ columns), rounds)
+        lambda vector: columns @ (columns.mT @ vector), columns.square().sum(-1), rounds)
 
 
 def _scale_of(matrix: Tensor) -> Tensor:
@@ -47,19 +56,21 @@ def _scale_of(matrix: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1)
 
 
-def _power_iteration(product: Callable[[Tensor], Tensor], diagonal: Tensor, norm: Tensor,
+def _power_iteration(product: Callable[[Tensor], Tensor], diagonal: Tensor,
                      rounds: int) -> Tensor:
-    """The iteration, from products with a matrix, its diagonal (..., n) and Frobenius norm."""
-    size = diagonal.shape[-1]
-    tiny = torch.finfo(diagonal.dtype).tiny
+    """The iteration from ones, from products with a matrix and its diagonal (..., n)."""
     vector = torch.ones_like(diagonal)[..., None]
     image = torch.linalg.vector_norm(product(vector), dim=(-2, -1))
-    negligible = torch.finfo(diagonal.dtype).eps ** 0.5 * size**0.5
-    degenerate = image <= negligible * norm
+    negligible = torch.finfo(diagonal.dtype).eps ** 0.5 * diagonal.shape[-1]**0.5
+    degenerate = image <= negligible * diagonal.sum(-1)
     peak = torch.zeros_like(vector).scatter_(-2, diagonal.argmax(-1)[..., None, None], 1)
-    vector = torch.where(degenerate[..., None, None], product(peak), vector)
+    return _powers(product, torch.where(degenerate[..., None, None], product(peak), vector), rounds)
 
-    estimate = torch.zeros_like(image)
+
+def _powers(product: Callable[[Tensor], Tensor], vector: Tensor, rounds: int) -> Tensor:
+    """Norms (...) of the image of vectors (..., n, 1) at unit length, after some rounds."""
+    tiny = torch.finfo(vector.dtype).tiny
+    estimate = vector[..., 0, 0]
     for _ in range(rounds):
         vector = product(vector)
         vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)

@@ -34,14 +34,15 @@ class Preconditioner(ABC):
             that side's factor in diagonal blocks of at most `max_dim`; 'lowrank' as `max_rank`
             eigenvectors, found from a random sketch, beside the damping. The last two skip
             attention modules and grouped convolutions.
-        max_rank: Rank kept of a side by 'lowrank'.
+        max_rank: Most columns that stand for a side: the rank of oversize='lowrank' (default 256),
+            and of solver='lowrank' (default: as many as its tolerance asks for).
     """
 
     stat_interval: int = 20
     refresh_interval: int = 200
     max_dim: int = 8192
     oversize: str = 'skip'
-    max_rank: int = 256
+    max_rank: int | None = None
 
     #: Statistics that the method needs of a layer.
     requires: ClassVar[tuple[str, ...]] = ()
@@ -57,8 +58,10 @@ class Preconditioner(ABC):
     rotates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ('stat_interval', 'refresh_interval', 'max_dim', 'max_rank'):
+        for name in ('stat_interval', 'refresh_interval', 'max_dim'):
             check_count(name, getattr(self, name))
+        if self.max_rank is not None:
+            check_count('max_rank', self.max_rank)
         check_choice('oversize', self.oversize, tuple(OVERSIZE))
         if self.rotates and OVERSIZE[self.oversize]:
             raise ValueError(f"oversize={self.oversize!r} is for inverses; {type(self).__name__} "
@@ -85,7 +88,7 @@ class Preconditioner(ABC):
     @property
     def layer_options(self) -> dict[str, int]:
         """Attributes of a layer on which its statistics depend."""
-        return dict(block=self.max_dim, rank=self.max_rank)
+        return dict(block=self.max_dim, rank=self.max_rank or Layer.rank)
 
     def wanted(self, layer: Layer) -> tuple[str, ...]:
         """The statistics that the method would keep of a layer, whatever their size."""

@@ -44,7 +44,7 @@ class InputFeature(Preconditioner):
         norm_recovery: Whether V is scaled to the norm of G.
         solver: 'exact', or 'lowrank', which keeps the eigenvectors that stand out of the damping,
             where that is fewer than half (see `LowRank`).
-        tolerance: Largest eigenvalue that 'lowrank' leaves out, relative to the damping.
+        tolerance: Least eigenvalue that 'lowrank' keeps, relative to the damping.
     """
 
     stat_interval: int = 50
@@ -75,9 +75,10 @@ class InputFeature(Preconditioner):
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """Inverts the damped moments (see the base class)."""
         damping = self.damping if damping is None else damping
-        return damped_sides(statistics, lambda name, given: relative_damping(given, damping, name),
-                            lambda _, damped: inverse_power(damped, self.exponent), self.exponent,
-                            self.low_rank, previous)
+        return damped_sides(
+            statistics, lambda name, given: relative_damping(given, damping, name, previous),
+            lambda _, damped: inverse_power(damped, self.exponent), self.exponent,
+            self.low_rank, previous)
 
     def is_exact(self, refreshes: int) -> bool:
         """All but those of low rank, which start from the last."""
@@ -86,7 +87,7 @@ class InputFeature(Preconditioner):
     @property
     def low_rank(self) -> LowRank | None:
         """With solver='lowrank'."""
-        return LowRank(self.tolerance) if self.solver == 'lowrank' else None
+        return LowRank(self.tolerance, self.max_rank) if self.solver == 'lowrank' else None
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``G R^-p`` with norm recovery."""

@@ -40,7 +40,7 @@ class NewtonKronecker(Preconditioner):
         solver: 'newton'; 'cholesky' for exact inverses at every refresh; or 'lowrank', which
             keeps of a side's inverse the eigenvectors that stand out of the damping, where that
             is fewer than half (see `LowRank`), and has exact inverses of the other sides.
-        tolerance: Largest eigenvalue that 'lowrank' leaves out, relative to the damping.
+        tolerance: Least eigenvalue that 'lowrank' keeps, relative to the damping.
     """
 
     stat_decay: float = 0.95
@@ -73,7 +73,7 @@ class NewtonKronecker(Preconditioner):
     @property
     def low_rank(self) -> LowRank | None:
         """With solver='lowrank'."""
-        return LowRank(self.tolerance) if self.solver == 'lowrank' else None
+        return LowRank(self.tolerance, self.max_rank) if self.solver == 'lowrank' else None
 
     def average(self) -> RunningAverage:
         """Moving average of normalised captures."""
@@ -85,7 +85,7 @@ class NewtonKronecker(Preconditioner):
         damping = self.damping if damping is None else damping
 
         def amount(name: str, factor: Tensor) -> Tensor:
-            return (damping * largest(name, factor)).clamp_min(self.damping_floor)
+            return (damping * largest(name, factor, previous)).clamp_min(self.damping_floor)
 
         def invert(name: str, damped: Tensor) -> tuple[Tensor, Tensor]:
             if previous is None or self.solver == 'lowrank':

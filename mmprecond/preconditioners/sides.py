@@ -41,10 +41,13 @@ class LowRank:
     """When a dense moment's power is kept as columns.
 
     Attributes:
-        tolerance: Largest eigenvalue left out, relative to the damping.
+        tolerance: Least eigenvalue kept, relative to the damping.
+        max_rank: Most columns kept, whatever the tolerance; None for half the side's length, and
+            a dense operator where that is not enough.
     """
 
     tolerance: float = 0.1
+    max_rank: int | None = None
 
     #: Sides shorter than this stay dense.
     smallest_side = 256
@@ -54,6 +57,10 @@ class LowRank:
     def takes(self, name: str, side: int) -> bool:
         """Whether a side's power may come as columns."""
         return MOMENT in name and side >= self.smallest_side
+
+    def usual(self, side: int) -> int:
+        """A guess of the rank."""
+        return min(int(side * self.usual_share), self.max_rank or side)
 
 
 def side_name(statistic: str) -> str:
@@ -72,21 +79,23 @@ def operator_shapes(layer: Layer, statistics: tuple[str, ...],
         name, shape = side_name(statistic), layer.statistic_shape(statistic)
         if low_rank is not None and low_rank.takes(name, shape[-1]):
             name = name.replace(MOMENT, COLUMNS)
-            shape = (shape[0], shape[1], int(shape[1] * low_rank.usual_share))
+            shape = (shape[0], shape[1], low_rank.usual(shape[1]))
         shapes[name] = shape
         if COLUMNS in name:
             shapes[name.replace(COLUMNS, SCALE)] = (layer.blocks, 1, 1)
     return shapes
 
 
-def largest(name: str, statistic: Tensor) -> Tensor:
+def largest(name: str, statistic: Tensor, previous: Stacked | None = None) -> Tensor:
     """Estimate of the largest eigenvalue of a side's moment in any form (..., b).
 
-    Blocks of one side are damped alike: all have that of the largest.
+    Blocks of one side are damped alike: all have that of the largest. Of previous operators in low
+    rank, the first column is the eigenvector as it was.
     """
     if COLUMNS in name:
         return largest_eigenvalue_of_columns(statistic)
-    values = largest_eigenvalue(statistic)
+    columns = (previous or {}).get(name.replace(MOMENT, COLUMNS)) if MOMENT in name else None
+    values = largest_eigenvalue(statistic, None if columns is None else columns[..., 0])
     return values.amax(-1, keepdim=True).expand_as(values) if BLOCKS in name else values
 
 
@@ -126,7 +135,7 @@ def damped_sides(statistics: Stacked, amounts: Callable[[str, Tensor], Tensor],
                 previous or ()):
             name = name.replace(MOMENT, COLUMNS)
             found = low_rank_power(given, (previous or {}).get(name), amount, exponent,
-                                   low_rank.tolerance)
+                                   low_rank.tolerance, low_rank.max_rank)
         if found is not None:
             operator[name], operator[name.replace(COLUMNS, SCALE)], good = found
         else:
@@ -211,14 +220,14 @@ def add_damping(statistic: Tensor, damping: Tensor) -> Tensor:
     return damped
 
 
-def relative_damping(statistic: Tensor, damping: Tensor | float,
-                     name: str = MOMENT) -> Tensor:
+def relative_damping(statistic: Tensor, damping: Tensor | float, name: str = MOMENT,
+                     previous: Stacked | None = None) -> Tensor:
     """``damping lambda_max`` of each moment (..., b, n, n), or columns by the name: (..., b).
 
     A block that is nothing beside its layer's others (a saturated head, a dead channel) is damped
     as rounding asks, and a layer that is nothing at all by 1.
     """
-    value = largest(name, statistic)
+    value = largest(name, statistic, previous)
     rounding = 10 * torch.finfo(statistic.dtype).eps
     peak = value.amax(-1, keepdim=True) if value.dim() else value
     amount = damping * value + rounding * peak

@@ -1,0 +1,162 @@
+"""The second moment of a convolution's patches, without laying the patches out.
+
+Two entries of a patch, dy rows and dx columns apart, meet the same pairs of pixels wherever the
+patch lies. Summed over all positions their products are the image's correlation with itself at the
+shift (dy, dx), but for the pixels at the borders that one of the entries never meets. A 3 x 3
+kernel has 13 such shifts, up to a sign, where the product of laid out patches has 81 blocks.
+
+Source: the shifts of kfac-jax's patches second moment, with exact borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+#: A range of indices.
+Span = tuple[int, int]
+#: By the two kernel entries' places, (row, row) and then (column, column).
+Blocks = dict[tuple[int, int, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a convolution of stride 1 with zero padding.
+
+    Attributes:
+        size: Pixels.
+        positions: Output positions.
+        offsets: Of each kernel entry, its pixel at output position 0; negative in the padding.
+    """
+
+    size: int
+    positions: int
+    offsets: tuple[int, ...]
+
+    @property
+    def entries(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def reach(self) -> int:
+        """Largest shift between two entries."""
+        return self.offsets[-1] - self.offsets[0]
+
+    def shift(self, first: int, second: int) -> int:
+        """From an entry's pixel to another's."""
+        return self.offsets[second] - self.offsets[first]
+
+    def whole(self, shift: int) -> Span:
+        """Pixels whose shifted pixel is in the image too."""
+        return max(0, -shift), max(0, -shift, min(self.size, self.size - shift))
+
+    def met(self, first: int, second: int) -> Span:
+        """Those of them that the first entry meets at some output position."""
+        low, high = self.whole(self.shift(first, second))
+        start = self.offsets[first]
+        low = min(max(low, start), high)
+        return low, max(low, min(high, start + self.positions))
+
+
+class PatchMoment:
+    """Sum over positions of the outer product of patches, added up over batches of images.
+
+    Args:
+        rows: The vertical axis.
+        columns: The horizontal axis.
+    """
+
+    def __init__(self, rows: Axis, columns: Axis) -> None:
+        self.rows = rows
+        self.columns = columns
+        self._sums: Blocks = {}
+        self._zero = torch.zeros(0)
+
+    def add(self, images: Tensor) -> None:
+        """Adds images (groups, channels, height, images, width).
+
+        Rows lie apart from images, so that some rows of all images are one piece of memory, and
+        zeros between lines take shifted pixels that are outside.
+        """
+        groups, channels, height, count, width = images.shape
+        margin = self.columns.reach
+        self._zero = images.new_zeros(groups, channels, channels)
+        line = count * (width + margin)
+        flat = images.new_zeros(groups, channels, margin + height * line + margin)
+        whole = flat[..., margin:margin + height * line]
+        whole = whole.view(groups, channels, height, count, width + margin)
+        whole[..., :width] = images
+        for dy, pairs in self._pairs(self.rows).items():
+            for span in _segments([self.rows.met(*pair) for pair in pairs]):
+                sums = self._of_rows(flat, whole, span, dy)
+                for first, second in pairs:
+                    low, high = self.rows.met(first, second)
+                    if low <= span[0] and span[1] <= high:
+                        self._count(first, second, sums)
+
+    def _count(self, first: int, second: int, sums: dict[tuple[int, int], Tensor]) -> None:
+        for (left, right), value in sums.items():
+            key = first, second, left, right
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def _of_rows(self, flat: Tensor, whole: Tensor, span: Span,
+                 dy: int) -> dict[tuple[int, int], Tensor]:
+        """The blocks of all pairs of columns, over some rows and those dy below."""
+        line = whole.shape[3] * whole.shape[4]
+        start = self.columns.reach + span[0] * line
+        length = (span[1] - span[0]) * line
+        here = flat[..., start:start + length]
+        upper, lower = whole[:, :, span[0]:span[1]], whole[:, :, span[0] + dy:span[1] + dy]
+        sums = {}
+        for dx, pairs in self._pairs(self.columns, both=dy != 0).items():
+            there = start + dy * line + dx
+            product = here @ flat[..., there:there + length].mT
+            for pair in pairs:
+                sums[pair] = product
+                for low, high in self._missed(*pair):
+                    sums[pair] = sums[pair] - (upper[..., low:high].flatten(2)
+                                               @ lower[..., low + dx:high + dx].flatten(2).mT)
+        return sums
+
+    def _missed(self, first: int, second: int) -> Iterator[Span]:
+        """The columns that the first entry meets at no position."""
+        low, high = self.columns.whole(self.columns.shift(first, second))
+        start, end = self.columns.met(first, second)
+        for span in ((low, start), (end, high)):
+            if span[0] < span[1]:
+                yield span
+
+    @staticmethod
+    def _pairs(axis: Axis, both: bool = False) -> dict[int, list[tuple[int, int]]]:
+        """Pairs of entries by their shift; each but once, the second not before the first."""
+        pairs: dict[int, list[tuple[int, int]]] = {}
+        for first in range(axis.entries):
+            for second in range(0 if both else first, axis.entries):
+                pairs.setdefault(axis.shift(first, second), []).append((first, second))
+        return pairs
+
+    def result(self) -> Tensor:
+        """(groups, i, i), i counting (channel, row, column)."""
+        high, wide = self.rows.entries, self.columns.entries
+        places = [(row, column) for row in range(high) for column in range(wide)]
+        blocks = torch.stack([self._block(*first, *second) for first in places
+                              for second in places])
+        groups, channels, _ = blocks.shape[1:]
+        blocks = blocks.view(len(places), len(places), groups, channels, channels)
+        size = channels * len(places)
+        return blocks.permute(2, 3, 0, 4, 1).reshape(groups, size, size)
+
+    def _block(self, top: int, left: int, bottom: int, right: int) -> Tensor:
+        known = self._sums.get((top, bottom, left, right))
+        return self._sums.get((bottom, top, right, left), self._zero).mT if known is None else known
+
+
+def _segments(spans: list[Span]) -> list[Span]:
+    """Cuts some spans where any of them begins or ends; empty ones are left out."""
+    edges = sorted({edge for low, high in spans for edge in (low, high) if low < high})
+    return [(low, high) for low, high in pairwise(edges)
+            if any(start <= low and high <= end for start, end in spans)]
