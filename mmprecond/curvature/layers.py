@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
+from .gram import gram
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -221,14 +223,15 @@ class Layer:
         if COLUMNS in name:
             return torch.cat(list(self._rows(name, module, inputs, gradient, drawn)), 2)
         total = self.empty(name)
-        test = self.test_matrix(name) if SKETCH in name else total
-        for rows in self._rows(name, module, inputs, gradient, drawn):
-            if SKETCH in name:
+        chunks = self._rows(name, module, inputs, gradient, drawn)
+        if SKETCH in name:
+            test = self.test_matrix(name)
+            for rows in chunks:
                 total.baddbmm_(rows, rows.mT @ test)
-            else:
-                rows = _in_blocks(rows, total) if BLOCKS in name else rows
-                total.baddbmm_(rows, rows.mT)
-        return total
+            return total
+        if BLOCKS in name:
+            chunks = (_in_blocks(rows, total) for rows in chunks)
+        return gram(chunks, total)
 
     def _rows(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor,
               drawn: Tensor) -> Iterator[Tensor]:
@@ -269,11 +272,16 @@ class Layer:
         moment = self.empty('input' + MOMENT)
         width = self.columns - (self.bias is not None)
         sums, count = moment.new_zeros(self.blocks, width), 0
-        for rows in self._input_rows(module, inputs):
-            moment[:, :width, :width].baddbmm_(rows, rows.transpose(1, 2))
-            if self.bias is not None:
-                sums += rows.sum(2)
-            count += rows.shape[2]
+
+        def counted() -> Iterator[Tensor]:
+            nonlocal count
+            for rows in self._input_rows(module, inputs):
+                if self.bias is not None:
+                    sums.add_(rows.sum(2))
+                count += rows.shape[2]
+                yield rows
+
+        gram(counted(), moment[:, :width, :width])
         return self._bordered(moment, sums, count)
 
     def _bordered(self, moment: Tensor, sums: Tensor, count: int) -> Tensor:

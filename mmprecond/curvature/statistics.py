@@ -28,14 +28,14 @@ class RunningAverage:
 
         Args:
             running: The average of `merged` samples.
-            sample: The new one.
+            sample: The new one; overwritten.
             merged: Number of samples before it.
             joint: Whether the blocks are those of one matrix, with one norm.
         """
         if self.normalise:
             norm = torch.linalg.matrix_norm(sample)[..., None, None]
             norm = torch.linalg.vector_norm(norm) if joint else norm
-            sample = sample / (norm + 1e-12)
+            sample /= norm + 1e-12
         if self.decay is None:
             weight = 1 / (merged + 1)
         else:

@@ -1,0 +1,32 @@
+"""Symmetric products, each half computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+#: Products are formed in bands of about so many rows.
+BAND = 512
+
+
+def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:
+    """Adds the sum of ``X X'`` over chunks X (blocks, n, r) to a total of zeros (blocks, n, n)."""
+    bands = total.split(_band(total.shape[-1]), 1)
+    for rows in chunks:
+        end = 0
+        for band, part in zip(bands, rows.split(_band(total.shape[-1]), 1), strict=True):
+            end += band.shape[1]
+            band[..., :end].baddbmm_(part, rows[:, :end].mT)
+    start = 0
+    for band in bands:
+        end = start + band.shape[1]
+        total[:, :start, start:end] = band[..., :start].mT
+        start = end
+    return total
+
+
+def _band(size: int) -> int:
+    """Height of the bands of an n x n product: equal but for the last."""
+    return -(-size // max(1, round(size / BAND)))
