@@ -82,12 +82,14 @@ class Layer:
         slots: Width of `COLUMNS` statistics.
         rank: Width of `SKETCH` statistics.
         block: Largest block of `BLOCKS` statistics.
+        offset: Steps by which its captures and refreshes come later than others'.
     """
 
     positions = 8
     slots = 256
     rank = 256
     block = 8192
+    offset = 0
 
     def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
                  bias: nn.Parameter | None, *, capture_mb: float = 64.,

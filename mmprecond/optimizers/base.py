@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_number
+from ..checks import check_choice, check_flag, check_number
 from ..curvature import COLUMNS, Capture, Layer, LeftOut, find_layers, unwrap
 from ..distributed import rank, sum_over_ranks, world_size
 from ..preconditioners import LayerStack, Preconditioner
@@ -21,6 +21,7 @@ from .memory import refuse_what_does_not_fit
 from .rule_optimizer import RuleOptimizer
 from .rules import Rule
 from .sharding import SHARDINGS, Sharding
+from .stagger import take_turns
 
 logger = logging.getLogger('mmprecond')
 
@@ -46,6 +47,9 @@ class PreconditionedOptimizer(RuleOptimizer):
         clip_update: Largest norm of all directions together, after preconditioning and before
             momentum and weight decay; None for no limit.
         check_memory: Whether to refuse statistics and operators that exceed the free memory.
+        stagger: Whether layers take turns over the steps of an interval to be measured and
+            refreshed, rather than all at once. A layer's first statistics then come up to
+            `stat_interval` steps later; until then it takes the plain rule.
 
     Attributes:
         left_out: Modules that take the plain rule, and why.
@@ -60,13 +64,15 @@ class PreconditionedOptimizer(RuleOptimizer):
     def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule,
                  method: Preconditioner | Assignment, defaults: dict[str, Any],
                  capture_mb: float = 64., save_curvature: bool = True, sharding: str = 'none',
-                 clip_update: float | None = None, check_memory: bool = True) -> None:
+                 clip_update: float | None = None, check_memory: bool = True,
+                 stagger: bool = False) -> None:
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
         if model is None:
             raise ValueError(
                 f'{type(self).__name__} needs the model that owns the parameters: pass model=..., '
                 "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper")
+        check_flag('stagger', stagger)
         check_number('capture_mb', capture_mb, open_low=True, finite=False)
         check_choice('sharding', sharding, SHARDINGS)
         check_number('clip_update', 1. if clip_update is None else clip_update, open_low=True)
@@ -80,6 +86,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         self.auto_arm = True
         self.left_out: list[LeftOut] = []
         self.layers = self._assign(unwrap(model), method, capture_mb)
+        if stagger:
+            take_turns({layer: stack.method for layer, stack in self.layers.items()})
         if check_memory:
             refuse_what_does_not_fit(self)
         self._capture = Capture({layer: stack.requires for layer, stack in self.layers.items()})
@@ -160,8 +168,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         self._capture.drop()
 
     def _due(self) -> list[Layer]:
-        return [layer for layer, stack in self.layers.items() if layer in self._catch_up
-                or (self.t + stack.method.phase) % stack.capture_interval(layer) == 0]
+        return [layer for layer, stack in self.layers.items()
+                if layer in self._catch_up or stack.captures(layer, self.t)]
 
     def _arm_if_automatic(self) -> None:
         if self.auto_arm:
@@ -252,12 +260,8 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def _refresh(self) -> None:
         """Refreshes the stacks that are due, and layers that have statistics but no operator."""
-        due = []
-        for stack in self.stacks:
-            on_schedule = (self.t + stack.method.phase) % stack.method.refresh_interval == 0
-            if stack.slots and (on_schedule or stack.waiting()):
-                due.append((stack, stack.due(only_waiting=not on_schedule),
-                            moments.remember(stack)))
+        due = [(stack, positions, moments.remember(stack)) for stack in self.stacks
+               if (positions := stack.due(self.t))]
         if not due:
             return
         self.sharding.check_ranks()

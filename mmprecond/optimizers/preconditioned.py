@@ -38,6 +38,7 @@ class Preconditioned(PreconditionedOptimizer):
         sharding: As in `PreconditionedOptimizer`.
         clip_update: As in `PreconditionedOptimizer`.
         check_memory: As in `PreconditionedOptimizer`.
+        stagger: As in `PreconditionedOptimizer`.
 
     Raises:
         ValueError: For unknown types or settings, a match that hits nothing, a preconditioner that
@@ -48,7 +49,7 @@ class Preconditioned(PreconditionedOptimizer):
                  layers: list[dict[str, Any]] | None = None, model: nn.Module | None = None,
                  capture_mb: float = 64., save_curvature: bool = True, sharding: str = 'none',
                  clip_update: float | None = None, check_memory: bool = True,
-                 **unexpected: Any) -> None:
+                 stagger: bool = False, **unexpected: Any) -> None:
         if isinstance(rule, dict) and set(unexpected) & set(rule):
             keys = ', '.join(sorted(unexpected))
             raise TypeError(f'Preconditioned does not take {keys} beside rule and layers, its rule '
@@ -60,7 +61,8 @@ class Preconditioned(PreconditionedOptimizer):
         _check_rule(built, assignment)
         super().__init__(params, model=model, rule=built, method=assignment, defaults=defaults,
                          capture_mb=capture_mb, save_curvature=save_curvature, sharding=sharding,
-                         clip_update=clip_update, check_memory=check_memory)
+                         clip_update=clip_update, check_memory=check_memory,
+                         stagger=stagger)
 
 
 def _check_rule(rule: Rule, assignment: Assignment) -> None:

@@ -23,6 +23,7 @@ from ..distributed import (
     world_size,
 )
 from ..preconditioners import LayerStack, Preconditioner
+from .cost import apply_flops, refresh_flops
 
 SHARDINGS = ('none', 'refresh', 'apply')
 
@@ -139,12 +140,10 @@ class Sharding:
         """About the FLOPs of a step, with its share of a refresh."""
         if not layer.weight.requires_grad:
             return 0.
-        refresh = sum(b * n * m * m for b, n, m in map(layer.statistic_shape,
-                                                       method.required(layer)))
+        refresh = refresh_flops(layer, method)
         if self.mode == 'refresh':
             return refresh
-        apply = sum(layer.weight.numel() * m for _, _, m in method.operator_shapes(layer).values())
-        return 2 * apply + refresh / method.refresh_interval
+        return apply_flops(layer, method) + refresh / method.refresh_interval
 
     @staticmethod
     def _file(stack: LayerStack, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -92,18 +92,27 @@ class LayerStack:
         """Whether the layer has statistics here."""
         return layer in self._index
 
-    def capture_interval(self, layer: Layer) -> int:
-        """Steps between captures of a layer; one without statistics waits for no refresh."""
-        return (self.method.capture_interval if self.holds(layer)
-                else self.method.stat_interval)
+    def captures(self, layer: Layer, step: int) -> bool:
+        """Whether a layer is measured at a step; one without statistics waits for no refresh."""
+        interval = (self.method.capture_interval if self.holds(layer)
+                    else self.method.stat_interval)
+        return self._count(layer, step) % interval == 0
 
-    def waiting(self) -> bool:
-        """Whether a layer has statistics but no refresh was tried, and none is to be awaited."""
-        return self.method.eager and any(slot.waiting for slot in self.slots)
+    def due(self, step: int) -> list[int]:
+        """Positions that are refreshed at a step: on schedule, or for the first time.
 
-    def due(self, only_waiting: bool = False) -> list[int]:
-        """Positions that a refresh takes: all, or those of layers that never were refreshed."""
-        return [k for k, slot in enumerate(self.slots) if slot.waiting or not only_waiting]
+        A first refresh is tried as soon as there are statistics, if the method is eager.
+        """
+        return [k for k, slot in enumerate(self.slots)
+                if self.method.eager and slot.waiting or self._scheduled(slot.layer, step)]
+
+    def _count(self, layer: Layer, step: int) -> int:
+        """What must be divisible by an interval; the phase and the layer's offset are in it."""
+        return step + self.method.phase - layer.offset
+
+    def _scheduled(self, layer: Layer, step: int) -> bool:
+        count = self._count(layer, step)
+        return count >= self.method.phase and count % self.method.refresh_interval == 0
 
     def start_refresh(self, positions: list[int]) -> Tensor:
         """Refreshes operators where that succeeds, without waiting for the device.
