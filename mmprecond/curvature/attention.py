@@ -176,6 +176,22 @@ class AttentionLayer(Layer):
         """Queries of one call."""
         return gradient.numel() // max(1, gradient.shape[-1])
 
+    def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
+                      name: str) -> float:
+        """About the floating-point operations of one call's statistic (see the base class)."""
+        windows, queries, keys = self.sizes(call, kept)
+        heads, size, width = self.heads, self.rows, self.columns
+        pairs = 2 * heads * queries * keys
+        gram = pairs * (2 * keys + 2 * size)
+        one = {'input_moment': (2 * self.inputs * keys * width**2 + 2 * pairs * size
+                                + 2 * (queries + 2 * keys) * width * heads * size),  # and Q to O
+               'output_moment': 2 * queries * (heads * size)**2,
+               'query_moment': 2 * heads * queries * size**2,
+               'key_feature_moment': 2 * heads * (keys * keys * width + keys * width**2),
+               'value_feature_moment': 2 * heads * (queries * keys * width + queries * width**2),
+               }.get(name, gram / 2 + 2 * heads * (keys * keys * size + keys * size**2))
+        return min(windows, self.max_windows) * one
+
     def measure(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor,
                 statistics: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
         """Sums over all windows, estimated from at most `max_windows` of them."""

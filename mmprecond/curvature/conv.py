@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import MOMENT, Layer
+from .layers import MOMENT, Call, Layer
 from .patches import Axis, PatchMoment
 
 
@@ -31,8 +31,7 @@ class Conv2dLayer(Layer):
         inputs = inputs if inputs.dim() == 4 else inputs[None]
         height, width = self._output_size(module, inputs)
         count = len(inputs) * height * width
-        sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
-        if not sliding or module.padding_mode != 'zeros' or count < self.few_rows:
+        if not self._by_shifts(module, count):
             return super().input_moment(module, inputs)
         products = PatchMoment(*self._axes(module, inputs, (height, width)))
         image_bytes = self.working_dtype.itemsize * inputs[0].numel()
@@ -49,6 +48,24 @@ class Conv2dLayer(Layer):
         moment = self.empty('input' + MOMENT)
         moment[:, :-1, :-1] = products.result()
         return self._bordered(moment, sums, count)
+
+    def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
+                      name: str) -> float:
+        """About the floating-point operations of one call's statistic (see the base class)."""
+        module: Any = call.module
+        rows = self._samples(output) * self._position_count(output)
+        if name != 'input' + MOMENT or not self._by_shifts(module, rows):
+            return super().measure_flops(call, kept, output, name)
+        high, wide = module.kernel_size
+        shifts = ((2 * high - 1) * (2 * wide - 1) + 1) / 2
+        channels = module.in_channels / self.blocks
+        margin = 1 + module.dilation[1] * (wide - 1) / output.shape[-1]
+        return 2 * self.blocks * channels**2 * rows * shifts * margin
+
+    def _by_shifts(self, module: Any, rows: int) -> bool:
+        """Whether `PatchMoment` makes the input's moment."""
+        sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
+        return sliding and module.padding_mode == 'zeros' and rows >= self.few_rows
 
     def _axes(self, module: Any, inputs: Tensor, positions: tuple[int, int]) -> Iterator[Axis]:
         left, _, top, _ = self._pads(module)

@@ -26,6 +26,12 @@ def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:
     return total
 
 
+def gram_flops(size: int, rows: int) -> float:
+    """Floating-point operations of one such product of n x n over r rows."""
+    bands = -(-size // _band(size))
+    return size**2 * rows * (1 + 1 / bands)
+
+
 def _band(size: int) -> int:
     """Height of the bands of an n x n product: equal but for the last."""
     return -(-size // max(1, round(size / BAND)))

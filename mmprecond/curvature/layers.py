@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from .gram import gram
+from .gram import gram, gram_flops
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +217,26 @@ class Layer:
             drawn = drawn[:self.positions].to(gradient.device)
         return {name: self._measure_one(name, call.module, kept[0], gradient, drawn)
                 for name in statistics}
+
+    def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
+                      name: str) -> float:
+        """About the floating-point operations by which `measure` makes a statistic of one call.
+
+        Args:
+            call: The call.
+            kept: The tensors that `measure` would take of it.
+            output: Its output, of which the shape is read.
+            name: The statistic.
+        """
+        rows = self.count_rows(call, output, (name,))
+        if name.endswith(SAMPLED):
+            rows = min(rows, self._samples(output) * self.positions)
+        blocks, size, width = self.statistic_shape(name)
+        if COLUMNS in name:
+            return 0.
+        if SKETCH in name:
+            return 4. * blocks * size * width * rows
+        return blocks * gram_flops(size, rows)
 
     def _measure_one(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor,
                      drawn: Tensor) -> Tensor:

@@ -2,30 +2,63 @@
 
 from __future__ import annotations
 
-from ..curvature import COLUMNS, Layer
-from ..preconditioners import Preconditioner
-from ..preconditioners.sides import SCALE
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..curvature import Layer
+from ..curvature.layers import Call
+from .memory import megabytes
+
+if TYPE_CHECKING:
+    from .base import PreconditionedOptimizer
 
 
-def apply_flops(layer: Layer, method: Preconditioner,
-                shapes: dict[str, tuple[int, int, int]] | None = None) -> float:
-    """Operations of one step's products with a layer's gradient.
+@dataclass
+class LayerCost:
+    """What one layer costs.
 
-    Args:
-        layer: The layer.
+    Attributes:
+        name: The weight's name.
         method: Its preconditioner.
-        shapes: Shapes (b, n, m) of its operators; default: those that are likely.
+        megabytes: Statistics and operators.
+        apply: Operations of every step.
+        capture: Operations of a step that measures it, beside `apply`.
+        refresh: About the operations of a refresh.
+        calls: Times that its module was called in a forward pass.
     """
-    shapes = method.operator_shapes(layer) if shapes is None else shapes
-    blocks, rows, columns = layer.shape
-    total = 0
-    for name, (_, _, width) in shapes.items():
-        if SCALE not in name:
-            products = 2 if COLUMNS in name else 1  # with U, and with U'
-            total += 2 * products * blocks * rows * columns * width
-    return total * (1 + method.rotates)
+
+    name: str
+    method: str
+    megabytes: float
+    apply: float
+    refresh: float
+    capture: float = 0.
+    calls: int = 0
 
 
-def refresh_flops(layer: Layer, method: Preconditioner) -> float:
-    """About the operations of one refresh: n^3 for each factor."""
-    return sum(b * n * m * m for b, n, m in map(layer.statistic_shape, method.required(layer)))
+@contextmanager
+def measured_costs(optimizer: PreconditionedOptimizer) -> Iterator[dict[Layer, LayerCost]]:
+    """Each layer's costs; those of captures by the calls of the forward passes made inside."""
+    costs = {layer: LayerCost(layer.name, type(stack.method).__name__, megabytes(layer, stack),
+                              stack.method.apply_flops(layer), stack.method.refresh_flops(layer))
+             for layer, stack in optimizer.layers.items()}
+
+    def observe(call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
+        cost = costs[call.layer]
+        cost.calls += 1
+        cost.capture += sum(call.layer.measure_flops(call, kept, output, name)
+                            for name in optimizer.layers[call.layer].requires)
+
+    optimizer.disarm()
+    handles = [handle for layer in costs for handle in layer.watch(observe, lambda *_: None)]
+    try:
+        yield costs
+    finally:
+        for handle in handles:
+            handle.remove()
+        if optimizer.auto_arm:
+            optimizer.arm()

@@ -23,7 +23,6 @@ from ..distributed import (
     world_size,
 )
 from ..preconditioners import LayerStack, Preconditioner
-from .cost import apply_flops, refresh_flops
 
 SHARDINGS = ('none', 'refresh', 'apply')
 
@@ -140,10 +139,10 @@ class Sharding:
         """About the FLOPs of a step, with its share of a refresh."""
         if not layer.weight.requires_grad:
             return 0.
-        refresh = refresh_flops(layer, method)
+        refresh = method.refresh_flops(layer)
         if self.mode == 'refresh':
             return refresh
-        return apply_flops(layer, method) + refresh / method.refresh_interval
+        return method.apply_flops(layer) + refresh / method.refresh_interval
 
     @staticmethod
     def _file(stack: LayerStack, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..curvature import Layer
 from ..distributed import longest_first
 from ..preconditioners import Preconditioner
-from .cost import refresh_flops
 
 
 def take_turns(methods: dict[Layer, Preconditioner]) -> None:
@@ -15,7 +14,7 @@ def take_turns(methods: dict[Layer, Preconditioner]) -> None:
     """
     for method in set(methods.values()):
         layers = [layer for layer, chosen in methods.items() if chosen == method]
-        costs = [1 + refresh_flops(layer, method) for layer in layers]
+        costs = [1 + method.refresh_flops(layer) for layer in layers]
         for layer, offset in zip(layers, longest_first(costs, method.refresh_interval),
                                  strict=True):
             layer.offset = offset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,14 @@ class AttentionFeature(InputFeature):
             shapes['key_right'] = (heads if exact else 1, columns, columns)
         shapes['value_right'] = (heads if exact else 1, columns, columns)
         return shapes
+
+    def apply_flops(self, layer: Layer) -> float:
+        """Operations of one step (see the base class): each operator serves a third."""
+        if not isinstance(layer, AttentionLayer):
+            return super().apply_flops(layer)
+        shapes = self.operator_shapes(layer)
+        shapes.setdefault('key_right', shapes['query_right'])
+        return 2 / 3 * math.prod(layer.shape) * sum(width for _, _, width in shapes.values())
 
     def refresh(self, statistics: Stacked, previous: Stacked | None = None,
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:

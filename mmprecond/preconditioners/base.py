@@ -6,6 +6,7 @@ failure ladder, checkpoints and the batching over layers are written once for al
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import BLOCKS, COLUMNS, MOMENT, SKETCH, Layer, RunningAverage
-from .sides import LowRank, Stacked, operator_shapes
+from .sides import SCALE, LowRank, Stacked, operator_shapes
 
 #: What stands for the moment of a side over max_dim.
 OVERSIZE = {'skip': None, 'one_sided': None, 'block': BLOCKS, 'lowrank': SKETCH}
@@ -116,6 +117,20 @@ class Preconditioner(ABC):
     def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
         """Shapes (b, n, m) of a layer's operators by name; by default those of `sides`."""
         return operator_shapes(layer, self.required(layer), self.low_rank)
+
+    def apply_flops(self, layer: Layer) -> float:
+        """Floating-point operations of one step's products with a layer's gradient."""
+        total = 0.
+        for name, (_, _, width) in self.operator_shapes(layer).items():
+            if SCALE not in name:
+                products = 2 if COLUMNS in name else 1  # with U, and with U'
+                total += 2. * products * math.prod(layer.shape) * width
+        return total * (1 + self.rotates)
+
+    def refresh_flops(self, layer: Layer) -> float:
+        """About the operations of one refresh: n^3 for each factor."""
+        return sum(float(b * n * m * m)
+                   for b, n, m in map(layer.statistic_shape, self.required(layer)))
 
     @property
     def low_rank(self) -> LowRank | None:

@@ -1,0 +1,117 @@
+"""Forecasts what an optimizer will cost on a config's model, before training.
+
+    python -m mmprecond.diagnostics CONFIG [--optimizer NKFAC] [--batch 2] [--size 800 1333]
+
+Prints a table of all layers: memory, and floating-point operations of each step, of a step that
+measures statistics, and of a refresh. It takes one forward pass on noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .curvature import Layer
+from .engine import launch, use_optimizer
+from .engine.synthetic import synthetic_batch
+from .optimizers import PreconditionedOptimizer
+from .optimizers.cost import LayerCost, measured_costs
+
+HEADERS = ('layer', 'preconditioner', 'calls', 'MB', 'step GFLOP', 'capture GFLOP',
+           'refresh GFLOP')
+
+
+def forecast(model: nn.Module, optimizer: PreconditionedOptimizer,
+             batch: dict[str, Any]) -> tuple[dict[Layer, LayerCost], float]:
+    """Costs by layer, and the operations of the model's own forward and backward pass."""
+    counter = FlopCounterMode(display=False)
+    with measured_costs(optimizer) as costs, torch.no_grad(), counter:
+        model(**batch, mode='loss')
+    return costs, 3. * counter.get_total_flops()
+
+
+def amortised(optimizer: PreconditionedOptimizer, costs: dict[Layer, LayerCost]) -> float:
+    """Operations a step, captures and refreshes shared out over their intervals."""
+    total = 0.
+    for layer, stack in optimizer.layers.items():
+        cost, method = costs[layer], stack.method
+        total += (cost.apply + cost.capture / method.stat_interval
+                  + cost.refresh / method.refresh_interval)
+    return total
+
+
+def table(optimizer: PreconditionedOptimizer, costs: dict[Layer, LayerCost],
+          own: float) -> str:
+    """The forecast as text; `own` are the model's operations a step."""
+    rows = [HEADERS, *(_row(cost.name.removesuffix('.weight'), cost) for cost in costs.values())]
+    total = LayerCost('all', '', *(sum(getattr(cost, name) for cost in costs.values()) for name in
+                                   ('megabytes', 'apply', 'refresh', 'capture', 'calls')))
+    rows.append(_row('all', total))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ['  '.join(cell.ljust(w) if k < 2 else cell.rjust(w)
+                       for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]
+    share = amortised(optimizer, costs) / own if own else float('nan')
+    lines.append(f'forward and backward pass: {own / 1e9:,.1f} GFLOP; preconditioning adds '
+                 f'{100 * share:.1f} % of that a step, its intervals averaged')
+    return '\n'.join(lines)
+
+
+def _row(name: str, cost: LayerCost) -> tuple[str, ...]:
+    return (name, cost.method, str(cost.calls), f'{cost.megabytes:.1f}',
+            *(f'{flops / 1e9:.3f}' for flops in (cost.apply, cost.capture, cost.refresh)))
+
+
+def build(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
+    """The model of a config, with random weights, and its optimizer."""
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if 'data_preprocessor' in cfg and 'data_preprocessor' not in cfg.model:
+        cfg.model.data_preprocessor = cfg.data_preprocessor  # as MMEngine's runner does
+    model = MODELS.build(cfg.model)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    if not isinstance(optimizer, PreconditionedOptimizer):
+        raise ValueError(f'the config trains with {type(optimizer).__name__}, which has no '
+                         'preconditioner; choose one of ours by --optimizer NAME')
+    return model.train(), optimizer
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog='python -m mmprecond.diagnostics', description=__doc__.splitlines()[0])
+    parser.add_argument('config', help='a config file, or mmdet::FOLDER/NAME.py')
+    parser.add_argument('--optimizer', metavar='NAME',
+                        help="forecast for this optimizer of mmprecond in place of the config's")
+    parser.add_argument('--batch', type=int, default=2, help='images; default: 2')
+    parser.add_argument('--size', type=int, nargs=2, default=(224, 224),
+                        metavar=('HEIGHT', 'WIDTH'), help='default: 224 224')
+    launch.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints the forecast."""
+    args = parse_args()
+    with launch.one_line_errors():
+        launch.check_mmcv()
+        cfg = launch.load_config(args.config)
+        if args.optimizer:
+            use_optimizer(cfg, args.optimizer)
+        if args.cfg_options:
+            cfg.merge_from_dict(args.cfg_options)
+        logging.getLogger('mmprecond').setLevel(logging.WARNING)  # its table is less than ours
+        model, optimizer = build(cfg)
+        batch = synthetic_batch(model, args.batch, tuple(args.size))
+        print(table(optimizer, *forecast(model, optimizer, batch)))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,46 @@
+"""Random batches for models of MMDetection and MMPretrain, to measure costs with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def synthetic_batch(model: nn.Module, images: int, size: tuple[int, int]) -> dict[str, Any]:
+    """What the model's `forward` takes with mode='loss': noise, with random boxes or classes.
+
+    Args:
+        model: A detector or a classifier with its data preprocessor.
+        images: Number of images.
+        size: Height and width.
+
+    Raises:
+        TypeError: For a model of another kind.
+    """
+    kinds = {kind.__module__.split('.')[0] for kind in type(model).__mro__}
+    if 'mmdet' in kinds:
+        from mmdet.testing import demo_mm_inputs
+
+        masks = bool(getattr(getattr(model, 'roi_head', None), 'with_mask', False))
+        packed = demo_mm_inputs(images, [(3, *size)] * images, num_items=[8] * images,
+                                num_classes=_classes(model), with_mask=masks)
+    elif 'mmpretrain' in kinds:
+        from mmpretrain.structures import DataSample
+
+        classes = _classes(model)
+        drawn = torch.randint(classes, (images,)).tolist()
+        packed = dict(inputs=list(torch.randint(256, (images, 3, *size), dtype=torch.uint8)),
+                      data_samples=[DataSample().set_gt_label(label) for label in drawn])
+    else:
+        raise TypeError(f'{type(model).__name__} is neither a detector of MMDetection nor a '
+                        'classifier of MMPretrain: there is no synthetic batch for it')
+    preprocess: Any = model.data_preprocessor
+    return dict(preprocess(packed, True))
+
+
+def _classes(model: nn.Module) -> int:
+    """The largest number of classes of its heads (a proposal head has one)."""
+    found = [getattr(module, 'num_classes', None) for module in model.modules()]
+    return max((count for count in found if isinstance(count, int)), default=10)

@@ -1,0 +1,120 @@
+"""Forecasts of memory and operations against what training then takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attention_helpers import feature_map, shift_window
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmprecond.curvature.conv import Conv2dLayer
+from mmprecond.optimizers import FSGD, KFAC, NKFAC, AdaAFOpt, AdamR, PreconditionedOptimizer
+from mmprecond.optimizers.cost import measured_costs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def product(total: Any, first: Any, second: Any, *_: Any, **__: Any) -> int:
+    return 2 * torch.Size(first).numel() * second[-1]
+
+
+IN_PLACE = {torch.ops.aten.baddbmm_: product}
+
+
+class Net(nn.Module):
+    """Convolutions by shifted products and by patches, linear layers on rows and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.body = nn.Conv2d(16, 24, 3, padding=1, bias=False)
+        self.wide = nn.Conv2d(24, 64, 1)
+        self.tokens = nn.Linear(64, 48)
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(torch.relu(self.body(torch.relu(self.stem(x)))))
+        return self.head(torch.relu(self.tokens(x.flatten(2).mT)).mean(1))
+
+
+def counted(function: Any) -> float:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        function()
+    return float(counter.get_total_flops())
+
+
+def held(optimizer: PreconditionedOptimizer) -> float:
+    tensors = [t for stack in optimizer.stacks
+               for t in (*stack.statistics.values(), *stack.operator.values())]
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+
+
+def total(costs: Any, name: str) -> float:
+    return sum(getattr(cost, name) for cost in costs)
+
+
+def compare(kind: type[PreconditionedOptimizer], model: nn.Module, inputs: tuple[Any, ...],
+            **options: Any) -> None:
+    """The forecast against what captures, steps and stacks then take."""
+    optimizer = kind(model, lr=0.01, stat_interval=3, refresh_interval=3, **options)
+    with measured_costs(optimizer) as found, torch.no_grad():
+        model(*inputs)
+    costs = list(found.values())
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        model(*inputs).square().mean().backward()
+
+    passes, steps = [], []
+    for _ in range(5):
+        passes.append(counted(backward))
+        steps.append(counted(optimizer.step))
+    assert total(costs, 'refresh') > 0 and all(cost.calls == 1 for cost in costs)
+    assert max(passes) - min(passes) == pytest.approx(total(costs, 'capture'), rel=0.2)
+    assert steps[-1] == pytest.approx(total(costs, 'apply'), rel=0.2)
+    assert held(optimizer) == pytest.approx(total(costs, 'megabytes'), rel=1e-6)
+
+
+@pytest.mark.parametrize('kind, options', [
+    (NKFAC, {}), (FSGD, {}), (AdamR, {}), (NKFAC, dict(max_dim=50, oversize='block')),
+    (NKFAC, dict(max_dim=50, oversize='lowrank', max_rank=20)),
+    (KFAC, dict(reduction='sample', stat_decay=0.5))], ids=str)
+@pytest.mark.parametrize('few_rows', [1, 10**9])
+def test_forecasts_are_within_a_fifth(kind: type[PreconditionedOptimizer],
+                                      options: dict[str, Any], few_rows: int,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conv2dLayer, 'few_rows', few_rows)
+    torch.manual_seed(0)
+    compare(kind, Net(), (torch.randn(4, 3, 24, 24),), **options)
+
+
+@pytest.mark.parametrize('variant', ['thesis', 'gauss_newton'])
+def test_forecasts_of_attention(variant: str) -> None:
+    block = shift_window()
+    compare(AdaAFOpt, block, (feature_map((9, 9)), (9, 9)), variant=variant)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, '-m', 'mmprecond.diagnostics', *arguments], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_command() -> None:
+    config = 'configs/quickstart/faster-rcnn_r18_fpn_shapes_narrow.py'
+    done = run(config, '--optimizer', 'NKFAC', '--size', '96', '128', '--batch', '2')
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    start = next(k for k, line in enumerate(lines) if 'step GFLOP' in line)
+    rows = {line.split()[0]: line.split()[1:] for line in lines[start + 1:-1]}
+    assert rows['rpn_head.rpn_conv'][1] == '5'  # levels
+    assert float(rows['all'][-3]) == pytest.approx(
+        sum(float(row[-3]) for name, row in rows.items() if name != 'all'), abs=0.05)
+    assert 'preconditioning adds' in lines[-1]
+    done = run(config)
+    assert done.returncode == 2 and 'trains with SGD, which has no preconditioner' in done.stderr
