@@ -1,0 +1,61 @@
+"""tools/benchmark.py on a small model, and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'tools'))
+benchmark = pytest.importorskip('benchmark')
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, 'tools/benchmark.py', *arguments], cwd=ROOT,
+                          capture_output=True, text=True, timeout=500, check=False)
+
+
+def test_a_small_classifier(tmp_path: Path) -> None:
+    pytest.importorskip('mmpretrain')
+    specs = ['SGD', 'AdamW', 'NKFAC:solver=cholesky', 'NKFAC:solver=lowrank:tolerance=0.3',
+             'AdamR']
+    done = run('--models', 'configs/quickstart/resnet18_shapes-cls.py', '--size', '32', '32',
+               '--batch', '4', '--cycles', '1', '--optimizers', ','.join(specs), '--memory',
+               '--intervals', '5/25', '--out', str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / 'resnet18_shapes-cls.json').read_text())
+    found = {r['name']: r for r in record['results']}
+    assert list(found) == specs
+    for name, r in found.items():
+        assert set(r['iteration']) == ({'plain'} if name in ('SGD', 'AdamW') else
+                                       {'plain', 'statistics', 'refresh'})
+        assert r['state_mb'] > 0 and r['peak_mb'] > 100
+    assert found['AdamR']['base'] == 'AdamW'
+    dense = found['NKFAC:solver=cholesky']
+    assert dense['apply_gflop'] == pytest.approx(dense['forecast_gflop'], rel=0.2)
+    assert dense['overhead']['5/25'] > 1 and found['SGD']['overhead']['5/25'] == 1
+    assert found['NKFAC:solver=lowrank:tolerance=0.3']['ranks']
+    table = (tmp_path / 'resnet18_shapes-cls.md').read_text()
+    assert all(f'| {name} |' in table for name in specs)
+    assert (tmp_path / 'resnet18_shapes-cls.png').stat().st_size > 1000
+
+
+def test_what_is_not_there_is_one_line() -> None:
+    done = run('--optimizers', 'SDG')
+    assert done.returncode == 2 and "cannot time 'SDG'" in done.stderr.splitlines()[-2]
+
+
+def test_the_percentile_counts_kinds_as_often_as_they_come() -> None:
+    seconds = dict(plain=[1., 1.1], statistics=[2.], refresh=[9.])
+    assert benchmark.p99(seconds, 20, 50) == 9.
+    assert benchmark.p99(seconds, 50, 1000) == 2.
+    assert benchmark.p99(seconds, 1000, 2000) == 1.1
+
+
+def test_settings_in_a_name() -> None:
+    assert benchmark.parse_spec('NKFAC:solver=lowrank:tolerance=0.3:stagger=true') == (
+        'NKFAC', dict(solver='lowrank', tolerance=0.3, stagger=True))
