@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_helpers import feature_map, shift_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_arguments import refused
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from mmprecond.linalg import apply_columns, columns_to_matrix, low_rank_power
 from mmprecond.linalg.lowrank import SLACK
-from mmprecond.optimizers import FSGD, NKFAC, AdaNKFAC, FAdam, Preconditioned
+from mmprecond.optimizers import FSGD, NKFAC, SGDMBK, AdaNKFAC, AFOpt, FAdam, Preconditioned
 from mmprecond.preconditioners.sides import LowRank, alike
 
 
@@ -156,7 +157,10 @@ class Wide(nn.Module):
         return self.head(torch.relu(self.second(torch.tanh(self.first(x)))))
 
 
-KINDS: dict[str, Any] = {'NKFAC': NKFAC, 'AdaNKFAC': AdaNKFAC, 'FSGD': FSGD, 'FAdam': FAdam}
+KINDS: dict[str, Any] = {'NKFAC': NKFAC, 'AdaNKFAC': AdaNKFAC, 'FSGD': FSGD, 'FAdam': FAdam,
+                         'AFOpt': AFOpt, 'SGDMBK': SGDMBK}
+#: With exact powers at every refresh.
+EXACT = {'NKFAC': 'cholesky', 'AdaNKFAC': 'cholesky', 'SGDMBK': 'eigh'}
 
 
 @pytest.fixture(autouse=True)
@@ -189,8 +193,7 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
 @pytest.mark.parametrize('kind', KINDS)
 def test_trajectories_follow_exact_inverses(kind: str) -> None:
     """Closer, the smaller the tolerance."""
-    exact = {'solver': 'cholesky'} if 'NKFAC' in kind else {}
-    model, optimizer = make(kind, **exact)
+    model, optimizer = make(kind, solver=EXACT.get(kind, 'exact'))
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     train(model, optimizer, range(8))
     wanted = torch.cat([p.detach().flatten() for p in model.parameters()]) - start
@@ -275,6 +278,22 @@ def test_mixed_with_other_methods_and_refusals() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
     refused(ValueError, lambda: make('NKFAC', solver='lowrank', tolerance=0.), 'tolerance')
     refused(ValueError, lambda: make('FSGD', solver='low'), 'exact, lowrank')
+    refused(ValueError, lambda: make('SGDMBK', solver='lowrank', damping=1e-4),
+            "set damping of at least 0.001, or solver='eigh'")
+
+
+def test_attention_stays_dense_beside_layers_of_low_rank() -> None:
+    block = shift_window()
+    model = nn.ModuleDict(dict(embed=nn.Linear(30, 6).double(), block=block))
+    optimizer = AFOpt(model, lr=1e-2, stat_interval=1, refresh_interval=2, solver='lowrank')
+    for step in range(5):
+        optimizer.zero_grad()
+        x = model['embed'](torch.randn(2, 81, 30, dtype=torch.float64) * decay(30, 3.))
+        block(x + feature_map((9, 9), seed=step), (9, 9)).square().mean().backward()
+        optimizer.step()
+    names = {name for stack in optimizer.stacks for name in stack.operator}
+    assert {'query_left', 'value_right', 'input_columns'} <= names
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_max_rank_keeps_the_largest() -> None:

@@ -190,6 +190,37 @@ class Preconditioner(ABC):
         """Preconditions gradients (k, b, o, i)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InversePreconditioner(Preconditioner):
+    """One whose operators are negative powers of damped moments, by a choice of solvers.
+
+    Attributes:
+        solver: 'lowrank' keeps of a side's power the eigenvectors that stand out of the damping,
+            where they are fewer than half (see `LowRank`); the others are the method's own.
+        tolerance: Least eigenvalue that 'lowrank' keeps, relative to the damping.
+    """
+
+    solver: str = 'lowrank'
+    tolerance: float = 0.1
+
+    #: Its other solvers.
+    dense_solvers: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice('solver', self.solver, (*self.dense_solvers, 'lowrank'))
+        check_number('tolerance', self.tolerance, open_low=True)
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """With solver='lowrank'."""
+        return LowRank(self.tolerance, self.max_rank) if self.solver == 'lowrank' else None
+
+    def is_exact(self, refreshes: int) -> bool:
+        """All but those of low rank, which start from the last."""
+        return self.solver != 'lowrank' or refreshes == 0
+
+
 def check_damping(name: str, value: float) -> None:
     """Raises ValueError unless a damping is a positive number."""
     check_number(name, value, open_low=True)

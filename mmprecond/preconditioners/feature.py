@@ -7,12 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_choice, check_flag, check_number
+from ..checks import check_flag, check_number
 from ..curvature import RunningAverage
 from ..linalg import inverse_power
-from .base import Preconditioner, check_damping
+from .base import InversePreconditioner, check_damping
 from .sides import (
-    LowRank,
     Stacked,
     add_damping,
     damped_sides,
@@ -21,11 +20,9 @@ from .sides import (
     two_sided,
 )
 
-FEATURE_SOLVERS = ('exact', 'lowrank')
-
 
 @dataclass(frozen=True, kw_only=True)
-class InputFeature(Preconditioner):
+class InputFeature(InversePreconditioner):
     """FSGD: ``V = G R^-1``, scaled to the norm of G.
 
     R (i x i) is the running average of the input's second moment, damped by damping * lambda_max.
@@ -43,8 +40,7 @@ class InputFeature(Preconditioner):
         exponent: p of ``G R^-p``; 0.5 for feature whitening.
         norm_recovery: Whether V is scaled to the norm of G.
         solver: 'exact', or 'lowrank', which keeps the eigenvectors that stand out of the damping,
-            where that is fewer than half (see `LowRank`).
-        tolerance: Least eigenvalue that 'lowrank' keeps, relative to the damping.
+            where that is fewer than half.
     """
 
     stat_interval: int = 50
@@ -54,8 +50,8 @@ class InputFeature(Preconditioner):
     exponent: float = 1.
     norm_recovery: bool = True
     solver: str = 'exact'
-    tolerance: float = 0.1
 
+    dense_solvers: ClassVar[tuple[str, ...]] = ('exact',)
     requires: ClassVar[tuple[str, ...]] = ('input_moment',)
 
     def __post_init__(self) -> None:
@@ -64,8 +60,6 @@ class InputFeature(Preconditioner):
         check_damping('damping', self.damping)
         check_number('exponent', self.exponent, open_low=True)
         check_flag('norm_recovery', self.norm_recovery)
-        check_choice('solver', self.solver, FEATURE_SOLVERS)
-        check_number('tolerance', self.tolerance, open_low=True)
 
     def average(self) -> RunningAverage:
         """Moving average of the captures as they are."""
@@ -79,15 +73,6 @@ class InputFeature(Preconditioner):
             statistics, lambda name, given: relative_damping(given, damping, name, previous),
             lambda _, damped: inverse_power(damped, self.exponent), self.exponent,
             self.low_rank, previous)
-
-    def is_exact(self, refreshes: int) -> bool:
-        """All but those of low rank, which start from the last."""
-        return self.solver == 'exact' or refreshes == 0
-
-    @property
-    def low_rank(self) -> LowRank | None:
-        """With solver='lowrank'."""
-        return LowRank(self.tolerance, self.max_rank) if self.solver == 'lowrank' else None
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``G R^-p`` with norm recovery."""

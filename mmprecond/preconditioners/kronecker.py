@@ -7,17 +7,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_number
+from ..checks import check_count, check_number
 from ..curvature import RunningAverage
 from ..linalg import cholesky_inverse, newton_inverse
-from .base import Preconditioner, check_damping
-from .sides import LowRank, Stacked, damped_sides, largest, recover_norm, two_sided
-
-SOLVERS = ('newton', 'cholesky', 'lowrank')
+from .base import InversePreconditioner, check_damping
+from .sides import Stacked, damped_sides, largest, recover_norm, two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewtonKronecker(Preconditioner):
+class NewtonKronecker(InversePreconditioner):
     """NKFAC: ``V = L^-1 G R^-1``, scaled to the norm of G.
 
     R (i x i) and L (o x o) are running averages of the input and gradient second moments, each
@@ -39,8 +37,7 @@ class NewtonKronecker(Preconditioner):
             inverses (C in the thesis).
         solver: 'newton'; 'cholesky' for exact inverses at every refresh; or 'lowrank', which
             keeps of a side's inverse the eigenvectors that stand out of the damping, where that
-            is fewer than half (see `LowRank`), and has exact inverses of the other sides.
-        tolerance: Least eigenvalue that 'lowrank' keeps, relative to the damping.
+            is fewer than half, and has exact inverses of the other sides.
     """
 
     stat_decay: float = 0.95
@@ -49,8 +46,8 @@ class NewtonKronecker(Preconditioner):
     newton_steps: int = 1
     exact_interval: int = 500
     solver: str = 'newton'
-    tolerance: float = 0.1
 
+    dense_solvers: ClassVar[tuple[str, ...]] = ('newton', 'cholesky')
     requires: ClassVar[tuple[str, ...]] = ('input_moment', 'gradient_moment')
 
     def __post_init__(self) -> None:
@@ -60,20 +57,12 @@ class NewtonKronecker(Preconditioner):
         check_number('damping_floor', self.damping_floor)
         check_count('newton_steps', self.newton_steps)
         check_count('exact_interval', self.exact_interval)
-        check_choice('solver', self.solver, SOLVERS)
-        check_number('tolerance', self.tolerance, open_low=True)
 
     def is_exact(self, refreshes: int) -> bool:
-        """Refreshes 0, 1, 2 and every `exact_interval`-th, or all with Cholesky."""
-        if self.solver == 'lowrank':
-            return refreshes == 0
-        return (self.solver == 'cholesky' or refreshes <= 2
-                or refreshes % self.exact_interval == 0)
-
-    @property
-    def low_rank(self) -> LowRank | None:
-        """With solver='lowrank'."""
-        return LowRank(self.tolerance, self.max_rank) if self.solver == 'lowrank' else None
+        """Newton's refreshes 0, 1, 2 and every `exact_interval`-th, or all with Cholesky."""
+        if self.solver != 'newton':
+            return super().is_exact(refreshes)
+        return refreshes <= 2 or refreshes % self.exact_interval == 0
 
     def average(self) -> RunningAverage:
         """Moving average of normalised captures."""

@@ -7,18 +7,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_number
+from ..checks import check_count, check_number
 from ..curvature import RunningAverage
 from ..linalg import inverse_power, newton_schulz_inverse_root
-from .base import Preconditioner, check_damping
+from .base import InversePreconditioner, check_damping
 from .sides import Stacked, damped_sides, exact_relative_damping, recover_norm, two_sided
 
-ROOT_SOLVERS = ('newton_schulz', 'eigh')
+#: With less than this almost every eigenvalue stands out.
 LEAST_LOWRANK_DAMPING = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerRoot(Preconditioner):
+class KroneckerRoot(InversePreconditioner):
     """AdaBK: ``V = L^-1/2 G R^-1/2``, scaled to the norm of G.
 
     R (i x i) and L (o x o) are running averages of the input and gradient second moments, each
@@ -33,8 +33,10 @@ class KroneckerRoot(Preconditioner):
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
         damping: Damping relative to a factor's largest eigenvalue.
-        solver: 'newton_schulz', as published, whose steps also bound small eigenvalues; or 'eigh'
-            for exact roots.
+        solver: 'newton_schulz', as published, whose steps also bound small eigenvalues; 'eigh'
+            for exact roots; or 'lowrank', for dampings of 0.001 and more, which keeps the
+            eigenvectors that stand out of the damping, where that is fewer than half, and has
+            exact roots of the other sides.
         root_steps: Newton-Schulz steps a refresh.
     """
 
@@ -45,18 +47,19 @@ class KroneckerRoot(Preconditioner):
     solver: str = 'newton_schulz'
     root_steps: int = 10
 
+    dense_solvers: ClassVar[tuple[str, ...]] = ('newton_schulz', 'eigh')
     requires: ClassVar[tuple[str, ...]] = ('input_moment', 'gradient_moment')
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number('stat_decay', self.stat_decay, high=1)
         check_damping('damping', self.damping)
-        check_choice('solver', self.solver, ROOT_SOLVERS)
         check_count('root_steps', self.root_steps)
-        if self.oversize == 'lowrank' and self.damping < LEAST_LOWRANK_DAMPING:
-            raise ValueError(f"oversize='lowrank' leaves out eigenvalues that damping="
-                             f'{self.damping} would not hide: set damping of at least '
-                             f"{LEAST_LOWRANK_DAMPING}, or oversize='block'")
+        for setting, other in (('oversize', 'block'), ('solver', 'eigh')):
+            if getattr(self, setting) == 'lowrank' and self.damping < LEAST_LOWRANK_DAMPING:
+                raise ValueError(f"{setting}='lowrank' leaves out eigenvalues that damping="
+                                 f'{self.damping} would not hide: set damping of at least '
+                                 f'{LEAST_LOWRANK_DAMPING}, or {setting}={other!r}')
 
     def average(self) -> RunningAverage:
         """Moving average of the captures as they are."""
@@ -73,8 +76,9 @@ class KroneckerRoot(Preconditioner):
             return inverse_power(damped, 0.5)
 
         return damped_sides(
-            statistics, lambda name, factor: exact_relative_damping(name, factor, damping), root,
-            exponent=0.5)
+            statistics,
+            lambda name, factor: exact_relative_damping(name, factor, damping, previous), root,
+            exponent=0.5, low_rank=self.low_rank, previous=previous)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """``L^-1/2 G R^-1/2`` with norm recovery; a side without an operator is left alone."""

@@ -234,9 +234,10 @@ def relative_damping(statistic: Tensor, damping: Tensor | float, name: str = MOM
     return torch.where(amount > 0, amount, 1)
 
 
-def exact_relative_damping(name: str, statistic: Tensor, damping: Tensor | float) -> Tensor:
+def exact_relative_damping(name: str, statistic: Tensor, damping: Tensor | float,
+                           previous: Stacked | None = None) -> Tensor:
     """The same, but a block takes its layer's largest eigenvalue only where its own is zero."""
-    value = largest(name, statistic)
+    value = largest(name, statistic, previous)
     amount = damping * torch.where(value > 0, value, value.amax(-1, keepdim=True))
     return torch.where(amount > 0, amount, 1)
 
