@@ -8,7 +8,8 @@ and validation leave nothing behind.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,7 @@ class Capture:
 
     Args:
         requires: Names of the statistics of each layer.
+        around: Makes the context in which products are formed.
 
     Attributes:
         staged: What was measured since the last `drop`.
@@ -49,8 +51,10 @@ class Capture:
         seen: Layers whose module was called while armed.
     """
 
-    def __init__(self, requires: dict[Layer, tuple[str, ...]]) -> None:
+    def __init__(self, requires: dict[Layer, tuple[str, ...]],
+                 around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self.requires = requires
+        self.around = around
         self.staged: dict[Layer, Staged] = {}
         self.loss_scale: Any = None
         self.seen: set[Layer] = set()
@@ -138,7 +142,7 @@ class Capture:
         layer = call.layer
         staged = self.staged.setdefault(layer, Staged())
         names = self.requires[layer]
-        with torch.autocast(gradient.device.type, enabled=False):
+        with torch.autocast(gradient.device.type, enabled=False), self.around():
             if _needs_gradient(names):
                 gradient = self._unscaled(layer, gradient)
             for name, measured in layer.measure(call, kept, gradient, names,

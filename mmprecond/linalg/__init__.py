@@ -9,11 +9,12 @@ from .lowrank import (
     nystrom_columns,
     power_of_columns,
 )
+from .precision import PRECISIONS, matmul_precision
 from .roots import inverse_power, newton_schulz_inverse_root
 from .spectrum import largest_eigenvalue, largest_eigenvalue_of_columns
 
-__all__ = ['all_finite', 'apply_columns', 'assign_columns', 'cholesky_inverse',
+__all__ = ['PRECISIONS', 'all_finite', 'apply_columns', 'assign_columns', 'cholesky_inverse',
            'columns_to_matrix', 'eigenbasis', 'inverse_power', 'largest_eigenvalue',
-           'largest_eigenvalue_of_columns', 'low_rank_power', 'newton_inverse',
+           'largest_eigenvalue_of_columns', 'low_rank_power', 'matmul_precision', 'newton_inverse',
            'newton_schulz_inverse_root', 'nystrom_columns', 'orthogonal_iteration',
            'power_of_columns']

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_flag, check_number
 from ..curvature import COLUMNS, Capture, Layer, LeftOut, find_layers, unwrap
 from ..distributed import rank, sum_over_ranks, world_size
+from ..linalg import PRECISIONS
+from ..linalg import matmul_precision as precision
 from ..preconditioners import LayerStack, Preconditioner
 from ..preconditioners.sides import Stacked
 from . import checkpoint, moments, report
@@ -50,6 +53,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         stagger: Whether layers take turns over the steps of an interval to be measured and
             refreshed, rather than all at once. A layer's first statistics then come up to
             `stat_interval` steps later; until then it takes the plain rule.
+        matmul_precision: Of float32 products on a GPU that measure statistics and precondition
+            gradients: 'highest' or 'high' (TensorFloat-32). Refreshes are always 'highest'.
 
     Attributes:
         left_out: Modules that take the plain rule, and why.
@@ -65,7 +70,7 @@ class PreconditionedOptimizer(RuleOptimizer):
                  method: Preconditioner | Assignment, defaults: dict[str, Any],
                  capture_mb: float = 64., save_curvature: bool = True, sharding: str = 'none',
                  clip_update: float | None = None, check_memory: bool = True,
-                 stagger: bool = False) -> None:
+                 stagger: bool = False, matmul_precision: str = 'highest') -> None:
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
         if model is None:
@@ -73,12 +78,14 @@ class PreconditionedOptimizer(RuleOptimizer):
                 f'{type(self).__name__} needs the model that owns the parameters: pass model=..., '
                 "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper")
         check_flag('stagger', stagger)
+        check_choice('matmul_precision', matmul_precision, PRECISIONS)
         check_number('capture_mb', capture_mb, open_low=True, finite=False)
         check_choice('sharding', sharding, SHARDINGS)
         check_number('clip_update', 1. if clip_update is None else clip_update, open_low=True)
         super().__init__(params, rule, defaults)
         self.save_curvature = save_curvature
         self.clip_update = clip_update
+        self.matmul_precision = matmul_precision
         self.dropped = 0
         self.sharding = Sharding(sharding, save_curvature)
         self._noted: set[Layer] = set()
@@ -90,7 +97,8 @@ class PreconditionedOptimizer(RuleOptimizer):
             take_turns({layer: stack.method for layer, stack in self.layers.items()})
         if check_memory:
             refuse_what_does_not_fit(self)
-        self._capture = Capture({layer: stack.requires for layer, stack in self.layers.items()})
+        self._capture = Capture({layer: stack.requires for layer, stack in self.layers.items()},
+                                partial(precision, matmul_precision))
         self._arm_if_automatic()
 
     # ---------------------------------------------------------------- construction
@@ -179,7 +187,8 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def _measure(self) -> None:
         self._merge_statistics()
-        self._refresh()
+        with precision('highest'):
+            self._refresh()
 
     def _after_step(self) -> None:
         self._arm_if_automatic()
@@ -292,9 +301,10 @@ class PreconditionedOptimizer(RuleOptimizer):
     def _directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """The gradients, preconditioned where a layer has an operator."""
         directions = dict(gradients)
-        for stack in self.stacks:
-            if self.sharding.holds(stack):
-                self._transform(stack, stack.method.apply, directions)
+        with precision(self.matmul_precision):
+            for stack in self.stacks:
+                if self.sharding.holds(stack):
+                    self._transform(stack, stack.method.apply, directions)
         self.sharding.exchange_directions(self.stacks, directions)
         kl_clip(self, gradients, directions)
         if self.clip_update is not None:
@@ -303,9 +313,10 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def _turn_back(self, directions: dict[Tensor, Tensor]) -> None:
         """Out of the rotated spaces."""
-        for stack in self.stacks:
-            if stack.method.rotates:
-                self._transform(stack, stack.method.restore, directions)
+        with precision(self.matmul_precision):
+            for stack in self.stacks:
+                if stack.method.rotates:
+                    self._transform(stack, stack.method.restore, directions)
 
     @staticmethod
     def _transform(stack: LayerStack, function: Callable[[Stacked, Tensor], Tensor],

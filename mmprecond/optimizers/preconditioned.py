@@ -33,12 +33,8 @@ class Preconditioned(PreconditionedOptimizer):
             class, or within one), `name` (a pattern as in `fnmatch`, for the name of the layer's
             module or one around it), or both; without it an entry means all remaining layers.
             `preconditioner` is ``dict(type=..., **settings)``, or None for the plain rule.
-        capture_mb: Limit in megabytes for what a capture lays out.
-        save_curvature: Whether `state_dict` holds statistics and operators.
-        sharding: As in `PreconditionedOptimizer`.
-        clip_update: As in `PreconditionedOptimizer`.
-        check_memory: As in `PreconditionedOptimizer`.
-        stagger: As in `PreconditionedOptimizer`.
+        **options: `capture_mb`, `save_curvature`, `sharding`, `clip_update`, `check_memory`,
+            `stagger` and `matmul_precision`, as in `PreconditionedOptimizer`.
 
     Raises:
         ValueError: For unknown types or settings, a match that hits nothing, a preconditioner that
@@ -47,9 +43,8 @@ class Preconditioned(PreconditionedOptimizer):
 
     def __init__(self, params: Any, *, rule: dict[str, Any] | None = None,
                  layers: list[dict[str, Any]] | None = None, model: nn.Module | None = None,
-                 capture_mb: float = 64., save_curvature: bool = True, sharding: str = 'none',
-                 clip_update: float | None = None, check_memory: bool = True,
-                 stagger: bool = False, **unexpected: Any) -> None:
+                 **options: Any) -> None:
+        unexpected = {key: value for key, value in options.items() if key not in ENGINE_OPTIONS}
         if isinstance(rule, dict) and set(unexpected) & set(rule):
             keys = ', '.join(sorted(unexpected))
             raise TypeError(f'Preconditioned does not take {keys} beside rule and layers, its rule '
@@ -60,9 +55,7 @@ class Preconditioned(PreconditionedOptimizer):
         assignment = parse_layers(layers)
         _check_rule(built, assignment)
         super().__init__(params, model=model, rule=built, method=assignment, defaults=defaults,
-                         capture_mb=capture_mb, save_curvature=save_curvature, sharding=sharding,
-                         clip_update=clip_update, check_memory=check_memory,
-                         stagger=stagger)
+                         **options)
 
 
 def _check_rule(rule: Rule, assignment: Assignment) -> None:

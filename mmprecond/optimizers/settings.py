@@ -10,7 +10,7 @@ from ..preconditioners import Preconditioner
 
 #: Settings of the optimizer itself, beside its rule's and its preconditioner's.
 ENGINE_OPTIONS = ('capture_mb', 'save_curvature', 'sharding', 'clip_update', 'check_memory',
-                  'stagger')
+                  'stagger', 'matmul_precision')
 
 
 def split_settings(owner: object, method: type[Preconditioner], settings: dict[str, Any],

@@ -1,0 +1,92 @@
+"""matmul_precision: lower where products can bear it, never where matrices are inverted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmprecond.curvature import Layer
+from mmprecond.linalg import cholesky_inverse, low_rank_power, matmul_precision
+from mmprecond.optimizers import NKFAC, AdamR
+from mmprecond.preconditioners import EigenRotation, NewtonKronecker
+from mmprecond.preconditioners.sides import two_sided
+
+
+def level() -> str:
+    backend: Any = torch.backends.cuda.matmul
+    return {'ieee': 'highest', 'tf32': 'high', 'none': 'default'}.get(
+        getattr(backend, 'fp32_precision', 'none'), 'other')
+
+
+@pytest.mark.parametrize('chosen', ['highest', 'high'])
+@pytest.mark.parametrize('kind', [NKFAC, AdamR])
+def test_each_part_has_its_own(kind: Any, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
+        pytest.skip('an older torch')
+    seen: dict[str, set[str]] = {}
+
+    def spy(owner: type, name: str, part: str) -> None:
+        plain = getattr(owner, name)
+
+        def spied(*args: Any, **kwargs: Any) -> Any:
+            seen.setdefault(part, set()).add(level())
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spied)
+
+    method = NewtonKronecker if kind is NKFAC else EigenRotation
+    spy(Layer, 'measure', 'statistics')
+    spy(method, 'refresh', 'refresh')
+    spy(method, 'apply', 'apply')
+    spy(method, 'restore', 'apply')
+    before = level()
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    optimizer = kind(model, lr=0.1, stat_interval=1, refresh_interval=1, matmul_precision=chosen)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+    assert seen.pop('apply') >= {chosen}  # AdamR's moments are carried over at a refresh
+    assert seen == {'statistics': {chosen}, 'refresh': {'highest'}}
+    assert level() == before
+
+
+def test_the_setting_is_restored_after_an_error() -> None:
+    before = level()
+    with pytest.raises(RuntimeError), matmul_precision('high'):
+        raise RuntimeError
+    assert level() == before
+    with pytest.raises(ValueError, match='matmul_precision'):
+        NKFAC(nn.Linear(2, 2), lr=0.1, matmul_precision='low')
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Rounds to 10 bits after the point, as tensor cores do with their factors."""
+    bits = x.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1fff).view(torch.float32)
+
+
+@pytest.mark.parametrize('lowrank', [False, True])
+def test_rounded_factors_hardly_turn_a_direction(lowrank: bool) -> None:
+    """Why applying may be 'high': rounding to TF32 by hand, with a badly conditioned factor."""
+    torch.manual_seed(0)
+    n = 300
+    basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+    values = torch.arange(1, n + 1, dtype=torch.float64)**-2.
+    moment = ((basis * values) @ basis.T).float()[None, None]
+    damping = torch.full((1, 1), 0.01)
+    if lowrank:
+        columns, scale, _ = low_rank_power(moment, None, damping)
+        operator = {'input_columns': columns, 'input_scale': scale}
+    else:
+        damped = moment + 0.01 * torch.eye(n)
+        operator = {'input_moment': cholesky_inverse(damped)[0]}
+    gradient = (torch.randn(20, n, dtype=torch.float64) @ (basis * values.sqrt()) @ basis.T)
+    gradient = gradient.float()[None, None]
+    exact = two_sided({k: o.double() for k, o in operator.items()}, gradient.double())
+    rounded = two_sided({k: tf32(o) for k, o in operator.items()}, tf32(gradient))
+    assert F.cosine_similarity(rounded.double().flatten(), exact.flatten(), 0) > 1 - 1e-4
