@@ -149,6 +149,11 @@ class AttentionLayer(Layer):
         return 'qkv', 'weight'
 
     @property
+    def has_positions(self) -> bool:
+        """It draws windows instead."""
+        return False
+
+    @property
     def compressible(self) -> bool:
         """It has but the forms of `MEASURES`."""
         return False

@@ -79,6 +79,7 @@ class Layer:
         working_dtype: Dtype of all statistics: the weight's own, at least float32.
         damping: This layer's damping in place of its preconditioner's, or None.
         positions: Positions of each sample that `SAMPLED` statistics draw at a call.
+        max_rows: In place of `positions`, the rows that they draw of all samples; or None.
         slots: Width of `COLUMNS` statistics.
         rank: Width of `SKETCH` statistics.
         block: Largest block of `BLOCKS` statistics.
@@ -86,6 +87,7 @@ class Layer:
     """
 
     positions = 8
+    max_rows: int | None = None
     slots = 256
     rank = 256
     block = 8192
@@ -109,6 +111,11 @@ class Layer:
     def shape(self) -> tuple[int, int, int]:
         """(blocks, o, i) of the gradient's matrix form."""
         return self.blocks, self.rows, self.columns
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether rows of its statistics can be drawn."""
+        return True
 
     @property
     def compressible(self) -> bool:
@@ -214,7 +221,7 @@ class Layer:
         if any(name.endswith(SAMPLED) for name in statistics):  # the same for both sides
             drawn = torch.randperm(self._position_count(gradient), generator=generator,
                                    device='cpu')
-            drawn = drawn[:self.positions].to(gradient.device)
+            drawn = drawn[:self._positions_drawn(gradient)].to(gradient.device)
         return {name: self._measure_one(name, call.module, kept[0], gradient, drawn)
                 for name in statistics}
 
@@ -230,13 +237,19 @@ class Layer:
         """
         rows = self.count_rows(call, output, (name,))
         if name.endswith(SAMPLED):
-            rows = min(rows, self._samples(output) * self.positions)
+            rows = min(rows, self._samples(output) * self._positions_drawn(output))
         blocks, size, width = self.statistic_shape(name)
         if COLUMNS in name:
             return 0.
         if SKETCH in name:
             return 4. * blocks * size * width * rows
         return blocks * gram_flops(size, rows)
+
+    def _positions_drawn(self, gradient: Tensor) -> int:
+        """How many positions `SAMPLED` statistics draw of each sample."""
+        if self.max_rows is None:
+            return self.positions
+        return max(1, self.max_rows // max(1, self._samples(gradient)))
 
     def _measure_one(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor,
                      drawn: Tensor) -> Tensor:

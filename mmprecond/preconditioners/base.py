@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..curvature import BLOCKS, COLUMNS, MOMENT, SKETCH, Layer, RunningAverage
+from ..curvature import BLOCKS, COLUMNS, MOMENT, SAMPLED, SKETCH, Layer, RunningAverage
 from .sides import SCALE, LowRank, Stacked, operator_shapes
 
 #: What stands for the moment of a side over max_dim.
@@ -37,6 +37,9 @@ class Preconditioner(ABC):
             attention modules and grouped convolutions.
         max_rank: Most columns that stand for a side: the rank of oversize='lowrank' (default 256),
             and of solver='lowrank' (default: as many as its tolerance asks for).
+        max_rows: Rows that a capture takes of a convolution or a layer on tokens at a call: as
+            many positions of each sample, drawn at random, for all; at least one. None takes all.
+            The statistics are right in the mean.
     """
 
     stat_interval: int = 20
@@ -44,6 +47,7 @@ class Preconditioner(ABC):
     max_dim: int = 8192
     oversize: str = 'skip'
     max_rank: int | None = None
+    max_rows: int | None = None
 
     #: Statistics that the method needs of a layer.
     requires: ClassVar[tuple[str, ...]] = ()
@@ -61,8 +65,9 @@ class Preconditioner(ABC):
     def __post_init__(self) -> None:
         for name in ('stat_interval', 'refresh_interval', 'max_dim'):
             check_count(name, getattr(self, name))
-        if self.max_rank is not None:
-            check_count('max_rank', self.max_rank)
+        for name in ('max_rank', 'max_rows'):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         check_choice('oversize', self.oversize, tuple(OVERSIZE))
         if self.rotates and OVERSIZE[self.oversize]:
             raise ValueError(f"oversize={self.oversize!r} is for inverses; {type(self).__name__} "
@@ -87,9 +92,9 @@ class Preconditioner(ABC):
         return self.stat_interval
 
     @property
-    def layer_options(self) -> dict[str, int]:
+    def layer_options(self) -> dict[str, int | None]:
         """Attributes of a layer on which its statistics depend."""
-        return dict(block=self.max_dim, rank=self.max_rank or Layer.rank)
+        return dict(block=self.max_dim, rank=self.max_rank or Layer.rank, max_rows=self.max_rows)
 
     def wanted(self, layer: Layer) -> tuple[str, ...]:
         """The statistics that the method would keep of a layer, whatever their size."""
@@ -97,7 +102,9 @@ class Preconditioner(ABC):
 
     def required(self, layer: Layer) -> tuple[str, ...]:
         """The statistics kept of a layer; none leaves it to the rule."""
-        wanted = self.wanted(layer)
+        sampled = self.max_rows is not None and layer.has_positions
+        wanted = tuple(name + SAMPLED if sampled and name.endswith(MOMENT) else name
+                       for name in self.wanted(layer))
         large = {name for name in wanted
                  if COLUMNS not in name and layer.statistic_shape(name)[-1] > self.max_dim}
         form = OVERSIZE[self.oversize]

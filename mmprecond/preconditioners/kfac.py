@@ -104,7 +104,7 @@ class FisherKronecker(Preconditioner):
         return self.stat_interval if self.stat_decay else self.refresh_interval
 
     @property
-    def layer_options(self) -> dict[str, int]:
+    def layer_options(self) -> dict[str, int | None]:
         """How many rows are drawn and kept."""
         return {**super().layer_options, 'positions': self.positions, 'slots': self.max_columns}
 

@@ -12,7 +12,7 @@ from ..checks import check_choice, check_flag, check_number
 from ..curvature import RunningAverage
 from ..linalg import assign_columns, eigenbasis, orthogonal_iteration
 from .base import Preconditioner
-from .sides import Stacked, two_sided
+from .sides import Stacked, side_name, two_sided
 
 BASIS_SOLVERS = ('eigh', 'qr')
 
@@ -69,7 +69,8 @@ class EigenRotation(Preconditioner):
         """Bases of the moments; `damping` means nothing here (see the base class)."""
         operator: Stacked = {}
         fine = []
-        for name, statistic in statistics.items():
+        for measured, statistic in statistics.items():
+            name = side_name(measured)
             if previous is None:
                 operator[name], good = eigenbasis(statistic, self.basis_eps)
             else:

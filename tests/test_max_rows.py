@@ -1,0 +1,109 @@
+"""max_rows: statistics of some positions, drawn at random, stand for all."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from attention_helpers import feature_map, shift_window
+from test_capture import RawKronecker, loss_of
+from test_diagnostics import compare
+from torch import Tensor, nn
+
+from mmprecond.optimizers import NKFAC, AdamR, AFOpt, PreconditionedOptimizer
+from mmprecond.optimizers.rules import SGDM
+
+MODULES = {'conv': (nn.Conv2d(2, 4, 3, padding=1), (5, 2, 6, 6)),
+           'grouped, strided': (nn.Conv2d(4, 4, 3, stride=2, groups=2, bias=False), (5, 4, 9, 9)),
+           'tokens': (nn.Linear(3, 4), (5, 20, 3))}
+
+
+def statistics(module: nn.Module, x: Tensor, step: int = 0, **options: Any) -> dict[str, Tensor]:
+    twin = copy.deepcopy(module).double()
+    method = RawKronecker(stat_interval=1, refresh_interval=1, **options)
+    optimizer = PreconditionedOptimizer(
+        twin, model=twin, rule=SGDM(), method=method,
+        defaults=dict(lr=0.1, momentum=0., weight_decay=0.))
+    optimizer.t = step
+    optimizer.arm()
+    loss_of(twin(x.double())).backward()
+    optimizer.step()
+    stack = optimizer.stacks[0]
+    return {name.removesuffix('_sampled'): s[0] for name, s in stack.statistics.items()}
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_all_rows_are_all(name: str) -> None:
+    module, shape = MODULES[name]
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    whole, sampled = statistics(module, x), statistics(module, x, max_rows=10**6)
+    for key, value in whole.items():
+        torch.testing.assert_close(sampled[key], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_a_sample_is_right_in_the_mean(name: str) -> None:
+    module, shape = MODULES[name]
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    whole = statistics(module, x)
+    drawn = [statistics(module, x, step, max_rows=17) for step in range(300)]  # 3 of each sample
+    for key, value in whole.items():
+        stacked = torch.stack([one[key] for one in drawn])
+        error = (stacked.mean(0) - value).abs()
+        assert bool((error <= 5 * stacked.std(0) / 300**0.5 + 1e-12).all())
+        assert not torch.allclose(stacked[0], value, rtol=1e-3)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+        self.tokens = nn.Linear(12, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.tokens(torch.tanh(self.conv(x)).flatten(2).mT)).mean(1))
+
+
+@pytest.mark.parametrize('kind', [NKFAC, AdamR])
+def test_training_and_resumption(kind: type[PreconditionedOptimizer]) -> None:
+    torch.manual_seed(0)
+    model = Net().double()
+    settings: dict[str, Any] = dict(lr=0.01, stat_interval=2, refresh_interval=4, max_rows=30)
+    optimizer = kind(model, **settings)
+
+    def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step)).double()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    train(model, optimizer, range(6))
+    twin = copy.deepcopy(model)
+    other = kind(twin, **settings)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, range(6, 12))
+    train(twin, other, range(6, 12))
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    operators = {name for stack in optimizer.stacks for name in stack.operator}
+    assert operators == {'input_moment', 'gradient_moment'}
+
+
+def test_it_costs_as_many_rows() -> None:
+    compare(NKFAC, Net(), (torch.randn(4, 3, 16, 16),), max_rows=64)
+
+
+def test_attention_and_errors() -> None:
+    block = shift_window()
+    optimizer = AFOpt(block, lr=0.01, max_rows=9)
+    block(feature_map((9, 9)), (9, 9)).square().mean().backward()
+    optimizer.step()
+    names = {name for stack in optimizer.stacks for name in stack.statistics}
+    assert {'query_curvature', 'input_moment', 'input_moment_sampled'} <= names
+    with pytest.raises(ValueError, match='max_rows=0'):
+        NKFAC(Net(), lr=0.1, max_rows=0)
