@@ -8,7 +8,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmprecond.linalg import cholesky_inverse, largest_eigenvalue, newton_inverse
+from mmprecond.linalg import (
+    cholesky_inverse,
+    largest_eigenvalue,
+    newton_inverse,
+    stacked_product,
+)
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -273,3 +278,15 @@ def test_the_largest_eigenvalue_from_a_good_start() -> None:
     assert torch.allclose(estimate[0], values[0, -1], rtol=1e-12)
     assert 0.3 * values[1, -1] < estimate[1] <= values[1, -1] * (1 + 1e-12)
     assert estimate[2] == 0
+
+
+@pytest.mark.parametrize('shapes', [((3, 2, 4, 5), (3, 2, 5, 6)), ((1, 4, 5), (1, 5, 6)),
+                                    ((4, 5), (5, 6)), ((3, 4, 5), (1, 5, 6)), ((0, 4, 5), (0, 5, 6)),
+                                    ((2, 4, 0), (2, 0, 6))], ids=str)
+@pytest.mark.parametrize('large', [0, 10**9])
+def test_products_of_stacks(shapes: tuple[tuple[int, ...], ...], large: int,
+                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('mmprecond.linalg.products.LARGE', large)
+    first, second = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    torch.testing.assert_close(stacked_product(first, second), first @ second)
+    torch.testing.assert_close(stacked_product(first.mT.contiguous().mT, second), first @ second)

@@ -47,6 +47,8 @@ PEERS = ('SOAP', 'Shampoo', 'Muon')
 CAPTURE, REFRESH = 2, 4
 #: Cycles of `REFRESH` steps that are not counted: Newton's first three refreshes are exact.
 WARM_UP = 3
+#: Different batches, taken in turns: those of one alone would have few directions.
+BATCHES = 8
 KINDS = ('plain', 'statistics', 'refresh')
 
 
@@ -156,8 +158,8 @@ def installed_peers() -> dict[str, Any]:
             if hasattr(pytorch_optimizer, name)}
 
 
-def build_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with random weights, and a batch of noise for it."""
+def build_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """A model with random weights, and batches of noise for it."""
     from mmengine.registry import MODELS as REGISTRY
     from mmengine.registry import init_default_scope
 
@@ -167,7 +169,7 @@ def build_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict[st
         cfg.model.data_preprocessor = cfg.data_preprocessor
     torch.manual_seed(0)
     model = REGISTRY.build(cfg.model).to(args.device).train()
-    return model, synthetic_batch(model, args.batch, tuple(args.size))
+    return model, [synthetic_batch(model, args.batch, tuple(args.size)) for _ in range(BATCHES)]
 
 
 def gemm_rate(device: str, size: int = 2048) -> float:
@@ -182,10 +184,11 @@ def gemm_rate(device: str, size: int = 2048) -> float:
     return 2 * size**3 / best
 
 
-def measure(entries: list[Entry], batch: dict[str, Any], cycles: int) -> None:
+def measure(entries: list[Entry], batches: list[dict[str, Any]], cycles: int) -> None:
     """Trains all in turns and notes times, first some cycles that do not count."""
     steps = (WARM_UP + cycles) * REFRESH
     for step in tqdm(range(steps), unit='step', mininterval=5):
+        batch = batches[step % BATCHES]
         for entry in entries:
             if batch['inputs'].is_cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -321,29 +324,29 @@ def peak_on_cpu(model: str, spec: str, args: argparse.Namespace) -> float:
 
 def child(args: argparse.Namespace) -> None:
     """One cycle of one optimizer; prints the peak memory, as Linux counts it."""
-    model, batch = build_model(args.models[0], args)
+    model, batches = build_model(args.models[0], args)
     entry = Entry(args.optimizers[0], model, build_optimizer(args.optimizers[0], model))
-    for _ in range(REFRESH + 1):
-        entry.train(batch)
+    for step in range(REFRESH + 1):
+        entry.train(batches[step % BATCHES])
     status = Path('/proc/self/status').read_text()
     print(int(re.findall(r'VmHWM:\s*(\d+)', status)[0]) / 2**10)
 
 
 def run(name: str, args: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measures all optimizers on one model; writes and returns its results."""
-    model, batch = build_model(name, args)
+    model, batches = build_model(name, args)
     entries = []
     for spec in args.optimizers:
         twin = copy.deepcopy(model)
         entries.append(Entry(spec, twin, build_optimizer(spec, twin)))
     rate = gemm_rate(args.device)
-    measure(entries, batch, args.cycles)
+    measure(entries, batches, args.cycles)
     rate = max(rate, gemm_rate(args.device))
     if args.memory and args.device == 'cpu':
         for entry in entries:
             entry.peak_mb = peak_on_cpu(name, entry.name, args)
     bases = {entry.name: entry for entry in entries if entry.name in ('SGD', 'AdamW')}
-    results = [summary(entry, bases, batch, rate, args.intervals) for entry in entries]
+    results = [summary(entry, bases, batches[0], rate, args.intervals) for entry in entries]
     text = markdown(name, results, args, rate)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / name.split('/')[-1].removesuffix('.py')

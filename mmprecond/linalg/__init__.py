@@ -10,6 +10,7 @@ from .lowrank import (
     power_of_columns,
 )
 from .precision import PRECISIONS, matmul_precision
+from .products import stacked_product
 from .roots import inverse_power, newton_schulz_inverse_root
 from .spectrum import largest_eigenvalue, largest_eigenvalue_of_columns
 
@@ -17,4 +18,4 @@ __all__ = ['PRECISIONS', 'all_finite', 'apply_columns', 'assign_columns', 'chole
            'columns_to_matrix', 'eigenbasis', 'inverse_power', 'largest_eigenvalue',
            'largest_eigenvalue_of_columns', 'low_rank_power', 'matmul_precision', 'newton_inverse',
            'newton_schulz_inverse_root', 'nystrom_columns', 'orthogonal_iteration',
-           'power_of_columns']
+           'power_of_columns', 'stacked_product']

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .products import stacked_product
+
 
 def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Exact inverse of symmetric positive definite matrices by Cholesky factorisation.
@@ -42,14 +44,14 @@ def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Ten
         finite.
     """
     for _ in range(steps):
-        product = inverse @ matrix
+        product = stacked_product(inverse, matrix)
         size = torch.linalg.matrix_norm(product)
         diagonal = product.diagonal(dim1=-2, dim2=-1)
         diagonal -= 1
         residual = torch.linalg.matrix_norm(product)
         diagonal += 1
         step = torch.where(residual < 1, torch.ones_like(size), 1 / size)[..., None, None]
-        inverse = (1 + step) * inverse - step * (product @ inverse)
+        inverse = (1 + step) * inverse - step * stacked_product(product, inverse)
     return inverse, all_finite(inverse)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .eigen import checked_eigh
 from .inverse import all_finite
+from .products import stacked_product
 
 #: Least number of columns beside those that stand out, which find what is new.
 MARGIN = 16
@@ -57,7 +58,7 @@ def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.
 
 def apply_columns(matrix: Tensor, basis: Tensor, scale: Tensor) -> Tensor:
     """``scale M (I - U U')`` for M (..., o, n), U (..., n, m), scale (..., 1, 1): (..., o, n)."""
-    taken = (matrix @ basis) @ basis.mT
+    taken = stacked_product(stacked_product(matrix, basis), basis.mT)
     return taken.sub_(matrix).mul_(-scale)  # in place: the memory is what it waits for
 
 
@@ -149,7 +150,7 @@ def _standing_out(matrix: Tensor, start: Tensor | None, bound: Tensor,
 
 def _product(matrix: Tensor, columns: Tensor) -> Tensor:
     """``A V`` for symmetric A, as ``(V' A)'``: faster where V is narrow, on CPU by up to half."""
-    return (columns.mT @ matrix).mT
+    return stacked_product(columns.mT, matrix).mT
 
 
 def _margin(rank: int, size: int) -> int:

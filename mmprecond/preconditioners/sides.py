@@ -27,6 +27,7 @@ from ..linalg import (
     largest_eigenvalue_of_columns,
     low_rank_power,
     power_of_columns,
+    stacked_product,
 )
 
 #: Stacked tensors by name: (layers, blocks, n, m).
@@ -191,7 +192,8 @@ def two_sided(operator: Stacked, gradients: Tensor) -> Tensor:
     for side in SIDES:
         if side + MOMENT in operator:
             matrix = operator[side + MOMENT]
-            directions = matrix @ directions if side == 'gradient' else directions @ matrix
+            directions = (stacked_product(matrix, directions) if side == 'gradient'
+                          else stacked_product(directions, matrix))
         elif side + COLUMNS in operator or side + BLOCKS in operator:
             turned = directions.mT if side == 'gradient' else directions
             turned = _from_the_right(operator, side, turned)
@@ -245,8 +247,11 @@ def exact_relative_damping(name: str, statistic: Tensor, damping: Tensor | float
 def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:
     """Scales each layer's direction (k, b, o, i) to its gradient's Frobenius norm (thesis (3.7)).
 
-    One scalar a layer, over all its blocks, weight and joint bias together.
+    One scalar a layer, over all its blocks, weight and joint bias together. In place, unless the
+    two are the same.
     """
     wanted = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
     size = torch.linalg.vector_norm(directions, dim=(1, 2, 3), keepdim=True)
-    return directions * (wanted / (size + 1e-12))
+    if directions is gradients:
+        return directions * (wanted / (size + 1e-12))
+    return directions.mul_(wanted / (size + 1e-12))
