@@ -58,8 +58,8 @@ def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.
 
 def apply_columns(matrix: Tensor, basis: Tensor, scale: Tensor) -> Tensor:
     """``scale M (I - U U')`` for M (..., o, n), U (..., n, m), scale (..., 1, 1): (..., o, n)."""
-    taken = stacked_product(stacked_product(matrix, basis), basis.mT)
-    return taken.sub_(matrix).mul_(-scale)  # in place: the memory is what it waits for
+    taken = stacked_product(stacked_product(matrix, basis) * -scale, basis.mT)
+    return taken.addcmul_(matrix, scale)  # one pass: the memory is what it waits for
 
 
 def nystrom_columns(sketch: Tensor, test: Tensor) -> Tensor:

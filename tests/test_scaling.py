@@ -1,0 +1,34 @@
+"""tools/scaling.py on small sizes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'tools'))
+scaling = pytest.importorskip('scaling')
+
+
+def test_table_and_figure(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, 'tools/scaling.py', '--widths', '16,32,300', '--rows',
+                           '64,128', '--turns', '1', '--out', str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / 'scaling.json').read_text())
+    assert found['width'][0] == [16, 32, 300] and found['rows'][0] == [64, 128]
+    for _, solvers in found.values():
+        assert set(solvers) == {'newton', 'cholesky', 'lowrank'}
+        assert all(seconds > 0 for times in solvers.values() for one in times
+                   for seconds in one.values())
+    assert '| refresh | lowrank |' in (tmp_path / 'scaling.md').read_text()
+    assert (tmp_path / 'scaling.png').stat().st_size > 1000
+
+
+def test_slopes_are_exponents_of_the_larger_half() -> None:
+    sizes = [1, 2, 4, 8]
+    assert scaling.slope(sizes, [9., 9., 4.**3, 8.**3]) == pytest.approx(3)
