@@ -108,6 +108,8 @@ def draw(results: dict[str, tuple[list[int], dict[str, list[dict[str, float]]]]]
                              label=f'{solver}, slope {slope(sizes, seconds):.1f}')
             panel.set_title(f'{part}, seconds')
             panel.set_xlabel(axis)
+            panel.minorticks_off()
+            panel.set_xticks(sizes, labels=sizes)
             panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
