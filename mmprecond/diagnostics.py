@@ -40,7 +40,7 @@ def amortised(optimizer: PreconditionedOptimizer, costs: dict[Layer, LayerCost])
     total = 0.
     for layer, stack in optimizer.layers.items():
         cost, method = costs[layer], stack.method
-        total += (cost.apply + cost.capture / method.stat_interval
+        total += (cost.apply + cost.capture / method.capture_interval
                   + cost.refresh / method.refresh_interval)
     return total
 
@@ -90,8 +90,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='a config file, or mmdet::FOLDER/NAME.py')
     parser.add_argument('--optimizer', metavar='NAME',
                         help="forecast for this optimizer of mmprecond in place of the config's")
-    parser.add_argument('--batch', type=int, default=2, help='images; default: 2')
-    parser.add_argument('--size', type=int, nargs=2, default=(224, 224),
+    parser.add_argument('--batch', type=launch.count, default=2, help='images; default: 2')
+    parser.add_argument('--size', type=launch.count, nargs=2, default=(224, 224),
                         metavar=('HEIGHT', 'WIDTH'), help='default: 224 224')
     launch.add_common_arguments(parser)
     return parser.parse_args()

@@ -47,6 +47,11 @@ def test_a_small_classifier(tmp_path: Path) -> None:
 def test_what_is_not_there_is_one_line() -> None:
     done = run('--optimizers', 'SDG')
     assert done.returncode == 2 and "cannot time 'SDG'" in done.stderr.splitlines()[-2]
+    assert 'SGDPH' not in done.stderr
+    done = run('--optimizers', 'NKFAC:stat_interval=3')
+    assert done.returncode == 2 and 'this tool sets the intervals' in done.stderr
+    done = run('--cycles', '0')
+    assert done.returncode == 2 and "'0' is not a whole number of at least 1" in done.stderr
 
 
 def test_the_percentile_counts_kinds_as_often_as_they_come() -> None:

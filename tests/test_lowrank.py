@@ -99,9 +99,30 @@ def test_layers_of_different_ranks_and_a_zero_one() -> None:
         assert cosine(columns_to_matrix(basis, scale)[k, 0], exact) > 0.99
 
 
-def test_what_is_not_low_rank_is_given_up() -> None:
-    flat = moment(torch.ones(64).double())
-    assert low_rank_power(flat, None, torch.tensor(0.01).double()) is None
+@pytest.mark.parametrize('rank', [150, 151, 160, 200, 220, 300])
+@pytest.mark.parametrize('warm', [False, True])
+def test_what_is_not_low_rank_is_given_up(rank: int, warm: bool) -> None:
+    mu = torch.tensor(0.01).double()
+    matrix = moment((torch.arange(300) < rank).double())
+    start = moment((torch.arange(300) < 140).double())[:, :140] if warm else None
+    found = low_rank_power(matrix, start, mu)
+    assert (found is None) == (rank > 150)
+    if found is not None:
+        exact = exact_power(matrix, mu, 1.)
+        error = torch.linalg.matrix_norm(columns_to_matrix(*found[:2]) - exact)
+        assert error < 1e-3 * torch.linalg.matrix_norm(exact)
+
+
+def test_a_moment_of_few_rows_that_was_summed_in_float32() -> None:
+    """As the failure ladder retries it: the same matrix in float64."""
+    torch.manual_seed(0)
+    for rows in (1, 5, 20, 60):
+        x = torch.randn(300, rows)
+        matrix = (x @ x.T).double()
+        mu = 0.01 * torch.linalg.eigvalsh(matrix)[-1]
+        found = low_rank_power(matrix, None, mu)
+        assert found is not None and bool(found[2])
+        assert cosine(columns_to_matrix(*found[:2]), exact_power(matrix, mu, 1.)) > 0.999
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import re
 import subprocess
@@ -137,15 +138,27 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
     if name in ('SGD', 'AdamW'):
         extra = dict(momentum=0.9) if name == 'SGD' else {}
         return getattr(torch.optim, name)(model.parameters(), lr=1e-5, **extra, **options)
-    if name in ours.__all__ and issubclass(getattr(ours, name), PreconditionedOptimizer):
+    if name in timed():
+        taken = sorted({'stat_interval', 'refresh_interval', 'stagger'} & set(options))
+        if taken:
+            raise ValueError(f'{spec}: this tool sets the intervals, to tell steps apart by what '
+                             f'they do; leave out {", ".join(taken)} and see --intervals')
         return getattr(ours, name)(model, lr=1e-5, stat_interval=CAPTURE,
                                    refresh_interval=REFRESH, **options)
     peers = installed_peers()
     if name in peers:
         return peers[name](model.parameters(), lr=1e-5, **options)
-    choices = ['SGD', 'AdamW', *ours.__all__, *PEERS]
+    choices = ['SGD', 'AdamW', *timed(), *PEERS]
     raise ValueError(f'cannot time {name!r} here; choose from {", ".join(choices)} (the last '
                      f'{len(PEERS)} from the package pytorch_optimizer, if it is installed)')
+
+
+def timed() -> list[str]:
+    """Our optimizers that need no more than a learning rate, and no second derivatives."""
+    kinds = {name: getattr(ours, name) for name in ours.__all__}
+    return [name for name, kind in kinds.items()
+            if isinstance(kind, type) and issubclass(kind, PreconditionedOptimizer)
+            and 'lr' in inspect.signature(kind.__init__).parameters]
 
 
 def installed_peers() -> dict[str, Any]:
@@ -375,10 +388,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--optimizers', type=names, default=USUAL.split(','),
                         help=f'each as NAME or NAME:key=value:key=value; default: {USUAL}, and '
                              f'{", ".join(PEERS)} where pytorch_optimizer is installed')
-    parser.add_argument('--batch', type=int, default=16, help='images; default: 16')
-    parser.add_argument('--size', type=int, nargs=2, default=(112, 112),
+    parser.add_argument('--batch', type=launch.count, default=16, help='images; default: 16')
+    parser.add_argument('--size', type=launch.count, nargs=2, default=(112, 112),
                         metavar=('HEIGHT', 'WIDTH'), help='default: 112 112')
-    parser.add_argument('--cycles', type=int, default=3, help=f'of {REFRESH} steps; default: 3')
+    parser.add_argument('--cycles', type=launch.count, default=3,
+                        help=f'of {REFRESH} steps; default: 3')
     parser.add_argument('--intervals', type=intervals, default=[(20, 200), (100, 1000)],
                         help='captures/refreshes to average over; default: 20/200,100/1000')
     parser.add_argument('--memory', action='store_true',

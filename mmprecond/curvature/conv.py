@@ -20,8 +20,9 @@ class Conv2dLayer(Layer):
     `PatchMoment` makes the input's moment (stride 1, zero padding) not at all.
     """
 
-    #: Fewer rows than this are multiplied faster than blocks are put together.
-    few_rows = 400
+    #: With fewer rows, or fewer channels, patches are multiplied faster than blocks are put
+    #: together.
+    few_rows, few_channels = 400, 8
 
     def _blocks(self, module: Any) -> int:
         return module.groups
@@ -65,7 +66,9 @@ class Conv2dLayer(Layer):
     def _by_shifts(self, module: Any, rows: int) -> bool:
         """Whether `PatchMoment` makes the input's moment."""
         sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
-        return sliding and module.padding_mode == 'zeros' and rows >= self.few_rows
+        enough = (rows >= self.few_rows
+                  and module.in_channels >= self.few_channels * self.blocks)
+        return sliding and module.padding_mode == 'zeros' and enough
 
     def _axes(self, module: Any, inputs: Tensor, positions: tuple[int, int]) -> Iterator[Axis]:
         left, _, top, _ = self._pads(module)

@@ -116,6 +116,10 @@ class PatchMoment:
             there = start + dy * line + dx
             product = here @ flat[..., there:there + length].mT
             for pair in pairs:
+                low, high = self.columns.met(*pair)
+                if low == high:
+                    sums[pair] = torch.zeros_like(product)  # not a difference that rounds
+                    continue
                 sums[pair] = product
                 for low, high in self._missed(*pair):
                     sums[pair] = sums[pair] - (upper[..., low:high].flatten(2)

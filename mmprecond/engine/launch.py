@@ -27,6 +27,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
                         help=argparse.SUPPRESS)
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1, as an argument's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
 def load_config(path: str) -> Config:
     """Loads a config file, or one of an installed toolbox by `mmdet::faster_rcnn/NAME.py`.
 

@@ -121,9 +121,16 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
     bound = tolerance * damping
     most = matrix.shape[-1] // 2 if max_rank is None else max_rank
     columns, enough = _standing_out(matrix, start, bound, most)
-    if not enough and max_rank is None:
+    values, vectors, good = checked_eigh(columns.mT @ columns)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+    standing = int((values > bound[..., None]).sum(-1).amax()) if values.numel() else 0
+    if max_rank is None and not (enough and standing <= most):
         return None
-    return _power_of_eigenvectors(matrix, columns, damping, exponent, bound, most)
+    rank = max(1, min(standing, most))
+    basis, scale = _power_of_eigenvectors(matrix, columns, values[..., :rank],
+                                          vectors[..., :rank], damping, exponent, bound)
+    good = good & (damping > 0) & scale.isfinite()[..., 0, 0] & all_finite(basis)
+    return basis, scale, good
 
 
 def _standing_out(matrix: Tensor, start: Tensor | None, bound: Tensor,
@@ -161,14 +168,19 @@ def _margin(rank: int, size: int) -> int:
 def _nystrom_of_image(image: Tensor, core: Tensor) -> Tensor:
     """B with ``B B' = A V (V'A V)^-1 V'A`` for image A V and core V'A V; NaN where it failed."""
     peak = core.diagonal(dim1=-2, dim2=-1).amax(-1)
-    shift = torch.finfo(core.dtype).eps * core.shape[-1] * torch.where(peak > 0, peak, 1)
+    shift = core.shape[-1] * torch.where(peak > 0, peak, 1)
     core = (core + core.mT) / 2
-    core.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
-    factor, info = torch.linalg.cholesky_ex(core)
-    failed = ((info != 0) | ~all_finite(factor))[..., None, None]
-    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
-    columns = torch.linalg.solve_triangular(torch.where(failed, identity, factor), image.mT,
-                                            upper=False).mT
+    factor = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device).expand_as(core)
+    failed = torch.ones_like(peak, dtype=torch.bool)[..., None, None]
+    # A moment that was summed in float32 is rounded so, also where it is given in float64.
+    for dtype in dict.fromkeys((core.dtype, torch.float32)):
+        damped = core.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(dtype).eps * shift[..., None])
+        found, info = torch.linalg.cholesky_ex(damped)
+        good = ((info == 0) & all_finite(found))[..., None, None]
+        factor = torch.where(good & failed, found, factor)
+        failed = failed & ~good
+    columns = torch.linalg.solve_triangular(factor, image.mT, upper=False).mT
     return columns.mul_(torch.where(failed, torch.nan, 1))
 
 
@@ -214,18 +226,17 @@ def _largest_outside(matrix: Tensor, columns: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vector, dim=-2).amax(-1)
 
 
-def _power_of_eigenvectors(matrix: Tensor, columns: Tensor, damping: Tensor, exponent: float,
-                           bound: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The damped power of B B', the rest of A standing as its mean eigenvalue."""
-    values, vectors, good = checked_eigh(columns.mT @ columns)
-    values, vectors = values.flip(-1)[..., :most], vectors.flip(-1)[..., :most]
+def _power_of_eigenvectors(matrix: Tensor, columns: Tensor, values: Tensor, vectors: Tensor,
+                           damping: Tensor, exponent: float,
+                           bound: Tensor) -> tuple[Tensor, Tensor]:
+    """The damped power of B B', the rest of A standing as its mean eigenvalue.
+
+    Eigenvalues and eigenvectors are those of B'B, the largest first.
+    """
     kept = values > bound[..., None]
     rest = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) - (values * kept).sum(-1)
     tail = rest.clamp_min(0) / (matrix.shape[-1] - kept.sum(-1)).clamp_min(1)
     outer = (damping + tail)[..., None]
     weights = 1 - (outer / (values + damping[..., None])).pow(exponent)
     factors = torch.where(kept, weights.clamp_min(0) / torch.where(kept, values, 1), 0).sqrt()
-    rank = int(kept.sum(-1).amax()) if kept.numel() else 0
-    basis = columns @ (vectors * factors[..., None, :])[..., :max(1, rank)]
-    scale = outer[..., None].pow(-exponent)
-    return basis, scale, good & (damping > 0) & scale.isfinite()[..., 0, 0] & all_finite(basis)
+    return columns @ (vectors * factors[..., None, :]), outer[..., None].pow(-exponent)

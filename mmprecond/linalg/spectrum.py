@@ -20,8 +20,9 @@ def largest_eigenvalue(matrix: Tensor, start: Tensor | None = None, rounds: int 
 
     Args:
         matrix: (..., n, n), symmetric positive semi-definite.
-        start: Vectors (..., n) close to the eigenvectors, from which one round is enough; zero
-            for unknown ones.
+        start: Vectors (..., n) that were close to the eigenvectors of an earlier matrix, or zero.
+            One round from them and three from the ones then take the place of `rounds`; the
+            larger estimate is taken, as all are lower bounds.
         rounds: Number of rounds without them.
 
     Returns:
@@ -37,8 +38,9 @@ def largest_eigenvalue(matrix: Tensor, start: Tensor | None = None, rounds: int 
     if start is None:
         estimate = _power_iteration(product, diagonal, rounds)
     else:
-        known = start.any(-1, keepdim=True)
-        estimate = _powers(product, torch.where(known, start, 1)[..., None], 1)
+        estimate = torch.maximum(_powers(product, start[..., None], 1),
+                                 _power_iteration(product, diagonal, 3))
+        estimate = torch.maximum(estimate, diagonal.amax(-1))
     return scale[..., 0, 0] * estimate
 
 

@@ -52,7 +52,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         check_memory: Whether to refuse statistics and operators that exceed the free memory.
         stagger: Whether layers take turns over the steps of an interval to be measured and
             refreshed, rather than all at once. A layer's first statistics then come up to
-            `stat_interval` steps later; until then it takes the plain rule.
+            `stat_interval` steps later (AdamR's first bases up to `refresh_interval`); until then
+            it takes the plain rule.
         matmul_precision: Of float32 products on a GPU that measure statistics and precondition
             gradients: 'highest' or 'high' (TensorFloat-32). Refreshes are always 'highest'.
 

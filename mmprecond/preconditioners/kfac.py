@@ -55,7 +55,8 @@ class FisherKronecker(Preconditioner):
         reduction: 'expand': every position (of a feature map or sequence) is a row; 'reduce': a
             sample is one row, of its positions' mean input and summed gradient; 'sample': some
             positions of each sample, drawn at random, stand for all.
-        positions: Number of positions that 'sample' draws of a sample at each call.
+        positions: Number of positions that 'sample' draws of a sample at each call; `max_rows` is
+            for 'expand'.
         solver: 'inverse': exact inverses of factors; 'woodbury': on sides longer than
             `max_columns` the rows themselves are kept, and the inverse follows by the
             Sherman-Morrison-Woodbury identity. It is the same inverse while the rows of all calls
@@ -106,7 +107,9 @@ class FisherKronecker(Preconditioner):
     @property
     def layer_options(self) -> dict[str, int | None]:
         """How many rows are drawn and kept."""
-        return {**super().layer_options, 'positions': self.positions, 'slots': self.max_columns}
+        rows = None if self.reduction == 'sample' else self.max_rows
+        return {**super().layer_options, 'positions': self.positions, 'slots': self.max_columns,
+                'max_rows': rows}
 
     def wanted(self, layer: Layer) -> tuple[str, ...]:
         """The factors, or their columns, over the rows that the reduction takes."""
