@@ -138,7 +138,7 @@ def _standing_out(matrix: Tensor, start: Tensor | None, bound: Tensor,
     """B with ``A - B B' >= 0`` below bounds (...) with `SLACK`, if `most` columns are enough."""
     size = matrix.shape[-1]
     if start is None:
-        vectors = _range(matrix, matrix, size // 16)
+        vectors = _range(matrix, size // 16)
     else:
         vectors = _refilled(start, _margin(start.shape[-1], size))
     image = _product(matrix, vectors)
@@ -150,7 +150,7 @@ def _standing_out(matrix: Tensor, start: Tensor | None, bound: Tensor,
         width = vectors.shape[-1]
         if width >= min(most + MARGIN, size):
             return columns, False
-        added = _range(matrix, columns, min(max(MARGIN, width // 2), size - width), remainder=True)
+        added = _range(matrix, min(max(MARGIN, width // 2), size - width), columns)
         vectors = torch.cat([vectors, added], -1)
         image = torch.cat([image, _product(matrix, added)], -1)
 
@@ -206,11 +206,11 @@ def _refilled(start: Tensor, margin: int) -> Tensor:
     return vectors
 
 
-def _range(matrix: Tensor, columns: Tensor, width: int, remainder: bool = False) -> Tensor:
+def _range(matrix: Tensor, width: int, columns: Tensor | None = None) -> Tensor:
     """Orthonormal columns (..., n, width) in the range of A, or of ``A - B B'``."""
-    drawn = _drawn(matrix, max(width, MARGIN), seed=columns.shape[-1])
+    drawn = _drawn(matrix, max(width, MARGIN), seed=0 if columns is None else columns.shape[-1])
     image = _product(matrix, drawn.expand(*matrix.shape[:-1], -1))
-    if remainder:
+    if columns is not None:
         image -= columns @ (columns.mT @ drawn)
     return torch.linalg.qr(image)[0]
 
