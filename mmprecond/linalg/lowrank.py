@@ -208,7 +208,8 @@ def _refilled(start: Tensor, margin: int) -> Tensor:
 
 def _range(matrix: Tensor, width: int, columns: Tensor | None = None) -> Tensor:
     """Orthonormal columns (..., n, width) in the range of A, or of ``A - B B'``."""
-    drawn = _drawn(matrix, max(width, MARGIN), seed=0 if columns is None else columns.shape[-1])
+    seed = matrix.shape[-1] if columns is None else columns.shape[-1]  # not the check's numbers
+    drawn = _drawn(matrix, max(width, MARGIN), seed)
     image = _product(matrix, drawn.expand(*matrix.shape[:-1], -1))
     if columns is not None:
         image -= columns @ (columns.mT @ drawn)
