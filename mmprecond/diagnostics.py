@@ -9,7 +9,6 @@ measures statistics, and of a refresh. It takes one forward pass on noise.
 from __future__ import annotations
 
 import argparse
-import logging
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .curvature import Layer
 from .engine import launch, use_optimizer
-from .engine.synthetic import synthetic_batch
+from .engine.synthetic import random_model, synthetic_batch
 from .optimizers import PreconditionedOptimizer
 from .optimizers.cost import LayerCost, measured_costs
 
@@ -70,17 +69,13 @@ def _row(name: str, cost: LayerCost) -> tuple[str, ...]:
 def build(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
     """The model of a config, with random weights, and its optimizer."""
     from mmengine.optim import build_optim_wrapper
-    from mmengine.registry import MODELS, init_default_scope
 
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if 'data_preprocessor' in cfg and 'data_preprocessor' not in cfg.model:
-        cfg.model.data_preprocessor = cfg.data_preprocessor  # as MMEngine's runner does
-    model = MODELS.build(cfg.model)
+    model = random_model(cfg)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     if not isinstance(optimizer, PreconditionedOptimizer):
         raise ValueError(f'the config trains with {type(optimizer).__name__}, which has no '
                          'preconditioner; choose one of ours by --optimizer NAME')
-    return model.train(), optimizer
+    return model, optimizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,7 +102,6 @@ def main() -> None:
             use_optimizer(cfg, args.optimizer)
         if args.cfg_options:
             cfg.merge_from_dict(args.cfg_options)
-        logging.getLogger('mmprecond').setLevel(logging.WARNING)  # its table is less than ours
         model, optimizer = build(cfg)
         batch = synthetic_batch(model, args.batch, tuple(args.size))
         print(table(optimizer, *forecast(model, optimizer, batch)))

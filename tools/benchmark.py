@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import mmprecond.optimizers as ours
 from mmprecond.engine import launch
-from mmprecond.engine.synthetic import synthetic_batch
+from mmprecond.engine.synthetic import random_model, synthetic_batch
 from mmprecond.optimizers import PreconditionedOptimizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,15 +173,8 @@ def installed_peers() -> dict[str, Any]:
 
 def build_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A model with random weights, and batches of noise for it."""
-    from mmengine.registry import MODELS as REGISTRY
-    from mmengine.registry import init_default_scope
-
-    cfg = launch.load_config(MODELS.get(name, name))
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if 'data_preprocessor' in cfg and 'data_preprocessor' not in cfg.model:
-        cfg.model.data_preprocessor = cfg.data_preprocessor
     torch.manual_seed(0)
-    model = REGISTRY.build(cfg.model).to(args.device).train()
+    model = random_model(launch.load_config(MODELS.get(name, name))).to(args.device)
     return model, [synthetic_batch(model, args.batch, tuple(args.size)) for _ in range(BATCHES)]
 
 

@@ -12,10 +12,11 @@ BAND = 512
 
 def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:
     """Adds the sum of ``X X'`` over chunks X (blocks, n, r) to a total of zeros (blocks, n, n)."""
-    bands = total.split(_band(total.shape[-1]), 1)
+    height = _band(total.shape[-1])
+    bands = total.split(height, 1)
     for rows in chunks:
         end = 0
-        for band, part in zip(bands, rows.split(_band(total.shape[-1]), 1), strict=True):
+        for band, part in zip(bands, rows.split(height, 1), strict=True):
             end += band.shape[1]
             band[..., :end].baddbmm_(part, rows[:, :end].mT)
     start = 0

@@ -1,11 +1,21 @@
-"""Random batches for models of MMDetection and MMPretrain, to measure costs with."""
+"""Models of MMDetection and MMPretrain with random weights, and batches, to measure costs with."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
+
+
+def random_model(cfg: Any) -> nn.Module:
+    """The model of a config with random weights, in training mode."""
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if 'data_preprocessor' in cfg and 'data_preprocessor' not in cfg.model:
+        cfg.model.data_preprocessor = cfg.data_preprocessor  # as MMEngine's runner does
+    model: nn.Module = MODELS.build(cfg.model)
+    return model.train()
 
 
 def synthetic_batch(model: nn.Module, images: int, size: tuple[int, int]) -> dict[str, Any]:

@@ -121,10 +121,12 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
     bound = tolerance * damping
     most = matrix.shape[-1] // 2 if max_rank is None else max_rank
     columns, enough = _standing_out(matrix, start, bound, most)
+    if max_rank is None and not enough:
+        return None
     values, vectors, good = checked_eigh(columns.mT @ columns)
     values, vectors = values.flip(-1), vectors.flip(-1)
     standing = int((values > bound[..., None]).sum(-1).amax()) if values.numel() else 0
-    if max_rank is None and not (enough and standing <= most):
+    if max_rank is None and standing > most:
         return None
     rank = max(1, min(standing, most))
     basis, scale = _power_of_eigenvectors(matrix, columns, values[..., :rank],

@@ -60,5 +60,4 @@ def measured_costs(optimizer: PreconditionedOptimizer) -> Iterator[dict[Layer, L
     finally:
         for handle in handles:
             handle.remove()
-        if optimizer.auto_arm:
-            optimizer.arm()
+        optimizer._arm_if_automatic()
