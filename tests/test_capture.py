@@ -61,7 +61,7 @@ class RawKronecker(NewtonKronecker):
     """Keeps the last capture as it is, where NKFAC keeps an average of normalised ones."""
 
     def average(self) -> RunningAverage:
-        return RunningAverage(decay=0., normalise=False)
+        return RunningAverage(decay=0.)
 
 
 def raw_optimizer(model: nn.Module, **options: Any) -> PreconditionedOptimizer:

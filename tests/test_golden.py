@@ -25,7 +25,11 @@ def test_trajectory(case: str) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.from_numpy(golden[f'init/{name}']))
-    optimizer = getattr(mmprecond.optimizers, meta['optimizer'])(model, **meta['hyper'])
+    hyper = {key: value for key, value in meta['hyper'].items()
+             if key not in ('note', 'first_layer')}
+    optimizer = getattr(mmprecond.optimizers, meta['optimizer'])(model, **hyper)
+    if 'first_layer' in meta['hyper']:
+        optimizer.calibrate_first_layer(torch.from_numpy(x).double() for x in data['x'])
     compared = 0
     for step in range(meta['steps']):
         x = torch.from_numpy(data['x'][step]).double()

@@ -5,11 +5,25 @@ from .attention_types import ATTENTION_TYPES, PackedAttention, TokenAttention, W
 from .capture import Capture, Staged
 from .conv import Conv2dLayer
 from .layer_types import LAYER_TYPES, qualified_name
-from .layers import BLOCKS, COLUMNS, MOMENT, REDUCED, SAMPLED, SKETCH, Layer, LinearLayer
+from .layers import (
+    BLOCKS,
+    COLUMNS,
+    MEAN,
+    MOMENT,
+    REDUCED,
+    SAMPLED,
+    SKETCH,
+    SKETCH_KINDS,
+    SQUARE,
+    Call,
+    Layer,
+    LinearLayer,
+)
 from .selection import LeftOut, find_layers, unwrap
 from .statistics import RunningAverage
 
-__all__ = ['ATTENTION_TYPES', 'BLOCKS', 'COLUMNS', 'LAYER_TYPES', 'MOMENT', 'REDUCED', 'SAMPLED',
-           'SKETCH', 'AttentionLayer', 'Capture', 'Conv2dLayer', 'Layer', 'LeftOut', 'LinearLayer',
-           'PackedAttention', 'RunningAverage', 'Staged', 'TokenAttention', 'WindowAttention',
-           'find_layers', 'qualified_name', 'softmax_gram', 'unwrap']
+__all__ = ['ATTENTION_TYPES', 'BLOCKS', 'COLUMNS', 'LAYER_TYPES', 'MEAN', 'MOMENT', 'REDUCED',
+           'SAMPLED', 'SKETCH', 'SKETCH_KINDS', 'SQUARE', 'AttentionLayer', 'Call', 'Capture',
+           'Conv2dLayer', 'Layer', 'LeftOut', 'LinearLayer', 'PackedAttention', 'RunningAverage',
+           'Staged', 'TokenAttention', 'WindowAttention', 'find_layers', 'qualified_name',
+           'softmax_gram', 'unwrap']

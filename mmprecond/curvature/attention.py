@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import Call, Layer
+from .layers import MEAN, Call, Layer
 
 
 def softmax_gram(scores: Tensor, values: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -100,6 +100,27 @@ def _key_feature_moment(heads: Heads) -> Tensor:
     return memory.flatten(0, 1).t() @ weighted
 
 
+def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum of rows (w, n, c), with a trailing 1, times weights (w, n): (1, c + 1, 1)."""
+    total = torch.einsum('wnc,wn->c', rows, weights)
+    return torch.cat([total, weights.sum()[None]])[None, :, None]
+
+
+def _key_mean(heads: Heads) -> Tensor:
+    share = heads.inputs.shape[1] / heads.memory.shape[1]
+    return _weighted_sum(heads.memory, torch.full_like(heads.memory[..., 0], share))
+
+
+def _value_mean(heads: Heads) -> Tensor:
+    attended = (heads.scores * heads.keep[:, None, :, None]).sum(2).mean(1)
+    return _weighted_sum(heads.values_in, attended)
+
+
+def _value_product_mean(heads: Heads) -> Tensor:
+    attended = heads.scores.sum((0, 2)).mean(0)
+    return _weighted_sum(heads.values_in.mean(0, keepdim=True), attended[None])
+
+
 #: Sums over windows and queries, by name: the statistic of some windows.
 MEASURES: dict[str, Callable[[Heads], Tensor]] = {
     # sum x'x: of W_Q's inputs, and of W_K's where they differ
@@ -117,6 +138,12 @@ MEASURES: dict[str, Callable[[Heads], Tensor]] = {
     # sum of (s_i X)'(s_i X), the exact features of W_V
     'value_feature_moment': lambda h: _head_moment((h.scores @ h.values_in[:, None])
                                                    * h.keep[:, None, :, None]),
+    # sums of the rows that W_Q and W_K multiply, and of the s_i X, with a trailing 1
+    'query_mean': lambda h: _weighted_sum(h.inputs, h.keep),
+    'key_mean': _key_mean,
+    'value_mean': _value_mean,
+    # mean softmax times mean rows of W_V, for each query
+    'value_product_mean': _value_product_mean,
 }
 
 
@@ -124,19 +151,20 @@ class AttentionLayer(Layer):
     """The projections W_Q, W_K, W_V of an attention module, in one weight (3 h d, c).
 
     Its blocks are the heads of W_Q, then of W_K, then of W_V, each a matrix (d, c). The bias is
-    left to the rule.
+    left to the rule, unless it is given: only of the means it is a part.
 
     Attributes:
         heads: Number of heads.
         max_windows: Windows measured a call, drawn afresh at each; sums are scaled to all windows.
     """
 
-    def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter, *,
-                 max_windows: int = 256, **options: Any) -> None:
+    def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
+                 bias: nn.Parameter | None = None, *, max_windows: int = 256,
+                 **options: Any) -> None:
         block: Any = modules[0]
         self.heads = int(block.num_heads)
         self.max_windows = max_windows
-        super().__init__(name, modules, weight, None, **options)
+        super().__init__(name, modules, weight, bias, **options)
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str:
@@ -171,6 +199,8 @@ class AttentionLayer(Layer):
     def statistic_shape(self, statistic: str) -> tuple[int, int, int]:
         """(b, n, n) of a statistic: b is 1 (or 2 inputs) where heads share it."""
         width = self.heads * self.rows
+        if statistic.endswith(MEAN):
+            return 1, self.columns, 1
         return {'input_moment': (self.inputs, self.columns, self.columns),
                 'output_moment': (1, width, width),
                 'key_feature_moment': (self.heads, self.columns, self.columns),
@@ -194,6 +224,10 @@ class AttentionLayer(Layer):
                'query_moment': 2 * heads * queries * size**2,
                'key_feature_moment': 2 * heads * (keys * keys * width + keys * width**2),
                'value_feature_moment': 2 * heads * (queries * keys * width + queries * width**2),
+               'query_mean': 2 * queries * width,
+               'key_mean': 2 * keys * width,
+               'value_mean': 2 * keys * width + 2 * pairs,
+               'value_product_mean': 2 * keys * width + pairs,
                }.get(name, gram / 2 + 2 * heads * (keys * keys * size + keys * size**2))
         return min(windows, self.max_windows) * one
 
@@ -209,7 +243,7 @@ class AttentionLayer(Layer):
         for chunk in chosen.split(self._chunk(queries, keys, statistics)):
             heads = self.read(call, kept, chunk.to(gradient.device))
             for name, total in sums.items():
-                total += MEASURES[name](heads)
+                total += MEASURES[name](heads)[:, :total.shape[1]]  # the 1 is a joint bias's
         for total in sums.values():
             total *= windows / max(1, len(chosen))
         return sums

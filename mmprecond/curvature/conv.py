@@ -91,6 +91,15 @@ class Conv2dLayer(Layer):
             for top in range(0, height, max(1, strip)):
                 yield self._patches(module, padded, top, min(strip, height - top), width)
 
+    def _input_sum(self, module: Any, inputs: Tensor, power: int) -> tuple[Tensor, int]:
+        # The sum over images comes first: patches are laid out of one image alone.
+        inputs = inputs if inputs.dim() == 4 else inputs[None]
+        height, width = self._output_size(module, inputs)
+        image = inputs.to(self.working_dtype).pow(power).sum(0, keepdim=True)
+        view = self._patch_view(module, self._padded(module, image), 0, height, width)
+        return (view.sum((-3, -2, -1)).reshape(self.blocks, -1, 1),
+                len(inputs) * height * width)
+
     def _gradient_rows(self, gradient: Tensor) -> Tensor:
         if gradient.dim() == 3:
             gradient = gradient[None]

@@ -48,6 +48,10 @@ SAMPLED = '_sampled'
 #: The second moment of a side's rows, and the forms that stand for it where it is too large: its
 #: diagonal blocks; its product with a random test matrix; rows themselves, as columns.
 MOMENT, BLOCKS, SKETCH, COLUMNS = '_moment', '_blocks', '_sketch', '_columns'
+#: Test matrices of a sketch: normal numbers, or columns of the identity.
+SKETCH_KINDS = ('gaussian', 'columns')
+#: Vectors of a side: the sum of its rows, and of their squares (the moment's diagonal).
+MEAN, SQUARE = '_mean', '_square'
 
 
 class Tap:
@@ -82,6 +86,7 @@ class Layer:
         max_rows: In place of `positions`, the rows that they draw of all samples; or None.
         slots: Width of `COLUMNS` statistics.
         rank: Width of `SKETCH` statistics.
+        sketch: Kind of their test matrix, one of `SKETCH_KINDS`.
         block: Largest block of `BLOCKS` statistics.
         offset: Steps by which its captures and refreshes come later than others'.
     """
@@ -90,6 +95,7 @@ class Layer:
     max_rows: int | None = None
     slots = 256
     rank = 256
+    sketch = 'gaussian'
     block = 8192
     offset = 0
 
@@ -127,8 +133,13 @@ class Layer:
         return self.columns if statistic.startswith('input') else self.rows
 
     def statistic_shape(self, statistic: str) -> tuple[int, int, int]:
-        """(blocks, n, n) of a moment; (blocks, n, slots) or (blocks, n, rank) of its stand-ins."""
+        """(blocks, n, n) of a moment; (blocks, n, slots) or (blocks, n, rank) of its stand-ins.
+
+        (blocks, n, 1) of a vector.
+        """
         side = self.side(statistic)
+        if statistic.endswith((MEAN, SQUARE)):
+            return self.blocks, side, 1
         if COLUMNS in statistic:
             return self.blocks, side, self.slots
         if SKETCH in statistic:
@@ -142,13 +153,19 @@ class Layer:
     def test_matrix(self, statistic: str) -> Tensor:
         """The test matrix of a sketch (1, n, rank): normal entries of variance 1 / rank.
 
-        Drawn from the layer's name, it is the same at all steps, on all ranks and devices.
+        Or, of the kind 'columns', as many different columns of the identity. Drawn from the
+        layer's name, it is the same at all steps, on all ranks and devices.
         """
         _, side, rank = self.statistic_shape(statistic)
         generator = torch.Generator().manual_seed(crc32(f'{self.name} {statistic}'.encode()))
-        drawn = torch.randn(1, side, rank, generator=generator, dtype=torch.float32,
-                            device='cpu')
-        return (drawn / rank**0.5).to(self.weight.device, self.working_dtype)
+        if self.sketch == 'columns':
+            chosen = torch.randperm(side, generator=generator, device='cpu')[:rank]
+            drawn = torch.zeros(1, side, rank, device='cpu')
+            drawn[0, chosen, torch.arange(rank, device='cpu')] = 1
+        else:
+            drawn = torch.randn(1, side, rank, generator=generator, dtype=torch.float32,
+                                device='cpu') / rank**0.5
+        return drawn.to(self.weight.device, self.working_dtype)
 
     def empty(self, statistic: str) -> Tensor:
         """Zeros in the shape of a statistic."""
@@ -241,6 +258,8 @@ class Layer:
         blocks, size, width = self.statistic_shape(name)
         if COLUMNS in name:
             return 0.
+        if name.endswith((MEAN, SQUARE)):
+            return float(output.numel() if name.startswith('gradient') else kept[0].numel())
         if SKETCH in name:
             return 4. * blocks * size * width * rows
         return blocks * gram_flops(size, rows)
@@ -255,6 +274,8 @@ class Layer:
                      drawn: Tensor) -> Tensor:
         if name == 'input' + MOMENT:
             return self.input_moment(module, inputs)
+        if name.endswith((MEAN, SQUARE)):
+            return self._vector(name, module, inputs, gradient)
         if COLUMNS in name:
             return torch.cat(list(self._rows(name, module, inputs, gradient, drawn)), 2)
         total = self.empty(name)
@@ -267,6 +288,27 @@ class Layer:
         if BLOCKS in name:
             chunks = (_in_blocks(rows, total) for rows in chunks)
         return gram(chunks, total)
+
+    def _vector(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+        """Sum of a side's rows, or of their squares (blocks, n, 1)."""
+        power = 2 if name.endswith(SQUARE) else 1
+        if name.startswith('gradient'):
+            rows = self._gradient_rows(gradient.to(self.working_dtype))
+            return rows.pow(power).sum(2, keepdim=True)
+        sums, count = self._input_sum(module, inputs, power)
+        if self.bias is not None:
+            sums = torch.cat([sums, sums.new_full((self.blocks, 1, 1), count)], 1)
+        return sums
+
+    def _input_sum(self, module: nn.Module, inputs: Tensor, power: int) -> tuple[Tensor, int]:
+        """Sum of the input rows to a power (blocks, i without bias, 1), and their number."""
+        width = self.columns - (self.bias is not None)
+        total = self.weight.new_zeros(self.blocks, width, 1, dtype=self.working_dtype)
+        count = 0
+        for rows in self._input_rows(module, inputs):
+            total += rows.pow(power).sum(2, keepdim=True)
+            count += rows.shape[2]
+        return total, count
 
     def _rows(self, name: str, module: nn.Module, inputs: Tensor, gradient: Tensor,
               drawn: Tensor) -> Iterator[Tensor]:

@@ -49,6 +49,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *, capture_mb: float = 64.,
                 attention_windows: Callable[[str], int] = lambda name: 0,
+                attention_bias: Callable[[str], bool] = lambda name: False,
                 ) -> tuple[dict[str, Layer], list[LeftOut]]:
     """Finds the layers of a model whose weights an optimizer holds.
 
@@ -59,21 +60,24 @@ def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *, capture_m
         capture_mb: Limit for laid-out convolution patches and attention matrices, in megabytes.
         attention_windows: For the name of an attention module's projection: windows to measure a
             call, or 0 to take its linear layers one by one.
+        attention_bias: Likewise: whether its bias is joint with the weight.
 
     Returns:
         Layers by the name of their (first) module, in module order, and the modules left out.
     """
-    return _Search(model, groups, capture_mb, attention_windows).run()
+    return _Search(model, groups, capture_mb, attention_windows, attention_bias).run()
 
 
 class _Search:
     """One search (see `find_layers`)."""
 
     def __init__(self, model: nn.Module, groups: Iterable[dict[str, Any]], capture_mb: float,
-                 attention_windows: Callable[[str], int]) -> None:
+                 attention_windows: Callable[[str], int],
+                 attention_bias: Callable[[str], bool]) -> None:
         self.model = model
         self.capture_mb = capture_mb
         self.attention_windows = attention_windows
+        self.attention_bias = attention_bias
         self.owned = {id(p): group for group in groups for p in group['params']}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.users: dict[int, list[nn.Module]] = {}
@@ -101,7 +105,7 @@ class _Search:
         if kind is None or reason:
             self.left_out.append(LeftOut(name, type(module).__name__, reason))
         elif module is sharing[0]:
-            joint = bias is not None and _joins(bias, weight, self.owned, self.users)
+            joint = bias is not None and self._joins(bias, weight)
             self.layers[name] = kind(self.names[id(weight)], sharing, weight,
                                      bias if joint else None, **self._options(weight))
 
@@ -130,19 +134,21 @@ class _Search:
         if reason:
             self.left_out.append(LeftOut(owner, type(block).__name__, reason))
         elif kind:
+            bias: Any = module._parameters.get(key.replace('weight', 'bias'))
+            joint = (self.attention_bias(owner) and bias is not None
+                     and self._joins(bias, weight))
             self.layers[owner] = kind(self.names[id(weight)], [block], weight,
-                                      max_windows=windows, **self._options(weight))
+                                      bias if joint else None, max_windows=windows,
+                                      **self._options(weight))
+
+    def _joins(self, bias: Tensor, weight: Tensor) -> bool:
+        """Whether a bias is preconditioned with its weight: trained with it, and with no other."""
+        trained = bias.requires_grad or not weight.requires_grad
+        return (trained and _takes_part(bias, self.owned)
+                and self.users[id(bias)] == self.users[id(weight)])
 
     def _options(self, weight: Tensor) -> dict[str, Any]:
         return dict(capture_mb=self.capture_mb, damping=self.owned[id(weight)].get('damping'))
-
-
-def _joins(bias: Tensor, weight: Tensor, owned: dict[int, dict[str, Any]],
-           users: dict[int, list[nn.Module]]) -> bool:
-    """Whether a bias is preconditioned with its weight: trained with it, and with no other."""
-    weights = {id(module._parameters.get('weight')) for module in users[id(bias)]}
-    trained = bias.requires_grad or not weight.requires_grad
-    return trained and _takes_part(bias, owned) and weights == {id(weight)}
 
 
 def _takes_part(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> bool:

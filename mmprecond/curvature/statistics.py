@@ -15,29 +15,50 @@ class RunningAverage:
     Attributes:
         decay: Weight of the old value, in [0, 1); None for the plain mean of all samples.
         from_first: Takes the first sample whole.
-        normalise: Divides each sample by its Frobenius norm first, which makes captures count
-            alike whatever the loss's scale (NKFAC's published code; not in its paper).
+        corrected: Whether the average is divided by the sum of its weights, 1 - decay^samples.
+        normalise: What is done to each sample first: 'norm' divides it by its Frobenius norm,
+            which makes captures count alike whatever the loss's scale (NKFAC's published code; not
+            in its paper); 'range' shifts and scales its entries to reach from 0 to 1 (AdaFisher).
+        new_weight: Weight of the new sample where that is not 1 - decay.
+        start: What the average is before the first sample.
     """
 
     decay: float | None = 0.95
-    normalise: bool = False
+    normalise: str = ''
     from_first: bool = False
+    corrected: bool = False
+    new_weight: float | None = None
+    start: float = 0.
 
     def merge(self, running: Tensor, sample: Tensor, merged: int, joint: bool = False) -> None:
         """Merges one sample (blocks, n, n) into the running average, in place.
 
         Args:
-            running: The average of `merged` samples.
+            running: The average of `merged` samples; zeros at first.
             sample: The new one; overwritten.
             merged: Number of samples before it.
             joint: Whether the blocks are those of one matrix, with one norm.
         """
-        if self.normalise:
+        if self.normalise == 'norm':
             norm = torch.linalg.matrix_norm(sample)[..., None, None]
             norm = torch.linalg.vector_norm(norm) if joint else norm
             sample /= norm + 1e-12
+        elif self.normalise == 'range':
+            least, most = sample.aminmax()
+            sample.sub_(least).div_(most - least + 1e-6)
+        self.merge_plain(running, sample, merged)
+
+    def merge_plain(self, running: Tensor, sample: Tensor, merged: int) -> None:
+        """The same without the normalisation."""
+        if self.start and merged == 0:
+            running.fill_(self.start)
+        if self.new_weight is not None and self.decay is not None:
+            running.mul_(self.decay).add_(sample, alpha=self.new_weight)
+            return
         if self.decay is None:
             weight = 1 / (merged + 1)
         else:
             weight = 1. if self.from_first and merged == 0 else 1 - self.decay
+            if self.corrected:
+                weight /= 1 - self.decay**(merged + 1)
         running.lerp_(sample, weight)

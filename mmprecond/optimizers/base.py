@@ -121,8 +121,12 @@ class PreconditionedOptimizer(RuleOptimizer):
             chosen = bound.method(name)
             return chosen.attention_windows if chosen else 0
 
+        def with_bias(name: str) -> bool:
+            chosen = bound.method(name)
+            return chosen is not None and chosen.attention_bias
+
         layers, self.left_out = find_layers(model, self.param_groups, capture_mb=capture_mb,
-                                            attention_windows=windows)
+                                            attention_windows=windows, attention_bias=with_bias)
         bound.check_use(list(layers))
         taken: dict[Layer, Preconditioner] = {}
         for name, layer in layers.items():
@@ -245,8 +249,8 @@ class PreconditionedOptimizer(RuleOptimizer):
             for name, total in sample.items():
                 # A rank's loss is a share 1 / ranks of the joint mean loss.
                 if name.startswith('gradient'):
-                    per_row = self.layers[layer].method.per_row
-                    factor = (counted[layer] if per_row else 1.) / ranks**2
+                    method = self.layers[layer].method
+                    factor = method.gradient_factor(counted[layer]) / ranks**2
                 else:
                     factor = 1 / counted[layer]
                 total *= factor**0.5 if COLUMNS in name else factor
@@ -313,10 +317,10 @@ class PreconditionedOptimizer(RuleOptimizer):
         return directions
 
     def _turn_back(self, directions: dict[Tensor, Tensor]) -> None:
-        """Out of the rotated spaces."""
+        """Out of the rotated spaces, and by what scales directions after the rule."""
         with precision(self.matmul_precision):
             for stack in self.stacks:
-                if stack.method.rotates:
+                if stack.method.restores:
                     self._transform(stack, stack.method.restore, directions)
 
     @staticmethod

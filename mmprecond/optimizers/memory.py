@@ -85,6 +85,6 @@ def _advice(optimizer: PreconditionedOptimizer) -> str:
     if any(not m.rotates and m.oversize != 'lowrank' for m in methods):
         advice[0] += " and set oversize='lowrank'"
     advice.append('leave layers out with custom_keys={name: dict(precondition=False)}')
-    if optimizer.sharding.requested != 'apply' and not any(m.rotates for m in methods):
+    if optimizer.sharding.requested != 'apply' and not any(m.restores for m in methods):
         advice.append("with several GPUs set sharding='apply'")
     return '; '.join([*advice, 'or set check_memory=False where layers are never used'])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checks import reject_unexpected
 from ..preconditioners import Preconditioner
@@ -13,8 +13,11 @@ ENGINE_OPTIONS = ('capture_mb', 'save_curvature', 'sharding', 'clip_update', 'ch
                   'stagger', 'matmul_precision')
 
 
-def split_settings(owner: object, method: type[Preconditioner], settings: dict[str, Any],
-                   **defaults: Any) -> tuple[Preconditioner, dict[str, Any]]:
+Method = TypeVar('Method', bound=Preconditioner)
+
+
+def split_settings(owner: object, method: type[Method], settings: dict[str, Any],
+                   **defaults: Any) -> tuple[Method, dict[str, Any]]:
     """Separates an optimizer's keyword arguments.
 
     Args:

@@ -45,13 +45,13 @@ class Sharding:
         """The owner of each layer, by the cost of its refreshes and steps; None for all ranks.
 
         Raises:
-            ValueError: For 'apply' with a method whose rule works in a rotated space.
+            ValueError: For 'apply' with a method that acts after the rule.
         """
         for method in chosen.values():
-            if self.requested == 'apply' and method.rotates:
-                raise ValueError(f"{type(method).__name__} (AdamR) works with sharding='refresh' "
-                                 "or 'none', not 'apply': every rank needs the bases of its "
-                                 'moments')
+            if self.requested == 'apply' and method.restores:
+                raise ValueError(f"{type(method).__name__} works with sharding='refresh' or "
+                                 "'none', not 'apply': it acts on what the rule makes of a "
+                                 'gradient, and so every rank needs all its operators')
         if self.mode == 'none':
             return dict.fromkeys(chosen)
         costs = [self._cost(layer, method) for layer, method in chosen.items()]

@@ -57,10 +57,12 @@ class Preconditioner(ABC):
     phase: ClassVar[int] = 0
     #: Whether a layer whose first statistics come late is refreshed at once.
     eager: ClassVar[bool] = True
-    #: Whether the gradient second moment is that of each row's own loss: multiplied by the rows.
-    per_row: ClassVar[bool] = False
+    #: Whether its statistics are put in at the start, rather than captured.
+    given: ClassVar[bool] = False
     #: Whether the rule works in the space of `apply`, from which `restore` leads back.
     rotates: ClassVar[bool] = False
+    #: Whether `restore` changes the rule's directions.
+    restores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ('stat_interval', 'refresh_interval', 'max_dim'):
@@ -87,12 +89,17 @@ class Preconditioner(ABC):
         return 0
 
     @property
+    def attention_bias(self) -> bool:
+        """Whether biases are joint with the weights of attention modules."""
+        return False
+
+    @property
     def capture_interval(self) -> int:
         """Steps between captures that serve a layer that has statistics."""
         return self.stat_interval
 
     @property
-    def layer_options(self) -> dict[str, int | None]:
+    def layer_options(self) -> dict[str, int | str | None]:
         """Attributes of a layer on which its statistics depend."""
         return dict(block=self.max_dim, rank=self.max_rank or Layer.rank, max_rows=self.max_rows)
 
@@ -116,6 +123,13 @@ class Preconditioner(ABC):
     def essential(self, layer: Layer) -> tuple[str, ...]:
         """The statistics without which a sample tells nothing: those that must not be zero."""
         return self.required(layer)
+
+    def gradient_factor(self, rows: float) -> float:
+        """By what the sums of squared gradient rows are multiplied, given the number of rows.
+
+        The rows are those of the gradient of the step's mean loss.
+        """
+        return 1.
 
     def reads_weight(self, layer: Layer) -> bool:
         """Whether `refresh` also needs the layers' weights (k, b, o, i), as 'weight'."""
@@ -189,7 +203,7 @@ class Preconditioner(ABC):
         return operator
 
     def restore(self, operator: Stacked, directions: Tensor) -> Tensor:
-        """Turns the rule's directions (k, b, o, i) back; only of methods that rotate."""
+        """Turns the rule's directions (k, b, o, i) into steps; only of methods that restore."""
         return directions
 
     @abstractmethod

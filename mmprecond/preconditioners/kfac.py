@@ -81,7 +81,6 @@ class FisherKronecker(Preconditioner):
     kl_clip: float = 1e-3
 
     requires: ClassVar[tuple[str, ...]] = ('input_moment', 'gradient_moment')
-    per_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +104,7 @@ class FisherKronecker(Preconditioner):
         return self.stat_interval if self.stat_decay else self.refresh_interval
 
     @property
-    def layer_options(self) -> dict[str, int | None]:
+    def layer_options(self) -> dict[str, int | str | None]:
         """How many rows are drawn and kept."""
         rows = None if self.reduction == 'sample' else self.max_rows
         return {**super().layer_options, 'positions': self.positions, 'slots': self.max_columns,
@@ -125,6 +124,10 @@ class FisherKronecker(Preconditioner):
         """Says where the rows are kept."""
         columns = any(COLUMNS in name for name in self.required(layer))
         return super().note(layer) or ('Woodbury' if columns else '')
+
+    def gradient_factor(self, rows: float) -> float:
+        """Makes each row the gradient of its own loss."""
+        return rows
 
     def average(self) -> RunningAverage:
         """Moving average that starts from the first sample."""

@@ -66,7 +66,7 @@ class NewtonKronecker(InversePreconditioner):
 
     def average(self) -> RunningAverage:
         """Moving average of normalised captures."""
-        return RunningAverage(self.stat_decay, normalise=True)
+        return RunningAverage(self.stat_decay, normalise='norm')
 
     def refresh(self, statistics: Stacked, previous: Stacked | None,
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:

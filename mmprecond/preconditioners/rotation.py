@@ -49,6 +49,7 @@ class EigenRotation(Preconditioner):
     phase: ClassVar[int] = 1
     eager: ClassVar[bool] = False
     rotates: ClassVar[bool] = True
+    restores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -94,6 +94,8 @@ class LayerStack:
 
     def captures(self, layer: Layer, step: int) -> bool:
         """Whether a layer is measured at a step; one without statistics waits for no refresh."""
+        if self.method.given:
+            return False
         interval = (self.method.capture_interval if self.holds(layer)
                     else self.method.stat_interval)
         return self._count(layer, step) % interval == 0
@@ -112,7 +114,8 @@ class LayerStack:
 
     def _scheduled(self, layer: Layer, step: int) -> bool:
         count = self._count(layer, step)
-        return count >= self.method.phase and count % self.method.refresh_interval == 0
+        due = count >= self.method.phase and count % self.method.refresh_interval == 0
+        return due and not self.method.given
 
     def start_refresh(self, positions: list[int]) -> Tensor:
         """Refreshes operators where that succeeds, without waiting for the device.

@@ -1,0 +1,50 @@
+"""AdaAct: momentum SGD scaled by the inputs' mean square."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..checks import check_number
+from ..preconditioners import InputDiagonal
+from .base import PreconditionedOptimizer
+from .rules import EMASGD
+from .settings import split_settings
+
+
+class AdaAct(PreconditionedOptimizer):
+    """The gradients' moving average, divided by the root of the inputs' mean square.
+
+    All that has no inputs (norms, tokens) takes plain SGD without momentum, as in the published
+    code. Weight decay is decoupled.
+
+    Source: AdaAct (arXiv 2506.08353), with the bias corrections of its code.
+
+    Args:
+        params: Parameters or groups, with `model`; or the module itself.
+        lr: Learning rate.
+        betas: Decays of the gradients' average and of the mean square.
+        eps: Added to the root of the mean square.
+        weight_decay: Decoupled decay.
+        model: The module that owns the parameters.
+        **settings: Others of `InputDiagonal` and of `PreconditionedOptimizer`.
+
+    Raises:
+        ValueError: For values out of range or a missing model.
+        TypeError: For unknown settings.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
+                 **settings: Any) -> None:
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f'betas={betas!r} is not 2 numbers; write betas=(0.9, 0.999)')
+        for beta in betas:
+            check_number('betas', beta, high=1)
+        settings = {'stat_decay': betas[1], 'eps': eps, **settings}
+        method, own = split_settings(self, InputDiagonal, settings)
+        rule = EMASGD()
+        super().__init__(params, model=model, rule=rule, method=method,
+                         defaults=dict(lr=lr, momentum=betas[0], weight_decay=weight_decay), **own)
+        rule.averaged = {p for layer in self.layers for p in layer.parameters}

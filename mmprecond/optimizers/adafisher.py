@@ -1,0 +1,82 @@
+"""AdaFisher and AdaFisherW: momentum divided by a diagonal of Kronecker factors."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..preconditioners import FisherDiagonal
+from .base import PreconditionedOptimizer
+from .rules import EMASGD
+from .settings import split_settings
+
+
+class AdaFisher(PreconditionedOptimizer):
+    """The gradients' moving average divided by s h' + lambda, with L2 decay.
+
+    Parameters that belong to no Linear or Conv2d (norms, tokens) are divided by s h + lambda
+    likewise, with s from their own squared gradients and h from ones: the published code leaves
+    them to a divisor of 1, with steps a thousand times smaller than all others, and its norm layers
+    to a factor that is always 0 or 1.
+
+    Source: AdaFisher (arXiv 2405.16397).
+
+    Args:
+        params: Parameters or groups, with `model`; or the module itself.
+        lr: Learning rate.
+        momentum: Decay of the gradients' average.
+        weight_decay: Decay; added to the gradient.
+        model: The module that owns the parameters.
+        **settings: Those of `FisherDiagonal` (`stat_decay`, `damping`, `ema`, `stat_interval`, ...)
+            and of `PreconditionedOptimizer`.
+
+    Raises:
+        ValueError: For values out of range or a missing model.
+        TypeError: For unknown settings.
+    """
+
+    decay: ClassVar[str] = 'added'
+
+    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.9,
+                 weight_decay: float = 0., *, model: nn.Module | None = None,
+                 **settings: Any) -> None:
+        method, own = split_settings(self, FisherDiagonal, settings)
+        self.method = method
+        super().__init__(params, model=model, rule=EMASGD(self.decay), method=method,
+                         defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay), **own)
+        self._layered = {p for layer in self.layers for p in layer.parameters}
+
+    def _directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        if self.t % self.method.stat_interval == 0:
+            for p, gradient in gradients.items():
+                if p not in self._layered:
+                    self._measure_alone(self.state[p], gradient)
+        return super()._directions(gradients)
+
+    def _measure_alone(self, state: dict[str, Any], gradient: Tensor) -> None:
+        """Merges a parameter's own squared gradient, as if its inputs were ones."""
+        sample = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
+        if 'fisher_gradient' not in state:
+            state['fisher_gradient'] = torch.zeros_like(sample)
+            state['fisher_input'] = sample.new_zeros(())
+            state['fisher_samples'] = 0
+        average, merged = self.method.average(), state['fisher_samples']
+        average.merge(state['fisher_gradient'], sample, merged)
+        average.merge_plain(state['fisher_input'], torch.ones_like(state['fisher_input']), merged)
+        state['fisher_samples'] += 1
+
+    def _turn_back(self, directions: dict[Tensor, Tensor]) -> None:
+        super()._turn_back(directions)
+        for p, direction in directions.items():
+            if p not in self._layered and 'fisher_gradient' in self.state[p]:
+                state = self.state[p]
+                fisher = state['fisher_gradient'] * state['fisher_input'] + self.method.damping
+                directions[p] = direction / fisher.to(direction)
+
+
+class AdaFisherW(AdaFisher):
+    """AdaFisher with decoupled weight decay; else as `AdaFisher`."""
+
+    decay = 'decoupled'

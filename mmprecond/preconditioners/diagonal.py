@@ -1,0 +1,152 @@
+"""Diagonal preconditioners: they divide what the rule makes of a gradient, entry by entry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_number
+from ..curvature import Layer, RunningAverage
+from .base import Preconditioner, check_damping
+from .sides import Stacked
+
+EMAS = ('paper', 'code')
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputDiagonal(Preconditioner):
+    """AdaAct: the rule's direction D becomes ``D diag(1 / (sqrt(v) + eps))``.
+
+    v is the bias-corrected running average of the mean squared input rows, the diagonal of R, with
+    the trailing 1 of a bias. An input that is (nearly) always zero counts as one of `FLOOR` times
+    the layer's mean square.
+
+    Source: AdaAct (arXiv 2506.08353) and its code, which updates v at every step; the floor is
+    ours.
+
+    State: 2 i numbers a block. A capture reads the inputs once, a step costs o i.
+
+    Attributes:
+        stat_decay: Weight of the old statistic, in [0, 1).
+        eps: Added to the root.
+    """
+
+    stat_interval: int = 1
+    refresh_interval: int = 1
+    stat_decay: float = 0.999
+    eps: float = 1e-8
+
+    requires: ClassVar[tuple[str, ...]] = ('input_square',)
+    rules: ClassVar[tuple[str, ...]] = ('EMASGD',)
+    restores: ClassVar[bool] = True
+
+    #: Least entry of v, relative to the mean.
+    FLOOR: ClassVar[float] = 1e-12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number('stat_decay', self.stat_decay, high=1)
+        check_number('eps', self.eps)
+
+    def average(self) -> RunningAverage:
+        """Moving average with bias correction."""
+        return RunningAverage(self.stat_decay, corrected=True)
+
+    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
+        """Shapes (b, n, m) of a layer's operators by name."""
+        blocks, _, columns = layer.shape
+        return {'input': (blocks, 1, columns)}
+
+    def apply_flops(self, layer: Layer) -> float:
+        """Operations of one step (see the base class)."""
+        return float(math.prod(layer.shape))
+
+    def refresh(self, statistics: Stacked, previous: Stacked | None,
+                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+        """Roots; `damping` means nothing here (see the base class)."""
+        square = statistics['input_square'].mT
+        least = self.FLOOR * square.mean((-3, -1), keepdim=True)
+        factor = 1 / (torch.maximum(square, least).sqrt() + self.eps)
+        return {'input': factor}, factor.isfinite().flatten(1).all(1)
+
+    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+        """The gradients as they are: the rule averages them first."""
+        return gradients
+
+    def restore(self, operator: Stacked, directions: Tensor) -> Tensor:
+        """``D diag(1 / (sqrt(v) + eps))``."""
+        return directions * operator['input']
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherDiagonal(Preconditioner):
+    """AdaFisher: the rule's direction D becomes ``D / (s h' + lambda)``, entry by entry.
+
+    h and s are running averages, from ones, of the diagonals of R and L, each capture shifted and
+    scaled to reach from 0 to 1 over its layer.
+
+    Source: AdaFisher (arXiv 2405.16397) and its code. The averages' weights are an option: those of
+    the code sum to 0.088, so that s h' is soon nothing beside lambda, and the method momentum SGD
+    with the rate lr / lambda.
+
+    State: 2 (i + o) numbers a block. A step costs o i.
+
+    Attributes:
+        stat_decay: gamma.
+        damping: lambda.
+        ema: 'paper': gamma old + (1 - gamma) new; 'code': 0.1 gamma old + 0.01 gamma new.
+    """
+
+    stat_interval: int = 100
+    refresh_interval: int = 100
+    stat_decay: float = 0.8
+    damping: float = 1e-3
+    ema: str = 'paper'
+
+    requires: ClassVar[tuple[str, ...]] = ('input_square', 'gradient_square')
+    rules: ClassVar[tuple[str, ...]] = ('EMASGD',)
+    restores: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number('stat_decay', self.stat_decay, high=1)
+        check_damping('damping', self.damping)
+        check_choice('ema', self.ema, EMAS)
+
+    def average(self) -> RunningAverage:
+        """Moving average from ones, of samples that reach from 0 to 1."""
+        old, new = {'paper': (self.stat_decay, 1 - self.stat_decay),
+                    'code': (0.1 * self.stat_decay, 0.01 * self.stat_decay)}[self.ema]
+        return RunningAverage(old, new_weight=new, start=1., normalise='range')
+
+    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
+        """Shapes (b, n, m) of a layer's operators by name."""
+        blocks, rows, columns = layer.shape
+        return {'gradient': (blocks, rows, 1), 'input': (blocks, 1, columns),
+                'damping': (1, 1, 1)}
+
+    def apply_flops(self, layer: Layer) -> float:
+        """Operations of one step (see the base class)."""
+        return 3. * math.prod(layer.shape)
+
+    def refresh(self, statistics: Stacked, previous: Stacked | None,
+                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+        """The two vectors and lambda (see the base class)."""
+        left, right = statistics['gradient_square'], statistics['input_square'].mT
+        amount = torch.as_tensor(self.damping if damping is None else damping).to(left)
+        fine = left.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)
+        return {'gradient': left.clone(), 'input': right.clone(),
+                'damping': amount[..., None, None].expand(len(left), 1, 1, 1).clone()}, fine
+
+    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+        """The gradients as they are: the rule averages them first."""
+        return gradients
+
+    def restore(self, operator: Stacked, directions: Tensor) -> Tensor:
+        """``D / (s h' + lambda)``."""
+        return directions / torch.addcmul(operator['damping'], operator['gradient'],
+                                          operator['input'])
