@@ -23,8 +23,9 @@ from mmprecond.optimizers import NKFAC, RuleOptimizer
 
 #: Every optimizer of the package, with the settings under which nothing is drawn at random.
 SETTINGS: dict[str, dict[str, Any]] = {
-    'AFOpt': {}, 'AdaAFOpt': {}, 'AdaNKFAC': {}, 'AdamR': {}, 'AdamWBK': {}, 'FAdam': {},
-    'FSGD': {}, 'KFAC': {}, 'NKFAC': {}, 'SGDMBK': {}, 'SGDPH': dict(refresh='all'),
+    'AFOpt': {}, 'AdaAFOpt': {}, 'AdaAct': {}, 'AdaFisher': {}, 'AdaFisherW': {}, 'AdaNKFAC': {},
+    'AdamR': {}, 'AdamWBK': {}, 'FAdam': {}, 'FSGD': {}, 'KFAC': {}, 'MAC': {}, 'NKFAC': {},
+    'NysAct': dict(rank=4), 'SGDMBK': {}, 'SGDPH': dict(refresh='all'), 'SMAC': {},
     'SKFAC': dict(reduction='reduce', max_columns=12),
     'Preconditioned': dict(rule=dict(type='Adan', lr=1e-2), layers=[
         dict(match=dict(module_type='Linear'),

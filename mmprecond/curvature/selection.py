@@ -134,7 +134,8 @@ class _Search:
         if reason:
             self.left_out.append(LeftOut(owner, type(block).__name__, reason))
         elif kind:
-            bias: Any = module._parameters.get(key.replace('weight', 'bias'))
+            owned_by: Any = module
+            bias = owned_by._parameters.get(key.replace('weight', 'bias'))
             joint = (self.attention_bias(owner) and bias is not None
                      and self._joins(bias, weight))
             self.layers[owner] = kind(self.names[id(weight)], [block], weight,

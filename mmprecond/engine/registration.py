@@ -6,11 +6,12 @@ import logging
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
 
 from .. import optimizers
 from ..optimizers import PreconditionedOptimizer, RuleOptimizer, WeightNormConv2d
 from .constructor import PrecondOptimWrapperConstructor
+from .hooks import CalibrationHook
 
 
 def optimizer_types() -> list[type[RuleOptimizer]]:
@@ -38,6 +39,7 @@ def register_all() -> None:
         _register(OPTIMIZERS, kind)
     _register(OPTIM_WRAPPER_CONSTRUCTORS, PrecondOptimWrapperConstructor)
     _register(MODELS, WeightNormConv2d)
+    _register(HOOKS, CalibrationHook)
     logger = logging.getLogger('mmprecond')
     if not any(isinstance(handler, _MMEngineHandler) for handler in logger.handlers):
         logger.addHandler(_MMEngineHandler())
