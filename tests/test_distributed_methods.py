@@ -20,9 +20,13 @@ from mmprecond.optimizers import (
     KFAC,
     SGDMBK,
     SKFAC,
+    SMAC,
+    AdaAct,
+    AdaFisher,
     AdamR,
     AdamWBK,
     FAdam,
+    NysAct,
     PreconditionedOptimizer,
 )
 from mmprecond.preconditioners import EigenRotation
@@ -76,6 +80,10 @@ JOINT: dict[str, tuple[Callable[..., PreconditionedOptimizer], dict[str, Any], i
     'FAdam': (FAdam, dict(ADAM, exponent=0.5), 8),
     'SGDMBK': (SGDMBK, RULE, 8),
     'AdamWBK': (AdamWBK, ADAM, 8),
+    'SMAC': (SMAC, RULE, 8),
+    'AdaAct': (AdaAct, dict(RULE, refresh_interval=1), 8),
+    'NysAct': (NysAct, dict(RULE, rank=4), 8),
+    'AdaFisher': (AdaFisher, dict(RULE, damping=0.1), 8),
 }
 #: Whose ranks draw positions of their own, or columns that do not fit.
 OWN = {
@@ -84,7 +92,7 @@ OWN = {
     'SKFAC star': (SKFAC, dict(RULE, max_columns=9, positions=4, **STAR), 8),
 }
 BRANCHES = {f'branches {name}': (JOINT | OWN)[name]
-            for name in ('AdamR', 'KFAC reduce', 'SKFAC', 'SKFAC overflow')}
+            for name in ('AdamR', 'KFAC reduce', 'SKFAC', 'SKFAC overflow', 'SMAC', 'AdaFisher')}
 ALL = JOINT | OWN | BRANCHES
 
 

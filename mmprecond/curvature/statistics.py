@@ -45,7 +45,7 @@ class RunningAverage:
             sample /= norm + 1e-12
         elif self.normalise == 'range':
             least, most = sample.aminmax()
-            sample.sub_(least).div_(most - least + 1e-6)
+            sample.sub_(least).div_((most - least).clamp_min(torch.finfo(sample.dtype).tiny))
         self.merge_plain(running, sample, merged)
 
     def merge_plain(self, running: Tensor, sample: Tensor, merged: int) -> None:

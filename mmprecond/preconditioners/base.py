@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
@@ -240,6 +241,12 @@ class InversePreconditioner(Preconditioner):
     def is_exact(self, refreshes: int) -> bool:
         """All but those of low rank, which start from the last."""
         return self.solver != 'lowrank' or refreshes == 0
+
+
+def damping_like(value: Tensor | float, like: Tensor) -> Tensor:
+    """An absolute damping, for all layers or one for each, in the form (k or 1, 1, 1, 1)."""
+    amount = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return amount.reshape(-1, 1, 1, 1)
 
 
 def check_damping(name: str, value: float) -> None:

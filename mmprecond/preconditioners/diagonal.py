@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number
 from ..curvature import Layer, RunningAverage
-from .base import Preconditioner, check_damping
+from .base import Preconditioner, check_damping, damping_like
 from .sides import Stacked
 
 EMAS = ('paper', 'code')
@@ -91,7 +91,8 @@ class FisherDiagonal(Preconditioner):
 
     Source: AdaFisher (arXiv 2405.16397) and its code. The averages' weights are an option: those of
     the code sum to 0.088, so that s h' is soon nothing beside lambda, and the method momentum SGD
-    with the rate lr / lambda.
+    with the rate lr / lambda. The code's 1e-6 in the divisor of the range, which makes s depend on
+    the loss's scale, is left away.
 
     State: 2 (i + o) numbers a block. A step costs o i.
 
@@ -137,10 +138,10 @@ class FisherDiagonal(Preconditioner):
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """The two vectors and lambda (see the base class)."""
         left, right = statistics['gradient_square'], statistics['input_square'].mT
-        amount = torch.as_tensor(self.damping if damping is None else damping).to(left)
+        amount = damping_like(self.damping if damping is None else damping, left)
         fine = left.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)
         return {'gradient': left.clone(), 'input': right.clone(),
-                'damping': amount[..., None, None].expand(len(left), 1, 1, 1).clone()}, fine
+                'damping': amount.expand(len(left), 1, 1, 1).clone()}, fine
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
         """The gradients as they are: the rule averages them first."""

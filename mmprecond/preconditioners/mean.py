@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_flag, check_number
 from ..curvature import AttentionLayer, Layer, RunningAverage
 from ..linalg import cholesky_inverse
-from .base import Preconditioner, check_damping
+from .base import Preconditioner, check_damping, damping_like
 from .sides import Stacked, add_damping, two_sided
 
 #: 'paper': the method as published. 'official': as its authors' code does what differs.
@@ -118,10 +118,9 @@ class ActivationMean(Preconditioner):
     def refresh(self, statistics: Stacked, previous: Stacked | None,
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """``u = a / sqrt(rho + a'a)``, with which V = G (I - u u'), and Z (see the base class)."""
-        rho = torch.as_tensor(self.damping if damping is None else damping)[..., None, None]
         operator: Stacked = {}
         for name, vector in statistics.items():
-            rho = rho.to(vector)
+            rho = damping_like(self.damping if damping is None else damping, vector)
             if name.startswith('gradient'):
                 operator[_vector_name(name)] = 1 / (vector + rho)
             else:
@@ -168,11 +167,10 @@ class CalibratedInput(Preconditioner):
                 damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
         """The exact inverse (see the base class)."""
         moment = statistics['input_moment']
-        rho = torch.as_tensor(self.damping if damping is None else damping).to(moment)
-        rho = rho.expand(moment.shape[:2])
-        inverse, good = cholesky_inverse(add_damping(moment, rho))
+        rho = damping_like(self.damping if damping is None else damping, moment)
+        inverse, good = cholesky_inverse(add_damping(moment, rho[..., 0, 0]))
         if self.compat == 'paper':
-            inverse = inverse * rho[..., None, None]
+            inverse = inverse * rho
         return {'input_moment': inverse}, good.all(-1)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 from ..curvature import SKETCH_KINDS, Layer, RunningAverage
 from ..linalg import cholesky_inverse
-from .base import Preconditioner, check_damping
+from .base import Preconditioner, check_damping, damping_like
 from .sides import Stacked, damped_sides, two_sided
 
 
@@ -72,7 +71,8 @@ class NystromFeature(Preconditioner):
         """Inverts; of columns their small side (see the base class)."""
         rho = self.damping if damping is None else damping
         return damped_sides(
-            statistics, lambda _, given: torch.as_tensor(rho).to(given).expand(given.shape[:2]),
+            statistics,
+            lambda _, given: damping_like(rho, given)[..., 0, 0].expand(given.shape[:2]),
             lambda _, damped: cholesky_inverse(damped))
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:

@@ -105,9 +105,9 @@ class Recorder:
         return noting
 
 
-def measure(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
-            joint: bool) -> tuple[Tensor, Tensor, int]:
-    """R = sum x'x / rows and L = sum g'g of one weight over several losses, and the rows.
+def all_rows(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
+             joint: bool) -> tuple[Tensor, Tensor]:
+    """Input rows (blocks, rows, i) and gradient rows (blocks, rows, o) of one weight.
 
     Args:
         model: A plain float64 model.
@@ -117,9 +117,8 @@ def measure(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
     """
     modules = [m for m in model.modules() if getattr(m, 'weight', None) is weight]
     blocks, out = blocks_of(modules[0]), len(weight) // blocks_of(modules[0])
-    width = weight[0].numel() + joint
-    right, left = weight.new_zeros(blocks, width, width), weight.new_zeros(blocks, out, out)
-    count = 0
+    right = [weight.new_zeros(blocks, 0, weight[0].numel() + joint)]
+    left = [weight.new_zeros(blocks, 0, out)]
     for loss in losses:
         with Recorder(modules) as recorder:
             value = loss(model)
@@ -129,8 +128,14 @@ def measure(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
         slopes = torch.autograd.grad(value, probes, allow_unused=True)
         for (module, inputs, _), slope in zip(recorder.calls, slopes, strict=True):
             if slope is not None:
-                rows = input_rows(module, inputs, joint)
-                right += second_moment(rows)
-                left += second_moment(gradient_rows(module, slope))
-                count += rows.shape[1]
-    return right.detach() / max(1, count), left.detach(), count
+                right.append(input_rows(module, inputs, joint))
+                left.append(gradient_rows(module, slope))
+    return torch.cat(right, 1).detach(), torch.cat(left, 1).detach()
+
+
+def measure(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
+            joint: bool) -> tuple[Tensor, Tensor, int]:
+    """R = sum x'x / rows and L = sum g'g over `all_rows`, and the rows."""
+    right, left = all_rows(model, losses, weight, joint)
+    count = right.shape[1]
+    return second_moment(right) / max(1, count), second_moment(left), count

@@ -1,0 +1,403 @@
+"""MAC, SMAC, AdaAct, NysAct and AdaFisher: vectors that are measured, trajectories, settings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_arguments import refused
+from test_capture import CONVS, EMPTY, geometries, loss_of, plain_copy
+from test_fsgd import classification
+from torch import Tensor, nn
+
+from helpers import ConvNet, TokenNet, token_batches, train
+from mmprecond.curvature import Capture, find_layers
+from mmprecond.linalg import columns_to_matrix, nystrom_columns, power_of_columns
+from mmprecond.optimizers import (
+    MAC,
+    SMAC,
+    AdaAct,
+    AdaFisher,
+    AdaFisherW,
+    NysAct,
+    Preconditioned,
+    PreconditionedOptimizer,
+)
+from mmprecond.preconditioners import ActivationMean
+from reference import activation as oracle
+from reference.factors import gradient_rows, input_rows
+
+VECTORS = ('input_mean', 'input_square', 'gradient_square')
+
+
+# ------------------------------------------------------------------- what is measured
+
+def check(module: nn.Module, *inputs: Tensor) -> None:
+    """The three vectors of some calls, against rows one by one."""
+    module = module.double()
+    found, _ = find_layers(module, [dict(params=list(module.parameters()))])
+    (layer,) = found.values()
+    capture = Capture({layer: VECTORS})
+    capture.arm([layer])
+    joint = module.bias is not None
+    rows, slopes = [], []
+    for x in inputs:
+        x = x.double()
+        loss_of(module(x)).backward()
+        rows.append(input_rows(module, x, joint))
+        out = plain_copy(module)(x)
+        slopes.append(gradient_rows(module, torch.autograd.grad(loss_of(out), out)[0]))
+    capture.disarm()
+    right, left = torch.cat(rows, 1), torch.cat(slopes, 1)
+    wanted = {'input_mean': right.sum(1), 'input_square': right.square().sum(1),
+              'gradient_square': left.square().sum(1)}
+    staged = capture.staged[layer]
+    assert staged.rows == right.shape[1]
+    for name, vector in wanted.items():
+        assert staged.sums[name].shape == layer.statistic_shape(name)
+        torch.testing.assert_close(staged.sums[name][..., 0], vector, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('shape', [(4,), (5, 4), (2, 3, 4)])
+def test_vectors_of_linear_layers(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    check(nn.Linear(4, 3, bias=bias), torch.randn(shape), torch.randn(shape))
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('name', CONVS)
+def test_vectors_of_convolutions(name: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    check(nn.Conv2d(**{'in_channels': 4, 'out_channels': 4, 'bias': bias, **CONVS[name]}),
+          torch.randn(2, 4, 5, 6), torch.randn(4, 6, 5))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(geometries())
+def test_vectors_of_any_geometry(case: tuple[dict[str, Any], tuple[int, ...], float]) -> None:
+    conv, shape, _ = case
+    torch.manual_seed(0)
+    check(nn.Conv2d(**conv), torch.randn(shape))
+
+
+@pytest.mark.parametrize('make, shape', EMPTY)
+def test_vectors_of_empty_calls(make: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    check(make(), torch.randn(shape), torch.randn(2, *shape[1:]))
+
+
+def test_a_capture_lays_out_no_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum over images comes first."""
+    from mmprecond.curvature import Conv2dLayer
+
+    monkeypatch.setattr(Conv2dLayer, '_input_rows', lambda *_: pytest.fail('laid out'))
+    model = ConvNet()
+    optimizer = AdaAct(model, lr=0.1)
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    assert all(slot.refreshes == 1 for stack in optimizer.stacks for slot in stack.slots)
+
+
+# ------------------------------------------------------------------- trajectories
+
+def alone(squares: list[Tensor], s: dict[str, Any]) -> Tensor:
+    """AdaFisher's divisor of a parameter without inputs."""
+    ones = [torch.tensor([0., 1.]).double()] * len(squares)  # an average of ones: the larger entry
+    return oracle.from_ones(squares, s) * oracle.from_ones(ones, s)[1] + s['damping']
+
+
+METHODS: dict[str, tuple[Callable[..., PreconditionedOptimizer], Any, dict[str, Any],
+                         dict[str, Any]]] = {
+    'MAC': (MAC, oracle.mac, dict(damping=0.7, stat_decay=0.9), {}),
+    'SMAC': (SMAC, oracle.mac, dict(damping=0.7, stat_decay=0.9), dict(output=True)),
+    'SMAC none': (SMAC, oracle.mac, dict(damping=0.5, stat_decay=0.9, gradient_scale='none'),
+                  dict(output=True)),
+    'NysAct': (NysAct, oracle.nysact, dict(damping=1.3, stat_decay=0.9, rank=1000), {}),
+    'AdaAct': (AdaAct, oracle.adaact, dict(betas=(0.8, 0.9), eps=1e-6),
+               dict(after=True, momentum=0.8, stat_decay=0.9, decay='decoupled')),
+    'AdaFisher': (AdaFisher, oracle.adafisher, dict(damping=0.05, momentum=0.8, stat_decay=0.7),
+                  dict(after=True, alone=alone)),
+    'AdaFisher code': (AdaFisher, oracle.adafisher,
+                       dict(damping=0.05, momentum=0.8, stat_decay=0.7, ema='code'),
+                       dict(after=True, alone=alone)),
+    'AdaFisherW': (AdaFisherW, oracle.adafisher, dict(damping=0.05, momentum=0.8, stat_decay=0.7),
+                   dict(after=True, alone=alone, decay='decoupled')),
+}
+
+
+@pytest.mark.parametrize('intervals', [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('make', [ConvNet, TokenNet])
+def test_trajectories(make: Any, name: str, intervals: tuple[int, int]) -> None:
+    kind, method, given_settings, more = METHODS[name]
+    torch.manual_seed(0)
+    model = make().double()
+    plain = plain_copy(model)
+    common = dict(lr=0.03, weight_decay=0.02, stat_interval=intervals[0],
+                  refresh_interval=intervals[1])
+    optimizer = kind(model, **common, **given_settings)
+    known = {k: v for k, v in given_settings.items() if k not in ('betas', 'rank')}
+    reference = oracle.ReferenceActivation(plain, method, **common, **{**known, **more})
+    losses = classification(make)
+    for step in range(7):
+        optimizer.zero_grad()
+        for loss in losses(step):
+            loss(model).backward()
+        optimizer.step()
+        reference.step(*losses(step))
+        for (key, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (p - q).norm() <= 1e-9 * (1 + q.norm()), (key, step)
+
+
+# ------------------------------------------------------------------- MAC
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(1, 5), st.floats(0.01, 10.), st.floats(0., 100.), st.booleans())
+def test_mac_is_a_scaled_inverse(size: int, rho: float, length: float, given_here: bool) -> None:
+    """rho G (rho I + a a')^-1, with the setting's damping or a layer's own."""
+    torch.manual_seed(size)
+    vector = length * torch.randn(2, 1, size, 1).double()
+    gradients = torch.randn(2, 1, 3, size).double()
+    method = ActivationMean(damping=7. if given_here else rho)
+    own = torch.full((2, 1), rho).double() if given_here else None
+    operator, good = method.refresh({'input_mean': vector}, None, own)
+    inverse = torch.linalg.inv(vector @ vector.mT + rho * torch.eye(size).double())
+    assert good.all()
+    torch.testing.assert_close(method.apply(operator, gradients), rho * gradients @ inverse)
+
+
+def test_smac_needs_the_rows_scale() -> None:
+    """As published ('none'), Z is 1 / rho to a percent: the gradients of a mean loss are small."""
+    spread = {}
+    for scale in ('rows', 'none'):
+        torch.manual_seed(0)
+        model = TokenNet().double()
+        optimizer = SMAC(model, lr=0.01, gradient_scale=scale)
+        train(model, optimizer, token_batches(1, size=64))
+        z = torch.cat([stack.operator['gradient'].flatten() for stack in optimizer.stacks])
+        spread[scale] = float(z.max() / z.min())
+    assert spread['none'] < 1.01 < 1.1 < spread['rows']
+
+
+# ------------------------------------------------------------------- NysAct
+
+def moment_of(count: int, power: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(count, count, generator=generator).double())[0]
+    values = torch.arange(1, count + 1).double()**-power
+    return (basis * values) @ basis.t()
+
+
+def error(moment: Tensor, inverse: Tensor, rho: float) -> float:
+    """Of an inverse of moment + rho I, relative to it."""
+    exact = torch.linalg.inv(moment + rho * torch.eye(len(moment)).double())
+    return float((inverse - exact).norm() / exact.norm())
+
+
+def nystrom_inverse(moment: Tensor, test: Tensor, rho: float) -> Tensor:
+    columns = nystrom_columns((moment @ test)[None], test[None])
+    basis, scale, good = power_of_columns(columns, torch.tensor([rho]).double())
+    assert good.all()
+    return columns_to_matrix(basis, scale)[0]
+
+
+def official_inverse(captures: list[Tensor], tests: list[Tensor], rho: float) -> Tensor:
+    """The published code's: sketches with different test matrices averaged, the last one's core,
+    a shift in the core alone, the triangular solve on the wrong side, rho twice."""
+    decay, weight = 0.95, 0.
+    sketch = torch.zeros_like(captures[0] @ tests[0])
+    for capture, test in zip(captures, tests, strict=True):
+        sketch = decay * sketch + (1 - decay) * capture @ test
+        weight = decay * weight + 1 - decay
+    test = tests[-1]
+    shifted = sketch / weight + rho * test
+    values, vectors = torch.linalg.eigh((test.t() @ shifted + shifted.t() @ test) / 2)
+    shift = values.min().abs() + rho
+    core = (vectors * (values + shift)) @ vectors.t()
+    factor = torch.linalg.cholesky(core)
+    left, singular, _ = torch.linalg.svd(torch.linalg.solve(factor, shifted, left=False),
+                                         full_matrices=False)
+    found = (singular**2 - shift).clamp_min(0)
+    rest = torch.eye(len(left)).double() - left @ left.t()
+    return (left / (found + rho)) @ left.t() + rest / rho
+
+
+def test_the_error_falls_with_the_rank_and_the_published_forms_are_worse() -> None:
+    size, rho = 60, 0.02
+    moment = moment_of(size, 1.5)
+    mean: dict[int, list[float]] = {}
+    for rank in (5, 10, 20, 40, 60):
+        ours, theirs = [], []
+        for seed in range(8):
+            generator = torch.Generator().manual_seed(100 * rank + seed)
+            tests = [torch.randn(size, rank, generator=generator).double() / size**0.5
+                     for _ in range(6)]
+            ours.append(error(moment, nystrom_inverse(moment, tests[-1], rho), rho))
+            theirs.append(error(moment, official_inverse([moment] * 6, tests, rho), rho))
+        mean[rank] = [sum(ours) / 8, sum(theirs) / 8]
+    errors = [ours for ours, _ in mean.values()]
+    assert all(after < 0.85 * before for before, after in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < 1e-6
+    assert all(ours < 0.9 * theirs for ours, theirs in mean.values()), mean
+
+
+@pytest.mark.parametrize('rank', [3, 8, 15])
+def test_the_trace_error_is_within_the_bound(rank: int) -> None:
+    """Mean over draws: (1 + k / (m - k - 1)) times the eigenvalues after the k-th, any k."""
+    size, draws = 40, 40
+    moment = moment_of(size, 1.)
+    values = torch.linalg.eigvalsh(moment).flip(0)
+    total = 0.
+    for seed in range(draws):
+        test = torch.randn(size, rank, generator=torch.Generator().manual_seed(seed)).double()
+        columns = nystrom_columns((moment @ test)[None], test[None])[0]
+        total += float(moment.trace() - columns.square().sum()) / draws
+    bound = min((1 + k / (rank - k - 1)) * values[k:].sum() for k in range(rank - 1))
+    assert 0 < total <= bound
+
+
+@pytest.mark.parametrize('sketch', ['gaussian', 'columns'])
+def test_nysact_follows_its_sketch(sketch: str) -> None:
+    """The operator in use is that of the running sketch of the whole moment."""
+    torch.manual_seed(0)
+    model = TokenNet().double()
+    dense, optimizer = copy.deepcopy(model), None
+    options = dict(stat_interval=1, refresh_interval=1, damping=0.1)
+    optimizer = NysAct(model, lr=0., rank=6, sketch=sketch, **options)
+    whole = NysAct(dense, lr=0., rank=1000, **options)
+    batches = token_batches(4)
+    train(model, optimizer, batches)
+    train(dense, whole, batches)
+    moments = {layer.name: stack.statistics['input_moment'][k, 0] for stack in whole.stacks
+               for k, layer in stack.ready()}
+    for stack in optimizer.stacks:
+        for k, layer in stack.ready():
+            assert stack.statistics['input_sketch'].shape[-1] == 6
+            test = layer.test_matrix('input_sketch')[0]
+            if sketch == 'columns':
+                assert ((test == 0) | (test == 1)).all() and (test.sum(0) == 1).all()
+                assert (test.sum(1) <= 1).all()
+            operator = {name: o[k] for name, o in stack.operator.items()}
+            ours = columns_to_matrix(operator['input_columns'], operator['input_scale'])[0]
+            torch.testing.assert_close(ours, nystrom_inverse(moments[layer.name], test, 0.1))
+
+
+def test_nysact_keeps_nothing_of_a_side_squared() -> None:
+    model = nn.Linear(600, 5)
+    optimizer = NysAct(model, lr=0.1, rank=7)
+    model(torch.randn(9, 600)).sum().backward()
+    optimizer.step()
+    (stack,) = optimizer.stacks
+    numbers = sum(t.numel() for t in (*stack.statistics.values(), *stack.operator.values()))
+    assert numbers == 2 * 601 * 7 + 1
+    assert {tuple(p.shape) for p in model.parameters()} == {(5, 600), (5,)}
+
+
+# ------------------------------------------------------------------- AdaAct, AdaFisher
+
+def test_a_dead_input_does_not_blow_up() -> None:
+    """An input that was never on, and then is: its weight moves as the floor allows."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    optimizer = AdaAct(model, lr=0.1)
+    x = torch.randn(6, 4).double()
+    x[:, 0] = 0
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x)**2).mean().backward()
+        optimizer.step()
+    factor = optimizer.stacks[0].operator['input'].flatten()
+    assert factor[0] <= 1.01e6 * factor[1:].max() and model.weight.isfinite().all()
+
+
+def test_a_plain_parameter_has_no_momentum_in_adaact() -> None:
+    model = ConvNet().double()
+    optimizer = AdaAct(model, lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step)).double()
+              ).sum().backward()
+        before = model.bn1.weight.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(model.bn1.weight, before - 0.1 * model.bn1.weight.grad)
+    assert 'exp_avg' in optimizer.state[model.fc.weight]
+    assert 'exp_avg' not in optimizer.state[model.bn1.weight]
+
+
+@pytest.mark.parametrize('ema', ['paper', 'code'])
+def test_adafisher_as_its_code_is_momentum_sgd(ema: str) -> None:
+    """After some captures the code's divisor is lambda to a tenth; the paper's is not."""
+    torch.manual_seed(0)
+    model = TokenNet().double()
+    optimizer = AdaFisher(model, lr=1e-4, ema=ema, stat_interval=1, refresh_interval=1)
+    train(model, optimizer, token_batches(4))
+    largest = max(float((s.operator['gradient'] @ s.operator['input']).max())
+                  for s in optimizer.stacks)
+    assert largest < 1e-4 if ema == 'code' else largest > 0.1
+
+
+def test_the_loss_scale_changes_no_divisor() -> None:
+    found = []
+    for scale in (1., 1e-5):
+        torch.manual_seed(0)
+        model = TokenNet().double()
+        optimizer = AdaFisher(model, lr=0., stat_interval=1, refresh_interval=1)
+        train(model, optimizer, token_batches(2), lambda out, y: scale * (out**2).mean())
+        found.append(torch.cat([s.operator['gradient'].flatten() for s in optimizer.stacks]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=0)
+
+
+# ------------------------------------------------------------------- settings
+
+@pytest.mark.parametrize('kind, options, words', [
+    (MAC, dict(damping=0), 'damping=0'),
+    (MAC, dict(stat_decay=1), 'stat_decay=1'),
+    (MAC, dict(compat='code'), "compat='code'"),
+    (SMAC, dict(gradient_scale='batch'), "gradient_scale='batch'"),
+    (NysAct, dict(rank=0), 'rank=0'),
+    (NysAct, dict(sketch='rows'), "sketch='rows'"),
+    (AdaAct, dict(betas=0.9), 'betas=0.9'),
+    (AdaAct, dict(betas=(0.9, 1.)), 'betas=1'),
+    (AdaAct, dict(eps=-1.), 'eps=-1'),
+    (AdaFisher, dict(ema='both'), "ema='both'"),
+    (AdaFisher, dict(damping=-1.), 'damping=-1'),
+    (AdaFisherW, dict(momentum=1.), 'momentum=1'),
+    (AdaAct, dict(sharding='apply'), "sharding='refresh' or 'none'"),
+])
+def test_bad_settings(kind: Any, options: dict[str, Any], words: str) -> None:
+    refused(ValueError, lambda: kind(TokenNet(), **{'lr': 0.1, **options}), words)
+
+
+def test_left_over_keys_are_named() -> None:
+    refused(TypeError, lambda: AdaAct(TokenNet(), lr=0.1, momentum=0.9), '_delete_=True')
+
+
+def test_methods_are_mixed_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    model = ConvNet().double()
+    layers = [dict(match=dict(name='conv1'), preconditioner=dict(type='NystromFeature', rank=4)),
+              dict(match=dict(name='conv2'), preconditioner=dict(type='ActivationMean')),
+              dict(preconditioner=dict(type='NewtonKronecker'))]
+    optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=0.05), layers=layers)
+    loss = model(torch.randn(4, 3, 8, 8).double()).square().mean()
+    loss.backward()
+    optimizer.step()
+    assert {type(stack.method).__name__ for stack in optimizer.stacks} == {
+        'NystromFeature', 'ActivationMean', 'NewtonKronecker'}
+    assert model(torch.randn(4, 3, 8, 8).double()).isfinite().all()
+
+
+def test_diagonals_need_their_rule() -> None:
+    layers = [dict(preconditioner=dict(type='InputDiagonal'))]
+    refused(ValueError, lambda: Preconditioned(TokenNet(), rule=dict(type='AdamW', lr=0.1),
+                                               layers=layers), "type='EMASGD'")
+    model = TokenNet().double()
+    optimizer = Preconditioned(model, rule=dict(type='EMASGD', lr=0.1), layers=layers)
+    train(model, optimizer, token_batches(3))
+    assert all(p.isfinite().all() for p in model.parameters())

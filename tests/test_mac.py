@@ -1,0 +1,300 @@
+"""MAC's first layer and its attention modules."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from attention_helpers import (
+    block_windows,
+    feature_map,
+    images,
+    layer_of,
+    loss_of,
+    noting,
+    pretrain,
+    randomise,
+    reasons,
+    shift_window,
+    swin,
+)
+from test_arguments import refused
+from test_engine import Classifier, batch, build
+from torch import Tensor, nn
+
+from helpers import ConvNet, leave
+from mmprecond.engine.hooks import CalibrationHook
+from mmprecond.optimizers import MAC, NKFAC, SMAC
+from mmprecond.preconditioners import CalibratedInput
+from reference.factors import input_rows
+
+QKV = 'w_msa.qkv.weight'
+
+
+def photos(seed: int, count: int = 4) -> Tensor:
+    return torch.randn(count, 3, 6, 7, generator=torch.Generator().manual_seed(seed)).double() + 0.5
+
+
+def network() -> ConvNet:
+    torch.manual_seed(0)
+    return ConvNet().double()
+
+
+def step(model: nn.Module, optimizer: MAC, seed: int) -> None:
+    optimizer.zero_grad()
+    model(photos(seed)).square().mean().backward()
+    optimizer.step()
+
+
+# ------------------------------------------------------------------- the first layer
+
+@pytest.mark.parametrize('compat, factor', [('paper', 3.), ('official', 1.)])
+def test_the_first_layer_takes_the_inverse_of_its_inputs(compat: str, factor: float) -> None:
+    model = network()
+    optimizer = MAC(model, lr=0.1, momentum=0., damping=3., compat=compat)
+    optimizer.calibrate_first_layer(photos(seed) for seed in range(3))
+    rows = torch.cat([input_rows(model.conv1, photos(seed), False)[0] for seed in range(3)])
+    moment = rows.t() @ rows / len(rows)
+    before = model.conv1.weight.detach().clone()
+    step(model, optimizer, 9)
+    gradient = model.conv1.weight.grad.reshape(8, 27)
+    wanted = factor * gradient @ torch.linalg.inv(moment + 3 * torch.eye(27).double())
+    moved = (before - model.conv1.weight).reshape(8, 27) / 0.1
+    torch.testing.assert_close(moved.detach(), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_it_is_inverted_once_and_never_measured_again() -> None:
+    model = network()
+    optimizer = MAC(model, lr=0.1, stat_interval=1, refresh_interval=2)
+    optimizer.calibrate_first_layer(photos(0))
+    stack = optimizer.layers[optimizer.first_layer]
+    assert optimizer.calibrated and type(stack.method) is CalibratedInput
+    for seed in range(5):
+        assert not model.conv1._forward_hooks
+        step(model, optimizer, seed)
+        kept = stack.operator['input_moment'].clone()
+    assert (stack.slots[0].samples, stack.slots[0].refreshes) == (1, 1)
+    assert torch.equal(kept, stack.operator['input_moment'])
+
+
+def test_without_calibration_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, 'mmprecond'):
+        model = network()
+        optimizer = MAC(model, lr=0.1)
+        step(model, optimizer, 0)
+        step(model, optimizer, 1)
+    assert caplog.text.count('conv1.weight: the first layer is treated like any other') == 1
+
+
+@pytest.mark.parametrize('calibrated', [True, False])
+@pytest.mark.parametrize('prepared', [True, False])
+def test_a_resumed_run_knows_its_first_layer(calibrated: bool, prepared: bool,
+                                             tmp_path: Path) -> None:
+    """Bit for bit, whatever the new optimizer's own first layer was told."""
+    model = network()
+    optimizer = MAC(model, lr=0.05, stat_interval=1, refresh_interval=2)
+    if calibrated:
+        optimizer.calibrate_first_layer(photos(7))
+    for seed in range(3):
+        step(model, optimizer, seed)
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / 'state.pt')
+    weights, state = torch.load(tmp_path / 'state.pt', weights_only=True)
+    other = network()
+    other.load_state_dict(weights)
+    resumed = MAC(other, lr=0.05, stat_interval=1, refresh_interval=2)
+    if prepared:
+        resumed.calibrate_first_layer(photos(8))
+    resumed.load_state_dict(state)
+    assert resumed.calibrated == calibrated
+    for seed in range(3, 7):
+        step(model, optimizer, seed)
+        step(other, resumed, seed)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_calibration_that_cannot_be() -> None:
+    model = network()
+    optimizer = MAC(model, lr=0.1)
+    refused(ValueError, lambda: optimizer.calibrate_first_layer([]), '0 rows')
+    refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0) * float('inf')), 'finite')
+    step(model, optimizer, 0)
+    refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0)), 'before the first step')
+    small = MAC(network(), lr=0.1, max_dim=20)
+    refused(ValueError, lambda: small.calibrate_first_layer(photos(0)), 'max_dim=20')
+
+
+def test_linear_first_layers_with_biases() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    optimizer = SMAC(model, lr=0.1)
+    x = torch.randn(8, 5).double()
+    optimizer.calibrate_first_layer(x)
+    ones = torch.cat([x, torch.ones(8, 1).double()], 1)
+    moment = optimizer.layers[optimizer.first_layer].statistics['input_moment'][0, 0]
+    torch.testing.assert_close(moment, ones.t() @ ones / 8)
+
+
+def calibrate_half(rank: int, folder: str) -> None:
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
+                            world_size=2)
+    optimizer = MAC(network(), lr=0.1)
+    optimizer.calibrate_first_layer(photos(rank, count=2 + rank))
+    stack = optimizer.layers[optimizer.first_layer]
+    torch.save(stack.statistics, f'{folder}/rank{rank}.pt')
+    leave()
+
+
+def test_ranks_share_their_inputs(tmp_path: Path) -> None:
+    mp.spawn(calibrate_half, args=(str(tmp_path),), nprocs=2)
+    optimizer = MAC(network(), lr=0.1)
+    optimizer.calibrate_first_layer([photos(0, count=2), photos(1, count=3)])
+    joint = optimizer.layers[optimizer.first_layer].statistics['input_moment']
+    halves = [torch.load(tmp_path / f'rank{rank}.pt')['input_moment'] for rank in range(2)]
+    assert torch.equal(*halves)
+    torch.testing.assert_close(halves[0], joint)
+
+
+class Runner:
+    """What the hook needs of MMEngine's runner."""
+
+    def __init__(self, model: nn.Module, wrapper: Any, batches: int = 9) -> None:
+        self.model, self.optim_wrapper = model, wrapper
+        self.train_dataloader = [batch(seed=seed) for seed in range(batches)]
+
+
+def test_the_hook_calibrates_before_the_first_step() -> None:
+    model = Classifier()
+    wrapper = build(model, optimizer=dict(type='MAC', lr=0.05))
+    CalibrationHook(batches=2).before_train(Runner(model, wrapper))
+    assert wrapper.optimizer.calibrated
+    by_hand = Classifier()
+    optimizer = MAC(by_hand, lr=0.05)
+    data = [by_hand.data_preprocessor(batch(seed=seed), True)['inputs'] for seed in range(2)]
+    optimizer.calibrate_first_layer(data)
+    ours, theirs = (o.layers[o.first_layer].statistics['input_moment']
+                    for o in (wrapper.optimizer, optimizer))
+    torch.testing.assert_close(ours, theirs)
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    model.train_step(batch(seed=3), wrapper)
+    before = ours.clone()
+    CalibrationHook(batches=3).before_train(Runner(model, wrapper))  # as after a resume
+    assert torch.equal(before, ours)
+
+
+def test_the_hook_refuses_other_optimizers() -> None:
+    model = Classifier()
+    runner = Runner(model, build(model, optimizer=dict(type='NKFAC', lr=0.05)))
+    assert isinstance(runner.optim_wrapper.optimizer, NKFAC)
+    refused(ValueError, lambda: CalibrationHook().before_train(runner), 'not NKFAC')
+    refused(ValueError, lambda: CalibrationHook(batches=0), 'batches=0')
+
+
+# ------------------------------------------------------------------- attention
+
+def slow_means(windows: Any) -> dict[str, Tensor]:
+    """Sums of the rows that each projection multiplies, with a trailing 1, query by query."""
+    def with_one(row: Tensor) -> Tensor:
+        return torch.cat([row, row.new_ones(1)])
+
+    size = windows[0].inputs.shape[1] + 1
+    sums = {name: torch.zeros(size).double() for name in ('query_mean', 'key_mean', 'value_mean')}
+    for window in windows:
+        heads, queries, keys = window.logits.shape
+        for k in range(keys):
+            sums['key_mean'] += with_one(window.memory[k]) * queries / keys
+        for i in (i for i in range(queries) if window.real[i]):
+            sums['query_mean'] += with_one(window.inputs[i])
+            for h in range(heads):
+                mixed = window.logits[h, i].softmax(-1) @ window.values_in
+                sums['value_mean'] += with_one(mixed) / heads
+    return sums
+
+
+@pytest.mark.parametrize('toolbox, shift, shape', [
+    ('mmdet', 0, (6, 3)), ('mmdet', 1, (4, 5)), ('mmpretrain', 1, (5, 4))])
+def test_means_of_window_attention(toolbox: str, shift: int, shape: tuple[int, int]) -> None:
+    model = shift_window(toolbox, shift)
+    optimizer = MAC(model, lr=0.1)
+    layer = layer_of(optimizer, QKV)
+    with noting(model.w_msa) as calls:
+        loss_of(model(feature_map(shape), shape)).backward()
+    wanted = slow_means(block_windows(model, calls[0], shape))
+    staged = optimizer._capture.staged[layer]
+    assert layer.bias is model.w_msa.qkv.bias and layer.columns == 7
+    for name, vector in wanted.items():
+        torch.testing.assert_close(staged.sums[name][0, :, 0], vector, rtol=1e-9, atol=1e-11)
+
+
+def test_the_official_form_multiplies_means() -> None:
+    model = shift_window()
+    optimizer = MAC(model, lr=0.1, compat='official')
+    with noting(model.w_msa) as calls:
+        loss_of(model(feature_map((6, 3)), (6, 3))).backward()
+    (call,) = calls
+    weights = call.scores.mean((0, 1, 2))
+    wanted = weights @ call.inputs.mean(0) * call.inputs[..., 0].numel()
+    staged = optimizer._capture.staged[layer_of(optimizer, QKV)]
+    torch.testing.assert_close(staged.sums['value_product_mean'][0, :-1, 0], wanted)
+
+
+def test_every_stage_splits_its_own_rows() -> None:
+    """Rows of W_Q, W_K and W_V, by the width of their stage, each with its own mean."""
+    model = swin()
+    optimizer = MAC(model, lr=0.1, momentum=0., damping=0.5)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sum(loss_of(out) for out in model(images())).backward()
+    names = [name for name in weights if name.endswith('qkv.weight')]
+    assert {len(weights[name]) for name in names} == {18, 36}
+    means = {}
+    for name in names:
+        staged = optimizer._capture.staged[layer_of(optimizer, name)]
+        means[name] = {key: total[0, :, 0] / staged.rows for key, total in staged.sums.items()}
+    optimizer.step()
+    params = dict(model.named_parameters())
+    for name in names:
+        bias = name.replace('weight', 'bias')
+        moved = torch.cat([(weights[n] - params[n]).detach().reshape(len(weights[n]), -1)
+                           for n in (name, bias)], 1) / 0.1
+        whole = torch.cat([params[n].grad.reshape(len(params[n]), -1) for n in (name, bias)], 1)
+        for part, statistic in enumerate(('query_mean', 'key_mean', 'value_mean')):
+            third = len(whole) // 3
+            cut = slice(part * third, (part + 1) * third)
+            a = means[name][statistic]
+            wanted = whole[cut] - torch.outer(whole[cut] @ a, a) / (0.5 + a @ a)
+            torch.testing.assert_close(moved[cut], wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_vision_transformers_and_cross_attention() -> None:
+    block = randomise(pretrain('MultiheadAttention')(6, 2).double())
+    optimizer = MAC(block, lr=0.1)
+    x = torch.randn(3, 5, 6).double()
+    loss_of(block(x)).backward()
+    optimizer.step()
+    assert set(optimizer.layers[layer_of(optimizer, 'qkv.weight')].operator) == {
+        'query', 'key', 'value'}
+    cross = randomise(nn.MultiheadAttention(6, 2, batch_first=True).double())
+    optimizer = MAC(cross, lr=0.1)
+    out, _ = cross(x, torch.randn(3, 4, 6).double(), torch.randn(3, 4, 6).double())
+    loss_of(out).backward()
+    (layer,) = (layer for layer in optimizer.layers if layer.name == 'in_proj_weight')
+    staged = optimizer._capture.staged[layer]
+    torch.testing.assert_close(staged.sums['query_mean'][0, :6, 0], x.sum((0, 1)))
+    assert float(staged.sums['key_mean'][0, -1, 0]) == pytest.approx(15)
+    optimizer.step()
+    assert cross.in_proj_weight.isfinite().all()
+
+
+def test_attention_may_be_left_alone() -> None:
+    model = shift_window()
+    optimizer = MAC(model, lr=0.1, attention=False)
+    loss_of(model(feature_map((6, 3)), (6, 3))).backward()
+    optimizer.step()
+    names = {layer.name: stack for layer, stack in optimizer.layers.items()}
+    assert set(names[QKV].operator) == {'input'} and not any(
+        'attention' in reason for reason in reasons(optimizer).values())
