@@ -13,9 +13,9 @@ from .products import stacked_product
 MARGIN = 16
 #: Power iterations by which what was left out is estimated.
 CHECKS = 6
-#: What may be left out is so many times the tolerance: eigenvalues close to it take many columns
-#: to be found, and bring little.
-SLACK = 3
+#: What may be left out is so many times the bound: eigenvalues close to it take many columns to be
+#: found, and bring little.
+SLACK = 1.5
 
 
 def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.
@@ -99,17 +99,22 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
                    ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(A + mu I)^-p`` from the directions of A that stand out of the damping mu.
 
-    Eigenvalues above ``tolerance mu`` are kept, the others count as their mean tau. Subspace
-    iteration, one product with A a call: V spans the last result and a few random columns, and the
-    eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2`` (Nystroem). Columns join V until
-    no eigenvalue of A - B B' is larger than `SLACK` times the tolerance.
+    Eigenvalues that are not kept count as one, tau: their mean, moved as far as needed for no
+    direction to be wrong by more than the tolerance t. So those up to
+    ``(((1 + t) / (1 - t))^(1 / p) - 1) mu`` may be left out, and the cosine with the exact
+    direction is at least sqrt(1 - t^2).
+
+    Subspace iteration, one product with A a call: V spans the last result and a few random columns,
+    and the eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2`` (Nystroem). Columns join V
+    until no eigenvalue of A - B B' is larger than `SLACK` times that bound.
 
     Args:
         matrix: A (..., n, n), symmetric positive semi-definite; float32 or float64.
         start: U (..., n, m) of an earlier result for a similar matrix, or None.
         damping: mu > 0 (...).
         exponent: p > 0.
-        tolerance: Relative to mu, the least eigenvalue kept.
+        tolerance: Relative error of the power in any direction, less than 1; where an eigenvalue is
+            between the bound and `SLACK` times the bound, about twice that.
         max_rank: Most columns kept, whatever is left out; default: n / 2, and if that is not
             enough none, for a whole matrix is as cheap.
 
@@ -118,26 +123,37 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
         scale (I - U U'), and a bool tensor (...) that is False where it is meaningless; or None if
         more columns are needed than n / 2.
     """
-    bound = tolerance * damping
+    bound = _largest_dispensable(damping, exponent, tolerance)
     most = matrix.shape[-1] // 2 if max_rank is None else max_rank
-    columns, enough = _standing_out(matrix, start, bound, most)
-    if max_rank is None and not enough:
+    columns, outside = _standing_out(matrix, start, bound, most)
+    if max_rank is None and bool((outside > SLACK * bound).any()):
         return None
     values, vectors, good = checked_eigh(columns.mT @ columns)
     values, vectors = values.flip(-1), vectors.flip(-1)
-    standing = int((values > bound[..., None]).sum(-1).amax()) if values.numel() else 0
+    counts = (values > bound[..., None]).sum(-1)
+    standing = int(counts.amax()) if values.numel() else 0
     if max_rank is None and standing > most:
         return None
     rank = max(1, min(standing, most))
-    basis, scale = _power_of_eigenvectors(matrix, columns, values[..., :rank],
-                                          vectors[..., :rank], damping, exponent, bound)
+    kept = torch.where(values > bound[..., None], values, 0)[..., :rank]
+    rest = (matrix.diagonal(dim1=-2, dim2=-1).sum(-1) - kept.sum(-1)).clamp_min(0)
+    rest = rest / (matrix.shape[-1] - (kept > 0).sum(-1)).clamp_min(1)
+    largest = torch.maximum(outside, torch.where(values > bound[..., None], 0, values).amax(-1))
+    cut = (counts > rank) | (outside > SLACK * bound)
+    outer = _outer_value(rest, largest, damping, exponent, tolerance, cut)
+    basis, scale = _power_of_eigenvectors(columns, kept, vectors[..., :rank], damping, outer,
+                                          exponent)
     good = good & (damping > 0) & scale.isfinite()[..., 0, 0] & all_finite(basis)
     return basis, scale, good
 
 
 def _standing_out(matrix: Tensor, start: Tensor | None, bound: Tensor,
-                  most: int) -> tuple[Tensor, bool]:
-    """B with ``A - B B' >= 0`` below bounds (...) with `SLACK`, if `most` columns are enough."""
+                  most: int) -> tuple[Tensor, Tensor]:
+    """B with ``A - B B' >= 0`` below bounds (...) with `SLACK`, if `most` columns are enough.
+
+    Returns:
+        B (..., n, m), and about the largest eigenvalue of A - B B' (...).
+    """
     size = matrix.shape[-1]
     if start is None:
         vectors = _range(matrix, size // 16)
@@ -146,12 +162,11 @@ def _standing_out(matrix: Tensor, start: Tensor | None, bound: Tensor,
     image = _product(matrix, vectors)
     while True:
         columns = _nystrom_of_image(image, vectors.mT @ image)
-        # NaN compares false: a matrix that is not finite is reported, not searched.
-        if not bool((_largest_outside(matrix, columns) > SLACK * bound).any()):
-            return columns, True
+        outside = _largest_outside(matrix, columns)
         width = vectors.shape[-1]
-        if width >= min(most + MARGIN, size):
-            return columns, False
+        # NaN compares false: a matrix that is not finite is reported, not searched.
+        if not bool((outside > SLACK * bound).any()) or width >= min(most + MARGIN, size):
+            return columns, outside
         added = _range(matrix, min(max(MARGIN, width // 2), size - width), columns)
         vectors = torch.cat([vectors, added], -1)
         image = torch.cat([image, _product(matrix, added)], -1)
@@ -229,17 +244,33 @@ def _largest_outside(matrix: Tensor, columns: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vector, dim=-2).amax(-1)
 
 
-def _power_of_eigenvectors(matrix: Tensor, columns: Tensor, values: Tensor, vectors: Tensor,
-                           damping: Tensor, exponent: float,
-                           bound: Tensor) -> tuple[Tensor, Tensor]:
-    """The damped power of B B', the rest of A standing as its mean eigenvalue.
+def _largest_dispensable(damping: Tensor, exponent: float, tolerance: float) -> Tensor:
+    """The largest e for which one value tau makes powers of all 0 ... e right to the tolerance."""
+    return damping * (((1 + tolerance) / (1 - tolerance))**(1 / exponent) - 1)
 
-    Eigenvalues and eigenvectors are those of B'B, the largest first.
+
+def _outer_value(rest: Tensor, largest: Tensor, damping: Tensor, exponent: float,
+                 tolerance: float, cut: Tensor) -> Tensor:
+    """The sum of mu and tau, which stands for all eigenvalues that are not kept (...).
+
+    Args:
+        rest: Their mean (...).
+        largest: The largest of them (...).
+        damping: mu (...).
+        exponent: p.
+        tolerance: t.
+        cut: Whether eigenvalues above the bound are among them (...): then tau is their mean.
     """
-    kept = values > bound[..., None]
-    rest = matrix.diagonal(dim1=-2, dim2=-1).sum(-1) - (values * kept).sum(-1)
-    tail = rest.clamp_min(0) / (matrix.shape[-1] - kept.sum(-1)).clamp_min(1)
-    outer = (damping + tail)[..., None]
-    weights = 1 - (outer / (values + damping[..., None])).pow(exponent)
-    factors = torch.where(kept, weights.clamp_min(0) / torch.where(kept, values, 1), 0).sqrt()
-    return columns @ (vectors * factors[..., None, :]), outer[..., None].pow(-exponent)
+    mean = damping + rest
+    least = (damping + largest) * (1 + tolerance)**(-1 / exponent)
+    most = damping * (1 - tolerance)**(-1 / exponent)
+    return torch.where(cut, mean, torch.minimum(torch.maximum(mean, least), most))
+
+
+def _power_of_eigenvectors(columns: Tensor, values: Tensor, vectors: Tensor, damping: Tensor,
+                           outer: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+    """The damped power of B B' from eigenvalues and eigenvectors of B'B; of all else outer^-p."""
+    weights = 1 - (outer[..., None] / (values + damping[..., None])).pow(exponent)
+    factors = torch.where(values > 0, weights.clamp_min(0) / torch.where(values > 0, values, 1), 0)
+    return (columns @ (vectors * factors.sqrt()[..., None, :]),
+            outer[..., None, None].pow(-exponent))

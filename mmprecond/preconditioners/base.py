@@ -219,7 +219,8 @@ class InversePreconditioner(Preconditioner):
     Attributes:
         solver: 'lowrank' keeps of a side's power the eigenvectors that stand out of the damping,
             where they are fewer than half (see `LowRank`); the others are the method's own.
-        tolerance: Least eigenvalue that 'lowrank' keeps, relative to the damping.
+        tolerance: Relative error that 'lowrank' allows an operator in any direction, less than 1:
+            at 0.1 and exponent 1, eigenvalues below 0.22 times the damping are left out.
     """
 
     solver: str = 'lowrank'
@@ -231,7 +232,7 @@ class InversePreconditioner(Preconditioner):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice('solver', self.solver, (*self.dense_solvers, 'lowrank'))
-        check_number('tolerance', self.tolerance, open_low=True)
+        check_number('tolerance', self.tolerance, open_low=True, high=1)
 
     @property
     def low_rank(self) -> LowRank | None:

@@ -42,7 +42,7 @@ class LowRank:
     """When a dense moment's power is kept as columns.
 
     Attributes:
-        tolerance: Least eigenvalue kept, relative to the damping.
+        tolerance: Relative error allowed in any direction.
         max_rank: Most columns kept, whatever the tolerance; None for half the side's length, and
             a dense operator where that is not enough.
     """
