@@ -19,20 +19,22 @@ from torch.utils.checkpoint import checkpoint
 
 from mmprecond import optimizers
 from mmprecond.engine.registration import optimizer_types
-from mmprecond.optimizers import NKFAC, RuleOptimizer
+from mmprecond.optimizers import NKFAC, PreconditionedOptimizer, RuleOptimizer
 
 #: Every optimizer of the package, with the settings under which nothing is drawn at random.
 SETTINGS: dict[str, dict[str, Any]] = {
-    'AFOpt': {}, 'AdaAFOpt': {}, 'AdaAct': {}, 'AdaFisher': {}, 'AdaFisherW': {}, 'AdaNKFAC': {},
-    'AdamR': {}, 'AdamWBK': {}, 'FAdam': {}, 'FSGD': {}, 'KFAC': {}, 'MAC': {}, 'NKFAC': {},
-    'NysAct': dict(rank=4), 'SGDMBK': {}, 'SGDPH': dict(refresh='all'), 'SMAC': {},
+    'AFOpt': {}, 'ARO': {}, 'AdaAFOpt': {}, 'AdaAct': {}, 'AdaFisher': {}, 'AdaFisherW': {},
+    'AdaNKFAC': {}, 'AdamR': {}, 'AdamWBK': {}, 'DCTAdamW': dict(rank=4), 'FAdam': {}, 'FSGD': {},
+    'KFAC': {}, 'MAC': {}, 'NKFAC': {}, 'NysAct': dict(rank=4), 'SGDMBK': {},
+    'SGDPH': dict(refresh='all'), 'SMAC': {},
     'SKFAC': dict(reduction='reduce', max_columns=12),
     'Preconditioned': dict(rule=dict(type='Adan', lr=1e-2), layers=[
         dict(match=dict(module_type='Linear'),
              preconditioner=dict(type='InputFeature', stat_interval=2, refresh_interval=4)),
         dict(preconditioner=dict(type='NewtonKronecker', stat_interval=2, refresh_interval=4))]),
 }
-MEASURED = [name for name in SETTINGS if name != 'SGDPH']
+MEASURED = [name for name in SETTINGS
+            if issubclass(getattr(optimizers, name), PreconditionedOptimizer)]
 
 
 class Net(nn.Module):

@@ -143,13 +143,14 @@ def test_a_layer_that_its_group_excludes_is_no_layer_to_match() -> None:
 
 # ------------------------------------------------------------------- rule and the rest
 
+CHOICES = 'SGDM, AdamW, Adan, ARO, DCTAdamW'
 RULES: dict[str, tuple[Any, list[str]]] = {
-    'missing': (None, ['rule=None', 'write rule=dict(type=..., lr=...)', 'SGDM, AdamW, Adan']),
+    'missing': (None, ['rule=None', 'write rule=dict(type=..., lr=...)', CHOICES]),
     'a name': ('AdamW', ["rule='AdamW'", 'write rule=dict(type=..., lr=...)']),
     'no type': (dict(lr=0.1), ['has no type', 'write rule=dict(type=..., lr=...)']),
     'no lr': (dict(type='SGDM'), ['no lr', "write rule=dict(type='SGDM', lr=...)"]),
-    'unknown': (dict(type='Adam', lr=0.1), ["'Adam'", 'SGDM, AdamW, Adan']),
-    'a class': (dict(type=torch.optim.AdamW, lr=0.1), ['AdamW', 'SGDM, AdamW, Adan']),
+    'unknown': (dict(type='Adam', lr=0.1), ["'Adam'", CHOICES]),
+    'a class': (dict(type=torch.optim.AdamW, lr=0.1), ['AdamW', CHOICES]),
     'unknown setting': (dict(type='SGDM', lr=0.1, betas=(0.9, 0.99)),
                         ['SGDM', 'betas', 'it takes lr, momentum, weight_decay']),
     'decay of SGDM': (dict(type='SGDM', lr=0.1, decay='published'), ['SGDM', 'decay']),

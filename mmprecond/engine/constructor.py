@@ -12,7 +12,7 @@ from torch import nn
 
 from ..curvature import unwrap
 from ..optimizers import SGDPH, Preconditioned, RuleOptimizer
-from ..optimizers.rules import build_rule
+from ..optimizers.rule_types import build_rule
 from .wrapper import mixed_wrapper, refuse_sharding
 
 

@@ -1,6 +1,7 @@
 """Batched linear algebra on stacks of symmetric matrices: pure functions of tensors."""
 
 from .basis import assign_columns, eigenbasis, orthogonal_iteration
+from .cosine import cosine_basis
 from .inverse import all_finite, cholesky_inverse, newton_inverse
 from .lowrank import (
     apply_columns,
@@ -15,7 +16,7 @@ from .roots import inverse_power, newton_schulz_inverse_root
 from .spectrum import largest_eigenvalue, largest_eigenvalue_of_columns
 
 __all__ = ['PRECISIONS', 'all_finite', 'apply_columns', 'assign_columns', 'cholesky_inverse',
-           'columns_to_matrix', 'eigenbasis', 'inverse_power', 'largest_eigenvalue',
+           'columns_to_matrix', 'cosine_basis', 'eigenbasis', 'inverse_power', 'largest_eigenvalue',
            'largest_eigenvalue_of_columns', 'low_rank_power', 'matmul_precision', 'newton_inverse',
            'newton_schulz_inverse_root', 'nystrom_columns', 'orthogonal_iteration',
            'power_of_columns', 'stacked_product']

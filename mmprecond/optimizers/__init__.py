@@ -5,7 +5,9 @@ from .adabk import SGDMBK, AdamWBK
 from .adafisher import AdaFisher, AdaFisherW
 from .adamr import AdamR
 from .afopt import AdaAFOpt, AFOpt
+from .aro import ARO
 from .base import PreconditionedOptimizer
+from .dct import DCTAdamW
 from .fsgd import FSGD, FAdam
 from .kfac import KFAC, SKFAC
 from .mac import MAC, SMAC
@@ -16,7 +18,7 @@ from .rule_optimizer import RuleOptimizer
 from .sgdph import SGDPH
 from .weight_norm import WeightNormConv2d, weight_norm
 
-__all__ = ['AFOpt', 'AdaAFOpt', 'AdaAct', 'AdaFisher', 'AdaFisherW', 'AdaNKFAC', 'AdamR', 'AdamWBK',
-           'FAdam', 'FSGD', 'KFAC', 'MAC', 'NKFAC', 'NysAct', 'Preconditioned',
-           'PreconditionedOptimizer', 'RuleOptimizer', 'SGDMBK', 'SGDPH', 'SKFAC', 'SMAC',
-           'WeightNormConv2d', 'weight_norm']
+__all__ = ['AFOpt', 'ARO', 'AdaAFOpt', 'AdaAct', 'AdaFisher', 'AdaFisherW', 'AdaNKFAC', 'AdamR',
+           'AdamWBK', 'DCTAdamW', 'FAdam', 'FSGD', 'KFAC', 'MAC', 'NKFAC', 'NysAct',
+           'Preconditioned', 'PreconditionedOptimizer', 'RuleOptimizer', 'SGDMBK', 'SGDPH', 'SKFAC',
+           'SMAC', 'WeightNormConv2d', 'weight_norm']

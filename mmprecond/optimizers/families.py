@@ -8,7 +8,8 @@ from torch import nn
 
 from ..preconditioners import Preconditioner
 from .base import PreconditionedOptimizer
-from .rules import SGDM, build_rule
+from .rule_types import build_rule
+from .rules import SGDM
 from .settings import split_settings
 
 

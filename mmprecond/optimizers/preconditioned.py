@@ -9,7 +9,8 @@ from torch import nn
 from ..checks import reject_unexpected
 from .assignment import Assignment, parse_layers
 from .base import PreconditionedOptimizer
-from .rules import Rule, build_rule
+from .rule_types import build_rule
+from .rules import Rule
 from .settings import ENGINE_OPTIONS
 
 
@@ -26,8 +27,8 @@ class Preconditioned(PreconditionedOptimizer):
     Args:
         params: Parameters or groups, with `model`; or the module itself.
         model: The module that owns the parameters.
-        rule: ``dict(type='SGDM' | 'AdamW' | 'Adan', lr=..., ...)`` with the rule's
-            hyper-parameters.
+        rule: ``dict(type='SGDM' | 'AdamW' | 'Adan' | 'ARO' | 'DCTAdamW', lr=..., ...)`` with the
+            rule's hyper-parameters and options.
         layers: Entries ``dict(match=..., preconditioner=...)``, of which the first that matches a
             layer wins. `match` holds `module_type` (a class name or several: layers of such a
             class, or within one), `name` (a pattern as in `fnmatch`, for the name of the layer's

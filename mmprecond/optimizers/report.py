@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .memory import forecast, megabytes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .base import PreconditionedOptimizer
 
 
@@ -32,4 +34,5 @@ def table(optimizer: PreconditionedOptimizer) -> str:
                  f'{sum(kept for kept, _ in sizes):.0f} MB of statistics and operators in total, '
                  f'{sum(more for _, more in sizes):.0f} MB more at a refresh; '
                  f'{len(optimizer.left_out)} modules take the plain rule')
-    return '\n'.join(lines)
+    names: dict[Tensor, str] = {layer.weight: layer.name for layer in optimizer.layers}
+    return '\n'.join([*lines, *optimizer.rule.notes(optimizer.param_groups, names)])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import Group, Rule
+from .rules import Group, Rule, State
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -99,11 +99,27 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Loads a state of the same rule.
 
         Raises:
-            ValueError: For the state of another rule.
+            ValueError: For the state of another rule, or of other settings where that matters.
         """
         for group in state_dict['param_groups']:
             self._check_saved(group)
+        saved = self._saved_states(state_dict)
+        for p, group, state in saved:
+            self.rule.check_state(p, state, group)
         super().load_state_dict(state_dict)
+        for p, _, state in saved:  # torch casts all to the parameter's dtype, integers too
+            self.state[p].update({name: state[name].to(p.device, copy=True)
+                                  for name in self.rule.exact if name in state})
+
+    def _saved_states(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Group, State]]:
+        """Parameters that have a saved state, with its group; none where torch will complain."""
+        ours = [group['params'] for group in self.param_groups]
+        saved = [(group, group['params']) for group in state_dict['param_groups']]
+        if [len(params) for params in ours] != [len(keys) for _, keys in saved]:
+            return []
+        return [(p, group, state_dict['state'][key])
+                for params, (group, keys) in zip(ours, saved, strict=True)
+                for p, key in zip(params, keys, strict=True) if key in state_dict['state']]
 
     def _check_saved(self, group: dict[str, Any]) -> None:
         """Raises ValueError for a saved group of another rule."""

@@ -7,9 +7,8 @@ hyper-parameters.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,11 +29,13 @@ class Rule(ABC):
         hyper: Names of the group entries that the rule reads.
         defaults: Their values where the user gives none; there is none for lr.
         linear_moments: Names of the moments that are sums of gradients.
+        exact: Names of what is kept in a dtype of its own, which loading must not change.
     """
 
     hyper: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[dict[str, Any]] = {}
     linear_moments: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[tuple[str, ...]] = ()
 
     def key(self, group: Group, state: State) -> Hashable:
         """Parameters with equal keys are updated together."""
@@ -55,6 +56,13 @@ class Rule(ABC):
     def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
                group: Group) -> None:
         """Moves the parameters along -directions, in place."""
+
+    def check_state(self, param: Tensor, state: State, group: Group) -> None:  # noqa: B027
+        """Raises ValueError for a parameter's saved state that does not fit."""
+
+    def notes(self, groups: list[Group], names: Mapping[Tensor, str]) -> list[str]:
+        """What the log should say of parameters that the rule treats otherwise, in lines."""
+        return []
 
 
 class SGDM(Rule):
@@ -151,7 +159,7 @@ class AdamW(Rule):
         decay: 'decoupled' or 'published'.
     """
 
-    hyper = ('lr', 'betas', 'eps', 'weight_decay')
+    hyper: ClassVar[tuple[str, ...]] = ('lr', 'betas', 'eps', 'weight_decay')
     defaults = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.)
     linear_moments: ClassVar[tuple[str, ...]] = ('exp_avg',)
 
@@ -247,43 +255,6 @@ class Adan(AdamW):
                group: Group) -> None:
         torch._foreach_add_(params, directions, alpha=-group['lr'])
         torch._foreach_div_(params, 1 + group['lr'] * group['weight_decay'])
-
-
-#: Rules that a config may name.
-RULES: dict[str, type[Rule]] = {rule.__name__: rule for rule in (SGDM, EMASGD, AdamW, Adan)}
-
-
-def build_rule(config: Any, choices: Sequence[str] = tuple(RULES)) -> tuple[Rule, Group]:
-    """Reads ``dict(type=..., lr=..., ...)``.
-
-    Args:
-        config: The rule's type, its options and its hyper-parameters.
-        choices: Types to choose from.
-
-    Returns:
-        The rule, and hyper-parameters for all parameter groups.
-
-    Raises:
-        ValueError: For what cannot be read, with what to write instead.
-    """
-    names = ', '.join(choices)
-    if not isinstance(config, dict) or 'type' not in config:
-        raise ValueError(f'rule={config!r} has no type; write rule=dict(type=..., lr=...) with one '
-                         f'of {names}')
-    settings = dict(config)
-    kind = settings.pop('type')
-    if kind not in choices:
-        raise ValueError(f'unknown rule {kind!r}; choose one of {names}')
-    rule = RULES[kind]
-    if 'lr' not in settings:
-        raise ValueError(f"rule={config!r} has no lr; write rule=dict(type='{kind}', lr=...)")
-    options = {key: settings.pop(key) for key in inspect.signature(rule).parameters
-               if key in settings}
-    unknown = sorted(set(settings) - set(rule.hyper))
-    if unknown:
-        raise ValueError(f'the rule {kind} does not take {", ".join(unknown)}; it takes '
-                         f'{", ".join([*rule.hyper, *inspect.signature(rule).parameters])}')
-    return rule(**options), {**rule.defaults, **settings}
 
 
 def moments_of(states: list[State], name: str, params: list[Tensor]) -> list[Tensor]:

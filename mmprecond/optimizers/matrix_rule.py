@@ -1,0 +1,173 @@
+"""Rules that treat matrices in a way of their own, and everything else as AdamW does."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_count, reject_unexpected
+from ..curvature import unwrap
+from .rule_optimizer import RuleOptimizer
+from .rules import AdamW, Group, State
+
+#: Matrices are stacked until they hold this many numbers (256 MB in float32).
+STACKED = 2**26
+
+
+class MatrixRule(AdamW):
+    """AdamW, except for matrices, whose directions a subclass finds.
+
+    A matrix is a parameter with two or more dimensions, as its first dimension by all others. It
+    takes AdamW all the same if it is too large, or its group says ``precondition=False``. Weight
+    decay is decoupled for all.
+
+    Args:
+        max_dim: Larger matrices take AdamW; a subclass says which side counts.
+    """
+
+    def __init__(self, max_dim: int) -> None:
+        super().__init__()
+        check_count('max_dim', max_dim)
+        self.max_dim = max_dim
+
+    def key(self, group: Group, state: State) -> Hashable:
+        return super().key(group, state), bool(group.get('precondition', True))
+
+    @abstractmethod
+    def too_large(self, shape: tuple[int, int], group: Group) -> str:
+        """What of a matrix is over `max_dim`, or ''."""
+
+    @abstractmethod
+    def matrix_directions(self, gradients: list[Tensor], states: list[State],
+                          group: Group) -> Tensor:
+        """Directions (k, o, i) of matrices, from gradients (o, i) in at least float32."""
+
+    @abstractmethod
+    def state_shapes(self, shape: tuple[int, int], group: Group) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept for a matrix, by name."""
+
+    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+                   group: Group) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        batches: dict[tuple[int, int], list[int]] = {}
+        plain = [k for k, p in enumerate(params) if self.why_plain(p, group) is not None]
+        for k in sorted(set(range(len(params))) - set(plain)):
+            batches.setdefault(matrix_shape(params[k]), []).append(k)
+        if plain:
+            found.update(zip(plain, super().directions(
+                [params[k] for k in plain], [gradients[k] for k in plain],
+                [states[k] for k in plain], group), strict=True))
+        for shape, members in batches.items():
+            for part in _chunks(members, shape):
+                matrices = [_working(gradients[k].reshape(shape)) for k in part]
+                results = self.matrix_directions(matrices, [states[k] for k in part], group)
+                for k, result in zip(part, results, strict=True):
+                    found[k] = result.to(params[k].dtype).reshape(params[k].shape)
+        return [found[k] for k in range(len(params))]
+
+    def check_state(self, param: Tensor, state: State, group: Group) -> None:
+        if self.why_plain(param, group) is not None:
+            shapes: dict[str, tuple[int, ...]] = {'exp_avg': tuple(param.shape)}
+        else:
+            shapes = self.state_shapes(matrix_shape(param), group)
+        for name, shape in shapes.items():
+            if state and (name not in state or tuple(state[name].shape) != shape):
+                has = tuple(state[name].shape) if name in state else 'missing'
+                raise ValueError(
+                    f'the saved {name} of a parameter of shape {tuple(param.shape)} is {has}, not '
+                    f'{shape}: it was saved under another rule or other settings; set them as they '
+                    'were, or start afresh from the weights alone (load_from without resume)')
+
+    def why_plain(self, param: Tensor, group: Group) -> str | None:
+        """Why a parameter takes AdamW ('' if it is no matrix), or None."""
+        if param.dim() < 2 or not param.numel():
+            return ''
+        if not group.get('precondition', True):
+            return 'precondition=False'
+        reason = self.too_large(matrix_shape(param), group)
+        return f'{reason} is over max_dim={self.max_dim}' if reason else None
+
+    def notes(self, groups: list[Group], names: Mapping[Tensor, str]) -> list[str]:
+        left: dict[str, list[str]] = {}
+        for group in groups:
+            for p in group['params']:
+                reason = self.why_plain(p, group)
+                if reason:
+                    size = ' x '.join(map(str, p.shape))
+                    name = f'{names[p]} ({size})' if p in names else f'one of {size}'
+                    left.setdefault(reason, []).append(name)
+        return [f'{len(found)} matrices take AdamW, as {reason}: {", ".join(found[:5])}'
+                + (f' and {len(found) - 5} more' if len(found) > 5 else '')
+                for reason, found in left.items()]
+
+
+class MatrixOptimizer(RuleOptimizer):
+    """A torch optimizer whose update is a `MatrixRule`.
+
+    Args:
+        params: Parameters or groups, or the module itself.
+        rule: The rule.
+        defaults: The rule's hyper-parameters.
+        model: The module, for the parameters' names in `table`.
+        unexpected: Keyword arguments that are none of the optimizer's.
+
+    Raises:
+        ValueError: For values out of range, or a model that is sharded.
+        TypeError: For unknown settings.
+    """
+
+    rule: MatrixRule
+
+    def __init__(self, params: Any, rule: MatrixRule, defaults: Group, model: nn.Module | None,
+                 unexpected: dict[str, Any]) -> None:
+        signature = inspect.signature(type(self).__init__).parameters
+        known = [name for name, p in signature.items()
+                 if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
+        reject_unexpected(type(self).__name__, unexpected, known)
+        if isinstance(params, nn.Module):
+            model, params = params, params.parameters()
+        named = [] if model is None else unwrap(model).named_parameters()
+        self.names: dict[Tensor, str] = {p: name for name, p in named}
+        super().__init__(params, rule, defaults)
+
+    def table(self) -> str:
+        """How many parameters are treated as matrices, what that takes, and which others are not.
+
+        The memory is that of all that is kept for them between steps.
+        """
+        matrices, numbers, vectors, kept = 0, 0, 0, 0
+        for group in self.param_groups:
+            for p in group['params']:
+                reason = self.rule.why_plain(p, group)
+                if reason is None:
+                    shapes = self.rule.state_shapes(matrix_shape(p), group).values()
+                    matrices, numbers = matrices + 1, numbers + p.numel()
+                    kept += sum(torch.Size(shape).numel() for shape in shapes) * max(
+                        p.element_size(), 4)
+                vectors += reason == ''
+        return '\n'.join([
+            f'{matrices} matrices ({numbers} numbers) take {type(self).__name__}, with '
+            f'{kept / 2**20:.1f} MB of state; {vectors} vectors and scalars take AdamW',
+            *self.rule.notes(self.param_groups, self.names)])
+
+
+def matrix_shape(param: Tensor) -> tuple[int, int]:
+    """Rows and columns of a parameter as a matrix."""
+    return param.shape[0], param.numel() // param.shape[0]
+
+
+def _working(matrix: Tensor) -> Tensor:
+    """The matrix in at least float32."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+def _chunks(members: list[int], shape: tuple[int, int]) -> Iterator[list[int]]:
+    """Parts of a batch that may be stacked."""
+    count = max(1, STACKED // (shape[0] * shape[1]))
+    for start in range(0, len(members), count):
+        yield members[start:start + count]
