@@ -294,7 +294,7 @@ def test_preset_keeps_what_fits(name: str, kept: dict[str, float]) -> None:
 
 
 def test_preset_names_the_choices() -> None:
-    with pytest.raises(ValueError, match='choose one of AFOpt, AdaAFOpt'):
+    with pytest.raises(ValueError, match='choose one of AFOpt, ARO, AdaAFOpt'):
         use_optimizer(Config(dict()), 'NKFACC')
     with pytest.raises(ValueError, match='optim_wrapper.optimizer'):
         use_optimizer(Config(dict()), 'NKFAC')
