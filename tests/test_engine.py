@@ -12,14 +12,23 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel, ExponentialMovingAverage
-from mmengine.optim import AmpOptimWrapper, BaseOptimWrapper, OptimWrapper, build_optim_wrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
+from mmengine.optim import (
+    AmpOptimWrapper,
+    ApexOptimWrapper,
+    BaseOptimWrapper,
+    OptimWrapper,
+    build_optim_wrapper,
+)
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
 from torch import Tensor, nn
 
 import mmprecond
 from mmprecond.engine import use_optimizer
-from mmprecond.engine.registration import _register, register_all
-from mmprecond.optimizers import NKFAC, AdaNKFAC
+from mmprecond.engine.constructor import _resolve
+from mmprecond.engine.registration import _register, optimizer_types, register_all
+from mmprecond.engine.wrapper import MIXINS, mixed_wrapper
+from mmprecond.optimizers import NKFAC, AdaNKFAC, RuleOptimizer
+from mmprecond.optimizers.rules import AdamW
 
 
 class Classifier(BaseModel):
@@ -298,3 +307,35 @@ def test_preset_names_the_choices() -> None:
         use_optimizer(Config(dict()), 'NKFACC')
     with pytest.raises(ValueError, match='optim_wrapper.optimizer'):
         use_optimizer(Config(dict()), 'NKFAC')
+
+
+class Plain(RuleOptimizer):
+    """A rule that needs nothing but gradients, nor the model."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, AdamW(), dict(AdamW.defaults, lr=lr))
+
+
+@pytest.mark.parametrize('kind', [OptimWrapper, Labelled, 'ApexOptimWrapper'])
+def test_what_needs_nothing_gets_the_wrapper_as_it_is(kind: Any) -> None:
+    base = _resolve(OPTIM_WRAPPERS, kind)
+    assert mixed_wrapper(base, Plain.needs, 'Plain') is base
+    if issubclass(base, ApexOptimWrapper):  # is not installed
+        return
+    settings = dict(label='mine') if kind is Labelled else {}
+    wrapper = build(Classifier(), type=kind, optimizer=dict(type=Plain, lr=0.1), **settings)
+    assert type(wrapper) is kind
+    assert wrapper.optimizer.table() == '6 parameters take AdamW'
+
+
+def test_the_wrapper_is_chosen_by_need() -> None:
+    assert {kind.needs for kind in optimizer_types()} <= {'', *MIXINS}
+    for needs, mixin in MIXINS.items():
+        mixed = mixed_wrapper(OptimWrapper, needs, 'It')
+        assert issubclass(mixed, mixin) and issubclass(mixed, OptimWrapper)
+        assert mixed is mixed_wrapper(OptimWrapper, needs, 'Another')
+        assert not any(issubclass(mixed, other) for other in MIXINS.values() if other is not mixin)
+        with pytest.raises(ValueError, match='It must see'):
+            mixed_wrapper(OwnBackward, needs, 'It')
+        with pytest.raises(ValueError, match='use AmpOptimWrapper'):
+            mixed_wrapper(ApexOptimWrapper, needs, 'It')

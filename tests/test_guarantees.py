@@ -76,7 +76,7 @@ def make(name: str, model: nn.Module, **settings: Any) -> RuleOptimizer:
 
 
 def backward(name: str, optimizer: Any, loss: Tensor) -> None:
-    if name == 'SGDPH' and optimizer.needs_graph:
+    if optimizer.needs == 'graph' and optimizer.needs_graph:
         loss.backward(create_graph=True)
     else:
         loss.backward()

@@ -11,7 +11,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from torch import nn
 
 from ..curvature import unwrap
-from ..optimizers import SGDPH, Preconditioned, RuleOptimizer
+from ..optimizers import Preconditioned, RuleOptimizer
 from ..optimizers.rule_types import build_rule
 from .wrapper import mixed_wrapper, refuse_sharding
 
@@ -49,8 +49,10 @@ class PrecondOptimWrapperConstructor:
         wrapper = _resolve(OPTIM_WRAPPERS,
                            self.base.optim_wrapper_cfg.get('type', 'OptimWrapper'))
         refuse_sharding(self.base.optim_wrapper_cfg, wrapper)
-        self.base.optim_wrapper_cfg['type'] = mixed_wrapper(wrapper, issubclass(kind, SGDPH))
-        self.base.optimizer_cfg = dict(self.base.optimizer_cfg, model=unwrap(model))
+        self.base.optim_wrapper_cfg['type'] = mixed_wrapper(wrapper, kind.needs,
+                                                             kind.__name__)
+        if 'model' in inspect.signature(kind.__init__).parameters:
+            self.base.optimizer_cfg = dict(self.base.optimizer_cfg, model=unwrap(model))
         built = self.base(model)
         print_log(f'{kind.__name__} on {type(unwrap(model)).__name__}:\n{built.optimizer.table()}',
                   logger='current')

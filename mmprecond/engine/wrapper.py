@@ -47,8 +47,8 @@ class PrecondMixin:
             self.optimizer.disarm()
 
 
-class PartialHessianMixin:
-    """Makes backward passes differentiable where `SGDPH` asks for it.
+class DoubleBackwardMixin:
+    """Makes backward passes differentiable where the optimizer asks for it.
 
     Under DistributedDataParallel, whose own synchronisation has no second derivative, every
     backward pass is local, and the optimizer averages gradients and Hessian over the ranks.
@@ -78,27 +78,39 @@ class PartialHessianMixin:
             self.optimizer.measure()
 
 
-@cache
-def mixed_wrapper(base: type[OptimWrapper], twice: bool = False) -> type[OptimWrapper]:
-    """The wrapper class that adds what our optimizers need to a wrapper class; one for each.
+#: By what an optimizer needs, see `RuleOptimizer.needs`.
+MIXINS: dict[str, type] = {'capture': PrecondMixin, 'graph': DoubleBackwardMixin}
+
+
+def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[OptimWrapper]:
+    """The wrapper class that adds what an optimizer needs to a wrapper class; one for each.
 
     Args:
-        base: The wrapper class.
-        twice: Whether the optimizer differentiates twice (`SGDPH`).
+        base: The wrapper class; returned as it is where nothing is needed.
+        needs: As `RuleOptimizer.needs`.
+        owner: The optimizer's name, for errors.
 
     Raises:
-        ValueError: For wrappers under which capture cannot be right.
+        ValueError: For wrappers that cannot give it.
     """
+    if not needs:
+        return base
     if not issubclass(base, OptimWrapper):
-        raise ValueError(f'{base.__name__} does its own backward and step, where nothing can be '
-                         'captured; use OptimWrapper or AmpOptimWrapper')
+        raise ValueError(f'{base.__name__} does its own backward and step, which {owner} must see; '
+                         'use OptimWrapper or AmpOptimWrapper')
     if issubclass(base, ApexOptimWrapper):
         raise ValueError('ApexOptimWrapper swaps the parameters under the optimizer; use '
                          'AmpOptimWrapper')
-    mixin: type = PartialHessianMixin if twice else PrecondMixin
-    if twice and issubclass(base, AmpOptimWrapper):
-        raise ValueError('SGDPH differentiates twice and needs float32; use OptimWrapper (train '
+    if needs == 'graph' and issubclass(base, AmpOptimWrapper):
+        raise ValueError(f'{owner} differentiates twice and needs float32; use OptimWrapper (train '
                          'without --amp)')
+    kind: Any = base
+    return _mixed(kind, needs)
+
+
+@cache
+def _mixed(base: Any, needs: str) -> Any:
+    mixin = MIXINS[needs]
     name = f'{mixin.__name__.removesuffix("Mixin")}{base.__name__}'
     mixed = type(name, (mixin, base), {'__module__': __name__})
     globals()[mixed.__name__] = mixed  # picklable, as its base is
@@ -108,5 +120,5 @@ def mixed_wrapper(base: type[OptimWrapper], twice: bool = False) -> type[OptimWr
 def refuse_sharding(wrapper: dict[str, Any], base: type[OptimWrapper]) -> None:
     """Raises ValueError for settings that shard the parameters."""
     if issubclass(base, AmpOptimWrapper) and wrapper.get('use_fsdp'):
-        raise ValueError('use_fsdp=True shards the weights, which cannot be preconditioned as '
-                         'matrices; use DistributedDataParallel')
+        raise ValueError('use_fsdp=True shards the weights, which are preconditioned whole; '
+                         'use DistributedDataParallel')

@@ -67,6 +67,8 @@ class PreconditionedOptimizer(RuleOptimizer):
             statistics and operators than fit into memory.
     """
 
+    needs = 'capture'
+
     def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule,
                  method: Preconditioner | Assignment, defaults: dict[str, Any],
                  capture_mb: float = 64., save_curvature: bool = True, sharding: str = 'none',

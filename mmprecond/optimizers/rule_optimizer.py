@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,16 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Attributes:
         t: Optimizer steps taken.
+        needs: What a training loop must give beside gradients, which MMEngine's wrapper then does:
+            'capture' (`arm` before the forward pass, `disarm` after the backward pass, and
+            `loss_scale`), 'graph' (differentiable gradients where `needs_graph` is true, then
+            `measure`), 'loss' (the attribute `loss`, and `plan_steps`), or '' for nothing.
 
     Raises:
         ValueError: For hyper-parameters out of range.
     """
+
+    needs: ClassVar[str] = ''
 
     def __init__(self, params: Any, rule: Rule, defaults: Group) -> None:
         self.rule = rule
@@ -94,6 +100,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         for group, params in batches.values():
             self.rule.update(params, [directions[p] for p in params],
                              [self.state[p] for p in params], group)
+
+    def table(self) -> str:
+        """What is done with which parameters, for the log."""
+        count = sum(len(group['params']) for group in self.param_groups)
+        return f'{count} parameters take {type(self.rule).__name__}'
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of the same rule.

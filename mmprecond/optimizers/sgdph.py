@@ -84,6 +84,7 @@ class SGDPH(RuleOptimizer):
     """
 
     rule: PartialHessianSGDM
+    needs = 'graph'
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
                  model: nn.Module | None = None, hessian_decay: float = 0.9,
