@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'AdaNKFAC': {}, 'AdamR': {}, 'AdamWBK': {}, 'DCTAdamW': dict(rank=4), 'FAdam': {}, 'FSGD': {},
     'KFAC': {}, 'MAC': {}, 'NKFAC': {}, 'NysAct': dict(rank=4), 'SGDMBK': {},
     'SGDPH': dict(refresh='all'), 'SMAC': {},
-    'SKFAC': dict(reduction='reduce', max_columns=12),
+    'SKFAC': dict(reduction='reduce', max_columns=12), 'SOAA': dict(total_steps=20),
     'Preconditioned': dict(rule=dict(type='Adan', lr=1e-2), layers=[
         dict(match=dict(module_type='Linear'),
              preconditioner=dict(type='InputFeature', stat_interval=2, refresh_interval=4)),
@@ -76,6 +76,8 @@ def make(name: str, model: nn.Module, **settings: Any) -> RuleOptimizer:
 
 
 def backward(name: str, optimizer: Any, loss: Tensor) -> None:
+    if optimizer.needs == 'loss':  # the shares of micro-batches
+        optimizer.loss = loss.detach() + (0 if optimizer.loss is None else optimizer.loss)
     if optimizer.needs == 'graph' and optimizer.needs_graph:
         loss.backward(create_graph=True)
     else:

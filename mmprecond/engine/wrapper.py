@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapper
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..optimizers import SGDPH, PreconditionedOptimizer
+from ..optimizers import SGDPH, SOAA, PreconditionedOptimizer
 
 
 class PrecondMixin:
@@ -78,8 +79,40 @@ class DoubleBackwardMixin:
             self.optimizer.measure()
 
 
+class LossMixin:
+    """Tells the optimizer the loss of each step, and the number of steps.
+
+    The loss is the unscaled mean over the micro-batches of the step.
+    """
+
+    optimizer: SOAA
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._losses: list[torch.Tensor] = []
+
+    def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Takes the loss as the model gave it."""
+        self._losses.append(loss.detach().double().reshape(()))
+        self.optimizer.loss = torch.stack(self._losses).mean()
+        try:
+            super().update_params(loss, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self.should_update():  # type: ignore[attr-defined]
+                self._losses = []
+
+    def initialize_count_status(self, model: nn.Module, init_counts: int,
+                                max_counts: int) -> None:
+        """Takes the length of the run in iterations, of which some make a step together."""
+        super().initialize_count_status(model, init_counts, max_counts)  # type: ignore[misc]
+        if max_counts > 0:
+            accumulated: int = self._accumulative_counts  # type: ignore[attr-defined]
+            self.optimizer.plan_steps(math.ceil(max_counts / accumulated))
+
+
 #: By what an optimizer needs, see `RuleOptimizer.needs`.
-MIXINS: dict[str, type] = {'capture': PrecondMixin, 'graph': DoubleBackwardMixin}
+MIXINS: dict[str, type] = {'capture': PrecondMixin, 'graph': DoubleBackwardMixin,
+                           'loss': LossMixin}
 
 
 def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[OptimWrapper]:

@@ -16,9 +16,10 @@ from .nysact import NysAct
 from .preconditioned import Preconditioned
 from .rule_optimizer import RuleOptimizer
 from .sgdph import SGDPH
+from .soaa import SOAA
 from .weight_norm import WeightNormConv2d, weight_norm
 
 __all__ = ['AFOpt', 'ARO', 'AdaAFOpt', 'AdaAct', 'AdaFisher', 'AdaFisherW', 'AdaNKFAC', 'AdamR',
            'AdamWBK', 'DCTAdamW', 'FAdam', 'FSGD', 'KFAC', 'MAC', 'NKFAC', 'NysAct',
            'Preconditioned', 'PreconditionedOptimizer', 'RuleOptimizer', 'SGDMBK', 'SGDPH', 'SKFAC',
-           'SMAC', 'WeightNormConv2d', 'weight_norm']
+           'SMAC', 'SOAA', 'WeightNormConv2d', 'weight_norm']

@@ -181,8 +181,9 @@ class AdamW(Rule):
         for beta in group['betas']:
             check_number('betas', beta, high=1)
 
-    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
-                   group: Group) -> list[Tensor]:
+    def moments(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+                group: Group) -> tuple[list[Tensor], list[Tensor], int]:
+        """Updates the first and second moments; returns them and the steps they have seen."""
         beta1, beta2 = group['betas']
         step = states[0].get('step', 0) + 1
         first = moments_of(states, 'exp_avg', params)
@@ -192,6 +193,12 @@ class AdamW(Rule):
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        return first, second, step
+
+    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+                   group: Group) -> list[Tensor]:
+        first, second, step = self.moments(params, gradients, states, group)
+        beta1, beta2 = group['betas']
         scale = torch._foreach_sqrt(second)
         torch._foreach_div_(scale, (1 - beta2**step) ** 0.5)
         torch._foreach_add_(scale, group['eps'])
