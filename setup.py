@@ -44,6 +44,8 @@ EXTRAS = {
         'setuptools<81',  # mmengine 0.10.7 imports pkg_resources
         'torchvision',
     ],
+    # Optimizers of others, by name in a config. It needs torch and numpy, nothing else.
+    'peers': ['pytorch_optimizer>=4.0'],
     'dev': [
         'hypothesis>=6.100',
         'matplotlib>=3.8',
@@ -55,6 +57,7 @@ EXTRAS = {
         'pytest>=8',
         'pytest-benchmark>=5',
         'pytest-timeout>=2.3',
+        'pytorch_optimizer>=4.0',
         'rich>=13',
         'ruff>=0.12',
         'tensorboard>=2.17',

@@ -77,19 +77,32 @@ class Model:
         return next(iter(self.metrics))
 
     def contestant(self, name: str) -> Contestant:
-        """One of `contestants`, or any optimizer of ours or baseline on the plain one's config."""
+        """One of `contestants`, or any optimizer on the plain one's config.
+
+        It may be ours, a baseline, or of the package pytorch_optimizer: pytorch_optimizer.SOAP.
+        """
         if name in self.contestants:
             return self.contestants[name]
+        from mmprecond.engine.peers import find_peer, is_peer
         from mmprecond.engine.registration import optimizer_types
+        from mmprecond.optimizers import PreconditionedOptimizer
 
-        kinds = {kind.__name__: inspect.signature(kind.__init__).parameters
-                 for kind in optimizer_types() if kind.__name__ != 'Preconditioned'}
+        kinds: dict[str, type] = {kind.__name__: kind for kind in optimizer_types()
+                                  if kind.__name__ != 'Preconditioned'}
+        if is_peer(name):
+            try:
+                kinds[name] = find_peer(name)
+            except (ImportError, ValueError) as error:
+                sys.exit(str(error))
         if name not in (*kinds, *BASELINES):
             sys.exit(f'there is no optimizer {name}; choose from '
                      f'{", ".join(sorted({*self.contestants, *kinds, *BASELINES}))}')
-        adaptive = name == 'AdamW' if name in BASELINES else 'betas' in kinds[name]
-        measured = name not in (*BASELINES, 'SGDPH')  # it has no statistics
-        options = {**(self.options if measured else {}), DECAY: DECAYS[adaptive]}
+        taken = inspect.signature(kinds[name]).parameters if name in kinds else {}
+        adaptive = name == 'AdamW' or 'betas' in taken
+        measured = name in kinds and issubclass(kinds[name], PreconditionedOptimizer)
+        options = self.options if measured else {}
+        if name in BASELINES or 'weight_decay' in taken:
+            options = {**options, DECAY: DECAYS[adaptive]}
         return Contestant(self.contestants[self.plain].config, self.rates[adaptive],
                           ('--optimizer', name), options, adaptive=adaptive)
 

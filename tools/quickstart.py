@@ -222,7 +222,8 @@ def parse_args() -> argparse.Namespace:
                              'AdamW, AdaAFOpt and AFOpt+NKFAC; resnet-cls: a ResNet-18 classifier '
                              'with SGD and NKFAC; swin-cls: a small Swin classifier with AdamW, '
                              'AdaAFOpt and two hybrids; default: %(default)s')
-    parser.add_argument('--optimizers', help='names, separated by commas')
+    parser.add_argument('--optimizers', help='names, separated by commas: ours, SGD, '
+                        'AdamW, or pytorch_optimizer.NAME of that package, if it is installed')
     parser.add_argument('--lr', type=float, help='of every run')
     parser.add_argument('--grid', help="further rates for the plain optimizer, '' for none")
     parser.add_argument('--iterations', type=int)

@@ -16,8 +16,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='a config file, or mmdet::FOLDER/NAME.py')
     parser.add_argument('--optimizer', metavar='NAME',
                         help="train with this optimizer of mmprecond (or torch's SGD or AdamW) "
-                             "instead, keeping the config's lr, momentum, weight decay and "
-                             'paramwise_cfg')
+                             "instead, or pytorch_optimizer.NAME of that package, keeping the "
+                             "config's lr, momentum, weight decay and paramwise_cfg")
     parser.add_argument('--resume', nargs='?', const='auto',
                         help='resume from this checkpoint, or from the newest in the work dir')
     parser.add_argument('--amp', action='store_true', help='train in mixed precision (GPU)')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
@@ -12,7 +13,9 @@ from torch import nn
 
 from ..curvature import unwrap
 from ..optimizers import Preconditioned, RuleOptimizer
+from ..optimizers.double_backward import refuse_single_backward
 from ..optimizers.rule_types import build_rule
+from .peers import find_peer, is_peer, needs_of, with_groups
 from .wrapper import mixed_wrapper, refuse_sharding
 
 
@@ -21,7 +24,8 @@ class PrecondOptimWrapperConstructor:
 
     Parameter groups come from another constructor, so `paramwise_cfg` means what it always does;
     further entries of its `custom_keys` reach the optimizer (``precondition=False``,
-    ``damping=0.1``). With an optimizer that is not ours it does what that constructor does.
+    ``damping=0.1``). With an optimizer that is not ours it does what that constructor does, and
+    takes ``type='pytorch_optimizer.NAME'`` of that package, with second derivatives too.
 
     Args:
         optim_wrapper_cfg: The config; its `base_constructor` names the constructor that makes the
@@ -43,20 +47,34 @@ class PrecondOptimWrapperConstructor:
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Builds the wrapper for a model, wrapped for data parallelism or not."""
-        kind = _resolve(OPTIMIZERS, self.base.optimizer_cfg['type'])
+        kind = self.base.optimizer_cfg['type']
+        if is_peer(kind):
+            return self._build_peer(find_peer(kind), model)
+        kind = _resolve(OPTIMIZERS, kind)
         if not (inspect.isclass(kind) and issubclass(kind, RuleOptimizer)):
             return self.base(model)
-        wrapper = _resolve(OPTIM_WRAPPERS,
-                           self.base.optim_wrapper_cfg.get('type', 'OptimWrapper'))
-        refuse_sharding(self.base.optim_wrapper_cfg, wrapper)
-        self.base.optim_wrapper_cfg['type'] = mixed_wrapper(wrapper, kind.needs,
-                                                             kind.__name__)
+        self._mix(kind.needs, kind.__name__)
         if 'model' in inspect.signature(kind.__init__).parameters:
             self.base.optimizer_cfg = dict(self.base.optimizer_cfg, model=unwrap(model))
         built = self.base(model)
         print_log(f'{kind.__name__} on {type(unwrap(model)).__name__}:\n{built.optimizer.table()}',
                   logger='current')
         return built
+
+    def _build_peer(self, kind: type[torch.optim.Optimizer], model: nn.Module) -> OptimWrapper:
+        needs = needs_of(kind)
+        if needs:
+            refuse_single_backward(unwrap(model), kind.__name__)
+            self._mix(needs, kind.__name__)
+        self.base.optimizer_cfg = dict(self.base.optimizer_cfg, type=with_groups(kind))
+        return self.base(model)
+
+    def _mix(self, needs: str, owner: str) -> None:
+        """Gives the wrapper what the optimizer needs."""
+        cfg = self.base.optim_wrapper_cfg
+        wrapper = _resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper'))
+        refuse_sharding(cfg, wrapper)
+        cfg['type'] = mixed_wrapper(wrapper, needs, owner)
 
 
 def _of_rule(optimizer: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from .. import optimizers
+from .peers import PACKAGE, find_peer, is_peer
 from .registration import optimizer_types
 
 #: Settings of a first-order optimizer that carry over to another.
@@ -26,19 +27,21 @@ def use_optimizer(cfg: Config, name: str) -> None:
     Args:
         cfg: A config of MMDetection, MMPretrain or the like; changed in place.
         name: One of our optimizers, or of torch's, 'SGD' (momentum 0.9 unless the config says so)
-            or 'AdamW', to compare with.
+            or 'AdamW', to compare with; or of another package, 'pytorch_optimizer.SOAP'.
 
     Raises:
         ValueError: For an unknown name, or a config without an optimizer.
+        ImportError: For a package that is not installed.
     """
     names = [kind.__name__ for kind in optimizer_types()
              if 'lr' in inspect.signature(kind.__init__).parameters]
     if name == 'Preconditioned':
         raise ValueError('Preconditioned needs a list of layers: write it in the config, or start '
                          'from one of configs/_base_')
-    if name not in [*names, *BASELINES]:
+    peer = find_peer(name) if is_peer(name) else None
+    if peer is None and name not in [*names, *BASELINES]:
         raise ValueError(f'unknown optimizer {name!r}; choose one of {", ".join(names)}, or of '
-                         f'torch: {", ".join(BASELINES)}')
+                         f'torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package')
     wrapper = cfg.get('optim_wrapper')
     if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
         raise ValueError('the config has no optim_wrapper.optimizer to take lr and weight_decay '
@@ -49,10 +52,11 @@ def use_optimizer(cfg: Config, name: str) -> None:
     rule = old.get('rule')
     if isinstance(rule, dict):  # of `Preconditioned`
         old.update(rule)
-    if len(old.get('betas', (0, 0))) != 2:
-        del old['betas']  # Adan's
-    kind, new = BASELINES[name] if name in BASELINES else (getattr(optimizers, name), {})
+    kind, new = BASELINES.get(name) or (peer or getattr(optimizers, name), {})
     taken = inspect.signature(kind.__init__).parameters
+    usual = getattr(taken.get('betas'), 'default', None) or (0.9, 0.999)
+    if len(old.get('betas', usual)) != len(usual):
+        del old['betas']  # Adan's, which are three
     new = new | {key: old[key] for key in CARRIED if key in old and key in taken}
     adaptive = 'betas' in taken
     was_adaptive = str(old['type']).startswith('Ada') or 'Adam' in str(old['type'])

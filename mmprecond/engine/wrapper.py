@@ -14,7 +14,8 @@ from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapper
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..optimizers import SGDPH, SOAA, PreconditionedOptimizer
+from ..optimizers import SOAA, PreconditionedOptimizer, RuleOptimizer
+from .peers import PeerHessian
 
 
 class PrecondMixin:
@@ -55,13 +56,18 @@ class DoubleBackwardMixin:
     backward pass is local, and the optimizer averages gradients and Hessian over the ranks.
     """
 
-    optimizer: SGDPH
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        ours = isinstance(self.optimizer, RuleOptimizer)
+        self._twice: Any = self.optimizer if ours else PeerHessian(self.optimizer)
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """One training step: attention in its differentiable form, gradients not synchronised."""
         with ExitStack() as stack:
-            if self.optimizer.needs_graph:
+            if self._twice.needs_graph:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if isinstance(model, nn.parallel.DistributedDataParallel):
                 stack.enter_context(model.no_sync())
@@ -74,9 +80,9 @@ class DoubleBackwardMixin:
             # The cycle it warns of is broken by `measure`.
             warnings.filterwarnings('ignore', message='Using backward.. with create_graph=True')
             super().backward(  # type: ignore[misc]
-                loss, create_graph=self.optimizer.needs_graph, **kwargs)
+                loss, create_graph=self._twice.needs_graph, **kwargs)
         if self.should_update():  # type: ignore[attr-defined]
-            self.optimizer.measure()
+            self._twice.measure()
 
 
 class LossMixin:

@@ -1,13 +1,15 @@
-"""Which modules cannot be differentiated twice."""
+"""Differentiating twice: what cannot be, and the gradients of ranks and their graphs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..curvature import qualified_name
+from ..distributed import sum_over_ranks, world_size
 
 #: Beginnings of qualified names, and a way out.
 _ONCE = {
@@ -28,15 +30,67 @@ _ONCE_ON_CUDA = {
 }
 
 
-def refuse_single_backward(model: nn.Module) -> None:
-    """Raises ValueError if a module of the model has no second derivative, naming a way out."""
+def refuse_single_backward(model: nn.Module, owner: str) -> None:
+    """Raises ValueError if a module of the model has no second derivative, naming a way out.
+
+    Args:
+        model: The module.
+        owner: The optimizer that differentiates twice.
+    """
     once = _ONCE | (_ONCE_ON_CUDA if torch.cuda.is_available() else {})
     for name, module in model.named_modules():
         kind: Any = type(module)
         for beginning, instead in once.items():
             if qualified_name(kind).startswith(beginning):
                 raise ValueError(f'{name} is a {kind.__name__}, which cannot be differentiated '
-                                 f'twice as SGDPH needs; use {instead}, or another optimizer')
+                                 f'twice as {owner} needs; use {instead}, or another optimizer')
         if getattr(module, 'with_cp', False):
             raise ValueError(f'{name} has with_cp=True, whose recomputation cannot be '
-                             'differentiated twice as SGDPH needs; set with_cp=False')
+                             f'differentiated twice as {owner} needs; set with_cp=False')
+
+
+def fill_missing(groups: Sequence[dict[str, Any]]) -> set[Tensor]:
+    """Gives zero gradients to parameters that other ranks used and this one did not.
+
+    Args:
+        groups: The optimizer's parameter groups.
+
+    Returns:
+        The parameters that got one.
+    """
+    filled: set[Tensor] = set()
+    if world_size() == 1:
+        return filled
+    trained = [p for group in groups for p in group['params'] if p.requires_grad]
+    users = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+    sum_over_ranks([users])
+    for p, count in zip(trained, users.tolist(), strict=True):
+        if count and p.grad is None:
+            p.grad = torch.zeros_like(p)
+            filled.add(p)
+    return filled
+
+
+def mean_over_ranks(tensors: list[Tensor]) -> None:
+    """Means over the ranks, in place."""
+    if world_size() > 1:
+        sum_over_ranks(tensors)
+        torch._foreach_div_(tensors, world_size())
+
+
+def detach_gradients(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Frees the graph of all gradients, which holds the parameters it is held by.
+
+    Args:
+        groups: The optimizer's parameter groups.
+
+    Returns:
+        The gradients.
+    """
+    found = []
+    for group in groups:
+        for p in group['params']:
+            if p.grad is not None:
+                p.grad = p.grad.detach()
+                found.append(p.grad)
+    return found

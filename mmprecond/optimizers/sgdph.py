@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_count, check_number
-from ..distributed import sum_over_ranks, world_size
-from .double_backward import refuse_single_backward
+from .double_backward import (
+    detach_gradients,
+    fill_missing,
+    mean_over_ranks,
+    refuse_single_backward,
+)
 from .rule_optimizer import RuleOptimizer
 from .rules import SGDM, Group, State, moments_of
 from .weight_norm import is_vector
@@ -93,7 +97,7 @@ class SGDPH(RuleOptimizer):
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
         if model is not None:
-            refuse_single_backward(model)
+            refuse_single_backward(model, 'SGDPH')
         check_number('hessian_decay', hessian_decay, high=1)
         check_number('hessian_lr', hessian_lr)
         check_number('eps', eps, open_low=True)
@@ -134,9 +138,9 @@ class SGDPH(RuleOptimizer):
         """
         if self._measured:
             return
-        self._fill_missing()
+        self._filled = fill_missing(self.param_groups)
         rows = self._row_sums() if self.needs_graph else {}
-        self._average([*self._detach(), *rows.values()])
+        mean_over_ranks([*detach_gradients(self.param_groups), *rows.values()])
         for p, row in rows.items():
             if 'hessian' in self.state[p]:
                 self.state[p]['hessian'].lerp_(row.abs(), 1 - self.hessian_decay)
@@ -194,34 +198,3 @@ class SGDPH(RuleOptimizer):
                                            retain_graph=keep, allow_unused=True)
         return [torch.zeros_like(p) if product is None else product
                 for p, product in zip(params, products, strict=True)]
-
-    def _fill_missing(self) -> None:
-        """Gives zero gradients to parameters that other ranks used and this one did not."""
-        self._filled = set()
-        if world_size() == 1:
-            return
-        trained = [p for group in self.param_groups for p in group['params'] if p.requires_grad]
-        users = torch.tensor([float(p.grad is not None) for p in trained],
-                             device=trained[0].device)
-        sum_over_ranks([users])
-        for p, count in zip(trained, users.tolist(), strict=True):
-            if count and p.grad is None:
-                p.grad = torch.zeros_like(p)
-                self._filled.add(p)
-
-    @staticmethod
-    def _average(tensors: list[Tensor]) -> None:
-        """Means over the ranks, in place."""
-        if world_size() > 1:
-            sum_over_ranks(tensors)
-            torch._foreach_div_(tensors, world_size())
-
-    def _detach(self) -> list[Tensor]:
-        """Frees the graph of all gradients, which holds the parameters it is held by."""
-        found = []
-        for group in self.param_groups:
-            for p in group['params']:
-                if p.grad is not None:
-                    p.grad = p.grad.detach()
-                    found.append(p.grad)
-        return found

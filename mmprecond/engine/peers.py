@@ -1,0 +1,183 @@
+"""The optimizers of the package pytorch_optimizer, by name: ``type='pytorch_optimizer.SOAP'``.
+
+None is written again here: a config's settings go to the package's classes as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..optimizers.double_backward import detach_gradients, fill_missing, mean_over_ranks
+
+PACKAGE = 'pytorch_optimizer'
+
+#: What no signature tells.
+_UNFIT = {'AliG': 'needs a closure in each step',
+          'DeMo': 'exchanges gradients between ranks itself',
+          'DistributedMuon': 'keeps a state of its own on each rank, of which checkpoints hold one'}
+
+
+def is_peer(kind: Any) -> bool:
+    """Whether a config's `type`, a name or a class, is of that package."""
+    module = kind if isinstance(kind, str) else getattr(kind, '__module__', None)
+    return isinstance(module, str) and '.' in module and module.split('.')[0] == PACKAGE
+
+
+def find_peer(kind: Any) -> type[torch.optim.Optimizer]:
+    """The class behind a config's `type`.
+
+    Args:
+        kind: A class, or a name such as 'pytorch_optimizer.SOAP'.
+
+    Raises:
+        ImportError: If the package is not installed.
+        ValueError: For an unknown name, or an optimizer that MMEngine's loop cannot step.
+    """
+    if isinstance(kind, str):
+        kind = _by_name(kind)
+    reason = _why_unfit(kind)
+    if reason:
+        raise ValueError(f"{PACKAGE}.{kind.__name__} {reason}, which MMEngine's training loop does "
+                         'not do; choose another optimizer')
+    found: type[torch.optim.Optimizer] = kind
+    return found
+
+
+def needs_of(kind: type[torch.optim.Optimizer]) -> str:
+    """What a peer needs beside gradients, as `RuleOptimizer.needs`."""
+    return 'graph' if 'hessian' in inspect.signature(kind.step).parameters else ''
+
+
+def with_groups(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """A function that builds the peer, and makes the parameter groups that it asks for.
+
+    Muon and its kin want matrices, which they orthogonalise, apart from all others, which take
+    AdamW at `adamw_lr` and `adamw_wd`. A group's own ``use_muon`` (by `custom_keys`, for instance
+    of embeddings and the last layer) wins over the shape.
+    """
+    if not kind.__module__.startswith(f'{PACKAGE}.optimizer.muon'):
+        return kind
+    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+
+    def build(params: Iterable[Any], **settings: Any) -> torch.optim.Optimizer:
+        chosen = defaults | settings
+        groups = [part for group in params for part in _split(group, chosen)]
+        built: Any = kind(groups, **settings)
+        # Its own lack it, and MMEngine's schedulers look there.
+        built.defaults.setdefault('lr', chosen['lr'])
+        return built
+
+    return build
+
+
+class PeerHessian:
+    """What `DoubleBackwardMixin` asks of an optimizer, for a peer whose `step` takes a Hessian.
+
+    The diagonal is the peer's own estimate (`compute_hutchinson_hessian`), made before gradients
+    are clipped and freed of their graph, and handed to its next `step`.
+
+    Args:
+        optimizer: AdaHessian, SophiaH or alike.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self._hessian: list[Tensor] | None = None
+        optimizer.register_step_pre_hook(self._hand_over)
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether this step's backward pass must be differentiable."""
+        steps = self.optimizer.param_groups[0].get('step', 0)
+        return bool(steps % self.optimizer.update_period == 0)
+
+    def measure(self) -> None:
+        """Takes the Hessian from the gradients' graph and frees it; both become means of ranks."""
+        groups = self.optimizer.param_groups
+        filled = fill_missing(groups)
+        diagonal = self._estimate(filled) if self.needs_graph else {}
+        mean_over_ranks([*detach_gradients(groups), *diagonal.values()])
+        self._hessian = list(diagonal.values()) if diagonal else None
+
+    def _estimate(self, filled: set[Tensor]) -> dict[Tensor, Tensor]:
+        """The diagonal of each parameter; zeros where the gradient is constant or missing."""
+        optimizer = self.optimizer
+        everything = [p for group in optimizer.param_groups for p in group['params']]
+        curved = dict(params=[p for p in everything if p.grad is not None and p.grad.requires_grad
+                              and p not in filled])
+        optimizer.zero_hessian([curved], optimizer.state)
+        optimizer.compute_hutchinson_hessian(
+            [curved], optimizer.state, num_samples=optimizer.num_samples,
+            distribution=optimizer.distribution)
+        found = {p: optimizer.state[p]['hessian'] for p in curved['params']}
+        return {p: found[p] if p in found else torch.zeros_like(p) for p in everything}
+
+    def _hand_over(self, optimizer: Any, args: tuple[Any, ...],
+                   kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        hessian, self._hessian = self._hessian, None
+        return None if hessian is None else (args, {**kwargs, 'hessian': hessian})
+
+
+def _by_name(name: str) -> Any:
+    try:
+        package = importlib.import_module(PACKAGE)
+    except ModuleNotFoundError as error:
+        if error.name != PACKAGE:
+            raise
+        raise ImportError(f'{name} is of the package {PACKAGE}, which is not installed; run '
+                          f'`pip install {PACKAGE}`') from error
+    short = name.rsplit('.', 1)[1]
+    names = sorted(key for key, kind in vars(package).items() if _is_optimizer(kind))
+    if short not in names:
+        like = {key.lower(): key for key in names}
+        close = [like[key] for key in get_close_matches(short.lower(), like, cutoff=0.5)]
+        raise ValueError(f'{PACKAGE} has no optimizer {short!r}; '
+                         + (f'did you mean {", ".join(close)}?' if close
+                            else f'it has {", ".join(names)}'))
+    return getattr(package, short)
+
+
+def _is_optimizer(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
+
+
+def _why_unfit(kind: Any) -> str:
+    """What a peer needs that neither gradients nor our wrapper give, or ''."""
+    arguments = list(inspect.signature(kind).parameters)
+    step = inspect.signature(kind.step).parameters
+    if 'base_optimizer' in arguments or hasattr(kind, 'first_step'):
+        return 'takes two forward and backward passes a step, by a closure'
+    if arguments[0] != 'params':
+        return f'takes {arguments[0]!r} in the place of parameters'
+    if step['closure'].default is inspect.Parameter.empty:
+        return 'needs a closure in each step'
+    if hasattr(kind, 'train') and hasattr(kind, 'eval'):
+        return 'must be told optimizer.train() and optimizer.eval() around each validation'
+    if 'attention_max_logits' in step:
+        return 'needs the largest attention logits in each step'
+    return _UNFIT.get(kind.__name__, '')
+
+
+def _split(group: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A parameter or a group of them, as groups of matrices and of others."""
+    group = dict(group) if isinstance(group, dict) else dict(params=[group])
+    params = group.pop('params')
+    params = [params] if isinstance(params, Tensor) else list(params)
+    parts: dict[bool, list[Tensor]] = {}
+    for p in params:
+        parts.setdefault(bool(group.get('use_muon', p.ndim >= 2)), []).append(p)
+    found = []
+    for matrices, members in parts.items():
+        part = {**group, 'params': members, 'use_muon': matrices}
+        for key, own in (('lr', 'adamw_lr'), ('weight_decay', 'adamw_wd')):
+            if not matrices and key in part and settings[key]:  # a multiple of the matrices' own
+                part[key] *= settings[own] / settings[key]
+        found.append(part)
+    return found
