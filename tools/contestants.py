@@ -19,6 +19,12 @@ INTERVALS = {'optim_wrapper.optimizer.stat_interval': 5,
 #: Weight decay of SGD's kind, added to the gradient, and of Adam's, apart from it.
 DECAYS = (1e-4, 0.05)
 BASELINES = ('SGD', 'AdamW')
+#: Whose steps are of another kind's size than their taking betas, or not, would tell.
+KINDS = {'AdaAct': False, 'AdaFisher': True, 'AdaFisherW': True}
+#: Who adds weight decay to the gradient although of Adam's kind.
+ADDED_DECAY = ('AdaFisher',)
+#: Who measures at every step by its nature.
+EVERY_STEP = ('AdaAct',)
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,13 @@ class Model:
             sys.exit(f'there is no optimizer {name}; choose from '
                      f'{", ".join(sorted({*self.contestants, *kinds, *BASELINES}))}')
         taken = inspect.signature(kinds[name]).parameters if name in kinds else {}
-        adaptive = name == 'AdamW' or 'betas' in taken
+        adaptive = KINDS.get(name, name == 'AdamW' or 'betas' in taken)
         measured = name in kinds and issubclass(kinds[name], PreconditionedOptimizer)
         options = self.options if measured else {}
+        if name in EVERY_STEP:
+            options = {key: value for key, value in options.items() if key not in INTERVALS}
         if name in BASELINES or 'weight_decay' in taken:
-            options = {**options, DECAY: DECAYS[adaptive]}
+            options = {**options, DECAY: DECAYS[adaptive and name not in ADDED_DECAY]}
         return Contestant(self.contestants[self.plain].config, self.rates[adaptive],
                           ('--optimizer', name), options, adaptive=adaptive)
 

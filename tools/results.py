@@ -19,7 +19,8 @@ from contestants import MODELS, ROOT, Model
 from quickstart import Run, RunError, spread, train
 
 ANY = ('SGD', 'AdamW', 'SGDPH', 'NKFAC', 'AdaNKFAC', 'FSGD', 'FAdam', 'KFAC', 'SKFAC', 'SGDMBK',
-       'AdamWBK', 'AdamR')
+       'AdamWBK', 'AdamR', 'MAC', 'SMAC', 'AdaAct', 'NysAct', 'SOAA', 'AdaFisher', 'AdaFisherW',
+       'ARO', 'DCTAdamW')
 ATTENTION = ('AFOpt', 'AdaAFOpt')
 #: Of whom the seconds are, at which scores are compared.
 PACE = 'SGD'
