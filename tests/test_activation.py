@@ -353,6 +353,72 @@ def test_the_loss_scale_changes_no_divisor() -> None:
     torch.testing.assert_close(*found, rtol=1e-9, atol=0)
 
 
+def test_what_has_one_entry_is_divided_by_one() -> None:
+    """A scalar's range is nothing; its divisor stays, rather than fall to lambda."""
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(8, 1), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * self.linear(x)
+
+    torch.manual_seed(0)
+    model = Scaled()
+    optimizer = AdaFisher(model, lr=1e-3, stat_interval=1, refresh_interval=1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(6, 8)).square().mean().backward()
+        optimizer.step()
+    assert float(optimizer.state[model.scale]['fisher_gradient']) == pytest.approx(1)
+    assert float(optimizer.stacks[0].operator['gradient']) == pytest.approx(1)
+
+
+def test_a_groups_damping_reaches_parameters_without_inputs() -> None:
+    moved = []
+    for damping in (1e-3, 1.):
+        torch.manual_seed(0)
+        model = TokenNet().double()
+        groups = [dict(params=list(model.norm.parameters()), damping=damping),
+                  dict(params=[p for n, p in model.named_parameters() if 'norm' not in n])]
+        optimizer = AdaFisher(groups, lr=1e-3, model=model)
+        before = model.norm.weight.detach().clone()
+        train(model, optimizer, token_batches(1))
+        moved.append((model.norm.weight - before).detach().abs())
+    assert (moved[0] > 1.5 * moved[1]).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_adafisher_resumes_in_half_precision(dtype: torch.dtype) -> None:
+    def one(model: nn.Module, optimizer: AdaFisher, seed: int) -> None:
+        optimizer.zero_grad()
+        x = torch.randn(4, 7, 16, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    torch.manual_seed(0)
+    model = TokenNet().to(dtype)
+    optimizer = AdaFisher(model, lr=1e-3, damping=0.1, stat_interval=1, refresh_interval=1)
+    one(model, optimizer, 0)
+    other = copy.deepcopy(model)
+    resumed = AdaFisher(other, lr=1e-3, damping=0.1, stat_interval=1, refresh_interval=1)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(1, 4):
+        one(model, optimizer, seed)
+        one(other, resumed, seed)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(),
+                                                 strict=True))
+    assert resumed.state[other.norm.weight]['fisher_gradient'].dtype == torch.float32
+
+
+def test_sketches_may_be_sampled() -> None:
+    model = TokenNet().double()
+    optimizer = NysAct(model, lr=0.1, rank=4, max_rows=8)
+    assert optimizer.stacks[0].requires == ('input_sketch_sampled',)
+    train(model, optimizer, token_batches(3))
+    assert all(slot.refreshes for stack in optimizer.stacks for slot in stack.slots)
+
+
 # ------------------------------------------------------------------- settings
 
 @pytest.mark.parametrize('kind, options, words', [

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmprecond.curvature.conv import Conv2dLayer
-from mmprecond.optimizers import FSGD, KFAC, NKFAC, AdaAFOpt, AdamR, PreconditionedOptimizer
+from mmprecond.optimizers import (
+    FSGD,
+    KFAC,
+    MAC,
+    NKFAC,
+    AdaAFOpt,
+    AdamR,
+    NysAct,
+    PreconditionedOptimizer,
+)
 from mmprecond.optimizers.cost import measured_costs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +93,7 @@ def compare(kind: type[PreconditionedOptimizer], model: nn.Module, inputs: tuple
 @pytest.mark.parametrize('kind, options', [
     (NKFAC, {}), (FSGD, {}), (AdamR, {}), (NKFAC, dict(max_dim=50, oversize='block')),
     (NKFAC, dict(max_dim=50, oversize='lowrank', max_rank=20)),
-    (KFAC, dict(reduction='sample', stat_decay=0.5))], ids=str)
+    (KFAC, dict(reduction='sample', stat_decay=0.5)), (NysAct, dict(rank=12))], ids=str)
 @pytest.mark.parametrize('few_rows', [1, 10**9])
 def test_forecasts_are_within_a_fifth(kind: type[PreconditionedOptimizer],
                                       options: dict[str, Any], few_rows: int,
@@ -98,6 +107,22 @@ def test_forecasts_are_within_a_fifth(kind: type[PreconditionedOptimizer],
 def test_forecasts_of_attention(variant: str) -> None:
     block = shift_window()
     compare(AdaAFOpt, block, (feature_map((9, 9)), (9, 9)), variant=variant)
+
+
+class Attending(nn.Module):
+    """A fused attention, which has to be read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize('kind', [MAC, AdaAFOpt])
+def test_forecasts_of_fused_attention(kind: type[PreconditionedOptimizer]) -> None:
+    compare(kind, Attending(), (torch.randn(3, 20, 32),))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

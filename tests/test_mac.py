@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +25,18 @@ from attention_helpers import (
     shift_window,
     swin,
 )
+from mmengine.config import Config
+from mmengine.runner import Runner
 from test_arguments import refused
-from test_engine import Classifier, batch, build
+from test_engine import Classifier, build
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from helpers import ConvNet, leave
+from mmprecond.engine import use_optimizer
 from mmprecond.engine.hooks import CalibrationHook
 from mmprecond.optimizers import MAC, NKFAC, SMAC
-from mmprecond.preconditioners import CalibratedInput
+from mmprecond.preconditioners import ActivationMean, CalibratedInput
 from reference.factors import input_rows
 
 QKV = 'w_msa.qkv.weight'
@@ -123,10 +129,99 @@ def test_calibration_that_cannot_be() -> None:
     optimizer = MAC(model, lr=0.1)
     refused(ValueError, lambda: optimizer.calibrate_first_layer([]), '0 rows')
     refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0) * float('inf')), 'finite')
+    refused(ValueError, lambda: optimizer.calibrate_first_layer([(photos(0), 1)]),
+            'given a tuple; give tensors')
+    weak = MAC(network().float(), lr=0.1, damping=1e-30)
+    refused(ValueError, lambda: weak.calibrate_first_layer(torch.ones(1, 3, 6, 7)),
+            'raise damping')
+    optimizer.calibrate_first_layer(photos(0))
+    refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0)), 'calibrated already')
+    other = MAC(network(), lr=0.1)
+    step(model, other, 0)
+    refused(ValueError, lambda: other.calibrate_first_layer(photos(0)), 'after 1 steps')
+    small = MAC(network(), lr=0.1, max_dim=28, oversize='block')
+    small._usual = ActivationMean(max_dim=26)
+    refused(ValueError, lambda: small.calibrate_first_layer(photos(0)), 'max_dim=26')
+
+
+def test_only_the_models_first_layer_is_calibrated() -> None:
+    """Not the first that happens to be preconditioned, nor a frozen or shared one."""
+    model = network()
+    groups = [dict(params=[model.conv1.weight], precondition=False),
+              dict(params=[p for p in model.parameters() if p is not model.conv1.weight])]
+    optimizer = MAC(groups, lr=0.1, model=model)
+    assert optimizer.first_layer is None and not optimizer.calibrated
+    refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0)), 'not preconditioned')
+    model.conv1.requires_grad_(False)
+    refused(ValueError, lambda: MAC(model, lr=0.1).calibrate_first_layer(photos(0)), 'frozen')
+    twice = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    twice[2].weight, twice[2].bias = twice[0].weight, twice[0].bias
+    refused(ValueError, lambda: MAC(twice, lr=0.1).calibrate_first_layer(torch.ones(2, 4)),
+            'several modules')
+
+
+def calibrated(seed: int = 7, **options: Any) -> tuple[ConvNet, MAC]:
+    model = network()
+    optimizer = MAC(model, lr=0.05, stat_interval=1, refresh_interval=2, **options)
+    optimizer.calibrate_first_layer(photos(seed))
+    return model, optimizer
+
+
+def test_a_refused_state_changes_nothing() -> None:
+    model, optimizer = calibrated()
     step(model, optimizer, 0)
-    refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0)), 'before the first step')
-    small = MAC(network(), lr=0.1, max_dim=20)
-    refused(ValueError, lambda: small.calibrate_first_layer(photos(0)), 'max_dim=20')
+    wrong = optimizer.state_dict()
+    wrong['param_groups'][0]['momentum'] = 7.
+    before = copy.deepcopy(optimizer.state_dict()['precond'])
+    with pytest.raises(ValueError, match='momentum'):
+        optimizer.load_state_dict(wrong)
+    assert optimizer.calibrated and str(optimizer.state_dict()['precond']) == str(before)
+
+
+def test_a_lost_calibration_is_not_made_up(caplog: pytest.LogCaptureFixture) -> None:
+    """The layer is then like any other, and measured as they are."""
+    model, optimizer = calibrated()
+    step(model, optimizer, 0)
+    state = optimizer.state_dict()
+    state['precond']['layers']['conv1.weight']['operator']['input_moment'][:] = float('nan')
+    with caplog.at_level(logging.WARNING, 'mmprecond'):
+        optimizer.load_state_dict(state)
+    assert 'its calibration is lost' in caplog.text and not optimizer.calibrated
+    step(model, optimizer, 1)
+    stack = optimizer.layers[optimizer.first_layer]
+    assert set(stack.operator) == {'input'} and stack.slots[0].refreshes == 1
+
+
+def test_a_state_without_curvature_keeps_a_calibration() -> None:
+    _, optimizer = calibrated(save_curvature=False)
+    other_model, other = calibrated(8)
+    other.load_state_dict(optimizer.state_dict())
+    kept = other.layers[other.first_layer].statistics['input_moment'].clone()
+    step(other_model, other, 0)
+    assert other.calibrated
+    assert torch.equal(kept, other.layers[other.first_layer].statistics['input_moment'])
+
+
+def test_another_damping_reaches_a_calibrated_layer() -> None:
+    model, optimizer = calibrated()
+    step(model, optimizer, 0)
+    other = network()
+    resumed = MAC(other, lr=0.05, damping=50., stat_interval=1, refresh_interval=2)
+    resumed.load_state_dict(optimizer.state_dict())
+    step(other, resumed, 1)
+    stack = resumed.layers[resumed.first_layer]
+    damped = stack.statistics['input_moment'][0, 0] + 50 * torch.eye(27).double()
+    torch.testing.assert_close(stack.operator['input_moment'][0, 0], 50 * torch.linalg.inv(damped))
+
+
+def test_one_calibrated_layer_alone() -> None:
+    model = nn.Sequential(nn.Linear(5, 3)).double()
+    optimizer = MAC(model, lr=0.1)
+    optimizer.calibrate_first_layer(torch.randn(9, 5).double())
+    model(torch.randn(4, 5).double()).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.calibrated
 
 
 def test_linear_first_layers_with_biases() -> None:
@@ -160,36 +255,83 @@ def test_ranks_share_their_inputs(tmp_path: Path) -> None:
     torch.testing.assert_close(halves[0], joint)
 
 
-class Runner:
-    """What the hook needs of MMEngine's runner."""
+class Pictures(Dataset):
+    """Images of different brightness, so that it matters which are read."""
 
-    def __init__(self, model: nn.Module, wrapper: Any, batches: int = 9) -> None:
-        self.model, self.optim_wrapper = model, wrapper
-        self.train_dataloader = [batch(seed=seed) for seed in range(batches)]
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        return dict(inputs=torch.randn(3, 8, 8, generator=generator) + index,
+                    data_samples=index % 4)
 
 
-def test_the_hook_calibrates_before_the_first_step() -> None:
+def run(folder: Path, sampler: str, batches: int | None, steps: int = 4, resume: bool = False,
+        **options: Any) -> Runner:
+    """Trains by a real runner, with the hook unless `batches` is None."""
+    torch.manual_seed(0)
+    hooks = [dict(type='CalibrationHook', batches=batches)] if batches else []
+    runner = Runner(
+        model=Classifier(), work_dir=str(folder), resume=resume, custom_hooks=hooks,
+        experiment_name=f'{folder.name}_{sampler}_{batches}_{steps}_{resume}',
+        train_dataloader=dict(dataset=Pictures(), batch_size=8, num_workers=0,
+                              collate_fn=dict(type='default_collate'),
+                              sampler=dict(type=sampler, shuffle=True)),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=steps),
+        optim_wrapper=dict(constructor='PrecondOptimWrapperConstructor',
+                           optimizer=dict(type='MAC', lr=0.01), **options),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2)),
+        randomness=dict(seed=0))
+    runner.train()
+    return runner
+
+
+@pytest.mark.parametrize('sampler', ['InfiniteSampler', 'DefaultSampler'])
+def test_the_hook_calibrates_before_the_first_step(sampler: str, tmp_path: Path) -> None:
+    """On all images, which three batches are; training then sees the batches it always did."""
+    runner = run(tmp_path, sampler, 3)
+    optimizer = runner.optim_wrapper.optimizer
+    assert optimizer.calibrated and optimizer.t == 4
     model = Classifier()
-    wrapper = build(model, optimizer=dict(type='MAC', lr=0.05))
-    CalibrationHook(batches=2).before_train(Runner(model, wrapper))
-    assert wrapper.optimizer.calibrated
-    by_hand = Classifier()
-    optimizer = MAC(by_hand, lr=0.05)
-    data = [by_hand.data_preprocessor(batch(seed=seed), True)['inputs'] for seed in range(2)]
-    optimizer.calibrate_first_layer(data)
+    by_hand = MAC(model, lr=0.01)
+    by_hand.calibrate_first_layer(torch.stack([Pictures()[k]['inputs'] for k in range(24)]))
     ours, theirs = (o.layers[o.first_layer].statistics['input_moment']
-                    for o in (wrapper.optimizer, optimizer))
-    torch.testing.assert_close(ours, theirs)
-    assert all(not module._forward_pre_hooks for module in model.modules())
-    model.train_step(batch(seed=3), wrapper)
-    before = ours.clone()
-    CalibrationHook(batches=3).before_train(Runner(model, wrapper))  # as after a resume
-    assert torch.equal(before, ours)
+                    for o in (optimizer, by_hand))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    assert all(not module._forward_pre_hooks for module in runner.model.modules())
+
+
+def test_a_resumed_run_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, 'InfiniteSampler', 1, steps=2)
+    monkeypatch.setattr('mmprecond.engine.hooks._inputs_of', lambda *_: pytest.fail('read'))
+    runner = run(tmp_path, 'InfiniteSampler', 1, steps=4, resume=True)
+    assert runner.optim_wrapper.optimizer.calibrated and runner.optim_wrapper.optimizer.t == 4
+
+
+def test_the_hook_leaves_a_frozen_stem_alone(tmp_path: Path,
+                                             caplog: pytest.LogCaptureFixture) -> None:
+    keys = dict(custom_keys={'conv': dict(precondition=False)})
+    with caplog.at_level(logging.INFO, 'mmprecond'):
+        runner = run(tmp_path, 'DefaultSampler', 1, steps=1, paramwise_cfg=keys)
+    assert not runner.optim_wrapper.optimizer.calibrated
+    assert 'the first layer is not calibrated' in caplog.text
+
+
+def test_choosing_mac_brings_its_hook() -> None:
+    cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+                      custom_hooks=[dict(type='EMAHook')]))
+    for name in ('MAC', 'SMAC'):
+        use_optimizer(cfg, name)
+        assert [hook['type'] for hook in cfg.custom_hooks] == ['EMAHook', 'CalibrationHook']
+    other = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1))))
+    use_optimizer(other, 'NysAct')
+    assert 'custom_hooks' not in other
 
 
 def test_the_hook_refuses_other_optimizers() -> None:
-    model = Classifier()
-    runner = Runner(model, build(model, optimizer=dict(type='NKFAC', lr=0.05)))
+    runner = SimpleNamespace(
+        optim_wrapper=build(Classifier(), optimizer=dict(type='NKFAC', lr=0.05)))
     assert isinstance(runner.optim_wrapper.optimizer, NKFAC)
     refused(ValueError, lambda: CalibrationHook().before_train(runner), 'not NKFAC')
     refused(ValueError, lambda: CalibrationHook(batches=0), 'batches=0')
@@ -229,11 +371,15 @@ def test_means_of_window_attention(toolbox: str, shift: int, shape: tuple[int, i
     assert layer.bias is model.w_msa.qkv.bias and layer.columns == 7
     for name, vector in wanted.items():
         torch.testing.assert_close(staged.sums[name][0, :, 0], vector, rtol=1e-9, atol=1e-11)
+        mean = layer.finished(name, staged.sums[name][None])[0, 0, :, 0]  # of real queries alone
+        torch.testing.assert_close(mean, vector / vector[-1])
 
 
-def test_the_official_form_multiplies_means() -> None:
+@pytest.mark.parametrize('capture_mb', [64., 1e-9])
+def test_the_official_form_multiplies_means(capture_mb: float) -> None:
+    """Of a whole call, however it is cut."""
     model = shift_window()
-    optimizer = MAC(model, lr=0.1, compat='official')
+    optimizer = MAC(model, lr=0.1, compat='official', capture_mb=capture_mb)
     with noting(model.w_msa) as calls:
         loss_of(model(feature_map((6, 3)), (6, 3))).backward()
     (call,) = calls
@@ -254,7 +400,8 @@ def test_every_stage_splits_its_own_rows() -> None:
     means = {}
     for name in names:
         staged = optimizer._capture.staged[layer_of(optimizer, name)]
-        means[name] = {key: total[0, :, 0] / staged.rows for key, total in staged.sums.items()}
+        means[name] = {key: (total / total[:, -1:])[0, :, 0]
+                       for key, total in staged.sums.items()}
     optimizer.step()
     params = dict(model.named_parameters())
     for name in names:
@@ -288,6 +435,21 @@ def test_vision_transformers_and_cross_attention() -> None:
     assert float(staged.sums['key_mean'][0, -1, 0]) == pytest.approx(15)
     optimizer.step()
     assert cross.in_proj_weight.isfinite().all()
+
+
+def test_attention_without_biases() -> None:
+    model = shift_window(qkv_bias=False)
+    optimizer = MAC(model, lr=0.1, momentum=0.)
+    weight = model.w_msa.qkv.weight.detach().clone()
+    loss_of(model(feature_map((6, 3)), (6, 3))).backward()
+    layer = layer_of(optimizer, QKV)
+    total = optimizer._capture.staged[layer].sums['query_mean'][0, :, 0]
+    a = (total / total[-1])[:-1]
+    optimizer.step()
+    gradient = model.w_msa.qkv.weight.grad[:6]
+    wanted = gradient - torch.outer(gradient @ a, a) / (1 + a @ a)
+    moved = (weight - model.w_msa.qkv.weight).detach()[:6] / 0.1
+    torch.testing.assert_close(moved, wanted, rtol=1e-8, atol=1e-10)
 
 
 def test_attention_may_be_left_alone() -> None:

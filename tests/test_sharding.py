@@ -178,7 +178,7 @@ def test_buckets_keep_every_tensor_with_its_owner(sizes: list[tuple[int, int]],
 def test_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(ValueError, lambda: NKFAC(nn.Linear(2, 2), lr=0.1, sharding='zero'), 'sharding',
             'refresh')
-    refused(ValueError, lambda: AdamR(nn.Linear(2, 2), lr=0.1, sharding='apply'), 'AdamR',
+    refused(ValueError, lambda: AdamR(nn.Linear(2, 2), lr=0.1, sharding='apply'), 'EigenRotation',
             "sharding='refresh'")
     model = nn.Linear(2, 2)
     early = NKFAC(model, lr=0.1, sharding='refresh')

@@ -4,7 +4,7 @@ from .attention import AttentionLayer, softmax_gram
 from .attention_types import ATTENTION_TYPES, PackedAttention, TokenAttention, WindowAttention
 from .capture import Capture, Staged
 from .conv import Conv2dLayer
-from .layer_types import LAYER_TYPES, qualified_name
+from .layer_types import LAYER_TYPES, layer_type, qualified_name
 from .layers import (
     BLOCKS,
     COLUMNS,
@@ -25,5 +25,5 @@ from .statistics import RunningAverage
 __all__ = ['ATTENTION_TYPES', 'BLOCKS', 'COLUMNS', 'LAYER_TYPES', 'MEAN', 'MOMENT', 'REDUCED',
            'SAMPLED', 'SKETCH', 'SKETCH_KINDS', 'SQUARE', 'AttentionLayer', 'Call', 'Capture',
            'Conv2dLayer', 'Layer', 'LeftOut', 'LinearLayer', 'PackedAttention', 'RunningAverage',
-           'Staged', 'TokenAttention', 'WindowAttention', 'find_layers', 'qualified_name',
-           'softmax_gram', 'unwrap']
+           'Staged', 'TokenAttention', 'WindowAttention', 'find_layers', 'layer_type',
+           'qualified_name', 'softmax_gram', 'unwrap']

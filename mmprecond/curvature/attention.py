@@ -116,9 +116,9 @@ def _value_mean(heads: Heads) -> Tensor:
     return _weighted_sum(heads.values_in, attended)
 
 
-def _value_product_mean(heads: Heads) -> Tensor:
+def _value_parts(heads: Heads) -> Tensor:
     attended = heads.scores.sum((0, 2)).mean(0)
-    return _weighted_sum(heads.values_in.mean(0, keepdim=True), attended[None])
+    return torch.cat([heads.values_in.sum(0), attended[:, None]], 1)
 
 
 #: Sums over windows and queries, by name: the statistic of some windows.
@@ -138,13 +138,19 @@ MEASURES: dict[str, Callable[[Heads], Tensor]] = {
     # sum of (s_i X)'(s_i X), the exact features of W_V
     'value_feature_moment': lambda h: _head_moment((h.scores @ h.values_in[:, None])
                                                    * h.keep[:, None, :, None]),
-    # sums of the rows that W_Q and W_K multiply, and of the s_i X, with a trailing 1
+    # sums of the rows that W_Q and W_K multiply, and of the s_i X; the last entry counts them
     'query_mean': lambda h: _weighted_sum(h.inputs, h.keep),
     'key_mean': _key_mean,
     'value_mean': _value_mean,
-    # mean softmax times mean rows of W_V, for each query
-    'value_product_mean': _value_product_mean,
+    # of each key: the sum of its rows, and of the softmax it gets (n_k, c + 1)
+    'value_product_mean': _value_parts,
 }
+
+
+def _product_of_means(parts: Tensor, windows: int) -> Tensor:
+    """Mean rows of the keys times the softmax they get: as `_weighted_sum`, for all queries."""
+    means = parts[:, :-1] / max(1, windows)
+    return _weighted_sum(means[None], parts[None, :, -1])
 
 
 class AttentionLayer(Layer):
@@ -200,7 +206,7 @@ class AttentionLayer(Layer):
         """(b, n, n) of a statistic: b is 1 (or 2 inputs) where heads share it."""
         width = self.heads * self.rows
         if statistic.endswith(MEAN):
-            return 1, self.columns, 1
+            return 1, self.weight.shape[1] + 1, 1
         return {'input_moment': (self.inputs, self.columns, self.columns),
                 'output_moment': (1, width, width),
                 'key_feature_moment': (self.heads, self.columns, self.columns),
@@ -217,17 +223,20 @@ class AttentionLayer(Layer):
         windows, queries, keys = self.sizes(call, kept)
         heads, size, width = self.heads, self.rows, self.columns
         pairs = 2 * heads * queries * keys
-        gram = pairs * (2 * keys + 2 * size)
-        one = {'input_moment': (2 * self.inputs * keys * width**2 + 2 * pairs * size
-                                + 2 * (queries + 2 * keys) * width * heads * size),  # and Q to O
-               'output_moment': 2 * queries * (heads * size)**2,
+        gram = pairs * (2 * keys + 3 * size)  # made once, for two statistics
+        reading = self.read_flops(queries, keys)
+        one = {'input_moment': 2 * self.inputs * keys * width**2 + reading,
+               # of the thesis's form, which without W_K's curvature has all of T for W_Q's
+               'output_moment': (2 * queries * (heads * size)**2
+                                 + (0 if self.is_square else gram / 2)),
                'query_moment': 2 * heads * queries * size**2,
-               'key_feature_moment': 2 * heads * (keys * keys * width + keys * width**2),
+               'key_feature_moment': gram / 2 + 2 * heads * (keys * keys * width
+                                                             + keys * width**2),
                'value_feature_moment': 2 * heads * (queries * keys * width + queries * width**2),
-               'query_mean': 2 * queries * width,
+               'query_mean': 2 * queries * width + reading,
                'key_mean': 2 * keys * width,
-               'value_mean': 2 * keys * width + 2 * pairs,
-               'value_product_mean': 2 * keys * width + pairs,
+               'value_mean': 2 * keys * width,
+               'value_product_mean': keys * width,
                }.get(name, gram / 2 + 2 * heads * (keys * keys * size + keys * size**2))
         return min(windows, self.max_windows) * one
 
@@ -235,18 +244,34 @@ class AttentionLayer(Layer):
                 statistics: tuple[str, ...], generator: torch.Generator) -> dict[str, Tensor]:
         """Sums over all windows, estimated from at most `max_windows` of them."""
         windows, queries, keys = self.sizes(call, kept)
-        chosen = torch.arange(windows, device='cpu')
+        chosen = torch.arange(windows if keys else 0, device='cpu')
         if windows > self.max_windows:
             drawn = torch.randperm(windows, generator=generator, device='cpu')
             chosen = drawn[:self.max_windows].sort().values
         sums = {name: self.empty(name) for name in statistics}
+        if 'value_product_mean' in sums:
+            sums['value_product_mean'] = self.weight.new_zeros(
+                keys, self.weight.shape[1] + 1, dtype=self.working_dtype)
         for chunk in chosen.split(self._chunk(queries, keys, statistics)):
             heads = self.read(call, kept, chunk.to(gradient.device))
             for name, total in sums.items():
-                total += MEASURES[name](heads)[:, :total.shape[1]]  # the 1 is a joint bias's
+                total += MEASURES[name](heads)
+        if 'value_product_mean' in sums:
+            sums['value_product_mean'] = _product_of_means(sums['value_product_mean'], len(chosen))
         for total in sums.values():
             total *= windows / max(1, len(chosen))
         return sums
+
+    def finished(self, name: str, statistic: Tensor) -> Tensor:
+        """Sums of rows (..., c + 1, 1) divided by their number, which a joint bias takes for 1."""
+        if not name.endswith(MEAN):
+            return statistic
+        means = statistic / statistic[..., -1:, :]
+        return means[..., :self.columns, :]
+
+    def read_flops(self, queries: int, keys: int) -> float:
+        """About the operations by which `read` makes, of a window, what the module did not keep."""
+        return 0.
 
     def sizes(self, call: Call, kept: tuple[Tensor, ...]) -> tuple[int, int, int]:
         """Windows, queries and keys a window."""

@@ -114,6 +114,10 @@ class TokenAttention(WindowAttention):
                key: Tensor) -> Tensor:
         return torch.softmax(query @ key.mT * (self._scale(call.module) or 1.), -1)
 
+    def read_flops(self, queries: int, keys: int) -> float:
+        """The logits."""
+        return 2. * self.heads * queries * keys * self.rows
+
     @staticmethod
     def _scale(module: Any) -> float | None:
         """What the module multiplies the logits by, or None where that is not known."""
@@ -191,6 +195,11 @@ class PackedAttention(AttentionLayer):
         outputs = (scores @ value).transpose(1, 2).flatten(2)
         return Heads(inputs, memory, values_in, query, key, value, scores, outputs,
                      torch.ones_like(inputs[..., 0]))
+
+    def read_flops(self, queries: int, keys: int) -> float:
+        """The projections, the logits and the outputs."""
+        width = self.heads * self.rows
+        return 2. * (queries + 2 * keys) * width**2 + 4. * queries * keys * width
 
     @staticmethod
     def _batch_first(call: Call, kept: tuple[Tensor, ...]) -> list[Tensor]:

@@ -242,6 +242,10 @@ class Layer:
         return {name: self._measure_one(name, call.module, kept[0], gradient, drawn)
                 for name in statistics}
 
+    def finished(self, name: str, statistic: Tensor) -> Tensor:
+        """A running statistic (..., b, n, m) in the form that a refresh takes."""
+        return statistic
+
     def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
                       name: str) -> float:
         """About the floating-point operations by which `measure` makes a statistic of one call.

@@ -18,7 +18,8 @@ class RunningAverage:
         corrected: Whether the average is divided by the sum of its weights, 1 - decay^samples.
         normalise: What is done to each sample first: 'norm' divides it by its Frobenius norm,
             which makes captures count alike whatever the loss's scale (NKFAC's published code; not
-            in its paper); 'range' shifts and scales its entries to reach from 0 to 1 (AdaFisher).
+            in its paper); 'range' shifts and scales its entries to reach from 0 to 1 (AdaFisher),
+            where all are equal to 1.
         new_weight: Weight of the new sample where that is not 1 - decay.
         start: What the average is before the first sample.
     """
@@ -45,7 +46,8 @@ class RunningAverage:
             sample /= norm + 1e-12
         elif self.normalise == 'range':
             least, most = sample.aminmax()
-            sample.sub_(least).div_((most - least).clamp_min(torch.finfo(sample.dtype).tiny))
+            spread = most - least
+            sample.sub_(least).div_(torch.where(spread > 0, spread, 1)).add_(spread == 0)
         self.merge_plain(running, sample, merged)
 
     def merge_plain(self, running: Tensor, sample: Tensor, merged: int) -> None:

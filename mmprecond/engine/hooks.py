@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import islice
 from typing import Any
 
 import torch
+from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..checks import check_count
 from ..curvature import unwrap
 from ..optimizers import MAC
 
+logger = logging.getLogger('mmprecond')
+
 
 class CalibrationHook(Hook):  # type: ignore[misc]
     """Calibrates the first layer of `MAC` or `SMAC` on training batches before the first step.
 
-    A resumed run has it in its checkpoint, and reads nothing.
+    The batches are drawn by a sampler of its own, so that training sees its data as ever. A resumed
+    run has the result in its checkpoint, and reads nothing; a first layer that is frozen or left
+    out is not calibrated, and the log says so.
 
     Args:
         batches: How many batches each rank reads; the published code reads the whole data set.
@@ -35,11 +42,22 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         if not isinstance(optimizer, MAC):
             raise ValueError(f'CalibrationHook is for MAC and SMAC, not {type(optimizer).__name__};'
                              ' take it out of custom_hooks')
-        if not optimizer.t and not optimizer.calibrated:
-            module = optimizer.first_layer.modules[0]
-            batches = islice(runner.train_dataloader, self.batches)
-            optimizer.calibrate_first_layer(
-                _inputs_of(module, unwrap(runner.model), data) for data in batches)
+        if optimizer.t or optimizer.calibrated:
+            return
+        if optimizer.first_layer is None or optimizer.uncalibratable:
+            logger.info('the first layer is not calibrated: %s', optimizer.uncalibratable)
+            return
+        module = optimizer.first_layer.modules[0]
+        batches = islice(_fresh_loader(runner.train_dataloader), self.batches)
+        optimizer.calibrate_first_layer(
+            _inputs_of(module, unwrap(runner.model), data) for data in batches)
+
+
+def _fresh_loader(loader: Any) -> DataLoader[Any]:
+    """Batches in an order of its own, as an abandoned iterator would end an infinite sampler."""
+    size = loader.batch_size or loader.batch_sampler.batch_size
+    return DataLoader(loader.dataset, size, sampler=DefaultSampler(loader.dataset, seed=0),
+                      num_workers=loader.num_workers, collate_fn=loader.collate_fn)
 
 
 class _ReachedError(Exception):

@@ -16,6 +16,9 @@ from .registration import optimizer_types
 #: Settings of a first-order optimizer that carry over to another.
 CARRIED = ('lr', 'momentum', 'weight_decay', 'betas', 'eps')
 
+#: The hook by which MAC treats its first layer as published.
+CALIBRATION = 'CalibrationHook'
+
 #: Torch's own, to compare with, and what a config would set that names them.
 BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     'SGD': (torch.optim.SGD, dict(momentum=0.9)), 'AdamW': (torch.optim.AdamW, {})}
@@ -23,6 +26,8 @@ BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 def use_optimizer(cfg: Config, name: str) -> None:
     """Replaces a config's optimizer, keeping its learning rate, decay and paramwise_cfg.
+
+    MAC and SMAC get their `CalibrationHook`.
 
     Args:
         cfg: A config of MMDetection, MMPretrain or the like; changed in place.
@@ -70,3 +75,6 @@ def use_optimizer(cfg: Config, name: str) -> None:
     if base not in (None, 'DefaultOptimWrapperConstructor', 'PrecondOptimWrapperConstructor'):
         wrapper['base_constructor'] = base
     wrapper['constructor'] = 'PrecondOptimWrapperConstructor'
+    hooks = cfg.get('custom_hooks') or []
+    if name in ('MAC', 'SMAC') and CALIBRATION not in [hook['type'] for hook in hooks]:
+        cfg.custom_hooks = [*hooks, dict(type=CALIBRATION)]

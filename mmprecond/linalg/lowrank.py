@@ -102,19 +102,19 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
     Eigenvalues that are not kept count as one, tau: their mean, moved as far as needed for no
     direction to be wrong by more than the tolerance t. So those up to
     ``(((1 + t) / (1 - t))^(1 / p) - 1) mu`` may be left out, and the cosine with the exact
-    direction is at least sqrt(1 - t^2).
+    direction is then at least sqrt(1 - t^2).
 
     Subspace iteration, one product with A a call: V spans the last result and a few random columns,
     and the eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2`` (Nystroem). Columns join V
-    until no eigenvalue of A - B B' is larger than `SLACK` times that bound.
+    until no eigenvalue of A - B B' is, by an estimate, larger than `SLACK` times that bound: with
+    eigenvalues in between the error may be about 2 t.
 
     Args:
         matrix: A (..., n, n), symmetric positive semi-definite; float32 or float64.
         start: U (..., n, m) of an earlier result for a similar matrix, or None.
         damping: mu > 0 (...).
         exponent: p > 0.
-        tolerance: Relative error of the power in any direction, less than 1; where an eigenvalue is
-            between the bound and `SLACK` times the bound, about twice that.
+        tolerance: t, less than 1.
         max_rank: Most columns kept, whatever is left out; default: n / 2, and if that is not
             enough none, for a whole matrix is as cheap.
 

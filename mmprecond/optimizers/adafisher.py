@@ -13,6 +13,12 @@ from .rules import EMASGD
 from .settings import split_settings
 
 
+class FisherEMASGD(EMASGD):
+    """EMASGD that keeps `AdaFisher`'s averages of parameters without inputs in float32."""
+
+    exact = ('fisher_gradient', 'fisher_input')
+
+
 class AdaFisher(PreconditionedOptimizer):
     """The gradients' moving average divided by s h' + lambda, with L2 decay.
 
@@ -44,7 +50,7 @@ class AdaFisher(PreconditionedOptimizer):
                  **settings: Any) -> None:
         method, own = split_settings(self, FisherDiagonal, settings)
         self.method = method
-        super().__init__(params, model=model, rule=EMASGD(self.decay), method=method,
+        super().__init__(params, model=model, rule=FisherEMASGD(self.decay), method=method,
                          defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay), **own)
         self._layered = {p for layer in self.layers for p in layer.parameters}
 
@@ -69,11 +75,13 @@ class AdaFisher(PreconditionedOptimizer):
 
     def _turn_back(self, directions: dict[Tensor, Tensor]) -> None:
         super()._turn_back(directions)
-        for p, direction in directions.items():
-            if p not in self._layered and 'fisher_gradient' in self.state[p]:
-                state = self.state[p]
-                fisher = state['fisher_gradient'] * state['fisher_input'] + self.method.damping
-                directions[p] = direction / fisher.to(direction)
+        for group in self.param_groups:
+            damping = group.get('damping') or self.method.damping
+            for p in group['params']:
+                if p in directions and p not in self._layered and 'fisher_input' in self.state[p]:
+                    state = self.state[p]
+                    fisher = state['fisher_gradient'] * state['fisher_input'] + damping
+                    directions[p] = directions[p] / fisher.to(directions[p])
 
 
 class AdaFisherW(AdaFisher):

@@ -48,7 +48,8 @@ class PreconditionedOptimizer(RuleOptimizer):
             share and gets the others' operators; 'apply': each holds the operators of its share
             and preconditions that part of the gradients at every step.
         clip_update: Largest norm of all directions together, after preconditioning and before
-            momentum and weight decay; None for no limit.
+            momentum and weight decay (of what acts after the rule, AdaAct and AdaFisher, before
+            it too); None for no limit.
         check_memory: Whether to refuse statistics and operators that exceed the free memory.
         stagger: Whether layers take turns over the steps of an interval to be measured and
             refreshed, rather than all at once. A layer's first statistics then come up to
@@ -152,7 +153,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         for layer, owner in self.sharding.assign(taken).items():
             method, requires = taken[layer], taken[layer].required(layer)
             key = (method, layer.shape, tuple(method.operator_shapes(layer).items()), requires,
-                   layer.working_dtype, layer.weight.device, owner)
+                   tuple(map(layer.statistic_shape, requires)), layer.working_dtype,
+                   layer.weight.device, owner)
             assigned[layer] = stacks.setdefault(key, LayerStack(method, requires, owner))
         self.stacks = list(stacks.values())
         return assigned
@@ -358,7 +360,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         self._capture.restart()
         unfit = checkpoint.restore(self, state_dict.get(checkpoint.KEY))
         # They had statistics by now, and are measured at once.
-        self._catch_up = {layer for layer in unfit if self.layers[layer].method.eager}
+        self._catch_up = {layer for layer in unfit if self.layers[layer].method.eager
+                          and not self.layers[layer].method.given}
         self._arm_if_automatic()
 
     def table(self) -> str:

@@ -75,6 +75,9 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
     # Without operators the schedule starts over: step 0 captures and refreshes.
     optimizer.t = steps if (fitting or whole) and isinstance(steps, int) else 0
     for stack in optimizer.stacks:
+        if stack.method.given and not any(layer in fitting for layer, its in
+                                          optimizer.layers.items() if its is stack):
+            continue  # what was given stays, unless the state has better
         stack.load({layer: state for layer, state in fitting.items()
                     if optimizer.layers[layer] is stack},
                    optimizer.sharding.holds(stack), optimizer.sharding.is_whole())

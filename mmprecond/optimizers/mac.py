@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..curvature import AttentionLayer, Call, Layer
+from ..curvature import AttentionLayer, Call, Layer, layer_type, unwrap
 from ..distributed import sum_over_ranks
-from ..preconditioners import ActivationMean, CalibratedInput, Preconditioner
+from ..preconditioners import ActivationMean, CalibratedInput, LayerStack, Preconditioner
 from . import checkpoint
 from .families import PreconditionedSGDM
 
@@ -28,15 +28,38 @@ class MAC(PreconditionedSGDM):
 
     preconditioner = ActivationMean
 
-    @property
-    def first_layer(self) -> Layer:
-        """The layer whose weight comes first in the model."""
-        return next(iter(self.layers))
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
+                 model: nn.Module | None = None, **settings: Any) -> None:
+        super().__init__(params, lr, momentum, weight_decay, model=model, **settings)
+        owner: Any = params if isinstance(params, nn.Module) else model
+        first = next((m for m in unwrap(owner).modules() if layer_type(m) is not None), None)
+        self.first_layer: Layer | None = next(
+            (layer for layer in self.layers if first in layer.modules), None)
+        self._usual: Any = self.stacks[0].method
 
     @property
     def calibrated(self) -> bool:
         """Whether the first layer has its own second moment."""
-        return isinstance(self.layers[self.first_layer].method, CalibratedInput)
+        return self.first_layer is not None and isinstance(self.layers[self.first_layer].method,
+                                                           CalibratedInput)
+
+    @property
+    def uncalibratable(self) -> str:
+        """Why the first layer cannot be calibrated now, or ''."""
+        layer = self.first_layer
+        if layer is None or isinstance(layer, AttentionLayer):
+            return "the model's first Linear or Conv2d is not preconditioned"
+        if self.calibrated:
+            return f'{layer.name} is calibrated already'
+        if self.t:
+            return f'this is after {self.t} steps, not before the first'
+        if not layer.weight.requires_grad:
+            return f'{layer.name} is frozen'
+        if len(layer.modules) > 1:
+            return f'{layer.name} belongs to several modules'
+        if layer.columns > self._usual.max_dim:
+            return f'{layer.name} takes {layer.columns} numbers, over max_dim={self._usual.max_dim}'
+        return ''
 
     @torch.no_grad()
     def calibrate_first_layer(self, inputs: Tensor | Iterable[Tensor]) -> None:
@@ -45,65 +68,100 @@ class MAC(PreconditionedSGDM):
         With several ranks each gives its own share.
 
         Args:
-            inputs: What the layer takes (for most networks the images), in one or many batches.
+            inputs: What the model's first Linear or Conv2d takes (for most networks the images), in
+                one or many batches.
 
         Raises:
-            ValueError: After the first step, for no inputs or ones that are not finite, or a first
-                layer that is too large or reads other things than its input.
+            ValueError: After the first step, for no inputs or ones that are not finite, a moment
+                that cannot be inverted, or a first layer that is left out, frozen, shared or too
+                large.
         """
         layer = self.first_layer
+        if layer is None or self.uncalibratable:
+            raise ValueError(f'calibrate_first_layer cannot be: {self.uncalibratable}')
+        moment, rows = self._moment_of_inputs(layer, inputs)
+        if not rows or not bool(moment.isfinite().all()):
+            raise ValueError(f'{layer.name} was to be calibrated on {int(rows)} rows of input, '
+                             'which must be finite and more than none')
+        method = self._calibrated_method()
+        if not bool(method.refresh({'input_moment': (moment / rows)[None]}, None,
+                                   layer.damping)[1].all()):
+            raise ValueError(f'the second moment of the inputs of {layer.name} cannot be inverted; '
+                             'raise damping')
+        self._treat_first(layer, method)
+        self.layers[layer].merge({layer: {'input_moment': moment / rows}})
+        logger.info('%s: calibrated on %d rows', layer.name, int(rows))
+
+    @staticmethod
+    def _moment_of_inputs(layer: Layer, inputs: Tensor | Iterable[Tensor]) -> tuple[Tensor, float]:
+        """Sum of x x' over all inputs of all ranks, and their number."""
         module = layer.modules[0]
-        method = self.layers[layer].method
-        if self.t or isinstance(layer, AttentionLayer) or not isinstance(method, ActivationMean):
-            raise ValueError('calibrate_first_layer is for a first Linear or Conv2d, before the '
-                             f'first step; this is {layer.name} after {self.t} steps')
-        if layer.columns > method.max_dim:
-            raise ValueError(f'{layer.name} takes {layer.columns} numbers, more than '
-                             f'max_dim={method.max_dim}; leave it uncalibrated')
         moment = layer.empty('input_moment')
         rows = moment.new_zeros((), dtype=torch.float64)
         for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
+            if not isinstance(batch, Tensor):
+                raise ValueError(f'calibrate_first_layer was given a {type(batch).__name__}; give '
+                                 'tensors, such as (x for x, y in loader)')
             batch = batch.to(layer.weight.device, layer.weight.dtype)
             moment += layer.input_moment(module, batch)
             rows += layer.count_rows(Call(layer, module), module(batch), ())
         sum_over_ranks([moment, rows])
-        if not float(rows) or not bool(moment.isfinite().all()):
-            raise ValueError(f'{layer.name} was to be calibrated on {int(rows)} rows of input, '
-                             'which must be finite and more than none')
-        self._treat_first(CalibratedInput(damping=method.damping, compat=method.compat,
-                                          max_dim=method.max_dim))
-        self.layers[layer].merge({layer: {'input_moment': moment / float(rows)}})
-        logger.info('%s: calibrated on %d rows', layer.name, int(rows))
+        return moment, float(rows)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, with the first layer as it was treated there."""
+        before = self.layers, self.stacks
+        layer = self.first_layer
         layers = (state_dict.get(checkpoint.KEY) or {}).get('layers') or {}
-        saved = layers.get(self.first_layer.name) or {}
-        usual = self._usual
-        if saved.get('method') == CalibratedInput.__name__:
-            self._treat_first(CalibratedInput(damping=usual.damping, compat=usual.compat,
-                                              max_dim=usual.max_dim))
-        elif self.calibrated:
-            self._treat_first(usual)
-        super().load_state_dict(state_dict)
+        saved = (layers.get(layer.name) or {}).get('method') if layer else None
+        if layer is not None and saved == CalibratedInput.__name__:
+            self._treat_first(layer, self._calibrated_method())
+        elif layer is not None and saved == ActivationMean.__name__ and self.calibrated:
+            self._treat_first(layer, self._usual)
+        try:
+            super().load_state_dict(state_dict)
+        except Exception:
+            self.layers, self.stacks = before
+            self._follow()
+            raise
+        if layer is not None and self.calibrated:
+            self._check_loaded(layer)
+
+    def _check_loaded(self, layer: Layer) -> None:
+        """Has a calibrated first layer inverted anew, as `damping` may be another."""
+        stack = self.layers[layer]
+        if not stack.holds(layer):
+            logger.warning('%s: its calibration is lost; it is treated like any other', layer.name)
+            self._give_stack(layer, self._usual)
+            self._arm_if_automatic()
+        for slot in stack.slots:
+            slot.refreshes = 0
 
     def _measure(self) -> None:
-        if self.t == 0 and not self.calibrated:
+        if self.t == 0 and self.first_layer is not None and not self.calibrated:
             logger.info('%s: the first layer is treated like any other, as calibrate_first_layer '
                         'was not called', self.first_layer.name)
         super()._measure()
 
-    @property
-    def _usual(self) -> ActivationMean:
-        """How all other layers are treated."""
-        found = [stack.method for stack in self.stacks
-                 if isinstance(stack.method, ActivationMean)]
-        return found[0]
+    def _calibrated_method(self) -> CalibratedInput:
+        usual = self._usual
+        return CalibratedInput(damping=usual.damping, compat=usual.compat, max_dim=usual.max_dim)
 
-    def _treat_first(self, method: Preconditioner) -> None:
+    def _treat_first(self, first: Layer, method: Preconditioner) -> None:
         """Gives the first layer another method, and all layers empty stacks."""
-        taken = {layer: stack.method for layer, stack in self.layers.items()}
-        self.layers = self._stack({**taken, self.first_layer: method})
+        methods = {layer: stack.method for layer, stack in self.layers.items()}
+        self.layers = self._stack({**methods, first: method})
+        self._follow()
+
+    def _give_stack(self, layer: Layer, method: Preconditioner) -> None:
+        """Gives one layer another method and a stack of its own."""
+        old = self.layers[layer]
+        self.layers[layer] = LayerStack(method, method.required(layer), old.owner)
+        self.stacks = list(dict.fromkeys(self.layers.values()))
+        self._follow()
+
+    def _follow(self) -> None:
+        """Measures what the stacks now need."""
         self._capture.requires = {layer: stack.requires for layer, stack in self.layers.items()}
         self._arm_if_automatic()
 

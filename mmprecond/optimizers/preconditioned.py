@@ -27,8 +27,8 @@ class Preconditioned(PreconditionedOptimizer):
     Args:
         params: Parameters or groups, with `model`; or the module itself.
         model: The module that owns the parameters.
-        rule: ``dict(type='SGDM' | 'AdamW' | 'Adan' | 'ARO' | 'DCTAdamW', lr=..., ...)`` with the
-            rule's hyper-parameters and options.
+        rule: ``dict(type='SGDM' | 'EMASGD' | 'AdamW' | 'Adan' | 'ARO' | 'DCTAdamW', lr=..., ...)``
+            with the rule's hyper-parameters and options.
         layers: Entries ``dict(match=..., preconditioner=...)``, of which the first that matches a
             layer wins. `match` holds `module_type` (a class name or several: layers of such a
             class, or within one), `name` (a pattern as in `fnmatch`, for the name of the layer's

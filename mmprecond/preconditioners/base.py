@@ -111,7 +111,7 @@ class Preconditioner(ABC):
     def required(self, layer: Layer) -> tuple[str, ...]:
         """The statistics kept of a layer; none leaves it to the rule."""
         sampled = self.max_rows is not None and layer.has_positions
-        wanted = tuple(name + SAMPLED if sampled and name.endswith(MOMENT) else name
+        wanted = tuple(name + SAMPLED if sampled and name.endswith((MOMENT, SKETCH)) else name
                        for name in self.wanted(layer))
         large = {name for name in wanted
                  if COLUMNS not in name and layer.statistic_shape(name)[-1] > self.max_dim}

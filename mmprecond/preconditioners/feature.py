@@ -59,6 +59,9 @@ class InputFeature(InversePreconditioner):
         check_number('stat_decay', self.stat_decay, high=1)
         check_damping('damping', self.damping)
         check_number('exponent', self.exponent, open_low=True)
+        if self.solver == 'lowrank' and self.exponent > 1:
+            raise ValueError(f"exponent={self.exponent} amplifies the errors of solver='lowrank'; "
+                             "set solver='exact'")
         check_flag('norm_recovery', self.norm_recovery)
 
     def average(self) -> RunningAverage:

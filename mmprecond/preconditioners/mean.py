@@ -30,12 +30,13 @@ class ActivationMean(Preconditioner):
     not scaled: what is orthogonal to a passes as it is.
 
     Of an attention module, W_Q and W_K take the mean rows that they multiply, and W_V the mean of
-    the rows s_i X that the softmax makes of them, real queries alone. (The authors' code multiplies
-    the mean of the softmax by the mean of X, which is another thing for each size of a batch, and
-    splits Swin's weights wrongly from the second stage on.)
+    the rows s_i X that the softmax makes of them, of real queries alone. (The authors' code
+    multiplies the mean of the softmax by the mean of X, which is another thing for each size of a
+    batch, and splits Swin's weights wrongly from the second stage on.)
 
     SMAC, `output=True`: V = Z G (I - ...) with Z = diag(1 / (z + rho)) and z the running average of
-    the mean squared gradient rows. It leaves attention modules' outputs alone.
+    the mean squared gradient rows. It leaves attention modules' outputs, and those of a calibrated
+    first layer, alone.
 
     Source: MAC (arXiv 2506.08464) and its code; SMAC from the code alone.
 
@@ -109,7 +110,10 @@ class ActivationMean(Preconditioner):
 
     def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
         """Shapes (b, n, 1) of a layer's vectors."""
-        return {_vector_name(name): layer.statistic_shape(name) for name in self.required(layer)}
+        shapes = {_vector_name(name): layer.statistic_shape(name) for name in self.required(layer)}
+        if isinstance(layer, AttentionLayer):
+            return {name: (1, layer.columns, 1) for name in shapes}
+        return shapes
 
     def apply_flops(self, layer: Layer) -> float:
         """Operations of one step (see the base class)."""

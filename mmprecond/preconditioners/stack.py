@@ -235,7 +235,8 @@ class LayerStack:
         Of a sketch, the columns that it gives.
         """
         layers = [self.slots[k].layer for k in positions]
-        source = {name: take(s, positions) for name, s in self.statistics.items()}
+        source = {name: layers[0].finished(name, take(s, positions))
+                  for name, s in self.statistics.items()}
         if self.method.reads_weight(layers[0]):
             source['weight'] = torch.stack([layer.join(layer.weight) for layer in layers])
         if dtype is not None:

@@ -53,7 +53,8 @@ def from_ones(samples: list[Tensor], s: dict[str, Any]) -> Tensor:
     value = torch.ones_like(samples[0])
     for sample in samples:
         spread = sample.max() - sample.min()
-        value = old * value + new * (sample - sample.min()) / (spread if spread else 1.)
+        ranged = (sample - sample.min()) / spread if spread else torch.ones_like(sample)
+        value = old * value + new * ranged
     return value
 
 
