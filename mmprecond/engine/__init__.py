@@ -1,8 +1,10 @@
 """MMEngine: constructor, wrapper, registration. The only room that imports mmengine."""
 
 from .constructor import PrecondOptimWrapperConstructor
+from .curvature_hook import CurvatureHook
 from .hooks import CalibrationHook
 from .preset import use_optimizer
 from .registration import register_all
 
-__all__ = ['CalibrationHook', 'PrecondOptimWrapperConstructor', 'register_all', 'use_optimizer']
+__all__ = ['CalibrationHook', 'CurvatureHook', 'PrecondOptimWrapperConstructor', 'register_all',
+           'use_optimizer']

@@ -11,6 +11,7 @@ from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZ
 from .. import optimizers
 from ..optimizers import PreconditionedOptimizer, RuleOptimizer, WeightNormConv2d
 from .constructor import PrecondOptimWrapperConstructor
+from .curvature_hook import CurvatureHook
 from .hooks import CalibrationHook
 
 
@@ -39,7 +40,8 @@ def register_all() -> None:
         _register(OPTIMIZERS, kind)
     _register(OPTIM_WRAPPER_CONSTRUCTORS, PrecondOptimWrapperConstructor)
     _register(MODELS, WeightNormConv2d)
-    _register(HOOKS, CalibrationHook)
+    for hook in (CalibrationHook, CurvatureHook):
+        _register(HOOKS, hook)
     logger = logging.getLogger('mmprecond')
     if not any(isinstance(handler, _MMEngineHandler) for handler in logger.handlers):
         logger.addHandler(_MMEngineHandler())

@@ -21,6 +21,7 @@ from . import checkpoint, moments, report
 from .assignment import Assignment
 from .clipping import clip_norm, kl_clip
 from .memory import refuse_what_does_not_fit
+from .monitor import Monitor
 from .rule_optimizer import RuleOptimizer
 from .rules import Rule
 from .sharding import SHARDINGS, Sharding
@@ -62,6 +63,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         left_out: Modules that take the plain rule, and why.
         auto_arm: Whether the optimizer arms itself; MMEngine's wrapper arms it instead.
         dropped: Samples of layers that were not finite, since the start.
+        monitor: Reports refreshes, where someone wants to know (see `Monitor`); or None.
 
     Raises:
         ValueError: For a missing model, a model without a supported layer, bad values, or more
@@ -91,6 +93,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         self.clip_update = clip_update
         self.matmul_precision = matmul_precision
         self.dropped = 0
+        self.monitor: Monitor | None = None
         self.sharding = Sharding(sharding, save_curvature)
         self._noted: set[Layer] = set()
         self._catch_up: set[Layer] = set()
@@ -195,6 +198,8 @@ class PreconditionedOptimizer(RuleOptimizer):
     # ---------------------------------------------------------------- step
 
     def _measure(self) -> None:
+        if self.monitor is not None:
+            self.monitor.begin()
         self._merge_statistics()
         with precision('highest'):
             self._refresh()
@@ -297,6 +302,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         for stack, _, before in due:
             if before:
                 moments.carry(self, stack, before)
+        if self.monitor is not None:
+            self.monitor.refreshed(self, [(stack, positions) for stack, positions, _ in due])
 
     def _compute(self, due: list[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
         """Refreshes this rank's stacks, waiting for the device once; says what succeeded."""
@@ -315,6 +322,8 @@ class PreconditionedOptimizer(RuleOptimizer):
                 if self.sharding.holds(stack):
                     self._transform(stack, stack.method.apply, directions)
         self.sharding.exchange_directions(self.stacks, directions)
+        if self.monitor is not None:
+            self.monitor.moved(gradients, directions)
         kl_clip(self, gradients, directions)
         if self.clip_update is not None:
             clip_norm(directions, self.clip_update)

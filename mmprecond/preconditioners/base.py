@@ -155,6 +155,11 @@ class Preconditioner(ABC):
                    for b, n, m in map(layer.statistic_shape, self.required(layer)))
 
     @property
+    def is_inverse(self) -> bool:
+        """Whether its dense operators are inverses of damped moments."""
+        return False
+
+    @property
     def low_rank(self) -> LowRank | None:
         """When operators come as columns whose number is found at a refresh; None: never."""
         return None

@@ -64,6 +64,11 @@ class InputFeature(InversePreconditioner):
                              "set solver='exact'")
         check_flag('norm_recovery', self.norm_recovery)
 
+    @property
+    def is_inverse(self) -> bool:
+        """They are at exponent 1."""
+        return self.exponent == 1
+
     def average(self) -> RunningAverage:
         """Moving average of the captures as they are."""
         return RunningAverage(self.stat_decay)

@@ -129,6 +129,11 @@ class FisherKronecker(Preconditioner):
         """Makes each row the gradient of its own loss."""
         return rows
 
+    @property
+    def is_inverse(self) -> bool:
+        """They are."""
+        return True
+
     def average(self) -> RunningAverage:
         """Moving average that starts from the first sample."""
         return RunningAverage(self.stat_decay, from_first=True)

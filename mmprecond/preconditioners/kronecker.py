@@ -64,6 +64,11 @@ class NewtonKronecker(InversePreconditioner):
             return super().is_exact(refreshes)
         return refreshes <= 2 or refreshes % self.exact_interval == 0
 
+    @property
+    def is_inverse(self) -> bool:
+        """They are."""
+        return True
+
     def average(self) -> RunningAverage:
         """Moving average of normalised captures."""
         return RunningAverage(self.stat_decay, normalise='norm')

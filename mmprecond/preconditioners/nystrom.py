@@ -62,6 +62,11 @@ class NystromFeature(Preconditioner):
         whole = self.rank >= layer.columns or not layer.compressible
         return ('input_moment',) if whole else self.requires
 
+    @property
+    def is_inverse(self) -> bool:
+        """They are."""
+        return True
+
     def average(self) -> RunningAverage:
         """Moving average with bias correction."""
         return RunningAverage(self.stat_decay, corrected=True)

@@ -1,0 +1,96 @@
+"""Shows the curvature of a run in MMEngine's visualizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+
+from ..checks import check_count
+from ..optimizers import PreconditionedOptimizer
+from ..optimizers.monitor import Monitor, RefreshReport
+
+#: What a heat map shows, and whether as a logarithm.
+MAPS = {'cosine': False, 'largest': True, 'damping': True, 'residual': True, 'rank': False}
+
+
+class CurvatureHook(Hook):  # type: ignore[misc]
+    """Logs what each refresh made of the layers: to TensorBoard and all other backends of the run.
+
+    Scalars ``curvature/...``: damping, largest eigenvalue, residual of Newton's inverses or rank
+    kept (mean and largest over the layers, by side), cosine between gradient and direction, failed
+    refreshes, seconds and megabytes. Every `map_interval` refreshes an image for each of them, a
+    row a layer and a column a refresh. Nothing is computed at other steps.
+
+    Args:
+        map_interval: Refreshes between images; None for none.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, map_interval: int | None = 10) -> None:
+        if map_interval is not None:
+            check_count('map_interval', map_interval)
+        self.map_interval = map_interval
+        self.history: list[RefreshReport] = []
+
+    def before_train(self, runner: Any) -> None:
+        """Gives the optimizer its monitor; raises ValueError for one that has no curvature."""
+        optimizer = runner.optim_wrapper.optimizer
+        if not isinstance(optimizer, PreconditionedOptimizer):
+            raise ValueError(f'CurvatureHook has nothing to show of {type(optimizer).__name__}; '
+                             'take it out of custom_hooks')
+        if is_main_process():
+            optimizer.monitor = Monitor()
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+                         outputs: Any = None) -> None:
+        """Logs the step's refreshes, if there were any."""
+        monitor = runner.optim_wrapper.optimizer.monitor
+        report = monitor.report if monitor else None
+        if report is None:
+            return
+        monitor.report = None  # shown once, though several iterations may make a step
+        step = runner.iter + 1
+        runner.visualizer.add_scalars(
+            {f'curvature/{name}': value for name, value in report.summary().items()}, step=step)
+        self.history.append(report)
+        if self.map_interval and len(self.history) % self.map_interval == 0:
+            for name, logarithm in MAPS.items():
+                image = heat_map(self.history, name, logarithm)
+                if image is not None:
+                    runner.visualizer.add_image(f'curvature_{name}', image, step=step)
+
+
+def heat_map(history: list[RefreshReport], name: str, logarithm: bool) -> Any:
+    """An image (height, width, 3) of bytes: a value of all layers over all refreshes, or None.
+
+    Args:
+        history: The reports.
+        name: The value's name; of values by side both are shown.
+        logarithm: Whether to show the logarithm.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = sorted({(layer, key) for report in history for layer, values in report.layers.items()
+                   for key in values if key.split('/')[0] == name})
+    if not rows:
+        return None
+    table = np.array([[report.layers.get(layer, {}).get(key, np.nan) for report in history]
+                      for layer, key in rows])
+    if logarithm:
+        table = np.log10(np.maximum(table, 1e-30))
+    figure = Figure(figsize=(8, 1.5 + 0.2 * len(rows)), layout='constrained')
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    picture = axes.imshow(table, aspect='auto', interpolation='nearest')
+    axes.set_yticks(range(len(rows)), [f'{layer.removesuffix(".weight")} {key[len(name) + 1:]}'
+                                       for layer, key in rows], fontsize=6)
+    axes.set_xticks(range(len(history)), [str(report.step) for report in history], fontsize=6)
+    axes.set_xlabel('step')
+    figure.colorbar(picture, label=f'log10 {name}' if logarithm else name)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,159 @@
+"""What a refresh made of the layers, in numbers, for those who watch a run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..curvature import COLUMNS, MOMENT, Layer
+from ..linalg import largest_eigenvalue
+from ..preconditioners import LayerStack
+from ..preconditioners.sides import SCALE, SIDES
+from .memory import megabytes
+
+if TYPE_CHECKING:
+    from .base import PreconditionedOptimizer
+
+Values = dict[str, float]
+
+
+@dataclass
+class RefreshReport:
+    """One step's refreshes.
+
+    Attributes:
+        step: The step, from 0.
+        layers: By weight name, what `describe` found, and 'cosine', between the gradient and the
+            direction of this step (not of methods that act after the rule).
+        failures: Layers whose refresh failed at this step.
+        seconds: Of captures' merging and the refresh.
+        megabytes: Held by statistics and operators.
+    """
+
+    step: int
+    layers: dict[str, Values] = field(default_factory=dict)
+    failures: int = 0
+    seconds: float = 0.
+    megabytes: float = 0.
+
+    def summary(self) -> Values:
+        """Over the layers: the mean of each value, its largest, and the least cosine."""
+        found: Values = {'failures': float(self.failures), 'seconds': self.seconds,
+                         'megabytes': self.megabytes}
+        names = sorted({name for values in self.layers.values() for name in values})
+        for name in names:
+            values = [values[name] for values in self.layers.values() if name in values]
+            found[f'{name}/mean'] = sum(values) / len(values)
+            if name == 'cosine':
+                found[f'{name}/min'] = min(values)
+            else:
+                found[f'{name}/max'] = max(values)
+        return found
+
+
+class Monitor:
+    """Reports each step that refreshes something; costs nothing at the others.
+
+    Give it to an optimizer: ``optimizer.monitor = Monitor()``, and read `report` after a step.
+
+    Attributes:
+        report: Of the last step, or None if it refreshed nothing.
+    """
+
+    def __init__(self) -> None:
+        self.report: RefreshReport | None = None
+        self._layers: list[tuple[LayerStack, int]] = []
+        self._start = 0.
+
+    def begin(self) -> None:
+        """Before statistics are merged."""
+        self.report, self._layers = None, []
+        self._start = time.perf_counter()
+
+    def refreshed(self, optimizer: PreconditionedOptimizer,
+                  due: list[tuple[LayerStack, list[int]]]) -> None:
+        """After refreshes of these positions."""
+        held = sum(megabytes(layer, stack, optimizer.sharding.holds(stack))
+                   for stack in optimizer.stacks for layer in (s.layer for s in stack.slots))
+        self.report = RefreshReport(optimizer.t, seconds=time.perf_counter() - self._start,
+                                    megabytes=held)
+        self._layers = [(stack, k) for stack, positions in due for k in positions]
+        self.report.failures = sum(stack.slots[k].failures > 0 for stack, k in self._layers)
+
+    def moved(self, gradients: dict[Tensor, Tensor], directions: dict[Tensor, Tensor]) -> None:
+        """After directions were found; waits for the device once."""
+        if self.report is None:
+            return
+        found: dict[str, dict[str, Tensor]] = {}
+        for stack, k in self._layers:
+            layer = stack.slots[k].layer
+            if stack.slots[k].refreshes and stack.operator:
+                found[layer.name] = describe(stack, k)
+                if layer.weight in directions and not stack.method.restores:
+                    found[layer.name]['cosine'] = _cosine(layer, gradients, directions)
+        flat = [value.double().reshape(()) for values in found.values()
+                for value in values.values()]
+        numbers = iter(torch.stack([v.to(flat[0].device) for v in flat]).tolist() if flat else [])
+        self.report.layers = {name: {key: next(numbers) for key in values}
+                              for name, values in found.items()}
+
+
+def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
+    """One layer's numbers, by side ('gradient', 'input').
+
+    'largest': the largest eigenvalue of its moment. Of an inverse X of A + mu I: 'damping', the mu
+    that fits best, and 'residual', ``|I - X (A + mu I)|`` relative to ``|I|``. Of an operator in
+    low rank: 'damping', the eigenvalue that stands for all left out, and 'rank', its columns.
+
+    Args:
+        stack: The layer's stack.
+        position: Its place there.
+
+    Returns:
+        Scalars by ``<value>/<side>``.
+    """
+    found: dict[str, Tensor] = {}
+    for side in SIDES:
+        moments = [s[position] for name, s in stack.statistics.items()
+                   if name.startswith(side) and MOMENT in name]
+        if moments and moments[0].shape[-1] == moments[0].shape[-2]:
+            found[f'largest/{side}'] = largest_eigenvalue(moments[0]).amax()
+        inverse = stack.operator.get(side + MOMENT)
+        if inverse is not None and moments and stack.method.is_inverse:
+            found[f'damping/{side}'], found[f'residual/{side}'] = fit_damping(
+                moments[0], inverse[position])
+        columns = stack.operator.get(side + COLUMNS)
+        if columns is not None:
+            used = torch.linalg.vector_norm(columns[position], dim=-2) > 0
+            found[f'rank/{side}'] = used.sum().double()
+            found[f'damping/{side}'] = 1 / stack.operator[side + SCALE][position].amax()
+    return found
+
+
+def fit_damping(moment: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """The mu for which X is closest to (A + mu I)^-1, and how close.
+
+    Args:
+        moment: A (b, n, n).
+        inverse: X (b, n, n).
+
+    Returns:
+        mu, the mean over the blocks, and the largest ``|I - X (A + mu I)| / |I|`` (Frobenius).
+    """
+    moment, inverse = moment.double(), inverse.double()
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    rest = identity - inverse @ moment
+    damping = (rest * inverse).sum((-2, -1)) / inverse.square().sum((-2, -1))
+    error = torch.linalg.matrix_norm(rest - damping[:, None, None] * inverse)
+    return damping.mean(), (error / moment.shape[-1]**0.5).amax()
+
+
+def _cosine(layer: Layer, gradients: dict[Tensor, Tensor],
+            directions: dict[Tensor, Tensor]) -> Tensor:
+    g, v = (torch.cat([tensors[p].flatten().double() for p in layer.parameters if p in tensors])
+            for tensors in (gradients, directions))
+    return (g * v).sum() / (g.norm() * v.norm()).clamp_min(1e-300)
