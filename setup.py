@@ -48,6 +48,7 @@ EXTRAS = {
     'peers': ['pytorch_optimizer>=4.0'],
     'dev': [
         'hypothesis>=6.100',
+        'jinja2>=3',
         'matplotlib>=3.8',
         'mypy>=1.15',
         'numpy>=1.26',

@@ -1,0 +1,116 @@
+"""tools/compare_runs.py: logs of MMEngine, beside the paper, in Markdown and in a browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
+
+import compare_runs  # noqa: E402
+
+PAPER = """
+paper = dict(table='3.9', detector='mask_rcnn', optimizer='NKFAC', result=dict(APb=40.1, APm=36.6))
+"""
+
+
+def make(folder: Path, stamp: str, iterations: range, optimizer: str = 'NKFAC', lr: float = 0.02,
+         extra: str = '', ap: float = 0.395) -> Path:
+    """A log as MMEngine writes it: the loss every 10 iterations, a score every 20."""
+    data = folder / stamp / 'vis_data'
+    data.mkdir(parents=True)
+    lines: list[dict[str, Any]] = []
+    for k in iterations:
+        lines.append(dict(loss=3. - k / 100, time=0.5, iter=k, step=k))
+        if k % 20 == 0:
+            lines.append({'coco/bbox_mAP': ap * k / 40, 'coco/segm_mAP': 0.37, 'step': k // 20})
+            lines.append({'curvature/cosine/mean': 0.5, 'step': k})
+    (data / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+    (data / 'config.py').write_text(
+        f"optim_wrapper = dict(optimizer=dict(type='{optimizer}', lr={lr}))\n"
+        f"work_dir = '{folder}'\n{extra}")
+    (folder / stamp / f'{stamp}.log').write_text(
+        'System environment:\n    Python: 3.11.7\n    PyTorch: 2.11.0\n    GPU 0: <none & such>\n')
+    return folder
+
+
+@pytest.fixture(name='folders')
+def _folders(tmp_path: Path) -> list[Path]:
+    return [make(tmp_path / 'nkfac', '1', range(10, 50, 10), extra=PAPER),
+            make(tmp_path / 'sgd', '1', range(10, 50, 10), 'SGD', 0.01, ap=0.3)]
+
+
+def test_a_log_is_read(folders: list[Path]) -> None:
+    run = compare_runs.read_run(folders[0])
+    assert run.losses[-1] == (40, 20., pytest.approx(2.6))
+    assert run.scores['coco/bbox_mAP'] == [(20, 10., pytest.approx(0.1975)),
+                                           (40, 20., pytest.approx(0.395))]
+    assert run.optimizer == 'NKFAC' and run.machine['PyTorch'] == '2.11.0'
+    assert not any('curvature' in name for name in run.scores)
+    assert run.against_paper() == [('APb', pytest.approx(39.5), 40.1),
+                                   ('APm', pytest.approx(37.), 36.6)]
+
+
+def test_a_resumed_run_is_one(tmp_path: Path) -> None:
+    """What was logged after the checkpoint counts once: the later log's."""
+    make(tmp_path / 'run', '1', range(10, 50, 10))
+    folder = make(tmp_path / 'run', '2', range(30, 70, 10), ap=0.2)
+    run = compare_runs.read_run(folder)
+    assert [point[0] for point in run.losses] == [10, 20, 30, 40, 50, 60]
+    assert run.seconds == 30.
+    assert [(point[0], point[2]) for point in run.scores['coco/bbox_mAP']] == [
+        (20, pytest.approx(0.1975)), (40, pytest.approx(0.2)), (60, pytest.approx(0.3))]
+
+
+def test_detectors_without_masks_have_sizes_instead() -> None:
+    run = compare_runs.Run('a', paper=dict(result=dict(AP=39.7, APm=43.3)), scores={
+        'coco/bbox_mAP': [(1, 1., 0.4)], 'coco/bbox_mAP_m': [(1, 1., 0.44)]})
+    assert run.against_paper() == [('AP', pytest.approx(40.), 39.7),
+                                   ('APm', pytest.approx(44.), 43.3)]
+
+
+def test_the_report(folders: list[Path], tmp_path: Path) -> None:
+    markdown, page = compare_runs.write([compare_runs.read_run(f) for f in folders],
+                                        tmp_path / 'report', 'Two <runs>')
+    text = markdown.read_text()
+    assert '| nkfac | NKFAC | 40 | 0.01 | 0.395 | 0.370 |' in text
+    assert '| APb | 39.5 | 40.1 | -0.6 |' in text
+    assert "| optim_wrapper.optimizer.lr | 0.02 | 0.01 |" in text and 'work_dir' not in text
+    html = page.read_text()
+    assert 'Two &lt;runs&gt;' in html and '&lt;none &amp; such&gt;' in html
+    assert html.count('<svg') == 3 and 'src=' not in html and 'http-equiv' not in html
+
+
+@pytest.mark.skipif(shutil.which('chromium') is None, reason='no browser is installed')
+def test_the_page_in_a_browser(folders: list[Path], tmp_path: Path) -> None:
+    """What a reader sees: rows, pictures with a size, and no request to anywhere."""
+    _, page = compare_runs.write([compare_runs.read_run(f) for f in folders],
+                                 tmp_path / 'report', 'Two runs')
+    done = subprocess.run(
+        ['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
+         '--virtual-time-budget=2000', page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count('<tr>') == 3 + 3 + 3 and done.stdout.count('<path') > 20
+    picture = tmp_path / 'page.png'
+    subprocess.run(['chromium', '--headless', '--no-sandbox', '--disable-gpu',
+                    f'--screenshot={picture}', '--window-size=1000,1400', page.as_uri()],
+                   capture_output=True, timeout=120, check=True)
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(picture).convert('RGB')).reshape(-1, 3)
+    assert len(np.unique(pixels, axis=0)) > 100  # curves in colour, not an empty page
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, 'tools/compare_runs.py', str(tmp_path)],
+                          cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 1 and 'scalars.json' in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
