@@ -1,9 +1,11 @@
 """Packaging of mmprecond. `pip install -e .` needs torch and numpy, nothing else."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -21,6 +23,20 @@ def read_readme() -> str:
     """Read the long description; a source tree without README.md still installs."""
     readme = ROOT / 'README.md'
     return readme.read_text(encoding='utf-8') if readme.is_file() else ''
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs where OpenMMLab's tools look for those of a package: into its `.mim` folder."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / 'mmprecond' / '.mim'
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(ROOT / 'configs', target / 'configs',
+                        ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(ROOT / 'model-index.yml', target)
 
 
 # mmcv is in no extra, on purpose. Its source archive looks for torch while it builds, and pip
@@ -89,6 +105,7 @@ setup(
     ],
     packages=find_packages(include=['mmprecond', 'mmprecond.*']),
     package_data={'mmprecond': ['py.typed']},
+    cmdclass={'build_py': BuildWithConfigs},
     python_requires='>=3.10',
     install_requires=['torch>=2.4', 'numpy'],
     extras_require=EXTRAS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,3 +59,38 @@ def test_a_config_builds_and_steps_at_its_real_size(tmp_path: Path) -> None:
     data = verify.make_data(tmp_path, 1, 320)
     outcome = verify.take_steps(path, data, 1)
     assert outcome.problems == [] and len(outcome.seconds) == 1
+
+
+def test_the_index_is_up_to_date() -> None:
+    import make_index
+
+    for path, text in make_index.files().items():
+        assert path.read_text() == text, f'{path.name}: run python tools/make_index.py'
+
+
+def test_the_index_as_mim_reads_it() -> None:
+    import make_index
+    import yaml
+
+    names = []
+    for file in yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']:
+        content = yaml.safe_load((ROOT / file).read_text())
+        collections = {collection['Name'] for collection in content['Collections']}
+        for model in content['Models']:
+            assert model['In Collection'] in collections and (ROOT / model['Config']).is_file()
+            names.append(model['Name'])
+    assert sorted(names) == sorted(path.stem for path in CONFIGS)
+    run = make_index.metafile('mask_rcnn', [(CONFIGS[-1], {}, dict(APb=40.2, APm=36.5))])
+    assert yaml.safe_load(run)['Models'][0]['Results'] == [
+        {'Task': 'Object Detection', 'Dataset': 'COCO', 'Metrics': {'box AP': 40.2}},
+        {'Task': 'Instance Segmentation', 'Dataset': 'COCO', 'Metrics': {'mask AP': 36.5}}]
+
+
+def test_configs_travel_with_the_package(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', str(tmp_path)],
+                   cwd=ROOT, check=True, capture_output=True)
+    shipped = tmp_path / 'mmprecond/.mim'
+    assert (shipped / 'model-index.yml').is_file()
+    (hybrid,) = shipped.glob('configs/mask_rcnn/*_afopt-nkfac_adamw.py')
+    assert verify.differences(hybrid) == []  # its own bases are with it
+    assert len(list(shipped.glob('configs/*/*_coco_*.py'))) == len(CONFIGS)

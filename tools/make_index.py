@@ -1,0 +1,108 @@
+"""Writes what lists the configs: model-index.yml and metafile.yml files for MIM, docs/configs.md.
+
+Our own runs come from configs/our_runs.json, by config name: {"NAME": {"AP": 39.6, ...}}. Published
+figures are the thesis's; they are in the page, not in the metafiles, which are for runs of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from verify_configs import FOLDERS, all_configs
+
+from mmprecond.engine import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / 'configs/our_runs.json'
+TITLES = {'faster_rcnn': 'Faster R-CNN', 'mask_rcnn': 'Mask R-CNN', 'retinanet': 'RetinaNet'}
+THESIS = dict(Title='Designing Effective Preconditioned Optimizers for Deep Neural Network '
+                    'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)')
+#: Our names of scores, and MIM's.
+METRICS = {'AP': ('Object Detection', 'box AP'), 'APb': ('Object Detection', 'box AP'),
+           'APm': ('Instance Segmentation', 'mask AP')}
+
+
+def rows() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Each config's path, its `paper` entry (empty for hybrids) and our run (empty for none)."""
+    runs = json.loads(RUNS.read_text())
+    for path in all_configs():
+        paper = launch.load_config(str(path)).get('paper') or {}
+        yield path, dict(paper), runs.get(path.stem, {})
+
+
+def metafile(folder: str, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
+    """The metafile of a folder."""
+    collection = f'{TITLES[folder]}, preconditioned'
+    models = []
+    for path, _, run in entries:
+        model: dict[str, Any] = {'Name': path.stem, 'In Collection': collection,
+                                 'Config': str(path.relative_to(ROOT))}
+        if run:
+            model['Results'] = [{'Task': METRICS[key][0], 'Dataset': 'COCO',
+                                 'Metrics': {METRICS[key][1]: value}}
+                                for key, value in run.items() if key in METRICS]
+        models.append(model)
+    content = {'Collections': [{'Name': collection, 'Paper': THESIS,
+                                'Metadata': {'Training Data': 'COCO'}}], 'Models': models}
+    return str(yaml.safe_dump(content, sort_keys=False, width=100))
+
+
+def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
+    """docs/configs.md."""
+    lines = ['# Configs', '', 'Made by `tools/make_index.py`. Published figures are those of the '
+             'thesis, COCO val2017;', 'hybrids are ours and have none. "Ours" is empty until '
+             'someone has run the config.', '']
+    for folder in FOLDERS:
+        lines += [f'## {TITLES[folder]}', '', '| config | optimizer | table | published | ours |',
+                  '|---' * 5 + '|']
+        for path, paper, run in entries:
+            if path.parent.name != folder:
+                continue
+            optimizer = paper.get('optimizer') or path.stem.split('_coco_')[1].replace('_', ', ')
+            lines.append(f'| [{path.stem}](../{path.relative_to(ROOT)}) | {optimizer} | '
+                         f'{paper.get("table", "")} | {scores(paper.get("result", {}))} | '
+                         f'{scores(run)} |')
+        lines.append('')
+    return '\n'.join(lines)
+
+
+def scores(result: dict[str, float]) -> str:
+    """The headline scores of a row."""
+    masks = 'APb' in result
+    names = {'APb': 'box', 'APm': 'mask'} if masks else {'AP': 'box'}
+    return ', '.join(f'{title} {result[name]}' for name, title in names.items() if name in result)
+
+
+def files() -> dict[Path, str]:
+    """Everything that is written, by path."""
+    entries = list(rows())
+    found = {ROOT / 'configs' / folder / 'metafile.yml': metafile(
+        folder, [entry for entry in entries if entry[0].parent.name == folder])
+        for folder in FOLDERS}
+    index = {'Import': [str(path.relative_to(ROOT)) for path in found]}
+    return {**found, ROOT / 'model-index.yml': str(yaml.safe_dump(index)),
+            ROOT / 'docs/configs.md': page(entries)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--check', action='store_true', help='only say what is out of date')
+    check = parser.parse_args().check
+    stale = [path for path, text in files().items()
+             if not path.exists() or path.read_text() != text]
+    if check and stale:
+        sys.exit('out of date, run python tools/make_index.py: '
+                 + ', '.join(str(path.relative_to(ROOT)) for path in stale))
+    for path, text in files().items() if stale else ():
+        path.write_text(text)
+    print(f'{len(stale)} files written' if stale else 'all up to date')
+
+
+if __name__ == '__main__':
+    main()
