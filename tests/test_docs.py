@@ -1,0 +1,98 @@
+"""The documentation: it builds, names what there is, and its examples run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmprecond.engine import launch
+from mmprecond.engine.registration import optimizer_types
+from mmprecond.engine.synthetic import random_model, synthetic_batch
+from mmprecond.preconditioners import METHODS
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = dict(re.findall(r'```python\n# example: ([^\n]+)\n(.*?)```',
+                           (ROOT / 'docs/adapting.md').read_text(), flags=re.DOTALL))
+CONFIGS = [name for name in EXAMPLES if name != 'pytorch']
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Without a warning: no dead link between pages, no class that is not there."""
+    pytest.importorskip('mkdocs')
+    done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '-q', '-d',
+                           str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / 'options/index.html').read_text()
+    for setting in ('refresh_interval', 'stat_decay', 'exact_interval', 'clip_update', 'sketch',
+                    'gradient_scale', 'map_interval', 'rotate_moments'):
+        assert f'<code>{setting}</code>' in page or f'>{setting}<' in page, setting
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    pages = re.findall(r': (\w+\.md)$', (ROOT / 'mkdocs.yml').read_text(), flags=re.MULTILINE)
+    assert sorted(pages) == sorted(path.name for path in (ROOT / 'docs').glob('*.md'))
+
+
+def test_every_optimizer_and_preconditioner_is_described() -> None:
+    table = (ROOT / 'docs/optimizers.md').read_text()
+    readme = (ROOT / 'README.md').read_text()
+    for kind in optimizer_types():
+        assert f'`{kind.__name__}`' in table and f'`{kind.__name__}`' in readme, kind.__name__
+    options = (ROOT / 'docs/options.md').read_text()
+    for name in METHODS:
+        assert f'mmprecond.preconditioners.{name}\n' in options, name
+
+
+def test_links_lead_somewhere() -> None:
+    for path in [*ROOT.glob('docs/*.md'), ROOT / 'README.md']:
+        for target in re.findall(r'\]\((?!http)([^)#]+)[^)]*\)', path.read_text()):
+            assert (path.parent / target).exists(), f'{path.name}: {target}'
+
+
+def shrunk(cfg: Any) -> Any:
+    """The config with small factors, random weights and no data."""
+    cfg.model.backbone.init_cfg = None
+    optimizer = cfg.optim_wrapper.optimizer
+    for settings in [entry.preconditioner for entry in optimizer.get('layers', [])] or [optimizer]:
+        settings.max_dim = 600
+    return cfg
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_configs_train(name: str, tmp_path: Path) -> None:
+    from mmengine.optim import build_optim_wrapper
+
+    if name in ('mmpretrain', 'layer decay'):
+        pytest.importorskip('mmpretrain')
+    file = tmp_path / 'example.py'
+    file.write_text(EXAMPLES[name])
+    torch.manual_seed(0)
+    cfg = shrunk(launch.load_config(str(file)))
+    model = random_model(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    size = (224, 224) if name == 'layer decay' else (64, 96)
+    before = [p.detach().clone() for p in model.parameters()]
+    with wrapper.optim_context(model):
+        losses = model(**synthetic_batch(model, 2, size), mode='loss')
+    loss, _ = model.parse_losses(losses)
+    wrapper.update_params(loss)
+    assert sum(len(stack.ready()) for stack in wrapper.optimizer.stacks) > 10
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert sum(moved) > len(moved) / 3
+
+
+def test_the_example_in_plain_pytorch() -> None:
+    scope: dict[str, Any] = {}
+    exec(EXAMPLES['pytorch'], scope)  # noqa: S102
+    assert scope['optimizer'].t == 3
+
+
+def test_examples_are_all_there() -> None:
+    assert set(EXAMPLES) == {'mmdetection', 'custom keys', 'hybrid', 'mmpretrain', 'layer decay',
+                             'pytorch'}
