@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import subprocess
 import sys
@@ -32,6 +33,8 @@ def test_the_site_builds(tmp_path: Path) -> None:
     for setting in ('refresh_interval', 'stat_decay', 'exact_interval', 'clip_update', 'sketch',
                     'gradient_scale', 'map_interval', 'rotate_moments'):
         assert f'<code>{setting}</code>' in page or f'>{setting}<' in page, setting
+    text = re.sub(r'\s+', ' ', html.unescape(re.sub(r'<[^>]+>', '', page)))
+    assert 'exact_interval: int = 500' in text and 'refresh_interval: int = 200' in text
 
 
 def test_every_page_is_in_the_navigation() -> None:
