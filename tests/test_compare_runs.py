@@ -68,6 +68,39 @@ def test_a_resumed_run_is_one(tmp_path: Path) -> None:
         (20, pytest.approx(0.1975)), (40, pytest.approx(0.2)), (60, pytest.approx(0.3))]
 
 
+def test_a_training_that_still_runs(tmp_path: Path) -> None:
+    """A line that is being written; a config whose modules are not here."""
+    folder = make(tmp_path / 'run', '1', range(10, 50, 10),
+                  extra="custom_imports = dict(imports=['nowhere_at_all'])")
+    with (folder / '1/vis_data/scalars.json').open('a') as file:
+        file.write('{"loss": 1.0, "ti')
+    run = compare_runs.read_run(folder)
+    assert run.iterations == 40 and run.optimizer == 'NKFAC'
+    (folder / '1/vis_data/config.py').write_text('optim_wrapper = dict(')
+    run = compare_runs.read_run(folder)
+    assert run.config == {} and 'cannot be read' in run.notes[0]
+
+
+def test_an_evaluation_before_the_first_loss(tmp_path: Path) -> None:
+    """It belongs to where the last log ended, not to the start."""
+    make(tmp_path / 'run', '1', range(10, 30, 10))
+    folder = make(tmp_path / 'run', '2', range(30, 50, 10))
+    file = folder / '2/vis_data/scalars.json'
+    file.write_text(json.dumps({'coco/bbox_mAP': 0.11, 'step': 1}) + '\n' + file.read_text())
+    scores = compare_runs.read_run(folder).scores['coco/bbox_mAP']
+    assert [point[:2] for point in scores] == [(20, 10.), (20, 10.), (40, 20.)]
+
+
+def test_seconds_that_leave_iterations_out_are_marked(tmp_path: Path) -> None:
+    """MMEngine's time is that of a window, in which rare refreshes may never be."""
+    folder = make(tmp_path / 'run', '1', range(100, 300, 100), extra=(
+        "default_hooks = dict(logger=dict(type='LoggerHook', interval=100))\n"))
+    run = compare_runs.read_run(folder)
+    assert 'those of 10 of every 100 iterations' in run.notes[0]
+    markdown, page = compare_runs.write([run], tmp_path / 'report', 'One')
+    assert 'window_size=100' in markdown.read_text() and 'window_size=100' in page.read_text()
+
+
 def test_detectors_without_masks_have_sizes_instead() -> None:
     run = compare_runs.Run('a', paper=dict(result=dict(AP=39.7, APm=43.3)), scores={
         'coco/bbox_mAP': [(1, 1., 0.4)], 'coco/bbox_mAP_m': [(1, 1., 0.44)]})

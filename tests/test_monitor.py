@@ -176,6 +176,15 @@ def test_scalars_and_heat_maps_reach_all_backends(tmp_path: Path) -> None:
     assert 'curvature_cosine' in board.Tags()['images']
 
 
+def test_methods_without_matrices_are_not_stored(tmp_path: Path) -> None:
+    """AdaAct refreshes at every step, and there is nothing to show of it."""
+    runner = trained(tmp_path, dict(type='AdaAct', lr=0.05), ['LocalVisBackend'])
+    hook = next(hook for hook in runner.hooks if isinstance(hook, CurvatureHook))
+    assert not hook.history
+    (scalars,) = tmp_path.glob('*/vis_data/scalars.json')
+    assert 'curvature/' not in scalars.read_text()
+
+
 def test_a_heat_map_has_a_row_a_layer_and_a_column_a_refresh() -> None:
     history = [RefreshReport(step, {'a.weight': {'cosine': 0.1 * step}, 'b.weight': {}})
                for step in range(3)]

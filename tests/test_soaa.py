@@ -360,3 +360,13 @@ def test_two_ranks_equal_the_joint_batch(tmp_path: Path) -> None:
     assert regions[0] == regions[1]
     for name, value in optimizer._region.items():
         torch.testing.assert_close(regions[0][name], value, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_left_over_keys_and_odd_groups() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match='_delete_=True'):
+        SOAA([p], lr=0.1, momentum=0.9)
+    optimizer = SOAA([dict(params=[]), dict(params=[p])], lr=0.1, total_steps=3)
+    p.grad, optimizer.loss = torch.ones(2), 1.
+    optimizer.step()
+    assert (p < 1).all()

@@ -45,6 +45,7 @@ class Run:
         config: The config, flat.
         paper: The config's `paper` entry.
         machine: What the log says of it.
+        notes: What a reader should know of how it was read.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def optimizer(self) -> str:
@@ -95,23 +97,42 @@ def read_run(folder: Path) -> Run:
         _read_scalars(run, file)
     dumped = files[-1].parent / 'config.py'
     if dumped.exists():
-        config = Config.fromfile(dumped).to_dict()
-        run.paper = config.get('paper') or {}
-        run.config = flat(config)
+        _read_config(run, dumped)
     for log in sorted(folder.glob('*/*.log'))[-1:]:
         run.machine = _read_machine(log)
     return run
 
 
+def _read_config(run: Run, file: Path) -> None:
+    """Reads a dumped config, whose own modules may not be here."""
+    try:
+        config = Config.fromfile(file, import_custom_modules=False).to_dict()
+    except Exception as error:  # a config is a program
+        run.notes.append(f'its config cannot be read ({type(error).__name__}: {error})')
+        return
+    run.paper = config.get('paper') or {}
+    run.config = flat(config)
+    window = run.config.get('log_processor.window_size', 10)
+    interval = run.config.get('default_hooks.logger.interval', 10)
+    if isinstance(window, int) and window < interval:
+        run.notes.append(
+            f'its seconds are those of {window} of every {interval} iterations, in which captures '
+            f'and refreshes may be missing: log with log_processor=dict(window_size={interval})')
+
+
 def _read_scalars(run: Run, file: Path) -> None:
     """Appends what a log says, in place of what was logged of the same iterations before."""
-    iteration, seconds = 0, 0.
+    begun = False
+    iteration, seconds = run.iterations, run.seconds
     for line in file.read_text().splitlines():
-        entry = json.loads(line)
-        if 'loss' in entry:
-            if not iteration:  # where this log begins
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # being written
+            continue
+        if 'loss' in entry and 'iter' in entry:
+            if not begun:
                 _cut(run, int(entry['iter']))
-                iteration, seconds = run.iterations, run.seconds
+                begun, iteration, seconds = True, run.iterations, run.seconds
             seconds += entry.get('time', 0.) * (entry['iter'] - iteration)
             iteration = entry['iter']
             run.losses.append((iteration, seconds, entry['loss']))

@@ -71,8 +71,11 @@ def differences(path: Path) -> list[str]:
                 if key not in allowed and not key.startswith('afopt')]  # lists of configs/_base_
     found = [f'{key} differs from {base_of(path)}' for key in compared
              if cfg.get(key) != base.get(key)]
-    if cfg['optim_wrapper'].get('paramwise_cfg') != base['optim_wrapper'].get('paramwise_cfg'):
-        found.append('paramwise_cfg differs')
+    wrappers = [{key: value for key, value in one['optim_wrapper'].items()
+                 if key not in ('optimizer', 'constructor')} for one in (cfg, base)]
+    found += [f'optim_wrapper.{key} differs from {base_of(path)}'
+              for key in sorted(wrappers[0].keys() | wrappers[1].keys())
+              if wrappers[0].get(key) != wrappers[1].get(key)]
     return found + (_against_paper(cfg) if 'paper' in cfg else [])
 
 
@@ -89,8 +92,11 @@ def base_of(path: Path) -> str:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_':
             bases = ast.literal_eval(node.value)
             bases = [bases] if isinstance(bases, str) else bases
-            return next(base for base in bases if '::' in base)
-    raise ValueError(f'{path} inherits nothing; write _base_ = "mmdet::FOLDER/NAME.py"')
+            for base in bases:
+                if '::' in base:
+                    return str(base)
+    raise ValueError(f'{path} inherits no config of MMDetection; write _base_ = '
+                     '"mmdet::FOLDER/NAME.py"')
 
 
 def _against_paper(cfg: dict[str, Any]) -> list[str]:
@@ -98,16 +104,18 @@ def _against_paper(cfg: dict[str, Any]) -> list[str]:
     paper = cfg['paper']
     keys = ('table', 'detector', 'backbone', 'schedule', 'optimizer')
     rows = [row for row in json.loads(ROWS.read_text())['coco']
-            if all(row[key] == paper[key] for key in keys)]
+            if all(row[key] == paper.get(key) for key in keys)]
     if len(rows) != 1:
-        return [f'{len(rows)} rows of the paper are {[paper[key] for key in keys]}']
+        return [f'{len(rows)} rows of the paper are {[paper.get(key) for key in keys]}']
     (row,), optimizer = rows, cfg['optim_wrapper']['optimizer']
     epochs, drops = SCHEDULES[row['schedule']]
     steps = [s for s in cfg['param_scheduler'] if s['type'] == 'MultiStepLR']
     wanted = {'type': row['optimizer'], 'lr': row['lr'], 'weight_decay': row['weight_decay'],
               **{key: row[key] for key in ('stat_interval', 'refresh_interval') if key in row}}
+    usual = {'betas': [0.9, 0.999], 'momentum': 0.9}
+    wanted |= {key: usual.get(key, 'nothing') for key in optimizer if key not in wanted}
     pairs = {key: (optimizer.get(key), value) for key, value in wanted.items()}
-    pairs |= {'result': (paper['result'], row['result']),
+    pairs |= {'result': (paper.get('result'), row['result']),
               'max_epochs': (cfg['train_cfg']['max_epochs'], epochs),
               'milestones': ([s['milestones'] for s in steps], [drops]),
               'batch': (cfg['auto_scale_lr']['base_batch_size'], 16)}
@@ -208,8 +216,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = None if args.no_steps else make_data(Path(folder), args.steps, args.size)
         for path in tqdm(args.configs or all_configs(), unit='config'):
-            problems = differences(path)
+            problems: list[str] = []
             try:
+                problems = differences(path)
                 outcome = take_steps(path, data, args.steps) if data else Outcome([], [])
             except (RuntimeError, ValueError, TypeError, KeyError) as error:
                 outcome = Outcome([f'{type(error).__name__}: {error}'.splitlines()[0]], [])

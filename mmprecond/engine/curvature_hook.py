@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from ..checks import check_count
 from ..optimizers import PreconditionedOptimizer
 from ..optimizers.monitor import Monitor, RefreshReport
 
+#: Refreshes that a heat map shows.
+COLUMNS = 200
 #: What a heat map shows, and whether as a logarithm.
 MAPS = {'cosine': False, 'largest': True, 'damping': True, 'residual': True, 'rank': False}
 
@@ -21,11 +24,12 @@ class CurvatureHook(Hook):  # type: ignore[misc]
 
     Scalars ``curvature/...``: damping, largest eigenvalue, residual of Newton's inverses or rank
     kept (mean and largest over the layers, by side), cosine between gradient and direction, failed
-    refreshes, seconds and megabytes. Every `map_interval` refreshes an image for each of them, a
-    row a layer and a column a refresh. Nothing is computed at other steps.
+    refreshes, seconds and megabytes. Every `map_interval` refreshes of all layers an image for each
+    of them, a row a layer and a column a refresh, of the last 200. Nothing is computed at other
+    steps. Under sharding='apply' operators' numbers are those of the first rank's share.
 
     Args:
-        map_interval: Refreshes between images; None for none.
+        map_interval: Refreshes of all layers between images; None for none.
     """
 
     priority = 'LOW'
@@ -34,11 +38,12 @@ class CurvatureHook(Hook):  # type: ignore[misc]
         if map_interval is not None:
             check_count('map_interval', map_interval)
         self.map_interval = map_interval
-        self.history: list[RefreshReport] = []
+        self.history: deque[RefreshReport] = deque(maxlen=COLUMNS)
+        self._refreshed = 0
 
     def before_train(self, runner: Any) -> None:
         """Gives the optimizer its monitor; raises ValueError for one that has no curvature."""
-        optimizer = runner.optim_wrapper.optimizer
+        optimizer = getattr(runner.optim_wrapper, 'optimizer', runner.optim_wrapper)
         if not isinstance(optimizer, PreconditionedOptimizer):
             raise ValueError(f'CurvatureHook has nothing to show of {type(optimizer).__name__}; '
                              'take it out of custom_hooks')
@@ -53,13 +58,18 @@ class CurvatureHook(Hook):  # type: ignore[misc]
         if report is None:
             return
         monitor.report = None  # shown once, though several iterations may make a step
+        if not any(report.layers.values()) and not report.failures:
+            return  # of methods whose operators are vectors, at every step
         step = runner.iter + 1
         runner.visualizer.add_scalars(
             {f'curvature/{name}': value for name, value in report.summary().items()}, step=step)
         self.history.append(report)
-        if self.map_interval and len(self.history) % self.map_interval == 0:
+        self._refreshed += len(report.layers)
+        layers = len(runner.optim_wrapper.optimizer.layers)
+        if self.map_interval and self._refreshed >= self.map_interval * layers:
+            self._refreshed = 0
             for name, logarithm in MAPS.items():
-                image = heat_map(self.history, name, logarithm)
+                image = heat_map(list(self.history), name, logarithm)
                 if image is not None:
                     runner.visualizer.add_image(f'curvature_{name}', image, step=step)
 
@@ -89,7 +99,8 @@ def heat_map(history: list[RefreshReport], name: str, logarithm: bool) -> Any:
     picture = axes.imshow(table, aspect='auto', interpolation='nearest')
     axes.set_yticks(range(len(rows)), [f'{layer.removesuffix(".weight")} {key[len(name) + 1:]}'
                                        for layer, key in rows], fontsize=6)
-    axes.set_xticks(range(len(history)), [str(report.step) for report in history], fontsize=6)
+    ticks = range(0, len(history), max(1, len(history) // 10))
+    axes.set_xticks(ticks, [str(history[k].step) for k in ticks], fontsize=6)
     axes.set_xlabel('step')
     figure.colorbar(picture, label=f'log10 {name}' if logarithm else name)
     canvas.draw()

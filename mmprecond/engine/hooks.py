@@ -38,7 +38,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
 
     def before_train(self, runner: Any) -> None:
         """Reads the batches; raises ValueError with another optimizer."""
-        optimizer = runner.optim_wrapper.optimizer
+        optimizer = getattr(runner.optim_wrapper, 'optimizer', runner.optim_wrapper)
         if not isinstance(optimizer, MAC):
             raise ValueError(f'CalibrationHook is for MAC and SMAC, not {type(optimizer).__name__};'
                              ' take it out of custom_hooks')

@@ -99,6 +99,9 @@ class LossMixin:
 
     def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Takes the loss as the model gave it."""
+        if loss.numel() != 1:
+            raise ValueError(f'the loss has the shape {tuple(loss.shape)}; '
+                             f'{type(self.optimizer).__name__} needs its mean, one number')
         self._losses.append(loss.detach().double().reshape(()))
         self.optimizer.loss = torch.stack(self._losses).mean()
         try:

@@ -91,7 +91,7 @@ class Monitor:
         found: dict[str, dict[str, Tensor]] = {}
         for stack, k in self._layers:
             layer = stack.slots[k].layer
-            if stack.slots[k].refreshes and stack.operator:
+            if stack.slots[k].refreshes:
                 found[layer.name] = describe(stack, k)
                 if layer.weight in directions and not stack.method.restores:
                     found[layer.name]['cosine'] = _cosine(layer, gradients, directions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_number
+from ..checks import check_choice, check_count, check_number, reject_unexpected
 from ..distributed import sum_over_ranks, world_size
 from .rule_optimizer import RuleOptimizer
 from .rules import AdamW, Group, State
@@ -84,8 +85,11 @@ class SOAA(RuleOptimizer):
         total_steps: Optimizer steps of the run. Under MMEngine it is known unless given here.
         sums: 'global', or 'parameter' for sums over each parameter by itself.
 
+        **unexpected: Refused.
+
     Raises:
         ValueError: For values out of range; in `step`, for a missing loss or `total_steps`.
+        TypeError: For unknown settings.
     """
 
     rule: TrustRegionAdam
@@ -94,7 +98,10 @@ class SOAA(RuleOptimizer):
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
                  gamma: float = 0.1, radius: float = 10., total_steps: int | None = None,
-                 sums: str = 'global') -> None:
+                 sums: str = 'global', **unexpected: Any) -> None:
+        known = [name for name, p in inspect.signature(SOAA.__init__).parameters.items()
+                 if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
+        reject_unexpected('SOAA', unexpected, known)
         if isinstance(params, nn.Module):
             params = params.parameters()
         check_number('gamma', gamma, high=1, open_low=True)
@@ -190,7 +197,7 @@ class SOAA(RuleOptimizer):
     # ---------------------------------------------------------------- step
 
     def _number(self, value: float) -> Tensor:
-        device = self.param_groups[0]['params'][0].device
+        device = next(p.device for group in self.param_groups for p in group['params'])
         return torch.full((), value, dtype=torch.float64, device=device)
 
     def _measure(self) -> None:
