@@ -17,8 +17,8 @@ from .layers import (
     SQUARE,
     Call,
     Layer,
-    LinearLayer,
 )
+from .linear import LinearLayer
 from .selection import LeftOut, find_layers, unwrap
 from .statistics import RunningAverage
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from .conv import Conv2dLayer
-from .layers import Layer, LinearLayer
+from .layers import Layer
+from .linear import LinearLayer
 
 #: Supported module classes, by exact type (a subclass may compute something else). Those of
 #: packages that are not imported here go by qualified name; mmcv's differ from torch's on empty

@@ -414,44 +414,8 @@ class Layer:
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
 
-class LinearLayer(Layer):
-    """`nn.Linear`; all leading dimensions of its input are rows."""
-
-    def _input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
-        yield inputs.to(self.working_dtype).reshape(-1, inputs.shape[-1]).t()[None]
-
-    def _gradient_rows(self, gradient: Tensor) -> Tensor:
-        return gradient.reshape(-1, gradient.shape[-1]).t()[None]
-
-    def _reduced_input(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        return _by_sample(inputs.to(self.working_dtype)).mean(1).t()[None]
-
-    def _reduced_gradient(self, gradient: Tensor) -> Tensor:
-        return _by_sample(gradient).sum(1).t()[None]
-
-    def _samples(self, gradient: Tensor) -> int:
-        return len(_by_sample(gradient))
-
-    def _position_count(self, gradient: Tensor) -> int:
-        return _by_sample(gradient).shape[1]
-
-    def _sampled_input(self, module: nn.Module, inputs: Tensor, drawn: Tensor) -> Tensor:
-        return self._sampled_gradient(inputs, drawn).to(self.working_dtype)
-
-    def _sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
-        return _by_sample(gradient)[:, drawn].flatten(0, 1).t()[None]
-
-
 def _in_blocks(rows: Tensor, like: Tensor) -> Tensor:
     """Rows (1, n, r) cut into the blocks of `like`, the last filled up with zeros."""
     count, size, _ = like.shape
     padded = nn.functional.pad(rows, (0, 0, 0, count * size - rows.shape[1]))
     return padded.reshape(count, size, rows.shape[2])
-
-
-def _by_sample(tensor: Tensor) -> Tensor:
-    """(samples, positions, features) of what a linear layer takes or gives."""
-    if tensor.dim() <= 2:
-        return tensor.reshape(-1, 1, tensor.shape[-1])
-    tensor = tensor.flatten(1, -2)
-    return tensor if tensor.shape[1] else tensor[:0]
