@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,6 +36,13 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices)}')
+
+
+def argument_names(kind: type) -> list[str]:
+    """Names of the keyword arguments that a class's constructor takes beside its parameters."""
+    signature = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    return [name for name, p in signature.items()
+            if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
 
 
 def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[str]) -> None:

@@ -185,7 +185,7 @@ def test_methods_without_matrices_are_not_stored(tmp_path: Path) -> None:
     assert 'curvature/' not in scalars.read_text()
 
 
-def test_a_heat_map_has_a_row_a_layer_and_a_column_a_refresh() -> None:
+def test_a_heat_map_is_an_image_or_nothing() -> None:
     history = [RefreshReport(step, {'a.weight': {'cosine': 0.1 * step}, 'b.weight': {}})
                for step in range(3)]
     image = heat_map(history, 'cosine', False)

@@ -157,7 +157,8 @@ class AttentionLayer(Layer):
     """The projections W_Q, W_K, W_V of an attention module, in one weight (3 h d, c).
 
     Its blocks are the heads of W_Q, then of W_K, then of W_V, each a matrix (d, c). The bias is
-    left to the rule, unless it is given: only of the means it is a part.
+    left to the rule, unless it is given: it then takes part in the means, and in no other
+    statistic.
 
     Attributes:
         heads: Number of heads.

@@ -118,7 +118,7 @@ class _Search:
             return
         part, key = kind.weight_owner(block) if kind else ('qkv', 'weight')
         reason = reason or (kind.refusal(block) if kind else '')
-        module = getattr(block, part, None) if part else block
+        module: Any = getattr(block, part, None) if part else block
         owner = name if module is None else f'{name}.{part}'.strip('.')
         windows = self.attention_windows(owner)
         if not windows:
@@ -134,8 +134,7 @@ class _Search:
         if reason:
             self.left_out.append(LeftOut(owner, type(block).__name__, reason))
         elif kind:
-            owned_by: Any = module
-            bias = owned_by._parameters.get(key.replace('weight', 'bias'))
+            bias = module._parameters.get(key.replace('weight', 'bias'))
             joint = (self.attention_bias(owner) and bias is not None
                      and self._joins(bias, weight))
             self.layers[owner] = kind(self.names[id(weight)], [block], weight,

@@ -133,7 +133,6 @@ class MAC(PreconditionedSGDM):
         if not stack.holds(layer):
             logger.warning('%s: its calibration is lost; it is treated like any other', layer.name)
             self._give_stack(layer, self._usual)
-            self._arm_if_automatic()
         for slot in stack.slots:
             slot.refreshes = 0
 

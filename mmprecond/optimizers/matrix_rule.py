@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, reject_unexpected
+from ..checks import argument_names, check_count, reject_unexpected
 from ..curvature import unwrap
 from .rule_optimizer import RuleOptimizer
 from .rules import AdamW, Group, State
@@ -125,10 +124,7 @@ class MatrixOptimizer(RuleOptimizer):
 
     def __init__(self, params: Any, rule: MatrixRule, defaults: Group, model: nn.Module | None,
                  unexpected: dict[str, Any]) -> None:
-        signature = inspect.signature(type(self).__init__).parameters
-        known = [name for name, p in signature.items()
-                 if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
-        reject_unexpected(type(self).__name__, unexpected, known)
+        reject_unexpected(type(self).__name__, unexpected, argument_names(type(self)))
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
         named = [] if model is None else unwrap(model).named_parameters()

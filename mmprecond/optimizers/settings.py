@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, TypeVar
 
-from ..checks import reject_unexpected
+from ..checks import argument_names, reject_unexpected
 from ..preconditioners import Preconditioner
 
 #: Settings of the optimizer itself, beside its rule's and its preconditioner's.
@@ -36,9 +35,7 @@ def split_settings(owner: object, method: type[Method], settings: dict[str, Any]
     own = {key: settings[key] for key in ENGINE_OPTIONS if key in settings}
     unexpected = {key: value for key, value in settings.items()
                   if key not in known and key not in own}
-    signature = inspect.signature(type(owner).__init__).parameters
-    named = [name for name, p in signature.items()
-             if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
-    reject_unexpected(type(owner).__name__, unexpected, [*named, *known, *ENGINE_OPTIONS])
+    reject_unexpected(type(owner).__name__, unexpected,
+                      [*argument_names(type(owner)), *known, *ENGINE_OPTIONS])
     chosen = {key: value for key, value in settings.items() if key in known}
     return method(**{**defaults, **chosen}), own

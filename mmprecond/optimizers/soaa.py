@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_number, reject_unexpected
+from ..checks import (
+    argument_names,
+    check_choice,
+    check_count,
+    check_number,
+    reject_unexpected,
+)
 from ..distributed import sum_over_ranks, world_size
 from .rule_optimizer import RuleOptimizer
 from .rules import AdamW, Group, State
@@ -99,9 +104,7 @@ class SOAA(RuleOptimizer):
                  eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
                  gamma: float = 0.1, radius: float = 10., total_steps: int | None = None,
                  sums: str = 'global', **unexpected: Any) -> None:
-        known = [name for name, p in inspect.signature(SOAA.__init__).parameters.items()
-                 if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
-        reject_unexpected('SOAA', unexpected, known)
+        reject_unexpected('SOAA', unexpected, argument_names(SOAA))
         if isinstance(params, nn.Module):
             params = params.parameters()
         check_number('gamma', gamma, high=1, open_low=True)
