@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,13 +17,16 @@ from mmprecond.preconditioners import EigenRotation, NewtonKronecker
 from mmprecond.preconditioners.sides import two_sided
 
 
+LEVELS = {('ieee', 'ieee'): 'highest', ('tf32', 'ieee'): 'high', ('tf32', 'bf16'): 'medium',
+          ('none', 'none'): 'default'}
+
+
 def level() -> str:
-    backend: Any = torch.backends.cuda.matmul
-    return {'ieee': 'highest', 'tf32': 'high', 'none': 'default'}.get(
-        getattr(backend, 'fp32_precision', 'none'), 'other')
+    backends: Any = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    return LEVELS.get(tuple(backend.fp32_precision for backend in backends), 'other')
 
 
-@pytest.mark.parametrize('chosen', ['highest', 'high'])
+@pytest.mark.parametrize('chosen', ['highest', 'high', 'medium'])
 @pytest.mark.parametrize('kind', [NKFAC, AdamR])
 def test_each_part_has_its_own(kind: Any, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
@@ -70,9 +74,16 @@ def tf32(x: Tensor) -> Tensor:
     return ((bits + 0x1000) & ~0x1fff).view(torch.float32)
 
 
+def bf16(x: Tensor) -> Tensor:
+    """Rounds to 7 bits after the point."""
+    return x.bfloat16().float()
+
+
+@pytest.mark.parametrize('rounding, error', [(tf32, 1e-4), (bf16, 3e-3)])
 @pytest.mark.parametrize('lowrank', [False, True])
-def test_rounded_factors_hardly_turn_a_direction(lowrank: bool) -> None:
-    """Why applying may be 'high': rounding to TF32 by hand, with a badly conditioned factor."""
+def test_rounded_factors_hardly_turn_a_direction(lowrank: bool, rounding: Callable[[Tensor], Tensor],
+                                                 error: float) -> None:
+    """Why applying may be 'high' or 'medium': rounded by hand, with a badly conditioned factor."""
     torch.manual_seed(0)
     n = 300
     basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
@@ -88,5 +99,5 @@ def test_rounded_factors_hardly_turn_a_direction(lowrank: bool) -> None:
     gradient = (torch.randn(20, n, dtype=torch.float64) @ (basis * values.sqrt()) @ basis.T)
     gradient = gradient.float()[None, None]
     exact = two_sided({k: o.double() for k, o in operator.items()}, gradient.double())
-    rounded = two_sided({k: tf32(o) for k, o in operator.items()}, tf32(gradient))
-    assert F.cosine_similarity(rounded.double().flatten(), exact.flatten(), 0) > 1 - 1e-4
+    rounded = two_sided({k: rounding(o) for k, o in operator.items()}, rounding(gradient))
+    assert F.cosine_similarity(rounded.double().flatten(), exact.flatten(), 0) > 1 - error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ..linalg import rounded
 from .layers import COLUMNS, Call, Layer
 
 logger = logging.getLogger('mmprecond')
@@ -144,7 +145,8 @@ class Capture:
         names = self.requires[layer]
         with torch.autocast(gradient.device.type, enabled=False), self.around():
             if _needs_gradient(names):
-                gradient = self._unscaled(layer, gradient)
+                gradient = rounded(self._unscaled(layer, gradient))
+            kept = tuple(map(rounded, kept))
             for name, measured in layer.measure(call, kept, gradient, names,
                                                 self._generator).items():
                 if COLUMNS in name:

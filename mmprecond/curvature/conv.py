@@ -46,7 +46,7 @@ class Conv2dLayer(Layer):
                 sums += view.sum((-3, -2, -1)).flatten(1)
         if self.bias is None:
             return products.result()
-        moment = self.empty('input' + MOMENT)
+        moment = self._unwritten('input' + MOMENT)
         moment[:, :-1, :-1] = products.result()
         return self._bordered(moment, sums, count)
 

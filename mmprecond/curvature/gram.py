@@ -1,4 +1,4 @@
-"""Symmetric products, each half computed once."""
+"""Symmetric products, each half computed once where that pays."""
 
 from __future__ import annotations
 
@@ -6,21 +6,34 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from ..linalg import add_product
+
 #: Products are formed in bands of about so many rows.
 BAND = 512
+#: With fewer summands a product is whole: on a CPU writing the other half takes longer than
+#: multiplying it.
+MANY = 1500
 
 
 def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:
-    """Adds the sum of ``X X'`` over chunks X (blocks, n, r) to a total of zeros (blocks, n, n)."""
+    """Writes the sum of ``X X'`` over chunks X (blocks, n, r) to total (blocks, n, n)."""
     height = _band(total.shape[-1])
     bands = total.split(height, 1)
+    written = halved = False
     for rows in chunks:
-        end = 0
-        for band, part in zip(bands, rows.split(height, 1), strict=True):
-            end += band.shape[1]
-            band[..., :end].baddbmm_(part, rows[:, :end].mT)
+        if rows.shape[-1] < MANY:
+            add_product(total, rows, rows.mT, old=written)
+        else:
+            end = 0
+            for band, part in zip(bands, rows.split(height, 1), strict=True):
+                end += band.shape[1]
+                add_product(band[..., :end], part, rows[:, :end].mT, old=written)
+            halved = True
+        written = True
+    if not written:
+        total.zero_()
     start = 0
-    for band in bands:
+    for band in bands if halved else ():
         end = start + band.shape[1]
         total[:, :start, start:end] = band[..., :start].mT
         start = end
@@ -29,6 +42,8 @@ def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:
 
 def gram_flops(size: int, rows: int) -> float:
     """Floating-point operations of one such product of n x n over r rows."""
+    if rows < MANY:
+        return 2. * size**2 * rows
     bands = -(-size // _band(size))
     return size**2 * rows * (1 + 1 / bands)
 

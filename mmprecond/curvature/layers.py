@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
+from ..linalg import add_product, stacked_product
 from .gram import gram, gram_flops
 
 
@@ -169,7 +170,10 @@ class Layer:
 
     def empty(self, statistic: str) -> Tensor:
         """Zeros in the shape of a statistic."""
-        return self.weight.new_zeros(self.statistic_shape(statistic), dtype=self.working_dtype)
+        return self._unwritten(statistic).zero_()
+
+    def _unwritten(self, statistic: str) -> Tensor:
+        return self.weight.new_empty(self.statistic_shape(statistic), dtype=self.working_dtype)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -282,13 +286,13 @@ class Layer:
             return self._vector(name, module, inputs, gradient)
         if COLUMNS in name:
             return torch.cat(list(self._rows(name, module, inputs, gradient, drawn)), 2)
-        total = self.empty(name)
         chunks = self._rows(name, module, inputs, gradient, drawn)
         if SKETCH in name:
-            test = self.test_matrix(name)
+            total, test = self.empty(name), self.test_matrix(name)
             for rows in chunks:
-                total.baddbmm_(rows, rows.mT @ test)
+                add_product(total, rows, stacked_product(rows.mT, test))
             return total
+        total = self._unwritten(name)
         if BLOCKS in name:
             chunks = (_in_blocks(rows, total) for rows in chunks)
         return gram(chunks, total)
@@ -350,7 +354,7 @@ class Layer:
         Returns:
             (blocks, i, i) in `working_dtype`.
         """
-        moment = self.empty('input' + MOMENT)
+        moment = self._unwritten('input' + MOMENT)
         width = self.columns - (self.bias is not None)
         sums, count = moment.new_zeros(self.blocks, width), 0
 

@@ -17,6 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..linalg import stacked_product
+
 #: A range of indices.
 Span = tuple[int, int]
 #: By the two kernel entries' places, (row, row) and then (column, column).
@@ -114,7 +116,7 @@ class PatchMoment:
         sums = {}
         for dx, pairs in self._pairs(self.columns, both=dy != 0).items():
             there = start + dy * line + dx
-            product = here @ flat[..., there:there + length].mT
+            product = stacked_product(here, flat[..., there:there + length].mT)
             for pair in pairs:
                 low, high = self.columns.met(*pair)
                 if low == high:

@@ -31,7 +31,8 @@ class RunningAverage:
     new_weight: float | None = None
     start: float = 0.
 
-    def merge(self, running: Tensor, sample: Tensor, merged: int, joint: bool = False) -> None:
+    def merge(self, running: Tensor, sample: Tensor, merged: int, joint: bool = False,
+              size: float | None = None) -> None:
         """Merges one sample (blocks, n, n) into the running average, in place.
 
         Args:
@@ -39,11 +40,15 @@ class RunningAverage:
             sample: The new one; overwritten.
             merged: Number of samples before it.
             joint: Whether the blocks are those of one matrix, with one norm.
+            size: The sample's Frobenius norm over all blocks, if it is known.
         """
         if self.normalise == 'norm':
-            norm = torch.linalg.matrix_norm(sample)[..., None, None]
-            norm = torch.linalg.vector_norm(norm) if joint else norm
-            sample /= norm + 1e-12
+            if size is not None and (joint or len(sample) == 1):
+                sample /= size + 1e-12
+            else:
+                norm = torch.linalg.matrix_norm(sample)[..., None, None]
+                norm = torch.linalg.vector_norm(norm) if joint else norm
+                sample /= norm + 1e-12
         elif self.normalise == 'range':
             least, most = sample.aminmax()
             spread = most - least

@@ -10,13 +10,13 @@ from .lowrank import (
     nystrom_columns,
     power_of_columns,
 )
-from .precision import PRECISIONS, matmul_precision
-from .products import stacked_product
+from .precision import PRECISIONS, matmul_precision, rounded
+from .products import add_product, stacked_product
 from .roots import inverse_power, newton_schulz_inverse_root
 from .spectrum import largest_eigenvalue, largest_eigenvalue_of_columns
 
-__all__ = ['PRECISIONS', 'all_finite', 'apply_columns', 'assign_columns', 'cholesky_inverse',
-           'columns_to_matrix', 'cosine_basis', 'eigenbasis', 'inverse_power', 'largest_eigenvalue',
-           'largest_eigenvalue_of_columns', 'low_rank_power', 'matmul_precision', 'newton_inverse',
-           'newton_schulz_inverse_root', 'nystrom_columns', 'orthogonal_iteration',
-           'power_of_columns', 'stacked_product']
+__all__ = ['PRECISIONS', 'add_product', 'all_finite', 'apply_columns', 'assign_columns',
+           'cholesky_inverse', 'columns_to_matrix', 'cosine_basis', 'eigenbasis', 'inverse_power',
+           'largest_eigenvalue', 'largest_eigenvalue_of_columns', 'low_rank_power',
+           'matmul_precision', 'newton_inverse', 'newton_schulz_inverse_root', 'nystrom_columns',
+           'orthogonal_iteration', 'power_of_columns', 'rounded', 'stacked_product']

@@ -1,4 +1,4 @@
-"""The precision of float32 products on a GPU, by role."""
+"""The precision of float32 products, by role."""
 
 from __future__ import annotations
 
@@ -6,28 +6,51 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-#: Precisions: float32 throughout, or TensorFloat-32, whose factors have 10 bits after the point.
-PRECISIONS = ('highest', 'high')
+#: Precisions, as torch names them: float32 throughout; TensorFloat-32, whose factors have 10 bits
+#: after the point, on a GPU; and beside it bfloat16, with 7 bits, on a CPU that multiplies it.
+PRECISIONS = ('highest', 'high', 'medium')
 
 
 @contextmanager
 def matmul_precision(level: str) -> Iterator[None]:
-    """Sets the precision of float32 products on NVIDIA GPUs, whatever the user's setting is.
+    """Sets the precision of float32 products, whatever the user's setting is.
 
-    Sums are in float32 at either level; products of other dtypes and on other devices stay.
+    Factors are rounded, sums are in float32 at all levels; products of other dtypes stay, and so do
+    those of devices without the units for it.
 
     Args:
         level: One of `PRECISIONS`.
     """
-    backend = torch.backends.cuda.matmul
-    if hasattr(backend, 'fp32_precision'):  # torch >= 2.9
-        name, wanted = 'fp32_precision', 'ieee' if level == 'highest' else 'tf32'
-    else:
-        name, wanted = 'allow_tf32', level != 'highest'  # type: ignore[assignment]
-    before = getattr(backend, name)
-    setattr(backend, name, wanted)
+    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):  # torch < 2.9: one for all
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(level)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    wanted = {torch.backends.cuda.matmul: 'ieee' if level == 'highest' else 'tf32',
+              torch.backends.mkldnn.matmul: 'bf16' if level == 'medium' else 'ieee'}
+    settings = {backend: backend.fp32_precision for backend in wanted}
     try:
+        for backend, value in wanted.items():
+            backend.fp32_precision = value
         yield
     finally:
-        setattr(backend, name, before)
+        for backend, value in settings.items():
+            backend.fp32_precision = value
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """A tensor as products on a CPU take it at the present precision, in its own dtype.
+
+    Sums of what products take must be of the same numbers: the moment of rounded rows beside the
+    sum of the rows themselves is not positive semi-definite.
+    """
+    if tensor.dtype != torch.float32 or tensor.device.type != 'cpu':
+        return tensor
+    backend = torch.backends.mkldnn.matmul
+    level = getattr(backend, 'fp32_precision', None) or torch.get_float32_matmul_precision()
+    return tensor.bfloat16().float() if level in ('bf16', 'medium') else tensor

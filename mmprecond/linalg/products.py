@@ -12,17 +12,33 @@ LARGE = 2**25
 def stacked_product(first: Tensor, second: Tensor) -> Tensor:
     """``A B`` for stacks A (..., m, k) and B (..., k, n).
 
-    A batched product gives each thread of a CPU whole matrices, and some wait for the last: large
-    ones are multiplied one after the other instead.
+    A batched product gives each thread of a CPU whole matrices, some of which wait for the last,
+    and never takes a lower precision: large ones are multiplied one after the other instead.
     """
-    count = first.shape[:-2].numel()
-    size = first.shape[-2] * first.shape[-1] * second.shape[-1]
-    alike = first.shape[:-2] == second.shape[:-2]
-    if first.device.type != 'cpu' or count < 2 or size < LARGE or not alike:
+    if not _one_by_one(first, second):
         return first @ second
     result = first.new_empty(*first.shape[:-1], second.shape[-1])
-    parts = zip(first.flatten(0, -3), second.flatten(0, -3), result.view(-1, *result.shape[-2:]),
-                strict=True)
-    for left, right, out in parts:
+    for left, right, out in _pairs(first, second, result):
         torch.mm(left, right, out=out)
     return result
+
+
+def add_product(total: Tensor, first: Tensor, second: Tensor, old: bool = True) -> None:
+    """``T += A B`` in place for T (b, m, n), A (b, m, k), B (b, k, n); without `old`, ``T = A B``."""
+    if not _one_by_one(first, second):
+        total.baddbmm_(first, second, beta=int(old))
+        return
+    for left, right, out in _pairs(first, second, total):
+        out.addmm_(left, right, beta=int(old))
+
+
+def _one_by_one(first: Tensor, second: Tensor) -> bool:
+    if first.device.type != 'cpu' or first.shape[:-2] != second.shape[:-2] or first.dim() < 3:
+        return False
+    size = first.shape[-2] * first.shape[-1] * second.shape[-1]
+    return size >= LARGE
+
+
+def _pairs(first: Tensor, second: Tensor, result: Tensor) -> zip[tuple[Tensor, ...]]:
+    return zip(first.flatten(0, -3), second.flatten(0, -3),
+               result.view(-1, *result.shape[-2:]), strict=True)

@@ -56,8 +56,9 @@ class PreconditionedOptimizer(RuleOptimizer):
             refreshed, rather than all at once. A layer's first statistics then come up to
             `stat_interval` steps later (AdamR's first bases up to `refresh_interval`); until then
             it takes the plain rule.
-        matmul_precision: Of float32 products on a GPU that measure statistics and precondition
-            gradients: 'highest' or 'high' (TensorFloat-32). Refreshes are always 'highest'.
+        matmul_precision: Of float32 products that measure statistics and precondition gradients,
+            in torch's words: 'highest'; 'high', TensorFloat-32 on a GPU; 'medium', beside that
+            bfloat16 on a CPU that multiplies it (AMX). Refreshes are always 'highest'.
 
     Attributes:
         left_out: Modules that take the plain rule, and why.
@@ -219,20 +220,21 @@ class PreconditionedOptimizer(RuleOptimizer):
         samples = self._samples(due)
         sums = [s for sample in samples.values() for s in sample.values()]
         norms = iter(_to_host(torch._foreach_norm(sums) if sums else []))
+        sizes = {layer: {name: next(norms) for name in sample} for layer, sample in samples.items()}
         for layer in list(samples):
-            sizes = {name: next(norms) for name in samples[layer]}
-            if not all(size < float('inf') for size in sizes.values()):
+            if not all(size < float('inf') for size in sizes[layer].values()):
                 self.dropped += 1
                 logger.warning('%s: non-finite statistics at step %d were dropped (%d so far)',
                                layer.name, self.t, self.dropped)
                 del samples[layer]
             # A zero sample (a dropped block, no positives) tells nothing.
-            elif not all(sizes[name] for name in self.layers[layer].method.essential(layer)):
+            elif not all(sizes[layer][name]
+                         for name in self.layers[layer].method.essential(layer)):
                 self._note_zero(layer)
                 del samples[layer]
         for stack in self.stacks:
             stack.merge({layer: samples.pop(layer) for layer in list(samples)
-                         if self.layers[layer] is stack})
+                         if self.layers[layer] is stack}, sizes)
 
     def _samples(self, due: list[Layer]) -> dict[Layer, dict[str, Tensor]]:
         """Joint statistics of all ranks: L = sum g'g of the joint loss, all others means."""

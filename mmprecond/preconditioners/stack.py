@@ -7,8 +7,9 @@ costs nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -75,17 +76,24 @@ class LayerStack:
         self.operator: Stacked = {}
         self._index: dict[Layer, int] = {}
 
-    def merge(self, samples: dict[Layer, dict[str, Tensor]]) -> None:
-        """Merges samples into the running statistics, emptying `samples` as it goes."""
+    def merge(self, samples: dict[Layer, dict[str, Tensor]],
+              sizes: Mapping[Layer, Mapping[str, float]] = MappingProxyType({})) -> None:
+        """Merges samples into the running statistics, emptying `samples` as it goes.
+
+        Args:
+            samples: By layer and statistic.
+            sizes: Their Frobenius norms, where they are known.
+        """
         newcomers = [layer for layer in samples if layer not in self._index]
         if newcomers:
             self._join(newcomers, samples[newcomers[0]])
         average = self.method.average()
         for layer in list(samples):
             slot = self.slots[self._index[layer]]
+            known = sizes.get(layer, {})
             for name, sample in samples.pop(layer).items():
                 average.merge(self.statistics[name][self._index[layer]], sample, slot.samples,
-                              joint=BLOCKS in name)
+                              joint=BLOCKS in name, size=known.get(name))
             slot.samples += 1
 
     def holds(self, layer: Layer) -> bool:
