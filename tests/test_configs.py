@@ -1,4 +1,4 @@
-"""Configs of the thesis's tables: settings against the paper and MMDetection; one is stepped."""
+"""Configs of the thesis's tables: against the paper and the toolboxes; some are stepped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip('mmdet')
+pytest.importorskip('mmpretrain')
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))
 
@@ -18,51 +19,109 @@ import verify_configs as verify  # noqa: E402
 from mmprecond.engine import launch  # noqa: E402
 
 CONFIGS = verify.all_configs()
+DETECTOR = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco_nkfac'
+CLASSIFIER = 'resnet/resnet18_b128_cifar100_nkfac'
+OURS = ('SGDPH', 'SGDPH_WN', 'KFAC', 'SKFAC', 'NKFAC', 'AdaNKFAC', 'AdamWBK', 'AdamR')
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_settings_are_those_of_the_paper_and_of_mmdetection(path: Path) -> None:
+def test_settings_are_those_of_the_paper_and_of_the_toolbox(path: Path) -> None:
     assert verify.differences(path) == []
 
 
 def test_every_row_of_the_tables_has_one_config() -> None:
-    rows = [row for row in json.loads(verify.ROWS.read_text())['coco']
-            if not row['is_toolbox_default']]
+    content = json.loads(verify.paper.ROWS.read_text())
     keys = ('table', 'detector', 'backbone', 'schedule', 'optimizer')
     papers = [launch.load_config(str(path)).get('paper') for path in CONFIGS]
-    found = sorted(tuple(paper[key] for key in keys) for paper in papers if paper)
-    assert found == sorted(tuple(row[key] for key in keys) for row in rows)
+    assert sorted(tuple(paper[key] for key in keys) for paper in papers
+                  if paper and 'table' in paper) == sorted(
+        tuple(row[key] for key in keys) for row in content['coco'] if not row['is_toolbox_default'])
+    cifar, imagenet, mini = (content['classification'][key] for key in (
+        'cifar', 'imagenet', 'mini_imagenet'))
+    tables = [*(('CIFAR-100', cifar[f'chapter{number}']['cifar100']) for number in (2, 3, 4)),
+              ('ImageNet', imagenet['top1']), ('ImageNet', imagenet['swin']['top1']),
+              ('Mini-ImageNet', mini['top1'])]
+    assert sorted((paper['data'], paper['model'], paper['optimizer'], paper['result']['top1'])
+                  for paper in papers if paper and 'data' in paper and 'result' in paper) == sorted(
+        (data, model, name, top1) for data, table in tables for model, scores in table.items()
+        for name, top1 in scores.items() if name in OURS)
+    assert [path.stem for path, paper in zip(CONFIGS, papers, strict=True)
+            if paper and 'result' not in paper] == ['resnet18_b128_cifar10_nkfac',
+                                                    'resnet50_b128_cifar10_nkfac']
     hybrids = [path.stem for path, paper in zip(CONFIGS, papers, strict=True) if not paper]
     assert len(hybrids) == 5 and all('coco_afopt' in name for name in hybrids)
 
 
-@pytest.mark.parametrize('before, after, words', [
-    ('lr=0.02', 'lr=0.01', 'lr is 0.01, the paper has 0.02'),
-    ('refresh_interval=1000', 'refresh_interval=500', 'refresh_interval is 500'),
-    ("_1x_coco.py'\n", "_2x_coco.py'\n", 'max_epochs is 24'),
-    ('AP=39.7', 'AP=39.8', 'result is'),
-    ('momentum=0.9', 'momentum=0.5', 'momentum is 0.5'),
-    ('momentum=0.9', 'momentum=0.9, damping=10.', 'damping is 10.0, the paper has nothing'),
-    ("constructor='Precond", "accumulative_counts=4,\n    constructor='Precond",
+@pytest.mark.parametrize('name, before, after, words', [
+    (DETECTOR, 'lr=0.02', 'lr=0.01', 'lr is 0.01, the paper has 0.02'),
+    (DETECTOR, 'refresh_interval=1000', 'refresh_interval=500', 'refresh_interval is 500'),
+    (DETECTOR, "_1x_coco.py'\n", "_2x_coco.py'\n", 'max_epochs is 24'),
+    (DETECTOR, 'AP=39.7', 'AP=39.8', 'result is'),
+    (DETECTOR, 'momentum=0.9', 'momentum=0.5', 'momentum is 0.5'),
+    (DETECTOR, 'momentum=0.9', 'momentum=0.9, damping=10.',
+     'damping is 10.0, the paper has nothing'),
+    (DETECTOR, "constructor='Precond", "accumulative_counts=4,\n    constructor='Precond",
      'optim_wrapper.accumulative_counts differs'),
-    ("table='3.7'", "table='3.8'", '0 rows'),
-    ('optim_wrapper = ', 'model = dict(backbone=dict(depth=101))\noptim_wrapper = ',
-     'model differs'),
+    (DETECTOR, "table='3.7'", "table='3.8'", '0 rows'),
+    (DETECTOR, 'optim_wrapper = ', 'model = dict(backbone=dict(depth=101))\noptim_wrapper = ',
+     'model.backbone.depth differs'),
+    (CLASSIFIER, 'weight_decay=0.001', 'weight_decay=0.01', 'weight_decay is 0.01'),
+    (CLASSIFIER, ',\n                   stat_interval=20', '', 'stat_interval is None'),
+    (CLASSIFIER, 'T_max=200', 'T_max=100', "schedule is [{'type': 'CosineAnnealingLR', 'T_max': 1"),
+    (CLASSIFIER, 'eta_min_ratio=1e-3', 'eta_min_ratio=1e-3, begin=5', "'begin': 5"),
+    (CLASSIFIER, 'optim_wrapper = ', 'train_cfg = dict(max_epochs=100)\noptim_wrapper = ',
+     'max_epochs is 100'),
+    (CLASSIFIER, 'optim_wrapper = ', 'train_dataloader = dict(batch_size=64)\noptim_wrapper = ',
+     'batch of a GPU, and of all is [64, 64], the paper has [128, 128]'),
+    (CLASSIFIER, 'optim_wrapper = ', "load_from = 'other.pth'\noptim_wrapper = ",
+     "pretrained weights is ['other.pth', False]"),
+    (CLASSIFIER, 'resnet18_cifar100.py', 'resnet50_cifar100.py',
+     "backbone is {'type': 'ResNet_CIFAR', 'depth': 50}"),
+    (CLASSIFIER, "data='CIFAR-100'", "data='CIFAR-10'", 'data is CIFAR100, the paper has CIFAR10'),
+    (CLASSIFIER, "model='ResNet18'", "model='VGG11'", '0 rows'),
+    (CLASSIFIER, 'top1=80.23', 'top1=80.24', 'result is'),
 ])
-def test_a_wrong_config_is_found(before: str, after: str, words: str, tmp_path: Path) -> None:
-    source = (ROOT / 'configs/faster_rcnn/faster-rcnn_r50_fpn_1x_coco_nkfac.py').read_text()
+def test_a_wrong_config_is_found(name: str, before: str, after: str, words: str,
+                                 tmp_path: Path) -> None:
+    path = ROOT / f'configs/{name}.py'
+    source = path.read_text()
     assert source.count(before) == 1
-    wrong = tmp_path / 'wrong.py'
-    wrong.write_text(source.replace(before, after))
+    wrong = tmp_path / path.name
+    changed = source.replace(before, after)
+    wrong.write_text(changed.replace("'../_base_/", f"'{ROOT}/configs/_base_/"))
     assert words in '; '.join(verify.differences(wrong))
 
 
-def test_a_config_builds_and_steps_at_its_real_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs/_base_').glob('*_cifar100.py')),
+                         ids=lambda path: path.stem)
+def test_shared_parts_of_cifar_change_network_schedule_and_size_alone(path: Path) -> None:
+    theirs, ours = (verify.flat(verify.plain(launch.load_config(name).to_dict())) for name in (
+        'mmpretrain::resnet/resnet50_8xb16_cifar100.py', str(path)))
+    changed = [key for key in sorted(theirs.keys() | ours.keys())
+               if ours.get(key) != theirs.get(key)
+               and not key.startswith(('model.', 'param_scheduler.'))]
+    enlarged = [key for key in changed if key.endswith('pipeline')]
+    assert [key for key in changed if key not in enlarged] == ['train_dataloader.batch_size']
+    assert len(enlarged) == (5 if 'dense' in path.stem or 'google' in path.stem else 0)
+    for key in enlarged:
+        assert [step for step in ours[key] if step['type'] != 'Resize'] == theirs[key]
+
+
+def test_a_detector_builds_and_steps_at_its_real_size(tmp_path: Path) -> None:
     """The cheapest; `tools/verify_configs.py` does all."""
     (path,) = (path for path in CONFIGS if path.stem == 'retinanet_swin-t-p4-w7_fpn_1x_coco_afopt')
     data = verify.make_data(tmp_path, 1, 320)
     outcome = verify.take_steps(path, data, 1)
     assert outcome.problems == [] and len(outcome.seconds) == 1
+
+
+@pytest.mark.parametrize('name, layers', [('vgg/vgg11bn_b128_cifar100_sgdph', '3 of 24'),
+                                          ('resnet/resnet18_b128_cifar100_skfac', '21 of 21')])
+def test_a_classifier_builds_and_steps_at_its_real_size(name: str, layers: str,
+                                                        tmp_path: Path) -> None:
+    data = verify.make_data(tmp_path, 3, 64)
+    outcome = verify.take_steps(ROOT / f'configs/{name}.py', data, 3)
+    assert outcome.problems == [] and outcome.layers == layers
 
 
 def test_the_index_is_up_to_date() -> None:
@@ -84,10 +143,14 @@ def test_the_index_as_mim_reads_it() -> None:
             assert model['In Collection'] in collections and (ROOT / model['Config']).is_file()
             names.append(model['Name'])
     assert sorted(names) == sorted(path.stem for path in CONFIGS)
-    run = make_index.metafile('mask_rcnn', [(CONFIGS[-1], {}, dict(APb=40.2, APm=36.5))])
+    run = make_index.metafile('mask_rcnn', [(CONFIGS[0], {}, dict(APb=40.2, APm=36.5))])
     assert yaml.safe_load(run)['Models'][0]['Results'] == [
         {'Task': 'Object Detection', 'Dataset': 'COCO', 'Metrics': {'box AP': 40.2}},
         {'Task': 'Instance Segmentation', 'Dataset': 'COCO', 'Metrics': {'mask AP': 36.5}}]
+    run = make_index.metafile('vgg', [(CONFIGS[0], dict(data='CIFAR-100'), dict(top1=70.1))])
+    assert yaml.safe_load(run)['Models'][0]['Results'] == [
+        {'Task': 'Image Classification', 'Dataset': 'CIFAR-100',
+         'Metrics': {'Top 1 Accuracy': 70.1}}]
 
 
 def test_configs_travel_with_the_package(tmp_path: Path) -> None:
@@ -97,4 +160,7 @@ def test_configs_travel_with_the_package(tmp_path: Path) -> None:
     assert (shipped / 'model-index.yml').is_file()
     (hybrid,) = shipped.glob('configs/mask_rcnn/*_afopt-nkfac_adamw.py')
     assert verify.differences(hybrid) == []  # its own bases are with it
-    assert len(list(shipped.glob('configs/*/*_coco_*.py'))) == len(CONFIGS)
+    (enlarged,) = shipped.glob('configs/googlenet/*_nkfac.py')
+    assert verify.differences(enlarged) == []
+    for path in CONFIGS:
+        assert (shipped / path.relative_to(ROOT)).is_file()

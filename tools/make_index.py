@@ -20,12 +20,15 @@ from mmprecond.engine import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / 'configs/our_runs.json'
-TITLES = {'faster_rcnn': 'Faster R-CNN', 'mask_rcnn': 'Mask R-CNN', 'retinanet': 'RetinaNet'}
+TITLES = {'faster_rcnn': 'Faster R-CNN', 'mask_rcnn': 'Mask R-CNN', 'retinanet': 'RetinaNet',
+          'densenet': 'DenseNet', 'googlenet': 'GoogLeNet', 'resnet': 'ResNet',
+          'swin_transformer': 'Swin Transformer', 'vgg': 'VGG'}
 THESIS = dict(Title='Designing Effective Preconditioned Optimizers for Deep Neural Network '
                     'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)')
 #: Our names of scores, and MIM's.
 METRICS = {'AP': ('Object Detection', 'box AP'), 'APb': ('Object Detection', 'box AP'),
-           'APm': ('Instance Segmentation', 'mask AP')}
+           'APm': ('Instance Segmentation', 'mask AP'),
+           'top1': ('Image Classification', 'Top 1 Accuracy')}
 
 
 def rows() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
@@ -40,33 +43,41 @@ def metafile(folder: str, entries: list[tuple[Path, dict[str, Any], dict[str, An
     """The metafile of a folder."""
     collection = f'{TITLES[folder]}, preconditioned'
     models = []
-    for path, _, run in entries:
+    for path, paper, run in entries:
         model: dict[str, Any] = {'Name': path.stem, 'In Collection': collection,
                                  'Config': str(path.relative_to(ROOT))}
         if run:
-            model['Results'] = [{'Task': METRICS[key][0], 'Dataset': 'COCO',
+            model['Results'] = [{'Task': METRICS[key][0], 'Dataset': data_of(paper),
                                  'Metrics': {METRICS[key][1]: value}}
                                 for key, value in run.items() if key in METRICS]
         models.append(model)
+    data = sorted({data_of(paper) for _, paper, _ in entries})
     content = {'Collections': [{'Name': collection, 'Paper': THESIS,
-                                'Metadata': {'Training Data': 'COCO'}}], 'Models': models}
+                                'Metadata': {'Training Data': data if data[1:] else data[0]}}],
+               'Models': models}
     return str(yaml.safe_dump(content, sort_keys=False, width=100))
+
+
+def data_of(paper: dict[str, Any]) -> str:
+    """The data set that a config trains on, by its `paper` entry."""
+    return str(paper.get('data', 'COCO'))
 
 
 def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
     """docs/configs.md."""
     lines = ['# Configs', '', 'Made by `tools/make_index.py`. Published figures are those of the '
-             'thesis, COCO val2017;', 'hybrids are ours and have none. "Ours" is empty until '
-             'someone has run the config.', '']
+             'thesis: COCO val2017, and top-1', 'accuracy in per cent. Hybrids are ours and have '
+             'none. "Ours" is empty until someone has run the config.', '']
     for folder in FOLDERS:
-        lines += [f'## {TITLES[folder]}', '', '| config | optimizer | table | published | ours |',
-                  '|---' * 5 + '|']
+        lines += [f'## {TITLES[folder]}', '', '| config | data | optimizer | thesis | published | '
+                  'ours |', '|---' * 6 + '|']
         for path, paper, run in entries:
             if path.parent.name != folder:
                 continue
             optimizer = paper.get('optimizer') or path.stem.split('_coco_')[1].replace('_', ', ')
-            lines.append(f'| [{path.stem}](../{path.relative_to(ROOT)}) | {optimizer} | '
-                         f'{paper.get("table", "")} | {scores(paper.get("result", {}))} | '
+            source = ' '.join(f'{key} {paper[key]}' for key in ('table', 'chapter') if key in paper)
+            lines.append(f'| [{path.stem}](../{path.relative_to(ROOT)}) | {data_of(paper)} | '
+                         f'{optimizer} | {source} | {scores(paper.get("result", {}))} | '
                          f'{scores(run)} |')
         lines.append('')
     return '\n'.join(lines)
@@ -75,7 +86,7 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
 def scores(result: dict[str, float]) -> str:
     """The headline scores of a row."""
     masks = 'APb' in result
-    names = {'APb': 'box', 'APm': 'mask'} if masks else {'AP': 'box'}
+    names = {'APb': 'box', 'APm': 'mask'} if masks else {'AP': 'box', 'top1': 'top-1'}
     return ', '.join(f'{title} {result[name]}' for name, title in names.items() if name in result)
 
 

@@ -1,10 +1,10 @@
 """Proves that every config is what the thesis's tables say, and that it builds and steps.
 
 A config with a `paper` entry is compared with its row of configs/paper_results.json (learning
-rate, decay, intervals, schedule, batch) and with the MMDetection config that it inherits, from
-which nothing but the optimizer and the schedule may differ. Then the real model is built at real
-size with random weights and takes a few steps on synthetic images through the config's own
-pipeline; on a CPU in float32.
+rate, decay, intervals, schedule, batch; a classifier's network and data too) and with the config
+that it inherits, from which nothing but the optimizer and the schedule may differ. Then the real
+model is built at real size with random weights and takes a few steps on synthetic images through
+the config's own pipeline; on a CPU in float32.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import paper
 import torch
+from mmengine.logging import MMLogger
 from tqdm import tqdm
 
-from mmprecond.datasets import make_shapes
+from mmprecond.datasets import make_shape_folders, make_shapes
 from mmprecond.engine import launch
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
-ROWS = ROOT / 'configs/paper_results.json'
-#: Epochs, and those at which the rate drops by 10.
-SCHEDULES = {'1x': (12, [8, 11]), '2x': (24, [16, 22]), '3x': (36, [27, 33])}
-#: What a config may change of the one it inherits.
-OURS = ('optim_wrapper', 'custom_imports', 'paper')
-SCHEDULE_KEYS = ('train_cfg', 'param_scheduler', 'max_epochs')
+DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
+CLASSIFIERS = ('densenet', 'googlenet', 'resnet', 'swin_transformer', 'vgg')
+FOLDERS = DETECTORS + CLASSIFIERS
+#: What every config may change of the one it inherits, as beginnings of names.
+OURS = ('optim_wrapper.optimizer.', 'optim_wrapper.constructor', 'custom_imports.', 'paper.',
+        'afopt')  # lists of configs/_base_
+SMALL = 32  # pixels of CIFAR's images
 #: Of the shapes, in the order of their categories.
 NAMES = ('person', 'bicycle', 'car', 'motorcycle')
 
@@ -47,7 +49,8 @@ class Outcome:
         problems: What is wrong, in words.
         seconds: Of each step.
         memory: Peak of the process so far, in GB.
-        layers: Layers with an operator, and all that are preconditioned and trained.
+        layers: Layers with an operator, and all that are preconditioned and trained; for SGDPH
+            vectors with a Hessian.
         note: What was done otherwise than the config says.
     """
 
@@ -59,83 +62,71 @@ class Outcome:
 
 
 def all_configs() -> list[Path]:
-    """Every config of a detector."""
+    """Every config of a detector or a classifier."""
     return [path for folder in FOLDERS for path in sorted((ROOT / 'configs' / folder).glob('*.py'))]
 
 
 def differences(path: Path) -> list[str]:
     """Where a config departs from the thesis's table or from its base."""
-    cfg, base = (_plain(launch.load_config(one).to_dict()) for one in (str(path), base_of(path)))
-    allowed = OURS + (SCHEDULE_KEYS if cfg.get('paper', {}).get('schedule') == '2x' else ())
-    compared = [key for key in sorted(cfg.keys() | base.keys())
-                if key not in allowed and not key.startswith('afopt')]  # lists of configs/_base_
-    found = [f'{key} differs from {base_of(path)}' for key in compared
-             if cfg.get(key) != base.get(key)]
-    wrappers = [{key: value for key, value in one['optim_wrapper'].items()
-                 if key not in ('optimizer', 'constructor')} for one in (cfg, base)]
-    found += [f'optim_wrapper.{key} differs from {base_of(path)}'
-              for key in sorted(wrappers[0].keys() | wrappers[1].keys())
-              if wrappers[0].get(key) != wrappers[1].get(key)]
-    return found + (_against_paper(cfg) if 'paper' in cfg else [])
+    loaded = [launch.load_config(one).to_dict() for one in (str(path), base_of(path))]
+    cfg, base = (plain(one) for one in loaded)
+    row = None
+    if 'paper' in cfg:
+        try:
+            row = paper.row_of(cfg)
+        except ValueError as error:
+            return [str(error)]
+    free = OURS + (row.free if row else ())
+    ours, theirs = flat(cfg), flat(base)
+    found = [f'{key} differs from {base_of(path)}' for key in sorted(ours.keys() | theirs.keys())
+             if not key.startswith(free) and ours.get(key) != theirs.get(key)]
+    return found + (paper.departures(cfg, row, path.stem) if row else [])
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A config without the scopes that inheriting from a toolbox leaves in it."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items() if key != '_scope_'}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(one) for key, one in value.items() if key != '_scope_'}
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def flat(cfg: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Settings by their dotted names; lists stay whole."""
+    found: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f'{prefix}{key}.')
+        else:
+            found[f'{prefix}{key}'] = value
+    return found
 
 
 def base_of(path: Path) -> str:
-    """The MMDetection config that a config inherits, as its source says."""
+    """What a config inherits, as its source says: a toolbox's config, or else a file of ours."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_':
             bases = ast.literal_eval(node.value)
             bases = [bases] if isinstance(bases, str) else bases
-            for base in bases:
-                if '::' in base:
-                    return str(base)
-    raise ValueError(f'{path} inherits no config of MMDetection; write _base_ = '
-                     '"mmdet::FOLDER/NAME.py"')
-
-
-def _against_paper(cfg: dict[str, Any]) -> list[str]:
-    """Where a config with a `paper` entry departs from its row."""
-    paper = cfg['paper']
-    keys = ('table', 'detector', 'backbone', 'schedule', 'optimizer')
-    rows = [row for row in json.loads(ROWS.read_text())['coco']
-            if all(row[key] == paper.get(key) for key in keys)]
-    if len(rows) != 1:
-        return [f'{len(rows)} rows of the paper are {[paper.get(key) for key in keys]}']
-    (row,), optimizer = rows, cfg['optim_wrapper']['optimizer']
-    epochs, drops = SCHEDULES[row['schedule']]
-    steps = [s for s in cfg['param_scheduler'] if s['type'] == 'MultiStepLR']
-    wanted = {'type': row['optimizer'], 'lr': row['lr'], 'weight_decay': row['weight_decay'],
-              **{key: row[key] for key in ('stat_interval', 'refresh_interval') if key in row}}
-    usual = {'betas': [0.9, 0.999], 'momentum': 0.9}
-    wanted |= {key: usual.get(key, 'nothing') for key in optimizer if key not in wanted}
-    pairs = {key: (optimizer.get(key), value) for key, value in wanted.items()}
-    pairs |= {'result': (paper.get('result'), row['result']),
-              'max_epochs': (cfg['train_cfg']['max_epochs'], epochs),
-              'milestones': ([s['milestones'] for s in steps], [drops]),
-              'batch': (cfg['auto_scale_lr']['base_batch_size'], 16)}
-    return [f'{key} is {found}, the paper has {value}' for key, (found, value) in pairs.items()
-            if found != value]
+            files = [str((path.parent / base).resolve()) for base in bases if '::' not in base]
+            return str([*(base for base in bases if '::' in base), *files][0])
+    raise ValueError(f'{path} inherits no config; write _base_ = "mmdet::FOLDER/NAME.py"')
 
 
 def make_data(folder: Path, images: int, size: int) -> Path:
-    """Shapes in COCO format, under the names of categories of COCO."""
-    root = make_shapes(folder, images=images, size=size, progress=False)
+    """Shapes in COCO format, under the names of categories of COCO, and in folders of two sizes."""
+    root = make_shapes(folder / 'coco', images=images, size=size, progress=False)
     file = root / 'annotations/train.json'
     content = json.loads(file.read_text())
     for category, name in zip(content['categories'], NAMES, strict=True):
         category['name'] = name
     file.write_text(json.dumps(content))
-    return root
+    for name, side in (('large', size), ('small', SMALL)):
+        make_shape_folders(folder / name, images=max(4, 2 * images), size=side, progress=False)
+    return folder
 
 
 def take_steps(path: Path, data: Path, steps: int) -> Outcome:
-    """Builds a config's model and optimizer and takes some steps at batch 1."""
+    """Builds a config's model and optimizer and takes some steps: batches of `_adapt`."""
     from mmengine.optim import build_optim_wrapper
     from mmengine.runner import Runner
 
@@ -145,6 +136,8 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
     note = _adapt(cfg, data)
     torch.manual_seed(0)
     model = random_model(cfg)
+    if cfg.default_scope == 'mmpretrain':  # as in training; detectors begin from other weights
+        model.init_weights()
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     loader = Runner.build_dataloader(cfg.train_dataloader)
     outcome, batches = Outcome([], [], note=note), iter(loader)
@@ -156,36 +149,63 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
         if not math.isfinite(loss):
             outcome.problems.append(f'the loss is {loss}')
     outcome.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    stacks = getattr(wrapper.optimizer, 'stacks', None)
-    if stacks is not None:
-        ready = {layer for stack in stacks for _, layer in stack.ready()}
-        trained = [layer for layer in wrapper.optimizer.layers if layer.weight.requires_grad]
+    _look_at_curvature(wrapper.optimizer, outcome)
+    return outcome
+
+
+def _look_at_curvature(optimizer: Any, outcome: Outcome) -> None:
+    """Notes how much curvature the steps have measured, and whether that is what they must."""
+    if hasattr(optimizer, 'stacks'):
+        ready = {layer for stack in optimizer.stacks for _, layer in stack.ready()}
+        trained = [layer for layer in optimizer.layers if layer.weight.requires_grad]
         outcome.layers = f'{len(ready)} of {len(trained)}'
         missing = [layer.name for layer in trained if layer not in ready]
         if missing:
             outcome.problems.append(f'no operator for {", ".join(missing[:3])}')
-    return outcome
+    elif hasattr(optimizer, 'vectors'):
+        diagonals = [optimizer.state[p]['hessian'] for p in optimizer.vectors[:-1]]
+        seen = sum(bool(diagonal.any()) for diagonal in diagonals)
+        outcome.layers = f'{seen} of {len(diagonals)}'
+        if not seen or not all(diagonal.isfinite().all() for diagonal in diagonals):
+            outcome.problems.append('no Hessian, or one that is not finite')
 
 
 def _adapt(cfg: Any, data: Path) -> str:
     """Points a config to the data; makes it run on a CPU; returns what that changed."""
     notes = []
-    cfg.model.backbone.init_cfg = None
+    if 'Pretrained' in str(cfg.model.backbone.get('init_cfg')):
+        cfg.model.backbone.init_cfg = None
     loader = cfg.train_dataloader
     loader.update(batch_size=1, num_workers=0, persistent_workers=False)
-    loader.dataset.update(data_root=str(data), ann_file='annotations/train.json',
-                          data_prefix=dict(img='train/'))
+    if cfg.default_scope == 'mmpretrain':
+        loader.batch_size = 2  # batch normalisation may see one position
+        loader.dataset = _folders(loader.dataset, data)
+    else:
+        loader.dataset.update(data_root=str(data / 'coco'), ann_file='annotations/train.json',
+                              data_prefix=dict(img='train/'))
     if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
         cfg.optim_wrapper.type = 'OptimWrapper'
         notes.append('OptimWrapper in place of AmpOptimWrapper')
     optimizer = cfg.optim_wrapper.optimizer
-    late = [entry for entry in [optimizer, *(entry.get('preconditioner') or {} for entry
-                                             in optimizer.get('layers', []))]
-            if entry.get('type') in ('AdamR', 'EigenRotation')]
-    for entry in late:  # its first capture is at step stat_interval, not at step 0
-        entry.update(stat_interval=2, refresh_interval=2)
-        notes.append('intervals of 2 for AdamR')
+    entries = [optimizer, *(entry.get('preconditioner') or {} for entry
+                            in optimizer.get('layers', []))]
+    late = {'AdamR', 'EigenRotation'}  # their first capture is at step stat_interval, not at 0
+    if cfg.model.backbone.type in ('ResNet', 'ResNet_CIFAR') and cfg.default_scope == 'mmpretrain':
+        late.update(('KFAC', 'SKFAC', 'NKFAC', 'AdamWBK'))  # residual branches begin at zero
+    for entry in entries:
+        if entry.get('type') in late:
+            entry.update(stat_interval=2, refresh_interval=2)
+            notes.append(f'intervals of 2 for {entry["type"]}')
     return ', '.join(notes)
+
+
+def _folders(dataset: Any, data: Path) -> dict[str, Any]:
+    """A classifier's data set, with its pipeline, on images in folders."""
+    pipeline, size = list(dataset.pipeline), 'large'
+    if dataset.type.startswith('CIFAR'):  # holds its images in memory
+        pipeline, size = [dict(type='LoadImageFromFile'), *pipeline], 'small'
+    return dict(type='CustomDataset', data_root=str(data / size), data_prefix='train',
+                pipeline=pipeline)
 
 
 def parse_args() -> argparse.Namespace:
@@ -204,7 +224,7 @@ def table(outcomes: dict[Path, Outcome]) -> str:
     """One row for each config, in Markdown."""
     lines = ['| config | settings | layers | seconds a step | peak GB | note |', '|---' * 6 + '|']
     for path, outcome in outcomes.items():
-        seconds = ', '.join(f'{second:.0f}' for second in outcome.seconds) or '-'
+        seconds = ', '.join(f'{second:.1f}' for second in outcome.seconds) or '-'
         lines.append(f'| {path.stem} | {"; ".join(outcome.problems) or "as they must be"} | '
                      f'{outcome.layers} | {seconds} | {outcome.memory:.1f} | {outcome.note} |')
     return '\n'.join(lines)
@@ -212,6 +232,7 @@ def table(outcomes: dict[Path, Outcome]) -> str:
 
 def main() -> None:
     args = parse_args()
+    MMLogger.get_instance('mmengine', log_level='WARNING')  # not the table of every run
     outcomes: dict[Path, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = None if args.no_steps else make_data(Path(folder), args.steps, args.size)

@@ -1,0 +1,3 @@
+_base_ = 'vgg11_cifar100.py'
+
+model = dict(backbone=dict(depth=19))

@@ -1,0 +1,220 @@
+"""The rows of the thesis's tables, and where a config departs from its row.
+
+A row is named by the `paper` entry of a config. The figures come from configs/paper_results.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mmprecond import optimizers
+
+ROWS = Path(__file__).resolve().parent.parent / 'configs/paper_results.json'
+#: Epochs, and those at which the rate drops by 10.
+SCHEDULES = {'1x': (12, [8, 11]), '2x': (24, [16, 22]), '3x': (36, [27, 33])}
+COSINE = {'type': 'CosineAnnealingLR', 'T_max': 200, 'eta_min_ratio': 1e-3}
+INTERVALS = ('stat_interval', 'refresh_interval')
+CHAPTERS = {'SGDPH': 2, 'KFAC': 3, 'SKFAC': 3, 'NKFAC': 3, 'AdaNKFAC': 3, 'AdamWBK': 4, 'AdamR': 4}
+#: Rate and decay on ImageNet where the file has none; those of AdamR and AdamWBK are uncertain.
+OTHER_RATES = {'SKFAC': {'ResNet18': (5e-4, 0.02), 'ResNet50': (5e-4, 0.02)},
+               'AdamR': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)},
+               'AdamWBK': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)}}
+#: Type and number of classes.
+DATA = {'CIFAR-10': ('CIFAR10', 10), 'CIFAR-100': ('CIFAR100', 100), 'ImageNet': ('ImageNet', 1000),
+        'Mini-ImageNet': ('CustomDataset', 100)}
+_BN = {'type': 'BN'}
+#: Of a backbone's config, what makes it the network of a row. CIFAR has ResNets of its own.
+NETWORKS: dict[str, dict[str, Any]] = {
+    'ResNet18': {'type': 'ResNet', 'depth': 18}, 'ResNet50': {'type': 'ResNet', 'depth': 50},
+    'VGG11': {'type': 'VGG', 'depth': 11, 'norm_cfg': _BN},
+    'VGG19': {'type': 'VGG', 'depth': 19, 'norm_cfg': _BN},
+    'VGG19-noBN': {'type': 'VGG', 'depth': 19, 'norm_cfg': None,
+                   'conv_cfg': {'type': 'WeightNormConv2d'}},
+    'DenseNet121': {'type': 'DenseNet', 'arch': '121'},
+    'GoogLeNet': {'type': 'torchvision.models.GoogLeNet', 'aux_logits': False},
+    'Swin-T': {'type': 'SwinTransformer', 'arch': 'tiny'},
+    'Swin-B': {'type': 'SwinTransformer', 'arch': 'base'}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        name: What names it in a config's `paper`.
+        result: The published scores; none for settings without a row.
+        optimizer: Type, rate, decay and intervals: the method's own where the thesis names none.
+        batch: Of all GPUs together.
+        epochs: None if they are the toolbox's.
+        decay: The scheduler after the warm-up; None if it is the toolbox's.
+        free: Settings beside the optimizer's in which a config may differ from the one it inherits.
+    """
+
+    name: dict[str, Any]
+    result: dict[str, float] | None
+    optimizer: dict[str, Any]
+    batch: int
+    epochs: int | None
+    decay: dict[str, Any] | None
+    free: tuple[str, ...] = ()
+
+
+@cache
+def rows() -> list[Row]:
+    """All rows that need a config: those of ours, and of COCO what MMDetection has not itself."""
+    content = json.loads(ROWS.read_text())
+    return [*_coco(content['coco']), *_cifar(content['classification']['cifar']),
+            *_imagenet(content['classification'])]
+
+
+def row_of(cfg: dict[str, Any]) -> Row:
+    """The row of a config that has a `paper` entry.
+
+    Raises:
+        ValueError: If it is not exactly one.
+    """
+    name = {key: value for key, value in cfg['paper'].items() if key != 'result'}
+    found = [row for row in rows() if row.name == name]
+    if len(found) != 1:
+        raise ValueError(f'{len(found)} rows of the paper are {list(name.values())}')
+    return found[0]
+
+
+def departures(cfg: dict[str, Any], row: Row, name: str) -> list[str]:
+    """Where a config departs from its row.
+
+    Args:
+        cfg: The config, of plain dictionaries and lists.
+        row: Its row.
+        name: The config's, which says on how many GPUs a classifier is trained.
+    """
+    optimizer = cfg['optim_wrapper']['optimizer']
+    usual = {'betas': [0.9, 0.999], 'momentum': 0.9}
+    wanted = row.optimizer | {key: usual.get(key, 'nothing') for key in optimizer
+                              if key not in row.optimizer}
+    pairs = {key: (optimizer.get(key), value) for key, value in wanted.items()}
+    pairs |= {'result': (cfg['paper'].get('result'), row.result),
+              'batch': (cfg['auto_scale_lr']['base_batch_size'], row.batch)}
+    if row.epochs is not None:
+        pairs['max_epochs'] = (cfg['train_cfg']['max_epochs'], row.epochs)
+    if row.decay is not None:
+        pairs['schedule'] = (_decays(cfg), [row.decay])
+    if 'data' in row.name:
+        pairs |= _of_classifier(cfg, row, name)
+    return [f'{key} is {found}, the paper has {value}' for key, (found, value) in pairs.items()
+            if found != value]
+
+
+def _decays(cfg: dict[str, Any]) -> list[dict[str, Any]]:
+    """The schedulers but for warm-ups, without what is their usual."""
+    found = cfg['param_scheduler']
+    usual = {'by_epoch': True, 'begin': 0, 'end': cfg['train_cfg']['max_epochs']}
+    return [{key: value for key, value in one.items() if key not in usual or usual[key] != value}
+            for one in (found if isinstance(found, list) else [found])
+            if one['type'] != 'LinearLR']
+
+
+def _of_classifier(cfg: dict[str, Any], row: Row, name: str) -> dict[str, tuple[Any, Any]]:
+    """What to compare of network, data and batch: found and wanted."""
+    model, (kind, classes) = cfg['model'], DATA[row.name['data']]
+    backbone, network = model['backbone'], NETWORKS[row.name['model']]
+    if network['type'] == 'ResNet' and kind.startswith('CIFAR'):
+        network = network | {'type': 'ResNet_CIFAR'}
+    batch = re.search(r'_(?:(\d+)x)?b(\d+)_', name)
+    loader = cfg['train_dataloader']
+    return {
+        'backbone': ({key: backbone.get(key) for key in network}, network),
+        'classes': ([model['head'].get('num_classes') or backbone.get('num_classes'),
+                     cfg['data_preprocessor']['num_classes']], [classes, classes]),
+        'data': (loader['dataset']['type'], kind),
+        'batch of a GPU, and of all': (
+            [loader['batch_size'], loader['batch_size'] * int(batch[1] or 1)] if batch else None,
+            [int(batch[2]), row.batch] if batch else 'in its name'),
+        'pretrained weights': ([cfg.get('load_from'), 'Pretrained' in str(model)], [None, False])}
+
+
+def _coco(content: list[dict[str, Any]]) -> Iterator[Row]:
+    keys = ('table', 'detector', 'backbone', 'schedule', 'optimizer')
+    for row in content:
+        if row['is_toolbox_default']:
+            continue
+        epochs, drops = SCHEDULES[row['schedule']]
+        yield Row({key: row[key] for key in keys}, row['result'],
+                  _settings(row['optimizer'], row['lr'], row['weight_decay'], row), 16, epochs,
+                  _drops(drops),
+                  ('train_cfg.max_epochs', 'max_epochs', 'param_scheduler')
+                  if row['schedule'] == '2x' else ())
+
+
+def _cifar(content: dict[str, Any]) -> Iterator[Row]:
+    for chapter in (2, 3, 4):
+        part = content[f'chapter{chapter}']
+        decay = (COSINE if part['schedule'] == 'cosine'
+                 else _every(part['schedule'], content['epochs']))
+        for model, scores in part['cifar100'].items():
+            for optimizer, top1 in scores.items():
+                if not _is_ours(optimizer):
+                    continue
+                rates = part['settings'][_plain_name(optimizer)]
+                row = Row(_name('CIFAR-100', chapter, model, optimizer), {'top1': top1},
+                          _settings(optimizer, rates['lr'], rates['wd'], rates),
+                          content['batch_size'], content['epochs'], decay,
+                          ('param_scheduler', 'train_dataloader.batch_size'))
+                yield row
+                if optimizer == 'NKFAC' and model.startswith('ResNet'):  # same settings, no row
+                    yield replace(row, name=_name('CIFAR-10', chapter, model, optimizer),
+                                  result=None)
+
+
+def _imagenet(content: dict[str, Any]) -> Iterator[Row]:
+    swin = content['imagenet']['swin'] | {'batch_size': 1024, 'epochs': None}
+    for data, part in (('ImageNet', content['imagenet']), ('ImageNet', swin),
+                       ('Mini-ImageNet', content['mini_imagenet'])):
+        decay = _every(part['schedule'], part['epochs']) if part['epochs'] else None
+        for model, scores in part['top1'].items():
+            for optimizer, top1 in scores.items():
+                if not _is_ours(optimizer):
+                    continue
+                rates = part['settings'].get(optimizer)
+                lr, wd = ((rates['lr'], rates['wd']) if rates else OTHER_RATES[optimizer][model])
+                yield Row(_name(data, CHAPTERS[optimizer], model, optimizer), {'top1': top1},
+                          _settings(optimizer, lr, wd, rates or {}), part['batch_size'],
+                          part['epochs'], decay)
+
+
+def _name(data: str, chapter: int, model: str, optimizer: str) -> dict[str, Any]:
+    return {'data': data, 'chapter': chapter, 'model': model, 'optimizer': optimizer}
+
+
+def _plain_name(optimizer: str) -> str:
+    """Without the mark of networks whose weights are length times direction."""
+    return optimizer.removesuffix('_WN')
+
+
+def _is_ours(optimizer: str) -> bool:
+    return _plain_name(optimizer) in optimizers.__all__
+
+
+def _settings(optimizer: str, lr: float, decay: float, row: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer's config must say; intervals that the row has not are the method's own."""
+    kind = getattr(optimizers, _plain_name(optimizer), None)
+    method = getattr(kind, 'preconditioner', None)
+    own = {key: kind.preset.get(key, getattr(method, key)) for key in INTERVALS} if method else {}
+    return {'type': _plain_name(optimizer), 'lr': lr, 'weight_decay': decay,
+            **{key: row.get(key, value) for key, value in own.items()}}
+
+
+def _drops(epochs: list[int]) -> dict[str, Any]:
+    return {'type': 'MultiStepLR', 'milestones': epochs, 'gamma': 0.1}
+
+
+def _every(words: str, epochs: int) -> dict[str, Any]:
+    """Drops as in 'x0.1 every 60 epochs'."""
+    (step,) = re.fullmatch(r'x0\.1 every (\d+) epochs', words).groups()
+    return _drops(list(range(int(step), epochs, int(step))))
