@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,8 @@ from .products import stacked_product
 
 #: Least number of columns beside those that stand out, which find what is new.
 MARGIN = 16
-#: Power iterations by which what was left out is estimated.
-CHECKS = 6
+#: Power iterations by which what was left out is estimated, from so many vectors.
+CHECKS, PROBES = 4, 4
 #: What may be left out is so many times the bound: eigenvalues close to it take many columns to be
 #: found, and bring little.
 SLACK = 1.5
@@ -94,7 +96,8 @@ def columns_to_matrix(basis: Tensor, scale: Tensor) -> Tensor:
     return scale * matrix
 
 
-def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, exponent: float = 1.,
+def low_rank_power(matrix: Tensor, start: Tensor | None,
+                   damping: Tensor | Callable[[Tensor], Tensor], exponent: float = 1.,
                    tolerance: float = 0.1, max_rank: int | None = None
                    ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(A + mu I)^-p`` from the directions of A that stand out of the damping mu.
@@ -112,7 +115,7 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
     Args:
         matrix: A (..., n, n), symmetric positive semi-definite; float32 or float64.
         start: U (..., n, m) of an earlier result for a similar matrix, or None.
-        damping: mu > 0 (...).
+        damping: mu > 0 (...), or what gives it for columns B (..., n, m) with B B' close to A.
         exponent: p > 0.
         tolerance: t, less than 1.
         max_rank: Most columns kept, whatever is left out; default: n / 2, and if that is not
@@ -123,9 +126,10 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
         scale (I - U U'), and a bool tensor (...) that is False where it is meaningless; or None if
         more columns are needed than n / 2.
     """
-    bound = _largest_dispensable(damping, exponent, tolerance)
     most = matrix.shape[-1] // 2 if max_rank is None else max_rank
-    columns, outside = _standing_out(matrix, start, bound, most)
+    factor = _dispensable(exponent, tolerance)
+    columns, outside, damping = _standing_out(matrix, start, damping, factor, most)
+    bound = factor * damping
     if max_rank is None and bool((outside > SLACK * bound).any()):
         return None
     values, vectors, good = checked_eigh(columns.mT @ columns)
@@ -147,26 +151,32 @@ def low_rank_power(matrix: Tensor, start: Tensor | None, damping: Tensor, expone
     return basis, scale, good
 
 
-def _standing_out(matrix: Tensor, start: Tensor | None, bound: Tensor,
-                  most: int) -> tuple[Tensor, Tensor]:
-    """B with ``A - B B' >= 0`` below bounds (...) with `SLACK`, if `most` columns are enough.
+def _standing_out(matrix: Tensor, start: Tensor | None,
+                  damping: Tensor | Callable[[Tensor], Tensor], factor: float,
+                  most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """B with ``A - B B' >= 0`` below `SLACK` bounds, if `most` columns are enough.
 
     Returns:
-        B (..., n, m), and about the largest eigenvalue of A - B B' (...).
+        B (..., n, m), about the largest eigenvalue of A - B B' (...), and the damping (...), of
+        which the bound is `factor` times as much.
     """
     size = matrix.shape[-1]
     if start is None:
         vectors = _range(matrix, size // 16)
     else:
         vectors = _refilled(start, _margin(start.shape[-1], size))
-    image = _product(matrix, vectors)
+    probes = _drawn(matrix, PROBES).expand(*matrix.shape[:-1], -1)
+    image, probed = _product(matrix, torch.cat([vectors.mT, probes.mT], -2).mT).split(
+        [vectors.shape[-1], PROBES], -1)
     while True:
         columns = _nystrom_of_image(image, vectors.mT @ image)
-        outside = _largest_outside(matrix, columns)
+        amount = damping(columns) if callable(damping) else damping
+        outside = _largest_outside(matrix, columns, probes, probed)
         width = vectors.shape[-1]
         # NaN compares false: a matrix that is not finite is reported, not searched.
-        if not bool((outside > SLACK * bound).any()) or width >= min(most + MARGIN, size):
-            return columns, outside
+        if (not bool((outside > SLACK * factor * amount).any())
+                or width >= min(most + MARGIN, size)):
+            return columns, outside, amount
         added = _range(matrix, min(max(MARGIN, width // 2), size - width), columns)
         vectors = torch.cat([vectors, added], -1)
         image = torch.cat([image, _product(matrix, added)], -1)
@@ -233,20 +243,21 @@ def _range(matrix: Tensor, width: int, columns: Tensor | None = None) -> Tensor:
     return torch.linalg.qr(image)[0]
 
 
-def _largest_outside(matrix: Tensor, columns: Tensor) -> Tensor:
-    """Estimate of the largest eigenvalue of ``A - B B'`` (...)."""
-    vector = _drawn(matrix, 4).expand(*matrix.shape[:-1], -1)
+def _largest_outside(matrix: Tensor, columns: Tensor, probes: Tensor, probed: Tensor) -> Tensor:
+    """Estimate of the largest eigenvalue of ``A - B B'`` (...), from vectors P and A P."""
     tiny = torch.finfo(matrix.dtype).tiny
-    for _ in range(CHECKS):
-        norms = torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)
-        vector = vector / norms
+    vector = probed - columns @ (columns.mT @ probes)
+    norms = torch.linalg.vector_norm(vector, dim=-2)
+    for _ in range(CHECKS - 1):
+        vector = vector / norms.clamp_min(tiny)[..., None, :]
         vector = _product(matrix, vector) - columns @ (columns.mT @ vector)
-    return torch.linalg.vector_norm(vector, dim=-2).amax(-1)
+        norms = torch.linalg.vector_norm(vector, dim=-2)
+    return norms.amax(-1)
 
 
-def _largest_dispensable(damping: Tensor, exponent: float, tolerance: float) -> Tensor:
-    """The largest e for which one value tau makes powers of all 0 ... e right to the tolerance."""
-    return damping * (((1 + tolerance) / (1 - tolerance))**(1 / exponent) - 1)
+def _dispensable(exponent: float, tolerance: float) -> float:
+    """The largest e / mu for which one tau makes powers of all 0 ... e right to the tolerance."""
+    return ((1 + tolerance) / (1 - tolerance))**(1 / exponent) - 1
 
 
 def _outer_value(rest: Tensor, largest: Tensor, damping: Tensor, exponent: float,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def largest_eigenvalue(matrix: Tensor, start: Tensor | None = None, rounds: int = 10) -> Tensor:
+def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
     """Estimates the largest eigenvalue of positive semi-definite matrices by power iteration.
 
     Starts from the vector of ones and takes two products a round, as the published code does; the
@@ -20,10 +20,7 @@ def largest_eigenvalue(matrix: Tensor, start: Tensor | None = None, rounds: int 
 
     Args:
         matrix: (..., n, n), symmetric positive semi-definite.
-        start: Vectors (..., n) that were close to the eigenvectors of an earlier matrix, or zero.
-            One round from them and three from the ones then take the place of `rounds`; the
-            larger estimate is taken, as all are lower bounds.
-        rounds: Number of rounds without them.
+        rounds: Number of rounds.
 
     Returns:
         (...), one estimate per matrix; 0 for a zero matrix, never NaN.
@@ -31,17 +28,8 @@ def largest_eigenvalue(matrix: Tensor, start: Tensor | None = None, rounds: int 
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     scale = _scale_of(diagonal[..., None])  # no entry is larger
     diagonal = diagonal / scale[..., 0]
-
-    def product(vector: Tensor) -> Tensor:
-        return matrix @ (vector / scale)
-
-    if start is None:
-        estimate = _power_iteration(product, diagonal, rounds)
-    else:
-        estimate = torch.maximum(_powers(product, start[..., None], 1),
-                                 _power_iteration(product, diagonal, 3))
-        estimate = torch.maximum(estimate, diagonal.amax(-1))
-    return scale[..., 0, 0] * estimate
+    return scale[..., 0, 0] * _power_iteration(lambda vector: matrix @ (vector / scale), diagonal,
+                                               rounds)
 
 
 def largest_eigenvalue_of_columns(columns: Tensor, rounds: int = 10) -> Tensor:
@@ -66,13 +54,9 @@ def _power_iteration(product: Callable[[Tensor], Tensor], diagonal: Tensor,
     negligible = torch.finfo(diagonal.dtype).eps ** 0.5 * diagonal.shape[-1]**0.5
     degenerate = image <= negligible * diagonal.sum(-1)
     peak = torch.zeros_like(vector).scatter_(-2, diagonal.argmax(-1)[..., None, None], 1)
-    return _powers(product, torch.where(degenerate[..., None, None], product(peak), vector), rounds)
-
-
-def _powers(product: Callable[[Tensor], Tensor], vector: Tensor, rounds: int) -> Tensor:
-    """Norms (...) of the image of vectors (..., n, 1) at unit length, after some rounds."""
+    vector = torch.where(degenerate[..., None, None], product(peak), vector)
     tiny = torch.finfo(vector.dtype).tiny
-    estimate = vector[..., 0, 0]
+    estimate = image
     for _ in range(rounds):
         vector = product(vector)
         vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(tiny)

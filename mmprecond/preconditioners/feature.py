@@ -78,7 +78,7 @@ class InputFeature(InversePreconditioner):
         """Inverts the damped moments (see the base class)."""
         damping = self.damping if damping is None else damping
         return damped_sides(
-            statistics, lambda name, given: relative_damping(given, damping, name, previous),
+            statistics, lambda name, given: relative_damping(given, damping, name),
             lambda _, damped: inverse_power(damped, self.exponent), self.exponent,
             self.low_rank, previous)
 

@@ -79,7 +79,7 @@ class NewtonKronecker(InversePreconditioner):
         damping = self.damping if damping is None else damping
 
         def amount(name: str, factor: Tensor) -> Tensor:
-            return (damping * largest(name, factor, previous)).clamp_min(self.damping_floor)
+            return (damping * largest(name, factor)).clamp_min(self.damping_floor)
 
         def invert(name: str, damped: Tensor) -> tuple[Tensor, Tensor]:
             if previous is None or self.solver == 'lowrank':

@@ -77,7 +77,7 @@ class KroneckerRoot(InversePreconditioner):
 
         return damped_sides(
             statistics,
-            lambda name, factor: exact_relative_damping(name, factor, damping, previous), root,
+            lambda name, factor: exact_relative_damping(name, factor, damping), root,
             exponent=0.5, low_rank=self.low_rank, previous=previous)
 
     def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,16 +88,14 @@ def operator_shapes(layer: Layer, statistics: tuple[str, ...],
     return shapes
 
 
-def largest(name: str, statistic: Tensor, previous: Stacked | None = None) -> Tensor:
+def largest(name: str, statistic: Tensor) -> Tensor:
     """Estimate of the largest eigenvalue of a side's moment in any form (..., b).
 
-    Blocks of one side are damped alike: all have that of the largest. Of previous operators in low
-    rank, the first column is the eigenvector as it was.
+    Blocks of one side are damped alike: all have that of the largest.
     """
     if COLUMNS in name:
         return largest_eigenvalue_of_columns(statistic)
-    columns = (previous or {}).get(name.replace(MOMENT, COLUMNS)) if MOMENT in name else None
-    values = largest_eigenvalue(statistic, None if columns is None else columns[..., 0])
+    values = largest_eigenvalue(statistic)
     return values.amax(-1, keepdim=True).expand_as(values) if BLOCKS in name else values
 
 
@@ -128,20 +127,19 @@ def damped_sides(statistics: Stacked, amounts: Callable[[str, Tensor], Tensor],
     outcomes = []
     for statistic, given in statistics.items():
         name = side_name(statistic)
-        amount = amounts(name, given)
         found: tuple[Tensor, Tensor, Tensor] | None = None
         if COLUMNS in name:
-            found = power_of_columns(given, amount, exponent)
+            found = power_of_columns(given, amounts(name, given), exponent)
         elif low_rank is not None and low_rank.takes(name, given.shape[-1]) and name not in (
                 previous or ()):
             name = name.replace(MOMENT, COLUMNS)
-            found = low_rank_power(given, (previous or {}).get(name), amount, exponent,
-                                   low_rank.tolerance, low_rank.max_rank)
+            found = low_rank_power(given, (previous or {}).get(name), partial(amounts, name),
+                                   exponent, low_rank.tolerance, low_rank.max_rank)
         if found is not None:
             operator[name], operator[name.replace(COLUMNS, SCALE)], good = found
         else:
             name = side_name(statistic)
-            operator[name], good = solve(name, add_damping(given, amount))
+            operator[name], good = solve(name, add_damping(given, amounts(name, given)))
         outcomes.append(good.all(-1))
     return operator, torch.stack(outcomes).all(0)
 
@@ -222,24 +220,22 @@ def add_damping(statistic: Tensor, damping: Tensor) -> Tensor:
     return damped
 
 
-def relative_damping(statistic: Tensor, damping: Tensor | float, name: str = MOMENT,
-                     previous: Stacked | None = None) -> Tensor:
+def relative_damping(statistic: Tensor, damping: Tensor | float, name: str = MOMENT) -> Tensor:
     """``damping lambda_max`` of each moment (..., b, n, n), or columns by the name: (..., b).
 
     A block that is nothing beside its layer's others (a saturated head, a dead channel) is damped
     as rounding asks, and a layer that is nothing at all by 1.
     """
-    value = largest(name, statistic, previous)
+    value = largest(name, statistic)
     rounding = 10 * torch.finfo(statistic.dtype).eps
     peak = value.amax(-1, keepdim=True) if value.dim() else value
     amount = damping * value + rounding * peak
     return torch.where(amount > 0, amount, 1)
 
 
-def exact_relative_damping(name: str, statistic: Tensor, damping: Tensor | float,
-                           previous: Stacked | None = None) -> Tensor:
+def exact_relative_damping(name: str, statistic: Tensor, damping: Tensor | float) -> Tensor:
     """The same, but a block takes its layer's largest eigenvalue only where its own is zero."""
-    value = largest(name, statistic, previous)
+    value = largest(name, statistic)
     amount = damping * torch.where(value > 0, value, value.amax(-1, keepdim=True))
     return torch.where(amount > 0, amount, 1)
 
