@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,23 @@ def assert_same(a: nn.Module, b: nn.Module, tolerance: float) -> None:
 
 def test_every_optimizer_is_here() -> None:
     assert {kind.__name__ for kind in optimizer_types()} == set(SETTINGS)
+
+
+@pytest.mark.parametrize('name, options', [
+    *((name, {}) for name in SETTINGS),
+    *((name, dict(momentum=0.)) for name in SETTINGS
+      if 'momentum' in inspect.signature(getattr(optimizers, name)).parameters)])
+def test_a_step_leaves_the_gradients_alone(name: str, options: dict[str, float]) -> None:
+    """Also those of layers that are alone in their stack, which are not copied."""
+    model = net()
+    optimizer = make(name, model, **options)
+    for seed in range(5):
+        optimizer.zero_grad()
+        x, y = images(seed)
+        backward(name, optimizer, F.cross_entropy(model(x), y))
+        before = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize('sizes', [(3, 3), (2, 1, 3)])

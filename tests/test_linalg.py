@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmprecond.linalg import (
+    add_product,
     cholesky_inverse,
     largest_eigenvalue,
     newton_inverse,
@@ -280,3 +281,19 @@ def test_products_of_stacks(shapes: tuple[tuple[int, ...], ...], large: int,
     first, second = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     torch.testing.assert_close(stacked_product(first, second), first @ second)
     torch.testing.assert_close(stacked_product(first.mT.contiguous().mT, second), first @ second)
+
+
+@pytest.mark.parametrize('large', [0, 10**9])
+@pytest.mark.parametrize('inner', [False, True])
+def test_products_are_added_in_place(large: int, inner: bool,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('mmprecond.linalg.products.LARGE', large)
+    first, second = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 4, 5), (2, 5, 6)))
+    around = torch.ones(2, 5, 8, dtype=torch.float64)
+    total = around[:, :4, :6] if inner else torch.ones(2, 4, 6, dtype=torch.float64)
+    add_product(total, first, second)
+    torch.testing.assert_close(total, 1 + first @ second)
+    total.fill_(float('nan'))
+    add_product(total, first, second, old=False)
+    torch.testing.assert_close(total, first @ second)
+    assert bool((around[:, 4] == 1).all()) and bool((around[..., 6:] == 1).all())

@@ -150,6 +150,25 @@ def test_a_good_start_is_enough() -> None:
                   gradient @ exact_power(later, mu, 1.)) > 0.998
 
 
+@pytest.mark.parametrize('scale', [1., 1000.])
+def test_the_damping_follows_features_that_moved(scale: float) -> None:
+    """It is taken of the columns found, not of where the last ones pointed."""
+    basis = torch.linalg.qr(torch.randn(400, 400, dtype=torch.float64))[0]
+    old, new = basis[:, :1], basis[:, 1:2]
+    matrix = old @ old.T + scale * new @ new.T
+    seen = []
+
+    def damping(columns: Tensor) -> Tensor:
+        seen.append(torch.linalg.matrix_norm(columns, 2).square())
+        return 0.01 * seen[-1]
+
+    found = low_rank_power(matrix, old, damping)
+    assert found is not None and bool(found[2])
+    assert float(seen[-1]) == pytest.approx(scale, rel=1e-3)
+    exact = exact_power(matrix, torch.tensor(0.01 * scale).double(), 1.)
+    assert cosine(columns_to_matrix(*found[:2]), exact) > 0.999
+
+
 def test_forms_are_made_alike() -> None:
     wide, narrow, dense = torch.randn(1, 1, 8, 3), torch.randn(2, 1, 8, 2), torch.randn(1, 1, 8, 8)
     scale = torch.rand(1, 1, 1, 1)

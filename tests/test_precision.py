@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmprecond.curvature import Layer
-from mmprecond.linalg import cholesky_inverse, low_rank_power, matmul_precision
+from mmprecond.linalg import cholesky_inverse, low_rank_power, matmul_precision, rounded
 from mmprecond.optimizers import NKFAC, AdamR
 from mmprecond.preconditioners import EigenRotation, NewtonKronecker
 from mmprecond.preconditioners.sides import two_sided
-
 
 LEVELS = {('ieee', 'ieee'): 'highest', ('tf32', 'ieee'): 'high', ('tf32', 'bf16'): 'medium',
           ('none', 'none'): 'default'}
@@ -81,8 +80,8 @@ def bf16(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize('rounding, error', [(tf32, 1e-4), (bf16, 3e-3)])
 @pytest.mark.parametrize('lowrank', [False, True])
-def test_rounded_factors_hardly_turn_a_direction(lowrank: bool, rounding: Callable[[Tensor], Tensor],
-                                                 error: float) -> None:
+def test_rounded_factors_hardly_turn_a_direction(
+        lowrank: bool, rounding: Callable[[Tensor], Tensor], error: float) -> None:
     """Why applying may be 'high' or 'medium': rounded by hand, with a badly conditioned factor."""
     torch.manual_seed(0)
     n = 300
@@ -101,3 +100,31 @@ def test_rounded_factors_hardly_turn_a_direction(lowrank: bool, rounding: Callab
     exact = two_sided({k: o.double() for k, o in operator.items()}, gradient.double())
     rounded = two_sided({k: rounding(o) for k, o in operator.items()}, rounding(gradient))
     assert F.cosine_similarity(rounded.double().flatten(), exact.flatten(), 0) > 1 - error
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('make', [lambda bias: nn.Linear(700, 9, bias=bias),
+                                  lambda bias: nn.Conv2d(80, 9, 3, bias=bias)])
+def test_moments_of_rounded_rows_are_positive(make: Callable[[bool], nn.Module],
+                                              bias: bool) -> None:
+    """Blocks and borders are of the same numbers, whichever way the CPU multiplies."""
+    torch.manual_seed(0)
+    model = make(bias)
+    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, solver='lowrank',
+                      matmul_precision='medium')
+    x = torch.rand(16, 700) if isinstance(model, nn.Linear) else torch.rand(9, 80, 9, 9)
+    model(x + 3).square().mean().backward()
+    optimizer.step()
+    (slot,) = optimizer.stacks[0].slots
+    assert slot.refreshes == 1
+    values = torch.linalg.eigvalsh(optimizer.stacks[0].statistics['input_moment'].double())
+    assert values.amin() > -1e-6 * values.amax()
+
+
+def test_rounding_is_that_of_the_precision() -> None:
+    x = torch.randn(50)
+    for chosen, wanted in (('highest', x), ('high', x), ('medium', bf16(x))):
+        with matmul_precision(chosen):
+            assert torch.equal(rounded(x), wanted)
+            assert rounded(x.double()).dtype == torch.float64
+            assert torch.equal(rounded(x.double()), x.double())

@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from contestants import EVERY_STEP
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import mmprecond.optimizers as ours
 from mmprecond.engine import launch
 from mmprecond.engine.synthetic import random_model, synthetic_batch
-from mmprecond.optimizers import PreconditionedOptimizer
+from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
@@ -82,7 +83,10 @@ class Entry:
         """What a step does beside training."""
         if not isinstance(self.optimizer, PreconditionedOptimizer):
             return 'plain'
-        count = step + self.optimizer.stacks[0].method.phase
+        method = self.optimizer.stacks[0].method
+        if method.stat_interval != CAPTURE:  # it measures at every step by its nature
+            return 'plain'
+        count = step + method.phase
         return 'plain' if count % CAPTURE else 'statistics' if count % REFRESH else 'refresh'
 
     def train(self, batch: dict[str, Any]) -> tuple[float, float]:
@@ -91,6 +95,8 @@ class Entry:
         loss = self.model.parse_losses(self.model(**batch, mode='loss'))[0]
         self.optimizer.zero_grad()
         loss.backward()
+        if getattr(self.optimizer, 'needs', '') == 'loss':
+            self.optimizer.loss = loss.detach()
         middle = now(batch)
         self.optimizer.step()
         end = now(batch)
@@ -143,8 +149,12 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
         if taken:
             raise ValueError(f'{spec}: this tool sets the intervals, to tell steps apart by what '
                              f'they do; leave out {", ".join(taken)} and see --intervals')
-        return getattr(ours, name)(model, lr=1e-5, stat_interval=CAPTURE,
-                                   refresh_interval=REFRESH, **options)
+        kind = getattr(ours, name)
+        if kind.needs == 'capture' and name not in EVERY_STEP:
+            options = dict(stat_interval=CAPTURE, refresh_interval=REFRESH, **options)
+        elif kind.needs == 'loss':
+            options = dict(total_steps=10**6, **options)
+        return kind(model, lr=1e-5, **options)
     peers = installed_peers()
     if name in peers:
         return peers[name](model.parameters(), lr=1e-5, **options)
@@ -157,7 +167,7 @@ def timed() -> list[str]:
     """Our optimizers that need no more than a learning rate, and no second derivatives."""
     kinds = {name: getattr(ours, name) for name in ours.__all__}
     return [name for name, kind in kinds.items()
-            if isinstance(kind, type) and issubclass(kind, PreconditionedOptimizer)
+            if isinstance(kind, type) and issubclass(kind, RuleOptimizer) and kind.needs != 'graph'
             and 'lr' in inspect.signature(kind.__init__).parameters]
 
 

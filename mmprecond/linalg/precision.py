@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ def matmul_precision(level: str) -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    wanted = {torch.backends.cuda.matmul: 'ieee' if level == 'highest' else 'tf32',
-              torch.backends.mkldnn.matmul: 'bf16' if level == 'medium' else 'ieee'}
+    backends: Any = torch.backends
+    wanted = {backends.cuda.matmul: 'ieee' if level == 'highest' else 'tf32',
+              backends.mkldnn.matmul: 'bf16' if level == 'medium' else 'ieee'}
     settings = {backend: backend.fp32_precision for backend in wanted}
     try:
         for backend, value in wanted.items():
@@ -51,6 +53,7 @@ def rounded(tensor: Tensor) -> Tensor:
     """
     if tensor.dtype != torch.float32 or tensor.device.type != 'cpu':
         return tensor
-    backend = torch.backends.mkldnn.matmul
-    level = getattr(backend, 'fp32_precision', None) or torch.get_float32_matmul_precision()
+    backends: Any = torch.backends
+    level = (getattr(backends.mkldnn.matmul, 'fp32_precision', None)
+             or torch.get_float32_matmul_precision())
     return tensor.bfloat16().float() if level in ('bf16', 'medium') else tensor

@@ -24,7 +24,10 @@ def stacked_product(first: Tensor, second: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, first: Tensor, second: Tensor, old: bool = True) -> None:
-    """``T += A B`` in place for T (b, m, n), A (b, m, k), B (b, k, n); without `old`, ``T = A B``."""
+    """``T += A B`` in place, for T (b, m, n), A (b, m, k) and B (b, k, n).
+
+    Without `old`, T is written alone: ``T = A B``.
+    """
     if not _one_by_one(first, second):
         total.baddbmm_(first, second, beta=int(old))
         return

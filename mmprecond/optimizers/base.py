@@ -346,8 +346,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         if not ready:
             return
         positions, layers = zip(*ready, strict=True)
-        matrices = torch.stack([layer.join(*(tensors.get(p) for p in layer.parameters))
-                                for layer in layers])
+        matrices = _stacked([layer.join(*(tensors.get(p) for p in layer.parameters))
+                             for layer in layers])
         results = function(stack.operators(list(positions)), matrices)
         for layer, matrix in zip(layers, results, strict=True):
             pieces = zip(layer.parameters, layer.split(matrix), strict=True)
@@ -397,6 +397,11 @@ def _why_none(layers: dict[str, Layer], left_out: Sequence[LeftOut]) -> str:
     found = sorted({f'{left.kind}: {left.reason}' for left in left_out})
     return (f'its modules with parameters are {"; ".join(found) or "none"}; it needs a Linear or '
             'Conv2d whose weight is in params')
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """Matrices as one stack; a single one is not copied, and must not be written to."""
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
 
 def _to_host(values: Sequence[Tensor]) -> list[float]:

@@ -82,13 +82,14 @@ class SGDM(Rule):
 
     def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
                    group: Group) -> list[Tensor]:
-        if group['weight_decay']:
-            gradients = list(torch._foreach_add(gradients, params, alpha=group['weight_decay']))
+        decay = group['weight_decay']
         if not group['momentum']:
-            return gradients
+            return list(torch._foreach_add(gradients, params, alpha=decay)) if decay else gradients
         buffers = moments_of(states, 'momentum_buffer', params)
         torch._foreach_mul_(buffers, group['momentum'])
         torch._foreach_add_(buffers, gradients)
+        if decay:
+            torch._foreach_add_(buffers, params, alpha=decay)
         return buffers
 
     def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
