@@ -1,0 +1,161 @@
+"""How close low rank comes to exact inverses: rank, cosine and memory of each layer of a ResNet.
+
+Trains a ResNet-18 on shapes with NKFAC, then makes each layer's operators from its moments, and
+compares directions with those of exact inverses in float64.
+
+    python tools/accuracy.py --steps 60 --tolerances 0.1,0.01 --sketches 256,512
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from benchmark import MODELS
+from torch import Tensor
+from tqdm import tqdm
+
+from mmprecond.datasets import make_shape_folders
+from mmprecond.engine import launch
+from mmprecond.engine.synthetic import random_model
+from mmprecond.linalg import nystrom_columns
+from mmprecond.optimizers import NKFAC
+from mmprecond.preconditioners import LayerStack, NewtonKronecker
+from mmprecond.preconditioners.sides import Stacked
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def images(folder: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Shapes (n, 3, h, w) in about unit scale, and their classes."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import pil_to_tensor
+
+    make_shape_folders(folder, images=count, size=size, progress=False)
+    found = [(pil_to_tensor(image), label) for image, label in ImageFolder(folder / 'train')]
+    pixels, labels = zip(*found, strict=True)
+    return (torch.stack(pixels).float() - 127.5) / 64, torch.tensor(labels)
+
+
+def trained(args: argparse.Namespace) -> tuple[Any, NKFAC]:
+    """A ResNet-18 after some steps, its gradients in place."""
+    torch.manual_seed(0)
+    model = random_model(launch.load_config(MODELS['resnet18']))
+    model.init_weights()
+    optimizer = NKFAC(model, lr=args.lr, momentum=0.9, weight_decay=1e-4, solver='lowrank',
+                      stat_interval=args.stat_interval, refresh_interval=args.refresh_interval)
+    pixels, labels = images(args.data, 800, args.size)
+    for _ in tqdm(range(args.steps + 1), unit='step'):
+        chosen = torch.randint(len(pixels), (args.batch,))
+        optimizer.zero_grad()
+        features = model.extract_feat(pixels[chosen])
+        F.cross_entropy(model.head(features), labels[chosen]).backward()
+        if optimizer.t < args.steps:
+            optimizer.step()
+    optimizer._measure()
+    return model, optimizer
+
+
+def exact(statistics: Stacked, gradient: Tensor) -> Tensor:
+    """The direction by inverses in float64."""
+    method = NewtonKronecker(solver='cholesky')
+    doubled = {name: moment.double() for name, moment in statistics.items()}
+    operator, good = method.refresh(doubled, None)
+    if not bool(good.all()):
+        raise RuntimeError('an exact inverse failed')
+    return method.apply(operator, gradient.double())
+
+
+def sketched(stack: LayerStack, statistics: Stacked, rank: int) -> Stacked:
+    """Statistics with the input's as columns, as a sketch of a rank gives them."""
+    layer = stack.slots[0].layer
+    name = 'input_moment'
+    if statistics[name].shape[-1] <= 2 * rank:
+        return statistics
+    layer.rank = rank
+    test = layer.test_matrix('input_sketch')
+    return {'input_columns': nystrom_columns(statistics[name] @ test, test),
+            **{key: s for key, s in statistics.items() if key != name}}
+
+
+def size_of(tensors: Stacked) -> int:
+    return sum(t.numel() for t in tensors.values())
+
+
+def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[Any, ...]]]:
+    """By way: a layer's name, its sides, columns kept, cosine, and numbers kept of dense."""
+    method = NewtonKronecker(solver='lowrank')
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    jobs = [(stack, k, slot.layer) for stack in optimizer.stacks
+            for k, slot in enumerate(stack.slots)]
+    for stack, k, layer in tqdm(jobs, unit='layer'):
+        statistics = {name: s[k:k + 1] for name, s in stack.statistics.items()}
+        gradient = layer.join(*(p.grad for p in layer.parameters))[None]
+        wanted = exact(statistics, gradient)
+        ways: dict[str, tuple[Stacked, NewtonKronecker]] = {
+            f'tolerance {t:g}': (statistics, replace(method, tolerance=t))
+            for t in args.tolerances}
+        ways |= {f'sketch of {r}': (sketched(stack, statistics, r),
+                                    NewtonKronecker(solver='cholesky')) for r in args.sketches}
+        for way, (given, chosen) in ways.items():
+            operator, _ = chosen.refresh(given, None)
+            direction = chosen.apply(operator, gradient)
+            cosine = F.cosine_similarity(direction.double().flatten(), wanted.flatten(), 0)
+            columns = [o.shape[-1] for name, o in operator.items() if 'columns' in name]
+            found.setdefault(way, []).append((
+                layer.name, f'{layer.rows} x {layer.columns}', columns, float(cosine),
+                size_of(given) + size_of(operator), 2 * size_of(statistics)))
+    return found
+
+
+def report(found: dict[str, list[tuple[Any, ...]]]) -> str:
+    """A line for each way, then its worst layers."""
+    lines = ['| way | columns kept | least cosine | numbers kept of dense |', '|---' * 4 + '|']
+    for way, rows in found.items():
+        columns = [c for row in rows for c in row[2]]
+        share = sum(row[4] for row in rows) / sum(row[5] for row in rows)
+        kept = f'{min(columns)}-{max(columns)}' if columns else '-'
+        lines.append(f'| {way} | {kept} | {min(row[3] for row in rows):.6f} | {share:.2f} |')
+    for way, rows in found.items():
+        lines += ['', f'{way}: worst layers']
+        lines += [f'  {row[0]} ({row[1]}): {row[2]} columns, cosine {row[3]:.6f}'
+                  for row in sorted(rows, key=lambda row: row[3])[:3]]
+    return '\n'.join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+
+    def numbers(text: str) -> list[float]:
+        return [float(n) for n in text.split(',') if n]
+
+    parser.add_argument('--steps', type=launch.count, default=60)
+    parser.add_argument('--lr', type=float, default=0.01)
+    parser.add_argument('--stat-interval', type=launch.count, default=20)
+    parser.add_argument('--refresh-interval', type=launch.count, default=60)
+    parser.add_argument('--tolerances', type=numbers, default=[0.1, 0.01])
+    parser.add_argument('--sketches', type=lambda text: [int(n) for n in numbers(text)],
+                        default=[256, 512])
+    parser.add_argument('--batch', type=launch.count, default=16)
+    parser.add_argument('--size', type=launch.count, default=112)
+    parser.add_argument('--data', type=Path, default=ROOT / 'data/accuracy')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with launch.one_line_errors():
+        start = time.perf_counter()
+        _, optimizer = trained(args)
+        print(report(compare(optimizer, args)))
+        print(f'\n{args.steps} steps at {args.size} px, batch {args.batch}; '
+              f'{time.perf_counter() - start:.0f} s')
+
+
+if __name__ == '__main__':
+    main()
