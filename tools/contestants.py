@@ -116,6 +116,7 @@ class Model:
 
 
 R18, SWIN = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes'
+RETINA = 'retinanet_swin_shapes'
 RESNET_CLS, SWIN_CLS = 'resnet18_shapes-cls', 'swin_shapes-cls'
 BOXES = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
 MASKS = {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'}
@@ -141,6 +142,10 @@ MODELS = {
                    'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac', 1e-3,
                                              rate=RULE_RATE, adaptive=True)},
                   '', 300, INTERVALS, (0.02, 1e-3), BOXES | MASKS),
+    'retinanet': Model('RetinaNet, small Swin', 'SGD',
+                       {'SGD': Contestant(RETINA, 0.01),
+                        'AFOpt+NKFAC': Contestant(f'{RETINA}_afopt-nkfac', 0.01, rate=RULE_RATE)},
+                       '', 300, INTERVALS, (0.01, 1e-3), BOXES),
     'resnet-cls': Model('ResNet-18 classifier', 'SGD',
                         {'SGD': Contestant(RESNET_CLS, 0.05),
                          'NKFAC': Contestant(RESNET_CLS, 0.05, ('--optimizer', 'NKFAC'),

@@ -142,7 +142,7 @@ def parse_args() -> argparse.Namespace:
 def usual(model: Model) -> list[str]:
     """All optimizers that a model can be trained with."""
     names = [name for name in ANY if not (model.detects and name == 'SGDPH')]
-    names += ATTENTION if model.plain == 'AdamW' else ()
+    names += ATTENTION if 'Swin' in model.title else ()
     return [*names, *(name for name in model.contestants if name not in names)]
 
 
