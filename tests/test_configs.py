@@ -164,3 +164,15 @@ def test_configs_travel_with_the_package(tmp_path: Path) -> None:
     assert verify.differences(enlarged) == []
     for path in CONFIGS:
         assert (shipped / path.relative_to(ROOT)).is_file()
+
+
+def test_ablations_are_settings_of_their_configs() -> None:
+    import make_index
+
+    from mmprecond import preconditioners
+
+    methods = {'NKFAC': 'NewtonKronecker', 'AdamR': 'EigenRotation', 'AFOpt': 'AttentionFeature'}
+    by_name = {path.stem: path for path in CONFIGS}
+    for config, keys in make_index.ABLATIONS.values():
+        optimizer = launch.load_config(str(by_name[config])).optim_wrapper.optimizer
+        assert set(keys) <= set(getattr(preconditioners, methods[optimizer.type]).options())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from paper import ROWS
 from verify_configs import FOLDERS, all_configs
 
 from mmprecond.engine import launch
@@ -25,6 +26,15 @@ TITLES = {'faster_rcnn': 'Faster R-CNN', 'mask_rcnn': 'Mask R-CNN', 'retinanet':
           'swin_transformer': 'Swin Transformer', 'vgg': 'VGG'}
 THESIS = dict(Title='Designing Effective Preconditioned Optimizers for Deep Neural Network '
                     'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)')
+INTERVALS = ('stat_interval', 'refresh_interval')
+#: The thesis's ablations: the config, and the settings that are varied.
+ABLATIONS = {
+    'nkfac_damping': ('resnet50_b128_cifar100_nkfac', ('damping',)),
+    'nkfac_stat_decay': ('resnet50_b128_cifar100_nkfac', ('stat_decay',)),
+    'nkfac_newton_steps': ('resnet50_b128_cifar100_nkfac', ('newton_steps',)),
+    'adamr_intervals': ('resnet50_b128_cifar100_adamr', INTERVALS),
+    'afopt_damping': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', ('damping',)),
+    'afopt_intervals': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', INTERVALS)}
 #: Our names of scores, and MIM's.
 METRICS = {'AP': ('Object Detection', 'box AP'), 'APb': ('Object Detection', 'box AP'),
            'APm': ('Instance Segmentation', 'mask AP'),
@@ -80,7 +90,23 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
                          f'{optimizer} | {source} | {scores(paper.get("result", {}))} | '
                          f'{scores(run)} |')
         lines.append('')
-    return '\n'.join(lines)
+    return '\n'.join(lines + ablations())
+
+
+def ablations() -> list[str]:
+    """The thesis's ablations as settings of configs, with the scores that it has for each."""
+    published = json.loads(ROWS.read_text())['ablations']
+    lines = ['## Ablations', '', 'Settings of the thesis\'s ablations, for `--cfg-options` with '
+             '`optim_wrapper.optimizer.` before each,', 'and its scores. (Tables 3.14 and 3.15, '
+             'another step size of the Newton iteration, have no setting here.)', '',
+             '| table | config | settings: score |', '|---' * 3 + '|']
+    for name, (config, keys) in ABLATIONS.items():
+        entry = published[name]
+        rows = [' '.join(f'{key}={value}' for key, value
+                         in zip(keys, setting.split('/'), strict=True)) + f': {score}'
+                for setting, score in next(entry[k] for k in ('AP', 'acc') if k in entry).items()]
+        lines.append(f'| {entry["table"]} | {config} | {", ".join(rows)} |')
+    return [*lines, '']
 
 
 def scores(result: dict[str, float]) -> str:

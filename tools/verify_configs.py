@@ -126,7 +126,7 @@ def make_data(folder: Path, images: int, size: int) -> Path:
 
 
 def take_steps(path: Path, data: Path, steps: int) -> Outcome:
-    """Builds a config's model and optimizer and takes some steps: batches of `_adapt`."""
+    """Builds a config's model and optimizer and takes some steps at batch 1, a classifier at 2."""
     from mmengine.optim import build_optim_wrapper
     from mmengine.runner import Runner
 
@@ -189,11 +189,10 @@ def _adapt(cfg: Any, data: Path) -> str:
     optimizer = cfg.optim_wrapper.optimizer
     entries = [optimizer, *(entry.get('preconditioner') or {} for entry
                             in optimizer.get('layers', []))]
-    late = {'AdamR', 'EigenRotation'}  # their first capture is at step stat_interval, not at 0
-    if cfg.model.backbone.type in ('ResNet', 'ResNet_CIFAR') and cfg.default_scope == 'mmpretrain':
-        late.update(('KFAC', 'SKFAC', 'NKFAC', 'AdamWBK'))  # residual branches begin at zero
+    # AdamR captures at step stat_interval first. A ResNet's branches begin at zero: no gradients.
+    blind = cfg.default_scope == 'mmpretrain' and cfg.model.backbone.type.startswith('ResNet')
     for entry in entries:
-        if entry.get('type') in late:
+        if entry.get('type') in ('AdamR', 'EigenRotation') or blind and 'stat_interval' in entry:
             entry.update(stat_interval=2, refresh_interval=2)
             notes.append(f'intervals of 2 for {entry["type"]}')
     return ', '.join(notes)
