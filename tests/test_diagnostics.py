@@ -33,7 +33,7 @@ def product(total: Any, first: Any, second: Any, *_: Any, **__: Any) -> int:
     return 2 * torch.Size(first).numel() * second[-1]
 
 
-IN_PLACE = {torch.ops.aten.baddbmm_: product}
+IN_PLACE = {torch.ops.aten.baddbmm_: product, torch.ops.aten.addmm_: product}
 
 
 class Net(nn.Module):

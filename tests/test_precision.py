@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mmprecond.curvature import Layer
 from mmprecond.linalg import cholesky_inverse, low_rank_power, matmul_precision, rounded
-from mmprecond.optimizers import NKFAC, AdamR
+from mmprecond.optimizers import NKFAC, AdamR, AFOpt
 from mmprecond.preconditioners import EigenRotation, NewtonKronecker
 from mmprecond.preconditioners.sides import two_sided
 
@@ -21,6 +22,8 @@ LEVELS = {('ieee', 'ieee'): 'highest', ('tf32', 'ieee'): 'high', ('tf32', 'bf16'
 
 
 def level() -> str:
+    if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
+        return torch.get_float32_matmul_precision()
     backends: Any = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     return LEVELS.get(tuple(backend.fp32_precision for backend in backends), 'other')
 
@@ -128,3 +131,41 @@ def test_rounding_is_that_of_the_precision() -> None:
             assert torch.equal(rounded(x), wanted)
             assert rounded(x.double()).dtype == torch.float64
             assert torch.equal(rounded(x.double()), x.double())
+
+
+def test_an_older_torch_has_one_setting_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.9 neither backend has a precision of its own."""
+    monkeypatch.setattr(torch.backends.cuda, 'matmul', SimpleNamespace(allow_tf32=False))
+    monkeypatch.setattr(torch.backends, 'mkldnn', SimpleNamespace())
+    named = ['highest']
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: named[-1])
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', named.append)
+    model = nn.Linear(4, 3)
+    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1,
+                      matmul_precision='medium')
+    model(torch.randn(5, 4)).square().mean().backward()
+    optimizer.step()
+    assert 'medium' in named and named[-1] == 'highest'
+    assert optimizer.stacks[0].slots[0].refreshes == 1
+
+
+def test_attention_is_measured_in_full() -> None:
+    """Its terms cancel: in bfloat16 a saturated softmax has no positive curvature."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(dict(attention=nn.MultiheadAttention(64, 2, batch_first=True),
+                               head=nn.Linear(64, 5)))
+    with torch.no_grad():
+        model['attention'].in_proj_weight[:128] *= 28
+    optimizer = AFOpt(model, lr=1e-3, stat_interval=1, refresh_interval=1,
+                      matmul_precision='medium')
+    for _ in range(2):
+        optimizer.zero_grad()
+        x = torch.randn(16, 64, 64)
+        model['head'](model['attention'](x, x, x)[0]).square().mean().backward()
+        optimizer.step()
+    slots = {slot.layer.name: slot for stack in optimizer.stacks for slot in stack.slots}
+    assert slots['attention.in_proj_weight'].refreshes == 2
+    for name, statistic in ((name, s) for stack in optimizer.stacks
+                            for name, s in stack.statistics.items() if 'curvature' in name):
+        values = torch.linalg.eigvalsh(statistic.double())
+        assert bool((values.amin(-1) > -1e-4 * values.amax(-1)).all()), name

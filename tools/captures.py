@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mmprecond.curvature.layers import Call, Layer
 from mmprecond.engine import launch
-from mmprecond.linalg import matmul_precision
+from mmprecond.linalg import matmul_precision, rounded
 from mmprecond.optimizers import NKFAC
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def record(model: Any, batch: dict[str, Any], optimizer: NKFAC) -> list[Recorded
         output.register_hook(lambda g: found.append(Recorded(call, inputs, g.clone())))
 
     optimizer.disarm()
-    handles = [handle for layer in optimizer.layers
+    handles = [handle for layer in optimizer.layers if layer.blocks == 1
                for handle in layer.watch(observe, lambda *_: None)]
     model.parse_losses(model(**batch, mode='loss'))[0].backward()
     for handle in handles:
@@ -70,7 +70,8 @@ def unfolded(one: Recorded) -> list[Tensor]:
 
 def measured(one: Recorded, names: tuple[str, ...]) -> dict[str, Tensor]:
     """The same as the package does it."""
-    return one.call.layer.measure(one.call, one.kept, one.gradient, names, torch.Generator())
+    kept = tuple(map(rounded, one.kept))
+    return one.call.layer.measure(one.call, kept, rounded(one.gradient), names, torch.Generator())
 
 
 def clock(work: Callable[[], Any]) -> float:

@@ -124,7 +124,7 @@ TOP_1 = {'accuracy/top1': 'top-1 %'}
 #: With random weights and no warm-up the classifier's statistics age at once, and its operator from
 #: the first batch diverged: it takes the plain rule.
 _R18_OPTIONS = {**INTERVALS, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
-#: Where every second counts; bfloat16 is for CPUs with units for it, others stay in float32.
+#: Where every second counts; bfloat16 gains on CPUs with units for it.
 _CHEAP = {'optim_wrapper.optimizer.solver': 'lowrank',
           'optim_wrapper.optimizer.matmul_precision': 'medium'}
 MODELS = {

@@ -165,6 +165,8 @@ class AttentionLayer(Layer):
         max_windows: Windows measured a call, drawn afresh at each; sums are scaled to all windows.
     """
 
+    cancels = True  # softmax_gram
+
     def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
                  bias: nn.Parameter | None = None, *, max_windows: int = 256,
                  **options: Any) -> None:

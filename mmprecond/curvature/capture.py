@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ..linalg import rounded
-from .layers import COLUMNS, Call, Layer
+from ..linalg import matmul_precision, rounded
+from .layers import COLUMNS, MEAN, SQUARE, Call, Layer
 
 logger = logging.getLogger('mmprecond')
 
@@ -143,10 +143,12 @@ class Capture:
         layer = call.layer
         staged = self.staged.setdefault(layer, Staged())
         names = self.requires[layer]
-        with torch.autocast(gradient.device.type, enabled=False), self.around():
+        around = matmul_precision('highest') if layer.cancels else self.around()
+        with torch.autocast(gradient.device.type, enabled=False), around:
             if _needs_gradient(names):
-                gradient = rounded(self._unscaled(layer, gradient))
-            kept = tuple(map(rounded, kept))
+                gradient = self._unscaled(layer, gradient)
+            if not all(name.endswith((MEAN, SQUARE)) for name in names):  # those are no products
+                gradient, kept = rounded(gradient), tuple(map(rounded, kept))
             for name, measured in layer.measure(call, kept, gradient, names,
                                                 self._generator).items():
                 if COLUMNS in name:

@@ -10,9 +10,9 @@ from ..linalg import add_product
 
 #: Products are formed in bands of about so many rows.
 BAND = 512
-#: With fewer summands a product is whole: on a CPU writing the other half takes longer than
-#: multiplying it.
-MANY = 1500
+#: With fewer summands a product is whole: writing the other half takes about as long as multiplying
+#: it.
+MANY = 512
 
 
 def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:

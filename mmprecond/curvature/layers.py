@@ -90,6 +90,8 @@ class Layer:
         sketch: Kind of their test matrix, one of `SKETCH_KINDS`.
         block: Largest block of `BLOCKS` statistics.
         offset: Steps by which its captures and refreshes come later than others'.
+        cancels: Whether its statistics are differences of nearly equal numbers, which no lower
+            precision of products may touch.
     """
 
     positions = 8
@@ -99,6 +101,7 @@ class Layer:
     sketch = 'gaussian'
     block = 8192
     offset = 0
+    cancels = False
 
     def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
                  bias: nn.Parameter | None, *, capture_mb: float = 64.,

@@ -14,7 +14,7 @@ from .products import stacked_product
 #: Least number of columns beside those that stand out, which find what is new.
 MARGIN = 16
 #: Power iterations by which what was left out is estimated, from so many vectors.
-CHECKS, PROBES = 4, 4
+CHECKS, PROBES = 5, 4
 #: What may be left out is so many times the bound: eigenvalues close to it take many columns to be
 #: found, and bring little.
 SLACK = 1.5
@@ -110,7 +110,7 @@ def low_rank_power(matrix: Tensor, start: Tensor | None,
     Subspace iteration, one product with A a call: V spans the last result and a few random columns,
     and the eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2`` (Nystroem). Columns join V
     until no eigenvalue of A - B B' is, by an estimate, larger than `SLACK` times that bound: with
-    eigenvalues in between the error may be about 2 t.
+    eigenvalues in between the error may be 2 to 3 t.
 
     Args:
         matrix: A (..., n, n), symmetric positive semi-definite; float32 or float64.

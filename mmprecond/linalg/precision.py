@@ -19,7 +19,7 @@ def matmul_precision(level: str) -> Iterator[None]:
     """Sets the precision of float32 products, whatever the user's setting is.
 
     Factors are rounded, sums are in float32 at all levels; products of other dtypes stay, and so do
-    those of devices without the units for it.
+    those on devices without the units for it.
 
     Args:
         level: One of `PRECISIONS`.
@@ -46,14 +46,14 @@ def matmul_precision(level: str) -> Iterator[None]:
 
 
 def rounded(tensor: Tensor) -> Tensor:
-    """A tensor as products on a CPU take it at the present precision, in its own dtype.
+    """A tensor as products on a CPU may take it at the present precision, as float32.
 
-    Sums of what products take must be of the same numbers: the moment of rounded rows beside the
-    sum of the rows themselves is not positive semi-definite.
+    Which products do depends on the CPU and on their shape. What is summed must be the same numbers
+    everywhere: the moment of rounded rows beside the sum of the rows themselves is not positive
+    semi-definite.
     """
-    if tensor.dtype != torch.float32 or tensor.device.type != 'cpu':
+    if tensor.dtype not in (torch.float16, torch.float32) or tensor.device.type != 'cpu':
         return tensor
-    backends: Any = torch.backends
-    level = (getattr(backends.mkldnn.matmul, 'fp32_precision', None)
-             or torch.get_float32_matmul_precision())
+    products = getattr(torch.backends.mkldnn, 'matmul', None)  # torch < 2.9 has none
+    level = getattr(products, 'fp32_precision', None) or torch.get_float32_matmul_precision()
     return tensor.bfloat16().float() if level in ('bf16', 'medium') else tensor

@@ -12,8 +12,8 @@ LARGE = 2**25
 def stacked_product(first: Tensor, second: Tensor) -> Tensor:
     """``A B`` for stacks A (..., m, k) and B (..., k, n).
 
-    A batched product gives each thread of a CPU whole matrices, some of which wait for the last,
-    and never takes a lower precision: large ones are multiplied one after the other instead.
+    A batched product gives each thread of a CPU whole matrices, and some wait for the last: large
+    ones are multiplied one after the other instead, without a graph for autograd.
     """
     if not _one_by_one(first, second):
         return first @ second

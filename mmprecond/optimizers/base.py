@@ -58,7 +58,8 @@ class PreconditionedOptimizer(RuleOptimizer):
             it takes the plain rule.
         matmul_precision: Of float32 products that measure statistics and precondition gradients,
             in torch's words: 'highest'; 'high', TensorFloat-32 on a GPU; 'medium', beside that
-            bfloat16 on a CPU that multiplies it (AMX). Refreshes are always 'highest'.
+            bfloat16 on a CPU, which gains where it has units for it (AMX). Refreshes, and
+            statistics of attention, are always 'highest'.
 
     Attributes:
         left_out: Modules that take the plain rule, and why.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..curvature import AttentionLayer, Call, Layer, layer_type, unwrap
 from ..distributed import sum_over_ranks
+from ..linalg import matmul_precision
 from ..preconditioners import ActivationMean, CalibratedInput, LayerStack, Preconditioner
 from . import checkpoint
 from .families import PreconditionedSGDM
@@ -103,7 +104,8 @@ class MAC(PreconditionedSGDM):
                 raise ValueError(f'calibrate_first_layer was given a {type(batch).__name__}; give '
                                  'tensors, such as (x for x, y in loader)')
             batch = batch.to(layer.weight.device, layer.weight.dtype)
-            moment += layer.input_moment(module, batch)
+            with matmul_precision('highest'):
+                moment += layer.input_moment(module, batch)
             rows += layer.count_rows(Call(layer, module), module(batch), ())
         sum_over_ranks([moment, rows])
         return moment, float(rows)
