@@ -127,6 +127,7 @@ def parse_args() -> argparse.Namespace:
                         help='of a batch; widths are measured with the first, rows with the '
                              'middle width')
     parser.add_argument('--turns', type=int, default=3)
+    parser.add_argument('--solvers', nargs='+', choices=SOLVERS, default=SOLVERS)
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/scaling')
     return parser.parse_args()
 
@@ -138,9 +139,9 @@ def main() -> None:
             'rows': (args.rows, [(middle, rows) for rows in args.rows])}
     results = {}
     for axis, (sizes, pairs) in jobs.items():
-        found: dict[str, list[dict[str, float]]] = {solver: [] for solver in SOLVERS}
+        found: dict[str, list[dict[str, float]]] = {solver: [] for solver in args.solvers}
         for width, rows in tqdm(pairs, desc=axis):
-            for solver in SOLVERS:
+            for solver in args.solvers:
                 found[solver].append(measured(solver, width, rows, args.turns))
         results[axis] = sizes, found
     args.out.mkdir(parents=True, exist_ok=True)
