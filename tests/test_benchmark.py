@@ -22,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_small_classifier(tmp_path: Path) -> None:
     pytest.importorskip('mmpretrain')
     specs = ['SGD', 'AdamW', 'NKFAC:solver=cholesky', 'NKFAC:solver=lowrank:tolerance=0.3',
-             'AdamR', 'AdaAct', 'SOAA', 'DCTAdamW']
+             'AdamR', 'AdaAct', 'SOAA', 'DCTAdamW', 'Muon']
     done = run('--models', 'configs/quickstart/resnet18_shapes-cls.py', '--size', '32', '32',
                '--batch', '4', '--cycles', '1', '--optimizers', ','.join(specs), '--memory',
                '--intervals', '5/25', '--out', str(tmp_path))

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import mmprecond.optimizers as ours
 from mmprecond.engine import launch
+from mmprecond.engine.peers import with_groups
 from mmprecond.engine.synthetic import random_model, synthetic_batch
 from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
 
@@ -157,7 +158,7 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
         return kind(model, lr=1e-5, **options)
     peers = installed_peers()
     if name in peers:
-        return peers[name](model.parameters(), lr=1e-5, **options)
+        return peers[name]([dict(params=list(model.parameters()))], lr=1e-5, **options)
     choices = ['SGD', 'AdamW', *timed(), *PEERS]
     raise ValueError(f'cannot time {name!r} here; choose from {", ".join(choices)} (the last '
                      f'{len(PEERS)} from the package pytorch_optimizer, if it is installed)')
@@ -177,7 +178,7 @@ def installed_peers() -> dict[str, Any]:
         import pytorch_optimizer
     except ImportError:
         return {}
-    return {name: getattr(pytorch_optimizer, name) for name in PEERS
+    return {name: with_groups(getattr(pytorch_optimizer, name)) for name in PEERS
             if hasattr(pytorch_optimizer, name)}
 
 

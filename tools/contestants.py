@@ -129,10 +129,10 @@ _CHEAP = {'optim_wrapper.optimizer.solver': 'lowrank',
           'optim_wrapper.optimizer.matmul_precision': 'medium'}
 MODELS = {
     'r18': Model('Faster R-CNN R18-FPN', 'SGD',
-                 {'SGD': Contestant(R18, 0.02),
-                  'NKFAC': Contestant(R18, 0.02, ('--optimizer', 'NKFAC'),
+                 {'SGD': Contestant(R18, 0.01),
+                  'NKFAC': Contestant(R18, 0.01, ('--optimizer', 'NKFAC'),
                                       _R18_OPTIONS | _CHEAP)},
-                 '0.01,0.04', 100, _R18_OPTIONS, (0.02, 1e-3), BOXES),
+                 '0.02', 150, _R18_OPTIONS, (0.01, 1e-3), BOXES),
     'r18-narrow': Model('Faster R-CNN R18-FPN at half width', 'SGD',
                         {'SGD': Contestant(f'{R18}_narrow', 0.02)},
                         '', 200, _R18_OPTIONS, (0.02, 1e-3), BOXES),

@@ -2,7 +2,7 @@
 # It inherits MMDetection's own config and changes sizes, data and schedule alone.
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 
-iterations = 100
+iterations = 150
 data_root = 'data/shapes/'
 classes = ('circle', 'square', 'triangle', 'star')
 metainfo = dict(classes=classes,
@@ -47,7 +47,7 @@ test_evaluator = val_evaluator
 
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=iterations, val_interval=50)
 param_scheduler = []  # a constant rate: nothing but the optimizer differs between runs
-optim_wrapper = dict(optimizer=dict(lr=0.02))
+optim_wrapper = dict(optimizer=dict(lr=0.01))
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(by_epoch=False, interval=iterations, max_keep_ckpts=1))
