@@ -147,3 +147,10 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
                           check=False)
     assert done.returncode == 1 and 'scalars.json' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_classifiers_are_compared_by_top_1() -> None:
+    run = compare_runs.Run('a', paper=dict(chapter=3, result=dict(top1=71.12)), scores={
+        'accuracy/top1': [(1, 1., 70.5)]})
+    assert run.against_paper() == [('top1', pytest.approx(70.5), 71.12)]
+    assert run.source == 'chapter 3'

@@ -26,6 +26,7 @@ BOX = {'AP': 'coco/bbox_mAP', 'AP50': 'coco/bbox_mAP_50', 'AP75': 'coco/bbox_mAP
        'APs': 'coco/bbox_mAP_s', 'APm': 'coco/bbox_mAP_m', 'APl': 'coco/bbox_mAP_l'}
 MASK = {'APb': 'coco/bbox_mAP', 'APb50': 'coco/bbox_mAP_50', 'APb75': 'coco/bbox_mAP_75',
         'APm': 'coco/segm_mAP', 'APm50': 'coco/segm_mAP_50', 'APm75': 'coco/segm_mAP_75'}
+TOP_1 = {'top1': 'accuracy/top1'}  # in per cent already
 #: Scores that are drawn, if a run has them.
 HEADLINES = ('coco/bbox_mAP', 'coco/segm_mAP', 'accuracy/top1')
 MACHINE = ('Python', 'GPU 0', 'GPU 0,1,2,3,4,5,6,7', 'CUDA available', 'PyTorch', 'MMEngine',
@@ -73,13 +74,20 @@ class Run:
         points = self.scores.get(score)
         return points[-1][2] if points else None
 
+    @property
+    def source(self) -> str:
+        """The part of the thesis that it is compared with."""
+        return ' '.join(f'{key} {self.paper[key]}' for key in ('table', 'chapter')
+                        if key in self.paper)
+
     def against_paper(self) -> list[tuple[str, float, float]]:
         """Name, this run's value and the published one, in per cent."""
         result = self.paper.get('result', {})
-        names = MASK if 'APb' in result else BOX
+        names = TOP_1 if 'top1' in result else MASK if 'APb' in result else BOX
+        unit = 1 if names is TOP_1 else 100
         found = [(name, self.last(names[name]), value) for name, value in result.items()
                  if name in names]
-        return [(name, 100 * ours, value) for name, ours, value in found if ours is not None]
+        return [(name, unit * ours, value) for name, ours, value in found if ours is not None]
 
 
 def read_run(folder: Path) -> Run:
