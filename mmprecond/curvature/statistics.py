@@ -43,12 +43,11 @@ class RunningAverage:
             size: The sample's Frobenius norm over all blocks, if it is known.
         """
         if self.normalise == 'norm':
-            if size is not None and (joint or len(sample) == 1):
-                sample /= size + 1e-12
-            else:
-                norm = torch.linalg.matrix_norm(sample)[..., None, None]
-                norm = torch.linalg.vector_norm(norm) if joint else norm
-                sample /= norm + 1e-12
+            norm: Tensor | float | None = size if joint or len(sample) == 1 else None
+            if norm is None:
+                norms = torch.linalg.matrix_norm(sample)[..., None, None]
+                norm = torch.linalg.vector_norm(norms) if joint else norms
+            sample /= norm + 1e-12
         elif self.normalise == 'range':
             least, most = sample.aminmax()
             spread = most - least

@@ -110,7 +110,7 @@ def low_rank_power(matrix: Tensor, start: Tensor | None,
     Subspace iteration, one product with A a call: V spans the last result and a few random columns,
     and the eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2`` (Nystroem). Columns join V
     until no eigenvalue of A - B B' is, by an estimate, larger than `SLACK` times that bound: with
-    eigenvalues in between the error may be 2 to 3 t.
+    eigenvalues in between the error may be a few t.
 
     Args:
         matrix: A (..., n, n), symmetric positive semi-definite; float32 or float64.
