@@ -124,6 +124,15 @@ def test_a_classifier_builds_and_steps_at_its_real_size(name: str, layers: str,
     assert outcome.problems == [] and outcome.layers == layers
 
 
+def test_a_process_that_dies_costs_its_own_row_alone(tmp_path: Path) -> None:
+    deadly = tmp_path / 'deadly.py'
+    deadly.write_text('import os\n_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"\n'
+                      'os._exit(9)\n')
+    outcome = verify.prove_alone(deadly, None, 1)
+    assert outcome.problems == ['the process was killed: is there too little memory?']
+    assert '| deadly | the process was killed' in verify.table({deadly: outcome})
+
+
 def test_the_index_is_up_to_date() -> None:
     import make_index
 

@@ -17,7 +17,9 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ class Outcome:
     Attributes:
         problems: What is wrong, in words.
         seconds: Of each step.
-        memory: Peak of the process so far, in GB.
+        memory: Peak of the process, in GB.
         layers: Layers with an operator, and all that are preconditioned and trained; for SGDPH
             vectors with a Hessian.
         note: What was done otherwise than the config says.
@@ -207,6 +209,28 @@ def _folders(dataset: Any, data: Path) -> dict[str, Any]:
                 pipeline=pipeline)
 
 
+def prove(path: Path, data: Path | None, steps: int) -> Outcome:
+    """Compares a config with the tables and, where there is data, steps its model."""
+    MMLogger.get_instance('mmengine', log_level='WARNING')  # not the table of every run
+    problems: list[str] = []
+    try:
+        problems = differences(path)
+        outcome = take_steps(path, data, steps) if data else Outcome([], [])
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        outcome = Outcome([f'{type(error).__name__}: {error}'.splitlines()[0]], [])
+    outcome.problems = problems + outcome.problems
+    return outcome
+
+
+def prove_alone(path: Path, data: Path | None, steps: int) -> Outcome:
+    """`prove` in a process of its own, whose memory is this config's, and which may die."""
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        try:
+            return pool.submit(prove, path, data, steps).result()
+        except BrokenExecutor:
+            return Outcome(['the process was killed: is there too little memory?'], [])
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='*', type=Path, help='files; default: all')
@@ -231,19 +255,12 @@ def table(outcomes: dict[Path, Outcome]) -> str:
 
 def main() -> None:
     args = parse_args()
-    MMLogger.get_instance('mmengine', log_level='WARNING')  # not the table of every run
     outcomes: dict[Path, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = None if args.no_steps else make_data(Path(folder), args.steps, args.size)
+        run = prove_alone if data else prove
         for path in tqdm(args.configs or all_configs(), unit='config'):
-            problems: list[str] = []
-            try:
-                problems = differences(path)
-                outcome = take_steps(path, data, args.steps) if data else Outcome([], [])
-            except (RuntimeError, ValueError, TypeError, KeyError) as error:
-                outcome = Outcome([f'{type(error).__name__}: {error}'.splitlines()[0]], [])
-            outcome.problems = problems + outcome.problems
-            outcomes[path] = outcome
+            outcomes[path] = run(path, data, args.steps)
             if args.out:
                 args.out.write_text(table(outcomes) + '\n')
     print(table(outcomes))
