@@ -52,6 +52,23 @@ def test_every_row_of_the_tables_has_one_config() -> None:
     assert len(hybrids) == 5 and all('coco_afopt' in name for name in hybrids)
 
 
+def test_baselines_are_configs_with_another_optimizer() -> None:
+    import make_index
+
+    from mmprecond.engine import use_optimizer
+
+    entries = list(make_index.rows())
+    for row in verify.paper.baselines():
+        path = make_index.starting_point(row, entries)
+        cfg = launch.load_config(str(path))
+        use_optimizer(cfg, 'AdamW' if row.name['optimizer'] == 'AdamW' else 'SGD')
+        assert 'paper' not in cfg  # another optimizer's score is not this one's
+        cfg.optim_wrapper.optimizer.update(row.optimizer)
+        cfg.paper = dict(row.name, result=row.result)
+        wrong = verify.paper.departures(verify.plain(cfg.to_dict()), row, path.stem)
+        assert [one for one in wrong if ' is nan' not in one] == []
+
+
 @pytest.mark.parametrize('name, before, after, words', [
     (DETECTOR, 'lr=0.02', 'lr=0.01', 'lr is 0.01, the paper has 0.02'),
     (DETECTOR, 'refresh_interval=1000', 'refresh_interval=500', 'refresh_interval is 500'),

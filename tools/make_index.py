@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from paper import ROWS
+from paper import ROWS, Row, baselines
 from verify_configs import FOLDERS, all_configs
 
 from mmprecond.engine import launch
@@ -35,6 +35,12 @@ ABLATIONS = {
     'adamr_intervals': ('resnet50_b128_cifar100_adamr', INTERVALS),
     'afopt_damping': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', ('damping',)),
     'afopt_intervals': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', INTERVALS)}
+BASELINES = """\
+Detectors: the config of MMDetection that ours names in its first line. Classifiers: a config of ours
+with `--optimizer SGD` or `AdamW` for `tools/train.py`, and `optim_wrapper.optimizer.lr=...
+optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`; VGG19-noBN under SGDM takes
+`model.backbone.conv_cfg=None` too. The thesis has no rates for those of Mini-ImageNet. Its Swin
+Transformers' AdamW is that of the configs of MMPretrain that ours name."""
 #: Our names of scores, and MIM's.
 METRICS = {'AP': ('Object Detection', 'box AP'), 'APb': ('Object Detection', 'box AP'),
            'APm': ('Instance Segmentation', 'mask AP'),
@@ -90,7 +96,33 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
                          f'{optimizer} | {source} | {scores(paper.get("result", {}))} | '
                          f'{scores(run)} |')
         lines.append('')
+    lines += compared_with(entries)
     return '\n'.join(lines + ablations())
+
+
+def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """The first-order rows of the classifiers' tables as settings of our configs."""
+    lines = ['## Baselines', '', BASELINES, '',
+             '| data | network | optimizer | from | lr, weight decay | published |',
+             '|---' * 6 + '|']
+    seen = []
+    for row in baselines():
+        if (key := (row.name | {'chapter': None}, row.result)) in seen:
+            continue  # chapters 2 and 4 share some
+        seen.append(key)
+        path = starting_point(row, entries)
+        rate = ', '.join(f'{row.optimizer[key]:g}' for key in ('lr', 'weight_decay'))
+        lines.append(f'| {row.name["data"]} | {row.name["model"]} | {row.name["optimizer"]} | '
+                     f'{path.stem} | {"-" if "nan" in rate else rate} | '
+                     f'{scores(row.result or {})} |')
+    return [*lines, '']
+
+
+def starting_point(row: Row, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> Path:
+    """The first config of the row's data, network and, if it has one, chapter."""
+    wanted = {key: row.name[key] for key in ('data', 'model', 'chapter') if row.name[key]}
+    return next(path for path, paper, _ in entries
+                if all(paper.get(key) == value for key, value in wanted.items()))
 
 
 def ablations() -> list[str]:

@@ -6,8 +6,9 @@ A row is named by the `paper` entry of a config. The figures come from configs/p
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,9 @@ CHAPTERS = {'SGDPH': 2, 'KFAC': 3, 'SKFAC': 3, 'NKFAC': 3, 'AdaNKFAC': 3, 'AdamW
 OTHER_RATES = {'SKFAC': {'ResNet18': (5e-4, 0.02), 'ResNet50': (5e-4, 0.02)},
                'AdamR': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)},
                'AdamWBK': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)}}
+UNKNOWN = (math.nan, math.nan)
+#: Torch's, with which the thesis compares its own.
+BASELINES = ('SGDM', 'AdamW')
 #: Type and number of classes.
 DATA = {'CIFAR-10': ('CIFAR10', 10), 'CIFAR-100': ('CIFAR100', 100), 'ImageNet': ('ImageNet', 1000),
         'Mini-ImageNet': ('CustomDataset', 100)}
@@ -69,8 +73,14 @@ class Row:
 def rows() -> list[Row]:
     """All rows that need a config: those of ours, and of COCO what MMDetection has not itself."""
     content = json.loads(ROWS.read_text())
-    return [*_coco(content['coco']), *_cifar(content['classification']['cifar']),
-            *_imagenet(content['classification'])]
+    return [*_coco(content['coco']), *_cifar(content['classification']['cifar'], _is_ours),
+            *_imagenet(content['classification'], _is_ours)]
+
+
+def baselines() -> list[Row]:
+    """The classifiers' rows of `BASELINES`, which need none; rates are NaN where none are named."""
+    content = json.loads(ROWS.read_text())['classification']
+    return [*_cifar(content['cifar'], _is_baseline), *_imagenet(content, _is_baseline)]
 
 
 def row_of(cfg: dict[str, Any]) -> Row:
@@ -152,14 +162,14 @@ def _coco(content: list[dict[str, Any]]) -> Iterator[Row]:
                   if row['schedule'] == '2x' else ())
 
 
-def _cifar(content: dict[str, Any]) -> Iterator[Row]:
+def _cifar(content: dict[str, Any], wanted: Callable[[str], bool]) -> Iterator[Row]:
     for chapter in (2, 3, 4):
         part = content[f'chapter{chapter}']
         decay = (COSINE if part['schedule'] == 'cosine'
                  else _every(part['schedule'], content['epochs']))
         for model, scores in part['cifar100'].items():
             for optimizer, top1 in scores.items():
-                if not _is_ours(optimizer):
+                if not wanted(optimizer):
                     continue
                 rates = part['settings'][_plain_name(optimizer)]
                 row = Row(_name('CIFAR-100', chapter, model, optimizer), {'top1': top1},
@@ -172,23 +182,24 @@ def _cifar(content: dict[str, Any]) -> Iterator[Row]:
                                   result=None)
 
 
-def _imagenet(content: dict[str, Any]) -> Iterator[Row]:
+def _imagenet(content: dict[str, Any], wanted: Callable[[str], bool]) -> Iterator[Row]:
     swin = content['imagenet']['swin'] | {'batch_size': 1024, 'epochs': None}
     for data, part in (('ImageNet', content['imagenet']), ('ImageNet', swin),
                        ('Mini-ImageNet', content['mini_imagenet'])):
         decay = _every(part['schedule'], part['epochs']) if part['epochs'] else None
         for model, scores in part['top1'].items():
             for optimizer, top1 in scores.items():
-                if not _is_ours(optimizer):
+                if not wanted(optimizer):
                     continue
                 rates = part['settings'].get(optimizer)
-                lr, wd = ((rates['lr'], rates['wd']) if rates else OTHER_RATES[optimizer][model])
-                yield Row(_name(data, CHAPTERS[optimizer], model, optimizer), {'top1': top1},
+                lr, wd = ((rates['lr'], rates['wd']) if rates
+                          else OTHER_RATES.get(optimizer, {}).get(model, UNKNOWN))
+                yield Row(_name(data, CHAPTERS.get(optimizer), model, optimizer), {'top1': top1},
                           _settings(optimizer, lr, wd, rates or {}), part['batch_size'],
                           part['epochs'], decay)
 
 
-def _name(data: str, chapter: int, model: str, optimizer: str) -> dict[str, Any]:
+def _name(data: str, chapter: int | None, model: str, optimizer: str) -> dict[str, Any]:
     return {'data': data, 'chapter': chapter, 'model': model, 'optimizer': optimizer}
 
 
@@ -199,6 +210,10 @@ def _plain_name(optimizer: str) -> str:
 
 def _is_ours(optimizer: str) -> bool:
     return _plain_name(optimizer) in optimizers.__all__
+
+
+def _is_baseline(optimizer: str) -> bool:
+    return _plain_name(optimizer) in BASELINES
 
 
 def _settings(optimizer: str, lr: float, decay: float, row: dict[str, Any]) -> dict[str, Any]:

@@ -177,6 +177,9 @@ def _adapt(cfg: Any, data: Path) -> str:
     notes = []
     if 'Pretrained' in str(cfg.model.backbone.get('init_cfg')):
         cfg.model.backbone.init_cfg = None
+    if cfg.model.backbone.get('drop_path_rate'):  # of one image it may leave blocks out
+        cfg.model.backbone.drop_path_rate = 0.
+        notes.append('no stochastic depth')
     loader = cfg.train_dataloader
     loader.update(batch_size=1, num_workers=0, persistent_workers=False)
     if cfg.default_scope == 'mmpretrain':

@@ -27,7 +27,7 @@ BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 def use_optimizer(cfg: Config, name: str) -> None:
     """Replaces a config's optimizer, keeping its learning rate, decay and paramwise_cfg.
 
-    MAC and SMAC get their `CalibrationHook`.
+    MAC and SMAC get their `CalibrationHook`. A `paper` entry goes: it is another optimizer's.
 
     Args:
         cfg: A config of MMDetection, MMPretrain or the like; changed in place.
@@ -69,6 +69,7 @@ def use_optimizer(cfg: Config, name: str) -> None:
         print_log(f'{name} keeps lr={old.get("lr")} of {old["type"]}, a rule of another kind: its '
                   'best rate will differ', logger='current', level=30)
     wrapper['optimizer'] = dict(type=name, **new)
+    cfg.pop('paper', None)
     if name in BASELINES:
         return
     base = wrapper.pop('constructor', None)
