@@ -36,7 +36,7 @@ ABLATIONS = {
     'afopt_damping': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', ('damping',)),
     'afopt_intervals': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', INTERVALS)}
 BASELINES = """\
-Detectors: the config of MMDetection that ours names in its first line. Classifiers: a config of ours
+Detectors: the config of MMDetection that ours names in its first line. Classifiers: one of ours
 with `--optimizer SGD` or `AdamW` for `tools/train.py`, and `optim_wrapper.optimizer.lr=...
 optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`; VGG19-noBN under SGDM takes
 `model.backbone.conv_cfg=None` too. The thesis has no rates for those of Mini-ImageNet. Its Swin
