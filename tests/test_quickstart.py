@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
 from quickstart import MODELS, Run, table, verdict
 from results import at, best_rate, usual
+from results import table as comparison
 
 BOX = 'coco/bbox_mAP'
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +51,17 @@ def test_every_model_can_be_compared_with_its_usual_optimizers() -> None:
         for optimizer in names:
             contestant = model.contestant(optimizer)
             assert (ROOT / 'configs/quickstart' / f'{contestant.config}.py').exists()
+
+
+def test_the_comparison_has_scores_and_losses_and_those_at_equal_time() -> None:
+    args = SimpleNamespace(model=MODELS['swin'], iterations=100, seeds=[0, 1])
+    nkfac = [run('NKFAC', 0.1, seed, score) for seed, score in enumerate((0.4, 0.6))]
+    lines = comparison({'NKFAC': nkfac[:1]}, {'NKFAC': nkfac}, {'SGD': 1., 'NKFAC': 2.},
+                       args).splitlines()
+    assert lines[0].startswith('| optimizer | lr | box AP after 100 iterations | mask AP after 1')
+    assert lines[2] == ('| NKFAC | 0.1 | 0.500 (0.400-0.600) | 0.000 (0.000-0.000) | '
+                        '1.00 (1.00-1.00) | 2.00 | 0.250 (0.200-0.300) | 5 | 0.1: 0.400 |')
+    assert lines[0].count('|') == lines[1].count('|') == lines[2].count('|')
 
 
 def test_scores_between_evaluations() -> None:

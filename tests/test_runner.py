@@ -100,7 +100,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(('model', 'names'), [
-    ('r18', ['SGD', 'NKFAC']), ('swin', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC']),
+    ('r18', ['SGD', 'NKFAC']), ('swin', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC', 'AFOpt+AdamR']),
     ('resnet-cls', ['SGD', 'NKFAC']),
     ('swin-cls', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC', 'AFOpt+AdamR'])])
 def test_quickstart_end_to_end(tmp_path: Path, model: str, names: list[str]) -> None:

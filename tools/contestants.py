@@ -140,6 +140,8 @@ MODELS = {
                   {'AdamW': Contestant(SWIN, 2.5e-4, adaptive=True),
                    'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3, adaptive=True),
                    'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac', 1e-3,
+                                             rate=RULE_RATE, adaptive=True),
+                   'AFOpt+AdamR': Contestant(f'{SWIN}_afopt-adamr', 1e-3,
                                              rate=RULE_RATE, adaptive=True)},
                   '', 300, INTERVALS, (0.02, 1e-3), BOXES | MASKS),
     'retinanet': Model('RetinaNet, small Swin', 'SGD',

@@ -219,7 +219,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', choices=list(MODELS), default='r18',
                         help='r18: Faster R-CNN with SGD and NKFAC; swin: a Swin Mask R-CNN with '
-                             'AdamW, AdaAFOpt and AFOpt+NKFAC; retinanet: a small Swin RetinaNet '
+                             'AdamW, AdaAFOpt and two hybrids; retinanet: a small Swin RetinaNet '
                              'with SGD and AFOpt+NKFAC; resnet-cls: a ResNet-18 classifier '
                              'with SGD and NKFAC; swin-cls: a small Swin classifier with AdamW, '
                              'AdaAFOpt and two hybrids; default: %(default)s')

@@ -90,20 +90,24 @@ def at(run: Run, iteration: float, metric: str) -> float:
 def table(tuned: dict[str, list[Run]], final: dict[str, list[Run]], seconds: dict[str, float],
           args: argparse.Namespace) -> str:
     """The comparison as Markdown: means over seeds with their range."""
-    metric = args.model.headline
-    title = args.model.metrics[metric]
-    end = args.iterations
-    lines = [f'| optimizer | lr | {title} after {end} iterations | time of {PACE} | {title} in '
-             f"{PACE}'s time | MB | {title} of each rate, seed {args.seeds[0]} |", '|---' * 7 + '|']
+    metric, end = args.model.headline, args.iterations
+    titles = {key: title for key, title in args.model.metrics.items() if not key.endswith('_50')}
+    title = titles[metric]
+    heads = ['optimizer', 'lr', *(f'{one} after {end} iterations' for one in titles.values()),
+             'loss', f'time of {PACE}', f"{title} in {PACE}'s time", 'MB',
+             f'{title} of each rate, seed {args.seeds[0]}']
+    lines = [f'| {" | ".join(heads)} |', '|---' * len(heads) + '|']
     form = '.1f' if metric.startswith('accuracy') else '.3f'
     for name, runs in final.items():
         ratio = seconds[name] / seconds[PACE] if {name, PACE} <= set(seconds) else float('nan')
         level = [at(run, min(end, end / ratio), metric) for run in runs] if ratio == ratio else []
         rates = ', '.join(f'{run.lr:g}: {run.score(metric):{form}}' for run in tuned[name])
-        lines.append(f'| {name} | {runs[0].lr:g} | '
-                     f'{spread([run.score(metric) for run in runs], form)} | '
-                     f'{ratio:.2f} | {spread(level, form) if level else "-"} | '
-                     f'{mean(run.memory for run in runs):.0f} | {rates} |')
+        cells = [name, f'{runs[0].lr:g}',
+                 *(spread([run.score(key) for run in runs], form) for key in titles),
+                 spread([run.losses[-1][2] for run in runs], '.2f'), f'{ratio:.2f}',
+                 spread(level, form) if level else '-',
+                 f'{mean(run.memory for run in runs):.0f}', rates]
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
