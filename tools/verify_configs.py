@@ -130,6 +130,7 @@ def make_data(folder: Path, images: int, size: int) -> Path:
 def take_steps(path: Path, data: Path, steps: int) -> Outcome:
     """Builds a config's model and optimizer and takes some steps at batch 1, a classifier at 2."""
     from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import PARAM_SCHEDULERS
     from mmengine.runner import Runner
 
     from mmprecond.engine.synthetic import random_model
@@ -143,10 +144,16 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     loader = Runner.build_dataloader(cfg.train_dataloader)
     outcome, batches = Outcome([], [], note=note), iter(loader)
+    schedule = cfg.param_scheduler
+    warm_up = [PARAM_SCHEDULERS.build(dict(one, optimizer=wrapper))
+               for one in (schedule if isinstance(schedule, list) else [schedule])
+               if not one.get('by_epoch', True)]
     for _ in range(steps):
         start = time.perf_counter()
         losses = model.train_step(next(batches), wrapper)
         outcome.seconds.append(time.perf_counter() - start)
+        for scheduler in warm_up:
+            scheduler.step()
         loss = float(losses['loss'].detach())
         if not math.isfinite(loss):
             outcome.problems.append(f'the loss is {loss}')
