@@ -108,6 +108,28 @@ def test_detectors_without_masks_have_sizes_instead() -> None:
                                    ('APm', pytest.approx(44.), 43.3)]
 
 
+@pytest.mark.parametrize('change, gpus, said', [
+    ({}, 8, []), ({'optim_wrapper.optimizer.damping': 0.1}, 8, ['damping is 0.1']),
+    ({}, 1, ['batch of all GPUs is 2, the paper has 16']), ({'auto_scale_lr.enable': True}, 1, []),
+    ({'optim_wrapper.accumulative_counts': 8}, 1, [])])
+def test_a_run_unlike_its_row_of_the_paper_says_so(change: dict[str, Any], gpus: int,
+                                                   said: list[str], tmp_path: Path) -> None:
+    pytest.importorskip('mmdet')
+    from mmprecond.engine import launch
+
+    folder = make(tmp_path / 'run', '1', range(10, 50, 10))
+    cfg = launch.load_config(str(Path(__file__).parents[1] / 'configs/faster_rcnn'
+                                 / 'faster-rcnn_r50_fpn_1x_coco_nkfac.py'))
+    cfg.merge_from_dict(change | {'log_processor.window_size': 50})
+    cfg.dump(folder / '1/vis_data/config.py')
+    with (folder / '1/1.log').open('a') as log:
+        log.write(f'Runtime environment:\n    GPU number: {gpus}\n')
+    notes = compare_runs.read_run(folder).notes
+    assert len(notes) == len(said)
+    for note, words in zip(notes, said, strict=True):
+        assert words in note and note.startswith('not trained as table 3.7 of the thesis: ')
+
+
 def test_the_report(folders: list[Path], tmp_path: Path) -> None:
     markdown, page = compare_runs.write([compare_runs.read_run(f) for f in folders],
                                         tmp_path / 'report', 'Two <runs>')

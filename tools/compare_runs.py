@@ -18,6 +18,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from mmengine.config import Config
+from paper import departures, plain, row_of
 
 TEMPLATES = Path(__file__).resolve().parent / 'templates'
 Point = tuple[int, float, float]  # iteration, seconds of training so far, value
@@ -103,11 +104,11 @@ def read_run(folder: Path) -> Run:
     run = Run(folder.name)
     for file in files:
         _read_scalars(run, file)
+    for log in sorted(folder.glob('*/*.log'))[-1:]:
+        run.machine = _read_machine(log)
     dumped = files[-1].parent / 'config.py'
     if dumped.exists():
         _read_config(run, dumped)
-    for log in sorted(folder.glob('*/*.log'))[-1:]:
-        run.machine = _read_machine(log)
     return run
 
 
@@ -119,6 +120,8 @@ def _read_config(run: Run, file: Path) -> None:
         run.notes.append(f'its config cannot be read ({type(error).__name__}: {error})')
         return
     run.paper = config.get('paper') or {}
+    if run.paper:
+        run.notes += _unlike_the_paper(config, run)
     run.config = flat(config)
     window = run.config.get('log_processor.window_size', 10)
     interval = run.config.get('default_hooks.logger.interval', 10)
@@ -126,6 +129,22 @@ def _read_config(run: Run, file: Path) -> None:
         run.notes.append(
             f'its seconds are those of {window} of every {interval} iterations, in which captures '
             f'and refreshes may be missing: log with log_processor=dict(window_size={interval})')
+
+
+def _unlike_the_paper(config: dict[str, Any], run: Run) -> list[str]:
+    """Why its scores are not to be held against the row that its config names."""
+    try:
+        row = row_of(config)
+        found = [one for one in departures(plain(config), row, run.name)
+                 if not one.startswith('batch of a GPU')]  # told from the name of the config's file
+        batch = (config['train_dataloader']['batch_size'] * int(run.machine.get('GPU number', 0))
+                 * config['optim_wrapper'].get('accumulative_counts', 1))
+    except (ValueError, KeyError) as error:
+        return [f'whether it was trained as the row that it names is not known ({error})']
+    if batch and batch != row.batch and not config['auto_scale_lr'].get('enable'):
+        found.append(f'batch of all GPUs is {batch}, the paper has {row.batch} (and the rates for '
+                     'it: --auto-scale-lr)')
+    return [f'not trained as {run.source} of the thesis: {"; ".join(found)}'] if found else []
 
 
 def _read_scalars(run: Run, file: Path) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from paper import ROWS, Row, baselines
-from verify_configs import FOLDERS, all_configs
+from paper import ROWS, Row, baselines, toolbox_rows
+from verify_configs import FOLDERS, all_configs, base_of
 
 from mmprecond.engine import launch
 
@@ -35,12 +35,14 @@ ABLATIONS = {
     'adamr_intervals': ('resnet50_b128_cifar100_adamr', INTERVALS),
     'afopt_damping': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', ('damping',)),
     'afopt_intervals': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', INTERVALS)}
-BASELINES = """\
-Detectors: the config of MMDetection that ours names in its first line. Classifiers: one of ours
-with `--optimizer SGD` or `AdamW` for `tools/train.py`, and `optim_wrapper.optimizer.lr=...
-optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`; VGG19-noBN under SGDM takes
-`model.backbone.conv_cfg=None` too. The thesis has no rates for those of Mini-ImageNet. Its Swin
-Transformers' AdamW is that of the configs of MMPretrain that ours name."""
+DETECTORS = """\
+MMDetection's own configs, with what the thesis has for them. The AdamW rows of ResNet detectors and
+of Swin-T's 2x schedule are among ours, above."""
+CLASSIFIERS = """\
+Classifiers: one of our configs with `--optimizer SGD` or `AdamW` for `tools/train.py`, and
+`optim_wrapper.optimizer.lr=... optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`;
+VGG19-noBN under SGDM takes `model.backbone.conv_cfg=None` too. The thesis has no rates for those of
+Mini-ImageNet. Its Swin Transformers' AdamW is that of the configs of MMPretrain that ours name."""
 #: Our names of scores, and MIM's.
 METRICS = {'AP': ('Object Detection', 'box AP'), 'APb': ('Object Detection', 'box AP'),
            'APm': ('Instance Segmentation', 'mask AP'),
@@ -101,8 +103,16 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
 
 
 def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[str]:
-    """The first-order rows of the classifiers' tables as settings of our configs."""
-    lines = ['## Baselines', '', BASELINES, '',
+    """The first-order rows of the tables: MMDetection's configs, or settings of ours."""
+    lines = ['## Baselines', '', DETECTORS, '',
+             '| config | optimizer | lr, weight decay | thesis | published |', '|---' * 5 + '|']
+    keys = ('detector', 'backbone', 'schedule')
+    for row in toolbox_rows():
+        base = next(base_of(path) for path, paper, _ in entries
+                    if all(paper.get(key) == row[key] for key in keys))
+        lines.append(f'| {base} | {row["optimizer"]} | {row["lr"]:g}, {row["weight_decay"]:g} | '
+                     f'table {row["table"]} | {scores(row["result"])} |')
+    lines += ['', CLASSIFIERS, '',
              '| data | network | optimizer | from | lr, weight decay | published |',
              '|---' * 6 + '|']
     seen = []

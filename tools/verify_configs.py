@@ -71,7 +71,7 @@ def all_configs() -> list[Path]:
 def differences(path: Path) -> list[str]:
     """Where a config departs from the thesis's table or from its base."""
     loaded = [launch.load_config(one).to_dict() for one in (str(path), base_of(path))]
-    cfg, base = (plain(one) for one in loaded)
+    cfg, base = (paper.plain(one) for one in loaded)
     row = None
     if 'paper' in cfg:
         try:
@@ -83,13 +83,6 @@ def differences(path: Path) -> list[str]:
     found = [f'{key} differs from {base_of(path)}' for key in sorted(ours.keys() | theirs.keys())
              if not key.startswith(free) and ours.get(key) != theirs.get(key)]
     return found + (paper.departures(cfg, row, path.stem) if row else [])
-
-
-def plain(value: Any) -> Any:
-    """A config without the scopes that inheriting from a toolbox leaves in it."""
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items() if key != '_scope_'}
-    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def flat(cfg: dict[str, Any], prefix: str = '') -> dict[str, Any]:
