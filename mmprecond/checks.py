@@ -49,6 +49,7 @@ def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[st
     """Raises TypeError that names left-over keyword arguments and how they came to be there."""
     if unexpected:
         keys = ', '.join(sorted(unexpected))
-        raise TypeError(
-            f'{owner} does not take {keys} (it takes {", ".join(known)}); if a base config left '
-            'the key behind, add `_delete_=True` to the optimizer of your config')
+        hint = ('MMEngine takes `_delete_` out of configs with a `_base_` alone: leave it out here'
+                if '_delete_' in unexpected else 'if a base config left the key behind, add '
+                '`_delete_=True` to the optimizer of your config')
+        raise TypeError(f'{owner} does not take {keys} (it takes {", ".join(known)}); {hint}')

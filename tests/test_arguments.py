@@ -146,6 +146,10 @@ def test_several_left_over_keys_are_all_named() -> None:
             'momentum', 'nesterov', '`_delete_=True`')
 
 
+def test_delete_itself_left_over_says_to_leave_it_out() -> None:
+    refused(TypeError, lambda: NKFAC(net(), lr=0.1, _delete_=True), '`_base_`', 'leave it out')
+
+
 @pytest.mark.parametrize('kind', [NKFAC, AdaNKFAC])
 def test_a_missing_learning_rate(kind: Kind) -> None:
     with pytest.raises(TypeError, match="'lr'"):

@@ -212,7 +212,8 @@ PRESETS = Config.fromfile(Path(__file__).parents[1] / 'configs/_base_/thesis.py'
 @pytest.mark.parametrize('name', PRESETS)
 def test_presets_of_the_thesis(name: str) -> None:
     """They build, with the rate, decay and intervals they name, and train."""
-    preset = PRESETS[name]
+    preset = dict(PRESETS[name])
+    assert preset.pop('_delete_')
     network = model()
     wrapper = build(network, optimizer=dict(preset))
     optimizer = wrapper.optimizer
@@ -224,6 +225,21 @@ def test_presets_of_the_thesis(name: str) -> None:
             assert getattr(optimizer.stacks[0].method, key) == preset[key]
     network.train_step(batch(), wrapper)
     assert all(p.isfinite().all() for p in network.parameters())
+
+
+def test_a_preset_replaces_the_optimizer_of_a_toolbox(tmp_path: Path) -> None:
+    """As its file says, where the toolbox's SGD has what AdamR does not take."""
+    pytest.importorskip('mmdet')
+    folder = Path(__file__).parents[1] / 'configs/_base_'
+    file = tmp_path / 'mine.py'
+    file.write_text(
+        f"_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '{folder}/thesis.py']\n"
+        "optim_wrapper = dict(constructor='PrecondOptimWrapperConstructor',\n"
+        '                     optimizer={{_base_.coco_adamr_resnet}})\n')
+    optimizer = Config.fromfile(file).optim_wrapper.optimizer
+    assert dict(optimizer, betas=None) == dict(
+        type='AdamR', lr=1e-4, betas=None, weight_decay=0.2, stat_interval=100,
+        refresh_interval=1000)
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
