@@ -215,6 +215,12 @@ def draw(runs: list[Run], model: Model, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--options', nargs='+', metavar='KEY=VALUE', default=[],
+                        type=lambda text: tuple(text.split('=', 1)),
+                        help='settings of every run, as for --cfg-options of tools/train.py')
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', choices=list(MODELS), default='r18',
@@ -235,9 +241,7 @@ def parse_args() -> argparse.Namespace:
                         help='separated by commas; default: 0')
     parser.add_argument('--data', type=Path, help='default: data/shapes, or data/shapes-cls')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/quickstart_MODEL')
-    parser.add_argument('--options', nargs='+', metavar='KEY=VALUE', default=[],
-                        type=lambda text: tuple(text.split('=', 1)),
-                        help='settings of every run, as for --cfg-options of tools/train.py')
+    add_options(parser)
     args = parser.parse_args()
     args.work_dir = args.work_dir or ROOT / f'work_dirs/quickstart_{args.model}'
     args.model = MODELS[args.model]

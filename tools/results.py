@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from contestants import MODELS, ROOT, Model
-from quickstart import Run, RunError, spread, train
+from quickstart import Run, RunError, add_options, spread, train
 
 ANY = ('SGD', 'AdamW', 'SGDPH', 'NKFAC', 'AdaNKFAC', 'FSGD', 'FAdam', 'KFAC', 'SKFAC', 'SGDMBK',
        'AdamWBK', 'AdamR', 'MAC', 'SMAC', 'AdaAct', 'NysAct', 'SOAA', 'AdaFisher', 'AdaFisherW',
@@ -130,8 +130,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--timed', type=int, default=50, help='iterations of those; default: 50, '
                         'which are two refreshes')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/results_MODEL')
+    add_options(parser)
     args = parser.parse_args()
-    args.options = []
     args.work_dir = (args.work_dir or ROOT / f'work_dirs/results_{args.model}').resolve()
     args.data = ROOT / f'data/results-{args.model}'
     args.model = MODELS[args.model]
