@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,13 @@ def test_the_index_is_up_to_date() -> None:
 
     for path, text in make_index.files().items():
         assert path.read_text() == text, f'{path.name}: run python tools/make_index.py'
+
+
+def test_the_full_run_is_in_the_docs() -> None:
+    rows = re.findall(r'^\| (\S+_\S+) \| ([^|]+) \|', (ROOT / 'docs/reproducing.md').read_text(),
+                      flags=re.MULTILINE)
+    assert [name for name, _ in rows] == [path.stem for path in CONFIGS]
+    assert {settings for _, settings in rows} == {'as they must be'}
 
 
 def test_the_index_as_mim_reads_it() -> None:
