@@ -106,7 +106,7 @@ def table(tuned: dict[str, list[Run]], final: dict[str, list[Run]], seconds: dic
                  *(spread([run.score(key) for run in runs], form) for key in titles),
                  spread([run.losses[-1][2] for run in runs], '.2f'), f'{ratio:.2f}',
                  spread(level, form) if level else '-',
-                 f'{mean(run.memory for run in runs):.0f}', rates]
+                 f'{mean([run.memory for run in runs if run.memory] or [float("nan")]):.0f}', rates]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
