@@ -59,16 +59,19 @@ def diverged(message: str) -> bool:
     return re.search(r'RefreshError|non-finite|\b(nan|inf)\b', message, re.IGNORECASE) is not None
 
 
-def paces(names: list[str], args: argparse.Namespace) -> dict[str, float]:
-    """Seconds per iteration, measured in turns: the least of some short runs of each."""
+def paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds per iteration, measured in turns: the least of some short runs of each.
+
+    At the rate that was best: a detector that diverges has less to do.
+    """
     record = args.work_dir / 'seconds.json'
     known: dict[str, list[float]] = json.loads(record.read_text()) if record.exists() else {}
     short = argparse.Namespace(**{**vars(args), 'iterations': args.timed, 'val_interval': 10**6,
                                   'work_dir': args.work_dir / 'timing'})
     for turn in range(args.turns):
-        for name in names:
+        for name, rate in rates.items():
             if len(known.setdefault(name, [])) <= turn:
-                run = Run(name, args.model.contestant(name).lr, turn)
+                run = Run(name, rate, turn)
                 train(run, short)
                 known[name].append(run.seconds / run.iterations)
                 record.write_text(json.dumps(known))
@@ -163,7 +166,8 @@ def main() -> None:
     for name, runs in tuned.items():
         rate = best_rate(runs, args.model.headline)
         final[name] = [finished(Run(name, rate, seed), args) for seed in args.seeds]
-    text = table(tuned, final, paces(args.optimizers, args), args)
+    rates = {name: runs[0].lr for name, runs in final.items()}
+    text = table(tuned, final, paces(rates, args), args)
     (args.work_dir / 'table.md').write_text(text + '\n')
     print(text)
 
