@@ -135,8 +135,7 @@ def _unlike_the_paper(config: dict[str, Any], run: Run) -> list[str]:
     """Why its scores are not to be held against the row that its config names."""
     try:
         row = row_of(config)
-        found = [one for one in departures(plain(config), row, run.name)
-                 if not one.startswith('batch of a GPU')]  # told from the name of the config's file
+        found = departures(plain(config), row, None)
         batch = (config['train_dataloader']['batch_size'] * int(run.machine.get('GPU number', 0))
                  * config['optim_wrapper'].get('accumulative_counts', 1))
     except (ValueError, KeyError) as error:

@@ -35,10 +35,10 @@ ABLATIONS = {
     'adamr_intervals': ('resnet50_b128_cifar100_adamr', INTERVALS),
     'afopt_damping': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', ('damping',)),
     'afopt_intervals': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', INTERVALS)}
-DETECTORS = """\
+ABOUT_DETECTORS = """\
 MMDetection's own configs, with what the thesis has for them. The AdamW rows of ResNet detectors and
 of Swin-T's 2x schedule are among ours, above."""
-CLASSIFIERS = """\
+ABOUT_CLASSIFIERS = """\
 Classifiers: one of our configs with `--optimizer SGD` or `AdamW` for `tools/train.py`, and
 `optim_wrapper.optimizer.lr=... optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`;
 VGG19-noBN under SGDM takes `model.backbone.conv_cfg=None` too. The thesis has no rates for those of
@@ -104,7 +104,7 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
 
 def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[str]:
     """The first-order rows of the tables: MMDetection's configs, or settings of ours."""
-    lines = ['## Baselines', '', DETECTORS, '',
+    lines = ['## Baselines', '', ABOUT_DETECTORS, '',
              '| config | optimizer | lr, weight decay | thesis | published |', '|---' * 5 + '|']
     keys = ('detector', 'backbone', 'schedule')
     for row in toolbox_rows():
@@ -112,7 +112,7 @@ def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) ->
                     if all(paper.get(key) == row[key] for key in keys))
         lines.append(f'| {base} | {row["optimizer"]} | {row["lr"]:g}, {row["weight_decay"]:g} | '
                      f'table {row["table"]} | {scores(row["result"])} |')
-    lines += ['', CLASSIFIERS, '',
+    lines += ['', ABOUT_CLASSIFIERS, '',
              '| data | network | optimizer | from | lr, weight decay | published |',
              '|---' * 6 + '|']
     seen = []

@@ -81,8 +81,7 @@ def rows() -> list[Row]:
 
 def toolbox_rows() -> list[dict[str, Any]]:
     """The rows of COCO that MMDetection has configs for: table, detector, ..., result."""
-    return [row for row in json.loads(ROWS.read_text())['coco']
-            if row['is_toolbox_default'] and row['schedule'] in SHIPPED]
+    return [row for row in json.loads(ROWS.read_text())['coco'] if _is_shipped(row)]
 
 
 def baselines() -> list[Row]:
@@ -104,13 +103,14 @@ def row_of(cfg: dict[str, Any]) -> Row:
     return found[0]
 
 
-def departures(cfg: dict[str, Any], row: Row, name: str) -> list[str]:
+def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
     """Where a config departs from its row.
 
     Args:
         cfg: The config, of plain dictionaries and lists.
         row: Its row.
-        name: The config's, which says on how many GPUs a classifier is trained.
+        name: The config's, which says on how many GPUs a classifier is trained; None if it is not
+            known, to leave that out.
     """
     optimizer = cfg['optim_wrapper']['optimizer']
     usual = {'betas': [0.9, 0.999], 'momentum': 0.9}
@@ -136,38 +136,44 @@ def plain(value: Any) -> Any:
     return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
+def schedulers(cfg: Any) -> list[Any]:
+    """A config's schedulers, which MMEngine takes as a list or alone."""
+    found = cfg['param_scheduler']
+    return found if isinstance(found, list) else [found]
+
+
 def _decays(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     """The schedulers but for warm-ups, without what is their usual."""
-    found = cfg['param_scheduler']
     usual = {'by_epoch': True, 'begin': 0, 'end': cfg['train_cfg']['max_epochs']}
     return [{key: value for key, value in one.items() if key not in usual or usual[key] != value}
-            for one in (found if isinstance(found, list) else [found])
-            if one['type'] != 'LinearLR']
+            for one in schedulers(cfg) if one['type'] != 'LinearLR']
 
 
-def _of_classifier(cfg: dict[str, Any], row: Row, name: str) -> dict[str, tuple[Any, Any]]:
+def _of_classifier(cfg: dict[str, Any], row: Row, name: str | None) -> dict[str, tuple[Any, Any]]:
     """What to compare of network, data and batch: found and wanted."""
     model, (kind, classes) = cfg['model'], DATA[row.name['data']]
     backbone, network = model['backbone'], NETWORKS[row.name['model']]
     if network['type'] == 'ResNet' and kind.startswith('CIFAR'):
         network = network | {'type': 'ResNet_CIFAR'}
-    batch = re.search(r'_(?:(\d+)x)?b(\d+)_', name)
     loader = cfg['train_dataloader']
-    return {
+    pairs: dict[str, tuple[Any, Any]] = {
         'backbone': ({key: backbone.get(key) for key in network}, network),
         'classes': ([model['head'].get('num_classes') or backbone.get('num_classes'),
                      cfg['data_preprocessor']['num_classes']], [classes, classes]),
         'data': (loader['dataset']['type'], kind),
-        'batch of a GPU, and of all': (
-            [loader['batch_size'], loader['batch_size'] * int(batch[1] or 1)] if batch else None,
-            [int(batch[2]), row.batch] if batch else 'in its name'),
         'pretrained weights': ([cfg.get('load_from'), 'Pretrained' in str(model)], [None, False])}
+    if name is not None:
+        batch = re.search(r'_(?:(\d+)x)?b(\d+)_', name)
+        pairs['batch of a GPU, and of all'] = (
+            [loader['batch_size'], loader['batch_size'] * int(batch[1] or 1)] if batch else None,
+            [int(batch[2]), row.batch] if batch else 'in its name')
+    return pairs
 
 
 def _coco(content: list[dict[str, Any]]) -> Iterator[Row]:
     keys = ('table', 'detector', 'backbone', 'schedule', 'optimizer')
     for row in content:
-        if row['is_toolbox_default'] and row['schedule'] in SHIPPED:
+        if _is_shipped(row):
             continue
         epochs, drops = SCHEDULES[row['schedule']]
         yield Row({key: row[key] for key in keys}, row['result'],
@@ -221,6 +227,10 @@ def _name(data: str, chapter: int | None, model: str, optimizer: str) -> dict[st
 def _plain_name(optimizer: str) -> str:
     """Without the mark of networks whose weights are length times direction."""
     return optimizer.removesuffix('_WN')
+
+
+def _is_shipped(row: dict[str, Any]) -> bool:
+    return row['is_toolbox_default'] and row['schedule'] in SHIPPED
 
 
 def _is_ours(optimizer: str) -> bool:

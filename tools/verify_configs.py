@@ -137,10 +137,8 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     loader = Runner.build_dataloader(cfg.train_dataloader)
     outcome, batches = Outcome([], [], note=note), iter(loader)
-    schedule = cfg.param_scheduler
     warm_up = [PARAM_SCHEDULERS.build(dict(one, optimizer=wrapper))
-               for one in (schedule if isinstance(schedule, list) else [schedule])
-               if not one.get('by_epoch', True)]
+               for one in paper.schedulers(cfg) if not one.get('by_epoch', True)]
     for _ in range(steps):
         start = time.perf_counter()
         losses = model.train_step(next(batches), wrapper)
