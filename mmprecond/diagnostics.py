@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .core.cost import LayerCost, measured_costs
 from .curvature import Layer
 from .engine import launch, use_optimizer
 from .engine.synthetic import random_model, synthetic_batch
 from .optimizers import PreconditionedOptimizer
-from .optimizers.cost import LayerCost, measured_costs
 
 HEADERS = ('layer', 'preconditioner', 'calls', 'MB', 'step GFLOP', 'capture GFLOP',
            'refresh GFLOP')

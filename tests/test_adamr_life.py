@@ -15,9 +15,10 @@ from test_trajectory import Tokens, follow, make_loss
 from test_trajectory import batch as rows
 from torch import Tensor, nn
 
+from mmprecond.core import RefreshError
 from mmprecond.optimizers import AdamR, AdamWBK, Preconditioned, PreconditionedOptimizer
-from mmprecond.optimizers.rules import AdamW, Adan
-from mmprecond.preconditioners import EigenRotation, RefreshError
+from mmprecond.preconditioners import EigenRotation
+from mmprecond.rules import AdamW, Adan
 from reference.factors import plain_copy
 
 

@@ -12,7 +12,7 @@ from test_arguments import refused
 from torch import Tensor, nn
 
 from mmprecond.optimizers import ARO
-from mmprecond.optimizers.aro import NORMS, q_factor
+from mmprecond.rules.aro import NORMS, q_factor
 from reference.aro import ReferenceARO
 from reference.aro import q_factor as reference_factor
 

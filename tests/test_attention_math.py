@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmprecond.curvature.attention import softmax_gram
-from mmprecond.preconditioners.attention import AttentionFeature, value_operator
-from mmprecond.preconditioners.feature import InputFeature
+from mmprecond.preconditioners.attention_feature import AttentionFeature, value_operator
+from mmprecond.preconditioners.input_feature import InputFeature
 from reference import attention as oracle
 from reference.attention import Block, draw_block, normal, only, part, stacked
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mmprecond.curvature import RunningAverage
 from mmprecond.curvature.conv import Conv2dLayer
 from mmprecond.optimizers import NKFAC, PreconditionedOptimizer
-from mmprecond.optimizers.rules import SGDM
 from mmprecond.preconditioners import NewtonKronecker
+from mmprecond.rules import SGDM
 from reference.factors import gradient_rows, input_rows, plain_copy, second_moment
 
 

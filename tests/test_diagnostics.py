@@ -13,6 +13,7 @@ from attention_helpers import feature_map, shift_window
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmprecond.core.cost import measured_costs
 from mmprecond.curvature.conv import Conv2dLayer
 from mmprecond.optimizers import (
     FSGD,
@@ -24,7 +25,6 @@ from mmprecond.optimizers import (
     NysAct,
     PreconditionedOptimizer,
 )
-from mmprecond.optimizers.cost import measured_costs
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,7 +28,7 @@ from mmprecond.engine.constructor import _resolve
 from mmprecond.engine.registration import _register, optimizer_types, register_all
 from mmprecond.engine.wrapper import MIXINS, mixed_wrapper
 from mmprecond.optimizers import NKFAC, AdaNKFAC, RuleOptimizer
-from mmprecond.optimizers.rules import AdamW
+from mmprecond.rules import AdamW
 
 
 class Classifier(BaseModel):

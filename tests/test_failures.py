@@ -11,8 +11,9 @@ import torch
 from test_invariants import curvature, same
 from torch import Tensor, nn
 
+from mmprecond.core import RefreshError
 from mmprecond.optimizers import NKFAC
-from mmprecond.preconditioners import NewtonKronecker, RefreshError
+from mmprecond.preconditioners import NewtonKronecker
 
 Fails = Callable[[Tensor], bool]
 

@@ -352,7 +352,7 @@ def test_several_wrappers_in_one() -> None:
 
 def test_many_classes_and_wide_layers_are_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(300, 40), nn.Linear(40, 500))
-    monkeypatch.setattr('mmprecond.optimizers.memory.available', lambda device: 1.)
+    monkeypatch.setattr('mmprecond.core.memory.available', lambda device: 1.)
     refused(ValueError, lambda: NKFAC(model, lr=0.1), '3 MB', '1 MB are free', '1.weight',
             "oversize='lowrank'", 'max_dim')
     NKFAC(model, lr=0.1, max_dim=100, oversize='lowrank', max_rank=8)

@@ -304,7 +304,8 @@ def test_the_hook_calibrates_before_the_first_step(sampler: str, tmp_path: Path)
 
 def test_a_resumed_run_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, 'InfiniteSampler', 1, steps=2)
-    monkeypatch.setattr('mmprecond.engine.hooks._inputs_of', lambda *_: pytest.fail('read'))
+    monkeypatch.setattr('mmprecond.engine.hooks.calibration_hook._inputs_of',
+                        lambda *_: pytest.fail('read'))
     runner = run(tmp_path, 'InfiniteSampler', 1, steps=4, resume=True)
     assert runner.optim_wrapper.optimizer.calibrated and runner.optim_wrapper.optimizer.t == 4
 

@@ -13,8 +13,9 @@ from test_aro import draw, parameters, step
 from torch import Tensor, nn
 
 from helpers import ConvNet
-from mmprecond.optimizers import ARO, DCTAdamW, Preconditioned, matrix_rule
-from mmprecond.optimizers.matrix_rule import MatrixOptimizer
+from mmprecond.optimizers import ARO, DCTAdamW, Preconditioned
+from mmprecond.optimizers.matrix_optimizer import MatrixOptimizer
+from mmprecond.rules import matrix as matrix_rule
 
 SETTINGS: dict[type[MatrixOptimizer], dict[str, Any]] = {
     ARO: dict(lr=0.02, weight_decay=0.1),

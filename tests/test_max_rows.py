@@ -13,7 +13,7 @@ from test_diagnostics import compare
 from torch import Tensor, nn
 
 from mmprecond.optimizers import NKFAC, AdamR, AFOpt, PreconditionedOptimizer
-from mmprecond.optimizers.rules import SGDM
+from mmprecond.rules import SGDM
 
 MODULES = {'conv': (nn.Conv2d(2, 4, 3, padding=1), (5, 2, 6, 6)),
            'grouped, strided': (nn.Conv2d(4, 4, 3, stride=2, groups=2, bias=False), (5, 4, 9, 9)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_guarantees import MEASURED, make, net, train
 
-from mmprecond.optimizers import memory
+from mmprecond.core import memory
 
 
 @pytest.mark.parametrize('options', [{}, dict(max_dim=10, oversize='lowrank', max_rank=4),

@@ -17,10 +17,10 @@ from test_runner import OneBatch
 from torch import Tensor, nn
 
 from helpers import TokenNet, token_batches, train
+from mmprecond.core.monitor import Monitor, RefreshReport, fit_damping
 from mmprecond.engine import CurvatureHook
-from mmprecond.engine.curvature_hook import heat_map
+from mmprecond.engine.hooks.curvature_hook import heat_map
 from mmprecond.optimizers import FSGD, MAC, NKFAC, AdamR
-from mmprecond.optimizers.monitor import Monitor, RefreshReport, fit_damping
 
 
 def spd(n: int, blocks: int = 1) -> Tensor:
@@ -110,7 +110,7 @@ def test_methods_that_act_after_the_rule_have_no_cosine() -> None:
 
 def test_it_costs_nothing_between_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr('mmprecond.optimizers.monitor.describe',
+    monkeypatch.setattr('mmprecond.core.monitor.describe',
                         lambda stack, k: calls.append(k) or {})
     _, _, reports = run(NKFAC, 6, stat_interval=1, refresh_interval=3)
     assert [report is not None for report in reports] == [True, False, False] * 2

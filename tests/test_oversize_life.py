@@ -16,6 +16,7 @@ from test_engine import Classifier, batch
 from test_oversize import EVERY, FORMS, chain, normal, one_step
 from torch import Tensor, nn
 
+from mmprecond.core import RefreshError, stack
 from mmprecond.optimizers import (
     FSGD,
     KFAC,
@@ -29,7 +30,7 @@ from mmprecond.optimizers import (
     Preconditioned,
     PreconditionedOptimizer,
 )
-from mmprecond.preconditioners import AttentionFeature, RefreshError, sides, stack
+from mmprecond.preconditioners import AttentionFeature, sides
 
 # ------------------------------------------------------------------- states and failures
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mmprecond.optimizers
 from mmprecond.curvature import qualified_name
-from mmprecond.curvature.attention_types import ATTENTION_TYPES, WindowAttention
+from mmprecond.curvature.attention import ATTENTION_TYPES, WindowAttention
 from mmprecond.optimizers import Preconditioned, PreconditionedOptimizer
 
 KRONECKER = dict(type='NewtonKronecker', stat_interval=1, refresh_interval=2)

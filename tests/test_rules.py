@@ -15,8 +15,7 @@ from test_trajectory import batch as rows
 from torch import Tensor, nn
 
 from mmprecond.optimizers import AdaAFOpt, FAdam, Preconditioned, PreconditionedOptimizer
-from mmprecond.optimizers.rule_types import RULES, build_rule
-from mmprecond.optimizers.rules import AdamW, Adan
+from mmprecond.rules import RULES, AdamW, Adan, build_rule
 from reference.factors import plain_copy
 from reference.feature import ReferenceFeature
 from reference.rules import ReferenceAdamW, ReferenceAdan, ReferenceSGDM

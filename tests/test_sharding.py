@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import TokenNet, leave, squared_error, token_batches
+from mmprecond.core import LayerStack
+from mmprecond.core import sharding as module
 from mmprecond.distributed import longest_first, shard
 from mmprecond.optimizers import (
     FSGD,
@@ -27,8 +29,6 @@ from mmprecond.optimizers import (
     AdaNKFAC,
     PreconditionedOptimizer,
 )
-from mmprecond.optimizers import sharding as module
-from mmprecond.preconditioners import LayerStack
 
 SOON: dict[str, Any] = dict(stat_interval=1, refresh_interval=2)
 METHODS = {

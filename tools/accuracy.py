@@ -20,12 +20,13 @@ from benchmark import MODELS
 from torch import Tensor
 from tqdm import tqdm
 
+from mmprecond.core import LayerStack
 from mmprecond.datasets import make_shape_folders
 from mmprecond.engine import launch
 from mmprecond.engine.synthetic import random_model
 from mmprecond.linalg import nystrom_columns
 from mmprecond.optimizers import NKFAC
-from mmprecond.preconditioners import LayerStack, NewtonKronecker
+from mmprecond.preconditioners import NewtonKronecker
 from mmprecond.preconditioners.sides import Stacked
 
 ROOT = Path(__file__).resolve().parent.parent

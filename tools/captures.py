@@ -19,7 +19,7 @@ from benchmark import MODELS, build_model
 from torch import Tensor
 from tqdm import tqdm
 
-from mmprecond.curvature.layers import Call, Layer
+from mmprecond.curvature.layer import Call, Layer
 from mmprecond.engine import launch
 from mmprecond.linalg import matmul_precision, rounded
 from mmprecond.optimizers import NKFAC

@@ -1,11 +1,17 @@
 """What is measured: layers, capture, running statistics. Needs torch alone."""
 
-from .attention import AttentionLayer, softmax_gram
-from .attention_types import ATTENTION_TYPES, PackedAttention, TokenAttention, WindowAttention
+from .attention import (
+    ATTENTION_TYPES,
+    AttentionLayer,
+    PackedAttention,
+    TokenAttention,
+    WindowAttention,
+    softmax_gram,
+)
+from .average import RunningAverage
 from .capture import Capture, Staged
 from .conv import Conv2dLayer
-from .layer_types import LAYER_TYPES, layer_type, qualified_name
-from .layers import (
+from .layer import (
     BLOCKS,
     COLUMNS,
     MEAN,
@@ -19,8 +25,8 @@ from .layers import (
     Layer,
 )
 from .linear import LinearLayer
+from .registry import LAYER_TYPES, layer_type, qualified_name
 from .selection import LeftOut, find_layers, unwrap
-from .statistics import RunningAverage
 
 __all__ = ['ATTENTION_TYPES', 'BLOCKS', 'COLUMNS', 'LAYER_TYPES', 'MEAN', 'MOMENT', 'REDUCED',
            'SAMPLED', 'SKETCH', 'SKETCH_KINDS', 'SQUARE', 'AttentionLayer', 'Call', 'Capture',

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..linalg import matmul_precision, rounded
-from .layers import COLUMNS, MEAN, SQUARE, Call, Layer
+from .layer import COLUMNS, MEAN, SQUARE, Call, Layer
 
 logger = logging.getLogger('mmprecond')
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import MOMENT, Call, Layer
+from .layer import MOMENT, Call, Layer
 from .patches import Axis, PatchMoment
 
 

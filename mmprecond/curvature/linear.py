@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from .layers import Layer
+from .layer import Layer
 
 
 class LinearLayer(Layer):

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention_types import ATTENTION_TYPES, UNREADABLE
-from .layer_types import layer_type, qualified_name
-from .layers import Layer
+from .attention import ATTENTION_TYPES, UNREADABLE
+from .layer import Layer
+from .registry import layer_type, qualified_name
 
 
 @dataclass(frozen=True)

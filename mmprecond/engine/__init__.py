@@ -1,9 +1,8 @@
 """MMEngine: constructor, wrapper, registration. The only room that imports mmengine."""
 
 from .constructor import PrecondOptimWrapperConstructor
-from .curvature_hook import CurvatureHook
-from .hooks import CalibrationHook
-from .preset import use_optimizer
+from .hooks import CalibrationHook, CurvatureHook
+from .presets import use_optimizer
 from .registration import register_all
 
 __all__ = ['CalibrationHook', 'CurvatureHook', 'PrecondOptimWrapperConstructor', 'register_all',

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..curvature import unwrap
 from ..optimizers import Preconditioned, RuleOptimizer
-from ..optimizers.double_backward import refuse_single_backward
-from ..optimizers.rule_types import build_rule
+from ..rules import build_rule
+from ..second_order import refuse_single_backward
 from .peers import find_peer, is_peer, needs_of, with_groups
 from .wrapper import mixed_wrapper, refuse_sharding
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optimizers.double_backward import detach_gradients, fill_missing, mean_over_ranks
+from ..second_order import detach_gradients, fill_missing, mean_over_ranks
 
 PACKAGE = 'pytorch_optimizer'
 

@@ -11,8 +11,7 @@ from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZ
 from .. import optimizers
 from ..optimizers import PreconditionedOptimizer, RuleOptimizer, WeightNormConv2d
 from .constructor import PrecondOptimWrapperConstructor
-from .curvature_hook import CurvatureHook
-from .hooks import CalibrationHook
+from .hooks import CalibrationHook, CurvatureHook
 
 
 def optimizer_types() -> list[type[RuleOptimizer]]:

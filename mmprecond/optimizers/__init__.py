@@ -1,5 +1,6 @@
 """Optimizers: a rule with a preconditioner. Needs torch alone."""
 
+from ..second_order import WeightNormConv2d, weight_norm
 from .adaact import AdaAct
 from .adabk import SGDMBK, AdamWBK
 from .adafisher import AdaFisher, AdaFisherW
@@ -17,7 +18,6 @@ from .preconditioned import Preconditioned
 from .rule_optimizer import RuleOptimizer
 from .sgdph import SGDPH
 from .soaa import SOAA
-from .weight_norm import WeightNormConv2d, weight_norm
 
 __all__ = ['AFOpt', 'ARO', 'AdaAFOpt', 'AdaAct', 'AdaFisher', 'AdaFisherW', 'AdaNKFAC', 'AdamR',
            'AdamWBK', 'DCTAdamW', 'FAdam', 'FSGD', 'KFAC', 'MAC', 'NKFAC', 'NysAct',

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..checks import check_number
 from ..preconditioners import InputDiagonal
+from ..rules import EMASGD
 from .base import PreconditionedOptimizer
-from .rules import EMASGD
 from .settings import split_settings
 
 

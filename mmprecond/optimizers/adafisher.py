@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..preconditioners import FisherDiagonal
+from ..rules import EMASGD
 from .base import PreconditionedOptimizer
-from .rules import EMASGD
 from .settings import split_settings
 
 

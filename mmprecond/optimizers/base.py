@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_flag, check_number
+from ..core import LayerStack, checkpoint, moments, report
+from ..core.assignment import Assignment
+from ..core.clipping import clip_norm, kl_clip
+from ..core.memory import refuse_what_does_not_fit
+from ..core.monitor import Monitor
+from ..core.sharding import SHARDINGS, Sharding
+from ..core.stagger import take_turns
 from ..curvature import COLUMNS, Capture, Layer, LeftOut, find_layers, unwrap
 from ..distributed import rank, sum_over_ranks, world_size
 from ..linalg import PRECISIONS
 from ..linalg import matmul_precision as precision
-from ..preconditioners import LayerStack, Preconditioner
+from ..preconditioners import Preconditioner
 from ..preconditioners.sides import Stacked
-from . import checkpoint, moments, report
-from .assignment import Assignment
-from .clipping import clip_norm, kl_clip
-from .memory import refuse_what_does_not_fit
-from .monitor import Monitor
+from ..rules import Rule
 from .rule_optimizer import RuleOptimizer
-from .rules import Rule
-from .sharding import SHARDINGS, Sharding
-from .stagger import take_turns
 
 logger = logging.getLogger('mmprecond')
+
 
 class PreconditionedOptimizer(RuleOptimizer):
     """A rule that works on preconditioned gradients.

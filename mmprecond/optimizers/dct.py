@@ -4,102 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..checks import check_choice, check_count, check_flag
-from ..linalg import cosine_basis, matmul_precision
-from .matrix_rule import MatrixOptimizer, MatrixRule
-from .rules import AdamW, Group, State, moments_of
-
-NORMS = ('l1', 'l2')
-
-
-class DCTAdamWRule(MatrixRule):
-    """AdamW on the gradient's largest cosine coefficients for matrices, AdamW for the rest.
-
-    With the gradient A (m, s), m >= s (transposed otherwise), the cosine basis Q (s, s) and the
-    columns c of ``A Q`` that are largest: ``a = A Q_c`` (m, r), u is AdamW's direction for a, and
-    the matrix's is ``u Q_c'``.
-
-    Args:
-        rank: r, at most; s where that is less.
-        refresh_interval: Steps between choices of c; the first step chooses.
-        rotate_subspace: Whether a new choice takes the moments of columns that stay along, and
-            starts the others at zero. Otherwise moments keep their places.
-        error_feedback: Whether ``A - a Q_c'`` is added to the next gradient.
-        norm: Which columns are largest: by 'l1' or 'l2'.
-        max_dim: A matrix with a larger side takes AdamW.
-    """
-
-    exact = ('exp_avg', 'exp_avg_sq', 'columns', 'error')
-
-    def __init__(self, rank: int = 128, refresh_interval: int = 1, rotate_subspace: bool = True,
-                 error_feedback: bool = False, norm: str = 'l1', max_dim: int = 31999) -> None:
-        super().__init__(max_dim)
-        check_count('rank', rank)
-        check_count('refresh_interval', refresh_interval)
-        check_flag('rotate_subspace', rotate_subspace)
-        check_flag('error_feedback', error_feedback)
-        check_choice('norm', norm, NORMS)
-        self.rank = rank
-        self.refresh_interval = refresh_interval
-        self.rotate_subspace = rotate_subspace
-        self.error_feedback = error_feedback
-        self.norm = norm
-        self._bases: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-
-    def too_large(self, shape: tuple[int, int], group: Group) -> str:
-        return 'its larger side' if max(shape) > self.max_dim else ''
-
-    def state_shapes(self, shape: tuple[int, int], group: Group) -> dict[str, tuple[int, ...]]:
-        rank = min(self.rank, *shape)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(('exp_avg', 'exp_avg_sq'),
-                                                           (max(shape), rank))
-        return {**shapes, 'columns': (rank,), **({'error': shape} if self.error_feedback else {})}
-
-    def basis(self, like: Tensor) -> Tensor:
-        """The cosine basis for the columns of a tensor; made once for each size."""
-        key = (like.shape[-1], like.dtype, like.device)
-        if key not in self._bases:
-            self._bases[key] = cosine_basis(*key)
-        return self._bases[key]
-
-    def matrix_directions(self, gradients: list[Tensor], states: list[State],
-                          group: Group) -> Tensor:
-        if self.error_feedback:
-            gradients = list(torch._foreach_add(gradients, moments_of(states, 'error', gradients)))
-        matrix = torch.stack(gradients)
-        wide = matrix.shape[-2] < matrix.shape[-1]
-        matrix = matrix.mT if wide else matrix
-        with matmul_precision('highest'):
-            if states[0].get('step', 0) % self.refresh_interval == 0:
-                self._choose(matrix, states)
-            rows = self.basis(matrix).mT[torch.stack([state['columns'] for state in states])]
-            reduced = matrix @ rows.mT
-            if self.error_feedback:
-                error = matrix - reduced @ rows
-                torch._foreach_copy_([state['error'] for state in states],
-                                     list(error.mT if wide else error))
-            small = list(reduced)
-            direction = torch.stack(AdamW.directions(self, small, small, states, group)) @ rows
-        return direction.mT if wide else direction
-
-    def _choose(self, matrix: Tensor, states: list[State]) -> None:
-        """Chooses columns of the basis anew, and turns the moments to them."""
-        transform = matrix @ self.basis(matrix)
-        sizes = (transform.abs() if self.norm == 'l1' else transform.square()).sum(-2)
-        # In the basis' order: the same columns, chosen in another order, change nothing.
-        chosen = sizes.topk(min(self.rank, sizes.shape[-1])).indices.sort().values
-        if self.rotate_subspace and 'exp_avg' in states[0]:
-            old = torch.stack([state['columns'] for state in states])
-            # Q_old' Q_new, whose entries are 0 and 1.
-            turn = (old[:, :, None] == chosen[:, None, :]).to(matrix.dtype)
-            for name in ('exp_avg', 'exp_avg_sq'):
-                moments = [state[name] for state in states]
-                torch._foreach_copy_(moments, list(torch.stack(moments) @ turn))
-        for state, columns in zip(states, chosen, strict=True):
-            state['columns'] = columns.clone()
+from ..rules.dct import DCTAdamWRule
+from .matrix_optimizer import MatrixOptimizer
 
 
 class DCTAdamW(MatrixOptimizer):

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..preconditioners import Preconditioner
+from ..rules import SGDM, build_rule
 from .base import PreconditionedOptimizer
-from .rule_types import build_rule
-from .rules import SGDM
 from .settings import split_settings
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import LayerStack, checkpoint
 from ..curvature import AttentionLayer, Call, Layer, layer_type, unwrap
 from ..distributed import sum_over_ranks
 from ..linalg import matmul_precision
-from ..preconditioners import ActivationMean, CalibratedInput, LayerStack, Preconditioner
-from . import checkpoint
+from ..preconditioners import ActivationMean, CalibratedInput, Preconditioner
 from .families import PreconditionedSGDM
 
 logger = logging.getLogger('mmprecond')

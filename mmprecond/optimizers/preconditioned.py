@@ -7,10 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..checks import reject_unexpected
-from .assignment import Assignment, parse_layers
+from ..core.assignment import Assignment, parse_layers
+from ..rules import Rule, build_rule
 from .base import PreconditionedOptimizer
-from .rule_types import build_rule
-from .rules import Rule
 from .settings import ENGINE_OPTIONS
 
 

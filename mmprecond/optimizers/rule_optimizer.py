@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .rules import Group, Rule, State
+from ..rules import Group, Rule, State
 
 
 class RuleOptimizer(torch.optim.Optimizer):

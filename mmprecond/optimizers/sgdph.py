@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_count, check_number
-from .double_backward import (
+from ..rules.partial_hessian import PartialHessianSGDM
+from ..second_order import (
     detach_gradients,
     fill_missing,
+    is_vector,
     mean_over_ranks,
     refuse_single_backward,
 )
 from .rule_optimizer import RuleOptimizer
-from .rules import SGDM, Group, State, moments_of
-from .weight_norm import is_vector
 
 REFRESHES = ('round_robin', 'all')
-
-
-class PartialHessianSGDM(SGDM):
-    """SGDM, but parameters with a Hessian diagonal d move by tau (1 - momentum^n) buf / (d + eps).
-
-    Their momentum is that of the plain gradient, and weight decay is added after the division.
-
-    Attributes:
-        rate: tau.
-        eps: Added to the diagonal.
-        cycle: n, the number of the current cycle over all 1-D parameters, from 1.
-    """
-
-    def __init__(self, rate: float, eps: float) -> None:
-        self.rate = rate
-        self.eps = eps
-        self.cycle = 1
-
-    def key(self, group: Group, state: State) -> Hashable:
-        return super().key(group, state), 'hessian' in state
-
-    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
-                   group: Group) -> list[Tensor]:
-        if 'hessian' not in states[0]:
-            return super().directions(params, gradients, states, group)
-        buffers = moments_of(states, 'momentum_buffer', params)
-        torch._foreach_mul_(buffers, group['momentum'])
-        torch._foreach_add_(buffers, gradients)
-        damped = torch._foreach_add([state['hessian'] for state in states], self.eps)
-        directions = torch._foreach_div(buffers, list(damped))
-        torch._foreach_mul_(directions, self.rate * (1 - group['momentum']**self.cycle))
-        torch._foreach_add_(directions, params, alpha=group['weight_decay'])
-        return list(directions)
 
 
 class SGDPH(RuleOptimizer):

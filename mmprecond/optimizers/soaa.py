@@ -17,8 +17,8 @@ from ..checks import (
     reject_unexpected,
 )
 from ..distributed import sum_over_ranks, world_size
+from ..rules import AdamW, Group, State
 from .rule_optimizer import RuleOptimizer
-from .rules import AdamW, Group, State
 
 logger = logging.getLogger('mmprecond')
 

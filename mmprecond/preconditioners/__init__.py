@@ -1,16 +1,17 @@
 """Preconditioning methods, one a file."""
 
-from .attention import AttentionFeature
+from .activation_mean import ActivationMean
+from .attention_feature import AttentionFeature
 from .base import Preconditioner
-from .diagonal import FisherDiagonal, InputDiagonal
-from .feature import InputFeature
-from .kfac import FisherKronecker
-from .kronecker import NewtonKronecker
-from .mean import ActivationMean, CalibratedInput
-from .nystrom import NystromFeature
-from .root import KroneckerRoot
-from .rotation import EigenRotation
-from .stack import LayerStack, RefreshError
+from .calibrated_input import CalibratedInput
+from .eigen_rotation import EigenRotation
+from .fisher_diagonal import FisherDiagonal
+from .fisher_kronecker import FisherKronecker
+from .input_diagonal import InputDiagonal
+from .input_feature import InputFeature
+from .kronecker_root import KroneckerRoot
+from .newton_kronecker import NewtonKronecker
+from .nystrom_feature import NystromFeature
 
 #: Methods that a config may name.
 METHODS: dict[str, type[Preconditioner]] = {
@@ -20,4 +21,4 @@ METHODS: dict[str, type[Preconditioner]] = {
 
 __all__ = ['METHODS', 'ActivationMean', 'AttentionFeature', 'CalibratedInput', 'EigenRotation',
            'FisherDiagonal', 'FisherKronecker', 'InputDiagonal', 'InputFeature', 'KroneckerRoot',
-           'LayerStack', 'NewtonKronecker', 'NystromFeature', 'Preconditioner', 'RefreshError']
+           'NewtonKronecker', 'NystromFeature', 'Preconditioner']

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .base import PreconditionedOptimizer
+    from ..optimizers.base import PreconditionedOptimizer
 
 
 def kl_clip(optimizer: PreconditionedOptimizer, raw: dict[Tensor, Tensor],

@@ -22,7 +22,8 @@ from ..distributed import (
     sum_over_ranks,
     world_size,
 )
-from ..preconditioners import LayerStack, Preconditioner
+from ..preconditioners import Preconditioner
+from .stack import LayerStack
 
 SHARDINGS = ('none', 'refresh', 'apply')
 

@@ -9,9 +9,9 @@ import numpy as np
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
-from ..checks import check_count
-from ..optimizers import PreconditionedOptimizer
-from ..optimizers.monitor import Monitor, RefreshReport
+from ...checks import check_count
+from ...core.monitor import Monitor, RefreshReport
+from ...optimizers import PreconditionedOptimizer
 
 #: Refreshes that a heat map shows.
 COLUMNS = 200

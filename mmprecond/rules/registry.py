@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from .adam import AdamW
+from .adan import Adan
 from .aro import ARORule
+from .base import Group, Rule
 from .dct import DCTAdamWRule
-from .rules import EMASGD, SGDM, AdamW, Adan, Group, Rule
+from .sgd import EMASGD, SGDM
 
 #: Rules that a config may name.
 RULES: dict[str, type[Rule]] = {rule.__name__.removesuffix('Rule'): rule for rule in (

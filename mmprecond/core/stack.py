@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..curvature import BLOCKS, COLUMNS, SKETCH, Layer
 from ..linalg import nystrom_columns
-from .base import Preconditioner
-from .sides import Stacked, alike
+from ..preconditioners import Preconditioner
+from ..preconditioners.sides import Stacked, alike
 
 logger = logging.getLogger('mmprecond')
 

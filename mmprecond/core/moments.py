@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..preconditioners import LayerStack
 from ..preconditioners.sides import Stacked
+from .stack import LayerStack
 
 if TYPE_CHECKING:
-    from .base import PreconditionedOptimizer
+    from ..optimizers.base import PreconditionedOptimizer
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import argument_names, check_count, reject_unexpected
-from ..curvature import unwrap
-from .rule_optimizer import RuleOptimizer
-from .rules import AdamW, Group, State
+from ..checks import check_count
+from .adam import AdamW
+from .base import Group, State
 
 #: Matrices are stacked until they hold this many numbers (256 MB in float32).
 STACKED = 2**26
@@ -103,53 +101,6 @@ class MatrixRule(AdamW):
         return [f'{len(found)} matrices take AdamW, as {reason}: {", ".join(found[:5])}'
                 + (f' and {len(found) - 5} more' if len(found) > 5 else '')
                 for reason, found in left.items()]
-
-
-class MatrixOptimizer(RuleOptimizer):
-    """A torch optimizer whose update is a `MatrixRule`.
-
-    Args:
-        params: Parameters or groups, or the module itself.
-        rule: The rule.
-        defaults: The rule's hyper-parameters.
-        model: The module, for the parameters' names in `table`.
-        unexpected: Keyword arguments that are none of the optimizer's.
-
-    Raises:
-        ValueError: For values out of range, or a model that is sharded.
-        TypeError: For unknown settings.
-    """
-
-    rule: MatrixRule
-
-    def __init__(self, params: Any, rule: MatrixRule, defaults: Group, model: nn.Module | None,
-                 unexpected: dict[str, Any]) -> None:
-        reject_unexpected(type(self).__name__, unexpected, argument_names(type(self)))
-        if isinstance(params, nn.Module):
-            model, params = params, params.parameters()
-        named = [] if model is None else unwrap(model).named_parameters()
-        self.names: dict[Tensor, str] = {p: name for name, p in named}
-        super().__init__(params, rule, defaults)
-
-    def table(self) -> str:
-        """How many parameters are treated as matrices, what that takes, and which others are not.
-
-        The memory is that of all that is kept for them between steps.
-        """
-        matrices, numbers, vectors, kept = 0, 0, 0, 0
-        for group in self.param_groups:
-            for p in group['params']:
-                reason = self.rule.why_plain(p, group)
-                if reason is None:
-                    shapes = self.rule.state_shapes(matrix_shape(p), group).values()
-                    matrices, numbers = matrices + 1, numbers + p.numel()
-                    kept += sum(torch.Size(shape).numel() for shape in shapes) * max(
-                        p.element_size(), 4)
-                vectors += reason == ''
-        return '\n'.join([
-            f'{matrices} matrices ({numbers} numbers) take {type(self).__name__}, with '
-            f'{kept / 2**20:.1f} MB of state; {vectors} vectors and scalars take AdamW',
-            *self.rule.notes(self.param_groups, self.names)])
 
 
 def matrix_shape(param: Tensor) -> tuple[int, int]:

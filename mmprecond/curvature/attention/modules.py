@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .attention import AttentionLayer, Heads
-from .layers import Call, Layer, Observer, Tap
+from ..layer import Call, Layer, Observer, Tap
+from .layer import AttentionLayer, Heads
 
 
 class WindowAttention(AttentionLayer):

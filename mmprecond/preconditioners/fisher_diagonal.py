@@ -1,4 +1,4 @@
-"""Diagonal preconditioners: they divide what the rule makes of a gradient, entry by entry."""
+"""AdaFisher: a diagonal of Kronecker factors divides what the rule makes of a gradient."""
 
 from __future__ import annotations
 
@@ -15,71 +15,6 @@ from .base import Preconditioner, check_damping, damping_like
 from .sides import Stacked
 
 EMAS = ('paper', 'code')
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputDiagonal(Preconditioner):
-    """AdaAct: the rule's direction D becomes ``D diag(1 / (sqrt(v) + eps))``.
-
-    v is the bias-corrected running average of the mean squared input rows, the diagonal of R, with
-    the trailing 1 of a bias. An input that is (nearly) always zero counts as one of `FLOOR` times
-    the layer's mean square.
-
-    Source: AdaAct (arXiv 2506.08353) and its code, which updates v at every step; the floor is
-    ours.
-
-    State: 2 i numbers a block. A capture reads the inputs once, a step costs o i.
-
-    Attributes:
-        stat_decay: Weight of the old statistic, in [0, 1).
-        eps: Added to the root.
-    """
-
-    stat_interval: int = 1
-    refresh_interval: int = 1
-    stat_decay: float = 0.999
-    eps: float = 1e-8
-
-    requires: ClassVar[tuple[str, ...]] = ('input_square',)
-    rules: ClassVar[tuple[str, ...]] = ('EMASGD',)
-    restores: ClassVar[bool] = True
-
-    #: Least entry of v, relative to the mean.
-    FLOOR: ClassVar[float] = 1e-12
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number('stat_decay', self.stat_decay, high=1)
-        check_number('eps', self.eps)
-
-    def average(self) -> RunningAverage:
-        """Moving average with bias correction."""
-        return RunningAverage(self.stat_decay, corrected=True)
-
-    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
-        """Shapes (b, n, m) of a layer's operators by name."""
-        blocks, _, columns = layer.shape
-        return {'input': (blocks, 1, columns)}
-
-    def apply_flops(self, layer: Layer) -> float:
-        """Operations of one step (see the base class)."""
-        return float(math.prod(layer.shape))
-
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
-        """Roots; `damping` means nothing here (see the base class)."""
-        square = statistics['input_square'].mT
-        least = self.FLOOR * square.mean((-3, -1), keepdim=True)
-        factor = 1 / (torch.maximum(square, least).sqrt() + self.eps)
-        return {'input': factor}, factor.isfinite().flatten(1).all(1)
-
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
-        """The gradients as they are: the rule averages them first."""
-        return gradients
-
-    def restore(self, operator: Stacked, directions: Tensor) -> Tensor:
-        """``D diag(1 / (sqrt(v) + eps))``."""
-        return directions * operator['input']
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import MEAN, Call, Layer
+from ..layer import MEAN, Call, Layer
 
 
 def softmax_gram(scores: Tensor, values: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 
 if TYPE_CHECKING:
     from ..curvature import Layer
-    from ..preconditioners import LayerStack
-    from .base import PreconditionedOptimizer
+    from ..optimizers.base import PreconditionedOptimizer
+    from .stack import LayerStack
 
 #: A refresh works on copies of what it turns into operators: damped, factorised, inverted.
 REFRESH_COPIES = 3

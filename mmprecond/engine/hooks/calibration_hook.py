@@ -12,9 +12,9 @@ from mmengine.hooks import Hook
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checks import check_count
-from ..curvature import unwrap
-from ..optimizers import MAC
+from ...checks import check_count
+from ...curvature import unwrap
+from ...optimizers import MAC
 
 logger = logging.getLogger('mmprecond')
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .conv import Conv2dLayer
-from .layers import Layer
+from .layer import Layer
 from .linear import LinearLayer
 
 #: Supported module classes, by exact type (a subclass may compute something else). Those of

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..curvature import COLUMNS, MOMENT, Layer
 from ..linalg import largest_eigenvalue
-from ..preconditioners import LayerStack
 from ..preconditioners.sides import SCALE, SIDES
 from .memory import megabytes
+from .stack import LayerStack
 
 if TYPE_CHECKING:
-    from .base import PreconditionedOptimizer
+    from ..optimizers.base import PreconditionedOptimizer
 
 Values = dict[str, float]
 

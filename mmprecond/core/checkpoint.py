@@ -6,14 +6,14 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..preconditioners.sides import adapted
-from ..preconditioners.stack import COUNTERS
+from .stack import COUNTERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..curvature import Layer
+    from ..optimizers.base import PreconditionedOptimizer
     from ..preconditioners import Preconditioner
-    from .base import PreconditionedOptimizer
 
 logger = logging.getLogger('mmprecond')
 

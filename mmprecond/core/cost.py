@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..curvature import Layer
-from ..curvature.layers import Call
+from ..curvature.layer import Call
 from .memory import megabytes
 
 if TYPE_CHECKING:
-    from .base import PreconditionedOptimizer
+    from ..optimizers.base import PreconditionedOptimizer
 
 
 @dataclass

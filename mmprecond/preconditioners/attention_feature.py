@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count
 from ..curvature import AttentionLayer, Layer
-from .feature import InputFeature, damped_power
+from .input_feature import InputFeature, damped_power
 from .sides import Stacked, recover_norm
 
 VARIANTS = ('thesis', 'gauss_newton')

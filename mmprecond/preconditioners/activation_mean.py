@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_flag, check_number
 from ..curvature import AttentionLayer, Layer, RunningAverage
-from ..linalg import cholesky_inverse
 from .base import Preconditioner, check_damping, damping_like
-from .sides import Stacked, add_damping, two_sided
+from .sides import Stacked
 
 #: 'paper': the method as published. 'official': as its authors' code does what differs.
 COMPATS = ('paper', 'official')
@@ -141,45 +140,6 @@ class ActivationMean(Preconditioner):
                               in zip(PROJECTIONS, parts, strict=True)], 1)
         directions = _without(gradients, operator['input'])
         return operator['gradient'] * directions if 'gradient' in operator else directions
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibratedInput(Preconditioner):
-    """``G (R + rho I)^-1 rho`` with the second moment R of a layer's inputs, given once.
-
-    What MAC does to its first layer, whose inputs are the images: they do not change as the network
-    trains. 'official' leaves the factor rho away, by which this layer then moves less than others.
-
-    Source: as `ActivationMean`.
-
-    Attributes:
-        damping: rho, absolute.
-        compat: 'paper' or 'official'.
-    """
-
-    damping: float = 1.
-    compat: str = 'paper'
-
-    requires: ClassVar[tuple[str, ...]] = ('input_moment',)
-    given: ClassVar[bool] = True
-
-    def average(self) -> RunningAverage:
-        """The one sample."""
-        return RunningAverage(decay=None)
-
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
-        """The exact inverse (see the base class)."""
-        moment = statistics['input_moment']
-        rho = damping_like(self.damping if damping is None else damping, moment)
-        inverse, good = cholesky_inverse(add_damping(moment, rho[..., 0, 0]))
-        if self.compat == 'paper':
-            inverse = inverse * rho
-        return {'input_moment': inverse}, good.all(-1)
-
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
-        """``G`` times the inverse."""
-        return two_sided(operator, gradients)
 
 
 def _vector_name(statistic: str) -> str:

@@ -9,7 +9,7 @@ from .memory import forecast, megabytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .base import PreconditionedOptimizer
+    from ..optimizers.base import PreconditionedOptimizer
 
 
 def table(optimizer: PreconditionedOptimizer) -> str:

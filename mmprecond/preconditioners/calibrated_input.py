@@ -1,0 +1,52 @@
+"""MAC's first layer: the exact inverse of a second moment that is given once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..curvature import RunningAverage
+from ..linalg import cholesky_inverse
+from .base import Preconditioner, damping_like
+from .sides import Stacked, add_damping, two_sided
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedInput(Preconditioner):
+    """``G (R + rho I)^-1 rho`` with the second moment R of a layer's inputs, given once.
+
+    What MAC does to its first layer, whose inputs are the images: they do not change as the network
+    trains. 'official' leaves the factor rho away, by which this layer then moves less than others.
+
+    Source: as `ActivationMean`.
+
+    Attributes:
+        damping: rho, absolute.
+        compat: 'paper' or 'official'.
+    """
+
+    damping: float = 1.
+    compat: str = 'paper'
+
+    requires: ClassVar[tuple[str, ...]] = ('input_moment',)
+    given: ClassVar[bool] = True
+
+    def average(self) -> RunningAverage:
+        """The one sample."""
+        return RunningAverage(decay=None)
+
+    def refresh(self, statistics: Stacked, previous: Stacked | None,
+                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+        """The exact inverse (see the base class)."""
+        moment = statistics['input_moment']
+        rho = damping_like(self.damping if damping is None else damping, moment)
+        inverse, good = cholesky_inverse(add_damping(moment, rho[..., 0, 0]))
+        if self.compat == 'paper':
+            inverse = inverse * rho
+        return {'input_moment': inverse}, good.all(-1)
+
+    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+        """``G`` times the inverse."""
+        return two_sided(operator, gradients)

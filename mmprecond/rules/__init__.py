@@ -1,0 +1,15 @@
+"""Rules: what is done with directions. They know nothing of curvature."""
+
+from .adam import AdamW
+from .adan import Adan
+from .aro import ARORule
+from .base import Group, Rule, State, moments_of
+from .dct import DCTAdamWRule
+from .matrix import MatrixRule, matrix_shape
+from .partial_hessian import PartialHessianSGDM
+from .registry import RULES, build_rule
+from .sgd import EMASGD, SGDM
+
+__all__ = ['EMASGD', 'RULES', 'SGDM', 'ARORule', 'AdamW', 'Adan', 'DCTAdamWRule', 'Group',
+           'MatrixRule', 'PartialHessianSGDM', 'Rule', 'State', 'build_rule', 'matrix_shape',
+           'moments_of']

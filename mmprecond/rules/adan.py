@@ -1,0 +1,58 @@
+"""Adan: moments of the gradient and of its change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .adam import AdamW
+from .base import Group, State, moments_of
+
+
+class Adan(AdamW):
+    """Adan: moments of the gradient, of its change, and of the gradient looked ahead.
+
+    With the change c = g - g_before (0 at first): m, w and n are the moving averages of g, c and
+    (g + beta2 c)^2, ``d = (m' + beta2 w') / (sqrt(n') + eps)`` with the bias-corrected ones, then
+    ``p <- (p - lr d) / (1 + lr weight_decay)``.
+
+    Source: Adan (arXiv 2208.06677), Algorithm 1 without restart, with decays written as weights of
+    the old value, as its code does.
+    """
+
+    defaults = dict(betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.)
+    linear_moments = ('exp_avg', 'exp_avg_diff', 'previous')
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+                   group: Group) -> list[Tensor]:
+        beta1, beta2, beta3 = group['betas']
+        step = states[0].get('step', 0) + 1
+        for state, gradient in zip(states, gradients, strict=True):
+            state['step'] = step
+            if 'previous' not in state:
+                state['previous'] = gradient.clone()
+        first = moments_of(states, 'exp_avg', params)
+        change = moments_of(states, 'exp_avg_diff', params)
+        second = moments_of(states, 'exp_avg_sq', params)
+        previous = [state['previous'] for state in states]
+        difference = torch._foreach_sub(gradients, previous)
+        ahead = torch._foreach_add(gradients, difference, alpha=beta2)
+        torch._foreach_copy_(previous, gradients)
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_lerp_(change, list(difference), 1 - beta2)
+        torch._foreach_mul_(second, beta3)
+        torch._foreach_addcmul_(second, ahead, ahead, 1 - beta3)
+        scale = torch._foreach_sqrt(second)
+        torch._foreach_div_(scale, (1 - beta3**step) ** 0.5)
+        torch._foreach_add_(scale, group['eps'])
+        total = torch._foreach_div(first, 1 - beta1**step)
+        torch._foreach_add_(total, change, alpha=beta2 / (1 - beta2**step))
+        return list(torch._foreach_div(total, scale))
+
+    def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
+               group: Group) -> None:
+        torch._foreach_add_(params, directions, alpha=-group['lr'])
+        torch._foreach_div_(params, 1 + group['lr'] * group['weight_decay'])

@@ -1,0 +1,168 @@
+"""ARO's rule: a normalised momentum step in a rotated basis, for matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_number
+from ..linalg import matmul_precision
+from .adam import AdamW
+from .base import Group, State, moments_of
+from .matrix import MatrixRule
+
+SIDES = ('left', 'right', 'smaller')
+
+#: Passes of the Sinkhorn normalisation.
+PASSES = 5
+
+#: Rows count as rounding below so many units of it, relative to the matrix. Measured: at most two
+#: for tall matrices, and 33 for a softmax head, where it grows with the condition.
+ROUNDING = 1000
+
+#: Root mean square of a matrix's direction: about that of AdamW's, so that both share a rate.
+RMS = 0.2
+
+
+class ARORule(MatrixRule):
+    """ARO for matrices, AdamW for other parameters.
+
+    With the gradient G (m, n), transposed where the right side is rotated, ``M = mu M +
+    (1 - mu) G``, ``R <- Q factor of M f(R' M)'``, and the direction is ``R f(R' M)`` with the new R
+    (m, m), at a root mean square of 0.2.
+
+    Args:
+        norm: f; 'sinkhorn': rows to length sqrt(n), then columns to sqrt(m), five times over;
+            'row_norm': rows to length sqrt(n); 'sign'.
+        max_dim: A matrix whose rotated side is larger takes AdamW.
+    """
+
+    hyper: ClassVar[tuple[str, ...]] = (*AdamW.hyper, 'momentum', 'side')
+    defaults = dict(momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0., side='left')
+    linear_moments: ClassVar[tuple[str, ...]] = ('momentum_buffer', 'exp_avg')
+    exact = ('momentum_buffer', 'rotation')
+
+    def __init__(self, norm: str = 'sinkhorn', max_dim: int = 8192) -> None:
+        super().__init__(max_dim)
+        check_choice('norm', norm, NORMS)
+        self.norm = norm
+
+    @classmethod
+    def check(cls, group: Group) -> None:
+        super().check(group)
+        check_number('momentum', group['momentum'], high=1)
+        check_choice('side', group['side'], SIDES)
+
+    def too_large(self, shape: tuple[int, int], group: Group) -> str:
+        right = _is_right(shape, group)
+        return f'its {"right" if right else "left"} side' if shape[right] > self.max_dim else ''
+
+    def state_shapes(self, shape: tuple[int, int], group: Group) -> dict[str, tuple[int, ...]]:
+        size = shape[_is_right(shape, group)]
+        return {'momentum_buffer': shape, 'rotation': (size, size)}
+
+    def matrix_directions(self, gradients: list[Tensor], states: list[State],
+                          group: Group) -> Tensor:
+        momenta = moments_of(states, 'momentum_buffer', gradients)
+        torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
+        matrix = torch.stack(momenta)
+        right = _is_right(tuple(matrix.shape[1:]), group)
+        matrix = matrix.mT if right else matrix
+        for state in states:
+            if 'rotation' not in state:
+                state['rotation'] = torch.eye(matrix.shape[1], dtype=matrix.dtype,
+                                              device=matrix.device)
+        before = torch.stack([state['rotation'] for state in states])
+        rotation, direction = rotated_step(matrix, before, NORMS[self.norm])
+        torch._foreach_copy_([state['rotation'] for state in states], list(rotation))
+        return direction.mT if right else direction
+
+
+def rotated_step(matrix: Tensor, rotation: Tensor,
+                 norm: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """One step of ARO on momenta.
+
+    Args:
+        matrix: M (k, m, n); where it is zero the rotation stays and the direction is zero.
+        rotation: R (k, m, m).
+        norm: f.
+
+    Returns:
+        The new R, and directions (k, m, n) of root mean square `RMS`.
+    """
+    scale = matrix.abs().amax((-2, -1), keepdim=True)
+    matrix = matrix / torch.where(scale > 0, scale, 1)  # squares neither over- nor underflow
+    with matmul_precision('highest'):
+        new = q_factor(matrix, norm(_without_rounding(rotation.mT @ matrix)))
+        rotation = torch.where(scale == 0, rotation, new)
+        direction = rotation @ norm(_without_rounding(rotation.mT @ matrix))
+    size = direction.square().mean((-2, -1), keepdim=True).sqrt()
+    return rotation, direction * (RMS / torch.where(size > 0, size, 1))
+
+
+def q_factor(matrix: Tensor, normed: Tensor) -> Tensor:
+    """The orthogonal factor Q of ``M X' = Q T``, the diagonal of T not negative.
+
+    Columns that this leaves open - where rows of X are zero, and beyond the columns of M - complete
+    the others as Householder's reflections of M do, so that they do not depend on rounding, and all
+    of M is in the span of the others, however M X' is conditioned.
+
+    Args:
+        matrix: M (k, m, n).
+        normed: X (k, m, n).
+
+    Returns:
+        Q (k, m, m).
+    """
+    rows, rank = matrix.shape[-2], min(matrix.shape[-2:])
+    frame = None
+    if rows > rank:
+        frame = torch.linalg.qr(matrix, mode='complete').Q
+        matrix = frame[..., :rank].mT @ matrix
+    null = (normed == 0).all(-1)
+    order = null.byte().argsort(dim=-1, stable=True)
+    used = torch.take_along_dim(normed, order[:, :rank, None], -2)
+    factor, triangle = torch.linalg.qr(matrix @ used.mT)
+    signs = triangle.diagonal(dim1=-2, dim2=-1).sign()
+    factor = factor * torch.where(signs == 0, 1, signs)[..., None, :]
+    if frame is not None:
+        factor = torch.cat([frame[..., :rank] @ factor, frame[..., rank:]], -1)
+    return torch.zeros_like(factor).scatter(-1, order[:, None, :].expand_as(factor), factor)
+
+
+def _is_right(shape: tuple[int, ...], group: Group) -> bool:
+    """Whether a matrix's right side is rotated."""
+    return group['side'] == 'right' or (group['side'] == 'smaller' and shape[1] < shape[0])
+
+
+def _without_rounding(matrix: Tensor) -> Tensor:
+    """Zero for the rows (..., m, n) that are but rounding errors, which a norm would enlarge.
+
+    A softmax head's gradient is one such row short, a matrix with more rows than columns several.
+    """
+    rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
+    total = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+    return torch.where(rows <= ROUNDING * torch.finfo(matrix.dtype).eps * total, 0, matrix)
+
+
+def _lengths(matrix: Tensor, dim: int, length: float) -> Tensor:
+    """Rows (dim=-1) or columns (-2) at the given length, or zero."""
+    norms = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True)
+    return matrix * (length / torch.where(norms > 0, norms, 1))
+
+
+def _row_norm(matrix: Tensor) -> Tensor:
+    return _lengths(matrix, -1, matrix.shape[-1]**0.5)
+
+
+def _sinkhorn(matrix: Tensor) -> Tensor:
+    for _ in range(PASSES):
+        matrix = _lengths(_row_norm(matrix), -2, matrix.shape[-2]**0.5)
+    return matrix
+
+#: f, by name.
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    'sinkhorn': _sinkhorn, 'row_norm': _row_norm, 'sign': torch.sign}

@@ -1,0 +1,44 @@
+"""SGD whose 1-D parameters are divided by a diagonal of the Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from .base import Group, State, moments_of
+from .sgd import SGDM
+
+
+class PartialHessianSGDM(SGDM):
+    """SGDM, but parameters with a Hessian diagonal d move by tau (1 - momentum^n) buf / (d + eps).
+
+    Their momentum is that of the plain gradient, and weight decay is added after the division.
+
+    Attributes:
+        rate: tau.
+        eps: Added to the diagonal.
+        cycle: n, the number of the current cycle over all 1-D parameters, from 1.
+    """
+
+    def __init__(self, rate: float, eps: float) -> None:
+        self.rate = rate
+        self.eps = eps
+        self.cycle = 1
+
+    def key(self, group: Group, state: State) -> Hashable:
+        return super().key(group, state), 'hessian' in state
+
+    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+                   group: Group) -> list[Tensor]:
+        if 'hessian' not in states[0]:
+            return super().directions(params, gradients, states, group)
+        buffers = moments_of(states, 'momentum_buffer', params)
+        torch._foreach_mul_(buffers, group['momentum'])
+        torch._foreach_add_(buffers, gradients)
+        damped = torch._foreach_add([state['hessian'] for state in states], self.eps)
+        directions = torch._foreach_div(buffers, list(damped))
+        torch._foreach_mul_(directions, self.rate * (1 - group['momentum']**self.cycle))
+        torch._foreach_add_(directions, params, alpha=group['weight_decay'])
+        return list(directions)

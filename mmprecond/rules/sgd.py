@@ -1,0 +1,93 @@
+"""Stochastic gradient descent: heavy-ball momentum, or a moving average."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_number
+from .base import Group, Rule, State, moments_of
+
+
+class SGDM(Rule):
+    """SGD with heavy-ball momentum; weight decay is added after preconditioning.
+
+    ``d = V + weight_decay p; buf = momentum buf + d; p -= lr buf``
+    """
+
+    hyper = ('lr', 'momentum', 'weight_decay')
+    defaults = dict(momentum=0.9, weight_decay=0.)
+    linear_moments = ('momentum_buffer',)
+
+    @classmethod
+    def check(cls, group: Group) -> None:
+        super().check(group)
+        check_number('momentum', group['momentum'], high=1)
+
+    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+                   group: Group) -> list[Tensor]:
+        decay = group['weight_decay']
+        if not group['momentum']:
+            return list(torch._foreach_add(gradients, params, alpha=decay)) if decay else gradients
+        buffers = moments_of(states, 'momentum_buffer', params)
+        torch._foreach_mul_(buffers, group['momentum'])
+        torch._foreach_add_(buffers, gradients)
+        if decay:
+            torch._foreach_add_(buffers, params, alpha=decay)
+        return buffers
+
+    def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
+               group: Group) -> None:
+        torch._foreach_add_(params, directions, alpha=-group['lr'])
+
+
+class EMASGD(Rule):
+    """SGD on the bias-corrected moving average of the gradients.
+
+    ``m = momentum m + (1 - momentum) g; d = m / (1 - momentum^t)``, then ``p -= lr d``.
+
+    Args:
+        decay: Of the weights: 'decoupled', lr weight_decay p apart from the average; 'added' to the
+            gradient.
+
+    Attributes:
+        averaged: The parameters that are averaged; all others take their gradients as they are.
+            None: all.
+    """
+
+    hyper = ('lr', 'momentum', 'weight_decay')
+    defaults = dict(momentum=0.9, weight_decay=0.)
+    linear_moments = ('exp_avg',)
+
+    def __init__(self, decay: str = 'decoupled') -> None:
+        check_choice('decay', decay, ('decoupled', 'added'))
+        self.decay = decay
+        self.averaged: set[Tensor] | None = None
+
+    @classmethod
+    def check(cls, group: Group) -> None:
+        super().check(group)
+        check_number('momentum', group['momentum'], high=1)
+
+    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+                   group: Group) -> list[Tensor]:
+        if self.decay == 'added' and group['weight_decay']:
+            gradients = list(torch._foreach_add(gradients, params, alpha=group['weight_decay']))
+        chosen = [k for k, p in enumerate(params) if self.averaged is None or p in self.averaged]
+        if not chosen:
+            return gradients
+        directions = list(gradients)
+        averages = moments_of([states[k] for k in chosen], 'exp_avg', [params[k] for k in chosen])
+        torch._foreach_lerp_(averages, [gradients[k] for k in chosen], 1 - group['momentum'])
+        step = states[chosen[0]].get('step', 0) + 1  # equal steps are in the key
+        corrected = torch._foreach_div(averages, 1 - group['momentum']**step)
+        for k, direction in zip(chosen, corrected, strict=True):
+            states[k]['step'] = step
+            directions[k] = direction
+        return directions
+
+    def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
+               group: Group) -> None:
+        if self.decay == 'decoupled' and group['weight_decay']:
+            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+        torch._foreach_add_(params, directions, alpha=-group['lr'])

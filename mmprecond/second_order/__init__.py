@@ -1,0 +1,12 @@
+"""Second derivatives: differentiating twice, and weights as length times direction."""
+
+from .double_backward import (
+    detach_gradients,
+    fill_missing,
+    mean_over_ranks,
+    refuse_single_backward,
+)
+from .weight_norm import WeightNormConv2d, is_vector, weight_norm
+
+__all__ = ['WeightNormConv2d', 'detach_gradients', 'fill_missing', 'is_vector', 'mean_over_ranks',
+           'refuse_single_backward', 'weight_norm']
