@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .core import Curvature
 from .core.cost import LayerCost, measured_costs
 from .curvature import Layer
 from .engine import launch, use_optimizer
@@ -25,26 +26,26 @@ HEADERS = ('layer', 'preconditioner', 'calls', 'MB', 'step GFLOP', 'capture GFLO
            'refresh GFLOP')
 
 
-def forecast(model: nn.Module, optimizer: PreconditionedOptimizer,
+def forecast(model: nn.Module, curvature: Curvature,
              batch: dict[str, Any]) -> tuple[dict[Layer, LayerCost], float]:
     """Costs by layer, and the operations of the model's own forward and backward pass."""
     counter = FlopCounterMode(display=False)
-    with measured_costs(optimizer) as costs, torch.no_grad(), counter:
+    with measured_costs(curvature.layers, curvature.capture) as costs, torch.no_grad(), counter:
         model(**batch, mode='loss')
     return costs, 3. * counter.get_total_flops()
 
 
-def amortised(optimizer: PreconditionedOptimizer, costs: dict[Layer, LayerCost]) -> float:
+def amortised(curvature: Curvature, costs: dict[Layer, LayerCost]) -> float:
     """Operations a step, captures and refreshes shared out over their intervals."""
     total = 0.
-    for layer, stack in optimizer.layers.items():
+    for layer, stack in curvature.layers.items():
         cost, method = costs[layer], stack.method
         total += (cost.apply + cost.capture / method.capture_interval
                   + cost.refresh / method.refresh_interval)
     return total
 
 
-def table(optimizer: PreconditionedOptimizer, costs: dict[Layer, LayerCost],
+def table(curvature: Curvature, costs: dict[Layer, LayerCost],
           own: float) -> str:
     """The forecast as text; `own` are the model's operations a step."""
     rows = [HEADERS, *(_row(cost.name.removesuffix('.weight'), cost) for cost in costs.values())]
@@ -55,7 +56,7 @@ def table(optimizer: PreconditionedOptimizer, costs: dict[Layer, LayerCost],
     lines = ['  '.join(cell.ljust(w) if k < 2 else cell.rjust(w)
                        for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
              for row in rows]
-    share = amortised(optimizer, costs) / own if own else float('nan')
+    share = amortised(curvature, costs) / own if own else float('nan')
     lines.append(f'forward and backward pass: {own / 1e9:,.1f} GFLOP; preconditioning adds '
                  f'{100 * share:.1f} % of that a step, its intervals averaged')
     return '\n'.join(lines)
@@ -104,7 +105,8 @@ def main() -> None:
             cfg.merge_from_dict(args.cfg_options)
         model, optimizer = build(cfg)
         batch = synthetic_batch(model, args.batch, tuple(args.size))
-        print(table(optimizer, *forecast(model, optimizer, batch)))
+        curvature = optimizer.curvature
+        print(table(curvature, *forecast(model, curvature, batch)))
 
 
 if __name__ == '__main__':

@@ -44,7 +44,7 @@ def measured(model: nn.Module, run: Callable[[], Any], variant: str = 'thesis',
     """What a new AFOpt captures of `run`, by weight name."""
     optimizer = AFOpt(model, lr=0.1, variant=variant, **options)
     run()
-    found = {layer.name: kept for layer, kept in optimizer._capture.staged.items()}
+    found = {layer.name: kept for layer, kept in optimizer.curvature.capture.staged.items()}
     optimizer.disarm()
     return found
 
@@ -83,14 +83,14 @@ def pretrain(name: str) -> Any:
 
 
 def layer_of(optimizer: PreconditionedOptimizer, name: str) -> AttentionLayer:
-    (layer,) = (layer for layer in optimizer.layers if layer.name == name)
+    (layer,) = (layer for layer in optimizer.curvature.layers if layer.name == name)
     assert isinstance(layer, AttentionLayer)
     return layer
 
 
 def reasons(optimizer: PreconditionedOptimizer) -> dict[str, str]:
     """Why each module that was left out takes the plain rule."""
-    return {left.name: f'{left.kind}: {left.reason}' for left in optimizer.left_out}
+    return {left.name: f'{left.kind}: {left.reason}' for left in optimizer.curvature.left_out}
 
 
 def hooks(model: nn.Module) -> int:

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmprecond import curvature
+from mmprecond.curvature import (
+    GRADIENT,
+    INPUT,
+    WEIGHT,
+    Columns,
+    Factor,
+    Mean,
+    Moment,
+    Side,
+    Square,
+    Statistic,
+)
 
 
 class ConvNet(nn.Module):
@@ -69,3 +83,20 @@ def leave() -> None:
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)
+
+
+def factors_of(tensors: Mapping[str, Tensor]) -> dict[Side, Factor]:
+    """Running statistics as a refresh takes them, from stacked tensors by their names."""
+    attention = {statistic.key: statistic for statistic in vars(curvature.attention).values()
+                 if isinstance(statistic, Statistic)}
+    forms = {'moment': Moment(), 'columns': Columns(), 'mean': Mean(), 'square': Square()}
+    found: dict[Side, Factor] = {}
+    for name, tensor in tensors.items():
+        if name == 'weight':
+            found[WEIGHT] = Factor(Moment(), (tensor,))
+        elif name in attention:
+            found[attention[name].side] = Factor(attention[name].form, (tensor,))
+        else:
+            side, form = name.split('_')
+            found[{'input': INPUT, 'gradient': GRADIENT}[side]] = Factor(forms[form], (tensor,))
+    return found

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmprecond import optimizers
+from mmprecond.linalg import Operators
 from mmprecond.preconditioners import Preconditioner
-from mmprecond.preconditioners.sides import Stacked
 
 OVERFLOW_EVERY = 50
 SAVE_EVERY = 20
@@ -76,7 +76,7 @@ def failing(method: type[Preconditioner], times: int) -> Iterator[None]:
     plain = method.refresh
     left = [times]
 
-    def sabotaged(self: Preconditioner, *args: Any) -> tuple[Stacked, Tensor]:
+    def sabotaged(self: Preconditioner, *args: Any) -> tuple[Operators, Tensor]:
         operator, good = plain(self, *args)
         if left[0]:
             left[0] -= 1
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
         for share, count in ((FAIL_ONCE, 1), (FAIL_TWICE, 10**6)) if args.fail else ():
             if 0 <= step - int(args.steps * share) < 20:  # one or two refreshes
                 faults = count
-        with failing(type(optimizer.stacks[0].method), faults):
+        with failing(type(optimizer.curvature.stacks[0].method), faults):
             train_step(model, optimizer, scaler, step, overflow)
         if not all(p.isfinite().all() for p in model.parameters()):
             sys.exit(f'step {step}: a weight is not finite')

@@ -15,8 +15,8 @@ from test_capture import CONVS, EMPTY, geometries, loss_of, plain_copy
 from test_fsgd import classification
 from torch import Tensor, nn
 
-from helpers import ConvNet, TokenNet, token_batches, train
-from mmprecond.curvature import Capture, find_layers
+from helpers import ConvNet, TokenNet, factors_of, token_batches, train
+from mmprecond.curvature import GRADIENT, INPUT, Capture, Mean, Square, Statistic, find_layers
 from mmprecond.linalg import columns_to_matrix, nystrom_columns, power_of_columns
 from mmprecond.optimizers import (
     MAC,
@@ -32,7 +32,7 @@ from mmprecond.preconditioners import ActivationMean
 from reference import activation as oracle
 from reference.factors import gradient_rows, input_rows
 
-VECTORS = ('input_mean', 'input_square', 'gradient_square')
+VECTORS = (Statistic(INPUT, Mean()), Statistic(INPUT, Square()), Statistic(GRADIENT, Square()))
 
 
 # ------------------------------------------------------------------- what is measured
@@ -42,8 +42,8 @@ def check(module: nn.Module, *inputs: Tensor) -> None:
     module = module.double()
     found, _ = find_layers(module, [dict(params=list(module.parameters()))])
     (layer,) = found.values()
-    capture = Capture({layer: VECTORS})
-    capture.arm([layer])
+    capture = Capture()
+    capture.arm({layer: VECTORS})
     joint = module.bias is not None
     rows, slopes = [], []
     for x in inputs:
@@ -58,8 +58,9 @@ def check(module: nn.Module, *inputs: Tensor) -> None:
               'gradient_square': left.square().sum(1)}
     staged = capture.staged[layer]
     assert staged.rows == right.shape[1]
+    shapes = {key: shape for one in VECTORS for key, shape in layer.shapes(one).items()}
     for name, vector in wanted.items():
-        assert staged.sums[name].shape == layer.statistic_shape(name)
+        assert staged.sums[name].shape == shapes[name]
         torch.testing.assert_close(staged.sums[name][..., 0], vector, rtol=1e-10, atol=1e-12)
 
 
@@ -96,12 +97,12 @@ def test_a_capture_lays_out_no_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum over images comes first."""
     from mmprecond.curvature import Conv2dLayer
 
-    monkeypatch.setattr(Conv2dLayer, '_input_rows', lambda *_: pytest.fail('laid out'))
+    monkeypatch.setattr(Conv2dLayer, 'input_rows', lambda *_: pytest.fail('laid out'))
     model = ConvNet()
     optimizer = AdaAct(model, lr=0.1)
     model(torch.randn(4, 3, 8, 8)).sum().backward()
     optimizer.step()
-    assert all(slot.refreshes == 1 for stack in optimizer.stacks for slot in stack.slots)
+    assert all(slot.refreshes == 1 for stack in optimizer.curvature.stacks for slot in stack.slots)
 
 
 # ------------------------------------------------------------------- trajectories
@@ -166,7 +167,7 @@ def test_mac_is_a_scaled_inverse(size: int, rho: float, length: float, given_her
     gradients = torch.randn(2, 1, 3, size).double()
     method = ActivationMean(damping=7. if given_here else rho)
     own = torch.full((2, 1), rho).double() if given_here else None
-    operator, good = method.refresh({'input_mean': vector}, None, own)
+    operator, good = method.refresh(factors_of({'input_mean': vector}), None, own)
     inverse = torch.linalg.inv(vector @ vector.mT + rho * torch.eye(size).double())
     assert good.all()
     torch.testing.assert_close(method.apply(operator, gradients), rho * gradients @ inverse)
@@ -180,7 +181,9 @@ def test_smac_needs_the_rows_scale() -> None:
         model = TokenNet().double()
         optimizer = SMAC(model, lr=0.01, gradient_scale=scale)
         train(model, optimizer, token_batches(1, size=64))
-        z = torch.cat([stack.operator['gradient'].flatten() for stack in optimizer.stacks])
+        z = torch.cat(
+            [stack.operator_tensors['gradient'].flatten() for stack in optimizer.curvature.stacks]
+        )
         spread[scale] = float(z.max() / z.min())
     assert spread['none'] < 1.01 < 1.1 < spread['rows']
 
@@ -274,16 +277,20 @@ def test_nysact_follows_its_sketch(sketch: str) -> None:
     batches = token_batches(4)
     train(model, optimizer, batches)
     train(dense, whole, batches)
-    moments = {layer.name: stack.statistics['input_moment'][k, 0] for stack in whole.stacks
-               for k, layer in stack.ready()}
-    for stack in optimizer.stacks:
+    moments = {
+        layer.name: stack.statistics['input_moment'][k, 0]
+        for stack in whole.curvature.stacks
+        for k, layer in stack.ready()
+    }
+    for stack in optimizer.curvature.stacks:
         for k, layer in stack.ready():
             assert stack.statistics['input_sketch'].shape[-1] == 6
-            test = layer.test_matrix('input_sketch')[0]
+            (kept,) = stack.kept
+            test = kept.form.test_matrix(layer, kept.key, layer.columns)[0]
             if sketch == 'columns':
                 assert ((test == 0) | (test == 1)).all() and (test.sum(0) == 1).all()
                 assert (test.sum(1) <= 1).all()
-            operator = {name: o[k] for name, o in stack.operator.items()}
+            operator = {name: o[k] for name, o in stack.operator_tensors.items()}
             ours = columns_to_matrix(operator['input_columns'], operator['input_scale'])[0]
             torch.testing.assert_close(ours, nystrom_inverse(moments[layer.name], test, 0.1))
 
@@ -293,8 +300,8 @@ def test_nysact_keeps_nothing_of_a_side_squared() -> None:
     optimizer = NysAct(model, lr=0.1, rank=7)
     model(torch.randn(9, 600)).sum().backward()
     optimizer.step()
-    (stack,) = optimizer.stacks
-    numbers = sum(t.numel() for t in (*stack.statistics.values(), *stack.operator.values()))
+    (stack,) = optimizer.curvature.stacks
+    numbers = sum(t.numel() for t in (*stack.statistics.values(), *stack.operator_tensors.values()))
     assert numbers == 2 * 601 * 7 + 1
     assert {tuple(p.shape) for p in model.parameters()} == {(5, 600), (5,)}
 
@@ -312,7 +319,7 @@ def test_a_dead_input_does_not_blow_up() -> None:
         optimizer.zero_grad()
         (model(x)**2).mean().backward()
         optimizer.step()
-    factor = optimizer.stacks[0].operator['input'].flatten()
+    factor = optimizer.curvature.stacks[0].operator_tensors['input'].flatten()
     assert factor[0] <= 1.01e6 * factor[1:].max() and model.weight.isfinite().all()
 
 
@@ -337,8 +344,8 @@ def test_adafisher_as_its_code_is_momentum_sgd(ema: str) -> None:
     model = TokenNet().double()
     optimizer = AdaFisher(model, lr=1e-4, ema=ema, stat_interval=1, refresh_interval=1)
     train(model, optimizer, token_batches(4))
-    largest = max(float((s.operator['gradient'] @ s.operator['input']).max())
-                  for s in optimizer.stacks)
+    largest = max(float((s.operator_tensors['gradient'] @ s.operator_tensors['input']).max())
+                  for s in optimizer.curvature.stacks)
     assert largest < 1e-4 if ema == 'code' else largest > 0.1
 
 
@@ -349,7 +356,11 @@ def test_the_loss_scale_changes_no_divisor() -> None:
         model = TokenNet().double()
         optimizer = AdaFisher(model, lr=0., stat_interval=1, refresh_interval=1)
         train(model, optimizer, token_batches(2), lambda out, y: scale * (out**2).mean())
-        found.append(torch.cat([s.operator['gradient'].flatten() for s in optimizer.stacks]))
+        found.append(
+            torch.cat(
+                [s.operator_tensors['gradient'].flatten() for s in optimizer.curvature.stacks]
+            )
+        )
     torch.testing.assert_close(*found, rtol=1e-9, atol=0)
 
 
@@ -371,7 +382,7 @@ def test_what_has_one_entry_is_divided_by_one() -> None:
         model(torch.randn(6, 8)).square().mean().backward()
         optimizer.step()
     assert float(optimizer.state[model.scale]['fisher_gradient']) == pytest.approx(1)
-    assert float(optimizer.stacks[0].operator['gradient']) == pytest.approx(1)
+    assert float(optimizer.curvature.stacks[0].operator_tensors['gradient']) == pytest.approx(1)
 
 
 def test_a_groups_damping_reaches_parameters_without_inputs() -> None:
@@ -414,9 +425,9 @@ def test_adafisher_resumes_in_half_precision(dtype: torch.dtype) -> None:
 def test_sketches_may_be_sampled() -> None:
     model = TokenNet().double()
     optimizer = NysAct(model, lr=0.1, rank=4, max_rows=8)
-    assert optimizer.stacks[0].requires == ('input_sketch_sampled',)
+    assert [s.key for s in optimizer.curvature.stacks[0].kept] == ['input_sketch_sampled']
     train(model, optimizer, token_batches(3))
-    assert all(slot.refreshes for stack in optimizer.stacks for slot in stack.slots)
+    assert all(slot.refreshes for stack in optimizer.curvature.stacks for slot in stack.slots)
 
 
 # ------------------------------------------------------------------- settings
@@ -454,7 +465,7 @@ def test_methods_are_mixed_layer_by_layer() -> None:
     loss = model(torch.randn(4, 3, 8, 8).double()).square().mean()
     loss.backward()
     optimizer.step()
-    assert {type(stack.method).__name__ for stack in optimizer.stacks} == {
+    assert {type(stack.method).__name__ for stack in optimizer.curvature.stacks} == {
         'NystromFeature', 'ActivationMean', 'NewtonKronecker'}
     assert model(torch.randn(4, 3, 8, 8).double()).isfinite().all()
 

@@ -17,6 +17,7 @@ from test_trajectory import Convs, Tokens, follow, make_loss
 from test_trajectory import batch as rows
 from torch import Tensor, nn
 
+from helpers import factors_of
 from mmprecond.linalg import inverse_power, newton_schulz_inverse_root
 from mmprecond.optimizers import SGDMBK, AdamWBK, Preconditioned, PreconditionedOptimizer
 from mmprecond.preconditioners import KroneckerRoot
@@ -242,8 +243,8 @@ def test_a_somewhat_indefinite_matrix_is_reported(negative: float, dtype: torch.
 def test_a_refresh_reports_bad_statistics(name: str, solver: str) -> None:
     method = KroneckerRoot(solver=solver)
     fine = stack_with(torch.eye(3), torch.float64)
-    _, good = method.refresh({'input_moment': stack_with(BAD[name], torch.float64),
-                              'gradient_moment': fine}, None)
+    _, good = method.refresh(factors_of({'input_moment': stack_with(BAD[name], torch.float64),
+                                         'gradient_moment': fine}), None)
     assert good.tolist() == [True, False, True]
 
 
@@ -281,7 +282,7 @@ def test_inverse_powers_of_a_batch_are_those_of_each(exponent: float, dtype: tor
 def test_default_settings() -> None:
     for kind in KINDS.values():
         optimizer = kind(nn.Linear(3, 2), lr=0.1)
-        (method,) = {stack.method for stack in optimizer.stacks}
+        (method,) = {stack.method for stack in optimizer.curvature.stacks}
         assert method == KroneckerRoot() == KroneckerRoot(
             stat_interval=200, refresh_interval=2000, stat_decay=0.9, damping=1e-5,
             solver='newton_schulz', root_steps=10)

@@ -16,6 +16,8 @@ from test_trajectory import batch as rows
 from torch import Tensor, nn
 
 from helpers import ConvNet, TokenNet, squared_error
+from mmprecond.curvature import Factor, Side
+from mmprecond.linalg import Dense
 from mmprecond.optimizers import AdamR, PreconditionedOptimizer
 from mmprecond.preconditioners import EigenRotation
 from reference.factors import Loss, plain_copy
@@ -111,7 +113,9 @@ def test_one_sided(max_dim: int) -> None:
     follow(model, optimizer, reference, tokens, 9)
     assert set(entry(optimizer, 'last.weight')['operator']) == {
         6: {'input_moment', 'gradient_moment'}, 3: {'gradient_moment'}}[max_dim]
-    assert ('first.weight' in {layer.name for layer in optimizer.layers}) == (max_dim == 6)
+    assert ('first.weight' in {layer.name for layer in optimizer.curvature.layers}) == (
+        max_dim == 6
+    )
 
 
 @pytest.mark.parametrize('rule', RULES)
@@ -160,10 +164,11 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Non
 
 def inject(patch: pytest.MonkeyPatch, choose: Callable[[str, Tensor], Tensor]) -> None:
     """Chooses the bases (k, b, n, n), by the statistics' name and value."""
-    def refresh(method: EigenRotation, statistics: dict[str, Tensor], previous: Any,
+    def refresh(method: EigenRotation, factors: dict[Side, Factor], previous: Any,
                 damping: Any = None) -> Any:
-        fine = torch.ones(len(next(iter(statistics.values()))), dtype=torch.bool)
-        return {name: choose(name, value) for name, value in statistics.items()}, fine
+        fine = torch.ones(len(next(iter(factors.values())).tensor), dtype=torch.bool)
+        return {side.name: Dense(choose(f'{side.name}_moment', factor.tensor))
+                for side, factor in factors.items()}, fine
 
     patch.setattr(EigenRotation, 'refresh', refresh)
     patch.setattr(EigenRotation, 'align', lambda method, operator, previous: operator)

@@ -16,6 +16,7 @@ from test_trajectory import batch as rows
 from torch import Tensor, nn
 
 from mmprecond.core import RefreshError
+from mmprecond.curvature import INPUT, Factor, Side
 from mmprecond.optimizers import AdamR, AdamWBK, Preconditioned, PreconditionedOptimizer
 from mmprecond.preconditioners import EigenRotation
 from mmprecond.rules import AdamW, Adan
@@ -178,7 +179,7 @@ def test_moments_in_a_basis_that_was_not_saved_are_of_no_use() -> None:
 
 def spoil(optimizer: PreconditionedOptimizer, name: str, value: float = float('nan')) -> None:
     """Sets one entry of a layer's running statistic."""
-    for stack in optimizer.stacks:
+    for stack in optimizer.curvature.stacks:
         for k, slot in enumerate(stack.slots):
             if slot.layer.name == name:
                 stack.statistics['input_moment'][k, 0, 1, 2] = value
@@ -214,7 +215,7 @@ def test_a_failed_first_refresh_leaves_adamw() -> None:
     spoil(optimizer, 'weight')
     run(model, optimizer, range(2, 7)), run(other, theirs, range(7))
     assert equals(model, other) and entry(optimizer, 'weight')['failures'] == 1
-    for stack in optimizer.stacks:  # sound again: the next refresh is the first
+    for stack in optimizer.curvature.stacks:  # sound again: the next refresh is the first
         stack.statistics['input_moment'][0, 0] = torch.diag(torch.arange(1., 8.).double())
     run(model, optimizer, range(7, 8))
     assert entry(optimizer, 'weight')['refreshes'] == 1
@@ -230,9 +231,9 @@ def test_a_basis_from_the_retry_in_float64_follows_the_old_one(
     late(model, optimizer, range(3)), late(twin, other, range(3))
     real = EigenRotation.refresh
 
-    def refresh(method: EigenRotation, statistics: dict[str, Tensor], *rest: Any) -> Any:
-        operator, good = real(method, statistics, *rest)
-        return operator, good & (statistics['input_moment'].dtype == torch.float64)
+    def refresh(method: EigenRotation, factors: dict[Side, Factor], *rest: Any) -> Any:
+        operator, good = real(method, factors, *rest)
+        return operator, good & (factors[INPUT].tensor.dtype == torch.float64)
 
     late(twin, other, range(3, 6))
     monkeypatch.setattr(EigenRotation, 'refresh', refresh)
@@ -324,9 +325,14 @@ def test_mixed_methods_each_keep_their_steps() -> None:
     """One counts steps from 1, the other from 0; both work on the same rule."""
     model = Tokens().double()
     optimizer = preconditioned(model, mixed('NewtonKronecker'))
-    assert {layer.name: type(stack.method).__name__ for layer, stack in optimizer.layers.items()
-            } == {'first.weight': 'EigenRotation', 'second.weight': 'NewtonKronecker',
-                  'third.weight': 'NewtonKronecker'}
+    assert {
+        layer.name: type(stack.method).__name__
+        for layer, stack in optimizer.curvature.layers.items()
+    } == {
+        'first.weight': 'EigenRotation',
+        'second.weight': 'NewtonKronecker',
+        'third.weight': 'NewtonKronecker',
+    }
     run(model, optimizer, range(1))
     assert set(optimizer.state_dict()['precond']['layers']) == {'second.weight', 'third.weight'}
     run(model, optimizer, range(1, 6))
@@ -357,7 +363,7 @@ def test_it_does_not_work_with_sgdm() -> None:
 
 def test_default_settings() -> None:
     optimizer = AdamR(nn.Linear(3, 2), lr=0.1)
-    (method,) = {stack.method for stack in optimizer.stacks}
+    (method,) = {stack.method for stack in optimizer.curvature.stacks}
     assert method == EigenRotation() == EigenRotation(
         stat_interval=100, refresh_interval=1000, basis_eps=0.01, basis_solver='eigh',
         rotate_moments=True)

@@ -197,13 +197,14 @@ class Sampler:
         self.reads = reads
         self.optimizer = AFOpt(self.model, lr=0.1, variant=variant,
                                **{'max_windows': 2, **options})
-        self.capture = self.optimizer._capture
+        self.capture = self.optimizer.curvature.capture
         self.layer = layer_of(self.optimizer, QKV)
 
     def draw(self, seed: int, calls: int = 1) -> tuple[list[int], dict[str, Tensor]]:
         """Windows measured and sums, under a seed."""
         self.reads.clear()
-        self.capture.arm([self.layer], seed)
+        kept = self.optimizer.curvature.layers[self.layer].kept
+        self.capture.arm({self.layer: kept}, seed)
         for _ in range(calls):
             loss_of(self.model(self.x, (3, 15))).backward()
         kept = self.capture.staged[self.layer]

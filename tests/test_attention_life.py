@@ -75,7 +75,7 @@ def test_a_forward_pass_without_backward_frees_everything(no_collector: None) ->
     out = model(feature_map(SHAPE), SHAPE)
     assert len(watch.storages) == 3 and watch.alive() == 3
     del out
-    assert watch.alive() == 0 and not optimizer._capture.staged
+    assert watch.alive() == 0 and not optimizer.curvature.capture.staged
 
 
 def test_everything_is_freed_after_backward(no_collector: None) -> None:
@@ -85,7 +85,7 @@ def test_everything_is_freed_after_backward(no_collector: None) -> None:
     optimizer = AFOpt(model, lr=0.1)
     out = model(feature_map(SHAPE), SHAPE)
     loss_of(out).backward()
-    assert watch.alive() == 0 and optimizer._capture.staged and out is not None
+    assert watch.alive() == 0 and optimizer.curvature.capture.staged and out is not None
 
 
 def test_passes_without_gradient_leave_nothing(no_collector: None) -> None:
@@ -96,11 +96,11 @@ def test_passes_without_gradient_leave_nothing(no_collector: None) -> None:
     model.eval()
     with torch.no_grad():
         out = model(feature_map(SHAPE), SHAPE)
-    assert watch.storages and watch.alive() == 0 and not optimizer._capture.staged
+    assert watch.storages and watch.alive() == 0 and not optimizer.curvature.capture.staged
     model.train()
     loss_of(model(feature_map(SHAPE), SHAPE)).backward()
     optimizer.disarm()
-    found = {layer.name: kept for layer, kept in optimizer._capture.staged.items()}
+    found = {layer.name: kept for layer, kept in optimizer.curvature.capture.staged.items()}
     same(found, measured(model, lambda: loss_of(model(feature_map(SHAPE), SHAPE)).backward()))
     assert out.isfinite().all()
 
@@ -114,7 +114,7 @@ def test_hooks_exist_on_statistics_steps_alone() -> None:
         assert hooks(model) == (4 if armed else 0)
         optimizer.zero_grad()
         loss_of(model(feature_map(SHAPE), SHAPE)).backward()
-        assert bool(optimizer._capture.staged) == armed
+        assert bool(optimizer.curvature.capture.staged) == armed
         optimizer.step()
     optimizer.disarm()
     assert hooks(model) == 0
@@ -129,12 +129,12 @@ def test_a_copy_of_an_armed_model_is_not_observed(clone: Callable[[Any], Any]) -
     optimizer = AFOpt(model, lr=0.1)
     twin = clone(model)
     run(twin)
-    assert not optimizer._capture.staged
+    assert not optimizer.curvature.capture.staged
     run(model)
-    alone = {layer.name: kept.rows for layer, kept in optimizer._capture.staged.items()}
+    alone = {layer.name: kept.rows for layer, kept in optimizer.curvature.capture.staged.items()}
     run(clone(model))
     assert {layer.name: kept.rows
-            for layer, kept in optimizer._capture.staged.items()} == alone
+            for layer, kept in optimizer.curvature.capture.staged.items()} == alone
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
 
@@ -154,7 +154,7 @@ def test_checkpointed_blocks_of_swin_are_measured_alike(no_collector: None) -> N
     assert watch.alive() == 0
     sum(loss_of(out) for out in outs).backward()
     del outs
-    assert watch.alive() == 0 and optimizer._capture.staged
+    assert watch.alive() == 0 and optimizer.curvature.capture.staged
 
 
 class Checkpointed(nn.Module):
@@ -200,7 +200,7 @@ def test_a_checkpointed_block_keeps_nothing(reentrant: bool, after: bool,
     out = model(feature_map(SHAPE))
     assert watch.alive() == 0
     loss_of(out).backward()
-    assert optimizer._capture.staged
+    assert optimizer.curvature.capture.staged
     del out
     assert watch.alive() == 0
 
@@ -217,7 +217,7 @@ def test_a_block_that_is_checkpointed_itself_is_measured(
     with caplog.at_level(logging.WARNING, 'mmprecond'):
         optimizer = AFOpt(model, lr=0.1)
         loss_of(attn(model.stem(feature_map(SHAPE)))).backward()
-        found = {layer.name for layer in optimizer._capture.staged}
+        found = {layer.name for layer in optimizer.curvature.capture.staged}
         optimizer.step()
     complained = any('attn.qkv.weight' in record.getMessage() for record in caplog.records)
     assert 'attn.proj.weight' in found and bool(attn.qkv.weight.grad.any())
@@ -260,7 +260,7 @@ def test_the_loss_scale_does_not_touch_attention(scale: Any) -> None:
         optimizer.loss_scale = scaler or scale
         loss = sum(loss_of(out) for out in model(images().float()))
         (scaler.scale(loss) if scaler else loss * scale).backward()
-        for layer, kept in optimizer._capture.staged.items():
+        for layer, kept in optimizer.curvature.capture.staged.items():
             for name, value in kept.sums.items():
                 assert torch.allclose(value, plain[layer.name].sums[name], rtol=1e-5)
         optimizer.disarm()

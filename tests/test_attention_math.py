@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import factors_of
 from mmprecond.curvature.attention import softmax_gram
+from mmprecond.linalg import named_tensors
 from mmprecond.preconditioners.attention_feature import AttentionFeature, value_operator
 from mmprecond.preconditioners.input_feature import InputFeature
 from reference import attention as oracle
@@ -44,7 +46,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def direct(preconditioner: InputFeature, statistics: dict[str, Tensor], gradients: Tensor,
            damping: Tensor | float | None = None) -> Tensor:
     """Preconditioned gradients (k, b, o, i)."""
-    operator, fine = preconditioner.refresh(statistics, None, damping)
+    operator, fine = preconditioner.refresh(factors_of(statistics), None, damping)
     assert fine.shape == (len(gradients),) and fine.dtype == torch.bool and fine.all()
     return preconditioner.apply(operator, gradients)
 
@@ -198,14 +200,14 @@ def test_norm_recovery_comes_once_for_each_projection(variant: str) -> None:
 def test_a_layer_that_fails_is_reported_among_good_ones(variant: str) -> None:
     method = AttentionFeature(variant=variant)
     good = stacked(draw_block(0), draw_block(1), draw_block(2))
-    _, fine = method.refresh(good, None, None)
+    _, fine = method.refresh(factors_of(good), None, None)
     assert fine.tolist() == [True, True, True]
     own = {'thesis': ['query_curvature', 'key_curvature', 'output_moment', 'weight'],
            'gauss_newton': ['query_moment', 'key_feature_moment', 'value_feature_moment']}
     for name in (*own[variant], 'input_moment'):
         bad = dict(good, **{name: good[name].clone()})
         bad[name][1, -1, 0, 0] = float('nan')
-        _, fine = method.refresh(bad, None, None)
+        _, fine = method.refresh(factors_of(bad), None, None)
         assert fine.tolist() == [True, False, True], name
 
 
@@ -241,8 +243,8 @@ def test_a_saturated_head_keeps_a_usable_operator(noise: float) -> None:
     curvature = statistics['query_curvature']
     random = normal(3, *curvature.shape[2:]).float()
     curvature[0, 0] = noise * curvature[0, 1].norm() * (random + random.mT)
-    operator, fine = AttentionFeature().refresh(statistics, None, None)
-    assert fine.all() and all(o.isfinite().all() for o in operator.values())
+    operators, fine = AttentionFeature().refresh(factors_of(statistics), None, None)
+    assert fine.all() and all(o.isfinite().all() for o in named_tensors(operators).values())
 
 
 def thesis_block(seed: int) -> Block:

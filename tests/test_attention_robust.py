@@ -34,7 +34,7 @@ def test_a_compiled_model_is_measured_alike(kind: type[PreconditionedOptimizer])
         model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True).double()
         run = torch.compile(model, backend='aot_eager') if compiled else model
         optimizer = kind(run, lr=1e-2, stat_interval=2, refresh_interval=4)
-        names.append([layer.name for layer in optimizer.layers])
+        names.append([layer.name for layer in optimizer.curvature.layers])
         found = []
         for step in range(6):
             optimizer.zero_grad()
@@ -120,7 +120,7 @@ class Renamed(nn.Module):
 def test_an_attention_class_that_does_not_fit_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ATTENTION_TYPES, qualified_name(Renamed), WindowAttention)
     optimizer = AFOpt(nn.Sequential(Renamed()), lr=0.1)
-    assert [left.reason for left in optimizer.left_out if left.kind == 'Renamed'][0] == \
+    assert [left.reason for left in optimizer.curvature.left_out if left.kind == 'Renamed'][0] == \
         'it has no submodule qkv'
 
 

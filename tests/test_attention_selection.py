@@ -45,11 +45,13 @@ def test_what_cannot_be_read_is_left_out_with_a_reason(make: Callable[[], nn.Mod
                                                        reason: str) -> None:
     optimizer = AFOpt(beside(attn=make()), lr=0.1)
     assert reason in reasons(optimizer)[name] and reason in optimizer.table()
-    assert [layer.name for layer in optimizer.layers if 'qkv' in layer.name
+    assert [layer.name for layer in optimizer.curvature.layers if 'qkv' in layer.name
             or 'in_proj' in layer.name] == []
     # Once, and everything else by its own rule.
-    assert [left.name for left in optimizer.left_out].count(name) == 1
-    assert ('attn.proj.weight' in {layer.name for layer in optimizer.layers}) == ('qkv' in name)
+    assert [left.name for left in optimizer.curvature.left_out].count(name) == 1
+    assert ('attn.proj.weight' in {layer.name for layer in optimizer.curvature.layers}) == (
+        'qkv' in name
+    )
 
 
 def test_an_unknown_attention_function_is_refused() -> None:
@@ -62,7 +64,7 @@ def test_subclasses_are_not_read_as_what_they_derive_from() -> None:
     base = pretrain('WindowMSA')
     model = beside(attn=type('Sigmoid', (base,), {})(6, (3, 3), 2))
     optimizer = AFOpt(model, lr=0.1)
-    kinds = {layer.name: type(layer) for layer in optimizer.layers}
+    kinds = {layer.name: type(layer) for layer in optimizer.curvature.layers}
     assert kinds['attn.qkv.weight'] is kinds['attn.proj.weight'] is LinearLayer
 
 
@@ -75,7 +77,7 @@ def test_swin_v2_trains_with_its_projection_preconditioned(
         loss_of(model(feature_map((5, 4)), (5, 4))).backward()
         old = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.step()
-    assert not caplog.records and {layer.name for layer in optimizer.layers} == {
+    assert not caplog.records and {layer.name for layer in optimizer.curvature.layers} == {
         'w_msa.proj.weight', 'w_msa.cpb_mlp.0.weight', 'w_msa.cpb_mlp.2.weight'}
     # Not the first layer of cpb_mlp: see test_an_in_place_change_of_the_output.
     assert {'w_msa.proj.weight', 'w_msa.cpb_mlp.2.weight'} <= set(
@@ -88,10 +90,10 @@ def test_swin_v2_trains_with_its_projection_preconditioned(
 def test_other_methods_take_the_linear_layers(toolbox: str) -> None:
     model = shift_window(toolbox, 1)
     optimizer = NKFAC(model, lr=0.1)
-    assert {layer.name: type(layer) for layer in optimizer.layers} == {
+    assert {layer.name: type(layer) for layer in optimizer.curvature.layers} == {
         'w_msa.qkv.weight': LinearLayer, 'w_msa.proj.weight': LinearLayer}
     loss_of(model(feature_map((5, 4)), (5, 4))).backward()
-    rows = {layer.name: kept.rows for layer, kept in optimizer._capture.staged.items()}
+    rows = {layer.name: kept.rows for layer, kept in optimizer.curvature.capture.staged.items()}
     assert rows == {'w_msa.qkv.weight': 72, 'w_msa.proj.weight': 72}
     packed = NKFAC(beside(attn=nn.MultiheadAttention(6, 2)), lr=0.1)
     assert set(reasons(packed)) == {'attn', 'attn.out_proj'}
@@ -105,7 +107,7 @@ def test_attention_features_on_some_blocks_alone() -> None:
              preconditioner=dict(type='AttentionFeature')),
         dict(preconditioner=dict(type='NewtonKronecker'))])
     taken = {layer.name: (type(layer).__name__, type(stack.method).__name__)
-             for layer, stack in optimizer.layers.items()}
+             for layer, stack in optimizer.curvature.layers.items()}
     assert taken == {
         'first.w_msa.qkv.weight': ('WindowAttention', 'AttentionFeature'),
         'first.w_msa.proj.weight': ('LinearLayer', 'AttentionFeature'),
@@ -132,7 +134,7 @@ def test_a_frozen_qkv_is_not_measured() -> None:
     before = model.w_msa.qkv.weight.clone()
     optimizer = AFOpt(model, lr=0.1, stat_interval=1, refresh_interval=1)
     loss_of(model(feature_map((6, 3)), (6, 3))).backward()
-    assert {layer.name for layer in optimizer._capture.staged} == {'w_msa.proj.weight'}
+    assert {layer.name for layer in optimizer.curvature.capture.staged} == {'w_msa.proj.weight'}
     optimizer.step()
     assert torch.equal(model.w_msa.qkv.weight, before)
 
@@ -142,7 +144,7 @@ def test_a_shared_weight_is_left_out() -> None:
     model['b'].qkv.weight = model['a'].qkv.weight
     optimizer = AFOpt(model, lr=0.1)
     assert all('shared with another module' in reasons(optimizer)[f'{name}.qkv'] for name in 'ab')
-    assert {layer.name for layer in optimizer.layers} == {
+    assert {layer.name for layer in optimizer.curvature.layers} == {
         'a.proj.weight', 'b.proj.weight', 'other.weight'}
 
 
@@ -151,7 +153,7 @@ def test_a_shared_projection_is_one_layer_or_none() -> None:
     model = beside(a=shift_window('mmdet').w_msa, b=shift_window('mmdet').w_msa)
     model['b'].qkv = model['a'].qkv
     optimizer = AFOpt(model, lr=0.1)
-    assert [layer.name for layer in optimizer.layers].count('a.qkv.weight') <= 1
+    assert [layer.name for layer in optimizer.curvature.layers].count('a.qkv.weight') <= 1
 
 
 def test_a_shared_block_is_one_layer() -> None:
@@ -176,7 +178,9 @@ def test_a_projection_that_is_not_called_is_reported(caplog: pytest.LogCaptureFi
         for _ in range(2):
             optimizer.zero_grad()
             loss_of(block(normal(0, 2, 9, 6))).backward()
-            assert {layer.name for layer in optimizer._capture.staged} == {'attn.proj.weight'}
+            assert {layer.name for layer in optimizer.curvature.capture.staged} == {
+                'attn.proj.weight'
+            }
             optimizer.step()
     said = [record.getMessage() for record in caplog.records]
     assert all('attn.qkv.weight' in one for one in said) and len(said) == len(set(said)) <= 2
@@ -195,7 +199,9 @@ def test_an_in_place_change_of_the_output(kind: Any, shape: tuple[int, ...], bia
         model = nn.Sequential(nn.Linear(6, 5, bias=bias), nn.ReLU(inplace), nn.Linear(5, 2))
         optimizer = kind(model.double(), lr=0.1)
         loss_of(model(normal(0, *shape))).backward()
-        found.append({layer.name: kept for layer, kept in optimizer._capture.staged.items()})
+        found.append(
+            {layer.name: kept for layer, kept in optimizer.curvature.capture.staged.items()}
+        )
     same(*found)
 
 

@@ -21,7 +21,7 @@ from reference.factors import gradient_rows, input_rows, plain_copy, second_mome
 
 def staged(optimizer: PreconditionedOptimizer, name: str = 'weight') -> tuple[Tensor, Tensor, int]:
     """R = sum x'x / rows, L = sum g'g and the rows that a layer captured since the last step."""
-    found = [s for layer, s in optimizer._capture.staged.items() if layer.name == name]
+    found = [s for layer, s in optimizer.curvature.capture.staged.items() if layer.name == name]
     if not found:
         raise KeyError(f'nothing was captured of {name}')
     sums, rows = found[0].sums, found[0].rows

@@ -29,7 +29,9 @@ def captured(model: nn.Module, backward: Callable[[NKFAC], None], **options: Any
     optimizer = NKFAC(model, lr=0.1, **options)
     optimizer.zero_grad()
     backward(optimizer)
-    found = {layer.name: staged(optimizer, layer.name) for layer in optimizer._capture.staged}
+    found = {
+        layer.name: staged(optimizer, layer.name) for layer in optimizer.curvature.capture.staged
+    }
     optimizer.disarm()
     return found
 
@@ -117,7 +119,7 @@ def test_a_weight_frozen_later_is_not_captured() -> None:
     model.head.weight.requires_grad_(False)
     before = model.head.weight.clone()
     loss_of(model(image())).backward()
-    assert 'head.weight' not in {layer.name for layer in optimizer._capture.staged}
+    assert 'head.weight' not in {layer.name for layer in optimizer.curvature.capture.staged}
     optimizer.step()
     assert torch.equal(model.head.weight, before)
 
@@ -165,7 +167,7 @@ def test_modules_that_share_a_weight_are_one_layer(make: Callable[[], nn.Module]
     model = Tied(make).double()
     x = torch.randn(2, 4, 5, 4).double()
     against_oracle(model, lambda m: loss_of(m(x)))
-    assert len(NKFAC(model, lr=0.1).layers) == 1
+    assert len(NKFAC(model, lr=0.1).curvature.layers) == 1
 
 
 def test_accumulated_micro_batches_equal_the_joint_batch() -> None:
@@ -285,7 +287,7 @@ def test_a_checkpointed_input_is_not_kept(reentrant: bool | None, kept: bool) ->
     gc.collect()
     assert (not model.inner[0].expired()) == kept
     loss_of(out).backward()
-    assert {layer.name for layer in optimizer._capture.staged} == {
+    assert {layer.name for layer in optimizer.curvature.capture.staged} == {
         'stem.weight', 'first.weight', 'second.weight'}
 
 
@@ -299,7 +301,7 @@ def test_a_forward_pass_without_backward_frees_its_inputs() -> None:
     assert not storage.expired()
     del out
     assert storage.expired() and reference() is None
-    assert not optimizer._capture.staged
+    assert not optimizer.curvature.capture.staged
 
 
 @pytest.mark.parametrize('name, x', [('conv', image(3)), ('linear', torch.randn(4, 6).double())])
@@ -312,7 +314,7 @@ def test_an_input_is_freed_after_backward(name: str, x: Tensor) -> None:
     loss_of(out).backward()
     del x
     assert storage.expired()
-    assert optimizer._capture.staged
+    assert optimizer.curvature.capture.staged
 
 
 CONVS = {'plain': dict(kernel_size=3, padding=1), 'strided': dict(kernel_size=3, stride=2),
@@ -353,7 +355,7 @@ def largest_in_backward(module: nn.Module, x: Tensor, capture_mb: float) -> int:
     out = module(x)
     with LargestTensor() as watch:
         out.sum().backward()
-    assert optimizer._capture.staged
+    assert optimizer.curvature.capture.staged
     optimizer.disarm()
     return watch.largest
 

@@ -144,9 +144,9 @@ def test_loading_drops_what_was_staged_and_arms_for_the_loaded_step() -> None:
     twin.eval()
     (twin(torch.randn(6, 2, 5, 5), late=True)**2).mean().backward()
     twin.train()
-    assert resumed._capture.staged
+    assert resumed.curvature.capture.staged
     resumed.load_state_dict(kept)
-    assert not resumed._capture.staged
+    assert not resumed.curvature.capture.staged
     assert not any(m._forward_hooks for m in twin.modules())
     train(model, optimizer, range(3, 8))
     train(twin, resumed, range(3, 8))

@@ -80,6 +80,6 @@ def test_an_oversized_layer_is_skipped() -> None:
     optimizer = NKFAC(model, lr=1., momentum=0., max_dim=45, oversize='skip')
     (model(torch.randn(30, 40).double())**2).mean().backward()
     optimizer.step()
-    assert [layer.name for layer in optimizer.layers] == ['0.weight']
+    assert [layer.name for layer in optimizer.curvature.layers] == ['0.weight']
     text = optimizer.table()
     assert text.count('max_dim=45') == 3 and text.count('plain rule') >= 3

@@ -59,8 +59,8 @@ def counted(function: Any) -> float:
 
 
 def held(optimizer: PreconditionedOptimizer) -> float:
-    tensors = [t for stack in optimizer.stacks
-               for t in (*stack.statistics.values(), *stack.operator.values())]
+    tensors = [t for stack in optimizer.curvature.stacks
+               for t in (*stack.statistics.values(), *stack.operator_tensors.values())]
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
@@ -72,7 +72,10 @@ def compare(kind: type[PreconditionedOptimizer], model: nn.Module, inputs: tuple
             **options: Any) -> None:
     """The forecast against what captures, steps and stacks then take."""
     optimizer = kind(model, lr=0.01, stat_interval=3, refresh_interval=3, **options)
-    with measured_costs(optimizer) as found, torch.no_grad():
+    with (
+        measured_costs(optimizer.curvature.layers, optimizer.curvature.capture) as found,
+        torch.no_grad(),
+    ):
         model(*inputs)
     costs = list(found.values())
 

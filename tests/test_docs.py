@@ -85,7 +85,7 @@ def test_configs_train(name: str, tmp_path: Path) -> None:
         losses = model(**synthetic_batch(model, 2, size), mode='loss')
     loss, _ = model.parse_losses(losses)
     wrapper.update_params(loss)
-    assert sum(len(stack.ready()) for stack in wrapper.optimizer.stacks) > 10
+    assert sum(len(stack.ready()) for stack in wrapper.optimizer.curvature.stacks) > 10
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
     assert sum(moved) > len(moved) / 3
 

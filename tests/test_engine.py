@@ -82,8 +82,8 @@ def test_one_parameter_a_group_equals_one_group() -> None:
 def test_custom_keys_reach_the_optimizer() -> None:
     keys = {'fc': dict(precondition=False), 'conv': dict(lr_mult=0.5, damping=0.1)}
     wrapper = build(Classifier(), paramwise_cfg=dict(custom_keys=keys))
-    assert [layer.name for layer in wrapper.optimizer.layers] == ['conv.weight']
-    assert next(iter(wrapper.optimizer.layers)).damping == 0.1
+    assert [layer.name for layer in wrapper.optimizer.curvature.layers] == ['conv.weight']
+    assert next(iter(wrapper.optimizer.curvature.layers)).damping == 0.1
     assert 'precondition=False' in wrapper.optimizer.table()
     assert wrapper.optimizer.param_groups[0]['lr'] == 0.05
 
@@ -111,7 +111,7 @@ def test_a_moving_average_of_the_model_feeds_nothing() -> None:
     with wrapper.optim_context(model):
         average = ExponentialMovingAverage(model)
         average(**batch())
-        assert not wrapper.optimizer._capture.staged
+        assert not wrapper.optimizer.curvature.capture.staged
 
 
 class Labelled(OptimWrapper):
@@ -145,7 +145,7 @@ def amp_statistics(model: nn.Module, **cfg: Any) -> dict[str, Any]:
     wrapper = build(model, **cfg)
     model.train_step(batch(), wrapper)
     return {layer.name: {name: s[k] for name, s in stack.statistics.items()}
-            for stack in wrapper.optimizer.stacks for k, slot in enumerate(stack.slots)
+            for stack in wrapper.optimizer.curvature.stacks for k, slot in enumerate(stack.slots)
             for layer in [slot.layer]}
 
 
@@ -175,14 +175,14 @@ def test_an_overflow_step_leaves_everything(amp_on_cpu: None) -> None:
     bad['inputs'][0, 0, 0, 0] = float('inf')
     model.train_step(bad, wrapper)
     assert wrapper.optimizer.t == 0
-    assert not wrapper.optimizer._capture.staged
-    assert all(not stack.slots for stack in wrapper.optimizer.stacks)
+    assert not wrapper.optimizer.curvature.capture.staged
+    assert all(not stack.slots for stack in wrapper.optimizer.curvature.stacks)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
     model.norm.reset_running_stats()
     model.train_step(batch(), wrapper)
     assert wrapper.optimizer.t == 1
-    assert all(stack.slots for stack in wrapper.optimizer.stacks)
+    assert all(stack.slots for stack in wrapper.optimizer.curvature.stacks)
 
 
 def test_accumulation_equals_the_joint_batch() -> None:
@@ -243,7 +243,7 @@ class HalfRateConstructor:
 def test_base_constructor_makes_the_groups() -> None:
     wrapper = build(Classifier(), base_constructor='HalfRateConstructor', paramwise_cfg=dict(a=1))
     assert {group['lr'] for group in wrapper.optimizer.param_groups} == {0.05}
-    assert len(wrapper.optimizer.layers) == 2
+    assert len(wrapper.optimizer.curvature.layers) == 2
 
 
 def test_left_over_key_says_what_to_write() -> None:

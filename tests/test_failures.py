@@ -12,6 +12,8 @@ from test_invariants import curvature, same
 from torch import Tensor, nn
 
 from mmprecond.core import RefreshError
+from mmprecond.curvature import INPUT, Factor, Side
+from mmprecond.linalg import Operators, map_tensors
 from mmprecond.optimizers import NKFAC
 from mmprecond.preconditioners import NewtonKronecker
 
@@ -59,14 +61,14 @@ class Sabotage:
         self.seen: list[tuple[torch.dtype, bool]] = []
         real = NewtonKronecker.refresh
 
-        def refresh(method: NewtonKronecker, statistics: dict[str, Tensor],
-                    previous: dict[str, Tensor] | None, damping: Any = None) -> Any:
-            operator, good = real(method, statistics, previous, damping)
-            moments = statistics['input_moment']
+        def refresh(method: NewtonKronecker, factors: dict[Side, Factor],
+                    previous: Operators | None, damping: Any = None) -> Any:
+            operators, good = real(method, factors, previous, damping)
+            moments = factors[INPUT].tensor
             self.seen.append((moments.dtype, previous is None))
             bad = torch.tensor([moments.dtype in self.dtypes and self.only(m) for m in moments])
-            broken = {name: torch.where(bad[:, None, None, None], float('nan'), o)
-                      for name, o in operator.items()}
+            broken = map_tensors(
+                operators, lambda o: torch.where(bad[:, None, None, None], float('nan'), o))
             return broken, good & ~bad
 
         patch.setattr(NewtonKronecker, 'refresh', refresh)

@@ -73,7 +73,7 @@ def test_settings(settings: dict[str, Any]) -> None:
 def test_grouped_convolutions(rule: str, exponent: float) -> None:
     """One R a group, and one norm for the layer."""
     model, optimizer, reference = both(Convs, RULES[rule], exponent=exponent)
-    assert {layer.name: layer.blocks for layer in optimizer.layers} == {
+    assert {layer.name: layer.blocks for layer in optimizer.curvature.layers} == {
         'stem.weight': 1, 'depthwise.weight': 4, 'grouped.weight': 2, 'head.weight': 1}
     follow(model, optimizer, reference, lambda t: [make_loss(rows(t))], 3)
 
@@ -81,11 +81,11 @@ def test_grouped_convolutions(rule: str, exponent: float) -> None:
 @pytest.mark.parametrize('kind', [FSGD, FAdam])
 def test_default_settings(kind: type[PreconditionedOptimizer]) -> None:
     optimizer = kind(TokenNet(), lr=0.1)
-    (method,) = {stack.method for stack in optimizer.stacks}
+    (method,) = {stack.method for stack in optimizer.curvature.stacks}
     assert (method.stat_interval, method.refresh_interval) == (50, 500)
     assert (method.stat_decay, method.damping, method.exponent) == (0.95, 0.01, 1.)
-    assert method.norm_recovery and not any('gradient_moment' in s.requires
-                                            for s in optimizer.stacks)
+    assert method.norm_recovery and all([s.key for s in stack.kept] == ['input_moment']
+                                        for stack in optimizer.curvature.stacks)
 
 
 @pytest.mark.parametrize('rule', RULES)
@@ -94,7 +94,9 @@ def test_default_intervals(rule: str) -> None:
     default = dict(stat_interval=50, refresh_interval=500)
     model, optimizer, reference = both(TokenNet, RULES[rule], **default)
     same = (FSGD if rule == 'FSGD' else FAdam)(copy.deepcopy(model), **RULES[rule])
-    assert {stack.method for stack in same.stacks} == {stack.method for stack in optimizer.stacks}
+    assert {stack.method for stack in same.curvature.stacks} == {
+        stack.method for stack in optimizer.curvature.stacks
+    }
     follow(model, optimizer, reference, classification(TokenNet), 53)
     for weight, (blocks, _) in reference.factors.items():
         entry = optimizer.state_dict()['precond']['layers'][reference.names[weight]]

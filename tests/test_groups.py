@@ -69,7 +69,7 @@ def test_an_excluded_layer_is_in_the_table_and_costs_nothing() -> None:
     (line,) = [line for line in optimizer.table().splitlines() if line.startswith('second ')]
     assert 'plain rule' in line and 'precondition=False' in line
     assert not model.second._forward_hooks and model.third._forward_hooks
-    assert 'second.weight' not in [layer.name for layer in optimizer.layers]
+    assert 'second.weight' not in [layer.name for layer in optimizer.curvature.layers]
 
 
 @pytest.mark.parametrize('give', [
@@ -92,12 +92,12 @@ def test_parameters_outside_the_optimizer_stay() -> None:
     given = [model.first.weight, model.second.bias, *model.third.parameters()]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = NKFAC(given, model=model, **SGD)
-    assert [layer.name for layer in optimizer.layers] == ['first.weight', 'third.weight']
+    assert [layer.name for layer in optimizer.curvature.layers] == ['first.weight', 'third.weight']
     make_loss(batch(0, features=6))(model).backward()
     optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {'first.weight', 'second.bias', 'third.weight', 'third.bias'}
-    sides = {layer.name: layer.shape for layer in optimizer.layers}
+    sides = {layer.name: layer.shape for layer in optimizer.curvature.layers}
     assert sides == {'first.weight': (1, 6, 6), 'third.weight': (1, 6, 7)}
 
 
@@ -156,8 +156,8 @@ def test_a_wrapped_model_is_unwrapped(give: Any, gloo: None) -> None:
     reference = ReferenceNKFAC(plain_copy(model), **SGD)
     wrapped = DistributedDataParallel(model)
     optimizer = NKFAC(**give(wrapped), **SGD, **INTERVALS)
-    assert all(not layer.name.startswith('module.') for layer in optimizer.layers)
-    assert not optimizer.left_out
+    assert all(not layer.name.startswith('module.') for layer in optimizer.curvature.layers)
+    assert not optimizer.curvature.left_out
     for step in range(3):
         optimizer.zero_grad()
         make_loss(batch(step, features=6))(wrapped).backward()
@@ -176,9 +176,9 @@ def test_modules_with_one_weight_and_two_biases_are_left_out() -> None:
         model[k].weight = model[0].weight
     model[2].bias = model[0].bias
     optimizer = NKFAC(model, lr=0.1)
-    assert [layer.name for layer in optimizer.layers] == ['3.weight']
-    assert [left.name for left in optimizer.left_out] == ['0', '1', '2']
-    assert all('shared' in left.reason for left in optimizer.left_out)
+    assert [layer.name for layer in optimizer.curvature.layers] == ['3.weight']
+    assert [left.name for left in optimizer.curvature.left_out] == ['0', '1', '2']
+    assert all('shared' in left.reason for left in optimizer.curvature.left_out)
 
 
 def test_a_weight_shared_with_an_unsupported_module_is_left_out() -> None:
@@ -187,8 +187,8 @@ def test_a_weight_shared_with_an_unsupported_module_is_left_out() -> None:
                            'head': nn.Linear(5, 7, bias=False)})
     model['head'].weight = model['embed'].weight
     optimizer = NKFAC(model, lr=0.1)
-    assert [layer.name for layer in optimizer.layers] == ['body.weight']
-    assert {left.name for left in optimizer.left_out} == {'embed', 'head'}
+    assert [layer.name for layer in optimizer.curvature.layers] == ['body.weight']
+    assert {left.name for left in optimizer.curvature.left_out} == {'embed', 'head'}
 
 
 def test_a_weight_shared_by_convolutions_of_other_groups_is_left_out() -> None:
@@ -197,7 +197,7 @@ def test_a_weight_shared_by_convolutions_of_other_groups_is_left_out() -> None:
     optimizer = NKFAC(model, lr=0.1)
     (model(torch.randn(2, 2, 7, 7))**2).mean().backward()
     optimizer.step()
-    assert [layer.name for layer in optimizer.layers] == ['2.weight']
+    assert [layer.name for layer in optimizer.curvature.layers] == ['2.weight']
 
 
 def test_a_bias_shared_by_two_weights_gets_one_direction() -> None:

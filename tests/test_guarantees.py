@@ -184,14 +184,14 @@ def test_a_layer_may_be_frozen_and_thawed(name: str) -> None:
     train(name, model, optimizer, range(5))
     assert all(torch.equal(value, before[key]) for key, value in model.fc1.state_dict().items())
     assert all(slot.layer.weight is not model.fc1.weight
-               for stack in optimizer.stacks for slot in stack.slots)
+               for stack in optimizer.curvature.stacks for slot in stack.slots)
     model.fc1.requires_grad_(True)
     model.stem.requires_grad_(False)
     stem = model.stem.weight.detach().clone()
     train(name, model, optimizer, range(5, 14))
     assert torch.equal(model.stem.weight, stem)
     assert not torch.equal(model.fc1.weight, before['weight'])
-    assert any(layer.weight is model.fc1.weight for stack in optimizer.stacks
+    assert any(layer.weight is model.fc1.weight for stack in optimizer.curvature.stacks
                for _, layer in stack.ready())
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -224,8 +224,8 @@ def test_what_is_not_finite_stays_out(name: str, caplog: pytest.LogCaptureFixtur
                 p.grad = torch.zeros_like(p)
             optimizer.step()
     assert 'non-finite statistics' in caplog.text
-    for stack in optimizer.stacks:
-        for tensor in (*stack.statistics.values(), *stack.operator.values()):
+    for stack in optimizer.curvature.stacks:
+        for tensor in (*stack.statistics.values(), *stack.operator_tensors.values()):
             assert tensor.isfinite().all()
     train(name, model, optimizer, range(6, 12))
     assert all(p.isfinite().all() for p in model.parameters())
@@ -288,15 +288,21 @@ def test_clipping_after_preconditioning(name: str) -> None:
     x, y = images(3)
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
-    directions = optimizer._directions(optimizer._gradients())
+    gradients = {p: p.grad for p in model.parameters()}
+    groups = optimizer.param_groups
+    directions = optimizer.curvature.precondition(gradients, groups)
     norm = torch.cat([d.flatten() for d in directions.values()]).norm()
     torch.testing.assert_close(norm, torch.tensor(0.01).double())
     assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm() > 0.01
-    optimizer.clip_update = 1e9
-    free = optimizer._directions(optimizer._gradients())
-    optimizer.clip_update = None
-    for p, direction in optimizer._directions(optimizer._gradients()).items():
-        assert torch.equal(direction, free[p])
+    for largest in (1e9, None):
+        other = make(name, model, clip_update=largest)
+        other.load_state_dict(optimizer.state_dict())
+        free = other.curvature.precondition(gradients, groups)
+        sizes = {p: direction.norm() for p, direction in free.items()}
+        assert all(sizes[p] >= d.norm() for p, d in directions.items())
+        if largest:
+            loose = free
+    assert all(torch.equal(direction, loose[p]) for p, direction in free.items())
     refused(ValueError, lambda: make(name, model, clip_update=0.), 'clip_update')
 
 
@@ -324,8 +330,8 @@ def test_the_rate_is_scaled_to_the_batch() -> None:
 def test_synchronised_batch_norm_takes_the_plain_rule() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(Classifier())
     optimizer = build(model).optimizer
-    assert [left.kind for left in optimizer.left_out] == ['SyncBatchNorm']
-    assert {layer.name for layer in optimizer.layers} == {'conv.weight', 'fc.weight'}
+    assert [left.kind for left in optimizer.curvature.left_out] == ['SyncBatchNorm']
+    assert {layer.name for layer in optimizer.curvature.layers} == {'conv.weight', 'fc.weight'}
 
 
 def test_several_wrappers_in_one() -> None:
@@ -344,8 +350,8 @@ def test_several_wrappers_in_one() -> None:
         both['conv'].backward(loss)
         both['conv'].step(), both['fc'].step()
         both['conv'].zero_grad(), both['fc'].zero_grad()
-    assert ours.optimizer.stacks[0].slots[0].samples == 3
-    assert ours.optimizer.stacks[0].slots[0].refreshes == 2
+    assert ours.optimizer.curvature.stacks[0].slots[0].samples == 3
+    assert ours.optimizer.curvature.stacks[0].slots[0].refreshes == 2
     for key in ('conv.weight', 'fc.weight'):
         assert not torch.equal(model.state_dict()[key], before[key])
 

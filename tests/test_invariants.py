@@ -90,7 +90,7 @@ def test_hooks_exist_on_statistics_steps_alone() -> None:
         backward(model, step)
         carrying = [bool(out._backward_hooks) for out in model.outputs]
         assert carrying == [due, due]
-        assert bool(optimizer._capture.staged) == due
+        assert bool(optimizer.curvature.capture.staged) == due
         optimizer.step()
         optimizer.zero_grad()
 
@@ -107,7 +107,7 @@ def test_disarm_takes_all_hooks_off_and_arm_puts_each_on_once() -> None:
 
 def test_an_optimizer_that_does_not_arm_itself_leaves_the_model_alone() -> None:
     model, optimizer = make()
-    optimizer.auto_arm = False
+    optimizer.arm_by_hand()
     optimizer.disarm()
     train(model, optimizer, range(2))
     assert hooks_of(model) == 0 and curvature(optimizer) == {}
@@ -274,10 +274,10 @@ def test_other_types_take_the_plain_rule_and_the_table_says_so(
     for net, stepper in ((model, optimizer), (plain, rule)):
         (net(x)**2).mean().backward()
         stepper.step()
-    assert [layer.name for layer in optimizer.layers] == ['4.weight']
+    assert [layer.name for layer in optimizer.curvature.layers] == ['4.weight']
     for ours, theirs in zip(model[:4].parameters(), others, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
-    left_out = {left.name: (left.kind, left.reason) for left in optimizer.left_out}
+    left_out = {left.name: (left.kind, left.reason) for left in optimizer.curvature.left_out}
     assert {name: kind for name, (kind, _) in left_out.items()} == {
         '0': 'OwnConv', '2': 'OwnLinear', '3': 'LayerNorm'}
     lines = optimizer.table().splitlines()
@@ -292,10 +292,10 @@ def test_other_types_take_the_plain_rule_and_the_table_says_so(
 def test_a_parametrised_weight_takes_the_plain_rule(replace: Callable[..., nn.Module]) -> None:
     model = nn.Sequential(replace(nn.Linear(3, 3)), nn.Linear(3, 2))
     optimizer = NKFAC(model, lr=0.1)
-    assert [layer.name for layer in optimizer.layers] == ['1.weight']
+    assert [layer.name for layer in optimizer.curvature.layers] == ['1.weight']
     (model(torch.randn(4, 3))**2).mean().backward()
     optimizer.step()
-    assert any(left.name.startswith('0') for left in optimizer.left_out)
+    assert any(left.name.startswith('0') for left in optimizer.curvature.left_out)
 
 
 # ------------------------------------------------------------------- copies and evaluation
@@ -307,7 +307,7 @@ def test_a_copy_of_an_armed_model_works_and_is_not_measured(duplicate: Any) -> N
     model.outputs = []
     twin = duplicate(model)
     backward(twin)
-    assert not optimizer._capture.staged
+    assert not optimizer.curvature.capture.staged
     assert [p.grad is not None for p in twin.parameters()] == [True] * 6
     backward(model)
     optimizer.step()
@@ -327,7 +327,7 @@ def test_a_copy_takes_no_curvature_along() -> None:
 
     model, optimizer = make()
     model.outputs = []
-    before, capture = captures(), weakref.ref(optimizer._capture)
+    before, capture = captures(), weakref.ref(optimizer.curvature.capture)
     twins = copy.deepcopy(model), torch.load(_saved(model), weights_only=False)
     assert captures() == before
     del optimizer, model
@@ -351,6 +351,6 @@ def test_forward_passes_without_backward_leave_nothing(context: Any, training: b
     model.train(training)
     with context():
         model(images())
-    assert not optimizer._capture.staged
+    assert not optimizer.curvature.capture.staged
     optimizer.step()
     assert curvature(optimizer) == {}

@@ -124,7 +124,7 @@ def test_a_layer_without_statistics_is_not_clipped(used: Callable[[int], bool]) 
 
 
 def test_default_settings() -> None:
-    (method,) = {stack.method for stack in KFAC(TokenNet(), lr=0.1).stacks}
+    (method,) = {stack.method for stack in KFAC(TokenNet(), lr=0.1).curvature.stacks}
     assert (method.stat_interval, method.refresh_interval) == (20, 200)
     assert (method.stat_decay, method.damping, method.kl_clip) == (0.95, 0.03, 1e-3)
     assert (method.damping_form, method.reduction, method.scaling) == ('pi', 'expand', 'kl_clip')

@@ -123,7 +123,7 @@ ROWS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def test_expand_is_the_fisher_block_where_rows_are_independent(case: str) -> None:
     model, x = build(ROWS[case][0], *ROWS[case][1])
     optimizer = capture(model, x)
-    assert len(optimizer.layers) == len(list(model.children()))
+    assert len(optimizer.curvature.layers) == len(list(model.children()))
     for name, _ in model.named_children():
         compare(model, optimizer, name, x)
 

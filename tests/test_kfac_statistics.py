@@ -13,7 +13,8 @@ from test_trajectory import Convs, batch, make_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmprecond.optimizers import KFAC, PreconditionedOptimizer, base
+from mmprecond.core import samples
+from mmprecond.optimizers import KFAC, PreconditionedOptimizer
 
 REDUCTIONS = ['expand', 'reduce']
 
@@ -211,8 +212,8 @@ def test_two_ranks_are_the_joint_batch(reduction: str, monkeypatch: pytest.Monke
         optimizer = KFAC(module, lr=0., reduction=reduction)
         x = torch.randn(3, 2, 4, 5).double()
         if ranks == 2:
-            monkeypatch.setattr(base, 'world_size', lambda: 2)
-            monkeypatch.setattr(base, 'sum_over_ranks', lambda sums: [s.mul_(2) for s in sums])
+            monkeypatch.setattr(samples, 'world_size', lambda: 2)
+            monkeypatch.setattr(samples, 'sum_over_ranks', lambda sums: [s.mul_(2) for s in sums])
         else:
             x = torch.cat([x, x])
         module(x).pow(4).mean().backward()

@@ -15,10 +15,18 @@ from test_arguments import refused
 from test_checkpoint import differences, everything, saved, warnings_of
 from torch import Tensor, nn
 
-from mmprecond.linalg import apply_columns, columns_to_matrix, low_rank_power
+from mmprecond.core.refresh import start_refresh
+from mmprecond.linalg import (
+    Dense,
+    LowRank,
+    RankSearch,
+    apply_columns,
+    columns_to_matrix,
+    low_rank_power,
+    unify,
+)
 from mmprecond.linalg.lowrank import SLACK
 from mmprecond.optimizers import FSGD, NKFAC, SGDMBK, AdaNKFAC, AFOpt, FAdam, Preconditioned
-from mmprecond.preconditioners.sides import LowRank, alike
 
 
 def moment(eigenvalues: Tensor, seed: int = 0) -> Tensor:
@@ -172,14 +180,14 @@ def test_the_damping_follows_features_that_moved(scale: float) -> None:
 def test_forms_are_made_alike() -> None:
     wide, narrow, dense = torch.randn(1, 1, 8, 3), torch.randn(2, 1, 8, 2), torch.randn(1, 1, 8, 8)
     scale = torch.rand(1, 1, 1, 1)
-    first = {'input_columns': wide, 'input_scale': scale, 'gradient_moment': torch.eye(4)}
-    second = {'input_columns': narrow, 'input_scale': scale.expand(2, 1, 1, 1),
-              'gradient_moment': torch.eye(4)}
-    a, b = alike(first, second)
-    assert a['input_columns'].shape[-1] == b['input_columns'].shape[-1] == 3
-    a, b = alike(first, {'input_moment': dense, 'gradient_moment': torch.eye(4)})
-    assert set(a) == set(b) == {'input_moment', 'gradient_moment'}
-    torch.testing.assert_close(a['input_moment'], columns_to_matrix(wide, scale))
+    first = {'input': LowRank(wide, scale), 'gradient': Dense(torch.eye(4))}
+    second = {'input': LowRank(narrow, scale.expand(2, 1, 1, 1)), 'gradient': Dense(torch.eye(4))}
+    a, b = unify(first, second)
+    assert a['input'].columns.shape[-1] == b['input'].columns.shape[-1] == 3
+    for a, b in (unify(first, {'input': Dense(dense), 'gradient': Dense(torch.eye(4))}),
+                 unify({'input': Dense(dense), 'gradient': Dense(torch.eye(4))}, first)[::-1]):
+        assert all(type(o) is Dense for o in (*a.values(), *b.values()))
+        torch.testing.assert_close(a['input'].matrix, columns_to_matrix(wide, scale))
 
 
 # ---------------------------------------------------------------- optimizers
@@ -208,7 +216,7 @@ EXACT = {'NKFAC': 'cholesky', 'AdaNKFAC': 'cholesky', 'SGDMBK': 'eigh'}
 
 @pytest.fixture(autouse=True)
 def short_sides_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LowRank, 'smallest_side', 16)
+    monkeypatch.setattr(RankSearch, 'smallest_side', 16)
 
 
 def batch(step: int, count: int = 64) -> Tensor:
@@ -247,7 +255,7 @@ def test_trajectories_follow_exact_inverses(kind: str) -> None:
         moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - start
         errors.append(float((moved - wanted).norm() / wanted.norm()))
     assert errors[0] > errors[1] > errors[2] and errors[0] < 0.5 and errors[2] < 0.05
-    names = {name for stack in optimizer.stacks for name in stack.operator}
+    names = {name for stack in optimizer.curvature.stacks for name in stack.operator_tensors}
     assert 'input_columns' in names
 
 
@@ -284,30 +292,35 @@ def test_a_side_that_is_not_low_rank_stays_dense() -> None:
     """Its neighbours in the stack go with it, and what they had is carried over."""
     model, optimizer = make('NKFAC', solver='lowrank', tolerance=0.1)
     train(model, optimizer, range(3))
-    stack = next(s for s in optimizer.stacks if len(s.slots) == 2)
-    assert 'input_columns' in stack.operator
-    before = columns_to_matrix(stack.operator['input_columns'], stack.operator['input_scale'])
+    stack = next(s for s in optimizer.curvature.stacks if len(s.slots) == 2)
+    assert 'input_columns' in stack.operator_tensors
+    before = columns_to_matrix(
+        stack.operator_tensors['input_columns'], stack.operator_tensors['input_scale']
+    )
     stack.statistics['input_moment'][0] = torch.eye(61)
     stack.statistics['gradient_moment'][1] *= float('nan')  # this layer keeps its last operator
-    good = stack.start_refresh([0, 1])
+    good = start_refresh(stack, [0, 1])
     assert good.tolist() == [True, False]
-    assert 'input_columns' not in stack.operator and 'input_scale' not in stack.operator
-    torch.testing.assert_close(stack.operator['input_moment'][1], before[1])
+    assert (
+        'input_columns' not in stack.operator_tensors
+        and 'input_scale' not in stack.operator_tensors
+    )
+    torch.testing.assert_close(stack.operator_tensors['input_moment'][1], before[1])
     stack.statistics['gradient_moment'][1] = torch.eye(60)
-    stack.start_refresh([0, 1])
-    assert 'input_moment' in stack.operator
+    start_refresh(stack, [0, 1])
+    assert 'input_moment' in stack.operator_tensors
 
 
 def test_fewer_columns_when_fewer_do() -> None:
     model, optimizer = make('FSGD', solver='lowrank')
     train(model, optimizer, range(3))
-    stack = optimizer.stacks[0]
-    before = stack.operator['input_columns'].shape[-1]
+    stack = optimizer.curvature.stacks[0]
+    before = stack.operator_tensors['input_columns'].shape[-1]
     flat = torch.zeros(81, dtype=torch.float64)
     flat[0] = 1
     stack.statistics['input_moment'][0, 0] = moment(flat)
-    assert stack.start_refresh([0]).tolist() == [True]
-    assert stack.operator['input_columns'].shape[-1] == 1 < before
+    assert start_refresh(stack, [0]).tolist() == [True]
+    assert stack.operator_tensors['input_columns'].shape[-1] == 1 < before
 
 
 def test_mixed_with_other_methods_and_refusals() -> None:
@@ -334,7 +347,7 @@ def test_attention_stays_dense_beside_layers_of_low_rank() -> None:
         x = model['embed'](torch.randn(2, 81, 30, dtype=torch.float64) * decay(30, 3.))
         block(x + feature_map((9, 9), seed=step), (9, 9)).square().mean().backward()
         optimizer.step()
-    names = {name for stack in optimizer.stacks for name in stack.operator}
+    names = {name for stack in optimizer.curvature.stacks for name in stack.operator_tensors}
     assert {'query_left', 'value_right', 'input_columns'} <= names
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -354,6 +367,6 @@ def test_max_rank_keeps_the_largest() -> None:
 def test_the_rank_kept_is_bounded_in_training() -> None:
     model, optimizer = make('NKFAC', solver='lowrank', max_rank=7)
     train(model, optimizer, range(4))
-    widths = {operator.shape[-1] for stack in optimizer.stacks
-              for name, operator in stack.operator.items() if 'columns' in name}
+    widths = {operator.shape[-1] for stack in optimizer.curvature.stacks
+              for name, operator in stack.operator_tensors.items() if 'columns' in name}
     assert max(widths) == 7

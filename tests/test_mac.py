@@ -78,14 +78,14 @@ def test_it_is_inverted_once_and_never_measured_again() -> None:
     model = network()
     optimizer = MAC(model, lr=0.1, stat_interval=1, refresh_interval=2)
     optimizer.calibrate_first_layer(photos(0))
-    stack = optimizer.layers[optimizer.first_layer]
+    stack = optimizer.curvature.layers[optimizer.first_layer]
     assert optimizer.calibrated and type(stack.method) is CalibratedInput
     for seed in range(5):
         assert not model.conv1._forward_hooks
         step(model, optimizer, seed)
-        kept = stack.operator['input_moment'].clone()
+        kept = stack.operator_tensors['input_moment'].clone()
     assert (stack.slots[0].samples, stack.slots[0].refreshes) == (1, 1)
-    assert torch.equal(kept, stack.operator['input_moment'])
+    assert torch.equal(kept, stack.operator_tensors['input_moment'])
 
 
 def test_without_calibration_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -188,18 +188,18 @@ def test_a_lost_calibration_is_not_made_up(caplog: pytest.LogCaptureFixture) -> 
         optimizer.load_state_dict(state)
     assert 'its calibration is lost' in caplog.text and not optimizer.calibrated
     step(model, optimizer, 1)
-    stack = optimizer.layers[optimizer.first_layer]
-    assert set(stack.operator) == {'input'} and stack.slots[0].refreshes == 1
+    stack = optimizer.curvature.layers[optimizer.first_layer]
+    assert set(stack.operator_tensors) == {'input'} and stack.slots[0].refreshes == 1
 
 
 def test_a_state_without_curvature_keeps_a_calibration() -> None:
     _, optimizer = calibrated(save_curvature=False)
     other_model, other = calibrated(8)
     other.load_state_dict(optimizer.state_dict())
-    kept = other.layers[other.first_layer].statistics['input_moment'].clone()
+    kept = other.curvature.layers[other.first_layer].statistics['input_moment'].clone()
     step(other_model, other, 0)
     assert other.calibrated
-    assert torch.equal(kept, other.layers[other.first_layer].statistics['input_moment'])
+    assert torch.equal(kept, other.curvature.layers[other.first_layer].statistics['input_moment'])
 
 
 def test_another_damping_reaches_a_calibrated_layer() -> None:
@@ -209,9 +209,11 @@ def test_another_damping_reaches_a_calibrated_layer() -> None:
     resumed = MAC(other, lr=0.05, damping=50., stat_interval=1, refresh_interval=2)
     resumed.load_state_dict(optimizer.state_dict())
     step(other, resumed, 1)
-    stack = resumed.layers[resumed.first_layer]
+    stack = resumed.curvature.layers[resumed.first_layer]
     damped = stack.statistics['input_moment'][0, 0] + 50 * torch.eye(27).double()
-    torch.testing.assert_close(stack.operator['input_moment'][0, 0], 50 * torch.linalg.inv(damped))
+    torch.testing.assert_close(
+        stack.operator_tensors['input_moment'][0, 0], 50 * torch.linalg.inv(damped)
+    )
 
 
 def test_one_calibrated_layer_alone() -> None:
@@ -231,7 +233,7 @@ def test_linear_first_layers_with_biases() -> None:
     x = torch.randn(8, 5).double()
     optimizer.calibrate_first_layer(x)
     ones = torch.cat([x, torch.ones(8, 1).double()], 1)
-    moment = optimizer.layers[optimizer.first_layer].statistics['input_moment'][0, 0]
+    moment = optimizer.curvature.layers[optimizer.first_layer].statistics['input_moment'][0, 0]
     torch.testing.assert_close(moment, ones.t() @ ones / 8)
 
 
@@ -240,7 +242,7 @@ def calibrate_half(rank: int, folder: str) -> None:
                             world_size=2)
     optimizer = MAC(network(), lr=0.1)
     optimizer.calibrate_first_layer(photos(rank, count=2 + rank))
-    stack = optimizer.layers[optimizer.first_layer]
+    stack = optimizer.curvature.layers[optimizer.first_layer]
     torch.save(stack.statistics, f'{folder}/rank{rank}.pt')
     leave()
 
@@ -249,7 +251,7 @@ def test_ranks_share_their_inputs(tmp_path: Path) -> None:
     mp.spawn(calibrate_half, args=(str(tmp_path),), nprocs=2)
     optimizer = MAC(network(), lr=0.1)
     optimizer.calibrate_first_layer([photos(0, count=2), photos(1, count=3)])
-    joint = optimizer.layers[optimizer.first_layer].statistics['input_moment']
+    joint = optimizer.curvature.layers[optimizer.first_layer].statistics['input_moment']
     halves = [torch.load(tmp_path / f'rank{rank}.pt')['input_moment'] for rank in range(2)]
     assert torch.equal(*halves)
     torch.testing.assert_close(halves[0], joint)
@@ -296,7 +298,7 @@ def test_the_hook_calibrates_before_the_first_step(sampler: str, tmp_path: Path)
     model = Classifier()
     by_hand = MAC(model, lr=0.01)
     by_hand.calibrate_first_layer(torch.stack([Pictures()[k]['inputs'] for k in range(24)]))
-    ours, theirs = (o.layers[o.first_layer].statistics['input_moment']
+    ours, theirs = (o.curvature.layers[o.first_layer].statistics['input_moment']
                     for o in (optimizer, by_hand))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     assert all(not module._forward_pre_hooks for module in runner.model.modules())
@@ -368,11 +370,13 @@ def test_means_of_window_attention(toolbox: str, shift: int, shape: tuple[int, i
     with noting(model.w_msa) as calls:
         loss_of(model(feature_map(shape), shape)).backward()
     wanted = slow_means(block_windows(model, calls[0], shape))
-    staged = optimizer._capture.staged[layer]
+    staged = optimizer.curvature.capture.staged[layer]
     assert layer.bias is model.w_msa.qkv.bias and layer.columns == 7
     for name, vector in wanted.items():
         torch.testing.assert_close(staged.sums[name][0, :, 0], vector, rtol=1e-9, atol=1e-11)
-        mean = layer.finished(name, staged.sums[name][None])[0, 0, :, 0]  # of real queries alone
+        form = next(s.form for s in optimizer.curvature.layers[layer].kept if s.key == name)
+        (mean,) = form.finalize((staged.sums[name][None],), [layer], name)
+        mean = mean[0, 0, :, 0]  # of real queries alone
         torch.testing.assert_close(mean, vector / vector[-1])
 
 
@@ -386,7 +390,7 @@ def test_the_official_form_multiplies_means(capture_mb: float) -> None:
     (call,) = calls
     weights = call.scores.mean((0, 1, 2))
     wanted = weights @ call.inputs.mean(0) * call.inputs[..., 0].numel()
-    staged = optimizer._capture.staged[layer_of(optimizer, QKV)]
+    staged = optimizer.curvature.capture.staged[layer_of(optimizer, QKV)]
     torch.testing.assert_close(staged.sums['value_product_mean'][0, :-1, 0], wanted)
 
 
@@ -400,7 +404,7 @@ def test_every_stage_splits_its_own_rows() -> None:
     assert {len(weights[name]) for name in names} == {18, 36}
     means = {}
     for name in names:
-        staged = optimizer._capture.staged[layer_of(optimizer, name)]
+        staged = optimizer.curvature.capture.staged[layer_of(optimizer, name)]
         means[name] = {key: (total / total[:, -1:])[0, :, 0]
                        for key, total in staged.sums.items()}
     optimizer.step()
@@ -424,14 +428,14 @@ def test_vision_transformers_and_cross_attention() -> None:
     x = torch.randn(3, 5, 6).double()
     loss_of(block(x)).backward()
     optimizer.step()
-    assert set(optimizer.layers[layer_of(optimizer, 'qkv.weight')].operator) == {
+    assert set(optimizer.curvature.layers[layer_of(optimizer, 'qkv.weight')].operator_tensors) == {
         'query', 'key', 'value'}
     cross = randomise(nn.MultiheadAttention(6, 2, batch_first=True).double())
     optimizer = MAC(cross, lr=0.1)
     out, _ = cross(x, torch.randn(3, 4, 6).double(), torch.randn(3, 4, 6).double())
     loss_of(out).backward()
-    (layer,) = (layer for layer in optimizer.layers if layer.name == 'in_proj_weight')
-    staged = optimizer._capture.staged[layer]
+    (layer,) = (layer for layer in optimizer.curvature.layers if layer.name == 'in_proj_weight')
+    staged = optimizer.curvature.capture.staged[layer]
     torch.testing.assert_close(staged.sums['query_mean'][0, :6, 0], x.sum((0, 1)))
     assert float(staged.sums['key_mean'][0, -1, 0]) == pytest.approx(15)
     optimizer.step()
@@ -444,7 +448,7 @@ def test_attention_without_biases() -> None:
     weight = model.w_msa.qkv.weight.detach().clone()
     loss_of(model(feature_map((6, 3)), (6, 3))).backward()
     layer = layer_of(optimizer, QKV)
-    total = optimizer._capture.staged[layer].sums['query_mean'][0, :, 0]
+    total = optimizer.curvature.capture.staged[layer].sums['query_mean'][0, :, 0]
     a = (total / total[-1])[:-1]
     optimizer.step()
     gradient = model.w_msa.qkv.weight.grad[:6]
@@ -458,6 +462,6 @@ def test_attention_may_be_left_alone() -> None:
     optimizer = MAC(model, lr=0.1, attention=False)
     loss_of(model(feature_map((6, 3)), (6, 3))).backward()
     optimizer.step()
-    names = {layer.name: stack for layer, stack in optimizer.layers.items()}
-    assert set(names[QKV].operator) == {'input'} and not any(
+    names = {layer.name: stack for layer, stack in optimizer.curvature.layers.items()}
+    assert set(names[QKV].operator_tensors) == {'input'} and not any(
         'attention' in reason for reason in reasons(optimizer).values())

@@ -30,7 +30,7 @@ def statistics(module: nn.Module, x: Tensor, step: int = 0, **options: Any) -> d
     optimizer.arm()
     loss_of(twin(x.double())).backward()
     optimizer.step()
-    stack = optimizer.stacks[0]
+    stack = optimizer.curvature.stacks[0]
     return {name.removesuffix('_sampled'): s[0] for name, s in stack.statistics.items()}
 
 
@@ -90,7 +90,7 @@ def test_training_and_resumption(kind: type[PreconditionedOptimizer]) -> None:
     train(model, optimizer, range(6, 12))
     train(twin, other, range(6, 12))
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
-    operators = {name for stack in optimizer.stacks for name in stack.operator}
+    operators = {name for stack in optimizer.curvature.stacks for name in stack.operator_tensors}
     assert operators == {'input_moment', 'gradient_moment'}
 
 
@@ -103,7 +103,7 @@ def test_attention_and_errors() -> None:
     optimizer = AFOpt(block, lr=0.01, max_rows=9)
     block(feature_map((9, 9)), (9, 9)).square().mean().backward()
     optimizer.step()
-    names = {name for stack in optimizer.stacks for name in stack.statistics}
+    names = {name for stack in optimizer.curvature.stacks for name in stack.statistics}
     assert {'query_curvature', 'input_moment', 'input_moment_sampled'} <= names
     with pytest.raises(ValueError, match='max_rows=0'):
         NKFAC(Net(), lr=0.1, max_rows=0)

@@ -20,20 +20,20 @@ def test_it_is_what_will_be_kept(name: str, options: dict[str, Any]) -> None:
         pytest.skip('takes no such option, or refuses it')
     model = net()
     optimizer = make(name, model, **options)
-    ((device, (kept, more)),) = memory.forecast(optimizer).items()
+    ((device, (kept, more)),) = optimizer.curvature.forecast().items()
     assert device == torch.device('cpu') and more > 0
     train(name, model, optimizer, range(5))
-    tensors = [t for stack in optimizer.stacks
-               for kind in (stack.statistics, stack.operator) for t in kind.values()]
+    tensors = [t for stack in optimizer.curvature.stacks
+               for kind in (stack.statistics, stack.operator_tensors) for t in kind.values()]
     assert sum(t.numel() * t.element_size() for t in tensors) / 2**20 == pytest.approx(kept)
 
 
 def test_frozen_layers_are_left_out() -> None:
     model = net()
-    whole = sum(kept for kept, _ in memory.forecast(make('NKFAC', model)).values())
+    whole = sum(kept for kept, _ in make('NKFAC', model).curvature.forecast().values())
     model.fc1.weight.requires_grad_(False)
     optimizer = make('NKFAC', model)
-    part = sum(kept for kept, _ in memory.forecast(optimizer).values())
+    part = sum(kept for kept, _ in optimizer.curvature.forecast().values())
     assert whole - part == pytest.approx(2 * (7**2 + 12**2) * 8 / 2**20)
     assert 'fc1' in optimizer.table() and 'frozen' in optimizer.table()
 

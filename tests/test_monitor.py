@@ -43,18 +43,19 @@ def run(kind: Any, steps: int, monitor: bool = True, **options: Any) -> Any:
     torch.manual_seed(0)
     model = TokenNet().double()
     optimizer = kind(model, lr=1e-3, **options)
-    optimizer.monitor = Monitor() if monitor else None
+    if monitor:
+        optimizer.curvature.watch_refreshes(Monitor())
     reports = []
     for one in token_batches(steps):
         train(model, optimizer, [one])
-        reports.append(optimizer.monitor.report if monitor else None)
+        reports.append(optimizer.curvature.monitor.report if monitor else None)
     return model, optimizer, reports
 
 
 def test_the_numbers_are_those_of_the_layer() -> None:
     _, optimizer, (report,) = run(NKFAC, 1, damping=0.05)
     assert set(report.layers) == {'fc1.weight', 'fc2.weight', 'head.weight'}
-    for stack in optimizer.stacks:
+    for stack in optimizer.curvature.stacks:
         for k, layer in stack.ready():
             values = report.layers[layer.name]
             for side in ('input', 'gradient'):
@@ -64,8 +65,8 @@ def test_the_numbers_are_those_of_the_layer() -> None:
                 assert values[f'damping/{side}'] == pytest.approx(wanted, rel=1e-6)
                 assert values[f'residual/{side}'] < 1e-6
     assert report.failures == 0 and report.seconds > 0
-    held = sum(t.numel() * 8 for s in optimizer.stacks
-               for t in (*s.statistics.values(), *s.operator.values()))
+    held = sum(t.numel() * 8 for s in optimizer.curvature.stacks
+               for t in (*s.statistics.values(), *s.operator_tensors.values()))
     assert report.megabytes == pytest.approx(held / 2**20)
 
 
@@ -77,7 +78,8 @@ def test_newtons_residual_is_seen() -> None:
 
 def test_the_cosine_is_that_of_the_step() -> None:
     model, optimizer, (report,) = run(FSGD, 1)
-    directions = optimizer._directions(optimizer._gradients())
+    gradients = {p: p.grad for p in model.parameters()}
+    directions = optimizer.curvature.precondition(gradients, optimizer.param_groups)
     for name, module in (('fc1', model.fc1), ('fc2', model.fc2)):
         g = torch.cat([p.grad.flatten() for p in module.parameters()])
         v = torch.cat([directions[p].flatten() for p in module.parameters()])
@@ -90,13 +92,15 @@ def test_ranks_are_counted() -> None:
     torch.manual_seed(0)
     model = nn.Linear(400, 5).double()
     optimizer = NKFAC(model, lr=0.1, solver='lowrank')
-    optimizer.monitor = Monitor()
+    optimizer.curvature.watch_refreshes(Monitor())
     (model(torch.randn(30, 400).double())**2).mean().backward()
     optimizer.step()
-    values = optimizer.monitor.report.layers['weight']
-    columns = optimizer.stacks[0].operator['input_columns']
+    values = optimizer.curvature.monitor.report.layers['weight']
+    columns = optimizer.curvature.stacks[0].operator_tensors['input_columns']
     assert values['rank/input'] == columns.shape[-1] > 0
-    largest = float(torch.linalg.eigvalsh(optimizer.stacks[0].statistics['input_moment'])[0].max())
+    largest = float(
+        torch.linalg.eigvalsh(optimizer.curvature.stacks[0].statistics['input_moment'])[0].max()
+    )
     assert values['damping/input'] == pytest.approx(0.01 * largest, rel=0.2)
 
 

@@ -19,6 +19,7 @@ import reference.kfac
 import reference.nkfac
 import reference.root
 import reference.rules
+from mmprecond.curvature import Blocks, Sketch
 from mmprecond.linalg import apply_columns, nystrom_columns, power_of_columns
 from mmprecond.optimizers import (
     FSGD,
@@ -170,13 +171,14 @@ def test_statistics(case: str, reduction: str) -> None:
         for loss in losses:
             loss(model).backward()
         optimizer.step()
-        (layer,) = optimizer.layers
+        (layer,) = optimizer.curvature.layers
         kept = optimizer.state_dict()['precond']['layers'][weight]['statistics']
         for side, dense in (('input', right), ('gradient', left)):
             name = f'{side}_{"blocks" if form == "block" else "sketch"}'
             name += '_reduced' if reduction == 'reduce' else ''
             if form == 'lowrank':
-                wanted = dense @ layer.test_matrix(name)
+                (one,) = (s for s in optimizer.curvature.stacks[0].kept if s.key == name)
+                wanted = dense @ one.form.test_matrix(layer, name, dense.shape[-1])
             else:
                 cut = [piece for one in dense for piece in pieces(one, 3)]
                 size = len(cut[0])
@@ -302,7 +304,8 @@ def in_blocks(method: str, net: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(module, factor, CutFisher if module is reference.kfac
                   else lambda s: Cut(real, s, largest))
     optimizer = kind(model, **rule, **settings, oversize='block', max_dim=largest)
-    assert any('blocks' in name for stack in optimizer.stacks for name in stack.requires)
+    assert any(isinstance(statistic.form, Blocks) for stack in optimizer.curvature.stacks
+               for statistic in stack.kept)
     follow(model, optimizer, reference_of(method, model, settings),
            lambda t: [make_loss(rows(t, 4, features))], 7 if features else 3)
 
@@ -332,7 +335,8 @@ def test_trajectories_at_full_rank(method: str, net: str) -> None:
     model = make().double()
     optimizer = kind(model, **rule, **settings, oversize='lowrank', max_dim=4,
                      max_rank=16 if net == 'low' else 40)
-    assert any('sketch' in name for stack in optimizer.stacks for name in stack.requires)
+    assert any(isinstance(statistic.form, Sketch) for stack in optimizer.curvature.stacks
+               for statistic in stack.kept)
     follow(model, optimizer, reference_of(method, model, settings),
            lambda t: [make_loss(rows(t, 3, features))], 2 if net == 'convs' else 5, atol=1e-7)
 

@@ -16,7 +16,8 @@ from test_engine import Classifier, batch
 from test_oversize import EVERY, FORMS, chain, normal, one_step
 from torch import Tensor, nn
 
-from mmprecond.core import RefreshError, stack
+from mmprecond.core import RefreshError
+from mmprecond.curvature import forms
 from mmprecond.optimizers import (
     FSGD,
     KFAC,
@@ -30,7 +31,7 @@ from mmprecond.optimizers import (
     Preconditioned,
     PreconditionedOptimizer,
 )
-from mmprecond.preconditioners import AttentionFeature, sides
+from mmprecond.preconditioners import AttentionFeature
 
 # ------------------------------------------------------------------- states and failures
 
@@ -82,7 +83,7 @@ def test_changed_settings_are_measured_anew(form: str, change: dict[str, int],
 
 def sabotage(patch: pytest.MonkeyPatch, dtypes: set[torch.dtype]) -> None:
     """Sketches or inverses of side 12 fail in these dtypes."""
-    real, inverse = stack.nystrom_columns, sides.add_damping
+    real, inverse = forms.nystrom_columns, forms.add_damping
 
     def columns(sketch: Tensor, test: Tensor) -> Tensor:
         bad = sketch.dtype in dtypes and sketch.shape[-2] == 12
@@ -92,8 +93,8 @@ def sabotage(patch: pytest.MonkeyPatch, dtypes: set[torch.dtype]) -> None:
         bad = matrix.dtype in dtypes and matrix.shape[-3:] == (3, 4, 4)
         return inverse(matrix, damping) * (-1. if bad else 1.)
 
-    patch.setattr(stack, 'nystrom_columns', columns)
-    patch.setattr(sides, 'add_damping', damped)
+    patch.setattr(forms, 'nystrom_columns', columns)
+    patch.setattr(forms, 'add_damping', damped)
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -148,10 +149,10 @@ def test_attention_beside_oversized_layers_is_retried(form: str,
     model = attention_model()
     real, seen = AttentionFeature.refresh, []
 
-    def refresh(self: Any, statistics: Any, *rest: Any) -> Any:
-        operator, good = real(self, statistics, *rest)
-        seen.append({name: s.dtype for name, s in statistics.items()})
-        return operator, good & (next(iter(statistics.values())).dtype == torch.float64)
+    def refresh(self: Any, factors: Any, *rest: Any) -> Any:
+        operator, good = real(self, factors, *rest)
+        seen.append({side.name: factor.tensor.dtype for side, factor in factors.items()})
+        return operator, good & (next(iter(factors.values())).tensor.dtype == torch.float64)
 
     monkeypatch.setattr(AttentionFeature, 'refresh', refresh)
     optimizer = AFOpt(model, lr=0.1, max_dim=6, max_rank=4, oversize=form)
@@ -166,7 +167,7 @@ def test_attention_beside_oversized_layers_is_retried(form: str,
 @pytest.mark.parametrize('form', FORMS)
 def test_oversized_attention_takes_the_plain_rule(form: str) -> None:
     optimizer = AFOpt(attention_model(), lr=0.1, max_dim=5, oversize=form)
-    assert [layer.name for layer in optimizer.layers] == ['mlp.weight']
+    assert [layer.name for layer in optimizer.curvature.layers] == ['mlp.weight']
     (reason,) = (r for n, r in reasons(optimizer).items() if 'in_proj' in n or n == 'attention')
     assert 'over max_dim=5' in reason and 'over max_dim=5' in optimizer.table()
 

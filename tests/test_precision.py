@@ -12,10 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmprecond.curvature import Layer
-from mmprecond.linalg import cholesky_inverse, low_rank_power, matmul_precision, rounded
+from mmprecond.linalg import (
+    Dense,
+    LowRank,
+    cholesky_inverse,
+    low_rank_power,
+    map_tensors,
+    matmul_precision,
+    rounded,
+)
 from mmprecond.optimizers import NKFAC, AdamR, AFOpt
 from mmprecond.preconditioners import EigenRotation, NewtonKronecker
-from mmprecond.preconditioners.sides import two_sided
+from mmprecond.preconditioners.two_sided import two_sided
 
 LEVELS = {('ieee', 'ieee'): 'highest', ('tf32', 'ieee'): 'high', ('tf32', 'bf16'): 'medium',
           ('none', 'none'): 'default'}
@@ -94,14 +102,14 @@ def test_rounded_factors_hardly_turn_a_direction(
     damping = torch.full((1, 1), 0.01)
     if lowrank:
         columns, scale, _ = low_rank_power(moment, None, damping)
-        operator = {'input_columns': columns, 'input_scale': scale}
+        operators = {'input': LowRank(columns, scale)}
     else:
         damped = moment + 0.01 * torch.eye(n)
-        operator = {'input_moment': cholesky_inverse(damped)[0]}
+        operators = {'input': Dense(cholesky_inverse(damped)[0])}
     gradient = (torch.randn(20, n, dtype=torch.float64) @ (basis * values.sqrt()) @ basis.T)
     gradient = gradient.float()[None, None]
-    exact = two_sided({k: o.double() for k, o in operator.items()}, gradient.double())
-    rounded = two_sided({k: rounding(o) for k, o in operator.items()}, rounding(gradient))
+    exact = two_sided(map_tensors(operators, Tensor.double), gradient.double())
+    rounded = two_sided(map_tensors(operators, rounding), rounding(gradient))
     assert F.cosine_similarity(rounded.double().flatten(), exact.flatten(), 0) > 1 - error
 
 
@@ -118,9 +126,11 @@ def test_moments_of_rounded_rows_are_positive(make: Callable[[bool], nn.Module],
     x = torch.rand(16, 700) if isinstance(model, nn.Linear) else torch.rand(9, 80, 9, 9)
     model(x + 3).square().mean().backward()
     optimizer.step()
-    (slot,) = optimizer.stacks[0].slots
+    (slot,) = optimizer.curvature.stacks[0].slots
     assert slot.refreshes == 1
-    values = torch.linalg.eigvalsh(optimizer.stacks[0].statistics['input_moment'].double())
+    values = torch.linalg.eigvalsh(
+        optimizer.curvature.stacks[0].statistics['input_moment'].double()
+    )
     assert values.amin() > -1e-6 * values.amax()
 
 
@@ -146,7 +156,7 @@ def test_an_older_torch_has_one_setting_for_all(monkeypatch: pytest.MonkeyPatch)
     model(torch.randn(5, 4)).square().mean().backward()
     optimizer.step()
     assert 'medium' in named and named[-1] == 'highest'
-    assert optimizer.stacks[0].slots[0].refreshes == 1
+    assert optimizer.curvature.stacks[0].slots[0].refreshes == 1
 
 
 def test_attention_is_measured_in_full() -> None:
@@ -163,9 +173,9 @@ def test_attention_is_measured_in_full() -> None:
         x = torch.randn(16, 64, 64)
         model['head'](model['attention'](x, x, x)[0]).square().mean().backward()
         optimizer.step()
-    slots = {slot.layer.name: slot for stack in optimizer.stacks for slot in stack.slots}
+    slots = {slot.layer.name: slot for stack in optimizer.curvature.stacks for slot in stack.slots}
     assert slots['attention.in_proj_weight'].refreshes == 2
-    for name, statistic in ((name, s) for stack in optimizer.stacks
+    for name, statistic in ((name, s) for stack in optimizer.curvature.stacks
                             for name, s in stack.statistics.items() if 'curvature' in name):
         values = torch.linalg.eigvalsh(statistic.double())
         assert bool((values.amin(-1) > -1e-4 * values.amax(-1)).all()), name

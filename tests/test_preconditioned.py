@@ -105,7 +105,10 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Non
 
 def methods(optimizer: PreconditionedOptimizer) -> dict[str, str]:
     """The method of each layer by its module's name; those without are left out."""
-    found = {layer.name: type(stack.method).__name__ for layer, stack in optimizer.layers.items()}
+    found = {
+        layer.name: type(stack.method).__name__
+        for layer, stack in optimizer.curvature.layers.items()
+    }
     return {name.removesuffix('.weight'): kind for name, kind in found.items()}
 
 
@@ -150,7 +153,7 @@ def pair(name: str, settings: dict[str, Any]
 def test_it_equals_the_named_optimizer(name: str, settings: dict[str, Any]) -> None:
     """Bit for bit, with small intervals, and past the second capture with the default ones."""
     (ours, named), (theirs, chosen) = pair(name, settings)
-    second = named.stacks[0].method.stat_interval
+    second = named.curvature.stacks[0].method.stat_interval
     for steps in (range(0), range(1), range(1, 6), range(6, second + 2)):
         run(ours, named, steps), run(theirs, chosen, steps)
         assert differences(everything(ours, named), everything(theirs, chosen)) == []
@@ -230,7 +233,9 @@ def test_the_first_hit_wins(name: str) -> None:
     assert layers == before and RULE == dict(type='AdamW', lr=0.01, weight_decay=0.1)
     # Whoever is not preconditioned is listed, and so is every other module with parameters.
     norms = {f'blocks.{k}.norm' for k in (0, 1)}
-    assert {left.name for left in optimizer.left_out} == norms | (set(NAMES) - set(expected))
+    assert {left.name for left in optimizer.curvature.left_out} == norms | (
+        set(NAMES) - set(expected)
+    )
     lines = {line.split()[0]: line for line in optimizer.table().splitlines() if line}
     for layer in NAMES:
         assert expected.get(layer, 'plain rule: ') in lines[layer]
@@ -241,7 +246,7 @@ def test_the_first_hit_wins(name: str) -> None:
 def test_the_model_may_be_a_single_layer() -> None:
     for match in (dict(module_type='Linear'), dict(name='*'), dict(name=''), {}):
         optimizer = Preconditioned(nn.Linear(3, 2), rule=RULE, layers=[entry(FEATURE, **match)])
-        assert [layer.name for layer in optimizer.layers] == ['weight']
+        assert [layer.name for layer in optimizer.curvature.layers] == ['weight']
 
 
 def test_names_are_those_of_the_users_model_inside_a_wrapper() -> None:
@@ -257,7 +262,7 @@ def test_reasons_why_a_layer_takes_the_rule() -> None:
     groups = [dict(params=[p], precondition=name != 'head.weight')
               for name, p in model.named_parameters()]
     optimizer = Preconditioned(groups, model=model, rule=RULE, layers=layers)
-    reasons = {left.name: left.reason for left in optimizer.left_out}
+    reasons = {left.name: left.reason for left in optimizer.curvature.left_out}
     assert reasons['blocks.0.ffn.up'] == reasons['blocks.1.ffn.down'] == 'preconditioner=None'
     assert 'max_dim=9' in reasons['blocks.0.attn.qkv']
     assert reasons['blocks.1.attn.qkv'] == 'no entry of layers matches it'
@@ -341,9 +346,12 @@ def test_equal_entries_share_a_stack_and_different_ones_do_not() -> None:
     other = dict(KRONECKER, damping=0.5)
     layers = [entry(KRONECKER, name='blocks.0'), entry(other, name='blocks.1'), entry(None)]
     optimizer = Preconditioned(net(), rule=RULE, layers=layers)
-    assert sorted(stack.method.damping for stack in optimizer.stacks) == [0.01] * 4 + [0.5] * 4
+    assert (
+        sorted(stack.method.damping for stack in optimizer.curvature.stacks)
+        == [0.01] * 4 + [0.5] * 4
+    )
     layers[1] = entry(dict(KRONECKER), name='blocks.1')
-    assert len(Preconditioned(net(), rule=RULE, layers=layers).stacks) == 4
+    assert len(Preconditioned(net(), rule=RULE, layers=layers).curvature.stacks) == 4
 
 
 @pytest.mark.parametrize('rule', [RULE, SGDM, ADAN], ids=lambda rule: rule['type'])

@@ -110,8 +110,8 @@ def test_custom_keys_of_ours() -> None:
     wrapper = build(ours, paramwise_cfg=dict(custom_keys={
         'conv': dict(precondition=False), 'fc': dict(damping=0.5)}), optimizer=dict(
         OPTIMIZER, layers=[dict(preconditioner=LAYERS[0]['preconditioner'])]))
-    assert [layer.name for layer in wrapper.optimizer.layers] == ['fc.weight']
-    assert next(iter(wrapper.optimizer.layers)).damping == 0.5
+    assert [layer.name for layer in wrapper.optimizer.curvature.layers] == ['fc.weight']
+    assert next(iter(wrapper.optimizer.curvature.layers)).damping == 0.5
     assert 'precondition=False' in wrapper.optimizer.table()
 
 
@@ -155,7 +155,7 @@ def test_options_of_the_command_line_reach_into_rule_and_layers() -> None:
     wrapper = build_optim_wrapper(ours := model(), cfg.optim_wrapper)
     assert set(rates(wrapper, ours).values()) == {0.5} == {wrapper.optimizer.defaults['lr']}
     assert set(rates(wrapper, ours, 'weight_decay').values()) == {0., 0.1}
-    found = {stack.method.damping for layer, stack in wrapper.optimizer.layers.items()
+    found = {stack.method.damping for layer, stack in wrapper.optimizer.curvature.layers.items()
              if layer.name == 'conv.weight'}
     assert found == {0.25}
 
@@ -173,7 +173,9 @@ def test_a_config_goes_to_a_file_and_back(tmp_path: Path) -> None:
         assert optimizer.table() == plain.table()
         assert optimizer.defaults == plain.defaults
         assert differences(optimizer.state_dict(), plain.state_dict()) == []
-        assert {s.method for s in optimizer.stacks} == {s.method for s in plain.stacks}
+        assert {s.method for s in optimizer.curvature.stacks} == {
+            s.method for s in plain.curvature.stacks
+        }
     assert cfg.optim_wrapper == config().optim_wrapper  # building changes no config
 
 
@@ -203,7 +205,7 @@ def test_lists_to_start_from(file: str) -> None:
             build(model(), optimizer=dict(OPTIMIZER, layers=layers))
         layers = layers[1:]
     wrapper = build(model(), optimizer=dict(OPTIMIZER, layers=layers))
-    assert len(wrapper.optimizer.layers) == 2
+    assert len(wrapper.optimizer.curvature.layers) == 2
 
 
 PRESETS = Config.fromfile(Path(__file__).parents[1] / 'configs/_base_/thesis.py').to_dict()
@@ -222,7 +224,7 @@ def test_presets_of_the_thesis(name: str) -> None:
         assert optimizer.param_groups[0][key] == preset[key]
     for key in ('stat_interval', 'refresh_interval', 'scaling'):
         if key in preset:
-            assert getattr(optimizer.stacks[0].method, key) == preset[key]
+            assert getattr(optimizer.curvature.stacks[0].method, key) == preset[key]
     network.train_step(batch(), wrapper)
     assert all(p.isfinite().all() for p in network.parameters())
 
@@ -279,7 +281,7 @@ def test_base_constructor_makes_the_groups() -> None:
     wrapper = build(ours, base_constructor='HalfRateConstructor', paramwise_cfg=dict(a=1))
     assert set(rates(wrapper, ours).values()) == {0.005}
     assert len(wrapper.optimizer.param_groups) == 6
-    assert {type(stack.method).__name__ for stack in wrapper.optimizer.stacks} == {
+    assert {type(stack.method).__name__ for stack in wrapper.optimizer.curvature.stacks} == {
         'NewtonKronecker', 'InputFeature'}
     ours.train_step(batch(), wrapper)
 

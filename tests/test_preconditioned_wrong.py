@@ -282,7 +282,7 @@ def test_a_checkpoint_of_another_assignment(name: str, caplog: pytest.LogCapture
     assert set(after) == {f'{layer}.weight' for layer in methods(resumed)}
     for layer, state in after.items():
         assert state['method'] == methods(resumed)[layer.removesuffix('.weight')]
-        stack = next(s for x, s in resumed.layers.items() if x.name == layer).method
+        stack = next(s for x, s in resumed.curvature.layers.items() if x.name == layer).method
         captures = [t for t in range(5, 10) if t % stack.stat_interval == 0]
         renewals = {t for t in captures if t % stack.refresh_interval == 0}
         if layer not in kept:  # what does not fit is measured at once, and refreshed at once
@@ -326,7 +326,7 @@ def test_a_layer_is_known_by_all_its_names() -> None:
     model.alias = model.head
     optimizer = Preconditioned(model, rule=RULE, layers=[entry(None, name='alias'),
                                                          entry(KRONECKER)])
-    assert 'head.weight' not in {layer.name for layer in optimizer.layers}
+    assert 'head.weight' not in {layer.name for layer in optimizer.curvature.layers}
 
 
 @pytest.mark.parametrize('saved, loaded', [('AdamW', 'Adan'), ('SGDM', 'AdamW'),

@@ -73,8 +73,10 @@ def test_a_capture_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch, widt
     monkeypatch.setattr(AttentionLayer, 'measure', watched)
     inputs = torch.randn(1, height * length, width)
     block(inputs, (height, length)).square().mean().backward()
-    layer = next(layer for layer in optimizer.layers if isinstance(layer, AttentionLayer))
-    statistics = sum(s.numel() * 4 / MB for s in optimizer._capture.staged[layer].sums.values())
+    layer = next(layer for layer in optimizer.curvature.layers if isinstance(layer, AttentionLayer))
+    statistics = sum(
+        s.numel() * 4 / MB for s in optimizer.curvature.capture.staged[layer].sums.values()
+    )
     assert len(peaks) == 1 and statistics < peaks[0] < 64 + 2 * statistics
 
 
@@ -126,9 +128,9 @@ def test_mask_rcnn_swin_t_trains_at_its_real_size(drop_path_rate: float) -> None
     for seed in range(2):
         losses = model.train_step(batch(seed), wrapper)
         assert all(torch.isfinite(value) for value in losses.values())
-    assert len(wrapper.optimizer.layers) > 60
+    assert len(wrapper.optimizer.curvature.layers) > 60
     assert all(stack.slots and all(slot.refreshes == 1 for slot in stack.slots)
-               for stack in wrapper.optimizer.stacks) or drop_path_rate
+               for stack in wrapper.optimizer.curvature.stacks) or drop_path_rate
     assert all(p.isfinite().all() for p in model.parameters())
     unchanged = [name for name, p in model.named_parameters()
                  if p.requires_grad and torch.equal(p, before[name])]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmprecond.linalg import assign_columns, eigenbasis, orthogonal_iteration
+from helpers import factors_of
+from mmprecond.linalg import Dense, assign_columns, eigenbasis, named_tensors, orthogonal_iteration
 from mmprecond.preconditioners import EigenRotation
 from reference.rotation import assigned, iterated
 
@@ -47,9 +48,14 @@ def kept(old: Tensor, new: Tensor) -> float:
 def rotation(previous: Any, solver: str, **moments: Tensor) -> dict[str, Tensor]:
     """One refresh as an optimizer does it."""
     method = EigenRotation(basis_solver=solver)
-    operator, good = method.refresh(moments, None if solver == 'eigh' else previous)
+    last = {slot_of(name): Dense(basis) for name, basis in (previous or {}).items()}
+    operators, good = method.refresh(factors_of(moments), None if solver == 'eigh' else last)
     assert good.all()
-    return method.align(operator, previous)
+    return named_tensors(method.align(operators, last))
+
+
+def slot_of(name: str) -> str:
+    return name.removesuffix('_moment')
 
 
 # ------------------------------------------------------------------- apply and restore
@@ -63,7 +69,7 @@ def test_a_rotation_keeps_the_norm_and_turns_back(k: int, b: int, o: int, i: int
     gradients = normal(k, b, o, i, seed=seed)
     both = {'gradient_moment': orthogonal(k, b, o, seed=seed + 1),
             'input_moment': orthogonal(k, b, i, seed=seed + 2)}
-    operator = {name: both[name] for name in names}
+    operator = {slot_of(name): Dense(both[name]) for name in names}
     method = EigenRotation()
     turned = method.apply(operator, gradients)
     torch.testing.assert_close(turned.norm(dim=(2, 3)), gradients.norm(dim=(2, 3)))
@@ -124,10 +130,11 @@ def test_a_bad_statistic_among_good_ones_is_reported(solver: str, value: float,
     previous = rotation(None, 'eigh', input_moment=stack)
     stack[1, 0, 2, 1] = value
     method = EigenRotation(basis_solver=solver)
-    operator, good = method.refresh({'input_moment': stack},
-                                    None if solver == 'eigh' else previous)
+    last = {'input': Dense(previous['input_moment'])}
+    operators, good = method.refresh(factors_of({'input_moment': stack}),
+                                     None if solver == 'eigh' else last)
     assert good.tolist() == [True, False, True]
-    aligned = method.align(operator, previous)['input_moment']
+    aligned = method.align(operators, last)['input'].matrix
     assert is_orthogonal(aligned[[0, 2]], 1e-5)
 
 

@@ -15,8 +15,8 @@ from test_arguments import refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import mmprecond.core.curvature
 from helpers import TokenNet, leave, squared_error, token_batches
-from mmprecond.core import LayerStack
 from mmprecond.core import sharding as module
 from mmprecond.distributed import longest_first, shard
 from mmprecond.optimizers import (
@@ -77,7 +77,9 @@ def worker(rank: int, ranks: int, folder: str, names: list[str], modes: list[str
             wrapped = DistributedDataParallel(model)
             optimizer = METHODS[name](wrapped, sharding=mode)
             weights = steps(optimizer, model, wrapped, 0, rank, ranks)
-            held = {stack.owner: sorted(stack.operator) for stack in optimizer.stacks}
+            held = {
+                stack.owner: sorted(stack.operator_tensors) for stack in optimizer.curvature.stacks
+            }
             # As MMEngine does it: the first rank saves alone, all load.
             path = f'{folder}/state{ranks}.pt'
             model = make(name)
@@ -194,10 +196,10 @@ def failing_worker(rank: int, folder: str) -> None:
     wrapped = DistributedDataParallel(model)
     optimizer = METHODS['NKFAC'](wrapped, sharding='refresh')
     if rank == 1:
-        def start(self: Any, positions: list[int]) -> Tensor:
+        def start(stack: Any, positions: list[int]) -> Tensor:
             raise torch.linalg.LinAlgError('no convergence')
 
-        LayerStack.start_refresh = start  # type: ignore[method-assign]
+        mmprecond.core.curvature.start_refresh = start
     try:
         steps(optimizer, model, wrapped, 0, rank, 2)
         told = 'nothing'

@@ -14,6 +14,7 @@ from test_trajectory import Convs, Tokens, follow, make_loss
 from test_trajectory import batch as rows
 from torch import Tensor, nn
 
+from mmprecond.curvature import Columns
 from mmprecond.optimizers import KFAC, SKFAC, PreconditionedOptimizer
 from reference.factors import plain_copy
 from reference.kfac import ReferenceKFAC
@@ -217,8 +218,8 @@ def test_it_is_the_dense_inverse(reduction: str, scaling: str, form: str, micro:
                             for name, p in model.named_parameters()]
     ours = SKFAC(groups(model), model=model, max_columns=13, **settings)
     theirs = KFAC(groups(twin), model=twin, stat_decay=0., **settings)
-    assert sum('columns' in name for layer in ours.layers
-               for name in ours.layers[layer].requires) == 7
+    assert sum(isinstance(statistic.form, Columns) for stack in ours.curvature.layers.values()
+               for statistic in stack.kept) == 7
     for step in range(4):
         x = images(step, 3 if micro and reduction == 'reduce' else 2)
         for net, optimizer in ((model, ours), (twin, theirs)):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from helpers import leave
 from mmprecond.optimizers import SOAA, AdaNKFAC
+from mmprecond.rules import TrustRegionAdam
 from reference.soaa import ReferenceSOAA
 
 SHAPES = ((3, 4), (3,), (), (2, 3, 2, 2))
@@ -153,7 +154,7 @@ def test_gradients_that_are_not_finite_leave_the_radius_finite() -> None:
     step(optimizer, params, tensors(0), 1.)
     step(optimizer, params, [g * float('inf') for g in tensors(1)], 1.)
     step(optimizer, params, tensors(2), 1.)
-    assert all(value.isfinite() for value in optimizer._region.values())
+    assert all(value.isfinite() for value in optimizer.rule.region.values())
 
 
 # ---------------------------------------------------------------- the loss, plain PyTorch
@@ -231,7 +232,7 @@ def test_resume_through_a_file(at: int, tmp_path: Path) -> None:
     for t, loss in list(enumerate(losses(9)))[at:]:
         step(resumed, saved, tensors(t), loss)
     assert all(torch.equal(p, q) for p, q in zip(whole, saved, strict=True))
-    assert resumed._region == optimizer._region and resumed.t == optimizer.t == 9
+    assert resumed.rule.region == optimizer.rule.region and resumed.t == optimizer.t == 9
 
 
 def test_the_state_of_another_optimizer_is_refused() -> None:
@@ -281,8 +282,8 @@ def test_accumulation_equals_the_joint_batch(parts: int) -> None:
     assert one.t == two.t == one.total_steps == two.total_steps == 6
     for name, value in joint.items():
         torch.testing.assert_close(split[name], value, rtol=0, atol=1e-10)
-    for name, value in one._region.items():
-        torch.testing.assert_close(two._region[name], value, rtol=1e-8, atol=1e-12, msg=name)
+    for name, value in one.rule.region.items():
+        torch.testing.assert_close(two.rule.region[name], value, rtol=1e-8, atol=1e-12, msg=name)
 
 
 def test_the_length_of_the_run() -> None:
@@ -303,8 +304,8 @@ def test_the_length_of_the_run() -> None:
 def test_the_wrapper_takes_the_loss_before_it_is_scaled(
         amp_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     seen: list[float] = []
-    adapt = SOAA._adapt
-    monkeypatch.setattr(SOAA, '_adapt', lambda self, loss, predicted: (
+    adapt = TrustRegionAdam.adapt
+    monkeypatch.setattr(TrustRegionAdam, 'adapt', lambda self, loss, predicted: (
         seen.append(float(loss)), adapt(self, loss, predicted))[1])
     for scaled in (dict(), dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1024.)):
         torch.manual_seed(0)
@@ -326,7 +327,7 @@ def test_an_overflow_step_leaves_everything(amp_on_cpu: None) -> None:  # noqa: 
     model.train_step(bad, wrapper)
     optimizer = wrapper.optimizer
     assert optimizer.t == 0 and float(optimizer.radius) == 10.
-    assert not float(optimizer._region['skipped'])
+    assert not float(optimizer.rule.region['skipped'])
     model.norm.reset_running_stats()
     model.train_step(batch(), wrapper)
     assert optimizer.t == 1 and float(optimizer.radius) == 1.
@@ -358,7 +359,7 @@ def test_two_ranks_equal_the_joint_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(first[0][name], value, rtol=0, atol=1e-10)
     regions = [state['trust_region'] for _, state in (first, second)]
     assert regions[0] == regions[1]
-    for name, value in optimizer._region.items():
+    for name, value in optimizer.rule.region.items():
         torch.testing.assert_close(regions[0][name], value, rtol=1e-8, atol=1e-12, msg=name)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmprecond.core.schedule import assign_offsets
 from mmprecond.optimizers import FSGD, NKFAC, AdamR, Preconditioned, PreconditionedOptimizer
 
 KINDS: list[type[PreconditionedOptimizer]] = [NKFAC, FSGD, AdamR]
@@ -30,7 +31,7 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> list[dict[str, tupl
         model(x).square().mean().backward()
         optimizer.step()
         counts.append({slot.layer.name: (slot.samples, slot.refreshes)
-                       for stack in optimizer.stacks for slot in stack.slots})
+                       for stack in optimizer.curvature.stacks for slot in stack.slots})
     return counts
 
 
@@ -89,4 +90,6 @@ def test_settings() -> None:
     optimizer = Preconditioned(deep(), rule=dict(type='SGDM', lr=0.1), stagger=True, layers=[
         dict(match=dict(name='0*'), preconditioner=dict(type='InputFeature')),
         dict(preconditioner=dict(type='NewtonKronecker'))])
-    assert len({layer.offset for layer in optimizer.layers}) == 4  # each method's from zero
+    offsets = assign_offsets({layer: stack.method
+                              for layer, stack in optimizer.curvature.layers.items()})
+    assert len(set(offsets.values())) == 4  # each method's from zero

@@ -164,7 +164,7 @@ def test_an_empty_batch_among_others() -> None:
     follow(model, optimizer, reference, losses, 5)
 
 
-def test_many_layers_of_one_shape_are_each_their_own() -> None:
+def test_many_layers_of_one_shape_are_each_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refreshed and applied in one batch; also where a refresh is cut into chunks."""
     torch.manual_seed(0)
     make = lambda: nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5)],
@@ -172,9 +172,8 @@ def test_many_layers_of_one_shape_are_each_their_own() -> None:
     for chunk_bytes in (2**29, 1500):
         model, optimizer, reference = both(make, SGD)
         reference.model.load_state_dict(model.state_dict())
-        for stack in optimizer.stacks:
-            stack.chunk_bytes = chunk_bytes
-        assert len(optimizer.stacks) == 2
+        monkeypatch.setattr('mmprecond.core.refresh.CHUNK_BYTES', chunk_bytes)
+        assert len(optimizer.curvature.stacks) == 2
         follow(model, optimizer, reference, lambda t: [make_loss(batch(t, features=6))], 6)
 
 

@@ -20,14 +20,14 @@ from benchmark import MODELS
 from torch import Tensor
 from tqdm import tqdm
 
-from mmprecond.core import LayerStack
+from mmprecond.curvature import INPUT, Factor, Layer, Sketch, Statistic
 from mmprecond.datasets import make_shape_folders
 from mmprecond.engine import launch
 from mmprecond.engine.synthetic import random_model
-from mmprecond.linalg import nystrom_columns
+from mmprecond.linalg import LowRank, named_tensors
 from mmprecond.optimizers import NKFAC
 from mmprecond.preconditioners import NewtonKronecker
-from mmprecond.preconditioners.sides import Stacked
+from mmprecond.preconditioners.base import Factors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,59 +58,61 @@ def trained(args: argparse.Namespace) -> tuple[Any, NKFAC]:
         F.cross_entropy(model.head(features), labels[chosen]).backward()
         if optimizer.t < args.steps:
             optimizer.step()
-    optimizer._measure()
+    optimizer.curvature.update(optimizer.t)
     return model, optimizer
 
 
-def exact(statistics: Stacked, gradient: Tensor) -> Tensor:
+def exact(factors: Factors, gradient: Tensor) -> Tensor:
     """The direction by inverses in float64."""
     method = NewtonKronecker(solver='cholesky')
-    doubled = {name: moment.double() for name, moment in statistics.items()}
-    operator, good = method.refresh(doubled, None)
-    if not bool(good.all()):
+    doubled = {side: Factor(factor.form, (factor.tensor.double(),))
+               for side, factor in factors.items()}
+    operators, succeeded = method.refresh(doubled, None)
+    if not bool(succeeded.all()):
         raise RuntimeError('an exact inverse failed')
-    return method.apply(operator, gradient.double())
+    return method.apply(operators, gradient.double())
 
 
-def sketched(stack: LayerStack, statistics: Stacked, rank: int) -> Stacked:
-    """Statistics with the input's as columns, as a sketch of a rank gives them."""
-    layer = stack.slots[0].layer
-    name = 'input_moment'
-    if statistics[name].shape[-1] <= 2 * rank:
-        return statistics
-    layer.rank = rank
-    test = layer.test_matrix('input_sketch')
-    return {'input_columns': nystrom_columns(statistics[name] @ test, test),
-            **{key: s for key, s in statistics.items() if key != name}}
+def sketched(layer: Layer, factors: Factors, rank: int) -> Factors:
+    """The factors with the input's as columns, as a sketch of a rank gives them."""
+    moment = factors[INPUT].tensor
+    if moment.shape[-1] <= 2 * rank:
+        return factors
+    sketch = Statistic(INPUT, Sketch(rank))
+    test = sketch.form.test_matrix(layer, sketch.key, moment.shape[-1])
+    columns = sketch.form.finalize((moment @ test,), [layer], sketch.key)
+    return {**factors, INPUT: Factor(sketch.form, columns)}
 
 
-def size_of(tensors: Stacked) -> int:
-    return sum(t.numel() for t in tensors.values())
+def size_of(factors: Factors) -> int:
+    return sum(factor.tensor.numel() for factor in factors.values())
 
 
 def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[Any, ...]]]:
     """By way: a layer's name, its sides, columns kept, cosine, and numbers kept of dense."""
     method = NewtonKronecker(solver='lowrank')
     found: dict[str, list[tuple[Any, ...]]] = {}
-    jobs = [(stack, k, slot.layer) for stack in optimizer.stacks
+    jobs = [(stack, k, slot.layer) for stack in optimizer.curvature.stacks
             for k, slot in enumerate(stack.slots)]
     for stack, k, layer in tqdm(jobs, unit='layer'):
-        statistics = {name: s[k:k + 1] for name, s in stack.statistics.items()}
+        factors = stack.factors([k])
         gradient = layer.join(*(p.grad for p in layer.parameters))[None]
-        wanted = exact(statistics, gradient)
-        ways: dict[str, tuple[Stacked, NewtonKronecker]] = {
-            f'tolerance {t:g}': (statistics, replace(method, tolerance=t))
+        reference = exact(factors, gradient)
+        ways: dict[str, tuple[Factors, NewtonKronecker]] = {
+            f'tolerance {t:g}': (factors, replace(method, tolerance=t))
             for t in args.tolerances}
-        ways |= {f'sketch of {r}': (sketched(stack, statistics, r),
+        ways |= {f'sketch of {r}': (sketched(layer, factors, r),
                                     NewtonKronecker(solver='cholesky')) for r in args.sketches}
         for way, (given, chosen) in ways.items():
-            operator, _ = chosen.refresh(given, None)
-            direction = chosen.apply(operator, gradient)
-            cosine = F.cosine_similarity(direction.double().flatten(), wanted.flatten(), 0)
-            columns = [o.shape[-1] for name, o in operator.items() if 'columns' in name]
+            operators, _ = chosen.refresh(given, None)
+            direction = chosen.apply(operators, gradient)
+            cosine = F.cosine_similarity(direction.double().flatten(), reference.flatten(), 0)
+            columns = [operator.columns.shape[-1] for operator in operators.values()
+                       if isinstance(operator, LowRank)]
+            held = sum(tensor.numel() for tensor in named_tensors(operators).values())
             found.setdefault(way, []).append((
                 layer.name, f'{layer.rows} x {layer.columns}', columns, float(cosine),
-                size_of(given) + size_of(operator), 2 * size_of(statistics)))
+                size_of(given) + held, 2 * size_of(factors)))
     return found
 
 

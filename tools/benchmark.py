@@ -84,7 +84,7 @@ class Entry:
         """What a step does beside training."""
         if not isinstance(self.optimizer, PreconditionedOptimizer):
             return 'plain'
-        method = self.optimizer.stacks[0].method
+        method = self.optimizer.curvature.stacks[0].method
         if method.stat_interval != CAPTURE:  # it measures at every step by its nature
             return 'plain'
         count = step + method.phase
@@ -106,8 +106,9 @@ class Entry:
     def state_mb(self) -> float:
         """Moments, statistics and operators."""
         tensors = [t for state in self.optimizer.state.values() for t in flat(state)]
-        for stack in getattr(self.optimizer, 'stacks', []):
-            tensors += [*stack.statistics.values(), *stack.operator.values()]
+        curvature = getattr(self.optimizer, 'curvature', None)
+        for stack in curvature.stacks if curvature else []:
+            tensors += [*stack.statistics.values(), *stack.operator_tensors.values()]
         return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
@@ -268,9 +269,11 @@ def against_forecast(entry: Entry, batch: dict[str, Any], rate: float) -> dict[s
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
     done = counter.get_total_flops()
-    forecast = sum(stack.method.apply_flops(layer) for layer, stack in optimizer.layers.items())
-    ranks = [operator.shape[-1] for stack in optimizer.stacks
-             for name, operator in stack.operator.items() if 'columns' in name]
+    forecast = sum(
+        stack.method.apply_flops(layer) for layer, stack in optimizer.curvature.layers.items()
+    )
+    ranks = [operator.shape[-1] for stack in optimizer.curvature.stacks
+             for name, operator in stack.operator_tensors.items() if 'columns' in name]
     return dict(apply_gflop=done / 1e9, forecast_gflop=forecast / 1e9, limit=done / rate,
                 ranks=sorted(ranks))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from benchmark import MODELS, build_model
 from torch import Tensor
 from tqdm import tqdm
 
-from mmprecond.curvature.layer import Call, Layer
+from mmprecond.curvature import Call, Layer, Statistic
 from mmprecond.engine import launch
 from mmprecond.linalg import matmul_precision, rounded
 from mmprecond.optimizers import NKFAC
@@ -45,7 +45,7 @@ def record(model: Any, batch: dict[str, Any], optimizer: NKFAC) -> list[Recorded
         output.register_hook(lambda g: found.append(Recorded(call, inputs, g.clone())))
 
     optimizer.disarm()
-    handles = [handle for layer in optimizer.layers if layer.blocks == 1
+    handles = [handle for layer in optimizer.curvature.layers if layer.blocks == 1
                for handle in layer.watch(observe, lambda *_: None)]
     model.parse_losses(model(**batch, mode='loss'))[0].backward()
     for handle in handles:
@@ -68,10 +68,11 @@ def unfolded(one: Recorded) -> list[Tensor]:
     return [rows.t() @ rows, gradient.t() @ gradient]
 
 
-def measured(one: Recorded, names: tuple[str, ...]) -> dict[str, Tensor]:
+def measured(one: Recorded, statistics: Sequence[Statistic]) -> dict[str, Tensor]:
     """The same as the package does it."""
     kept = tuple(map(rounded, one.kept))
-    return one.call.layer.measure(one.call, kept, rounded(one.gradient), names, torch.Generator())
+    return one.call.layer.measure(one.call, kept, rounded(one.gradient), statistics,
+                                  torch.Generator())
 
 
 def clock(work: Callable[[], Any]) -> float:
@@ -85,11 +86,11 @@ def compare(calls: list[Recorded], optimizer: NKFAC, turns: int,
     """Seconds of ours and of laid-out rows by layer, each the least of some turns, in turns."""
     seconds: dict[Layer, list[float]] = {}
     for one in tqdm(calls, unit='call'):
-        names = optimizer.layers[one.call.layer].requires
+        statistics = optimizer.curvature.layers[one.call.layer].kept
         pair = [float('inf'), float('inf')]
         for _ in range(turns):
             with matmul_precision(precision):
-                pair[0] = min(pair[0], clock(partial(measured, one, names)))
+                pair[0] = min(pair[0], clock(partial(measured, one, statistics)))
             pair[1] = min(pair[1], clock(partial(unfolded, one)))
         total = seconds.setdefault(one.call.layer, [0., 0.])
         seconds[one.call.layer] = [a + b for a, b in zip(total, pair, strict=True)]

@@ -51,9 +51,11 @@ def measured(solver: str, width: int, rows: int, turns: int) -> dict[str, float]
         times = {'pass': clock(train)}
         optimizer.zero_grad()
         optimizer.arm()
-        times['capture'] = clock(train) + clock(optimizer._merge_statistics)
-        times['refresh'] = clock(optimizer._refresh)
-        times['step'] = clock(partial(optimizer._directions, {layer.weight: layer.weight.grad}))
+        curvature = optimizer.curvature
+        times['capture'] = clock(train) + clock(partial(curvature.merge, 0))
+        times['refresh'] = clock(partial(curvature.refresh, 0))
+        gradients = {layer.weight: layer.weight.grad}
+        times['step'] = clock(partial(curvature.precondition, gradients, optimizer.param_groups))
         if turn >= WARM_UP:
             best = {part: min(best[part], seconds) for part, seconds in times.items()}
     best['capture'] = max(best['capture'] - best['pass'], 1e-6)

@@ -155,9 +155,9 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
 
 def _look_at_curvature(optimizer: Any, outcome: Outcome) -> None:
     """Notes how much curvature the steps have measured, and whether that is what they must."""
-    if hasattr(optimizer, 'stacks'):
-        ready = {layer for stack in optimizer.stacks for _, layer in stack.ready()}
-        trained = [layer for layer in optimizer.layers if layer.weight.requires_grad]
+    if hasattr(optimizer, 'curvature'):
+        ready = {layer for stack in optimizer.curvature.stacks for _, layer in stack.ready()}
+        trained = [layer for layer in optimizer.curvature.layers if layer.weight.requires_grad]
         outcome.layers = f'{len(ready)} of {len(trained)}'
         missing = [layer.name for layer in trained if layer not in ready]
         if missing:

@@ -1,5 +1,11 @@
 """The owner of curvature: layers, stacks, schedules, checkpoints and reports."""
 
-from .stack import LayerStack, RefreshError
+from .assignment import Assignment, parse_layers
+from .curvature import Curvature, CurvatureOptions
+from .failures import RefreshError
+from .moments import rotate
+from .monitor import Monitor, RefreshReport
+from .stack import LayerStack
 
-__all__ = ['LayerStack', 'RefreshError']
+__all__ = ['Assignment', 'Curvature', 'CurvatureOptions', 'LayerStack', 'Monitor', 'RefreshError',
+           'RefreshReport', 'parse_layers', 'rotate']

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..preconditioners.sides import adapted
-from .stack import COUNTERS
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..curvature import Layer
-    from ..optimizers.base import PreconditionedOptimizer
-    from ..preconditioners import Preconditioner
+from ..curvature import Layer
+from ..linalg import Shape, expected_shapes
+from ..preconditioners import Preconditioner
+from .sharding import Sharding
+from .stack import COUNTERS, LayerStack
 
 logger = logging.getLogger('mmprecond')
 
@@ -21,47 +21,61 @@ logger = logging.getLogger('mmprecond')
 KEY = 'precond'
 
 
-def export(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
-    """Steps and, if they are saved, each layer's method, statistics and operators."""
-    layers = {}
-    if optimizer.save_curvature:
-        layers = {layer.name: {'method': type(stack.method).__name__, **state}
-                  for stack in optimizer.stacks for layer, state in stack.export()}
-    rotated = [layer.name for stack in optimizer.stacks if stack.method.rotates
+@dataclass
+class Restored:
+    """What came of loading a state.
+
+    Attributes:
+        steps: Steps taken; 0 where the schedule starts over.
+        unfit: Layers whose saved state does not fit.
+        lost: Layers whose moments were kept in a basis that is not there.
+    """
+
+    steps: int
+    unfit: list[Layer] = field(default_factory=list)
+    lost: list[Layer] = field(default_factory=list)
+
+
+def export(layers: Mapping[Layer, LayerStack], sharding: Sharding, steps: int,
+           complete: bool) -> dict[str, Any]:
+    """Steps and, if they are saved, each layer's method, statistics and operators.
+
+    Args:
+        layers: The layers and their stacks.
+        sharding: Who holds what.
+        steps: Steps taken.
+        complete: Whether statistics and operators are saved.
+    """
+    stacks = list(dict.fromkeys(layers.values()))
+    saved = {layer.name: {'method': type(stack.method).__name__, **state}
+             for stack in stacks for layer, state in stack.export()} if complete else {}
+    rotated = [layer.name for stack in stacks if stack.method.rotates
                for _, layer in stack.ready()]
-    return {'steps': optimizer.t, 'complete': optimizer.save_curvature, 'rotated': rotated,
-            'whole': not layers or optimizer.sharding.is_whole(), 'layers': layers}
+    return {'steps': steps, 'complete': complete, 'rotated': rotated,
+            'whole': not saved or sharding.is_whole(), 'layers': saved}
 
 
-def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) -> list[Layer]:
+def restore(layers: Mapping[Layer, LayerStack], sharding: Sharding,
+            saved: Mapping[str, Any] | None) -> Restored:
     """Puts saved curvature back; without it the next step captures and refreshes afresh.
 
-    Returns:
-        Layers whose saved state does not fit.
+    Args:
+        layers: The layers and their stacks.
+        sharding: Who holds what.
+        saved: What `export` made, or None.
 
     Raises:
         ValueError: For the state of a rank that had but a part of the operators.
     """
-    if saved and not saved.get('whole', True):
+    saved = saved or {}
+    if not saved.get('whole', True):
         raise ValueError("the state is that of one rank under sharding='apply', which holds but a "
                          'part of the operators; load the one that the first rank saved')
-    fitting: dict[Layer, dict[str, Any]] = {}
-    complaints: list[str] = []
-    unfit: list[Layer] = []
-    entries = (saved or {}).get('layers') or {}
-    by_name = {layer.name: (layer, stack.method) for layer, stack in optimizer.layers.items()}
-    for name, entry in entries.items():  # in the saved order, which is the order of the stacks
-        if name in by_name:
-            layer, method = by_name[name]
-            problem = _problem(entry, layer, method)
-            if problem:
-                complaints.append(f'{name}: {problem}')
-                unfit.append(layer)
-            else:
-                fitting[layer] = entry
-    steps = (saved or {}).get('steps')
+    entries = saved.get('layers') or {}
+    steps = saved.get('steps')
+    fitting, unfit, complaints = _sort_out(layers, entries)
     # Saved with its curvature, of which there was none yet.
-    whole = (saved or {}).get('layers') == {} and bool((saved or {}).get('complete'))
+    whole = saved.get('layers') == {} and bool(saved.get('complete'))
     if entries and not isinstance(steps, int):
         complaints, fitting = ['it does not say after how many steps it was saved'], {}
     if entries and not fitting and not complaints:
@@ -72,28 +86,36 @@ def restore(optimizer: PreconditionedOptimizer, saved: dict[str, Any] | None) ->
                        '; '.join(complaints[:3]), more)
     elif not entries and steps != 0 and not whole:
         logger.warning('the checkpoint holds no curvature; statistics start anew at the next step')
-    # Without operators the schedule starts over: step 0 captures and refreshes.
-    optimizer.t = steps if (fitting or whole) and isinstance(steps, int) else 0
-    for stack in optimizer.stacks:
-        if stack.method.given and not any(layer in fitting for layer, its in
-                                          optimizer.layers.items() if its is stack):
-            continue  # what was given stays, unless the state has better
-        stack.load({layer: state for layer, state in fitting.items()
-                    if optimizer.layers[layer] is stack},
-                   optimizer.sharding.holds(stack), optimizer.sharding.is_whole())
-    _drop_lost_moments(optimizer, set((saved or {}).get('rotated') or ()), fitting)
-    return unfit
-
-
-def _drop_lost_moments(optimizer: PreconditionedOptimizer, rotated: set[str],
-                       fitting: dict[Layer, dict[str, Any]]) -> None:
-    """Clears the moments of layers that were kept in a basis which is not there."""
-    lost = [layer for layer in optimizer.layers if layer.name in rotated and layer not in fitting]
-    for layer in lost:
-        for p in layer.parameters:
-            optimizer.state.pop(p, None)
+    for stack in dict.fromkeys(layers.values()):
+        stack.load({layer: state for layer, state in fitting.items() if layers[layer] is stack},
+                   sharding.holds(stack), sharding.is_whole())
+    rotated = set(saved.get('rotated') or ())
+    lost = [layer for layer in layers if layer.name in rotated and layer not in fitting]
     if lost:
         logger.warning('%d layers lost the basis of their moments, which start anew', len(lost))
+    # Without operators the schedule starts over: step 0 captures and refreshes.
+    resumed = steps if (fitting or whole) and isinstance(steps, int) else 0
+    return Restored(resumed, unfit, lost)
+
+
+def _sort_out(layers: Mapping[Layer, LayerStack], entries: Mapping[str, Any],
+              ) -> tuple[dict[Layer, dict[str, Any]], list[Layer], list[str]]:
+    """States that fit their layers, layers whose states do not, and why."""
+    fitting: dict[Layer, dict[str, Any]] = {}
+    unfit: list[Layer] = []
+    complaints: list[str] = []
+    by_name = {layer.name: layer for layer in layers}
+    for name, entry in entries.items():  # in the saved order, which is the order of the stacks
+        layer = by_name.get(name)
+        if layer is None:
+            continue
+        problem = _problem(entry, layer, layers[layer].method)
+        if problem:
+            complaints.append(f'{name}: {problem}')
+            unfit.append(layer)
+        else:
+            fitting[layer] = entry
+    return fitting, unfit, complaints
 
 
 def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:
@@ -102,18 +124,19 @@ def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:
         if entry['method'] != type(method).__name__:
             return f'it was saved by {entry["method"]}'
         [int(entry[name]) for name in COUNTERS]
-        statistics = {name: layer.statistic_shape(name) for name in method.required(layer)}
+        statistics = {key: shape for statistic in method.selected_statistics(layer)
+                      for key, shape in layer.shapes(statistic).items()}
         problem = _misfit('statistic', entry['statistics'], statistics)
         if entry['refreshes'] or entry['operator']:
-            shapes = adapted(method.operator_shapes(layer), entry['operator'])
+            shapes = expected_shapes(method.outline(layer), entry['operator'])
             problem = problem or _misfit('operator', entry['operator'], shapes)
         return problem
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f'it is corrupt ({type(error).__name__}: {error})'
 
 
-def _misfit(kind: str, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int, int]]) -> str:
-    """Why saved tensors are not of the wanted names and shapes, or ''."""
+def _misfit(kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> str:
+    """Why saved tensors are not of the expected names and shapes, or ''."""
     if set(tensors) != set(shapes):
         return f'its {kind} has {", ".join(tensors) or "nothing"}, not {", ".join(shapes)}'
     for name, tensor in tensors.items():

@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..optimizers.base import PreconditionedOptimizer
 
-
-def kl_clip(optimizer: PreconditionedOptimizer, raw: dict[Tensor, Tensor],
-            directions: dict[Tensor, Tensor]) -> None:
-    """Scales clipped layers' directions V by nu = min(1, sqrt(bound / sum lr^2 <V, G>)), in place.
+def kl_clip(bound: float, clipped: Sequence[Tensor], rates: Mapping[Tensor, float],
+            raw: Mapping[Tensor, Tensor], directions: dict[Tensor, Tensor]) -> None:
+    """Scales directions V by nu = min(1, sqrt(bound / sum lr^2 <V, G>)), in place.
 
     V = F^-1 G, so that nu^2 sum lr^2 <V, G>, twice the step's KL divergence, stays in the bound.
-
-    Without waiting for the device. Where methods of several bounds are mixed, the least counts.
+    Without waiting for the device.
 
     Source: as in the public KFAC baselines (Ba, Grosse and Martens, 2017, section 5).
 
     Args:
-        optimizer: The optimizer.
+        bound: The bound.
+        clipped: The parameters that are summed over and scaled.
+        rates: Learning rates by parameter.
         raw: Gradients G by parameter.
-        directions: Preconditioned gradients V by parameter; those of clipped layers are replaced.
+        directions: Preconditioned gradients V by parameter; those of `clipped` are replaced.
     """
-    bounds = [stack.method.clip for stack in optimizer.stacks if stack.method.clip is not None]
-    if not bounds:
-        return
-    rates = {p: float(group['lr']) for group in optimizer.param_groups for p in group['params']}
-    clipped = [p for stack in optimizer.stacks if stack.method.clip is not None
-               for _, layer in stack.ready() if layer.weight in directions
-               for p in layer.parameters if p in directions]
     if not clipped:
         return
     products = [rates[p]**2 * (directions[p].double() * raw[p].double()).sum() for p in clipped]
     total = torch.stack([product.to(products[0].device) for product in products]).sum()
-    factor = (min(bounds) / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1)
+    factor = (bound / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1)
     for p in clipped:
         directions[p] = directions[p] * factor.to(directions[p])
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..curvature import Layer
-from ..curvature.layer import Call
+from ..curvature import Call, Capture, Layer
 from .memory import megabytes
-
-if TYPE_CHECKING:
-    from ..optimizers.base import PreconditionedOptimizer
+from .stack import LayerStack
 
 
 @dataclass
@@ -39,25 +35,33 @@ class LayerCost:
     capture: float = 0.
     calls: int = 0
 
+    def add_call(self, flops: float) -> None:
+        """Counts a call whose capture takes so many operations."""
+        self.calls += 1
+        self.capture += flops
+
 
 @contextmanager
-def measured_costs(optimizer: PreconditionedOptimizer) -> Iterator[dict[Layer, LayerCost]]:
-    """Each layer's costs; those of captures by the calls of the forward passes made inside."""
+def measured_costs(layers: Mapping[Layer, LayerStack],
+                   capture: Capture) -> Iterator[dict[Layer, LayerCost]]:
+    """Each layer's costs; those of captures by the calls of the forward passes made inside.
+
+    Args:
+        layers: The layers and their stacks.
+        capture: Their capture, which is off meanwhile.
+    """
     costs = {layer: LayerCost(layer.name, type(stack.method).__name__, megabytes(layer, stack),
                               stack.method.apply_flops(layer), stack.method.refresh_flops(layer))
-             for layer, stack in optimizer.layers.items()}
+             for layer, stack in layers.items()}
 
     def observe(call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
-        cost = costs[call.layer]
-        cost.calls += 1
-        cost.capture += sum(call.layer.measure_flops(call, kept, output, name)
-                            for name in optimizer.layers[call.layer].requires)
+        costs[call.layer].add_call(sum(call.layer.measure_flops(call, kept, output, statistic)
+                                       for statistic in layers[call.layer].kept))
 
-    optimizer.disarm()
-    handles = [handle for layer in costs for handle in layer.watch(observe, lambda *_: None)]
-    try:
-        yield costs
-    finally:
-        for handle in handles:
-            handle.remove()
-        optimizer._arm_if_automatic()
+    with capture.suspended():
+        handles = [handle for layer in costs for handle in layer.watch(observe, lambda *_: None)]
+        try:
+            yield costs
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,15 +1,15 @@
-"""What an optimizer will keep in memory, and whether that fits."""
+"""What curvature will keep in memory, and whether that fits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 
-if TYPE_CHECKING:
-    from ..curvature import Layer
-    from ..optimizers.base import PreconditionedOptimizer
-    from .stack import LayerStack
+from ..curvature import Layer
+from .refresh import CHUNK_BYTES
+from .sharding import Sharding
+from .stack import LayerStack
 
 #: A refresh works on copies of what it turns into operators: damped, factorised, inverted.
 REFRESH_COPIES = 3
@@ -17,13 +17,16 @@ REFRESH_COPIES = 3
 
 def megabytes(layer: Layer, stack: LayerStack, operators: bool = True) -> float:
     """Memory of a layer's statistics and, unless another rank holds them, its operators."""
-    shapes = [layer.statistic_shape(name) for name in stack.requires]
+    numbers = sum(b * n * m for statistic in stack.kept
+                  for b, n, m in layer.shapes(statistic).values())
     if operators:
-        shapes += stack.method.operator_shapes(layer).values()
-    return sum(b * n * m for b, n, m in shapes) * layer.working_dtype.itemsize / 2**20
+        numbers += sum(tensor.numel() for operator in stack.method.outline(layer).values()
+                       for tensor in operator.tensors)
+    return numbers * layer.working_dtype.itemsize / 2**20
 
 
-def forecast(optimizer: PreconditionedOptimizer) -> dict[torch.device, tuple[float, float]]:
+def forecast(layers: Mapping[Layer, LayerStack],
+             sharding: Sharding) -> dict[torch.device, tuple[float, float]]:
     """By device, megabytes that are kept once all trained layers were measured, and at a refresh.
 
     The latter are additional and for the largest stack alone. Activations and the rule's moments
@@ -32,16 +35,16 @@ def forecast(optimizer: PreconditionedOptimizer) -> dict[torch.device, tuple[flo
     kept: dict[torch.device, float] = {}
     working: dict[torch.device, float] = {}
     statistics: dict[LayerStack, float] = {}
-    for layer, stack in optimizer.layers.items():
+    for layer, stack in layers.items():
         if not layer.weight.requires_grad:
             continue
         device = layer.weight.device
-        held = megabytes(layer, stack, optimizer.sharding.holds(stack))
+        held = megabytes(layer, stack, sharding.holds(stack))
         kept[device] = kept.get(device, 0.) + held
-        if optimizer.sharding.mine(stack):
-            statistics[stack] = statistics.get(stack, 0.) + megabytes(layer, stack, False)
-            chunk = max(stack.chunk_bytes / 2**20, megabytes(layer, stack, False))
-            size = REFRESH_COPIES * min(statistics[stack], chunk)
+        if sharding.mine(stack):
+            own = megabytes(layer, stack, False)
+            statistics[stack] = statistics.get(stack, 0.) + own
+            size = REFRESH_COPIES * min(statistics[stack], max(CHUNK_BYTES / 2**20, own))
             working[device] = max(working.get(device, 0.), size)
     return {device: (size, working.get(device, 0.)) for device, size in kept.items()}
 
@@ -62,29 +65,36 @@ def available(device: torch.device) -> float:
         return float('inf')
 
 
-def refuse_what_does_not_fit(optimizer: PreconditionedOptimizer) -> None:
-    """Raises ValueError, with the numbers, if a device lacks the memory for the forecast."""
-    for device, (kept, working) in forecast(optimizer).items():
+def check_memory_budget(layers: Mapping[Layer, LayerStack], sharding: Sharding,
+                        owner: str) -> None:
+    """Raises ValueError, with the numbers, if a device lacks the memory for the forecast.
+
+    Args:
+        layers: The layers and their stacks.
+        sharding: Who holds what.
+        owner: The optimizer's name.
+    """
+    for device, (kept, working) in forecast(layers, sharding).items():
         free = available(device)
         if kept + working <= free:
             continue
-        sizes = sorted(((megabytes(layer, stack, optimizer.sharding.holds(stack)), layer.name)
-                        for layer, stack in optimizer.layers.items()
-                        if layer.weight.device == device), reverse=True)
+        sizes = sorted(((megabytes(layer, stack, sharding.holds(stack)), layer.name)
+                        for layer, stack in layers.items() if layer.weight.device == device),
+                       reverse=True)
         largest = ', '.join(f'{name} {size:,.0f} MB' for size, name in sizes[:3])
         raise ValueError(
-            f'{type(optimizer).__name__} would keep {kept:,.0f} MB of statistics and operators on '
+            f'{owner} would keep {kept:,.0f} MB of statistics and operators on '
             f'{device} and take {working:,.0f} MB more at a refresh, but {free:,.0f} MB are free '
-            f'(the largest: {largest}); {_advice(optimizer)}')
+            f'(the largest: {largest}); {_advice(layers, sharding)}')
 
 
-def _advice(optimizer: PreconditionedOptimizer) -> str:
+def _advice(layers: Mapping[Layer, LayerStack], sharding: Sharding) -> str:
     """What may help with these methods."""
-    methods = [stack.method for stack in optimizer.stacks]
+    methods = {stack.method for stack in layers.values()}
     advice = ['lower max_dim']
     if any(not m.rotates and m.oversize != 'lowrank' for m in methods):
         advice[0] += " and set oversize='lowrank'"
     advice.append('leave layers out with custom_keys={name: dict(precondition=False)}')
-    if optimizer.sharding.requested != 'apply' and not any(m.restores for m in methods):
+    if sharding.requested != 'apply' and not any(m.acts_after_rule for m in methods):
         advice.append("with several GPUs set sharding='apply'")
     return '; '.join([*advice, 'or set check_memory=False where layers are never used'])

@@ -2,53 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ..preconditioners.sides import Stacked
+import torch
+from torch import Tensor
+
+from ..linalg import Dense, Operators, map_tensors, matmul_precision
 from .stack import LayerStack
-
-if TYPE_CHECKING:
-    from ..optimizers.base import PreconditionedOptimizer
 
 
 @dataclass(frozen=True)
-class Before:
-    """A stack's operators and numbers of refreshes before a refresh."""
+class BasisSnapshot:
+    """A stack with its operators and numbers of refreshes before a refresh."""
 
-    operator: Stacked
+    stack: LayerStack
+    operators: Operators
     refreshes: list[int]
 
 
-def remember(stack: LayerStack) -> Before | None:
-    """What `carry` will need, or None where moments stay as they are."""
+def snapshot(stack: LayerStack) -> BasisSnapshot | None:
+    """What `rotate` will need, or None where moments stay as they are."""
     if not getattr(stack.method, 'rotate_moments', False):
         return None
-    return Before({name: o.clone() for name, o in stack.operator.items()},
-                  [slot.refreshes for slot in stack.slots])
+    return BasisSnapshot(stack, map_tensors(stack.operators, torch.clone),
+                         [slot.refreshes for slot in stack.slots])
 
 
-def carry(optimizer: PreconditionedOptimizer, stack: LayerStack, before: Before) -> None:
-    """Turns the moments of refreshed layers from the old basis into the new one.
+def rotate(before: BasisSnapshot, states: Mapping[Tensor, dict[str, Any]],
+           linear: Sequence[str], quadratic: Sequence[str]) -> None:
+    """Turns the moments of refreshed layers from the old basis into the new one, in place.
 
     With Q1 = U1old' U1new and Q2 = U2old' U2new, sums of gradients become ``Q1' M Q2``, and the
     second moment ``(Q1 o Q1)' V (Q2 o Q2)``: what it would be if entries of the gradient were
     uncorrelated. Its sum stays, and a basis that is the same in another order or with other signs
     changes nothing but places.
+
+    Args:
+        before: The stack before its refresh.
+        states: The rule's state by parameter.
+        linear: Names of moments that are sums of gradients.
+        quadratic: Names of moments that are sums of squared gradients.
     """
-    for k, slot in enumerate(stack.slots):
-        if slot.refreshes == before.refreshes[k]:
-            continue
-        new = stack.operators([k])
-        turn = {name: o if before.refreshes[k] == 0 else before.operator[name][k:k + 1].mT @ o
-                for name, o in new.items()}
-        spread = {name: q.square() for name, q in turn.items()}
-        states = [optimizer.state[p] for p in slot.layer.parameters]
-        for name in (*optimizer.rule.linear_moments, 'exp_avg_sq'):
-            if name not in states[0]:
+    stack = before.stack
+    with matmul_precision('highest'):
+        for k, slot in enumerate(stack.slots):
+            if slot.refreshes == before.refreshes[k]:
                 continue
-            matrix = slot.layer.join(*(state.get(name) for state in states))[None]
-            turned = stack.method.apply(spread if name == 'exp_avg_sq' else turn, matrix)[0]
-            for state, piece in zip(states, slot.layer.split(turned), strict=True):
-                if name in state:
-                    state[name].copy_(piece)
+            new = stack.operators_of([k])
+            turn = new if before.refreshes[k] == 0 else _turn(before.operators, new, k)
+            spread = map_tensors(turn, torch.square)
+            found = [states[p] for p in slot.layer.parameters]
+            for names, operators in ((linear, turn), (quadratic, spread)):
+                for name in names:
+                    if name in found[0]:
+                        _rotate_one(name, found, stack, slot.layer, operators)
+
+
+def _turn(old: Operators, new: Operators, position: int) -> Operators:
+    """``U_old' U_new`` by slot."""
+    def turned(slot: str, basis: Tensor) -> Dense:
+        before, = old[slot].tensors
+        return Dense(before[position:position + 1].mT @ basis)
+
+    return {slot: turned(slot, *operator.tensors) for slot, operator in new.items()}
+
+
+def _rotate_one(name: str, states: Sequence[dict[str, Any]], stack: LayerStack, layer: Any,
+                operators: Operators) -> None:
+    matrix = layer.join(*(state.get(name) for state in states))[None]
+    turned = stack.method.apply(operators, matrix)[0]
+    for state, piece in zip(states, layer.split(turned), strict=True):
+        if name in state:
+            state[name].copy_(piece)

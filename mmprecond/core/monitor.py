@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..curvature import COLUMNS, MOMENT, Layer
-from ..linalg import largest_eigenvalue
-from ..preconditioners.sides import SCALE, SIDES
-from .memory import megabytes
+from ..curvature import GRADIENT, INPUT, Layer, Moment
+from ..linalg import Dense, LowRank, largest_eigenvalue
 from .stack import LayerStack
-
-if TYPE_CHECKING:
-    from ..optimizers.base import PreconditionedOptimizer
 
 Values = dict[str, float]
 
@@ -58,7 +53,7 @@ class RefreshReport:
 class Monitor:
     """Reports each step that refreshes something; costs nothing at the others.
 
-    Give it to an optimizer: ``optimizer.monitor = Monitor()``, and read `report` after a step.
+    Hand it to ``optimizer.curvature.watch_refreshes(Monitor())``, and read `report` after a step.
 
     Attributes:
         report: Of the last step, or None if it refreshed nothing.
@@ -69,22 +64,32 @@ class Monitor:
         self._layers: list[tuple[LayerStack, int]] = []
         self._start = 0.
 
+    def take_report(self) -> RefreshReport | None:
+        """The report of the last step, given out once."""
+        report, self.report = self.report, None
+        return report
+
     def begin(self) -> None:
         """Before statistics are merged."""
         self.report, self._layers = None, []
         self._start = time.perf_counter()
 
-    def refreshed(self, optimizer: PreconditionedOptimizer,
-                  due: list[tuple[LayerStack, list[int]]]) -> None:
-        """After refreshes of these positions."""
-        held = sum(megabytes(layer, stack, optimizer.sharding.holds(stack))
-                   for stack in optimizer.stacks for layer in (s.layer for s in stack.slots))
-        self.report = RefreshReport(optimizer.t, seconds=time.perf_counter() - self._start,
+    def refreshed(self, step: int, due: Sequence[tuple[LayerStack, list[int]]],
+                  held: float) -> None:
+        """After refreshes.
+
+        Args:
+            step: The step.
+            due: The stacks and the positions that were refreshed.
+            held: Megabytes of statistics and operators.
+        """
+        self.report = RefreshReport(step, seconds=time.perf_counter() - self._start,
                                     megabytes=held)
         self._layers = [(stack, k) for stack, positions in due for k in positions]
         self.report.failures = sum(stack.slots[k].failures > 0 for stack, k in self._layers)
 
-    def moved(self, gradients: dict[Tensor, Tensor], directions: dict[Tensor, Tensor]) -> None:
+    def record_directions(self, gradients: Mapping[Tensor, Tensor],
+                          directions: Mapping[Tensor, Tensor]) -> None:
         """After directions were found; waits for the device once."""
         if self.report is None:
             return
@@ -93,7 +98,7 @@ class Monitor:
             layer = stack.slots[k].layer
             if stack.slots[k].refreshes:
                 found[layer.name] = describe(stack, k)
-                if layer.weight in directions and not stack.method.restores:
+                if layer.weight in directions and not stack.method.acts_after_rule:
                     found[layer.name]['cosine'] = _cosine(layer, gradients, directions)
         flat = [value.double().reshape(()) for values in found.values()
                 for value in values.values()]
@@ -117,20 +122,19 @@ def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
         Scalars by ``<value>/<side>``.
     """
     found: dict[str, Tensor] = {}
-    for side in SIDES:
-        moments = [s[position] for name, s in stack.statistics.items()
-                   if name.startswith(side) and MOMENT in name]
-        if moments and moments[0].shape[-1] == moments[0].shape[-2]:
-            found[f'largest/{side}'] = largest_eigenvalue(moments[0]).amax()
-        inverse = stack.operator.get(side + MOMENT)
-        if inverse is not None and moments and stack.method.is_inverse:
-            found[f'damping/{side}'], found[f'residual/{side}'] = fit_damping(
-                moments[0], inverse[position])
-        columns = stack.operator.get(side + COLUMNS)
-        if columns is not None:
-            used = torch.linalg.vector_norm(columns[position], dim=-2) > 0
-            found[f'rank/{side}'] = used.sum().double()
-            found[f'damping/{side}'] = 1 / stack.operator[side + SCALE][position].amax()
+    moments = {statistic.side: stack.statistics[statistic.key][position]
+               for statistic in stack.kept if isinstance(statistic.form, Moment)}
+    for side in (GRADIENT, INPUT):
+        moment, operator = moments.get(side), stack.operators.get(side.name)
+        if moment is not None:
+            found[f'largest/{side.name}'] = largest_eigenvalue(moment).amax()
+        if isinstance(operator, Dense) and moment is not None and stack.method.is_inverse:
+            found[f'damping/{side.name}'], found[f'residual/{side.name}'] = fit_damping(
+                moment, operator.matrix[position])
+        if isinstance(operator, LowRank):
+            used = torch.linalg.vector_norm(operator.columns[position], dim=-2) > 0
+            found[f'rank/{side.name}'] = used.sum().double()
+            found[f'damping/{side.name}'] = 1 / operator.scale[position].amax()
     return found
 
 
@@ -152,8 +156,8 @@ def fit_damping(moment: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     return damping.mean(), (error / moment.shape[-1]**0.5).amax()
 
 
-def _cosine(layer: Layer, gradients: dict[Tensor, Tensor],
-            directions: dict[Tensor, Tensor]) -> Tensor:
+def _cosine(layer: Layer, gradients: Mapping[Tensor, Tensor],
+            directions: Mapping[Tensor, Tensor]) -> Tensor:
     g, v = (torch.cat([tensors[p].flatten().double() for p in layer.parameters if p in tensors])
             for tensors in (gradients, directions))
     return (g * v).sum() / (g.norm() * v.norm()).clamp_min(1e-300)

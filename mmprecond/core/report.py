@@ -1,38 +1,36 @@
-"""What an optimizer does to each module, as a table for the log."""
+"""What is done to each module, as a table for the log."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
+from ..curvature import Layer, LeftOut
 from .memory import forecast, megabytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..optimizers.base import PreconditionedOptimizer
+from .sharding import Sharding
+from .stack import LayerStack
 
 
-def table(optimizer: PreconditionedOptimizer) -> str:
+def table(layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut],
+          sharding: Sharding) -> str:
     """The table: layer, preconditioner or reason why not, factor sizes, memory."""
     rows = [('layer', 'treatment', 'factors', 'MB')]
-    for layer, stack in optimizer.layers.items():
-        memory = megabytes(layer, stack, optimizer.sharding.holds(stack))
-        factors = ' + '.join((f'{b} x ' if b > 1 else '') + f'{n}x{m}' for b, n, m
-                             in map(layer.statistic_shape, stack.requires))
+    for layer, stack in layers.items():
+        memory = megabytes(layer, stack, sharding.holds(stack))
+        shapes = [shape for statistic in stack.kept for shape in layer.shapes(statistic).values()]
+        factors = ' + '.join((f'{b} x ' if b > 1 else '') + f'{n}x{m}' for b, n, m in shapes)
         frozen = '' if layer.weight.requires_grad else 'frozen, costs nothing until it is trained'
         notes = '; '.join(note for note in (stack.method.note(layer), frozen) if note)
         treatment = type(stack.method).__name__ + (f' ({notes})' if notes else '')
         rows.append((layer.name.removesuffix('.weight'), treatment, factors, f'{memory:.1f}'))
-    for left in optimizer.left_out:
+    for left in left_out:
         rows.append((left.name or '(root)', f'plain rule: {left.kind}, {left.reason}', '', ''))
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
     lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in rows]
     lines.insert(1, '  '.join('-' * width for width in widths))
-    sizes = forecast(optimizer).values()
-    lines.append(f'{len(optimizer.layers)} layers preconditioned, '
+    sizes = forecast(layers, sharding).values()
+    lines.append(f'{len(layers)} layers preconditioned, '
                  f'{sum(kept for kept, _ in sizes):.0f} MB of statistics and operators in total, '
                  f'{sum(more for _, more in sizes):.0f} MB more at a refresh; '
-                 f'{len(optimizer.left_out)} modules take the plain rule')
-    names: dict[Tensor, str] = {layer.weight: layer.name for layer in optimizer.layers}
-    return '\n'.join([*lines, *optimizer.rule.notes(optimizer.param_groups, names)])
+                 f'{len(left_out)} modules take the plain rule')
+    return '\n'.join(lines)

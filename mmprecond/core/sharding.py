@@ -7,7 +7,8 @@ copies in host memory for checkpoints, which it writes without the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..distributed import (
     sum_over_ranks,
     world_size,
 )
+from ..linalg import Operators
 from ..preconditioners import Preconditioner
 from .stack import LayerStack
 
@@ -42,14 +44,14 @@ class Sharding:
         self.mode = mode if self.ranks > 1 else 'none'
         self.archive = archive
 
-    def assign(self, chosen: dict[Layer, Preconditioner]) -> dict[Layer, int | None]:
+    def assign(self, chosen: Mapping[Layer, Preconditioner]) -> dict[Layer, int | None]:
         """The owner of each layer, by the cost of its refreshes and steps; None for all ranks.
 
         Raises:
             ValueError: For 'apply' with a method that acts after the rule.
         """
         for method in chosen.values():
-            if self.requested == 'apply' and method.restores:
+            if self.requested == 'apply' and method.acts_after_rule:
                 raise ValueError(f"{type(method).__name__} works with sharding='refresh' or "
                                  "'none', not 'apply': it acts on what the rule makes of a "
                                  'gradient, and so every rank needs all its operators')
@@ -73,7 +75,7 @@ class Sharding:
         """Whether this rank has a stack's operators."""
         return self.mode != 'apply' or self.mine(stack)
 
-    def agree(self, good: Sequence[Sequence[bool]], error: Exception | None,
+    def agree(self, outcomes: Sequence[Sequence[bool]], error: Exception | None,
               device: torch.device) -> list[list[bool]]:
         """What succeeded, from the ranks that know; an error on one rank ends all.
 
@@ -83,9 +85,10 @@ class Sharding:
         if self.mode == 'none':
             if error is not None:
                 raise error
-            return [list(one) for one in good]
+            return [list(one) for one in outcomes]
         flags = torch.tensor([float(error is not None),
-                              *(float(fine) for one in good for fine in one)], device=device)
+                              *(float(good) for one in outcomes for good in one)],
+                             device=device)
         sum_over_ranks([flags])
         failed, *known = flags.tolist()
         if error is not None:
@@ -93,23 +96,23 @@ class Sharding:
         if failed:
             raise RuntimeError('a refresh ended in an error on another rank, whose log has it')
         flag = iter(known)
-        return [[next(flag) > 0 for _ in one] for one in good]
+        return [[next(flag) > 0 for _ in one] for one in outcomes]
 
     def exchange_operators(self, stacks: Sequence[LayerStack]) -> None:
         """Hands the operators of refreshed stacks on: to all ranks, or to the first's archive."""
         if self.mode == 'none' or self.mode == 'apply' and not self.archive:
             return
-        shapes = share_objects([{name: tuple(o.shape) for name, o in sorted(stack.operator.items())}
-                                if self.mine(stack) else None for stack in stacks],
-                               [stack.owner or 0 for stack in stacks])
-        for stack, known in zip(stacks, shapes, strict=True):
+        forms = share_objects([_forms(stack.operators) if self.mine(stack) else None
+                               for stack in stacks], [stack.owner or 0 for stack in stacks])
+        for stack, known in zip(stacks, forms, strict=True):
             if self.mode == 'apply':
                 self._file(stack, known)
                 continue
-            like = next(iter(stack.statistics.values()))
             if not self.mine(stack):
-                stack.operator = {name: like.new_empty(shape) for name, shape in known.items()}
-            broadcast_from([stack.owner or 0] * len(known), [stack.operator[n] for n in known])
+                stack.receive({slot: form(*map(stack.like.new_empty, shapes))
+                               for slot, (form, shapes) in known.items()})
+            tensors = list(stack.operator_tensors.values())
+            broadcast_from([stack.owner or 0] * len(tensors), tensors)
 
     def exchange_directions(self, stacks: Sequence[LayerStack],
                             directions: dict[Tensor, Tensor]) -> None:
@@ -146,11 +149,22 @@ class Sharding:
         return method.apply_flops(layer) + refresh / method.refresh_interval
 
     @staticmethod
-    def _file(stack: LayerStack, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _file(stack: LayerStack, forms: dict[str, Any]) -> None:
         """Puts a copy of another rank's operators into the first rank's archive."""
         if not stack.owner:
             return
-        like = next(iter(stack.statistics.values()))
-        arrived = {name: send_to_first(stack.owner, stack.operator.get(name), shape, like)
-                   for name, shape in shapes.items()}
-        stack.archive = {name: tensor for name, tensor in arrived.items() if tensor is not None}
+        archive: Operators = {}
+        for slot, (form, shapes) in forms.items():
+            held = stack.operators[slot].tensors if slot in stack.operators else [None] * len(
+                shapes)
+            arrived = [send_to_first(stack.owner, tensor, shape, stack.like)
+                       for tensor, shape in zip(held, shapes, strict=True)]
+            if rank() == 0:
+                archive[slot] = form(*arrived)
+        stack.receive(archive, archive=True)
+
+
+def _forms(operators: Operators) -> dict[str, Any]:
+    """Form and shapes of each operator."""
+    return {slot: (type(operator), [tuple(tensor.shape) for tensor in operator.tensors])
+            for slot, operator in operators.items()}

@@ -6,7 +6,6 @@ costs nothing.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,22 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..curvature import BLOCKS, COLUMNS, SKETCH, Layer
-from ..linalg import nystrom_columns
+from ..curvature import WEIGHT, Factor, Layer, Moment, Side, Statistic
+from ..linalg import (
+    Operators,
+    from_tensors,
+    join,
+    map_tensors,
+    named_tensors,
+    take,
+    write,
+)
 from ..preconditioners import Preconditioner
-from ..preconditioners.sides import Stacked, alike
-
-logger = logging.getLogger('mmprecond')
-
-#: Consecutive failed refreshes of a layer after which training stops.
-TOLERATED_FAILURES = 3
 
 #: Names of a slot's counters.
 COUNTERS = ('samples', 'refreshes', 'failures')
-
-
-class RefreshError(RuntimeError):
-    """A layer's refresh failed too often in a row."""
 
 
 @dataclass
@@ -47,148 +44,168 @@ class Slot:
         """Whether no refresh was tried yet; after a failure the next one comes on schedule."""
         return self.refreshes == 0 and self.failures == 0
 
+    def count(self, succeeded: bool) -> None:
+        """Counts a refresh."""
+        self.refreshes += succeeded
+        self.failures = 0 if succeeded else self.failures + 1
+
 
 class LayerStack:
     """Statistics and operators of layers with one shape, device and preconditioner.
 
     Attributes:
         method: The preconditioner.
-        requires: The statistics kept.
+        kept: The statistics kept.
         owner: The rank that refreshes it, where that work is shared out, or None for all.
         archive: Operators in host memory, for a checkpoint by a rank that has no others.
         slots: The layers that joined, in the order of the stacked tensors.
-        statistics: Running statistics (k, b, n, n) by name.
-        operator: Operators by name, leading dimension k; rows of layers that were never refreshed
+        statistics: Running statistics (k, b, n, m) by tensor name.
+        operators: Operators by slot, leading dimension k; rows of layers that were never refreshed
             are meaningless.
     """
 
-    #: Refreshes work on so many bytes of statistics at a time.
-    chunk_bytes = 2**29
-
-    def __init__(self, method: Preconditioner, requires: tuple[str, ...],
+    def __init__(self, method: Preconditioner, kept: tuple[Statistic, ...],
                  owner: int | None = None) -> None:
         self.method = method
-        self.requires = requires
+        self.kept = kept
         self.owner = owner
-        self.archive: Stacked = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all layers."""
         self.slots: list[Slot] = []
-        self.statistics: Stacked = {}
-        self.operator: Stacked = {}
+        self.statistics: dict[str, Tensor] = {}
+        self.operators: Operators = {}
+        self.archive: Operators = {}
         self._index: dict[Layer, int] = {}
+
+    @property
+    def operator_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the operators (k, b, n, m) by their names in checkpoints."""
+        return named_tensors(self.operators)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the statistics' dtype and device."""
+        return next(iter(self.statistics.values()))
+
+    def holds(self, layer: Layer) -> bool:
+        """Whether the layer has statistics here."""
+        return layer in self._index
+
+    def ready(self) -> list[tuple[int, Layer]]:
+        """Positions and layers that have an operator."""
+        return [(k, slot.layer) for k, slot in enumerate(self.slots) if slot.refreshes]
+
+    # ---------------------------------------------------------------- statistics
 
     def merge(self, samples: dict[Layer, dict[str, Tensor]],
               sizes: Mapping[Layer, Mapping[str, float]] = MappingProxyType({})) -> None:
         """Merges samples into the running statistics, emptying `samples` as it goes.
 
         Args:
-            samples: By layer and statistic.
+            samples: By layer and tensor name.
             sizes: Their Frobenius norms, where they are known.
         """
         newcomers = [layer for layer in samples if layer not in self._index]
         if newcomers:
             self._join(newcomers, samples[newcomers[0]])
-        average = self.method.average()
         for layer in list(samples):
-            slot = self.slots[self._index[layer]]
-            known = sizes.get(layer, {})
-            for name, sample in samples.pop(layer).items():
-                average.merge(self.statistics[name][self._index[layer]], sample, slot.samples,
-                              joint=BLOCKS in name, size=known.get(name))
-            slot.samples += 1
+            self._merge_one(layer, samples.pop(layer), sizes.get(layer, {}))
 
-    def holds(self, layer: Layer) -> bool:
-        """Whether the layer has statistics here."""
-        return layer in self._index
+    def _merge_one(self, layer: Layer, sample: dict[str, Tensor],
+                   sizes: Mapping[str, float]) -> None:
+        position, average = self._index[layer], self.method.average()
+        slot = self.slots[position]
+        for statistic in self.kept:
+            tensors = [sample[key] for key in statistic.keys]
+            norm: Tensor | float = 1.
+            if average.normalise == 'norm':
+                known = [sizes[key] for key in statistic.keys if key in sizes]
+                norm = statistic.form.norm(tensors, known)
+            for key, tensor in zip(statistic.keys, tensors, strict=True):
+                average.merge(self.statistics[key][position], tensor, slot.samples, norm)
+        slot.samples += 1
 
-    def captures(self, layer: Layer, step: int) -> bool:
-        """Whether a layer is measured at a step; one without statistics waits for no refresh."""
-        if self.method.given:
-            return False
-        interval = (self.method.capture_interval if self.holds(layer)
-                    else self.method.stat_interval)
-        return self._count(layer, step) % interval == 0
+    def _join(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
+        for layer in layers:
+            self._index[layer] = len(self.slots)
+            self.slots.append(Slot(layer))
+        for statistic in self.kept:
+            for key in statistic.keys:
+                empty = sample[key].new_zeros(len(layers), *sample[key].shape)
+                old = self.statistics.get(key)
+                self.statistics[key] = empty if old is None else torch.cat([old, empty])
+        self.operators = map_tensors(self.operators, lambda old: torch.cat(
+            [old, old.new_zeros(len(layers), *old.shape[1:])]))
 
-    def due(self, step: int) -> list[int]:
-        """Positions that are refreshed at a step: on schedule, or for the first time.
+    def factors(self, positions: Sequence[int],
+                dtype: torch.dtype | None = None) -> dict[Side, Factor]:
+        """What operators are made of: statistics, and weights where the method reads them.
 
-        A first refresh is tried as soon as there are statistics, if the method is eager.
+        Args:
+            positions: The layers.
+            dtype: Of the result, in place of the statistics' own.
         """
-        return [k for k, slot in enumerate(self.slots)
-                if self.method.eager and slot.waiting or self._scheduled(slot.layer, step)]
+        layers = [self.slots[k].layer for k in positions]
+        dtype = dtype or self.like.dtype
+        factors = {}
+        for statistic in self.kept:
+            tensors = tuple(take(self.statistics[key], positions).to(dtype)
+                            for key in statistic.keys)
+            factors[statistic.side] = Factor(
+                statistic.form, statistic.form.finalize(tensors, layers, statistic.key))
+        if self.method.reads_weight(layers[0]):
+            weights = torch.stack([layer.join(layer.weight) for layer in layers])
+            factors[WEIGHT] = Factor(Moment(), (weights.to(dtype),))
+        return factors
 
-    def _count(self, layer: Layer, step: int) -> int:
-        """What must be divisible by an interval; the phase and the layer's offset are in it."""
-        return step + self.method.phase - layer.offset
+    def damping(self, positions: Sequence[int]) -> Tensor | None:
+        """Dampings (k, 1) where a layer of these overrides the setting."""
+        values = [self.slots[k].layer.damping for k in positions]
+        if all(value is None for value in values):
+            return None
+        default = getattr(self.method, 'damping', 0.)
+        return self.like.new_tensor([[default if v is None else v] for v in values])
 
-    def _scheduled(self, layer: Layer, step: int) -> bool:
-        count = self._count(layer, step)
-        due = count >= self.method.phase and count % self.method.refresh_interval == 0
-        return due and not self.method.given
+    # ---------------------------------------------------------------- operators
 
-    def start_refresh(self, positions: list[int]) -> Tensor:
-        """Refreshes operators where that succeeds, without waiting for the device.
-
-        Returns:
-            Whether each succeeded (a bool tensor), to be passed to `finish_refresh`.
-        """
-        outcomes = torch.zeros(len(positions), dtype=torch.bool,
-                               device=next(iter(self.statistics.values())).device)
-        place = {position: at for at, position in enumerate(positions)}
-        for chunk, exact in self._chunks(positions):
-            previous = self.operators(chunk) if self.operator else None
-            operator, good = self.method.refresh(self._source(chunk), None if exact else previous,
-                                                 self._damping(chunk))
-            operator = self.method.align(operator, previous)
-            self._write(chunk, operator, good)
-            outcomes[[place[k] for k in chunk]] = good
-        return outcomes
-
-    def finish_refresh(self, positions: list[int], good: Sequence[bool]) -> list[bool]:
-        """Retries failures in float64; says what succeeded in the end."""
-        return [fine or self._retry(k) for k, fine in zip(positions, good, strict=True)]
-
-    def count_refresh(self, positions: list[int], good: Sequence[bool]) -> None:
-        """Counts outcomes; a layer that failed keeps its last good operator.
-
-        Raises:
-            RefreshError: If a layer failed for the third time in a row.
-        """
-        for position, fine in zip(positions, good, strict=True):
-            slot = self.slots[position]
-            if fine:
-                slot.refreshes += 1
-                slot.failures = 0
-                continue
-            slot.failures += 1
-            kept = 'its last good operator stays' if slot.refreshes else 'it takes the plain rule'
-            logger.warning('%s: refresh failed (%d in a row), %s', slot.layer.name,
-                           slot.failures, kept)
-            if slot.failures >= TOLERATED_FAILURES:
-                advice = 'raise `damping`, ' if hasattr(self.method, 'damping') else ''
-                raise RefreshError(
-                    f'{slot.layer.name}: {slot.failures} refreshes in a row failed although its '
-                    f'statistics are finite; {advice}lower `lr`, or leave the layer out with '
-                    'custom_keys={name: dict(precondition=False)}')
-
-    def ready(self) -> list[tuple[int, Layer]]:
-        """Positions and layers that have an operator."""
-        return [(k, slot.layer) for k, slot in enumerate(self.slots) if slot.refreshes]
-
-    def operators(self, positions: list[int]) -> Stacked:
+    def operators_of(self, positions: Sequence[int]) -> Operators:
         """The operators of some positions."""
-        return {name: take(stacked, positions) for name, stacked in self.operator.items()}
+        return map_tensors(self.operators, lambda stacked: take(stacked, positions))
+
+    def write(self, positions: Sequence[int], operators: Operators, succeeded: Tensor) -> None:
+        """Stores operators where the refresh succeeded."""
+        if (self.method.rank_search is not None and len(positions) == len(self.slots)
+                and bool(succeeded.all())):  # nothing of the old is kept: fewer columns may do
+            self.operators = map_tensors(operators, Tensor.contiguous)
+            return
+        self.operators = write(self.operators, operators, positions, len(self.slots), succeeded)
+
+    def receive(self, operators: Operators, archive: bool = False) -> None:
+        """Takes another rank's operators, to act with or to keep for checkpoints alone."""
+        if archive:
+            self.archive = operators
+        else:
+            self.operators = operators
+
+    def refresh_anew(self) -> None:
+        """Has all operators made anew at the next step, as after a change of settings."""
+        for slot in self.slots:
+            slot.refreshes = 0
+
+    # ---------------------------------------------------------------- checkpoints
 
     def export(self) -> Iterator[tuple[Layer, dict[str, Any]]]:
         """Each layer's state as plain tensors and numbers."""
-        operator = self.operator or self.archive
+        operators = named_tensors(self.operators or self.archive)
         for k, slot in enumerate(self.slots):
             yield slot.layer, {
                 'statistics': {name: s[k] for name, s in self.statistics.items()},
-                'operator': {name: o[k] for name, o in operator.items()},
-                'samples': slot.samples, 'refreshes': slot.refreshes,
-                'failures': slot.failures}
+                'operator': {name: o[k] for name, o in operators.items()},
+                **{name: getattr(slot, name) for name in COUNTERS}}
 
-    def load(self, states: dict[Layer, dict[str, Any]], hold: bool = True,
+    def load(self, states: Mapping[Layer, Mapping[str, Any]], hold: bool = True,
              archive: bool = False) -> None:
         """Replaces the stack's state by exported states, on each weight's own device.
 
@@ -197,114 +214,22 @@ class LayerStack:
             hold: Whether operators are to be held on the device.
             archive: Whether they are otherwise to be kept in host memory.
         """
-        self.slots, self._index = [], {}
-        self.statistics, self.operator, self.archive = {}, {}, {}
-        rows: dict[str, list[Stacked]] = {'statistics': [], 'operator': []}
+        self.clear()
+        rows: list[Operators] = []
+        statistics: dict[str, list[Tensor]] = {}
         for layer, state in states.items():
             self._index[layer] = len(self.slots)
             self.slots.append(Slot(layer, *(int(state[name]) for name in COUNTERS)))
-            for kind, found in rows.items():
-                device = layer.weight.device if hold or kind == 'statistics' else 'cpu'
-                found.append({name: tensor[None].to(device, layer.working_dtype)
-                              for name, tensor in sorted(state[kind].items())})
-        if states:
-            self.statistics = _joined(rows['statistics'])
-            if hold:
-                self.operator = _joined(rows['operator'])
-            elif archive:
-                self.archive = _joined(rows['operator'])
-
-    def _join(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
-        for layer in layers:
-            self._index[layer] = len(self.slots)
-            self.slots.append(Slot(layer))
-        for name in self.requires:
-            empty = sample[name].new_zeros(len(layers), *sample[name].shape)
-            old = self.statistics.get(name)
-            self.statistics[name] = empty if old is None else torch.cat([old, empty])
-        for name, old in self.operator.items():
-            self.operator[name] = torch.cat([old, old.new_zeros(len(layers), *old.shape[1:])])
-
-    def _chunks(self, chosen: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """Positions to refresh together, and whether exactly."""
-        one = sum(s[0].numel() * s.element_size() for s in self.statistics.values())
-        size = max(1, self.chunk_bytes // one)
-        parts: dict[bool, list[int]] = {}
-        for k in chosen:
-            exact = self.slots[k].failures > 0 or self.method.is_exact(self.slots[k].refreshes)
-            parts.setdefault(exact, []).append(k)
-        for exact, positions in parts.items():
-            for start in range(0, len(positions), size):
-                yield positions[start:start + size], exact
-
-    def _source(self, positions: list[int], dtype: torch.dtype | None = None) -> Stacked:
-        """What operators are made of: statistics, and weights where the method reads them.
-
-        Of a sketch, the columns that it gives.
-        """
-        layers = [self.slots[k].layer for k in positions]
-        source = {name: layers[0].finished(name, take(s, positions))
-                  for name, s in self.statistics.items()}
-        if self.method.reads_weight(layers[0]):
-            source['weight'] = torch.stack([layer.join(layer.weight) for layer in layers])
-        if dtype is not None:
-            source = {name: s.to(dtype) for name, s in source.items()}
-        for name in [name for name in source if SKETCH in name]:
-            sketch = source.pop(name)
-            test = torch.stack([layer.test_matrix(name) for layer in layers]).to(sketch.dtype)
-            source[name.replace(SKETCH, COLUMNS)] = nystrom_columns(sketch, test)
-        return source
-
-    def _damping(self, positions: list[int]) -> Tensor | None:
-        """Dampings (k, 1) where a layer of these overrides the setting."""
-        values = [self.slots[k].layer.damping for k in positions]
-        if all(value is None for value in values):
-            return None
-        default = getattr(self.method, 'damping', 0.)
-        like = next(iter(self.statistics.values()))
-        return like.new_tensor([[default if v is None else v] for v in values])
-
-    def _write(self, positions: list[int], operator: Stacked, good: Tensor) -> None:
-        """Stores operators where the refresh succeeded."""
-        whole = len(positions) == len(self.slots)
-        if self.method.low_rank is not None:
-            if whole and bool(good.all()):  # nothing of the old is kept, and fewer columns may do
-                self.operator = {name: new.contiguous() for name, new in operator.items()}
-                return
-            operator, self.operator = alike(operator, self.operator)
-        for name, new in operator.items():
-            if name not in self.operator:
-                self.operator[name] = new.new_zeros(len(self.slots), *new.shape[1:])
-            old = self.operator[name]
-            chosen = good.reshape(-1, *[1] * (new.dim() - 1))
-            # Row-major, as a loaded state is: products round alike before and after a resume.
-            merged = torch.where(chosen, new, take(old, positions)).contiguous()
-            if whole:
-                self.operator[name] = merged
-            else:
-                old[positions] = merged
-
-    def _retry(self, position: int) -> bool:
-        """One exact refresh in float64."""
-        statistics = self._source([position], torch.float64)
-        operator, good = self.method.refresh(statistics, None, self._damping([position]))
-        previous = {name: o.double() for name, o in self.operators([position]).items()}
-        operator = self.method.align(operator, previous or None)
-        dtype = next(iter(self.statistics.values())).dtype
-        self._write([position], {n: o.to(dtype) for n, o in operator.items()}, good)
-        return bool(good)
+            for name, tensor in state['statistics'].items():
+                statistics.setdefault(name, []).append(
+                    tensor[None].to(layer.weight.device, layer.working_dtype))
+            saved = from_tensors(self.method.outline(layer), state['operator'])
+            place = layer.weight.device if hold else torch.device('cpu')
+            rows.append(map_tensors(saved, _mover(place, layer.working_dtype)))
+        self.statistics = {name: torch.cat(parts) for name, parts in statistics.items()}
+        if hold or archive:
+            self.receive(join(rows), archive=not hold)
 
 
-def take(stacked: Tensor, positions: list[int]) -> Tensor:
-    """Rows of a stacked tensor; all of them without a copy."""
-    return stacked if len(positions) == len(stacked) else stacked[positions]
-
-
-def _joined(rows: list[Stacked]) -> Stacked:
-    """Rows of layers as one, in a common form; zeros for a layer that has none yet."""
-    common: Stacked = {}
-    for row in rows:
-        common = alike(common, row)[0] if common else row
-    parts = [alike(row, common)[0] if row else {n: torch.zeros_like(o) for n, o in common.items()}
-             for row in rows]
-    return {name: torch.cat([part[name] for part in parts]) for name in common}
+def _mover(device: torch.device, dtype: torch.dtype) -> Any:
+    return lambda tensor: tensor.to(device, dtype)

@@ -1,7 +1,6 @@
-"""What is measured: layers, capture, running statistics. Needs torch alone."""
+"""What is measured: layers, their statistics, capture. Needs torch alone."""
 
 from .attention import (
-    ATTENTION_TYPES,
     AttentionLayer,
     PackedAttention,
     TokenAttention,
@@ -11,25 +10,47 @@ from .attention import (
 from .average import RunningAverage
 from .capture import Capture, Staged
 from .conv import Conv2dLayer
-from .layer import (
-    BLOCKS,
-    COLUMNS,
-    MEAN,
-    MOMENT,
-    REDUCED,
-    SAMPLED,
-    SKETCH,
+from .forms import (
     SKETCH_KINDS,
-    SQUARE,
-    Call,
-    Layer,
+    Blocks,
+    Columns,
+    CountedMean,
+    Factor,
+    Form,
+    Mean,
+    Moment,
+    Power,
+    Sketch,
+    Square,
+    add_damping,
 )
+from .layer import Call, Layer
 from .linear import LinearLayer
-from .registry import LAYER_TYPES, layer_type, qualified_name
-from .selection import LeftOut, find_layers, unwrap
+from .registry import (
+    ATTENTION_TYPES,
+    LAYER_TYPES,
+    layer_type,
+    qualified_name,
+    register_attention,
+    register_layer,
+)
+from .selection import AttentionReading, LeftOut, find_layers, unwrap
+from .statistic import (
+    ALL,
+    GRADIENT,
+    INPUT,
+    REDUCED,
+    WEIGHT,
+    Rows,
+    SampledRows,
+    Side,
+    Statistic,
+)
 
-__all__ = ['ATTENTION_TYPES', 'BLOCKS', 'COLUMNS', 'LAYER_TYPES', 'MEAN', 'MOMENT', 'REDUCED',
-           'SAMPLED', 'SKETCH', 'SKETCH_KINDS', 'SQUARE', 'AttentionLayer', 'Call', 'Capture',
-           'Conv2dLayer', 'Layer', 'LeftOut', 'LinearLayer', 'PackedAttention', 'RunningAverage',
-           'Staged', 'TokenAttention', 'WindowAttention', 'find_layers', 'layer_type',
-           'qualified_name', 'softmax_gram', 'unwrap']
+__all__ = ['ALL', 'ATTENTION_TYPES', 'AttentionLayer', 'AttentionReading', 'Blocks', 'Call',
+           'Capture', 'Columns', 'Conv2dLayer', 'CountedMean', 'Factor', 'Form', 'GRADIENT',
+           'INPUT', 'LAYER_TYPES', 'Layer', 'LeftOut', 'LinearLayer', 'Mean', 'Moment',
+           'PackedAttention', 'Power', 'REDUCED', 'Rows', 'RunningAverage', 'SKETCH_KINDS',
+           'SampledRows', 'Side', 'Sketch', 'Square', 'Staged', 'Statistic', 'TokenAttention',
+           'WEIGHT', 'WindowAttention', 'add_damping', 'find_layers', 'layer_type',
+           'qualified_name', 'register_attention', 'register_layer', 'softmax_gram', 'unwrap']

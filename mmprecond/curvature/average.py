@@ -31,22 +31,17 @@ class RunningAverage:
     new_weight: float | None = None
     start: float = 0.
 
-    def merge(self, running: Tensor, sample: Tensor, merged: int, joint: bool = False,
-              size: float | None = None) -> None:
-        """Merges one sample (blocks, n, n) into the running average, in place.
+    def merge(self, running: Tensor, sample: Tensor, merged: int,
+              norm: Tensor | float = 1.) -> None:
+        """Merges one sample (b, n, m) into the running average, in place.
 
         Args:
             running: The average of `merged` samples; zeros at first.
             sample: The new one; overwritten.
             merged: Number of samples before it.
-            joint: Whether the blocks are those of one matrix, with one norm.
-            size: The sample's Frobenius norm over all blocks, if it is known.
+            norm: The sample's norm, for normalise='norm' (see `Form.norm`).
         """
         if self.normalise == 'norm':
-            norm: Tensor | float | None = size if joint or len(sample) == 1 else None
-            if norm is None:
-                norms = torch.linalg.matrix_norm(sample)[..., None, None]
-                norm = torch.linalg.vector_norm(norms) if joint else norms
             sample /= norm + 1e-12
         elif self.normalise == 'range':
             least, most = sample.aminmax()

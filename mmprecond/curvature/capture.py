@@ -8,8 +8,8 @@ and validation leave nothing behind.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..linalg import matmul_precision, rounded
-from .layer import COLUMNS, MEAN, SQUARE, Call, Layer
+from .forms import Slots
+from .layer import Call, Layer
+from .statistic import Statistic
 
 logger = logging.getLogger('mmprecond')
 
@@ -28,21 +30,20 @@ class Staged:
     """Sums over the calls of one layer since the last step.
 
     Attributes:
-        sums: By statistic name, shaped as the layer's `statistic_shape`.
+        sums: By tensor name, shaped as the layer's `shapes`.
         rows: Number of input rows.
-        columns: Number of columns that were placed, by statistic name.
+        slots: Where columns were placed, by tensor name.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
-    columns: dict[str, int] = field(default_factory=dict)
+    slots: dict[str, Slots] = field(default_factory=dict)
 
 
 class Capture:
     """Measures the statistics that each layer needs, while armed.
 
     Args:
-        requires: Names of the statistics of each layer.
         around: Makes the context in which products are formed.
 
     Attributes:
@@ -52,10 +53,10 @@ class Capture:
         seen: Layers whose module was called while armed.
     """
 
-    def __init__(self, requires: dict[Layer, tuple[str, ...]],
+    def __init__(self,
                  around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        self.requires = requires
-        self.around = around
+        self._statistics: Mapping[Layer, Sequence[Statistic]] = {}
+        self._around = around
         self.staged: dict[Layer, Staged] = {}
         self.loss_scale: Any = None
         self.seen: set[Layer] = set()
@@ -67,28 +68,48 @@ class Capture:
         self._forward_is_new = False
         self._warned: set[Layer] = set()
 
-    def arm(self, layers: Iterable[Layer], seed: int = 0, share: tuple[int, int] = (0, 1)) -> None:
+    def arm(self, statistics: Mapping[Layer, Sequence[Statistic]], seed: int = 0,
+            share: tuple[int, int] = (0, 1)) -> None:
         """Installs forward hooks on the modules of these layers, in place of earlier ones.
 
         Args:
-            layers: The layers to measure.
+            statistics: The layers to measure, and what of them.
             seed: Seeds what is sampled, apart from the user's own random numbers.
             share: Rank and number of ranks, each of which fills other slots with columns first.
         """
         self.disarm()
+        self._statistics = statistics
         self._share = share
         if seed != self._seed:  # the micro-batches of one step draw on
             self._seed = seed
             self._generator.manual_seed(seed)
             self._signs.manual_seed(seed ^ 0x5bd1e995)  # other numbers than the positions'
-        for layer in layers:
-            self._handles += layer.watch(self.observe, self._warn_lost)
+        self._watch()
 
     def disarm(self) -> None:
         """Removes the hooks; what was measured stays."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Leaves forward passes inside unmeasured."""
+        armed = bool(self._handles)
+        self.disarm()
+        try:
+            yield
+        finally:
+            if armed:
+                self._watch()
+
+    def _watch(self) -> None:
+        for layer in self._statistics:
+            self._handles += layer.watch(self.observe, self._warn_lost)
+
+    def scale_by(self, scale: Any) -> None:
+        """Says by what the loss is multiplied (see `loss_scale`)."""
+        self.loss_scale = scale
 
     def restart(self) -> None:
         """Forgets what was measured and drawn, so that a loaded step draws as it did before."""
@@ -108,7 +129,7 @@ class Capture:
         trained = layer.weight.requires_grad and output.requires_grad
         if not (torch.is_grad_enabled() and trained):
             return
-        shape = output.shape
+        shape, statistics = output.shape, self._statistics[layer]
         pending = [_Saved.apply(layer.weight, *(tensor.detach() for tensor in kept))]
 
         def measure(gradient: Tensor) -> None:
@@ -122,11 +143,12 @@ class Capture:
             except RuntimeError:
                 self._warn_lost(layer, 'its input was changed in place after the forward pass')
                 return
-            self._stage(call, held, gradient.reshape(shape))
+            self._stage(call, held, gradient.reshape(shape), statistics)
 
-        self._source(layer, output).register_hook(measure)
+        self._source(output, statistics).register_hook(measure)
 
-    def _source(self, layer: Layer, output: Tensor) -> Tensor:
+    @staticmethod
+    def _source(output: Tensor, statistics: Sequence[Statistic]) -> Tensor:
         """The tensor whose gradient is the output's, before anything changes it in place.
 
         An in-place operation on a view (a linear layer's output of more than two dimensions) would
@@ -136,42 +158,36 @@ class Capture:
         if base is None or not base.requires_grad or base.numel() != output.numel():
             return output
         ordered = output.is_contiguous() and base.is_contiguous()
-        return base if ordered or not _needs_gradient(self.requires[layer]) else output
+        return base if ordered or not _needs_gradient(statistics) else output
 
     @torch.no_grad()
-    def _stage(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor) -> None:
+    def _stage(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor,
+               statistics: Sequence[Statistic]) -> None:
         layer = call.layer
         staged = self.staged.setdefault(layer, Staged())
-        names = self.requires[layer]
-        around = matmul_precision('highest') if layer.cancels else self.around()
+        full = layer.needs_full_precision
+        around = matmul_precision('highest') if full else self._around()
         with torch.autocast(gradient.device.type, enabled=False), around:
-            if _needs_gradient(names):
+            if _needs_gradient(statistics):
                 gradient = self._unscaled(layer, gradient)
-            if not all(name.endswith((MEAN, SQUARE)) for name in names):  # those are no products
+            if any(statistic.form.is_product for statistic in statistics):
                 gradient, kept = rounded(gradient), tuple(map(rounded, kept))
-            for name, measured in layer.measure(call, kept, gradient, names,
-                                                self._generator).items():
-                if COLUMNS in name:
-                    measured = self._placed(layer, staged, name, measured)
-                if name in staged.sums:
-                    staged.sums[name] += measured
-                else:
-                    staged.sums[name] = measured
-        staged.rows += layer.count_rows(call, gradient, names)
+            sums = layer.measure(call, kept, gradient, statistics, self._generator)
+            for statistic in statistics:
+                for key, (_, _, width) in layer.shapes(statistic).items():
+                    measured = statistic.form.stage(sums[key], self._slots(staged, key, width))
+                    if key in staged.sums:
+                        staged.sums[key] += measured
+                    else:
+                        staged.sums[key] = measured
+        staged.rows += layer.count_rows(call, gradient, statistics)
 
-    def _placed(self, layer: Layer, staged: Staged, name: str, columns: Tensor) -> Tensor:
-        """Columns (b, n, c), each in the next slot; once all are taken, on top of others.
-
-        Random signs keep the Gram matrix right in the mean: a count sketch of the rows.
-        """
-        count = columns.shape[2]
-        rank, ranks = self._share
-        start = rank * layer.slots // ranks + staged.columns.get(name, 0)
-        staged.columns[name] = staged.columns.get(name, 0) + count
-        slots = (torch.arange(count, device='cpu') + start) % layer.slots
-        signs = torch.randint(0, 2, (count,), generator=self._signs, device='cpu') * 2. - 1
-        return layer.empty(name).index_add_(2, slots.to(columns.device),
-                                            columns * signs.to(columns))
+    def _slots(self, staged: Staged, key: str, width: int) -> Slots:
+        """Where the columns of a statistic go: from this rank's share of the slots on."""
+        if key not in staged.slots:
+            rank, ranks = self._share
+            staged.slots[key] = Slots(width, rank * width // ranks, self._signs)
+        return staged.slots[key]
 
     def _unscaled(self, layer: Layer, gradient: Tensor) -> Tensor:
         """The gradient of the loss itself; divided before any product, so that none overflows."""
@@ -202,8 +218,8 @@ class Capture:
         self._warned.add(layer)
 
 
-def _needs_gradient(names: tuple[str, ...]) -> bool:
-    return any(name.startswith('gradient') for name in names)
+def _needs_gradient(statistics: Sequence[Statistic]) -> bool:
+    return any(statistic.side.of_gradient for statistic in statistics)
 
 
 class _Saved(torch.autograd.Function):

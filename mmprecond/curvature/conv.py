@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .layer import MOMENT, Call, Layer
+from .forms import Moment
+from .layer import EVERY_ROW_KIND, Call, Layer
 from .patches import Axis, PatchMoment
+from .statistic import INPUT, Rows, Statistic
 
 
 class Conv2dLayer(Layer):
@@ -20,11 +22,15 @@ class Conv2dLayer(Layer):
     `PatchMoment` makes the input's moment (stride 1, zero padding) not at all.
     """
 
+    module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
+    row_kinds: ClassVar[tuple[type[Rows], ...]] = EVERY_ROW_KIND
     #: With fewer rows, or fewer channels, patches are multiplied faster than blocks are put
     #: together.
     few_rows, few_channels = 400, 8
 
-    def _blocks(self, module: Any) -> int:
+    @classmethod
+    def count_blocks(cls, module: Any) -> int:
+        """The groups."""
         return module.groups
 
     def input_moment(self, module: Any, inputs: Tensor) -> Tensor:
@@ -46,17 +52,17 @@ class Conv2dLayer(Layer):
                 sums += view.sum((-3, -2, -1)).flatten(1)
         if self.bias is None:
             return products.result()
-        moment = self._unwritten('input' + MOMENT)
+        moment = self.unwritten_moment()
         moment[:, :-1, :-1] = products.result()
-        return self._bordered(moment, sums, count)
+        return self.with_border(moment, sums, count)
 
     def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
-                      name: str) -> float:
+                      statistic: Statistic) -> float:
         """About the floating-point operations of one call's statistic (see the base class)."""
         module: Any = call.module
-        rows = self._samples(output) * self._position_count(output)
-        if name != 'input' + MOMENT or not self._by_shifts(module, rows):
-            return super().measure_flops(call, kept, output, name)
+        rows = self.sample_count(output) * self.position_count(output)
+        if statistic != Statistic(INPUT, Moment()) or not self._by_shifts(module, rows):
+            return super().measure_flops(call, kept, output, statistic)
         high, wide = module.kernel_size
         shifts = ((2 * high - 1) * (2 * wide - 1) + 1) / 2
         channels = module.in_channels / self.blocks
@@ -77,7 +83,7 @@ class Conv2dLayer(Layer):
                 strict=True):
             yield Axis(size, count, tuple(place * step - pad for place in range(kernel)))
 
-    def _input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
+    def input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
         if inputs.dim() == 3:
             inputs = inputs[None]
         height, width = self._output_size(module, inputs)
@@ -91,7 +97,7 @@ class Conv2dLayer(Layer):
             for top in range(0, height, max(1, strip)):
                 yield self._patches(module, padded, top, min(strip, height - top), width)
 
-    def _input_sum(self, module: Any, inputs: Tensor, power: int) -> tuple[Tensor, int]:
+    def input_power_sum(self, module: Any, inputs: Tensor, power: int) -> tuple[Tensor, int]:
         # The sum over images comes first: patches are laid out of one image alone.
         inputs = inputs if inputs.dim() == 4 else inputs[None]
         height, width = self._output_size(module, inputs)
@@ -100,31 +106,31 @@ class Conv2dLayer(Layer):
         return (view.sum((-3, -2, -1)).reshape(self.blocks, -1, 1),
                 len(inputs) * height * width)
 
-    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
         if gradient.dim() == 3:
             gradient = gradient[None]
         positions = gradient.shape[2:].numel()
         rows = gradient.reshape(gradient.shape[0], self.blocks, self.rows, positions)
         return rows.permute(1, 2, 0, 3).flatten(2)
 
-    def _reduced_input(self, module: Any, inputs: Tensor) -> Tensor:
+    def reduced_input(self, module: Any, inputs: Tensor) -> Tensor:
         inputs = inputs if inputs.dim() == 4 else inputs[None]
         height, width = self._output_size(module, inputs)
         padded = self._padded(module, inputs.to(self.working_dtype))
         patches = self._patch_view(module, padded, 0, height, width)
         return patches.mean((-2, -1)).flatten(1, 3)
 
-    def _reduced_gradient(self, gradient: Tensor) -> Tensor:
+    def reduced_gradient(self, gradient: Tensor) -> Tensor:
         gradient = gradient if gradient.dim() == 4 else gradient[None]
         return gradient.sum((2, 3)).t().reshape(self.blocks, self.rows, len(gradient))
 
-    def _samples(self, gradient: Tensor) -> int:
+    def sample_count(self, gradient: Tensor) -> int:
         return len(gradient) if gradient.dim() == 4 else 1
 
-    def _position_count(self, gradient: Tensor) -> int:
+    def position_count(self, gradient: Tensor) -> int:
         return gradient.shape[-2:].numel()
 
-    def _sampled_input(self, module: Any, inputs: Tensor, drawn: Tensor) -> Tensor:
+    def sampled_input(self, module: Any, inputs: Tensor, drawn: Tensor) -> Tensor:
         inputs = inputs if inputs.dim() == 4 else inputs[None]
         height, width = self._output_size(module, inputs)
         padded = self._padded(module, inputs.to(self.working_dtype))
@@ -132,7 +138,7 @@ class Conv2dLayer(Layer):
         lines = drawn // width if width else drawn
         return view[..., lines, drawn - lines * width].flatten(1, 3).flatten(2)
 
-    def _sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
+    def sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
         gradient = gradient if gradient.dim() == 4 else gradient[None]
         chosen = gradient.flatten(2)[..., drawn]
         rows = chosen.reshape(len(gradient), self.blocks, self.rows, len(drawn))

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .layer import Layer
+from .layer import EVERY_ROW_KIND, Layer
+from .statistic import Rows
 
 
 class LinearLayer(Layer):
     """`nn.Linear`; all leading dimensions of its input are rows."""
 
-    def _input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    row_kinds: ClassVar[tuple[type[Rows], ...]] = EVERY_ROW_KIND
+
+    def input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         yield inputs.to(self.working_dtype).reshape(-1, inputs.shape[-1]).t()[None]
 
-    def _gradient_rows(self, gradient: Tensor) -> Tensor:
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
         return gradient.reshape(-1, gradient.shape[-1]).t()[None]
 
-    def _reduced_input(self, module: nn.Module, inputs: Tensor) -> Tensor:
+    def reduced_input(self, module: nn.Module, inputs: Tensor) -> Tensor:
         return _by_sample(inputs.to(self.working_dtype)).mean(1).t()[None]
 
-    def _reduced_gradient(self, gradient: Tensor) -> Tensor:
+    def reduced_gradient(self, gradient: Tensor) -> Tensor:
         return _by_sample(gradient).sum(1).t()[None]
 
-    def _samples(self, gradient: Tensor) -> int:
+    def sample_count(self, gradient: Tensor) -> int:
         return len(_by_sample(gradient))
 
-    def _position_count(self, gradient: Tensor) -> int:
+    def position_count(self, gradient: Tensor) -> int:
         return _by_sample(gradient).shape[1]
 
-    def _sampled_input(self, module: nn.Module, inputs: Tensor, drawn: Tensor) -> Tensor:
-        return self._sampled_gradient(inputs, drawn).to(self.working_dtype)
+    def sampled_input(self, module: nn.Module, inputs: Tensor, drawn: Tensor) -> Tensor:
+        return self.sampled_gradient(inputs, drawn).to(self.working_dtype)
 
-    def _sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
+    def sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
         return _by_sample(gradient)[:, drawn].flatten(0, 1).t()[None]
 
 

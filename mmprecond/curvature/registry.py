@@ -1,9 +1,10 @@
-"""Which modules are which kind of layer."""
+"""Which modules are which kind of layer, and how to add one."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from .attention import ATTENTION_TYPES, UNREADABLE, AttentionLayer
 from .conv import Conv2dLayer
 from .layer import Layer
 from .linear import LinearLayer
@@ -18,6 +19,9 @@ LAYER_TYPES: dict[type[nn.Module] | str, type[Layer]] = {
     'mmcv.cnn.bricks.wrappers.Conv2d': Conv2dLayer,
 }
 
+__all__ = ['ATTENTION_TYPES', 'LAYER_TYPES', 'attention_type', 'layer_type', 'qualified_name',
+           'register_attention', 'register_layer']
+
 
 def qualified_name(kind: type) -> str:
     """Module and name of a class."""
@@ -28,3 +32,53 @@ def layer_type(module: nn.Module) -> type[Layer] | None:
     """The kind of layer that a module is, or None."""
     kind = type(module)
     return LAYER_TYPES.get(kind) or LAYER_TYPES.get(qualified_name(kind))
+
+
+def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]:
+    """How an attention module is read as a whole, or None; and why it cannot be, or ''."""
+    name = qualified_name(type(module))
+    kind = ATTENTION_TYPES.get(name)
+    if name in UNREADABLE:
+        return kind, UNREADABLE[name](module)
+    return kind, kind.refusal(module) if kind else ''
+
+
+def register_layer(module_type: type[nn.Module] | str, layer: type[Layer]) -> None:
+    """Preconditions modules of one more class.
+
+    Args:
+        module_type: The exact class, or its qualified name where it is not to be imported.
+        layer: The kind of layer that reads it.
+
+    Raises:
+        TypeError: For what is no `Layer`, or one that cannot read modules of the class. (Of a
+            class that is named, that shows when a model is built.)
+    """
+    if not (isinstance(layer, type) and issubclass(layer, Layer)):
+        raise TypeError(f'register_layer takes a subclass of Layer, not {layer!r}')
+    if issubclass(layer, AttentionLayer):
+        raise TypeError(f'{layer.__name__} reads attention modules; use register_attention')
+    if isinstance(module_type, type):
+        reason = (layer.type_refusal(module_type) if issubclass(module_type, nn.Module)
+                  else f'{module_type.__name__} is no nn.Module')
+        if reason:
+            raise TypeError(f'register_layer({module_type.__name__}, {layer.__name__}): {reason}; '
+                            'write a Layer for it')
+    LAYER_TYPES[module_type] = layer
+
+
+def register_attention(module_type: type[nn.Module] | str, layer: type[AttentionLayer]) -> None:
+    """Reads one more class of attention modules as a whole.
+
+    Args:
+        module_type: The exact class, or its qualified name.
+        layer: The kind of layer that reads it; whether it can read a module shows when a model is
+            built, and then stands in the table.
+
+    Raises:
+        TypeError: For what is no `AttentionLayer`.
+    """
+    if not (isinstance(layer, type) and issubclass(layer, AttentionLayer)):
+        raise TypeError(f'register_attention takes a subclass of AttentionLayer, not {layer!r}')
+    name = module_type if isinstance(module_type, str) else qualified_name(module_type)
+    ATTENTION_TYPES[name] = layer

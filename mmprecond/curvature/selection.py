@@ -8,9 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention import ATTENTION_TYPES, UNREADABLE
 from .layer import Layer
-from .registry import layer_type, qualified_name
+from .registry import ATTENTION_TYPES, attention_type, layer_type, qualified_name
+
+
+@dataclass(frozen=True)
+class AttentionReading:
+    """How attention modules are read as a whole.
+
+    Attributes:
+        windows: Most windows measured of a module at a call.
+        bias: Whether the projections' bias is joint with their weight.
+    """
+
+    windows: int = 256
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *, capture_mb: float = 64.,
-                attention_windows: Callable[[str], int] = lambda name: 0,
-                attention_bias: Callable[[str], bool] = lambda name: False,
+                attention: Callable[[str], AttentionReading | None] = lambda name: None,
                 ) -> tuple[dict[str, Layer], list[LeftOut]]:
     """Finds the layers of a model whose weights an optimizer holds.
 
@@ -58,26 +69,23 @@ def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *, capture_m
         groups: The optimizer's parameter groups; ``precondition=False`` in a group leaves its
             weights to the rule, and its biases out of their layer's matrix.
         capture_mb: Limit for laid-out convolution patches and attention matrices, in megabytes.
-        attention_windows: For the name of an attention module's projection: windows to measure a
-            call, or 0 to take its linear layers one by one.
-        attention_bias: Likewise: whether its bias is joint with the weight.
+        attention: For the name of an attention module's projection: how the module is read, or
+            None to take its linear layers one by one.
 
     Returns:
         Layers by the name of their (first) module, in module order, and the modules left out.
     """
-    return _Search(model, groups, capture_mb, attention_windows, attention_bias).run()
+    return _Search(model, groups, capture_mb, attention).run()
 
 
 class _Search:
     """One search (see `find_layers`)."""
 
     def __init__(self, model: nn.Module, groups: Iterable[dict[str, Any]], capture_mb: float,
-                 attention_windows: Callable[[str], int],
-                 attention_bias: Callable[[str], bool]) -> None:
+                 attention: Callable[[str], AttentionReading | None]) -> None:
         self.model = model
         self.capture_mb = capture_mb
-        self.attention_windows = attention_windows
-        self.attention_bias = attention_bias
+        self.attention = attention
         self.owned = {id(p): group for group in groups for p in group['params']}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.users: dict[int, list[nn.Module]] = {}
@@ -101,7 +109,8 @@ class _Search:
         sharing = self.users.get(id(weight), [module])
         kind = layer_type(module)
         reason = (_reason_against_type(module) if kind is None else
-                  _reason_against(weight, self.owned) or _reason_against_sharing(sharing))
+                  _reason_against(weight, self.owned) or kind.refusal(module)
+                  or _reason_against_sharing(sharing, kind))
         if kind is None or reason:
             self.left_out.append(LeftOut(name, type(module).__name__, reason))
         elif module is sharing[0]:
@@ -111,17 +120,14 @@ class _Search:
 
     def _visit_attention(self, name: str, block: nn.Module) -> None:
         """Takes the projections of an attention module as one layer, where that is wanted."""
-        qualified = qualified_name(type(block))
-        kind = ATTENTION_TYPES.get(qualified)
-        reason = UNREADABLE[qualified](block) if qualified in UNREADABLE else ''
+        kind, reason = attention_type(block)
         if kind is None and not reason:
             return
         part, key = kind.weight_owner(block) if kind else ('qkv', 'weight')
-        reason = reason or (kind.refusal(block) if kind else '')
         module: Any = getattr(block, part, None) if part else block
         owner = name if module is None else f'{name}.{part}'.strip('.')
-        windows = self.attention_windows(owner)
-        if not windows:
+        reading = self.attention(owner)
+        if reading is None:
             return
         weight: Any = module._parameters.get(key) if isinstance(module, nn.Module) else None
         if not reason and (module in self.claimed or len(self.users.get(id(weight), [])) > 1):
@@ -135,10 +141,10 @@ class _Search:
             self.left_out.append(LeftOut(owner, type(block).__name__, reason))
         elif kind:
             bias = module._parameters.get(key.replace('weight', 'bias'))
-            joint = (self.attention_bias(owner) and bias is not None
+            joint = (reading.bias and bias is not None
                      and self._joins(bias, weight))
             self.layers[owner] = kind(self.names[id(weight)], [block], weight,
-                                      bias if joint else None, max_windows=windows,
+                                      bias if joint else None, max_windows=reading.windows,
                                       **self._options(weight))
 
     def _joins(self, bias: Tensor, weight: Tensor) -> bool:
@@ -179,7 +185,7 @@ def _reason_against(weight: Tensor | None, owned: dict[int, dict[str, Any]]) -> 
     return ''
 
 
-def _reason_against_sharing(modules: list[nn.Module]) -> str:
+def _reason_against_sharing(modules: list[nn.Module], kind: type[Layer]) -> str:
     """Why modules that use one weight cannot share its statistics, or ''."""
     first = modules[0]
     for module in modules[1:]:
@@ -187,6 +193,6 @@ def _reason_against_sharing(modules: list[nn.Module]) -> str:
             return f'its weight is also used by a {type(module).__name__}'
         if module._parameters.get('bias') is not first._parameters.get('bias'):
             return 'its weight is shared with a module that has another bias'
-        if getattr(module, 'groups', 1) != getattr(first, 'groups', 1):
+        if kind.count_blocks(module) != kind.count_blocks(first):
             return 'its weight is shared with a module of other groups'
     return ''

@@ -38,7 +38,7 @@ class PrecondOptimWrapperConstructor:
         cfg = optim_wrapper_cfg.copy()
         base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
         hoisted = _of_rule(cfg.get('optimizer'))
-        if hoisted:
+        if isinstance(cfg.get('optimizer'), dict):  # a copy, which is completed below
             cfg['optimizer'] = {**cfg['optimizer'], **hoisted}
         self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
             dict(type=base, optim_wrapper_cfg=cfg, paramwise_cfg=paramwise_cfg))
@@ -55,7 +55,7 @@ class PrecondOptimWrapperConstructor:
             return self.base(model)
         self._mix(kind.needs, kind.__name__)
         if 'model' in inspect.signature(kind.__init__).parameters:
-            self.base.optimizer_cfg = dict(self.base.optimizer_cfg, model=unwrap(model))
+            self.base.optimizer_cfg['model'] = unwrap(model)
         built = self.base(model)
         print_log(f'{kind.__name__} on {type(unwrap(model)).__name__}:\n{built.optimizer.table()}',
                   logger='current')
@@ -66,7 +66,7 @@ class PrecondOptimWrapperConstructor:
         if needs:
             refuse_single_backward(unwrap(model), kind.__name__)
             self._mix(needs, kind.__name__)
-        self.base.optimizer_cfg = dict(self.base.optimizer_cfg, type=with_groups(kind))
+        self.base.optimizer_cfg['type'] = with_groups(kind)
         return self.base(model)
 
     def _mix(self, needs: str, owner: str) -> None:

@@ -30,9 +30,7 @@ class PrecondMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.optimizer.auto_arm = False
-        self.optimizer.disarm()
-        self.optimizer.loss_scale = getattr(self, 'loss_scaler', None)
+        self.optimizer.arm_by_hand(getattr(self, 'loss_scaler', None))
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -103,7 +101,7 @@ class LossMixin:
             raise ValueError(f'the loss has the shape {tuple(loss.shape)}; '
                              f'{type(self.optimizer).__name__} needs its mean, one number')
         self._losses.append(loss.detach().double().reshape(()))
-        self.optimizer.loss = torch.stack(self._losses).mean()
+        self.optimizer.take_loss(torch.stack(self._losses).mean())
         try:
             super().update_params(loss, *args, **kwargs)  # type: ignore[misc]
         finally:

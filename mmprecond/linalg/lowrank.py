@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,33 @@ CHECKS, PROBES = 5, 4
 #: What may be left out is so many times the bound: eigenvalues close to it take many columns to be
 #: found, and bring little.
 SLACK = 1.5
+
+
+@dataclass(frozen=True)
+class RankSearch:
+    """When a dense moment's power is kept as columns.
+
+    Attributes:
+        tolerance: Relative error allowed in any direction.
+        max_rank: Most columns kept, whatever the tolerance; None for half the side's length, and
+            a dense operator where that is not enough.
+    """
+
+    tolerance: float = 0.1
+    max_rank: int | None = None
+
+    #: Sides shorter than this stay dense.
+    smallest_side: ClassVar[int] = 256
+    #: Guess of the rank, as a share of n, for the forecast of memory.
+    usual_share: ClassVar[float] = 1 / 8
+
+    def takes(self, side: int) -> bool:
+        """Whether the power of a moment of this size may come as columns."""
+        return side >= self.smallest_side
+
+    def usual(self, side: int) -> int:
+        """A guess of the rank."""
+        return min(int(side * self.usual_share), self.max_rank or side)
 
 
 def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.

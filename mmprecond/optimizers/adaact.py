@@ -47,4 +47,4 @@ class AdaAct(PreconditionedOptimizer):
         rule = EMASGD()
         super().__init__(params, model=model, rule=rule, method=method,
                          defaults=dict(lr=lr, momentum=betas[0], weight_decay=weight_decay), **own)
-        rule.averaged = {p for layer in self.layers for p in layer.parameters}
+        rule.average_only(p for layer in self.curvature.layers for p in layer.parameters)

@@ -52,14 +52,14 @@ class AdaFisher(PreconditionedOptimizer):
         self.method = method
         super().__init__(params, model=model, rule=FisherEMASGD(self.decay), method=method,
                          defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay), **own)
-        self._layered = {p for layer in self.layers for p in layer.parameters}
+        self._layered = {p for layer in self.curvature.layers for p in layer.parameters}
 
-    def _directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if self.t % self.method.stat_interval == 0:
             for p, gradient in gradients.items():
                 if p not in self._layered:
                     self._measure_alone(self.state[p], gradient)
-        return super()._directions(gradients)
+        return super()._precondition(gradients)
 
     def _measure_alone(self, state: dict[str, Any], gradient: Tensor) -> None:
         """Merges a parameter's own squared gradient, as if its inputs were ones."""
@@ -73,15 +73,15 @@ class AdaFisher(PreconditionedOptimizer):
         average.merge_plain(state['fisher_input'], torch.ones_like(state['fisher_input']), merged)
         state['fisher_samples'] += 1
 
-    def _turn_back(self, directions: dict[Tensor, Tensor]) -> None:
-        super()._turn_back(directions)
+    def _restore_updates(self, updates: dict[Tensor, Tensor]) -> None:
+        super()._restore_updates(updates)
         for group in self.param_groups:
             damping = group.get('damping') or self.method.damping
             for p in group['params']:
-                if p in directions and p not in self._layered and 'fisher_input' in self.state[p]:
+                if p in updates and p not in self._layered and 'fisher_input' in self.state[p]:
                     state = self.state[p]
                     fisher = state['fisher_gradient'] * state['fisher_input'] + damping
-                    directions[p] = directions[p] / fisher.to(directions[p])
+                    updates[p] = updates[p] / fisher.to(updates[p])
 
 
 class AdaFisherW(AdaFisher):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import LayerStack, checkpoint
-from ..curvature import AttentionLayer, Call, Layer, layer_type, unwrap
+from ..core import checkpoint
+from ..curvature import INPUT, Call, Factor, Layer, Moment, Statistic, layer_type, unwrap
 from ..distributed import sum_over_ranks
 from ..linalg import matmul_precision
-from ..preconditioners import ActivationMean, CalibratedInput, Preconditioner
+from ..preconditioners import ActivationMean, CalibratedInput
 from .families import PreconditionedSGDM
 
 logger = logging.getLogger('mmprecond')
@@ -35,20 +35,20 @@ class MAC(PreconditionedSGDM):
         owner: Any = params if isinstance(params, nn.Module) else model
         first = next((m for m in unwrap(owner).modules() if layer_type(m) is not None), None)
         self.first_layer: Layer | None = next(
-            (layer for layer in self.layers if first in layer.modules), None)
-        self._usual: Any = self.stacks[0].method
+            (layer for layer in self.curvature.layers if first in layer.modules), None)
+        self._usual: Any = self.curvature.stacks[0].method
 
     @property
     def calibrated(self) -> bool:
         """Whether the first layer has its own second moment."""
-        return self.first_layer is not None and isinstance(self.layers[self.first_layer].method,
-                                                           CalibratedInput)
+        return self.first_layer is not None and isinstance(
+            self.curvature.layers[self.first_layer].method, CalibratedInput)
 
     @property
-    def uncalibratable(self) -> str:
-        """Why the first layer cannot be calibrated now, or ''."""
+    def calibration_blocker(self) -> str:
+        """Reason why the first layer cannot be calibrated now, or ''."""
         layer = self.first_layer
-        if layer is None or isinstance(layer, AttentionLayer):
+        if layer is None:
             return "the model's first Linear or Conv2d is not preconditioned"
         if self.calibrated:
             return f'{layer.name} is calibrated already'
@@ -78,26 +78,26 @@ class MAC(PreconditionedSGDM):
                 large.
         """
         layer = self.first_layer
-        if layer is None or self.uncalibratable:
-            raise ValueError(f'calibrate_first_layer cannot be: {self.uncalibratable}')
+        if layer is None or self.calibration_blocker:
+            raise ValueError(f'calibrate_first_layer cannot be: {self.calibration_blocker}')
         moment, rows = self._moment_of_inputs(layer, inputs)
         if not rows or not bool(moment.isfinite().all()):
             raise ValueError(f'{layer.name} was to be calibrated on {int(rows)} rows of input, '
                              'which must be finite and more than none')
-        method = self._calibrated_method()
-        if not bool(method.refresh({'input_moment': (moment / rows)[None]}, None,
-                                   layer.damping)[1].all()):
+        method, mean = self._calibrated_method(), moment / rows
+        factors = {INPUT: Factor(Moment(), (mean[None],))}
+        if not bool(method.refresh(factors, None, layer.damping)[1].all()):
             raise ValueError(f'the second moment of the inputs of {layer.name} cannot be inverted; '
                              'raise damping')
-        self._treat_first(layer, method)
-        self.layers[layer].merge({layer: {'input_moment': moment / rows}})
+        self.curvature.precompute(layer, method, {Statistic(INPUT, Moment()).key: mean})
+        self._prepare_next_step()
         logger.info('%s: calibrated on %d rows', layer.name, int(rows))
 
     @staticmethod
     def _moment_of_inputs(layer: Layer, inputs: Tensor | Iterable[Tensor]) -> tuple[Tensor, float]:
         """Sum of x x' over all inputs of all ranks, and their number."""
         module = layer.modules[0]
-        moment = layer.empty('input_moment')
+        moment = layer.unwritten_moment().zero_()
         rows = moment.new_zeros((), dtype=torch.float64)
         for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
             if not isinstance(batch, Tensor):
@@ -111,60 +111,54 @@ class MAC(PreconditionedSGDM):
         return moment, float(rows)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, with the first layer as it was treated there."""
-        before = self.layers, self.stacks
+        """Loads a state, with the first layer as it was treated there.
+
+        A calibration that the state says nothing of stays.
+        """
         layer = self.first_layer
-        layers = (state_dict.get(checkpoint.KEY) or {}).get('layers') or {}
-        saved = (layers.get(layer.name) or {}).get('method') if layer else None
-        if layer is not None and saved == CalibratedInput.__name__:
-            self._treat_first(layer, self._calibrated_method())
-        elif layer is not None and saved == ActivationMean.__name__ and self.calibrated:
-            self._treat_first(layer, self._usual)
+        if layer is None:
+            super().load_state_dict(state_dict)
+            return
+        before = self.curvature.layers[layer]
+        entries = (state_dict.get(checkpoint.KEY) or {}).get('layers') or {}
+        saved = (entries.get(layer.name) or {}).get('method')
+        own = {known: dict(state) for known, state in before.export()
+               if known is layer and self.calibrated and saved is None}
+        if saved == CalibratedInput.__name__:
+            self.curvature.reassign(layer, self._calibrated_method())
+        elif saved == ActivationMean.__name__:
+            self.curvature.reassign(layer, self._usual)
         try:
             super().load_state_dict(state_dict)
         except Exception:
-            self.layers, self.stacks = before
-            self._follow()
+            self.curvature.reassign(layer, before.method)
+            self._prepare_next_step()
             raise
-        if layer is not None and self.calibrated:
-            self._check_loaded(layer)
+        self._check_loaded(layer, own)
 
-    def _check_loaded(self, layer: Layer) -> None:
+    def _check_loaded(self, layer: Layer, before: dict[Layer, dict[str, Any]]) -> None:
         """Has a calibrated first layer inverted anew, as `damping` may be another."""
-        stack = self.layers[layer]
-        if not stack.holds(layer):
-            logger.warning('%s: its calibration is lost; it is treated like any other', layer.name)
-            self._give_stack(layer, self._usual)
-        for slot in stack.slots:
-            slot.refreshes = 0
+        if not self.calibrated:
+            return
+        stack = self.curvature.layers[layer]
+        if not stack.holds(layer) and before:
+            stack.load(before)
+        if stack.holds(layer):
+            stack.refresh_anew()
+            return
+        logger.warning('%s: its calibration is lost; it is treated like any other', layer.name)
+        self.curvature.reassign(layer, self._usual)
+        self._prepare_next_step()
 
-    def _measure(self) -> None:
+    def _update_curvature(self) -> None:
         if self.t == 0 and self.first_layer is not None and not self.calibrated:
             logger.info('%s: the first layer is treated like any other, as calibrate_first_layer '
                         'was not called', self.first_layer.name)
-        super()._measure()
+        super()._update_curvature()
 
     def _calibrated_method(self) -> CalibratedInput:
         usual = self._usual
         return CalibratedInput(damping=usual.damping, compat=usual.compat, max_dim=usual.max_dim)
-
-    def _treat_first(self, first: Layer, method: Preconditioner) -> None:
-        """Gives the first layer another method, and all layers empty stacks."""
-        methods = {layer: stack.method for layer, stack in self.layers.items()}
-        self.layers = self._stack({**methods, first: method})
-        self._follow()
-
-    def _give_stack(self, layer: Layer, method: Preconditioner) -> None:
-        """Gives one layer another method and a stack of its own."""
-        old = self.layers[layer]
-        self.layers[layer] = LayerStack(method, method.required(layer), old.owner)
-        self.stacks = list(dict.fromkeys(self.layers.values()))
-        self._follow()
-
-    def _follow(self) -> None:
-        """Measures what the stacks now need."""
-        self._capture.requires = {layer: stack.requires for layer, stack in self.layers.items()}
-        self._arm_if_automatic()
 
 
 class SMAC(MAC):

@@ -48,7 +48,7 @@ class MatrixOptimizer(RuleOptimizer):
         matrices, numbers, vectors, kept = 0, 0, 0, 0
         for group in self.param_groups:
             for p in group['params']:
-                reason = self.rule.why_plain(p, group)
+                reason = self.rule.fallback_reason(p, group)
                 if reason is None:
                     shapes = self.rule.state_shapes(matrix_shape(p), group).values()
                     matrices, numbers = matrices + 1, numbers + p.numel()

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..checks import reject_unexpected
-from ..core.assignment import Assignment, parse_layers
-from ..rules import Rule, build_rule
+from ..core import Assignment, CurvatureOptions, parse_layers
+from ..preconditioners import Preconditioner
+from ..rules import RULES, Rule, build_rule, rule_name
 from .base import PreconditionedOptimizer
-from .settings import ENGINE_OPTIONS
 
 
 class Preconditioned(PreconditionedOptimizer):
@@ -44,13 +44,15 @@ class Preconditioned(PreconditionedOptimizer):
     def __init__(self, params: Any, *, rule: dict[str, Any] | None = None,
                  layers: list[dict[str, Any]] | None = None, model: nn.Module | None = None,
                  **options: Any) -> None:
-        unexpected = {key: value for key, value in options.items() if key not in ENGINE_OPTIONS}
+        unexpected = {key: value for key, value in options.items()
+                      if key not in CurvatureOptions.names()}
         if isinstance(rule, dict) and set(unexpected) & set(rule):
             keys = ', '.join(sorted(unexpected))
             raise TypeError(f'Preconditioned does not take {keys} beside rule and layers, its rule '
                             'does (write optimizer.rule.lr and the like); if a base config left '
                             'the key behind, add `_delete_=True` to the optimizer of your config')
-        reject_unexpected('Preconditioned', unexpected, ['rule', 'layers', *ENGINE_OPTIONS])
+        reject_unexpected('Preconditioned', unexpected,
+                          ['rule', 'layers', *CurvatureOptions.names()])
         built, defaults = build_rule(rule)
         assignment = parse_layers(layers)
         _check_rule(built, assignment)
@@ -60,16 +62,21 @@ class Preconditioned(PreconditionedOptimizer):
 
 def _check_rule(rule: Rule, assignment: Assignment) -> None:
     """Raises ValueError if a preconditioner does not work with the rule."""
-    bound = [method for method in assignment.methods if method.rules]
-    possible = {name for method in bound for name in method.rules}
-    for method in bound:
-        possible &= set(method.rules)
-    name = type(rule).__name__
-    for method in bound:
-        if name in method.rules:
+    bound = [(method, names) for method in assignment.methods if (names := _rules_of(method))]
+    possible = set.intersection(*(set(names) for _, names in bound)) if bound else set()
+    name = rule_name(type(rule))
+    for method, names in bound:
+        if name in names:
             continue
-        others = ', '.join(f'{type(m).__name__} with {" or ".join(m.rules)}' for m in bound)
+        others = ', '.join(f'{type(m).__name__} with {" or ".join(names)}' for m, names in bound)
         advice = (f"write rule=dict(type='{min(possible)}', ...)" if possible
                   else 'no rule suits them all; drop one of them')
         raise ValueError(f'{type(method).__name__} does not work with the rule {name} '
                          f'({others}); {advice}')
+
+
+def _rules_of(method: Preconditioner) -> list[str]:
+    """Names of the rules that a preconditioner is bound to; none means all."""
+    if method.rotates:
+        return [name for name, rule in RULES.items() if rule.elementwise]
+    return list(method.rules)

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from ..rules import Group, Rule, State
 
+#: A parameter group, and some parameters of equal hyper-parameters.
+Batch = tuple[Group, list[Tensor]]
+
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """A torch optimizer whose update is a `Rule`; subclasses say which gradients it sees.
+    """A torch optimizer whose update is a `Rule`; subclasses say which directions it gets.
 
     Args:
         params: Parameters or groups, as in torch.
@@ -56,24 +59,34 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._measure()
-        self._update(self._directions(self._gradients()))
+            self._hear_loss(loss)
+        self._update_curvature()
+        directions = self._precondition(self._gradients())
+        batches = self._batches(directions)
+        updates = self._compute_updates(batches, directions)
+        self._restore_updates(updates)
+        self._apply_updates(batches, updates)
         self.t += 1
-        self._after_step()
+        self._prepare_next_step()
         return loss
 
-    def _measure(self) -> None:
-        """Before a step: updates what the directions are made with."""
+    # What a step does, for subclasses that measure something.
 
-    def _after_step(self) -> None:
-        """Prepares the next step."""
+    def _hear_loss(self, loss: Any) -> None:
+        """Takes what a closure returned."""
 
-    def _directions(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """What the rule sees in the place of the gradients."""
+    def _update_curvature(self) -> None:
+        """Brings up to date what directions are made with."""
+
+    def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """The directions that the rule gets in the place of the gradients."""
         return gradients
 
-    def _turn_back(self, directions: dict[Tensor, Tensor]) -> None:
-        """Changes the rule's directions before they are applied."""
+    def _restore_updates(self, updates: dict[Tensor, Tensor]) -> None:
+        """Changes the rule's updates, in the dict, before they are applied."""
+
+    def _prepare_next_step(self) -> None:
+        """After a step: prepares the next forward pass."""
 
     def _gradients(self) -> dict[Tensor, Tensor]:
         gradients = {p: p.grad for group in self.param_groups for p in group['params']
@@ -83,23 +96,32 @@ class RuleOptimizer(torch.optim.Optimizer):
                              'embedding with sparse=False')
         return gradients
 
-    def _update(self, gradients: dict[Tensor, Tensor]) -> None:
-        """Applies the rule to batches of parameters with equal hyper-parameters."""
-        batches: dict[Any, tuple[dict[str, Any], list[Tensor]]] = {}
+    def _batches(self, directions: dict[Tensor, Tensor]) -> list[Batch]:
+        """Parameters with equal hyper-parameters, device and dtype, and their group."""
+        batches: dict[Any, Batch] = {}
         for group in self.param_groups:
             for p in group['params']:
-                if p in gradients:
+                if p in directions:
                     key = (self.rule.key(group, self.state[p]), p.device, p.dtype)
                     batches.setdefault(key, (group, []))[1].append(p)
-        directions: dict[Tensor, Tensor] = {}
-        for group, params in batches.values():
+        return list(batches.values())
+
+    def _compute_updates(self, batches: list[Batch],
+                         directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """What the rule makes of the directions, by parameter."""
+        updates: dict[Tensor, Tensor] = {}
+        for group, params in batches:
             states = [self.state[p] for p in params]
-            found = self.rule.directions(params, [gradients[p] for p in params], states, group)
-            directions.update(zip(params, found, strict=True))
-        self._turn_back(directions)
-        for group, params in batches.values():
-            self.rule.update(params, [directions[p] for p in params],
-                             [self.state[p] for p in params], group)
+            computed = self.rule.compute_updates(params, [directions[p] for p in params], states,
+                                                 group)
+            updates.update(zip(params, computed, strict=True))
+        self.rule.combine(updates)
+        return updates
+
+    def _apply_updates(self, batches: list[Batch], updates: dict[Tensor, Tensor]) -> None:
+        for group, params in batches:
+            self.rule.apply_updates(params, [updates[p] for p in params],
+                                    [self.state[p] for p in params], group)
 
     def table(self) -> str:
         """What is done with which parameters, for the log."""

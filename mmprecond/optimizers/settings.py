@@ -1,16 +1,12 @@
-"""Settings of optimizers: which are the preconditioner's, and which the engine's."""
+"""Settings of optimizers: which are the preconditioner's, and which hold for all layers."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
 from ..checks import argument_names, reject_unexpected
+from ..core import CurvatureOptions
 from ..preconditioners import Preconditioner
-
-#: Settings of the optimizer itself, beside its rule's and its preconditioner's.
-ENGINE_OPTIONS = ('capture_mb', 'save_curvature', 'sharding', 'clip_update', 'check_memory',
-                  'stagger', 'matmul_precision')
-
 
 Method = TypeVar('Method', bound=Preconditioner)
 
@@ -32,10 +28,10 @@ def split_settings(owner: object, method: type[Method], settings: dict[str, Any]
         TypeError: For a setting that neither takes.
     """
     known = method.options()
-    own = {key: settings[key] for key in ENGINE_OPTIONS if key in settings}
+    own = {key: settings[key] for key in CurvatureOptions.names() if key in settings}
     unexpected = {key: value for key, value in settings.items()
                   if key not in known and key not in own}
     reject_unexpected(type(owner).__name__, unexpected,
-                      [*argument_names(type(owner)), *known, *ENGINE_OPTIONS])
+                      [*argument_names(type(owner)), *known, *CurvatureOptions.names()])
     chosen = {key: value for key, value in settings.items() if key in known}
     return method(**{**defaults, **chosen}), own

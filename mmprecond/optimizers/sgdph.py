@@ -129,10 +129,10 @@ class SGDPH(RuleOptimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != 'steps'})
         self.t = int(state_dict.get('steps', 0))
 
-    def _measure(self) -> None:
+    def _update_curvature(self) -> None:
         self.measure()
         self._measured = False
-        self.rule.cycle = (self.t + 1) // len(self.vectors) + 1
+        self.rule.begin_cycle((self.t + 1) // len(self.vectors) + 1)
 
     def _row_sums(self) -> dict[Tensor, Tensor]:
         """Products of the Hessian blocks with ones, for the parameters whose turn it is."""

@@ -10,15 +10,58 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_flag, check_number
-from ..curvature import AttentionLayer, Layer, RunningAverage
-from .base import Preconditioner, check_damping, damping_like
-from .sides import Stacked
+from ..curvature import (
+    GRADIENT,
+    INPUT,
+    AttentionLayer,
+    AttentionReading,
+    CountedMean,
+    Layer,
+    Mean,
+    RunningAverage,
+    Square,
+    Statistic,
+)
+from ..curvature.attention import (
+    KEY_MEAN,
+    QUERY_MEAN,
+    VALUE_MEAN,
+    Heads,
+    MeanSide,
+    counted_row,
+    weighted_sum,
+)
+from ..linalg import Diagonal, Operators, RankOne
+from .base import Factors, Preconditioner, check_damping, damping_like
 
 #: 'paper': the method as published. 'official': as its authors' code does what differs.
 COMPATS = ('paper', 'official')
 
-#: The projections of an attention module, in the order of its weight's rows.
-PROJECTIONS = ('query', 'key', 'value')
+
+@dataclass(frozen=True)
+class ProductMeanSide(MeanSide):
+    """W_V's mean row as MAC's code has it: the mean softmax times the mean rows, over all queries.
+
+    Summed are, of each key, its rows and the softmax it gets (n_k, c + 1).
+    """
+
+    def sum_shape(self, layer: AttentionLayer, keys: int) -> tuple[int, ...]:
+        return keys, layer.weight.shape[1] + 1
+
+    def finish(self, total: Tensor, windows: int) -> Tensor:
+        means = total[:, :-1] / max(1, windows)
+        return weighted_sum(means[None], total[None, :, -1])
+
+
+def _rows_and_scores(heads: Heads) -> Tensor:
+    attended = heads.scores.sum((0, 2)).mean(0)
+    return torch.cat([heads.values_in.sum(0), attended[:, None]], 1)
+
+
+VALUE_PRODUCT_MEAN = Statistic(ProductMeanSide(
+    VALUE_MEAN.side.name, size=counted_row, measure=_rows_and_scores,
+    flops=lambda layer, queries, keys: keys * layer.columns), CountedMean(),
+    key='value_product_mean')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +107,7 @@ class ActivationMean(Preconditioner):
     max_windows: int = 256
     compat: str = 'paper'
 
-    requires: ClassVar[tuple[str, ...]] = ('input_mean',)
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Mean()),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,26 +120,23 @@ class ActivationMean(Preconditioner):
         check_choice('compat', self.compat, COMPATS)
 
     @property
-    def attention_windows(self) -> int:
-        """`max_windows`, or 0 where attention modules are nothing special."""
-        return self.max_windows if self.attention else 0
-
-    @property
-    def attention_bias(self) -> bool:
+    def attention_reading(self) -> AttentionReading | None:
         """Biases of attention modules belong to the rows."""
-        return True
+        return AttentionReading(self.max_windows, bias=True) if self.attention else None
 
-    def wanted(self, layer: Layer) -> tuple[str, ...]:
+    def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The mean input, of an attention module three, and of SMAC the squared gradient."""
-        if isinstance(layer, AttentionLayer):
-            value = 'value_product_mean' if self.compat == 'official' else 'value_mean'
-            return 'query_mean', 'key_mean', value
-        return (*self.requires, 'gradient_square') if self.output else self.requires
+        if layer.has_side(QUERY_MEAN.side):
+            value = VALUE_PRODUCT_MEAN if self.compat == 'official' else VALUE_MEAN
+            return QUERY_MEAN, KEY_MEAN, value
+        if self.output:
+            return *self.statistics, Statistic(GRADIENT, Square())
+        return self.statistics
 
     def note(self, layer: Layer) -> str:
         """What an attention module is taken for."""
-        if isinstance(layer, AttentionLayer):
-            return f'attention, {layer.heads} heads'
+        if layer.has_side(QUERY_MEAN.side):
+            return f'attention, {layer.blocks // 3} heads'
         return super().note(layer)
 
     def gradient_factor(self, rows: float) -> float:
@@ -107,46 +147,49 @@ class ActivationMean(Preconditioner):
         """Moving average with bias correction."""
         return RunningAverage(self.stat_decay, corrected=True)
 
-    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
-        """Shapes (b, n, 1) of a layer's vectors."""
-        shapes = {_vector_name(name): layer.statistic_shape(name) for name in self.required(layer)}
-        if isinstance(layer, AttentionLayer):
-            return {name: (1, layer.columns, 1) for name in shapes}
-        return shapes
+    def outline(self, layer: Layer) -> Operators:
+        """A vector u for each mean, and Z."""
+        blocks, rows, columns = layer.shape
+        operators: Operators = {}
+        for statistic in self.selected_statistics(layer):
+            side = statistic.side
+            if side.of_gradient:
+                operators[side.name] = Diagonal.outline((blocks, rows, 1))
+            else:
+                count = 1 if isinstance(statistic.form, CountedMean) else blocks
+                operators[side.name] = RankOne.outline((count, columns, 1))
+        return operators
 
     def apply_flops(self, layer: Layer) -> float:
         """Operations of one step (see the base class)."""
-        return 4. * math.prod(layer.shape) + self.output * math.prod(layer.shape)
+        scaled = math.prod(layer.shape) if GRADIENT.name in self.outline(layer) else 0
+        return super().apply_flops(layer) + scaled
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """``u = a / sqrt(rho + a'a)``, with which V = G (I - u u'), and Z (see the base class)."""
-        operator: Stacked = {}
-        for name, vector in statistics.items():
-            rho = damping_like(self.damping if damping is None else damping, vector)
-            if name.startswith('gradient'):
-                operator[_vector_name(name)] = 1 / (vector + rho)
+        operators: Operators = {}
+        finite = []
+        for side, factor in factors.items():
+            rho = damping_like(self.damping if damping is None else damping, factor.tensor)
+            if side.of_gradient:
+                vector = 1 / (factor.tensor + rho)
+                operators[side.name] = Diagonal(vector)
             else:
-                size = vector.square().sum(-2, keepdim=True)
-                operator[_vector_name(name)] = vector * (rho + size).rsqrt()
-        fine = [vector.isfinite().flatten(1).all(1) for vector in operator.values()]
-        return operator, torch.stack(fine).all(0)
+                size = factor.tensor.square().sum(-2, keepdim=True)
+                vector = factor.tensor * (rho + size).rsqrt()
+                operators[side.name] = RankOne(vector)
+            finite.append(vector.isfinite().flatten(1).all(1))
+        return operators, torch.stack(finite).all(0)
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``Z G (I - u u')``, of an attention module for each projection."""
-        if 'query' in operator:
+        projections = [statistic.side.name for statistic in (QUERY_MEAN, KEY_MEAN, VALUE_MEAN)]
+        if projections[0] in operators:
             parts = gradients.chunk(3, dim=1)
-            return torch.cat([_without(part, operator[name]) for name, part
-                              in zip(PROJECTIONS, parts, strict=True)], 1)
-        directions = _without(gradients, operator['input'])
-        return operator['gradient'] * directions if 'gradient' in operator else directions
-
-
-def _vector_name(statistic: str) -> str:
-    """The name of the operator that a statistic makes: its first word."""
-    return statistic.split('_')[0]
-
-
-def _without(gradients: Tensor, vector: Tensor) -> Tensor:
-    """``G (I - u u')`` for G (k, b, o, i) and u (k, b, i, 1)."""
-    return gradients - (gradients @ vector) @ vector.mT
+            return torch.cat([operators[slot].right(part) for slot, part
+                              in zip(projections, parts, strict=True)], 1)
+        directions = operators[INPUT.name].right(gradients)
+        if GRADIENT.name in operators:
+            directions = operators[GRADIENT.name].left(directions)
+        return directions

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count
-from ..curvature import AttentionLayer, Layer
-from .input_feature import InputFeature, damped_power
-from .sides import Stacked, recover_norm
+from ..curvature import INPUT, WEIGHT, AttentionReading, Layer, Moment, Statistic
+from ..curvature.attention import (
+    KEY_CURVATURE,
+    KEY_FEATURE_MOMENT,
+    OUTPUT_MOMENT,
+    QUERY_CURVATURE,
+    QUERY_MOMENT,
+    VALUE_FEATURE_MOMENT,
+)
+from ..linalg import Dense, Operators
+from .base import Factors
+from .input_feature import InputFeature, damped_inverse
+from .two_sided import recover_norm
 
 VARIANTS = ('thesis', 'gauss_newton')
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionMatrix(Dense):
+    """A matrix of one projection (k, heads or 1, n, n), by the name of its slot."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ('',)
+
+    def right(self, matrices: Tensor) -> Tensor:
+        """``M A``: heads' products are small, and stay in one batch."""
+        return matrices @ self.matrix
+
+    def left(self, matrices: Tensor) -> Tensor:
+        """``A M`` (see `right`)."""
+        return self.matrix @ matrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,101 +85,101 @@ class AttentionFeature(InputFeature):
                              'are inverses; leave it at 1')
 
     @property
-    def attention_windows(self) -> int:
-        """`max_windows`."""
-        return self.max_windows
+    def attention_reading(self) -> AttentionReading:
+        """Attention modules as a whole, their biases left to the rule."""
+        return AttentionReading(self.max_windows)
 
-    def wanted(self, layer: Layer) -> tuple[str, ...]:
+    def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The statistics of an attention module, or the input's of any other layer."""
-        if not isinstance(layer, AttentionLayer):
-            return self.requires
-        common = ('input_moment', 'query_curvature')
+        if not _is_attention(layer):
+            return self.statistics
+        common = (Statistic(INPUT, Moment()), QUERY_CURVATURE)
         if self.variant == 'gauss_newton':
-            return *common, 'query_moment', 'key_feature_moment', 'value_feature_moment'
-        return (*common, *(('key_curvature',) if layer.is_square else ()), 'output_moment')
+            return *common, QUERY_MOMENT, KEY_FEATURE_MOMENT, VALUE_FEATURE_MOMENT
+        keys = (KEY_CURVATURE,) if layer.has_side(KEY_CURVATURE.side) else ()
+        return *common, *keys, OUTPUT_MOMENT
 
-    def required(self, layer: Layer) -> tuple[str, ...]:
+    def selected_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """All statistics, or none where one of them is over `max_dim`."""
-        kept = super().required(layer)
-        return kept if len(kept) == len(self.wanted(layer)) else ()
+        selected = super().selected_statistics(layer)
+        return selected if len(selected) == len(self.candidate_statistics(layer)) else ()
 
     def note(self, layer: Layer) -> str:
         """What the layer is taken for."""
-        if not isinstance(layer, AttentionLayer):
+        if not _is_attention(layer):
             return super().note(layer) or 'input side'
-        partial = self.variant == 'thesis' and not layer.is_square
-        return f'{self.variant}, {layer.heads} heads' + (
+        partial = self.variant == 'thesis' and not layer.has_side(KEY_CURVATURE.side)
+        return f'{self.variant}, {layer.blocks // 3} heads' + (
             '; W_K by G R^-1, as keys and queries may differ in number' if partial else '')
 
-    def essential(self, layer: Layer) -> tuple[str, ...]:
+    def must_be_nonzero(self, layer: Layer) -> tuple[Statistic, ...]:
         """The input's: W_Q and W_K of saturated heads have no curvature, and no gradient."""
-        return self.required(layer)[:1]
+        return self.selected_statistics(layer)[:1]
 
     def reads_weight(self, layer: Layer) -> bool:
         """The thesis's operator of W_V does."""
-        return isinstance(layer, AttentionLayer) and self.variant == 'thesis'
+        return _is_attention(layer) and self.variant == 'thesis'
 
-    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
-        """Shapes (b, n, n) of a layer's operators by name."""
-        if not isinstance(layer, AttentionLayer):
-            return super().operator_shapes(layer)
-        heads, rows, columns = layer.heads, layer.rows, layer.columns
-        exact = self.variant == 'gauss_newton'
+    def outline(self, layer: Layer) -> Operators:
+        """The operators of the table."""
+        if not _is_attention(layer):
+            return super().outline(layer)
+        blocks, rows, columns = layer.shape
+        heads, exact = blocks // 3, self.variant == 'gauss_newton'
+        inputs, _ = layer.size_of(INPUT)
         shapes = {'query_left': (heads, rows, rows), 'query_right': (1, columns, columns)}
-        if exact or layer.is_square:
+        if exact or layer.has_side(KEY_CURVATURE.side):
             shapes['key_left'] = (heads, rows, rows)
-        if exact or layer.inputs > 1:
+        if exact or inputs > 1:
             shapes['key_right'] = (heads if exact else 1, columns, columns)
         shapes['value_right'] = (heads if exact else 1, columns, columns)
-        return shapes
+        return {slot: ProjectionMatrix.outline(shape) for slot, shape in shapes.items()}
 
-    def apply_flops(self, layer: Layer) -> float:
-        """Operations of one step (see the base class): each operator serves a third."""
-        if not isinstance(layer, AttentionLayer):
-            return super().apply_flops(layer)
-        shapes = self.operator_shapes(layer)
-        shapes.setdefault('key_right', shapes['query_right'])
-        return 2 / 3 * math.prod(layer.shape) * sum(width for _, _, width in shapes.values())
-
-    def refresh(self, statistics: Stacked, previous: Stacked | None = None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None = None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """Inverts what the table shows (see the base class)."""
-        if 'query_curvature' not in statistics:
-            return super().refresh(statistics, previous, damping)
+        if QUERY_CURVATURE.side not in factors:
+            return super().refresh(factors, previous, damping)
         damping = self.damping if damping is None else damping
-        inputs = statistics['input_moment']
-        sources = {'query_left': statistics['query_curvature'], 'query_right': inputs[:, :1]}
+        moments = {side: factor.tensor for side, factor in factors.items()}
+        inputs = moments[INPUT]
+        sources = {'query_left': moments[QUERY_CURVATURE.side], 'query_right': inputs[:, :1]}
         if self.variant == 'gauss_newton':
-            sources['key_left'] = statistics['query_moment']
-            sources['key_right'] = statistics['key_feature_moment']
-            sources['value_right'] = statistics['value_feature_moment']
+            sources['key_left'] = moments[QUERY_MOMENT.side]
+            sources['key_right'] = moments[KEY_FEATURE_MOMENT.side]
+            sources['value_right'] = moments[VALUE_FEATURE_MOMENT.side]
         else:
-            if 'key_curvature' in statistics:
-                sources['key_left'] = statistics['key_curvature']
+            if KEY_CURVATURE.side in moments:
+                sources['key_left'] = moments[KEY_CURVATURE.side]
             if inputs.shape[1] > 1:
                 sources['key_right'] = inputs[:, 1:]
-        results = {name: damped_power(matrix, damping) for name, matrix in sources.items()}
+        results = {slot: damped_inverse(moment, damping) for slot, moment in sources.items()}
         if self.variant == 'thesis':
-            weight = statistics['weight'].chunk(3, dim=1)[2].flatten(1, 2)[:, None]
-            results['value_right'] = value_operator(weight, statistics['output_moment'], damping)
-        good = torch.stack([fine.all(-1) for _, fine in results.values()]).all(0)
-        return {name: matrix for name, (matrix, _) in results.items()}, good
+            weight = moments[WEIGHT].chunk(3, dim=1)[2].flatten(1, 2)[:, None]
+            results['value_right'] = value_operator(weight, moments[OUTPUT_MOMENT.side], damping)
+        succeeded = torch.stack([good.all(-1) for _, good in results.values()]).all(0)
+        return {slot: ProjectionMatrix(matrix) for slot, (matrix, _) in results.items()}, succeeded
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """The operators of the table, with norm recovery for each projection."""
-        if 'query_left' not in operator:
-            return super().apply(operator, gradients)
+        if 'query_left' not in operators:
+            return super().apply(operators, gradients)
         query, key, value = gradients.chunk(3, dim=1)
         directions = [
-            operator['query_left'] @ query @ operator['query_right'],
-            key @ operator.get('key_right', operator['query_right']),
-            value @ operator['value_right']]
-        if 'key_left' in operator:
-            directions[1] = operator['key_left'] @ directions[1]
+            operators['query_right'].right(operators['query_left'].left(query)),
+            operators.get('key_right', operators['query_right']).right(key),
+            operators['value_right'].right(value)]
+        if 'key_left' in operators:
+            directions[1] = operators['key_left'].left(directions[1])
         if self.norm_recovery:
             directions = [recover_norm(direction, gradient) for direction, gradient
                           in zip(directions, (query, key, value), strict=True)]
         return torch.cat(directions, dim=1)
+
+
+def _is_attention(layer: Layer) -> bool:
+    """Whether a layer is an attention module that is read as a whole."""
+    return layer.has_side(QUERY_CURVATURE.side)
 
 
 def value_operator(weight: Tensor, moment: Tensor, damping: Tensor | float = 0.01,
@@ -177,5 +202,5 @@ def value_operator(weight: Tensor, moment: Tensor, damping: Tensor | float = 0.0
     """
     gram = weight.mT @ weight
     gram.diagonal(dim1=-2, dim2=-1).add_(shift)
-    inverse, good = damped_power(weight.mT @ moment @ weight, damping)
+    inverse, good = damped_inverse(weight.mT @ moment @ weight, damping)
     return gram @ inverse @ gram, good

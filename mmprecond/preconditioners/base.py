@@ -1,25 +1,40 @@
 """The contract of a preconditioner: settings and pure functions of stacks of matrices.
 
-A method keeps no state. Statistics, operators and counters live in `LayerStack`, so that the
-failure ladder, checkpoints and the batching over layers are written once for all methods.
+A method keeps no state. Statistics, operators and counters live in `core.LayerStack`, so that
+failures, checkpoints and the batching over layers are written once for all methods.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..curvature import BLOCKS, COLUMNS, MOMENT, SAMPLED, SKETCH, Layer, RunningAverage
-from .sides import SCALE, LowRank, Stacked, operator_shapes
+from ..curvature import (
+    ALL,
+    AttentionReading,
+    Blocks,
+    Factor,
+    Form,
+    Layer,
+    Moment,
+    RunningAverage,
+    SampledRows,
+    Side,
+    Sketch,
+    Statistic,
+)
+from ..linalg import Operators, RankSearch, count_flops
 
-#: What stands for the moment of a side over max_dim.
-OVERSIZE = {'skip': None, 'one_sided': None, 'block': BLOCKS, 'lowrank': SKETCH}
+#: Running statistics by the side that they are of.
+Factors = Mapping[Side, Factor]
+
+OVERSIZE = ('skip', 'one_sided', 'block', 'lowrank')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +65,23 @@ class Preconditioner(ABC):
     max_rank: int | None = None
     max_rows: int | None = None
 
-    #: Statistics that the method needs of a layer.
-    requires: ClassVar[tuple[str, ...]] = ()
+    #: Statistics that the method keeps of a linear layer or convolution.
+    statistics: ClassVar[tuple[Statistic, ...]] = ()
+    #: The settings of its source, by which published numbers were made.
+    published: ClassVar[dict[str, Any]] = {}
     #: Names of the rules that the method works with; none means all.
     rules: ClassVar[tuple[str, ...]] = ()
     #: Steps are counted from here when intervals fall due: 0 captures and refreshes at once.
     phase: ClassVar[int] = 0
     #: Whether a layer whose first statistics come late is refreshed at once.
-    eager: ClassVar[bool] = True
-    #: Whether its statistics are put in at the start, rather than captured.
-    given: ClassVar[bool] = False
-    #: Whether the rule works in the space of `apply`, from which `restore` leads back.
+    refresh_on_first_sample: ClassVar[bool] = True
+    #: Whether its one statistic is put in at the start, and never captured.
+    precomputed: ClassVar[bool] = False
+    #: Whether the rule works in the space of `apply`, from which `restore` leads back. The rule
+    #: must then treat each entry by itself.
     rotates: ClassVar[bool] = False
-    #: Whether `restore` changes the rule's directions.
-    restores: ClassVar[bool] = False
+    #: Whether `restore` changes the rule's updates.
+    acts_after_rule: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ('stat_interval', 'refresh_interval', 'max_dim'):
@@ -71,8 +89,8 @@ class Preconditioner(ABC):
         for name in ('max_rank', 'max_rows'):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        check_choice('oversize', self.oversize, tuple(OVERSIZE))
-        if self.rotates and OVERSIZE[self.oversize]:
+        check_choice('oversize', self.oversize, OVERSIZE)
+        if self.rotates and self._oversize_form is not None:
             raise ValueError(f"oversize={self.oversize!r} is for inverses; {type(self).__name__} "
                              "turns gradients, and takes 'skip' or 'one_sided'")
         if self.refresh_interval % self.stat_interval:
@@ -84,15 +102,12 @@ class Preconditioner(ABC):
         """Names of the settings."""
         return [field.name for field in fields(cls)]
 
-    @property
-    def attention_windows(self) -> int:
-        """Windows it measures of an attention module a call; 0 takes the linear layers alone."""
-        return 0
+    # ---------------------------------------------------------------- what it measures
 
     @property
-    def attention_bias(self) -> bool:
-        """Whether biases are joint with the weights of attention modules."""
-        return False
+    def attention_reading(self) -> AttentionReading | None:
+        """How attention modules are read as a whole; None takes their linear layers alone."""
+        return None
 
     @property
     def capture_interval(self) -> int:
@@ -100,30 +115,29 @@ class Preconditioner(ABC):
         return self.stat_interval
 
     @property
-    def layer_options(self) -> dict[str, int | str | None]:
-        """Attributes of a layer on which its statistics depend."""
-        return dict(block=self.max_dim, rank=self.max_rank or Layer.rank, max_rows=self.max_rows)
+    def rank_search(self) -> RankSearch | None:
+        """When operators come as columns whose number is found at a refresh; None: never."""
+        return None
 
-    def wanted(self, layer: Layer) -> tuple[str, ...]:
+    def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The statistics that the method would keep of a layer, whatever their size."""
-        return self.requires
+        return self.statistics
 
-    def required(self, layer: Layer) -> tuple[str, ...]:
+    def selected_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The statistics kept of a layer; none leaves it to the rule."""
-        sampled = self.max_rows is not None and layer.has_positions
-        wanted = tuple(name + SAMPLED if sampled and name.endswith((MOMENT, SKETCH)) else name
-                       for name in self.wanted(layer))
-        large = {name for name in wanted
-                 if COLUMNS not in name and layer.statistic_shape(name)[-1] > self.max_dim}
-        form = OVERSIZE[self.oversize]
+        candidates = tuple(self._over_drawn_rows(layer, statistic)
+                           for statistic in self.candidate_statistics(layer))
+        large = {statistic for statistic in candidates if self._is_large(layer, statistic)}
+        form = self._oversize_form
         if form and (layer.compressible or not large):
-            return tuple(name.replace(MOMENT, form) if name in large else name for name in wanted)
-        kept = tuple(name for name in wanted if name not in large)
+            return tuple(_in_form(statistic, form) if statistic in large else statistic
+                         for statistic in candidates)
+        kept = tuple(statistic for statistic in candidates if statistic not in large)
         return kept if not large or self.oversize == 'one_sided' else ()
 
-    def essential(self, layer: Layer) -> tuple[str, ...]:
-        """The statistics without which a sample tells nothing: those that must not be zero."""
-        return self.required(layer)
+    def must_be_nonzero(self, layer: Layer) -> tuple[Statistic, ...]:
+        """The statistics without which a sample tells nothing."""
+        return self.selected_statistics(layer)
 
     def gradient_factor(self, rows: float) -> float:
         """By what the sums of squared gradient rows are multiplied, given the number of rows.
@@ -133,48 +147,63 @@ class Preconditioner(ABC):
         return 1.
 
     def reads_weight(self, layer: Layer) -> bool:
-        """Whether `refresh` also needs the layers' weights (k, b, o, i), as 'weight'."""
+        """Whether `refresh` also takes the layers' weights (k, b, o, i), as side `WEIGHT`."""
         return False
 
-    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
-        """Shapes (b, n, m) of a layer's operators by name; by default those of `sides`."""
-        return operator_shapes(layer, self.required(layer), self.low_rank)
+    @property
+    def _oversize_form(self) -> Form | None:
+        """What stands for the moment of a side over max_dim; None: nothing."""
+        forms: dict[str, Form] = {'block': Blocks(self.max_dim),
+                                  'lowrank': Sketch(self.max_rank or Sketch.rank)}
+        return forms.get(self.oversize)
+
+    def _over_drawn_rows(self, layer: Layer, statistic: Statistic) -> Statistic:
+        """The statistic over `max_rows` rows, where the layer can draw some."""
+        drawn = SampledRows(most_rows=self.max_rows)
+        if (self.max_rows is None or statistic.rows != ALL or statistic.form.is_bounded
+                or not statistic.form.is_product or not isinstance(drawn, layer.row_kinds)):
+            return statistic
+        return replace(statistic, rows=drawn, key='')
+
+    def _is_large(self, layer: Layer, statistic: Statistic) -> bool:
+        widths = [width for _, _, width in layer.shapes(statistic).values()]
+        return not statistic.form.is_bounded and max(widths) > self.max_dim
+
+    # ---------------------------------------------------------------- costs and notes
+
+    def outline(self, layer: Layer) -> Operators:
+        """The operators of one layer in likely shapes, on the meta device."""
+        return {statistic.side.name: statistic.form.outline(
+            *layer.size_of(statistic.side), layer, self.rank_search)
+            for statistic in self.selected_statistics(layer)}
 
     def apply_flops(self, layer: Layer) -> float:
         """Floating-point operations of one step's products with a layer's gradient."""
-        total = 0.
-        for name, (_, _, width) in self.operator_shapes(layer).items():
-            if SCALE not in name:
-                products = 2 if COLUMNS in name else 1  # with U, and with U'
-                total += 2. * products * math.prod(layer.shape) * width
-        return total * (1 + self.rotates)
+        gradient = torch.empty(1, *layer.shape, device='meta')
+        operators = self.outline(layer)
+        total = count_flops(self.apply, operators, gradient)
+        return total + (count_flops(self.restore, operators, gradient) if self.rotates else 0.)
 
     def refresh_flops(self, layer: Layer) -> float:
         """About the operations of one refresh: n^3 for each factor."""
-        return sum(float(b * n * m * m)
-                   for b, n, m in map(layer.statistic_shape, self.required(layer)))
+        return sum(float(b * n * m * m) for statistic in self.selected_statistics(layer)
+                   for b, n, m in layer.shapes(statistic).values())
 
     @property
     def is_inverse(self) -> bool:
         """Whether its dense operators are inverses of damped moments."""
         return False
 
-    @property
-    def low_rank(self) -> LowRank | None:
-        """When operators come as columns whose number is found at a refresh; None: never."""
-        return None
-
     def note(self, layer: Layer) -> str:
         """What the table adds to the method's name, such as what it leaves out; or ''."""
-        required, wanted = self.required(layer), self.wanted(layer)
-        if len(required) < len(wanted):
+        selected = self.selected_statistics(layer)
+        if len(selected) < len(self.candidate_statistics(layer)):
             return f'one side: the other is over max_dim={self.max_dim}'
-        notes = []
-        for name in required:
-            size = layer.statistic_shape(name)[-1]
-            notes += [f'{name.split("_")[0]} side {text} {size}' for form, text
-                      in ((BLOCKS, 'in blocks of'), (SKETCH, 'of rank')) if form in name]
-        return ', '.join(notes)
+        notes = ((statistic.side.name, statistic.form.note(layer.size_of(statistic.side)[1]))
+                 for statistic in selected)
+        return ', '.join(f'{side} side {note}' for side, note in notes if note)
+
+    # ---------------------------------------------------------------- the method itself
 
     def is_exact(self, refreshes: int) -> bool:
         """Whether a layer's refresh number `refreshes` (from 0) starts from nothing."""
@@ -185,18 +214,18 @@ class Preconditioner(ABC):
         """How samples merge into the running statistics."""
 
     @abstractmethod
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None) -> tuple[Operators, Tensor]:
         """Turns statistics into operators.
 
         Args:
-            statistics: Running statistics (k, b, n, n) by name.
+            factors: Running statistics by side.
             previous: The operators of the last refresh, or None for an exact refresh.
             damping: Damping for these layers (k, 1) where some layers override the setting, else
                 None.
 
         Returns:
-            Operators by name, and a bool tensor (k,) that is False where a refresh failed.
+            Operators by slot, and a bool tensor (k,) that is False where a refresh failed.
         """
 
     @property
@@ -204,17 +233,17 @@ class Preconditioner(ABC):
         """Bound of the KL clip that is taken over all layers, or None."""
         return None
 
-    def align(self, operator: Stacked, previous: Stacked | None) -> Stacked:
+    def align(self, operators: Operators, previous: Operators | None) -> Operators:
         """New operators in the form closest to the previous ones, where they have a choice."""
-        return operator
-
-    def restore(self, operator: Stacked, directions: Tensor) -> Tensor:
-        """Turns the rule's directions (k, b, o, i) into steps; only of methods that restore."""
-        return directions
+        return operators
 
     @abstractmethod
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
-        """Preconditions gradients (k, b, o, i)."""
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
+        """Preconditions gradients (k, b, o, i): the rule's directions."""
+
+    def restore(self, operators: Operators, updates: Tensor) -> Tensor:
+        """Turns the rule's updates (k, b, o, i) back; only of methods that act after the rule."""
+        return updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +252,7 @@ class InversePreconditioner(Preconditioner):
 
     Attributes:
         solver: 'lowrank' keeps of a side's power the eigenvectors that stand out of the damping,
-            where they are fewer than half (see `LowRank`); the others are the method's own.
+            where they are fewer than half (see `RankSearch`); the others are the method's own.
         tolerance: Relative error that 'lowrank' allows an operator in any direction, less than 1:
             at 0.1 and exponent 1, eigenvalues below 0.22 times the damping are left out.
     """
@@ -240,13 +269,20 @@ class InversePreconditioner(Preconditioner):
         check_number('tolerance', self.tolerance, open_low=True, high=1)
 
     @property
-    def low_rank(self) -> LowRank | None:
+    def rank_search(self) -> RankSearch | None:
         """With solver='lowrank'."""
-        return LowRank(self.tolerance, self.max_rank) if self.solver == 'lowrank' else None
+        return RankSearch(self.tolerance, self.max_rank) if self.solver == 'lowrank' else None
 
     def is_exact(self, refreshes: int) -> bool:
         """All but those of low rank, which start from the last."""
         return self.solver != 'lowrank' or refreshes == 0
+
+
+def _in_form(statistic: Statistic, form: Form) -> Statistic:
+    """The statistic in another form, if it is a moment."""
+    if not isinstance(statistic.form, Moment):
+        return statistic
+    return replace(statistic, form=form, key='')
 
 
 def damping_like(value: Tensor | float, like: Tensor) -> Tensor:

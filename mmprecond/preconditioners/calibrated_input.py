@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..curvature import RunningAverage
-from ..linalg import cholesky_inverse
-from .base import Preconditioner, damping_like
-from .sides import Stacked, add_damping, two_sided
+from ..curvature import INPUT, Moment, RunningAverage, Statistic, add_damping
+from ..linalg import Dense, Operators, cholesky_inverse
+from .base import Factors, Preconditioner, damping_like
+from .two_sided import two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +30,23 @@ class CalibratedInput(Preconditioner):
     damping: float = 1.
     compat: str = 'paper'
 
-    requires: ClassVar[tuple[str, ...]] = ('input_moment',)
-    given: ClassVar[bool] = True
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)
+    precomputed: ClassVar[bool] = True
 
     def average(self) -> RunningAverage:
         """The one sample."""
         return RunningAverage(decay=None)
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """The exact inverse (see the base class)."""
-        moment = statistics['input_moment']
+        moment = factors[INPUT].tensor
         rho = damping_like(self.damping if damping is None else damping, moment)
         inverse, good = cholesky_inverse(add_damping(moment, rho[..., 0, 0]))
         if self.compat == 'paper':
             inverse = inverse * rho
-        return {'input_moment': inverse}, good.all(-1)
+        return {INPUT.name: Dense(inverse)}, good.all(-1)
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``G`` times the inverse."""
-        return two_sided(operator, gradients)
+        return two_sided(operators, gradients)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_flag, check_number
-from ..curvature import RunningAverage
-from ..linalg import assign_columns, eigenbasis, orthogonal_iteration
-from .base import Preconditioner
-from .sides import Stacked, side_name, two_sided
+from ..curvature import GRADIENT, INPUT, Moment, RunningAverage, Side, Statistic
+from ..linalg import Dense, Operators, assign_columns, eigenbasis, orthogonal_iteration
+from .base import Factors, Preconditioner
+from .two_sided import two_sided
 
 BASIS_SOLVERS = ('eigh', 'qr')
 
@@ -44,12 +44,12 @@ class EigenRotation(Preconditioner):
     basis_solver: str = 'eigh'
     rotate_moments: bool = True
 
-    requires: ClassVar[tuple[str, ...]] = ('input_moment', 'gradient_moment')
-    rules: ClassVar[tuple[str, ...]] = ('AdamW', 'Adan')
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
+                                                   Statistic(GRADIENT, Moment()))
     phase: ClassVar[int] = 1
-    eager: ClassVar[bool] = False
+    refresh_on_first_sample: ClassVar[bool] = False
     rotates: ClassVar[bool] = True
-    restores: ClassVar[bool] = True
+    acts_after_rule: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,42 +65,55 @@ class EigenRotation(Preconditioner):
         """The plain mean of all captures (4.25)."""
         return RunningAverage(decay=None)
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """Bases of the moments; `damping` means nothing here (see the base class)."""
-        operator: Stacked = {}
-        fine = []
-        for measured, statistic in statistics.items():
-            name = side_name(measured)
-            if previous is None:
-                operator[name], good = eigenbasis(statistic, self.basis_eps)
+        operators: Operators = {}
+        outcomes = []
+        for side, factor in factors.items():
+            last = _basis_of(previous, side.name)
+            if last is None:
+                basis, succeeded = eigenbasis(factor.tensor, self.basis_eps)
             else:
-                operator[name], good = orthogonal_iteration(statistic, previous[name])
-            fine.append(good)
-        return operator, torch.stack(fine).all(0).all(-1)
+                basis, succeeded = orthogonal_iteration(factor.tensor, last)
+            operators[side.name] = Dense(basis)
+            outcomes.append(succeeded)
+        return operators, torch.stack(outcomes).all(0).all(-1)
 
-    def align(self, operator: Stacked, previous: Stacked | None) -> Stacked:
+    def align(self, operators: Operators, previous: Operators | None) -> Operators:
         """Orders and signs the bases by the previous ones, the first by the identity."""
-        return {name: assign_columns(basis, _previous_basis(previous, name, basis))
-                for name, basis in operator.items()}
+        def aligned(slot: str, basis: Tensor) -> Dense:
+            return Dense(assign_columns(basis, _reference_basis(_basis_of(previous, slot), basis)))
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+        return {slot: aligned(slot, *operator.tensors) for slot, operator in operators.items()}
+
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``U1' G U2``; a side without a basis is left alone."""
-        return two_sided({**operator, **_turned(operator, 'gradient_moment')}, gradients)
+        return two_sided(_transposed(operators, GRADIENT), gradients)
 
-    def restore(self, operator: Stacked, directions: Tensor) -> Tensor:
+    def restore(self, operators: Operators, updates: Tensor) -> Tensor:
         """``U1 D U2'``."""
-        return two_sided({**operator, **_turned(operator, 'input_moment')}, directions)
+        return two_sided(_transposed(operators, INPUT), updates)
 
 
-def _turned(operator: Stacked, name: str) -> Stacked:
-    return {name: operator[name].mT} if name in operator else {}
+def _transposed(operators: Operators, side: Side) -> Operators:
+    """Operators of which that of one side, if there is one, is transposed."""
+    return {slot: operator.map(lambda basis: basis.mT) if slot == side.name else operator
+            for slot, operator in operators.items()}
 
 
-def _previous_basis(previous: Stacked | None, name: str, like: Tensor) -> Tensor:
-    """The old bases by name; the identity where a layer had none."""
+def _basis_of(operators: Operators | None, slot: str) -> Tensor | None:
+    """The matrix of a slot's operator, or None where there is none."""
+    if not operators:
+        return None
+    basis, = operators[slot].tensors
+    return basis
+
+
+def _reference_basis(previous: Tensor | None, like: Tensor) -> Tensor:
+    """The old bases; the identity where a layer had none."""
     identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
     if previous is None:
         return identity
-    missing = (previous[name] == 0).flatten(-2).all(-1)[..., None, None]
-    return torch.where(missing, identity, previous[name])
+    missing = (previous == 0).flatten(-2).all(-1)[..., None, None]
+    return torch.where(missing, identity, previous)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_number
-from ..curvature import Layer, RunningAverage
-from .base import Preconditioner, check_damping, damping_like
-from .sides import Stacked
+from ..curvature import GRADIENT, INPUT, Layer, RunningAverage, Square, Statistic
+from ..linalg import Diagonal, Operators
+from .base import Factors, Preconditioner, check_damping, damping_like
 
 EMAS = ('paper', 'code')
 
@@ -43,9 +43,10 @@ class FisherDiagonal(Preconditioner):
     damping: float = 1e-3
     ema: str = 'paper'
 
-    requires: ClassVar[tuple[str, ...]] = ('input_square', 'gradient_square')
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Square()),
+                                                   Statistic(GRADIENT, Square()))
     rules: ClassVar[tuple[str, ...]] = ('EMASGD',)
-    restores: ClassVar[bool] = True
+    acts_after_rule: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,30 +60,32 @@ class FisherDiagonal(Preconditioner):
                     'code': (0.1 * self.stat_decay, 0.01 * self.stat_decay)}[self.ema]
         return RunningAverage(old, new_weight=new, start=1., normalise='range')
 
-    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
-        """Shapes (b, n, m) of a layer's operators by name."""
+    def outline(self, layer: Layer) -> Operators:
+        """s, h' and lambda."""
         blocks, rows, columns = layer.shape
-        return {'gradient': (blocks, rows, 1), 'input': (blocks, 1, columns),
-                'damping': (1, 1, 1)}
+        return {GRADIENT.name: Diagonal.outline((blocks, rows, 1)),
+                INPUT.name: Diagonal.outline((blocks, 1, columns)),
+                'damping': Diagonal.outline((1, 1, 1))}
 
     def apply_flops(self, layer: Layer) -> float:
         """Operations of one step (see the base class)."""
         return 3. * math.prod(layer.shape)
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """The two vectors and lambda (see the base class)."""
-        left, right = statistics['gradient_square'], statistics['input_square'].mT
+        left, right = factors[GRADIENT].tensor, factors[INPUT].tensor.mT
         amount = damping_like(self.damping if damping is None else damping, left)
-        fine = left.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)
-        return {'gradient': left.clone(), 'input': right.clone(),
-                'damping': amount.expand(len(left), 1, 1, 1).clone()}, fine
+        finite = left.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)
+        return {GRADIENT.name: Diagonal(left.clone()), INPUT.name: Diagonal(right.clone()),
+                'damping': Diagonal(amount.expand(len(left), 1, 1, 1).clone())}, finite
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """The gradients as they are: the rule averages them first."""
         return gradients
 
-    def restore(self, operator: Stacked, directions: Tensor) -> Tensor:
+    def restore(self, operators: Operators, updates: Tensor) -> Tensor:
         """``D / (s h' + lambda)``."""
-        return directions / torch.addcmul(operator['damping'], operator['gradient'],
-                                          operator['input'])
+        (damping,), (left,), (right,) = (operators[slot].tensors for slot in (
+            'damping', GRADIENT.name, INPUT.name))
+        return updates / torch.addcmul(damping, left, right)

@@ -9,20 +9,27 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..curvature import BLOCKS, COLUMNS, MOMENT, REDUCED, SAMPLED, Layer, RunningAverage
-from ..linalg import cholesky_inverse
-from .base import Preconditioner, check_damping
-from .sides import (
-    Stacked,
-    damped_sides,
-    recover_norm,
-    relative_damping,
-    side_name,
-    trace,
-    two_sided,
+from ..curvature import (
+    ALL,
+    GRADIENT,
+    INPUT,
+    REDUCED,
+    Blocks,
+    Columns,
+    Layer,
+    Moment,
+    Power,
+    Rows,
+    RunningAverage,
+    SampledRows,
+    Side,
+    Statistic,
 )
+from ..linalg import Operators, cholesky_inverse
+from .base import Factors, Preconditioner, check_damping
+from .two_sided import damped_powers, recover_norm, relative_damping, two_sided
 
-REDUCTIONS = {'expand': '', 'reduce': REDUCED, 'sample': SAMPLED}
+REDUCTIONS = ('expand', 'reduce', 'sample')
 SOLVERS = ('inverse', 'woodbury')
 DAMPING_FORMS = ('pi', 'relative')
 SCALINGS = ('kl_clip', 'norm_recovery', 'none')
@@ -80,7 +87,8 @@ class FisherKronecker(Preconditioner):
     scaling: str = 'kl_clip'
     kl_clip: float = 1e-3
 
-    requires: ClassVar[tuple[str, ...]] = ('input_moment', 'gradient_moment')
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
+                                                   Statistic(GRADIENT, Moment()))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +96,7 @@ class FisherKronecker(Preconditioner):
         check_damping('damping', self.damping)
         check_damping('kl_clip', self.kl_clip)
         check_choice('damping_form', self.damping_form, DAMPING_FORMS)
-        check_choice('reduction', self.reduction, tuple(REDUCTIONS))
+        check_choice('reduction', self.reduction, REDUCTIONS)
         check_choice('solver', self.solver, SOLVERS)
         check_count('positions', self.positions)
         check_count('max_columns', self.max_columns)
@@ -103,27 +111,22 @@ class FisherKronecker(Preconditioner):
         """A sample that the next one replaces is not captured."""
         return self.stat_interval if self.stat_decay else self.refresh_interval
 
-    @property
-    def layer_options(self) -> dict[str, int | str | None]:
-        """How many rows are drawn and kept."""
-        rows = None if self.reduction == 'sample' else self.max_rows
-        return {**super().layer_options, 'positions': self.positions, 'slots': self.max_columns,
-                'max_rows': rows}
-
-    def wanted(self, layer: Layer) -> tuple[str, ...]:
+    def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The factors, or their columns, over the rows that the reduction takes."""
-        return tuple(self._wanted_one(name, layer) for name in self.requires)
+        return tuple(self._factor_of(statistic.side, layer) for statistic in self.statistics)
 
-    def _wanted_one(self, name: str, layer: Layer) -> str:
-        tall = layer.statistic_shape(name)[-1] > self.max_columns
+    def _factor_of(self, side: Side, layer: Layer) -> Statistic:
+        rows: Rows = {'expand': ALL, 'reduce': REDUCED,
+                      'sample': SampledRows(self.positions)}[self.reduction]
+        tall = layer.size_of(side)[1] > self.max_columns
         if self.solver == 'woodbury' and tall:
-            name = name.replace(MOMENT, COLUMNS)
-        return name + REDUCTIONS[self.reduction]
+            return Statistic(side, Columns(self.max_columns), rows)
+        return Statistic(side, Moment(), rows)
 
     def note(self, layer: Layer) -> str:
         """Says where the rows are kept."""
-        columns = any(COLUMNS in name for name in self.required(layer))
-        return super().note(layer) or ('Woodbury' if columns else '')
+        kept = any(isinstance(s.form, Columns) for s in self.selected_statistics(layer))
+        return super().note(layer) or ('Woodbury' if kept else '')
 
     def gradient_factor(self, rows: float) -> float:
         """Makes each row the gradient of its own loss."""
@@ -131,41 +134,41 @@ class FisherKronecker(Preconditioner):
 
     @property
     def is_inverse(self) -> bool:
-        """They are."""
+        """Dense operators are inverses of damped moments."""
         return True
 
     def average(self) -> RunningAverage:
         """Moving average that starts from the first sample."""
         return RunningAverage(self.stat_decay, from_first=True)
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """Inverts the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
-        amounts = self._dampings(statistics, damping)
-        return damped_sides(statistics, lambda name, _: amounts[name],
-                            lambda _, damped: cholesky_inverse(damped))
+        amounts = self._dampings(factors, damping)
+        return damped_powers(factors, lambda side, _: amounts[side],
+                             Power(lambda damped, last: cholesky_inverse(damped)))
 
-    def _dampings(self, statistics: Stacked, damping: Tensor | float) -> Stacked:
-        """What is added to each factor's diagonal (k, b), by the side's name."""
-        factors = {side_name(statistic): s for statistic, s in statistics.items()}
+    def _dampings(self, factors: Factors, damping: Tensor | float) -> dict[Side, Tensor]:
+        """What is added to each factor's diagonal (k, b)."""
         if self.damping_form == 'relative':
-            return {name: relative_damping(s, damping, name) for name, s in factors.items()}
-        means = {name: trace(name, s) / s.shape[-2] for name, s in factors.items()}
-        if any(BLOCKS in name for name in means):  # of whole sides
-            means = {name: mean.mean(-1, keepdim=True) for name, mean in means.items()}
+            return {side: relative_damping(factor, damping) for side, factor in factors.items()}
+        means = {side: factor.trace() / factor.tensor.shape[-2]
+                 for side, factor in factors.items()}
+        if any(isinstance(factor.form, Blocks) for factor in factors.values()):  # of whole sides
+            means = {side: mean.mean(-1, keepdim=True) for side, mean in means.items()}
         root = damping**0.5
         if len(means) < 2:
-            return {name: root + torch.zeros_like(mean) for name, mean in means.items()}
-        first, second = sorted(means, reverse=True)  # the input's, the gradient's
-        pi = (means[first] / means[second]).sqrt()
+            return {side: root + torch.zeros_like(mean) for side, mean in means.items()}
+        pi = (means[INPUT] / means[GRADIENT]).sqrt()
         pi = pi.nan_to_num(nan=1.).clamp(1 / LARGEST_PI, LARGEST_PI)
-        amounts = {first: root * pi, second: root / pi}
-        return {name: amounts[name].expand(factors[name].shape[:2]) for name in factors}
+        amounts = {INPUT: root * pi, GRADIENT: root / pi}
+        return {side: amounts[side].expand(factor.tensor.shape[:2])
+                for side, factor in factors.items()}
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1``; the KL clip comes after, over all layers."""
-        directions = two_sided(operator, gradients)
+        directions = two_sided(operators, gradients)
         if self.scaling == 'norm_recovery':
             return recover_norm(directions, gradients)
         return directions

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from ..curvature import Layer, RunningAverage
-from .base import Preconditioner
-from .sides import Stacked
+from ..curvature import INPUT, Layer, RunningAverage, Square, Statistic
+from ..linalg import Diagonal, Operators
+from .base import Factors, Preconditioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class InputDiagonal(Preconditioner):
     stat_decay: float = 0.999
     eps: float = 1e-8
 
-    requires: ClassVar[tuple[str, ...]] = ('input_square',)
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Square()),)
     rules: ClassVar[tuple[str, ...]] = ('EMASGD',)
-    restores: ClassVar[bool] = True
+    acts_after_rule: ClassVar[bool] = True
 
     #: Least entry of v, relative to the mean.
     FLOOR: ClassVar[float] = 1e-12
@@ -54,27 +54,27 @@ class InputDiagonal(Preconditioner):
         """Moving average with bias correction."""
         return RunningAverage(self.stat_decay, corrected=True)
 
-    def operator_shapes(self, layer: Layer) -> dict[str, tuple[int, int, int]]:
-        """Shapes (b, n, m) of a layer's operators by name."""
+    def outline(self, layer: Layer) -> Operators:
+        """One row of factors."""
         blocks, _, columns = layer.shape
-        return {'input': (blocks, 1, columns)}
+        return {INPUT.name: Diagonal.outline((blocks, 1, columns))}
 
     def apply_flops(self, layer: Layer) -> float:
         """Operations of one step (see the base class)."""
         return float(math.prod(layer.shape))
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """Roots; `damping` means nothing here (see the base class)."""
-        square = statistics['input_square'].mT
+        square = factors[INPUT].tensor.mT
         least = self.FLOOR * square.mean((-3, -1), keepdim=True)
         factor = 1 / (torch.maximum(square, least).sqrt() + self.eps)
-        return {'input': factor}, factor.isfinite().flatten(1).all(1)
+        return {INPUT.name: Diagonal(factor)}, factor.isfinite().flatten(1).all(1)
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """The gradients as they are: the rule averages them first."""
         return gradients
 
-    def restore(self, operator: Stacked, directions: Tensor) -> Tensor:
+    def restore(self, operators: Operators, updates: Tensor) -> Tensor:
         """``D diag(1 / (sqrt(v) + eps))``."""
-        return directions * operator['input']
+        return operators[INPUT.name].right(updates)

@@ -8,17 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..checks import check_flag, check_number
-from ..curvature import RunningAverage
-from ..linalg import inverse_power
-from .base import InversePreconditioner, check_damping
-from .sides import (
-    Stacked,
-    add_damping,
-    damped_sides,
-    recover_norm,
-    relative_damping,
-    two_sided,
-)
+from ..curvature import INPUT, Factor, Moment, Power, RunningAverage, Statistic, add_damping
+from ..linalg import Operators, inverse_power
+from .base import Factors, InversePreconditioner, check_damping
+from .two_sided import damped_powers, recover_norm, relative_damping, two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +45,7 @@ class InputFeature(InversePreconditioner):
     solver: str = 'exact'
 
     dense_solvers: ClassVar[tuple[str, ...]] = ('exact',)
-    requires: ClassVar[tuple[str, ...]] = ('input_moment',)
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,29 +59,29 @@ class InputFeature(InversePreconditioner):
 
     @property
     def is_inverse(self) -> bool:
-        """They are at exponent 1."""
+        """Dense operators are inverses of damped moments at exponent 1."""
         return self.exponent == 1
 
     def average(self) -> RunningAverage:
         """Moving average of the captures as they are."""
         return RunningAverage(self.stat_decay)
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None = None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None = None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """Inverts the damped moments (see the base class)."""
         damping = self.damping if damping is None else damping
-        return damped_sides(
-            statistics, lambda name, given: relative_damping(given, damping, name),
-            lambda _, damped: inverse_power(damped, self.exponent), self.exponent,
-            self.low_rank, previous)
+        power = Power(lambda damped, last: inverse_power(damped, self.exponent), self.exponent,
+                      self.rank_search)
+        return damped_powers(factors, lambda _, factor: relative_damping(factor, damping), power,
+                             previous)
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``G R^-p`` with norm recovery."""
-        directions = two_sided(operator, gradients)
+        directions = two_sided(operators, gradients)
         return recover_norm(directions, gradients) if self.norm_recovery else directions
 
 
-def damped_power(statistic: Tensor, damping: Tensor | float,
-                 exponent: float = 1.) -> tuple[Tensor, Tensor]:
-    """``(A + damping lambda_max(A) I)^-exponent`` of (..., b, n, n), and whether it succeeded."""
-    return inverse_power(add_damping(statistic, relative_damping(statistic, damping)), exponent)
+def damped_inverse(moment: Tensor, damping: Tensor | float) -> tuple[Tensor, Tensor]:
+    """``(A + damping lambda_max(A) I)^-1`` of (..., b, n, n), and whether it succeeded."""
+    amount = relative_damping(Factor(Moment(), (moment,)), damping)
+    return inverse_power(add_damping(moment, amount), 1)

@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..checks import check_count, check_number
-from ..curvature import RunningAverage
-from ..linalg import inverse_power, newton_schulz_inverse_root
-from .base import InversePreconditioner, check_damping
-from .sides import Stacked, damped_sides, exact_relative_damping, recover_norm, two_sided
+from ..curvature import GRADIENT, INPUT, Moment, Power, RunningAverage, Statistic
+from ..linalg import Operators, inverse_power, newton_schulz_inverse_root
+from .base import Factors, InversePreconditioner, check_damping
+from .two_sided import damped_powers, exact_relative_damping, recover_norm, two_sided
 
 #: With less than this almost every eigenvalue stands out.
 LEAST_LOWRANK_DAMPING = 1e-3
@@ -48,7 +48,8 @@ class KroneckerRoot(InversePreconditioner):
     root_steps: int = 10
 
     dense_solvers: ClassVar[tuple[str, ...]] = ('newton_schulz', 'eigh')
-    requires: ClassVar[tuple[str, ...]] = ('input_moment', 'gradient_moment')
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
+                                                   Statistic(GRADIENT, Moment()))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,21 +66,20 @@ class KroneckerRoot(InversePreconditioner):
         """Moving average of the captures as they are."""
         return RunningAverage(self.stat_decay)
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """Inverse roots of the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
 
-        def root(name: str, damped: Tensor) -> tuple[Tensor, Tensor]:
+        def root(damped: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
             if self.solver == 'newton_schulz':
                 return newton_schulz_inverse_root(damped, self.root_steps)
             return inverse_power(damped, 0.5)
 
-        return damped_sides(
-            statistics,
-            lambda name, factor: exact_relative_damping(name, factor, damping), root,
-            exponent=0.5, low_rank=self.low_rank, previous=previous)
+        return damped_powers(factors,
+                             lambda _, factor: exact_relative_damping(factor, damping),
+                             Power(root, exponent=0.5, search=self.rank_search), previous)
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``L^-1/2 G R^-1/2`` with norm recovery; a side without an operator is left alone."""
-        return recover_norm(two_sided(operator, gradients), gradients)
+        return recover_norm(two_sided(operators, gradients), gradients)

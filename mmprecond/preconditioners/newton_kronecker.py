@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..checks import check_count, check_number
-from ..curvature import RunningAverage
-from ..linalg import cholesky_inverse, newton_inverse
-from .base import InversePreconditioner, check_damping
-from .sides import Stacked, damped_sides, largest, recover_norm, two_sided
+from ..curvature import GRADIENT, INPUT, Factor, Moment, Power, RunningAverage, Side, Statistic
+from ..linalg import Operators, cholesky_inverse, newton_inverse
+from .base import Factors, InversePreconditioner, check_damping
+from .two_sided import damped_powers, recover_norm, two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class NewtonKronecker(InversePreconditioner):
     solver: str = 'newton'
 
     dense_solvers: ClassVar[tuple[str, ...]] = ('newton', 'cholesky')
-    requires: ClassVar[tuple[str, ...]] = ('input_moment', 'gradient_moment')
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
+                                                   Statistic(GRADIENT, Moment()))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,28 +67,28 @@ class NewtonKronecker(InversePreconditioner):
 
     @property
     def is_inverse(self) -> bool:
-        """They are."""
+        """Dense operators are inverses of damped moments."""
         return True
 
     def average(self) -> RunningAverage:
         """Moving average of normalised captures."""
         return RunningAverage(self.stat_decay, normalise='norm')
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """Inverts the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
 
-        def amount(name: str, factor: Tensor) -> Tensor:
-            return (damping * largest(name, factor)).clamp_min(self.damping_floor)
+        def amount(side: Side, factor: Factor) -> Tensor:
+            return (damping * factor.largest_eigenvalue()).clamp_min(self.damping_floor)
 
-        def invert(name: str, damped: Tensor) -> tuple[Tensor, Tensor]:
-            if previous is None or self.solver == 'lowrank':
+        def invert(damped: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+            if last is None or self.solver == 'lowrank':
                 return cholesky_inverse(damped)
-            return newton_inverse(damped, previous[name], self.newton_steps)
+            return newton_inverse(damped, last, self.newton_steps)
 
-        return damped_sides(statistics, amount, invert, low_rank=self.low_rank, previous=previous)
+        return damped_powers(factors, amount, Power(invert, search=self.rank_search), previous)
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1`` with norm recovery; a side without an operator is left alone."""
-        return recover_norm(two_sided(operator, gradients), gradients)
+        return recover_norm(two_sided(operators, gradients), gradients)

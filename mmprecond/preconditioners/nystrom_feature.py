@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
-from ..curvature import SKETCH_KINDS, Layer, RunningAverage
-from ..linalg import cholesky_inverse
-from .base import Preconditioner, check_damping, damping_like
-from .sides import Stacked, damped_sides, two_sided
+from ..curvature import (
+    INPUT,
+    SKETCH_KINDS,
+    Factor,
+    Layer,
+    Moment,
+    Power,
+    RunningAverage,
+    Side,
+    Sketch,
+    Statistic,
+)
+from ..linalg import Operators, cholesky_inverse
+from .base import Factors, Preconditioner, check_damping, damping_like
+from .two_sided import damped_powers, two_sided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +53,6 @@ class NystromFeature(Preconditioner):
     rank: int = 10
     sketch: str = 'gaussian'
 
-    requires: ClassVar[tuple[str, ...]] = ('input_sketch',)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number('stat_decay', self.stat_decay, high=1)
@@ -52,34 +60,31 @@ class NystromFeature(Preconditioner):
         check_count('rank', self.rank)
         check_choice('sketch', self.sketch, SKETCH_KINDS)
 
-    @property
-    def layer_options(self) -> dict[str, int | str | None]:
-        """The sketch's width and kind."""
-        return {**super().layer_options, 'rank': self.rank, 'sketch': self.sketch}
-
-    def wanted(self, layer: Layer) -> tuple[str, ...]:
+    def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The sketch, or the moment where that is no larger or the only form."""
         whole = self.rank >= layer.columns or not layer.compressible
-        return ('input_moment',) if whole else self.requires
+        return (Statistic(INPUT, Moment() if whole else Sketch(self.rank, self.sketch)),)
 
     @property
     def is_inverse(self) -> bool:
-        """They are."""
+        """Dense operators are inverses of damped moments."""
         return True
 
     def average(self) -> RunningAverage:
         """Moving average with bias correction."""
         return RunningAverage(self.stat_decay, corrected=True)
 
-    def refresh(self, statistics: Stacked, previous: Stacked | None,
-                damping: Tensor | float | None = None) -> tuple[Stacked, Tensor]:
+    def refresh(self, factors: Factors, previous: Operators | None,
+                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
         """Inverts; of columns their small side (see the base class)."""
         rho = self.damping if damping is None else damping
-        return damped_sides(
-            statistics,
-            lambda _, given: damping_like(rho, given)[..., 0, 0].expand(given.shape[:2]),
-            lambda _, damped: cholesky_inverse(damped))
 
-    def apply(self, operator: Stacked, gradients: Tensor) -> Tensor:
+        def amount(side: Side, factor: Factor) -> Tensor:
+            tensor = factor.tensor
+            return damping_like(rho, tensor)[..., 0, 0].expand(tensor.shape[:2])
+
+        return damped_powers(factors, amount, Power(lambda damped, _: cholesky_inverse(damped)))
+
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``G (A + rho I)^-1``, not scaled."""
-        return two_sided(operator, gradients)
+        return two_sided(operators, gradients)

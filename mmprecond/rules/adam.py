@@ -28,6 +28,8 @@ class AdamW(Rule):
     hyper: ClassVar[tuple[str, ...]] = ('lr', 'betas', 'eps', 'weight_decay')
     defaults = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.)
     linear_moments: ClassVar[tuple[str, ...]] = ('exp_avg',)
+    quadratic_moments: ClassVar[tuple[str, ...]] = ('exp_avg_sq',)
+    elementwise: ClassVar[bool] = True
 
     def __init__(self, decay: str = 'decoupled') -> None:
         check_choice('decay', decay, DECAYS)
@@ -47,7 +49,7 @@ class AdamW(Rule):
         for beta in group['betas']:
             check_number('betas', beta, high=1)
 
-    def moments(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+    def moments(self, params: list[Tensor], directions: list[Tensor], states: list[State],
                 group: Group) -> tuple[list[Tensor], list[Tensor], int]:
         """Updates the first and second moments; returns them and the steps they have seen."""
         beta1, beta2 = group['betas']
@@ -56,14 +58,14 @@ class AdamW(Rule):
         second = moments_of(states, 'exp_avg_sq', params)
         for state in states:
             state['step'] = step
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_lerp_(first, directions, 1 - beta1)
         torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        torch._foreach_addcmul_(second, directions, directions, 1 - beta2)
         return first, second, step
 
-    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
                    group: Group) -> list[Tensor]:
-        first, second, step = self.moments(params, gradients, states, group)
+        first, second, step = self.moments(params, directions, states, group)
         beta1, beta2 = group['betas']
         scale = torch._foreach_sqrt(second)
         torch._foreach_div_(scale, (1 - beta2**step) ** 0.5)
@@ -71,11 +73,11 @@ class AdamW(Rule):
         torch._foreach_mul_(scale, 1 - beta1**step)
         return list(torch._foreach_div(first, scale))
 
-    def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
+    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
                group: Group) -> None:
         decay = group['lr'] * group['weight_decay']
         if self.decay == 'published':
             decay /= 1 - group['betas'][0] ** states[0]['step']
         if decay:
             torch._foreach_mul_(params, 1 - decay)
-        torch._foreach_add_(params, directions, alpha=-group['lr'])
+        torch._foreach_add_(params, updates, alpha=-group['lr'])

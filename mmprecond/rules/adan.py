@@ -26,11 +26,11 @@ class Adan(AdamW):
     def __init__(self) -> None:
         super().__init__()
 
-    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
                    group: Group) -> list[Tensor]:
         beta1, beta2, beta3 = group['betas']
         step = states[0].get('step', 0) + 1
-        for state, gradient in zip(states, gradients, strict=True):
+        for state, gradient in zip(states, directions, strict=True):
             state['step'] = step
             if 'previous' not in state:
                 state['previous'] = gradient.clone()
@@ -38,10 +38,10 @@ class Adan(AdamW):
         change = moments_of(states, 'exp_avg_diff', params)
         second = moments_of(states, 'exp_avg_sq', params)
         previous = [state['previous'] for state in states]
-        difference = torch._foreach_sub(gradients, previous)
-        ahead = torch._foreach_add(gradients, difference, alpha=beta2)
-        torch._foreach_copy_(previous, gradients)
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        difference = torch._foreach_sub(directions, previous)
+        ahead = torch._foreach_add(directions, difference, alpha=beta2)
+        torch._foreach_copy_(previous, directions)
+        torch._foreach_lerp_(first, directions, 1 - beta1)
         torch._foreach_lerp_(change, list(difference), 1 - beta2)
         torch._foreach_mul_(second, beta3)
         torch._foreach_addcmul_(second, ahead, ahead, 1 - beta3)
@@ -52,7 +52,7 @@ class Adan(AdamW):
         torch._foreach_add_(total, change, alpha=beta2 / (1 - beta2**step))
         return list(torch._foreach_div(total, scale))
 
-    def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
+    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
                group: Group) -> None:
-        torch._foreach_add_(params, directions, alpha=-group['lr'])
+        torch._foreach_add_(params, updates, alpha=-group['lr'])
         torch._foreach_div_(params, 1 + group['lr'] * group['weight_decay'])

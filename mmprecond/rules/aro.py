@@ -64,10 +64,10 @@ class ARORule(MatrixRule):
         size = shape[_is_right(shape, group)]
         return {'momentum_buffer': shape, 'rotation': (size, size)}
 
-    def matrix_directions(self, gradients: list[Tensor], states: list[State],
+    def matrix_updates(self, directions: list[Tensor], states: list[State],
                           group: Group) -> Tensor:
-        momenta = moments_of(states, 'momentum_buffer', gradients)
-        torch._foreach_lerp_(momenta, gradients, 1 - group['momentum'])
+        momenta = moments_of(states, 'momentum_buffer', directions)
+        torch._foreach_lerp_(momenta, directions, 1 - group['momentum'])
         matrix = torch.stack(momenta)
         right = _is_right(tuple(matrix.shape[1:]), group)
         matrix = matrix.mT if right else matrix
@@ -76,9 +76,9 @@ class ARORule(MatrixRule):
                 state['rotation'] = torch.eye(matrix.shape[1], dtype=matrix.dtype,
                                               device=matrix.device)
         before = torch.stack([state['rotation'] for state in states])
-        rotation, direction = rotated_step(matrix, before, NORMS[self.norm])
+        rotation, update = rotated_step(matrix, before, NORMS[self.norm])
         torch._foreach_copy_([state['rotation'] for state in states], list(rotation))
-        return direction.mT if right else direction
+        return update.mT if right else update
 
 
 def rotated_step(matrix: Tensor, rotation: Tensor,
@@ -91,16 +91,16 @@ def rotated_step(matrix: Tensor, rotation: Tensor,
         norm: f.
 
     Returns:
-        The new R, and directions (k, m, n) of root mean square `RMS`.
+        The new R, and updates (k, m, n) of root mean square `RMS`.
     """
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     matrix = matrix / torch.where(scale > 0, scale, 1)  # squares neither over- nor underflow
     with matmul_precision('highest'):
         new = q_factor(matrix, norm(_without_rounding(rotation.mT @ matrix)))
         rotation = torch.where(scale == 0, rotation, new)
-        direction = rotation @ norm(_without_rounding(rotation.mT @ matrix))
-    size = direction.square().mean((-2, -1), keepdim=True).sqrt()
-    return rotation, direction * (RMS / torch.where(size > 0, size, 1))
+        update = rotation @ norm(_without_rounding(rotation.mT @ matrix))
+    size = update.square().mean((-2, -1), keepdim=True).sqrt()
+    return rotation, update * (RMS / torch.where(size > 0, size, 1))
 
 
 def q_factor(matrix: Tensor, normed: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Rules: how a (preconditioned) gradient becomes an update.
+"""Rules: how a direction, that is a gradient or a preconditioned one, becomes an update.
 
-A rule first turns gradients into directions, keeping its moments, then moves the parameters. In
-between a rotation may turn the directions back. Both work on lists of tensors that share their
+A rule first computes updates from directions, keeping its moments, then moves the parameters. In
+between a rotation may turn the updates back. Both work on lists of tensors that share their
 hyper-parameters.
 """
 
@@ -27,13 +27,18 @@ class Rule(ABC):
     Attributes:
         hyper: Names of the group entries that the rule reads.
         defaults: Their values where the user gives none; there is none for lr.
-        linear_moments: Names of the moments that are sums of gradients.
+        linear_moments: Names of the moments that are sums of directions.
+        quadratic_moments: Names of the moments that are sums of squared directions.
+        elementwise: Whether an update scales each entry by that entry's own history, so that the
+            rule differs in another basis; a rotation needs such a rule.
         exact: Names of what is kept in a dtype of its own, which loading must not change.
     """
 
     hyper: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[dict[str, Any]] = {}
     linear_moments: ClassVar[tuple[str, ...]] = ()
+    quadratic_moments: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[bool] = False
     exact: ClassVar[tuple[str, ...]] = ()
 
     def key(self, group: Group, state: State) -> Hashable:
@@ -47,14 +52,17 @@ class Rule(ABC):
             check_number(name, group[name])
 
     @abstractmethod
-    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
                    group: Group) -> list[Tensor]:
-        """Directions, shaped like the parameters; may alias the states' moments."""
+        """Updates, shaped like the parameters; may alias the states' moments."""
+
+    def combine(self, updates: dict[Tensor, Tensor]) -> None:  # noqa: B027
+        """Changes all parameters' updates together, in the dict, once all are computed."""
 
     @abstractmethod
-    def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
+    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
                group: Group) -> None:
-        """Moves the parameters along -directions, in place."""
+        """Moves the parameters along the negative updates, in place."""
 
     def check_state(self, param: Tensor, state: State, group: Group) -> None:  # noqa: B027
         """Raises ValueError for a parameter's saved state that does not fit."""

@@ -64,11 +64,12 @@ class DCTAdamWRule(MatrixRule):
             self._bases[key] = cosine_basis(*key)
         return self._bases[key]
 
-    def matrix_directions(self, gradients: list[Tensor], states: list[State],
+    def matrix_updates(self, directions: list[Tensor], states: list[State],
                           group: Group) -> Tensor:
         if self.error_feedback:
-            gradients = list(torch._foreach_add(gradients, moments_of(states, 'error', gradients)))
-        matrix = torch.stack(gradients)
+            errors = moments_of(states, 'error', directions)
+            directions = list(torch._foreach_add(directions, errors))
+        matrix = torch.stack(directions)
         wide = matrix.shape[-2] < matrix.shape[-1]
         matrix = matrix.mT if wide else matrix
         with matmul_precision('highest'):
@@ -81,8 +82,8 @@ class DCTAdamWRule(MatrixRule):
                 torch._foreach_copy_([state['error'] for state in states],
                                      list(error.mT if wide else error))
             small = list(reduced)
-            direction = torch.stack(AdamW.directions(self, small, small, states, group)) @ rows
-        return direction.mT if wide else direction
+            update = torch.stack(AdamW.compute_updates(self, small, small, states, group)) @ rows
+        return update.mT if wide else update
 
     def _choose(self, matrix: Tensor, states: list[State]) -> None:
         """Chooses columns of the basis anew, and turns the moments to them."""

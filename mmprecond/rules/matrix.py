@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ STACKED = 2**26
 
 
 class MatrixRule(AdamW):
-    """AdamW, except for matrices, whose directions a subclass finds.
+    """AdamW, except for matrices, whose updates a subclass finds.
 
     A matrix is a parameter with two or more dimensions, as its first dimension by all others. It
     takes AdamW all the same if it is too large, or its group says ``precondition=False``. Weight
@@ -26,6 +27,8 @@ class MatrixRule(AdamW):
     Args:
         max_dim: Larger matrices take AdamW; a subclass says which side counts.
     """
+
+    elementwise: ClassVar[bool] = False
 
     def __init__(self, max_dim: int) -> None:
         super().__init__()
@@ -37,38 +40,38 @@ class MatrixRule(AdamW):
 
     @abstractmethod
     def too_large(self, shape: tuple[int, int], group: Group) -> str:
-        """What of a matrix is over `max_dim`, or ''."""
+        """Name of the side of a matrix that is over `max_dim`, or ''."""
 
     @abstractmethod
-    def matrix_directions(self, gradients: list[Tensor], states: list[State],
+    def matrix_updates(self, directions: list[Tensor], states: list[State],
                           group: Group) -> Tensor:
-        """Directions (k, o, i) of matrices, from gradients (o, i) in at least float32."""
+        """Updates (k, o, i) of matrices, from directions (o, i) in at least float32."""
 
     @abstractmethod
     def state_shapes(self, shape: tuple[int, int], group: Group) -> dict[str, tuple[int, ...]]:
         """Shapes of what is kept for a matrix, by name."""
 
-    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
                    group: Group) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         batches: dict[tuple[int, int], list[int]] = {}
-        plain = [k for k, p in enumerate(params) if self.why_plain(p, group) is not None]
+        plain = [k for k, p in enumerate(params) if self.fallback_reason(p, group) is not None]
         for k in sorted(set(range(len(params))) - set(plain)):
             batches.setdefault(matrix_shape(params[k]), []).append(k)
         if plain:
-            found.update(zip(plain, super().directions(
-                [params[k] for k in plain], [gradients[k] for k in plain],
+            found.update(zip(plain, super().compute_updates(
+                [params[k] for k in plain], [directions[k] for k in plain],
                 [states[k] for k in plain], group), strict=True))
         for shape, members in batches.items():
             for part in _chunks(members, shape):
-                matrices = [_working(gradients[k].reshape(shape)) for k in part]
-                results = self.matrix_directions(matrices, [states[k] for k in part], group)
+                matrices = [_working(directions[k].reshape(shape)) for k in part]
+                results = self.matrix_updates(matrices, [states[k] for k in part], group)
                 for k, result in zip(part, results, strict=True):
                     found[k] = result.to(params[k].dtype).reshape(params[k].shape)
         return [found[k] for k in range(len(params))]
 
     def check_state(self, param: Tensor, state: State, group: Group) -> None:
-        if self.why_plain(param, group) is not None:
+        if self.fallback_reason(param, group) is not None:
             shapes: dict[str, tuple[int, ...]] = {'exp_avg': tuple(param.shape)}
         else:
             shapes = self.state_shapes(matrix_shape(param), group)
@@ -80,7 +83,7 @@ class MatrixRule(AdamW):
                     f'{shape}: it was saved under another rule or other settings; set them as they '
                     'were, or start afresh from the weights alone (load_from without resume)')
 
-    def why_plain(self, param: Tensor, group: Group) -> str | None:
+    def fallback_reason(self, param: Tensor, group: Group) -> str | None:
         """Why a parameter takes AdamW ('' if it is no matrix), or None."""
         if param.dim() < 2 or not param.numel():
             return ''
@@ -93,7 +96,7 @@ class MatrixRule(AdamW):
         left: dict[str, list[str]] = {}
         for group in groups:
             for p in group['params']:
-                reason = self.why_plain(p, group)
+                reason = self.fallback_reason(p, group)
                 if reason:
                     size = ' x '.join(map(str, p.shape))
                     name = f'{names[p]} ({size})' if p in names else f'one of {size}'

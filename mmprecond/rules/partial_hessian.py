@@ -16,9 +16,11 @@ class PartialHessianSGDM(SGDM):
 
     Their momentum is that of the plain gradient, and weight decay is added after the division.
 
-    Attributes:
+    Args:
         rate: tau.
         eps: Added to the diagonal.
+
+    Attributes:
         cycle: n, the number of the current cycle over all 1-D parameters, from 1.
     """
 
@@ -27,18 +29,22 @@ class PartialHessianSGDM(SGDM):
         self.eps = eps
         self.cycle = 1
 
+    def begin_cycle(self, number: int) -> None:
+        """Says in which cycle the next updates are."""
+        self.cycle = number
+
     def key(self, group: Group, state: State) -> Hashable:
         return super().key(group, state), 'hessian' in state
 
-    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
                    group: Group) -> list[Tensor]:
         if 'hessian' not in states[0]:
-            return super().directions(params, gradients, states, group)
+            return super().compute_updates(params, directions, states, group)
         buffers = moments_of(states, 'momentum_buffer', params)
         torch._foreach_mul_(buffers, group['momentum'])
-        torch._foreach_add_(buffers, gradients)
+        torch._foreach_add_(buffers, directions)
         damped = torch._foreach_add([state['hessian'] for state in states], self.eps)
-        directions = torch._foreach_div(buffers, list(damped))
-        torch._foreach_mul_(directions, self.rate * (1 - group['momentum']**self.cycle))
-        torch._foreach_add_(directions, params, alpha=group['weight_decay'])
-        return list(directions)
+        updates = torch._foreach_div(buffers, list(damped))
+        torch._foreach_mul_(updates, self.rate * (1 - group['momentum']**self.cycle))
+        torch._foreach_add_(updates, params, alpha=group['weight_decay'])
+        return list(updates)

@@ -1,4 +1,4 @@
-"""The rules that a config may name."""
+"""The rules that a config may name, and how to add one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,52 @@ RULES: dict[str, type[Rule]] = {rule.__name__.removesuffix('Rule'): rule for rul
     SGDM, EMASGD, AdamW, Adan, ARORule, DCTAdamWRule)}
 
 
-def build_rule(config: Any, choices: Sequence[str] = tuple(RULES)) -> tuple[Rule, Group]:
+def rule_name(rule: type[Rule]) -> str:
+    """The name by which a config calls a rule."""
+    return next((name for name, kind in RULES.items() if kind is rule), rule.__name__)
+
+
+def register_rule(rule: type[Rule], name: str | None = None) -> type[Rule]:
+    """Lets configs name one more rule; also a decorator.
+
+    Args:
+        rule: The rule.
+        name: Its name; by default that of the class, without a trailing 'Rule'.
+
+    Returns:
+        The rule.
+
+    Raises:
+        TypeError: For what is no complete `Rule`.
+        ValueError: For a name that another rule has, or hyper-parameters without 'lr' and
+            'weight_decay', or without a default.
+    """
+    if not (isinstance(rule, type) and issubclass(rule, Rule)):
+        raise TypeError(f'register_rule takes a subclass of Rule, not {rule!r}')
+    missing = sorted(getattr(rule, '__abstractmethods__', ()))
+    if missing:
+        raise TypeError(f'{rule.__name__} must define {", ".join(missing)}')
+    name = name or rule.__name__.removesuffix('Rule')
+    if RULES.get(name, rule) is not rule:
+        raise ValueError(f'the name {name!r} belongs to {RULES[name].__module__}.'
+                         f'{RULES[name].__qualname__}; give another by name=...')
+    lacking = [key for key in ('lr', 'weight_decay') if key not in rule.hyper]
+    if lacking:
+        raise ValueError(f'{rule.__name__}.hyper has no {", ".join(lacking)}, which schedules and '
+                         'parameter groups set')
+    unset = [key for key in rule.hyper if key != 'lr' and key not in rule.defaults]
+    if unset:
+        raise ValueError(f'{rule.__name__}.defaults has no {", ".join(unset)}')
+    RULES[name] = rule
+    return rule
+
+
+def build_rule(config: Any, choices: Sequence[str] | None = None) -> tuple[Rule, Group]:
     """Reads ``dict(type=..., lr=..., ...)``.
 
     Args:
         config: The rule's type, its options and its hyper-parameters.
-        choices: Types to choose from.
+        choices: Types to choose from; by default all.
 
     Returns:
         The rule, and hyper-parameters for all parameter groups.
@@ -31,6 +71,7 @@ def build_rule(config: Any, choices: Sequence[str] = tuple(RULES)) -> tuple[Rule
     Raises:
         ValueError: For what cannot be read, with what to write instead.
     """
+    choices = list(RULES) if choices is None else choices
     names = ', '.join(choices)
     if not isinstance(config, dict) or 'type' not in config:
         raise ValueError(f'rule={config!r} has no type; write rule=dict(type=..., lr=...) with one '

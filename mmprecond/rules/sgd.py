@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -24,35 +26,32 @@ class SGDM(Rule):
         super().check(group)
         check_number('momentum', group['momentum'], high=1)
 
-    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
                    group: Group) -> list[Tensor]:
         decay = group['weight_decay']
         if not group['momentum']:
-            return list(torch._foreach_add(gradients, params, alpha=decay)) if decay else gradients
+            decayed = torch._foreach_add(directions, params, alpha=decay) if decay else directions
+            return list(decayed)
         buffers = moments_of(states, 'momentum_buffer', params)
         torch._foreach_mul_(buffers, group['momentum'])
-        torch._foreach_add_(buffers, gradients)
+        torch._foreach_add_(buffers, directions)
         if decay:
             torch._foreach_add_(buffers, params, alpha=decay)
         return buffers
 
-    def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
+    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
                group: Group) -> None:
-        torch._foreach_add_(params, directions, alpha=-group['lr'])
+        torch._foreach_add_(params, updates, alpha=-group['lr'])
 
 
 class EMASGD(Rule):
-    """SGD on the bias-corrected moving average of the gradients.
+    """SGD on the bias-corrected moving average of the directions.
 
     ``m = momentum m + (1 - momentum) g; d = m / (1 - momentum^t)``, then ``p -= lr d``.
 
     Args:
         decay: Of the weights: 'decoupled', lr weight_decay p apart from the average; 'added' to the
             gradient.
-
-    Attributes:
-        averaged: The parameters that are averaged; all others take their gradients as they are.
-            None: all.
     """
 
     hyper = ('lr', 'momentum', 'weight_decay')
@@ -62,32 +61,36 @@ class EMASGD(Rule):
     def __init__(self, decay: str = 'decoupled') -> None:
         check_choice('decay', decay, ('decoupled', 'added'))
         self.decay = decay
-        self.averaged: set[Tensor] | None = None
+        self._averaged: set[Tensor] | None = None
+
+    def average_only(self, params: Iterable[Tensor]) -> None:
+        """Averages these parameters; all others take their directions as they are."""
+        self._averaged = set(params)
 
     @classmethod
     def check(cls, group: Group) -> None:
         super().check(group)
         check_number('momentum', group['momentum'], high=1)
 
-    def directions(self, params: list[Tensor], gradients: list[Tensor], states: list[State],
+    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
                    group: Group) -> list[Tensor]:
         if self.decay == 'added' and group['weight_decay']:
-            gradients = list(torch._foreach_add(gradients, params, alpha=group['weight_decay']))
-        chosen = [k for k, p in enumerate(params) if self.averaged is None or p in self.averaged]
+            directions = list(torch._foreach_add(directions, params, alpha=group['weight_decay']))
+        chosen = [k for k, p in enumerate(params) if self._averaged is None or p in self._averaged]
         if not chosen:
-            return gradients
-        directions = list(gradients)
+            return directions
+        updates = list(directions)
         averages = moments_of([states[k] for k in chosen], 'exp_avg', [params[k] for k in chosen])
-        torch._foreach_lerp_(averages, [gradients[k] for k in chosen], 1 - group['momentum'])
+        torch._foreach_lerp_(averages, [directions[k] for k in chosen], 1 - group['momentum'])
         step = states[chosen[0]].get('step', 0) + 1  # equal steps are in the key
         corrected = torch._foreach_div(averages, 1 - group['momentum']**step)
-        for k, direction in zip(chosen, corrected, strict=True):
+        for k, update in zip(chosen, corrected, strict=True):
             states[k]['step'] = step
-            directions[k] = direction
-        return directions
+            updates[k] = update
+        return updates
 
-    def update(self, params: list[Tensor], directions: list[Tensor], states: list[State],
+    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
                group: Group) -> None:
         if self.decay == 'decoupled' and group['weight_decay']:
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-        torch._foreach_add_(params, directions, alpha=-group['lr'])
+        torch._foreach_add_(params, updates, alpha=-group['lr'])

@@ -1,6 +1,7 @@
 """Attention modules, read as a whole."""
 
-from .layer import AttentionLayer, Heads, softmax_gram
+from .heads import Heads, softmax_gram
+from .layer import AttentionLayer
 from .modules import (
     ATTENTION_TYPES,
     UNREADABLE,
@@ -8,6 +9,23 @@ from .modules import (
     TokenAttention,
     WindowAttention,
 )
+from .sides import (
+    KEY_CURVATURE,
+    KEY_FEATURE_MOMENT,
+    KEY_MEAN,
+    OUTPUT_MOMENT,
+    QUERY_CURVATURE,
+    QUERY_MEAN,
+    QUERY_MOMENT,
+    VALUE_FEATURE_MOMENT,
+    VALUE_MEAN,
+    AttentionSide,
+    MeanSide,
+    counted_row,
+    weighted_sum,
+)
 
-__all__ = ['ATTENTION_TYPES', 'UNREADABLE', 'AttentionLayer', 'Heads', 'PackedAttention',
-           'TokenAttention', 'WindowAttention', 'softmax_gram']
+__all__ = ['ATTENTION_TYPES', 'KEY_CURVATURE', 'KEY_FEATURE_MOMENT', 'KEY_MEAN', 'OUTPUT_MOMENT',
+           'QUERY_CURVATURE', 'QUERY_MEAN', 'QUERY_MOMENT', 'UNREADABLE', 'VALUE_FEATURE_MOMENT',
+           'VALUE_MEAN', 'AttentionLayer', 'AttentionSide', 'Heads', 'MeanSide', 'PackedAttention',
+           'TokenAttention', 'WindowAttention', 'counted_row', 'softmax_gram', 'weighted_sum']

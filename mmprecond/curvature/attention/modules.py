@@ -1,7 +1,7 @@
 """How the attention modules of MMDetection, MMPretrain and torch are read, by exact type.
 
 They are known by qualified name, as neither toolbox is imported here. Add a class of your own with
-``ATTENTION_TYPES[qualified_name(MyAttention)] = WindowAttention``.
+`register_attention`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..layer import Call, Layer, Observer, Tap
-from .layer import AttentionLayer, Heads
+from .heads import Heads
+from .layer import AttentionLayer
 
 
 class WindowAttention(AttentionLayer):
@@ -30,9 +31,12 @@ class WindowAttention(AttentionLayer):
     def refusal(cls, module: nn.Module) -> str:
         missing = [part for part in cls.parts
                    if not isinstance(getattr(module, part, None), nn.Module)]
-        if not isinstance(getattr(module, 'num_heads', None), int):
+        heads = getattr(module, 'num_heads', None)
+        if not isinstance(heads, int):
             return 'it has no number num_heads'
-        return f'it has no submodule {", ".join(missing)}' if missing else ''
+        if missing:
+            return f'it has no submodule {", ".join(missing)}'
+        return _projection_refusal(module, heads)
 
     def watch(self, observe: Observer,
               complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
@@ -76,9 +80,10 @@ class WindowAttention(AttentionLayer):
         split = projected.unflatten(2, (3, self.heads, self.rows)).permute(2, 0, 3, 1, 4)
         query, key, value = split.unbind()
         scores = self.scores(call, kept, chosen, query, key)
-        return Heads(inputs, inputs, inputs, query, key, value, scores, outputs, self.real(inputs))
+        return Heads(inputs, inputs, inputs, query, key, value, scores, outputs,
+                     self.query_mask(inputs))
 
-    def real(self, inputs: Tensor) -> Tensor:
+    def query_mask(self, inputs: Tensor) -> Tensor:
         """1 for real queries (w, n): Swin pads its normalised map with zeros."""
         return (inputs != 0).any(-1).to(inputs.dtype)
 
@@ -107,7 +112,7 @@ class TokenAttention(WindowAttention):
     def kept(self, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         return seen['qkv'][0], seen['qkv'][1], seen['proj'][0]
 
-    def real(self, inputs: Tensor) -> Tensor:
+    def query_mask(self, inputs: Tensor) -> Tensor:
         return torch.ones_like(inputs[..., 0])
 
     def scores(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor,
@@ -227,6 +232,19 @@ class PackedAttention(AttentionLayer):
             return mask
         zeros = torch.zeros(mask.shape, dtype=self.working_dtype, device=mask.device)
         return zeros.masked_fill(mask, float('-inf'))
+
+
+def _projection_refusal(module: Any, heads: int) -> str:
+    """Why its qkv is not W_Q, W_K and W_V of as many heads each, or ''."""
+    weight, output = (getattr(module.get_submodule(part), 'weight', None)
+                      for part in ('qkv', 'proj'))
+    if not isinstance(weight, Tensor) or not isinstance(output, Tensor):
+        return ''  # a parametrised weight is refused as any layer's
+    rows, width = len(weight), output.shape[1]
+    if rows != 3 * width or width % heads:
+        return (f'its qkv has {rows} rows where its proj takes {width} numbers of {heads} heads: '
+                'queries, keys and values must have as many heads (no grouped-query attention)')
+    return ''
 
 
 #: Attention modules that are read as a whole.

@@ -44,8 +44,8 @@ class CalibrationHook(Hook):  # type: ignore[misc]
                              ' take it out of custom_hooks')
         if optimizer.t or optimizer.calibrated:
             return
-        if optimizer.first_layer is None or optimizer.uncalibratable:
-            logger.info('the first layer is not calibrated: %s', optimizer.uncalibratable)
+        if optimizer.first_layer is None or optimizer.calibration_blocker:
+            logger.info('the first layer is not calibrated: %s', optimizer.calibration_blocker)
             return
         module = optimizer.first_layer.modules[0]
         batches = islice(_fresh_loader(runner.train_dataloader), self.batches)

@@ -10,7 +10,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
 from ...checks import check_count
-from ...core.monitor import Monitor, RefreshReport
+from ...core import Monitor, RefreshReport
 from ...optimizers import PreconditionedOptimizer
 
 #: Refreshes that a heat map shows.
@@ -48,16 +48,16 @@ class CurvatureHook(Hook):  # type: ignore[misc]
             raise ValueError(f'CurvatureHook has nothing to show of {type(optimizer).__name__}; '
                              'take it out of custom_hooks')
         if is_main_process():
-            optimizer.monitor = Monitor()
+            optimizer.curvature.watch_refreshes(Monitor())
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
                          outputs: Any = None) -> None:
         """Logs the step's refreshes, if there were any."""
-        monitor = runner.optim_wrapper.optimizer.monitor
-        report = monitor.report if monitor else None
+        curvature = runner.optim_wrapper.optimizer.curvature
+        # Shown once, though several iterations may make a step.
+        report = curvature.monitor.take_report() if curvature.monitor else None
         if report is None:
             return
-        monitor.report = None  # shown once, though several iterations may make a step
         if not any(report.layers.values()) and not report.failures:
             return  # of methods whose operators are vectors, at every step
         step = runner.iter + 1
@@ -65,7 +65,7 @@ class CurvatureHook(Hook):  # type: ignore[misc]
             {f'curvature/{name}': value for name, value in report.summary().items()}, step=step)
         self.history.append(report)
         self._refreshed += len(report.layers)
-        layers = len(runner.optim_wrapper.optimizer.layers)
+        layers = len(curvature.layers)
         if self.map_interval and self._refreshed >= self.map_interval * layers:
             self._refreshed = 0
             for name, logarithm in MAPS.items():

@@ -1,0 +1,355 @@
+"""The owner of curvature: it measures layers, refreshes operators and preconditions gradients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_choice, check_flag, check_number
+from ..curvature import Capture, Layer, LeftOut, Statistic, find_layers, unwrap
+from ..distributed import rank, world_size
+from ..linalg import PRECISIONS, Operators, matmul_precision
+from ..preconditioners import Preconditioner
+from . import checkpoint, report
+from .assignment import Assignment, BoundAssignment
+from .clipping import clip_norm, kl_clip
+from .failures import FailurePolicy
+from .memory import check_memory_budget, forecast, megabytes
+from .moments import BasisSnapshot, snapshot
+from .monitor import Monitor
+from .refresh import finish_refresh, start_refresh
+from .samples import SampleCollector, to_host
+from .schedule import Schedule
+from .sharding import SHARDINGS, Sharding
+from .stack import LayerStack
+
+logger = logging.getLogger('mmprecond')
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureOptions:
+    """Settings that hold for all layers (see `PreconditionedOptimizer`)."""
+
+    capture_mb: float = 64.
+    save_curvature: bool = True
+    sharding: str = 'none'
+    clip_update: float | None = None
+    check_memory: bool = True
+    stagger: bool = False
+    matmul_precision: str = 'highest'
+
+    def __post_init__(self) -> None:
+        check_flag('stagger', self.stagger)
+        check_choice('matmul_precision', self.matmul_precision, PRECISIONS)
+        check_number('capture_mb', self.capture_mb, open_low=True, finite=False)
+        check_choice('sharding', self.sharding, SHARDINGS)
+        check_number('clip_update', 1. if self.clip_update is None else self.clip_update,
+                     open_low=True)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of the settings."""
+        return [field.name for field in fields(cls)]
+
+
+class Curvature:
+    """Layers of a model with their statistics, operators and schedule.
+
+    Args:
+        model: The model, wrapped in DistributedDataParallel or not.
+        groups: The optimizer's parameter groups.
+        method: The preconditioner of every supported layer, or one for each by an assignment.
+        owner: The optimizer's name, for errors.
+        options: Settings for all layers.
+
+    Attributes:
+        layers: The stack of each layer that is preconditioned.
+        stacks: The stacks.
+        left_out: Modules that take the plain rule, and why.
+        capture: What was measured since the last step.
+        dropped: Samples of layers that were not finite, since the start.
+        monitor: Reports refreshes, where someone watches (see `watch_refreshes`); or None.
+
+    Raises:
+        ValueError: For a model without a supported layer, or more statistics and operators than
+            fit into memory.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[dict[str, Any]],
+                 method: Preconditioner | Assignment, owner: str,
+                 options: CurvatureOptions) -> None:
+        self.options = options
+        self.sharding = Sharding(options.sharding, options.save_curvature)
+        self.left_out: list[LeftOut] = []
+        self.monitor: Monitor | None = None
+        self._failures = FailurePolicy()
+        self._stacks: dict[Any, LayerStack] = {}
+        methods = self._choose(unwrap(model), groups, method, owner)
+        self._owners = self.sharding.assign(methods)
+        self.layers = {layer: self._stack_for(layer, chosen)
+                       for layer, chosen in methods.items()}
+        self.stacks = list(dict.fromkeys(self.layers.values()))
+        self._schedule = Schedule(methods, options.stagger)
+        if options.check_memory:
+            check_memory_budget(self.layers, self.sharding, owner)
+        self.capture = Capture(partial(matmul_precision, options.matmul_precision))
+        self._samples = SampleCollector(self.capture)
+
+    @property
+    def dropped(self) -> int:
+        """Samples of layers that were not finite, since the start."""
+        return self._samples.dropped
+
+    # ---------------------------------------------------------------- construction
+
+    def _choose(self, model: nn.Module, groups: Sequence[dict[str, Any]],
+                method: Preconditioner | Assignment, owner: str) -> dict[Layer, Preconditioner]:
+        """Gives each layer its preconditioner."""
+        bound = (method if isinstance(method, Assignment) else Assignment(method)).bind(model)
+
+        def reading(name: str) -> Any:
+            chosen = bound.method(name)
+            return chosen.attention_reading if chosen else None
+
+        layers, self.left_out = find_layers(model, groups, capture_mb=self.options.capture_mb,
+                                            attention=reading)
+        bound.check_use(list(layers))
+        taken: dict[Layer, Preconditioner] = {}
+        for name, layer in layers.items():
+            chosen = bound.method(name)
+            reason = _fallback_reason(name, layer, bound)
+            if chosen is None or reason:
+                self.left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
+            else:
+                taken[layer] = chosen
+        if not taken:
+            raise ValueError(f'{owner} found no layer to precondition: '
+                             f'{_why_none(layers, self.left_out)}')
+        return taken
+
+    def _stack_for(self, layer: Layer, method: Preconditioner) -> LayerStack:
+        """The stack of layers that are alike and belong to one rank."""
+        kept = method.selected_statistics(layer)
+        shapes = tuple(tuple(layer.shapes(statistic).items()) for statistic in kept)
+        outline = tuple((slot, type(operator), tuple(t.shape for t in operator.tensors))
+                        for slot, operator in method.outline(layer).items())
+        owner = self._owners[layer]
+        key = (method, layer.shape, outline, kept, shapes, layer.working_dtype,
+               layer.weight.device, owner)
+        return self._stacks.setdefault(key, LayerStack(method, kept, owner))
+
+    def reassign(self, layer: Layer, method: Preconditioner) -> None:
+        """Gives a layer another preconditioner; its statistics start anew."""
+        self.layers[layer] = self._stack_for(layer, method)
+        self.stacks = list(dict.fromkeys(self.layers.values()))
+
+    def precompute(self, layer: Layer, method: Preconditioner,
+                   statistics: dict[str, Tensor]) -> None:
+        """Gives a layer a preconditioner whose statistics are known, and not measured.
+
+        Args:
+            layer: The layer.
+            method: The preconditioner.
+            statistics: Its statistics (b, n, m) by tensor name.
+        """
+        self.reassign(layer, method)
+        self.layers[layer].clear()
+        self.layers[layer].merge({layer: statistics})
+
+    def watch_refreshes(self, monitor: Monitor) -> None:
+        """Reports refreshes to a monitor from now on."""
+        self.monitor = monitor
+
+    # ---------------------------------------------------------------- measuring
+
+    def due(self, step: int) -> dict[Layer, tuple[Statistic, ...]]:
+        """The layers that a step measures, and what of them."""
+        return {layer: stack.kept for layer, stack in self.layers.items()
+                if self._schedule.captures(stack, layer, step)}
+
+    def arm(self, step: int) -> None:
+        """Puts hooks on the layers whose statistics a step measures, if it does."""
+        self.capture.arm(self.due(step), seed=step * world_size() + rank(),
+                         share=(rank(), world_size()))
+
+    def disarm(self) -> None:
+        """Takes the hooks off; what was measured stays until the step."""
+        self.capture.disarm()
+
+    def update(self, step: int) -> list[BasisSnapshot]:
+        """Merges what was measured for a step, and refreshes operators that are due.
+
+        Returns:
+            The stacks whose bases may have turned, as they were before (see `moments.rotate`).
+        """
+        if self.monitor is not None:
+            self.monitor.begin()
+        self.merge(step)
+        return self.refresh(step)
+
+    def merge(self, step: int) -> None:
+        """Merges what was measured for a step into the running statistics."""
+        due = list(self.due(step))
+        if due:
+            self._schedule.recapture(())
+            self._samples.collect(due, self.layers, step)
+
+    def refresh(self, step: int) -> list[BasisSnapshot]:
+        """Refreshes the stacks that are due, and layers that have statistics but no operator.
+
+        Returns:
+            As `update`.
+        """
+        due = [(stack, positions) for stack in self.stacks
+               if (positions := self._schedule.refreshes(stack, step))]
+        if not due:
+            return []
+        self.sharding.check_ranks()
+        before = [found for stack, _ in due if (found := snapshot(stack)) is not None]
+        error: Exception | None = None
+        outcomes = [[False] * len(positions) for _, positions in due]
+        try:
+            with matmul_precision('highest'):
+                outcomes = self._compute(due)
+        except Exception as raised:  # the other ranks must hear of it first
+            error = raised
+        device = next(iter(self.layers)).weight.device
+        agreed = self.sharding.agree(outcomes, error, device)
+        for (stack, positions), succeeded in zip(due, agreed, strict=True):
+            self._failures.count(stack, positions, succeeded)
+        self.sharding.exchange_operators([stack for stack, _ in due])
+        if self.monitor is not None:
+            self.monitor.refreshed(step, due, self._held())
+        return before
+
+    def _compute(self, due: Sequence[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
+        """Refreshes this rank's stacks, waiting for the device once; says what succeeded."""
+        started = [start_refresh(stack, positions) if self.sharding.mine(stack) else None
+                   for stack, positions in due]
+        flags = iter(to_host([outcome for outcome in started if outcome is not None]))
+        return [[False] * len(positions) if outcome is None else
+                finish_refresh(stack, positions, [bool(next(flags)) for _ in positions])
+                for (stack, positions), outcome in zip(due, started, strict=True)]
+
+    # ---------------------------------------------------------------- acting
+
+    def precondition(self, gradients: Mapping[Tensor, Tensor],
+                     groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Tensor]:
+        """The directions: gradients, preconditioned where a layer has an operator.
+
+        Args:
+            gradients: Gradients by parameter.
+            groups: The optimizer's parameter groups, whose rates a KL clip reads.
+        """
+        directions = dict(gradients)
+        with matmul_precision(self.options.matmul_precision):
+            for stack in self.stacks:
+                if self.sharding.holds(stack):
+                    _transform(stack, stack.method.apply, directions)
+        self.sharding.exchange_directions(self.stacks, directions)
+        if self.monitor is not None:
+            self.monitor.record_directions(gradients, directions)
+        self._clip(gradients, directions, groups)
+        return directions
+
+    def restore(self, updates: dict[Tensor, Tensor]) -> None:
+        """Turns the rule's updates back, in the dict, where a method acts after the rule."""
+        with matmul_precision(self.options.matmul_precision):
+            for stack in self.stacks:
+                if stack.method.acts_after_rule:
+                    _transform(stack, stack.method.restore, updates)
+
+    def _clip(self, gradients: Mapping[Tensor, Tensor], directions: dict[Tensor, Tensor],
+              groups: Iterable[Mapping[str, Any]]) -> None:
+        """Where methods of several KL bounds are mixed, the least counts."""
+        bounds = [(stack.method.clip, stack) for stack in self.stacks
+                  if stack.method.clip is not None]
+        if bounds:
+            rates = {p: float(group['lr']) for group in groups for p in group['params']}
+            clipped = [p for _, stack in bounds for _, layer in stack.ready()
+                       if layer.weight in directions for p in layer.parameters if p in directions]
+            kl_clip(min(bound for bound, _ in bounds), clipped, rates, gradients, directions)
+        if self.options.clip_update is not None:
+            clip_norm(directions, self.options.clip_update)
+
+    # ---------------------------------------------------------------- state and report
+
+    def state_dict(self, steps: int) -> dict[str, Any]:
+        """Plain tensors, numbers and strings by parameter name, after so many steps."""
+        return checkpoint.export(self.layers, self.sharding, steps, self.options.save_curvature)
+
+    def load_state_dict(self, saved: Mapping[str, Any] | None) -> checkpoint.Restored:
+        """Loads a state; what it lacks is measured at the next step.
+
+        Returns:
+            The steps that were taken, and the layers whose moments are lost.
+        """
+        self.capture.restart()
+        restored = checkpoint.restore(self.layers, self.sharding, saved)
+        # They had statistics by now, and are measured at once.
+        self._schedule.recapture(layer for layer in restored.unfit
+                                 if self.layers[layer].method.refresh_on_first_sample)
+        return restored
+
+    def table(self) -> str:
+        """Every module with parameters: its preconditioner or why not, factors, memory."""
+        return report.table(self.layers, self.left_out, self.sharding)
+
+    def forecast(self) -> dict[torch.device, tuple[float, float]]:
+        """By device, megabytes that will be kept, and more at a refresh."""
+        return forecast(self.layers, self.sharding)
+
+    def _held(self) -> float:
+        """Megabytes of what is held now."""
+        return sum(megabytes(slot.layer, stack, self.sharding.holds(stack))
+                   for stack in self.stacks for slot in stack.slots)
+
+
+def _transform(stack: LayerStack, function: Callable[[Operators, Tensor], Tensor],
+               tensors: dict[Tensor, Tensor]) -> None:
+    """Replaces what belongs to a stack's parameters by a function of its matrix form."""
+    ready = [(k, layer) for k, layer in stack.ready() if layer.weight in tensors]
+    if not ready:
+        return
+    positions, layers = zip(*ready, strict=True)
+    matrices = [layer.join(*(tensors.get(p) for p in layer.parameters)) for layer in layers]
+    # A single matrix is not copied, and must not be written to.
+    stacked = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+    results = function(stack.operators_of(positions), stacked)
+    for layer, matrix in zip(layers, results, strict=True):
+        pieces = zip(layer.parameters, layer.split(matrix), strict=True)
+        tensors.update((p, piece) for p, piece in pieces if p in tensors)
+
+
+def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
+    """Why a layer takes the plain rule, or ''."""
+    method = bound.method(name)
+    if method is None:
+        return ('preconditioner=None' if bound.entry(name) is not None
+                else 'no entry of layers matches it')
+    for statistic in method.candidate_statistics(layer):
+        if not isinstance(statistic, Statistic):
+            raise TypeError(f'{type(method).__name__} asks for {statistic!r}, which is no '
+                            'Statistic; write Statistic(INPUT, Moment()) or alike')
+        reason = layer.lacks(statistic)
+        if reason:
+            return f'{type(method).__name__} needs {statistic.key}: {reason}'
+    if not method.selected_statistics(layer):
+        return f'{layer.rows} x {layer.columns} is over max_dim={method.max_dim}'
+    return ''
+
+
+def _why_none(layers: Mapping[str, Layer], left_out: Sequence[LeftOut]) -> str:
+    """Why a model has nothing to precondition."""
+    if layers:
+        reasons = sorted({left.reason for left in left_out if left.name in layers})
+        return f'all {len(layers)} are left to the plain rule ({"; ".join(reasons)})'
+    found = sorted({f'{left.kind}: {left.reason}' for left in left_out})
+    return (f'its modules with parameters are {"; ".join(found) or "none"}; it needs a Linear or '
+            'Conv2d whose weight is in params')

@@ -1,0 +1,47 @@
+"""What follows from failed refreshes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from .stack import LayerStack
+
+logger = logging.getLogger('mmprecond')
+
+
+class RefreshError(RuntimeError):
+    """A layer's refresh failed too often in a row."""
+
+
+class FailurePolicy:
+    """Counts the outcomes of refreshes; a layer that failed keeps its last good operator.
+
+    Args:
+        tolerated: Consecutive failed refreshes of a layer after which training stops.
+    """
+
+    def __init__(self, tolerated: int = 3) -> None:
+        self.tolerated = tolerated
+
+    def count(self, stack: LayerStack, positions: Sequence[int],
+              succeeded: Sequence[bool]) -> None:
+        """Counts the outcomes of some layers of a stack.
+
+        Raises:
+            RefreshError: If a layer failed for the last time that is tolerated.
+        """
+        for position, good in zip(positions, succeeded, strict=True):
+            slot = stack.slots[position]
+            slot.count(good)
+            if good:
+                continue
+            kept = 'its last good operator stays' if slot.refreshes else 'it takes the plain rule'
+            logger.warning('%s: refresh failed (%d in a row), %s', slot.layer.name,
+                           slot.failures, kept)
+            if slot.failures >= self.tolerated:
+                advice = 'raise `damping`, ' if hasattr(stack.method, 'damping') else ''
+                raise RefreshError(
+                    f'{slot.layer.name}: {slot.failures} refreshes in a row failed although its '
+                    f'statistics are finite; {advice}lower `lr`, or leave the layer out with '
+                    'custom_keys={name: dict(precondition=False)}')

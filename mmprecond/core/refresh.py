@@ -1,0 +1,66 @@
+"""Refreshes: operators made of a stack's statistics, and once more in float64 where that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..linalg import map_tensors
+from .stack import LayerStack
+
+#: Refreshes work on so many bytes of statistics at a time.
+CHUNK_BYTES = 2**29
+
+
+def start_refresh(stack: LayerStack, positions: Sequence[int]) -> Tensor:
+    """Refreshes operators where that succeeds, without waiting for the device.
+
+    Args:
+        stack: The stack.
+        positions: Places in it.
+
+    Returns:
+        Whether each succeeded (a bool tensor), to be passed to `finish_refresh`.
+    """
+    outcomes = torch.zeros(len(positions), dtype=torch.bool, device=stack.like.device)
+    place = {position: at for at, position in enumerate(positions)}
+    for chunk, exact in _chunks(stack, positions):
+        previous = stack.operators_of(chunk) if stack.operators else None
+        operators, succeeded = stack.method.refresh(
+            stack.factors(chunk), None if exact else previous, stack.damping(chunk))
+        stack.write(chunk, stack.method.align(operators, previous), succeeded)
+        outcomes[[place[k] for k in chunk]] = succeeded
+    return outcomes
+
+
+def finish_refresh(stack: LayerStack, positions: Sequence[int],
+                   succeeded: Sequence[bool]) -> list[bool]:
+    """Retries failures in float64; says what succeeded in the end."""
+    return [good or _retry(stack, k) for k, good in zip(positions, succeeded, strict=True)]
+
+
+def _retry(stack: LayerStack, position: int) -> bool:
+    """One exact refresh in float64."""
+    operators, succeeded = stack.method.refresh(stack.factors([position], torch.float64), None,
+                                                stack.damping([position]))
+    previous = map_tensors(stack.operators_of([position]), Tensor.double)
+    operators = stack.method.align(operators, previous or None)
+    dtype = stack.like.dtype
+    stack.write([position], map_tensors(operators, lambda tensor: tensor.to(dtype)), succeeded)
+    return bool(succeeded)
+
+
+def _chunks(stack: LayerStack, positions: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+    """Positions to refresh together, and whether exactly."""
+    one = sum(s[0].numel() * s.element_size() for s in stack.statistics.values())
+    size = max(1, CHUNK_BYTES // one)
+    parts: dict[bool, list[int]] = {}
+    for k in positions:
+        slot = stack.slots[k]
+        exact = slot.failures > 0 or stack.method.is_exact(slot.refreshes)
+        parts.setdefault(exact, []).append(k)
+    for exact, members in parts.items():
+        for start in range(0, len(members), size):
+            yield members[start:start + size], exact

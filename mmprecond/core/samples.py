@@ -1,0 +1,132 @@
+"""What a step measured: summed over ranks, checked, and merged into the running statistics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..curvature import Capture, Layer
+from ..distributed import sum_over_ranks, world_size
+from .stack import LayerStack
+
+logger = logging.getLogger('mmprecond')
+
+#: Tensors of one layer's statistics by name.
+Sample = dict[str, Tensor]
+
+
+class SampleCollector:
+    """Takes a step's sums out of a capture and merges them, layer by layer, where they are sound.
+
+    Args:
+        capture: The capture.
+
+    Attributes:
+        dropped: Samples of layers that were not finite, since the start.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.dropped = 0
+        self._capture = capture
+        self._zero_reported: set[Layer] = set()
+
+    def collect(self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack],
+                step: int) -> None:
+        """Merges the samples of the layers that are due.
+
+        Waits for the device once: for the norms that tell sound samples from others.
+
+        Args:
+            due: The layers that the step measures, the same on all ranks.
+            layers: The stack of each layer.
+            step: The step.
+        """
+        samples = self._joint_samples(due, layers)
+        sums = [s for sample in samples.values() for s in sample.values()]
+        norms = iter(to_host(torch._foreach_norm(sums) if sums else []))
+        sizes = {layer: {name: next(norms) for name in sample}
+                 for layer, sample in samples.items()}
+        for layer in list(samples):
+            if not self._is_sound(layer, layers[layer], sizes[layer], step):
+                del samples[layer]
+        for stack in dict.fromkeys(layers.values()):
+            stack.merge({layer: samples.pop(layer) for layer in list(samples)
+                         if layers[layer] is stack}, sizes)
+
+    def _is_sound(self, layer: Layer, stack: LayerStack, sizes: Mapping[str, float],
+                  step: int) -> bool:
+        """Whether a sample counts, given the norms of its tensors; says why not."""
+        if not all(size < float('inf') for size in sizes.values()):
+            self.dropped += 1
+            logger.warning('%s: non-finite statistics at step %d were dropped (%d so far)',
+                           layer.name, step, self.dropped)
+            return False
+        # A zero sample (a dropped block, no positives) tells nothing.
+        needed = stack.method.must_be_nonzero(layer)
+        if all(sizes[key] for statistic in needed for key in statistic.keys):
+            return True
+        if layer not in self._zero_reported and not stack.holds(layer):
+            logger.info('%s: its statistics at step %d are zero; it takes the plain rule until '
+                        'they are not', layer.name, step)
+        self._zero_reported.add(layer)
+        return False
+
+    def _joint_samples(self, due: Sequence[Layer],
+                       layers: Mapping[Layer, LayerStack]) -> dict[Layer, Sample]:
+        """Joint statistics of all ranks: L = sum g'g of the joint loss, all others means."""
+        staged = self._capture.staged
+        ranks = world_size()
+        rows = [float(staged[layer].rows) if layer in staged else 0. for layer in due]
+        if ranks > 1:
+            counts = torch.tensor(rows, dtype=torch.float64, device=due[0].weight.device)
+            sum_over_ranks([counts])
+            rows = counts.tolist()
+        samples: dict[Layer, Sample] = {}
+        for layer, count in zip(due, rows, strict=True):
+            if count:
+                sums = staged.pop(layer).sums if layer in staged else {}
+                samples[layer] = _complete(layer, layers[layer], sums)
+            else:
+                self._warn_unseen(layer)
+        self._capture.drop()
+        sum_over_ranks([s for sample in samples.values() for s in sample.values()])
+        counted = dict(zip(due, rows, strict=True))
+        for layer, sample in samples.items():
+            for statistic in layers[layer].kept:
+                factor = 1 / counted[layer]
+                if statistic.side.of_gradient:
+                    # A rank's loss is a share 1 / ranks of the joint mean loss.
+                    factor = layers[layer].method.gradient_factor(counted[layer]) / ranks**2
+                for key in statistic.keys:
+                    statistic.form.rescale(sample[key], factor)
+        return samples
+
+    def _warn_unseen(self, layer: Layer) -> None:
+        """Says once that a weight is trained although its module is never called."""
+        seen = self._capture.seen
+        if seen and layer not in seen and layer.weight.grad is not None:
+            seen.add(layer)
+            logger.warning('%s: it has a gradient although its module was not called (its weight '
+                           'is used elsewhere); without statistics it takes the plain rule',
+                           layer.name)
+
+
+def _complete(layer: Layer, stack: LayerStack, sums: Mapping[str, Tensor]) -> Sample:
+    """A layer's sums on this rank, with zeros for what it did not measure."""
+    sample: Sample = {}
+    for statistic in stack.kept:
+        known = all(key in sums for key in statistic.keys)
+        found = sums if known else layer.empty(statistic)
+        sample.update((key, found[key]) for key in statistic.keys)
+    return sample
+
+
+def to_host(values: Sequence[Tensor]) -> list[float]:
+    """The numbers in some small tensors, with one wait for the device."""
+    if not values:
+        return []
+    flat = [value.reshape(-1).to(values[0].device, torch.float64) for value in values]
+    return torch.cat(flat).tolist()

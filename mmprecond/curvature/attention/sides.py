@@ -1,0 +1,169 @@
+"""The sides of an attention layer: sums over the queries of its windows.
+
+Symbols as in `attention.layer`. A sum runs over windows and real queries; a running statistic is
+the mean over all queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..forms import CountedMean, Moment
+from ..statistic import INPUT, Side, Statistic
+from .heads import Heads
+
+if TYPE_CHECKING:
+    from .layer import AttentionLayer
+
+
+@dataclass(frozen=True)
+class AttentionSide(Side):
+    """One kind of sum over the windows of attention.
+
+    Attributes:
+        size: Of a layer: blocks and length of the side; 1 block where heads share it.
+        measure: The sum over some windows.
+        flops: About its operations for a window of a layer, given queries and keys.
+        lays_out_rows: Whether `measure` lays out rows (h, n, c) for each head.
+    """
+
+    size: Callable[[AttentionLayer], tuple[int, int]] = lambda layer: (layer.heads, layer.rows)
+    measure: Callable[[Heads], Tensor] = lambda heads: heads.scores
+    flops: Callable[[AttentionLayer, int, int], float] = lambda layer, queries, keys: 0.
+    lays_out_rows: bool = False
+
+    def sum_shape(self, layer: AttentionLayer, keys: int) -> tuple[int, ...]:
+        """Shape of what `measure` returns; here (b, n, n)."""
+        blocks, length = self.size(layer)
+        return blocks, length, length
+
+    def finish(self, total: Tensor, windows: int) -> Tensor:
+        """The statistic, from the sum over so many windows."""
+        return total
+
+
+@dataclass(frozen=True)
+class MeanSide(AttentionSide):
+    """One whose rows are summed with weights (1, n, 1), of which the last entry is the total."""
+
+    def sum_shape(self, layer: AttentionLayer, keys: int) -> tuple[int, ...]:
+        """(1, n, 1)."""
+        return *self.size(layer), 1
+
+
+def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum of rows (w, n, c), with a trailing 1, times weights (w, n): (1, c + 1, 1)."""
+    total = torch.einsum('wnc,wn->c', rows, weights)
+    return torch.cat([total, weights.sum()[None]])[None, :, None]
+
+
+def counted_row(layer: AttentionLayer) -> tuple[int, int]:
+    """Size of a mean row with its count."""
+    return 1, layer.weight.shape[1] + 1
+
+
+def _moment(rows: Tensor) -> Tensor:
+    """Sum of x'x over windows and tokens (w, n, c): (1, c, c)."""
+    rows = rows.flatten(0, 1)
+    return (rows.t() @ rows)[None]
+
+
+def _head_moment(rows: Tensor) -> Tensor:
+    """Sum of x'x over windows and tokens (w, h, n, c): (h, c, c)."""
+    rows = rows.transpose(0, 1).flatten(1, 2)
+    return rows.mT @ rows
+
+
+def _gram_flops(layer: AttentionLayer, queries: int, keys: int) -> float:
+    """Half of `softmax_gram`, which two statistics share."""
+    return layer.heads * queries * keys * (2 * keys + 3 * layer.rows)
+
+
+def _curvature_flops(layer: AttentionLayer, queries: int, keys: int) -> float:
+    products = keys * keys * layer.rows + keys * layer.rows**2
+    return _gram_flops(layer, queries, keys) + 2 * layer.heads * products
+
+
+def _all_inputs(heads: Heads) -> Tensor:
+    query = _moment(heads.inputs)
+    return query if heads.memory is heads.inputs else torch.cat([query, _moment(heads.memory)])
+
+
+def _key_features(heads: Heads) -> Tensor:
+    memory = heads.memory
+    weighted = (heads.gram @ memory[:, None]).transpose(0, 1).flatten(1, 2)
+    return memory.flatten(0, 1).t() @ weighted
+
+
+def _value_features(heads: Heads) -> Tensor:
+    return _head_moment((heads.scores @ heads.values_in[:, None]) * heads.keep[:, None, :, None])
+
+
+def _key_rows(heads: Heads) -> Tensor:
+    share = heads.inputs.shape[1] / heads.memory.shape[1]
+    return weighted_sum(heads.memory, torch.full_like(heads.memory[..., 0], share))
+
+
+def _attended_rows(heads: Heads) -> Tensor:
+    attended = (heads.scores * heads.keep[:, None, :, None]).sum(2).mean(1)
+    return weighted_sum(heads.values_in, attended)
+
+
+#: Sum of x'x: of W_Q's inputs, and of W_K's where they differ.
+_INPUT = AttentionSide(
+    'input', size=lambda layer: (layer.inputs, layer.columns), measure=_all_inputs,
+    flops=lambda layer, queries, keys: (2 * layer.inputs * keys * layer.columns**2
+                                        + layer.read_flops(queries, keys)))
+#: What attention makes of sides that all layers have.
+DECLARED: dict[Side, AttentionSide] = {INPUT: _INPUT}
+
+#: Sum of M_i'M_i with M_i = V' J_i K: the exact left factor of W_Q.
+QUERY_CURVATURE = Statistic(AttentionSide(
+    'query_curvature', measure=lambda heads: (heads.key.mT @ heads.gram @ heads.key).sum(0),
+    flops=_curvature_flops), Moment(), key='query_curvature')
+#: The same with Q in the place of K.
+KEY_CURVATURE = Statistic(AttentionSide(
+    'key_curvature', measure=lambda heads: (heads.query.mT @ heads.gram @ heads.query).sum(0),
+    flops=_curvature_flops), Moment(), key='key_curvature')
+#: Sum of o'o of the output projection's input. Its operations: of the thesis's form, which without
+#: W_K's curvature has all of T for W_Q's.
+OUTPUT_MOMENT = Statistic(AttentionSide(
+    'output', size=lambda layer: (1, layer.heads * layer.rows),
+    measure=lambda heads: _moment(heads.outputs * heads.keep[..., None]),
+    flops=lambda layer, queries, keys: (
+        2 * queries * (layer.heads * layer.rows)**2
+        + (0 if layer.is_square else _gram_flops(layer, queries, keys)))), Moment())
+#: Sum of q'q.
+QUERY_MOMENT = Statistic(AttentionSide(
+    'query', measure=lambda heads: _head_moment(heads.query * heads.keep[:, None, :, None]),
+    flops=lambda layer, queries, keys: 2 * layer.heads * queries * layer.rows**2), Moment())
+#: Sum of Y_i'Y_i with Y_i = V' J_i X.
+KEY_FEATURE_MOMENT = Statistic(AttentionSide(
+    'key_feature', size=lambda layer: (layer.heads, layer.columns), measure=_key_features,
+    flops=lambda layer, queries, keys: (
+        _gram_flops(layer, queries, keys)
+        + 2 * layer.heads * (keys * keys * layer.columns + keys * layer.columns**2)),
+    lays_out_rows=True), Moment())
+#: Sum of (s_i X)'(s_i X), the exact features of W_V.
+VALUE_FEATURE_MOMENT = Statistic(AttentionSide(
+    'value_feature', size=lambda layer: (layer.heads, layer.columns), measure=_value_features,
+    flops=lambda layer, queries, keys: 2 * layer.heads * (
+        queries * keys * layer.columns + queries * layer.columns**2),
+    lays_out_rows=True), Moment())
+
+#: Sums of the rows that W_Q and W_K multiply, and of the s_i X.
+QUERY_MEAN = Statistic(MeanSide(
+    'query', size=counted_row, measure=lambda heads: weighted_sum(heads.inputs, heads.keep),
+    flops=lambda layer, queries, keys: (2 * queries * layer.columns
+                                        + layer.read_flops(queries, keys))), CountedMean())
+KEY_MEAN = Statistic(MeanSide(
+    'key', size=counted_row, measure=_key_rows,
+    flops=lambda layer, queries, keys: 2 * keys * layer.columns), CountedMean())
+VALUE_MEAN = Statistic(MeanSide(
+    'value', size=counted_row, measure=_attended_rows,
+    flops=lambda layer, queries, keys: 2 * keys * layer.columns), CountedMean())

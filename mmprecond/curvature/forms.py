@@ -1,0 +1,458 @@
+"""Forms of a statistic: what is kept of a side's rows, and its damped power.
+
+A form is a value object without state. Tensors of one layer are (b, n, m), of a stack (k, b, n, m),
+with b blocks of a side of length n.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..linalg import (
+    BlockDiagonal,
+    Dense,
+    LowRank,
+    Operator,
+    RankSearch,
+    Shape,
+    add_product,
+    largest_eigenvalue,
+    largest_eigenvalue_of_columns,
+    low_rank_power,
+    nystrom_columns,
+    power_of_columns,
+    stacked_product,
+)
+from .gram import gram, gram_flops
+
+if TYPE_CHECKING:
+    from .layer import Layer
+    from .rows import LayerRows
+
+#: Test matrices of a sketch: normal numbers, or columns of the identity.
+SKETCH_KINDS = ('gaussian', 'columns')
+
+
+@dataclass(frozen=True)
+class Power:
+    """How ``(A + mu I)^-exponent`` is taken.
+
+    Attributes:
+        solve: Of damped matrices and the last powers of their like (or None): the power, and
+            whether it succeeded (k, b).
+        exponent: The exponent that `solve` takes, for other forms than laid-out matrices.
+        search: When a power is kept as columns; None: never.
+    """
+
+    solve: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    exponent: float = 1.
+    search: RankSearch | None = None
+
+
+@dataclass
+class Slots:
+    """Places of columns: a rank fills its own share first.
+
+    Attributes:
+        count: Number of slots.
+        taken: How many columns were placed, from this rank's first slot on.
+        generator: Draws the signs.
+    """
+
+    count: int
+    taken: int
+    generator: torch.Generator
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A running statistic as a refresh takes it.
+
+    Attributes:
+        form: Its form.
+        tensors: Its tensors (k, b, n, m), made ready by `Form.finalize`.
+    """
+
+    form: Form
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor of a form that has one."""
+        tensor, = self.tensors
+        return tensor
+
+    def trace(self) -> Tensor:
+        """Trace (k, b) of the moment that it stands for."""
+        return self.form.trace(self)
+
+    def largest_eigenvalue(self) -> Tensor:
+        """Estimate (k, b) of the moment's largest eigenvalue."""
+        return self.form.largest_eigenvalue(self)
+
+    def damped_power(self, amount: Callable[[Factor], Tensor], power: Power,
+                     previous: Operator | None = None) -> tuple[Operator, Tensor]:
+        """The moment's damped power.
+
+        Args:
+            amount: Of a factor, what is added to its diagonal (k, b).
+            power: Which power, and how.
+            previous: The last one, where a new one may start.
+
+        Returns:
+            The operator, and a bool tensor (k, b) that is False where it failed.
+        """
+        return self.form.damped_power(self, amount, power, previous)
+
+
+class Form(ABC):
+    """What is kept of the rows of one side, and what is made of it."""
+
+    #: Its part of a statistic's name.
+    suffix: ClassVar[str]
+    #: Whether it is made by products of matrices, which a lower precision rounds.
+    is_product: ClassVar[bool] = True
+    #: Whether it stands for a second moment of unbounded size, which `max_dim` is about.
+    is_bounded: ClassVar[bool] = False
+
+    def keys(self, key: str) -> tuple[str, ...]:
+        """Names of its tensors, given the statistic's."""
+        return (key,)
+
+    @abstractmethod
+    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
+        """Shapes (b, n, m) of its tensors for blocks of a side's length."""
+
+    @abstractmethod
+    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
+        """Sums over the rows of one call, in the order of `keys`."""
+
+    @abstractmethod
+    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
+        """About the floating-point operations of `measure`, given its shape."""
+
+    def stage(self, measured: Tensor, slots: Slots) -> Tensor:
+        """A call's sum in the shape of the statistic, to be added to others of the step."""
+        return measured
+
+    def rescale(self, total: Tensor, factor: float) -> None:
+        """Multiplies the quantity that the sum stands for, in place."""
+        total *= factor
+
+    def norm(self, samples: Sequence[Tensor], sizes: Sequence[float] | None) -> Tensor | float:
+        """Norm by which a sample is divided to count as any other.
+
+        Args:
+            samples: Its tensors (b, n, m).
+            sizes: Their Frobenius norms over all blocks, where they are known.
+
+        Returns:
+            The Frobenius norm, of each block by itself (b, 1, 1).
+        """
+        sample, = samples
+        if len(sample) == 1 and sizes:
+            return sizes[0]
+        return torch.linalg.matrix_norm(sample)[..., None, None]
+
+    def finalize(self, tensors: tuple[Tensor, ...], layers: Sequence[Layer],
+                 key: str) -> tuple[Tensor, ...]:
+        """Running tensors (k, b, n, m) of some layers, as `damped_power` takes them."""
+        return tensors
+
+    def note(self, size: int) -> str:
+        """What the table says of it, or ''."""
+        return ''
+
+    def outline(self, blocks: int, size: int, layer: Layer,
+                search: RankSearch | None) -> Operator:
+        """The likely operator of a layer, on the meta device."""
+        raise TypeError(f'{type(self).__name__} has no power; the preconditioner must say what '
+                        'operator it makes of it')
+
+    def trace(self, factor: Factor) -> Tensor:
+        """See `Factor.trace`."""
+        raise TypeError(f'{type(self).__name__} is no second moment')
+
+    def largest_eigenvalue(self, factor: Factor) -> Tensor:
+        """See `Factor.largest_eigenvalue`."""
+        raise TypeError(f'{type(self).__name__} is no second moment')
+
+    def damped_power(self, factor: Factor, amount: Callable[[Factor], Tensor], power: Power,
+                     previous: Operator | None) -> tuple[Operator, Tensor]:
+        """See `Factor.damped_power`."""
+        raise TypeError(f'{type(self).__name__} is no second moment')
+
+
+@dataclass(frozen=True)
+class Moment(Form):
+    """The second moment ``sum x'x``, laid out (b, n, n)."""
+
+    suffix: ClassVar[str] = 'moment'
+
+    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
+        return ((blocks, size, size),)
+
+    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
+        return (rows.moment(),)
+
+    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
+        return blocks * gram_flops(size, rows)
+
+    def outline(self, blocks: int, size: int, layer: Layer,
+                search: RankSearch | None) -> Operator:
+        if search is not None and search.takes(size):
+            return LowRank.outline((blocks, size, search.usual(size)), (layer.blocks, 1, 1))
+        return Dense.outline((blocks, size, size))
+
+    def trace(self, factor: Factor) -> Tensor:
+        return factor.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def largest_eigenvalue(self, factor: Factor) -> Tensor:
+        return largest_eigenvalue(factor.tensor)
+
+    def damped_power(self, factor: Factor, amount: Callable[[Factor], Tensor], power: Power,
+                     previous: Operator | None) -> tuple[Operator, Tensor]:
+        """Columns where the search finds few; a side that once went dense stays so."""
+        dense = previous if isinstance(previous, Dense) else None
+        search = power.search
+        if search is not None and search.takes(factor.tensor.shape[-1]) and dense is None:
+            start = previous.columns if isinstance(previous, LowRank) else None
+            found = low_rank_power(
+                factor.tensor, start, lambda columns: amount(Factor(_COLUMNS, (columns,))),
+                power.exponent, search.tolerance, search.max_rank)
+            if found is not None:
+                return LowRank(*found[:2]), found[2]
+        matrix, succeeded = power.solve(add_damping(factor.tensor, amount(factor)),
+                                        dense.matrix if dense else None)
+        return Dense(matrix), succeeded
+
+
+@dataclass(frozen=True)
+class Blocks(Form):
+    """Diagonal blocks of the second moment of a single block (count, m, m).
+
+    Attributes:
+        most: Largest m; the side is cut into as few and equal blocks as that allows.
+    """
+
+    suffix: ClassVar[str] = 'blocks'
+    most: int = 8192
+
+    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
+        count = -(-size // self.most)
+        height = -(-size // count)
+        return ((count, height, height),)
+
+    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
+        total = rows.unwritten(self)
+        return (gram((_in_blocks(chunk, total) for chunk in rows.chunks()), total),)
+
+    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
+        return blocks * gram_flops(size, rows)
+
+    def norm(self, samples: Sequence[Tensor], sizes: Sequence[float] | None) -> Tensor | float:
+        """One norm for all blocks, which are those of one matrix."""
+        if sizes:
+            return sizes[0]
+        return torch.linalg.vector_norm(torch.linalg.matrix_norm(samples[0]))
+
+    def note(self, size: int) -> str:
+        return f'in blocks of {self.shapes(1, size)[0][-1]}'
+
+    def outline(self, blocks: int, size: int, layer: Layer,
+                search: RankSearch | None) -> Operator:
+        return BlockDiagonal.outline(*self.shapes(blocks, size))
+
+    def trace(self, factor: Factor) -> Tensor:
+        return factor.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def largest_eigenvalue(self, factor: Factor) -> Tensor:
+        """That of the whole side, for each block, so that all are damped alike."""
+        values = largest_eigenvalue(factor.tensor)
+        return values.amax(-1, keepdim=True).expand_as(values)
+
+    def damped_power(self, factor: Factor, amount: Callable[[Factor], Tensor], power: Power,
+                     previous: Operator | None) -> tuple[Operator, Tensor]:
+        last = previous.blocks if isinstance(previous, BlockDiagonal) else None
+        blocks, succeeded = power.solve(add_damping(factor.tensor, amount(factor)), last)
+        return BlockDiagonal(blocks), succeeded
+
+
+class _ColumnForm(Form):
+    """Columns A (b, n, m), once finalized, of which A A' is about the second moment."""
+
+    def outline(self, blocks: int, size: int, layer: Layer,
+                search: RankSearch | None) -> Operator:
+        return LowRank.outline(*self.shapes(blocks, size), (layer.blocks, 1, 1))
+
+    def trace(self, factor: Factor) -> Tensor:
+        return factor.tensor.square().sum((-2, -1))
+
+    def largest_eigenvalue(self, factor: Factor) -> Tensor:
+        return largest_eigenvalue_of_columns(factor.tensor)
+
+    def damped_power(self, factor: Factor, amount: Callable[[Factor], Tensor], power: Power,
+                     previous: Operator | None) -> tuple[Operator, Tensor]:
+        columns, scale, succeeded = power_of_columns(factor.tensor, amount(factor),
+                                                     power.exponent)
+        return LowRank(columns, scale), succeeded
+
+
+@dataclass(frozen=True)
+class Columns(_ColumnForm):
+    """The rows themselves, as columns (b, n, slots).
+
+    Once all slots are taken, further rows are added on top of others with random signs, which
+    keeps the moment right in the mean: a count sketch.
+
+    Attributes:
+        slots: Columns kept.
+    """
+
+    suffix: ClassVar[str] = 'columns'
+    is_bounded: ClassVar[bool] = True
+    slots: int = 256
+
+    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
+        return ((blocks, size, self.slots),)
+
+    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
+        return (torch.cat(list(rows.chunks()), 2),)
+
+    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
+        return 0.
+
+    def stage(self, measured: Tensor, slots: Slots) -> Tensor:
+        """Columns (b, n, c), each in the next slot."""
+        count = measured.shape[2]
+        places = (torch.arange(count, device='cpu') + slots.taken) % slots.count
+        slots.taken += count
+        signs = torch.randint(0, 2, (count,), generator=slots.generator, device='cpu') * 2. - 1
+        empty = measured.new_zeros(*measured.shape[:2], slots.count)
+        return empty.index_add_(2, places.to(measured.device), measured * signs.to(measured))
+
+    def rescale(self, total: Tensor, factor: float) -> None:
+        """By the root: the quantity is the columns' product."""
+        total *= factor**0.5
+
+
+#: The form of columns whose number is of no importance.
+_COLUMNS = Columns()
+
+
+@dataclass(frozen=True)
+class Sketch(_ColumnForm):
+    """The second moment times a random test matrix: ``sum x'x Omega`` (b, n, rank).
+
+    Attributes:
+        rank: Columns of Omega, n where that is less.
+        kind: 'gaussian': normal entries of variance 1 / rank; 'columns': those of the identity.
+    """
+
+    suffix: ClassVar[str] = 'sketch'
+    rank: int = 256
+    kind: str = 'gaussian'
+
+    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
+        return ((blocks, size, min(self.rank, size)),)
+
+    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
+        total = rows.unwritten(self).zero_()
+        test = self.test_matrix(rows.layer, rows.key, total.shape[1])
+        for chunk in rows.chunks():
+            add_product(total, chunk, stacked_product(chunk.mT, test))
+        return (total,)
+
+    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
+        return 4. * blocks * size * width * rows
+
+    def test_matrix(self, layer: Layer, key: str, size: int) -> Tensor:
+        """Omega (1, n, rank): by the layer's name, the same at all steps, ranks and devices."""
+        generator = torch.Generator().manual_seed(layer.seed_of(key))
+        rank = min(self.rank, size)
+        if self.kind == 'columns':
+            chosen = torch.randperm(size, generator=generator, device='cpu')[:rank]
+            drawn = torch.zeros(1, size, rank, device='cpu')
+            drawn[0, chosen, torch.arange(rank, device='cpu')] = 1
+        else:
+            drawn = torch.randn(1, size, rank, generator=generator, dtype=torch.float32,
+                                device='cpu') / rank**0.5
+        return drawn.to(layer.weight.device, layer.working_dtype)
+
+    def finalize(self, tensors: tuple[Tensor, ...], layers: Sequence[Layer],
+                 key: str) -> tuple[Tensor, ...]:
+        """The columns that the sketch gives (Nystroem)."""
+        tensor, = tensors
+        test = torch.stack([self.test_matrix(layer, key, tensor.shape[-2]) for layer in layers])
+        return (nystrom_columns(tensor, test.to(tensor.dtype)),)
+
+    def note(self, size: int) -> str:
+        return f'of rank {min(self.rank, size)}'
+
+
+class _VectorForm(Form):
+    """A sum over the rows of a power of their entries (b, n, 1)."""
+
+    is_product: ClassVar[bool] = False
+    power: ClassVar[int]
+
+    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
+        return ((blocks, size, 1),)
+
+    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
+        return (rows.power_sum(self.power),)
+
+    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
+        return float(blocks * size * rows)
+
+
+@dataclass(frozen=True)
+class Mean(_VectorForm):
+    """The mean row."""
+
+    suffix: ClassVar[str] = 'mean'
+    power: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class CountedMean(_VectorForm):
+    """A weighted sum of rows whose last entry is the sum of the weights, by which it is divided."""
+
+    suffix: ClassVar[str] = 'mean'
+    power: ClassVar[int] = 1
+
+    def finalize(self, tensors: tuple[Tensor, ...], layers: Sequence[Layer],
+                 key: str) -> tuple[Tensor, ...]:
+        """The mean row; a joint bias takes the last entry for its 1."""
+        tensor, = tensors
+        means = tensor / tensor[..., -1:, :]
+        return (means[..., :layers[0].columns, :],)
+
+
+@dataclass(frozen=True)
+class Square(_VectorForm):
+    """The mean squared row, the second moment's diagonal."""
+
+    suffix: ClassVar[str] = 'square'
+    power: ClassVar[int] = 2
+
+
+def add_damping(matrices: Tensor, damping: Tensor) -> Tensor:
+    """``A + mu I`` for matrices (..., n, n) and dampings mu (...)."""
+    damped = matrices.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
+    return damped
+
+
+def _in_blocks(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows (1, n, r) cut into the blocks of `like`, the last filled up with zeros."""
+    count, size, _ = like.shape
+    padded = F.pad(rows, (0, 0, 0, count * size - rows.shape[1]))
+    return padded.reshape(count, size, rows.shape[2])

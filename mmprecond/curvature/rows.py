@@ -1,0 +1,90 @@
+"""The rows of one side of one call, as a form sums them up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .forms import Form
+from .gram import gram
+from .statistic import ALL, REDUCED, SampledRows, Statistic
+
+if TYPE_CHECKING:
+    from .layer import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRows:
+    """The rows of a layer's call that a statistic is over.
+
+    Attributes:
+        layer: The layer.
+        module: The module that was called.
+        inputs: Its input.
+        gradient: Gradient of the loss by its output.
+        statistic: The statistic.
+        drawn: Positions that sampled rows are taken at.
+    """
+
+    layer: Layer
+    module: nn.Module
+    inputs: Tensor
+    gradient: Tensor
+    statistic: Statistic
+    drawn: Tensor
+
+    @property
+    def key(self) -> str:
+        """The statistic's name."""
+        return self.statistic.key
+
+    def unwritten(self, form: Form) -> Tensor:
+        """A tensor (b, n, m) to write the sum to, not initialised."""
+        shape, = form.shapes(*self.layer.size_of(self.statistic.side))
+        return self.layer.weight.new_empty(shape, dtype=self.layer.working_dtype)
+
+    def moment(self) -> Tensor:
+        """Sum of x'x (b, n, n); of all input rows as the layer makes it best."""
+        if not self.statistic.side.of_gradient and self.statistic.rows == ALL:
+            return self.layer.input_moment(self.module, self.inputs)
+        return gram(self.chunks(), self.unwritten(self.statistic.form))
+
+    def power_sum(self, power: int) -> Tensor:
+        """Sum of the rows' entries to a power (b, n, 1)."""
+        layer = self.layer
+        if self.statistic.side.of_gradient:
+            rows = layer.gradient_rows(self.gradient.to(layer.working_dtype))
+            return rows.pow(power).sum(2, keepdim=True)
+        sums, count = layer.input_power_sum(self.module, self.inputs, power)
+        if layer.bias is not None:
+            sums = torch.cat([sums, sums.new_full((layer.blocks, 1, 1), count)], 1)
+        return sums
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The rows in chunks (b, n, rows), inputs with the trailing 1 of a joint bias."""
+        layer, rows = self.layer, self.statistic.rows
+        if not self.statistic.side.of_gradient:
+            if rows == REDUCED:
+                yield layer.with_ones(layer.reduced_input(self.module, self.inputs))
+            elif isinstance(rows, SampledRows):
+                sampled = layer.sampled_input(self.module, self.inputs, self.drawn)
+                yield layer.with_ones(sampled) * self._scale()
+            else:
+                yield from map(layer.with_ones, layer.input_rows(self.module, self.inputs))
+            return
+        gradient = self.gradient.to(layer.working_dtype)
+        if rows == REDUCED:
+            yield layer.reduced_gradient(gradient)
+        elif isinstance(rows, SampledRows):
+            yield layer.sampled_gradient(gradient, self.drawn) * self._scale()
+        else:
+            yield layer.gradient_rows(gradient)
+
+    def _scale(self) -> float:
+        """Factor of drawn rows by which their products stand for those of all."""
+        positions: int = self.layer.position_count(self.gradient)
+        return (positions / max(1, len(self.drawn)))**0.5

@@ -1,0 +1,104 @@
+"""What is measured of a layer: a side of it, over some of its rows, in some form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from ..linalg.operators import Shape
+    from .forms import Form
+
+
+@dataclass(frozen=True)
+class Side:
+    """Rows that a layer has: of its input, of its output's gradient, or others that it declares.
+
+    Attributes:
+        name: The slot of the operator that a statistic of this side makes.
+        of_gradient: Whether the rows are gradients of the step's mean loss: their products are
+            summed, where those of all other rows are averaged.
+    """
+
+    name: str
+    of_gradient: bool = False
+
+
+INPUT = Side('input')
+GRADIENT = Side('gradient', of_gradient=True)
+#: The layer's weight itself, handed to refreshes that read it.
+WEIGHT = Side('weight')
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which of a side's rows a statistic is over."""
+
+    suffix: ClassVar[str] = ''
+
+
+@dataclass(frozen=True)
+class AllRows(Rows):
+    """Every position of every sample."""
+
+
+@dataclass(frozen=True)
+class ReducedRows(Rows):
+    """One row a sample: the mean input and the summed gradient of its positions."""
+
+    suffix: ClassVar[str] = '_reduced'
+
+
+@dataclass(frozen=True)
+class SampledRows(Rows):
+    """Some positions of each sample, drawn at random at each call and scaled to all.
+
+    Attributes:
+        positions: How many of each sample.
+        most_rows: In place of `positions`, how many of all samples together (at least one each).
+    """
+
+    suffix: ClassVar[str] = '_sampled'
+    positions: int = 8
+    most_rows: int | None = None
+
+    def count(self, samples: int) -> int:
+        """Positions to draw of each of so many samples."""
+        if self.most_rows is None:
+            return self.positions
+        return max(1, self.most_rows // max(1, samples))
+
+
+ALL = AllRows()
+REDUCED = ReducedRows()
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One running quantity of a layer.
+
+    Attributes:
+        side: Whose rows.
+        form: What is kept of them.
+        rows: Which rows.
+        key: Its name in checkpoints; by default ``<side>_<form><rows>``.
+    """
+
+    side: Side
+    form: Form
+    rows: Rows = ALL
+    key: str = ''
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            name = f'{self.side.name}_{self.form.suffix}{self.rows.suffix}'
+            object.__setattr__(self, 'key', name)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of its tensors."""
+        return self.form.keys(self.key)
+
+    def shapes(self, blocks: int, size: int) -> dict[str, Shape]:
+        """Shapes (b, n, m) of its tensors by their names, for blocks of a side's length."""
+        return dict(zip(self.keys, self.form.shapes(blocks, size), strict=True))

@@ -1,0 +1,80 @@
+"""Preconditioning from both sides: damped powers of the factors, their product, its norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..curvature import GRADIENT, INPUT, Factor, Power, Side
+from ..linalg import Operator, Operators
+from .base import Factors
+
+
+def damped_powers(factors: Factors, amount: Callable[[Side, Factor], Tensor], power: Power,
+                  previous: Operators | None = None) -> tuple[Operators, Tensor]:
+    """Negative powers of all sides' damped moments.
+
+    Args:
+        factors: The moments, in any form.
+        amount: Of a side and its factor, what is added to the diagonal (k, b).
+        power: Which power, and how.
+        previous: The last operators, where new ones may start.
+
+    Returns:
+        Operators by slot, and a bool tensor (k,) that is False where one failed.
+    """
+    operators: Operators = {}
+    outcomes = []
+    for side, factor in factors.items():
+        def side_amount(factor: Factor, side: Side = side) -> Tensor:
+            return amount(side, factor)
+
+        last: Operator | None = (previous or {}).get(side.name)
+        operators[side.name], succeeded = factor.damped_power(side_amount, power, last)
+        outcomes.append(succeeded.all(-1))
+    return operators, torch.stack(outcomes).all(0)
+
+
+def two_sided(operators: Operators, gradients: Tensor) -> Tensor:
+    """``L G R`` for gradients (k, b, o, i); a side without an operator is left alone."""
+    directions = gradients
+    if GRADIENT.name in operators:
+        directions = operators[GRADIENT.name].left(directions)
+    if INPUT.name in operators:
+        directions = operators[INPUT.name].right(directions)
+    return directions
+
+
+def relative_damping(factor: Factor, damping: Tensor | float) -> Tensor:
+    """``damping lambda_max`` of each block of a factor: (k, b).
+
+    A block that is nothing beside its layer's others (a saturated head, a dead channel) is damped
+    as rounding asks, and a layer that is nothing at all by 1.
+    """
+    value = factor.largest_eigenvalue()
+    rounding = 10 * torch.finfo(factor.tensors[0].dtype).eps
+    peak = value.amax(-1, keepdim=True) if value.dim() else value
+    amount = damping * value + rounding * peak
+    return torch.where(amount > 0, amount, 1)
+
+
+def exact_relative_damping(factor: Factor, damping: Tensor | float) -> Tensor:
+    """The same, but a block takes its layer's largest eigenvalue only where its own is zero."""
+    value = factor.largest_eigenvalue()
+    amount = damping * torch.where(value > 0, value, value.amax(-1, keepdim=True))
+    return torch.where(amount > 0, amount, 1)
+
+
+def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:
+    """Scales each layer's direction (k, b, o, i) to its gradient's Frobenius norm (thesis (3.7)).
+
+    One scalar a layer, over all its blocks, weight and joint bias together. In place, unless the
+    two are the same.
+    """
+    target = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
+    size = torch.linalg.vector_norm(directions, dim=(1, 2, 3), keepdim=True)
+    if directions is gradients:
+        return directions * (target / (size + 1e-12))
+    return directions.mul_(target / (size + 1e-12))

@@ -1,0 +1,168 @@
+"""SOAA's rule: Adam with a diagonal Fisher in a trust region that the training loss adapts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_number
+from .adam import AdamW
+from .base import Group, State
+
+logger = logging.getLogger('mmprecond')
+
+#: What the correction of the Fisher sums over.
+SUMS = ('global', 'parameter')
+
+#: Parameters, their first and second moments, their group, and how many steps they took.
+Moments = tuple[list[Tensor], list[Tensor], list[Tensor], Group, int]
+
+
+class TrustRegionAdam(AdamW):
+    """Adam's moments and decoupled decay; updates come from all moments together (see `SOAA`).
+
+    Args:
+        gamma: How far the radius may stay from 1 at the end of the run, in (0, 1).
+        radius: Trust radius of the first step.
+        sums: 'global', or 'parameter' for sums over each parameter by itself.
+
+    Attributes:
+        region: Scalars of float64: the radius; the loss's average, and how much of it is there (the
+            bias correction); the predicted reduction; and the losses that were not finite.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def __init__(self, gamma: float = 0.1, radius: float = 10., sums: str = 'global') -> None:
+        super().__init__()
+        check_number('gamma', gamma, high=1, open_low=True)
+        check_number('radius', radius, open_low=True)
+        check_choice('sums', sums, SUMS)
+        self.gamma = gamma
+        self.sums = sums
+        self.region = {name: torch.zeros((), dtype=torch.float64) for name in (
+            'radius', 'loss', 'weight', 'predicted', 'skipped')}
+        self.region['radius'] += radius
+        self._pending_moments: list[Moments] = []
+        self._reported = torch.zeros((), dtype=torch.float64)
+        self._warned = False
+
+    @classmethod
+    def check(cls, group: Group) -> None:
+        super().check(group)
+        check_number('eps', group['eps'], open_low=True)
+
+    def move_to(self, device: torch.device) -> None:
+        """Keeps the region on a device."""
+        self.region = {name: value.to(device) for name, value in self.region.items()}
+        self._reported = torch.zeros((), dtype=torch.float64, pin_memory=device.type == 'cuda')
+
+    def load_region(self, saved: Mapping[str, Tensor]) -> None:
+        """Takes the region of a saved run."""
+        self.region = {name: saved[name].to(value, copy=True)
+                       for name, value in self.region.items()}
+
+    def begin_step(self, loss: Tensor, step: int, total_steps: int, first: Group) -> None:
+        """Takes what the next updates need beside directions.
+
+        Args:
+            loss: The loss of the step, a scalar of float64 on the region's device.
+            step: Steps taken.
+            total_steps: Steps of the run.
+            first: The first parameter group, whose `betas` and `eps` the region follows.
+        """
+        self._pending_moments = []  # an earlier step may have failed
+        self._step = step, min(step / total_steps, 1.), first
+        self._loss = loss
+
+    def compute_updates(self, params: list[Tensor], directions: list[Tensor],
+                        states: list[State], group: Group) -> list[Tensor]:
+        """The first moments, until `combine` replaces them."""
+        first, second, step = self.moments(params, directions, states, group)
+        self._pending_moments.append((params, first, second, group, step))
+        return first
+
+    def combine(self, updates: dict[Tensor, Tensor]) -> None:
+        """Makes the updates from all moments, and the radius of the next step."""
+        pending, self._pending_moments = self._pending_moments, []
+        if not pending:
+            return
+        radius, predicted = self.region['radius'], torch.zeros_like(self.region['predicted'])
+        for moments, correction in zip(pending, self._corrections(pending), strict=True):
+            u, gain = _trusted_updates(moments, correction, radius)
+            predicted += moments[3]['lr'] * gain.to(predicted.device)
+            updates.update(zip(moments[0], u, strict=True))
+        self.adapt(self._loss, predicted)
+
+    def _corrections(self, pending: list[Moments]) -> list[Tensor]:
+        """``1 + sum m^2 / sum(v + eps)`` of each batch: a scalar, or one value a parameter."""
+        squares, sums = [], []
+        for _, first, second, group, step in pending:
+            bias1, bias2 = (1 - beta**step for beta in group['betas'])
+            squares.append(torch.stack(torch._foreach_norm(first)).double().square() / bias1**2)
+            shifts = [moment.numel() * bias2 * group['eps'] for moment in second]
+            sums.append(_sums(second, shifts) / bias2)
+        if self.sums == 'parameter':
+            return [1 + square / total for square, total in zip(squares, sums, strict=True)]
+        home = self.region['radius'].device
+        square = torch.stack([batch.sum().to(home) for batch in squares]).sum()
+        total = torch.stack([batch.sum().to(home) for batch in sums]).sum()
+        return [(1 + square / total).to(batch.device) for batch in squares]
+
+    def adapt(self, loss: Tensor, predicted: Tensor) -> None:
+        """The radius of the next step, and what it is made with; what is not finite stays out."""
+        old = self.region
+        step, over, group = self._step
+        share = 1 - group['betas'][0]
+        finite = loss.isfinite()
+        average = old['loss'] + share * (loss - old['loss'])
+        weight = old['weight'] + share * (1 - old['weight'])
+        radius = old['radius'] * (average / weight - loss) / old['predicted'].clamp(group['eps'])
+        radius = radius.clamp((1 - self.gamma)**over, 1 + self.gamma**over)
+        self.region = {
+            'radius': torch.where(radius.isfinite(), radius, old['radius']),
+            'loss': torch.where(finite, average, old['loss']),
+            'weight': torch.where(finite, weight, old['weight']),
+            'predicted': torch.where(predicted.isfinite(), predicted, old['predicted']),
+            'skipped': old['skipped'] + finite.logical_not()}
+        self._warn(step)
+
+    def _warn(self, step: int) -> None:
+        """Says once that a loss was not finite; on a GPU a step later, so as not to wait for it."""
+        self._reported.copy_(self.region['skipped'], non_blocking=True)
+        if not self._warned and self._reported:
+            self._warned = True
+            logger.warning('SOAA: the loss of step %d, or of one just before, is not finite; the '
+                           'trust radius stays as it was (said once)', step)
+
+
+def _trusted_updates(moments: Moments, correction: Tensor,
+                     radius: Tensor) -> tuple[list[Tensor], Tensor]:
+    """``u = d m / (max(d F, sqrt(v)) + eps)`` of one batch, and its ``<m, u> - <v, u^2> / 2``."""
+    _, first, second, group, step = moments
+    bias1, bias2 = (1 - beta**step for beta in group['betas'])
+    scale = torch._foreach_sqrt(second)
+    torch._foreach_div_(scale, bias2**0.5)
+    factor = (correction * radius.to(correction.device) / bias2).to(first[0].dtype)
+    fisher = (torch._foreach_mul(second, list(factor)) if factor.ndim
+              else torch._foreach_mul(second, factor))
+    torch._foreach_maximum_(scale, fisher)
+    torch._foreach_add_(scale, group['eps'])
+    u = torch._foreach_div(first, scale)
+    torch._foreach_mul_(u, (radius / bias1).to(first[0]))
+    quadratic_term = torch._foreach_mul(second, u)
+    torch._foreach_mul_(quadratic_term, u)
+    gain = _sums(torch._foreach_mul(first, u)) / bias1 - _sums(quadratic_term) / (2 * bias2)
+    return list(u), gain.sum()
+
+
+def _sums(tensors: Sequence[Tensor], shifts: list[float] | None = None) -> Tensor:
+    """The sum of each tensor, none of whose entries is negative, in float64."""
+    sums = torch._foreach_norm(list(tensors), 1)
+    if shifts is not None:
+        torch._foreach_add_(sums, shifts)
+    return torch.stack(sums).double()
