@@ -17,7 +17,7 @@ from test_oversize import EVERY, FORMS, chain, normal, one_step
 from torch import Tensor, nn
 
 from mmprecond.core import RefreshError
-from mmprecond.curvature import forms
+from mmprecond.curvature import moments as forms
 from mmprecond.optimizers import (
     FSGD,
     KFAC,

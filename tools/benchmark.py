@@ -17,14 +17,13 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from benchmark_entry import CAPTURE, KINDS, REFRESH, Entry, now
 from contestants import EVERY_STEP
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,85 +45,10 @@ MODELS = {
 }
 USUAL = 'SGD,AdamW,NKFAC:solver=cholesky,NKFAC:solver=lowrank,AdamR,FSGD,FAdam:solver=lowrank'
 PEERS = ('SOAP', 'Shampoo', 'Muon')
-#: Steps between captures and between refreshes while the clock runs.
-CAPTURE, REFRESH = 2, 4
 #: Cycles of `REFRESH` steps that are not counted: Newton's first three refreshes are exact.
 WARM_UP = 3
 #: Different batches, taken in turns: those of one alone would have few directions.
 BATCHES = 8
-KINDS = ('plain', 'statistics', 'refresh')
-
-
-@dataclass
-class Entry:
-    """One optimizer with its copy of the model.
-
-    Attributes:
-        name: As the user wrote it.
-        model: Its copy.
-        optimizer: The optimizer.
-        seconds: Times of whole iterations by the kind of step.
-        steps: Times of `optimizer.step()` alone.
-        peak_mb: Peak memory.
-    """
-
-    name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {k: [] for k in KINDS})
-    steps: dict[str, list[float]] = field(default_factory=lambda: {k: [] for k in KINDS})
-    peak_mb: float = 0.
-
-    @property
-    def base(self) -> str:
-        """The first-order optimizer that it is compared with."""
-        return 'AdamW' if 'betas' in self.optimizer.defaults else 'SGD'
-
-    def kind(self, step: int) -> str:
-        """What a step does beside training."""
-        if not isinstance(self.optimizer, PreconditionedOptimizer):
-            return 'plain'
-        method = self.optimizer.curvature.stacks[0].method
-        if method.stat_interval != CAPTURE:  # it measures at every step by its nature
-            return 'plain'
-        count = step + method.phase
-        return 'plain' if count % CAPTURE else 'statistics' if count % REFRESH else 'refresh'
-
-    def train(self, batch: dict[str, Any]) -> tuple[float, float]:
-        """One iteration: seconds of all of it, and of the optimizer's step."""
-        start = now(batch)
-        loss = self.model.parse_losses(self.model(**batch, mode='loss'))[0]
-        self.optimizer.zero_grad()
-        loss.backward()
-        if getattr(self.optimizer, 'needs', '') == 'loss':
-            self.optimizer.loss = loss.detach()
-        middle = now(batch)
-        self.optimizer.step()
-        end = now(batch)
-        return end - start, end - middle
-
-    def state_mb(self) -> float:
-        """Moments, statistics and operators."""
-        tensors = [t for state in self.optimizer.state.values() for t in flat(state)]
-        curvature = getattr(self.optimizer, 'curvature', None)
-        for stack in curvature.stacks if curvature else []:
-            tensors += [*stack.statistics.values(), *stack.operator_tensors.values()]
-        return sum(t.numel() * t.element_size() for t in tensors) / 2**20
-
-
-def flat(state: Any) -> list[torch.Tensor]:
-    """The tensors in a nested state."""
-    if isinstance(state, torch.Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state
-    return [t for v in values for t in flat(v)] if isinstance(state, (dict, list, tuple)) else []
-
-
-def now(batch: dict[str, Any]) -> float:
-    """The time, once the device has done what it was given."""
-    if batch['inputs'].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:

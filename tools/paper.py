@@ -114,7 +114,8 @@ def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
     """
     optimizer = cfg['optim_wrapper']['optimizer']
     usual = {'betas': [0.9, 0.999], 'momentum': 0.9}
-    wanted = row.optimizer | {key: usual.get(key, 'nothing') for key in optimizer
+    literal = {} if row.optimizer['type'] in ('SGD', 'AdamW') else {'settings': 'published'}
+    wanted = row.optimizer | literal | {key: usual.get(key, 'nothing') for key in optimizer
                               if key not in row.optimizer}
     pairs = {key: (optimizer.get(key), value) for key, value in wanted.items()}
     pairs |= {'result': (cfg['paper'].get('result'), row.result),

@@ -1,10 +1,11 @@
 # The thesis's settings by data set and optimizer: beside the config of a toolbox in _base_, for
 #     optim_wrapper = dict(constructor='PrecondOptimWrapperConstructor',
 #                          optimizer={{_base_.coco_nkfac}})
-# They replace the toolbox's optimizer as a whole.
+# They replace the toolbox's optimizer as a whole, and start from the literal settings of each
+# method's source, whatever our defaults are.
 # COCO rates are for a batch of 16, those of CIFAR for 128, of ImageNet for 256 (Swin: 1024). Where
 # it names no intervals for a method on a data set, they are the method's defaults.
-__anew = dict(_delete_=True)
+__anew = dict(_delete_=True, settings='published')
 __sgd = dict(__anew, lr=0.02, momentum=0.9, weight_decay=1e-4)
 __retina = dict(__sgd, lr=0.01)
 __adam = dict(__anew, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)

@@ -4,7 +4,8 @@ _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='NKFAC', lr=0.02, momentum=0.9, weight_decay=1e-4,
+    optimizer=dict(_delete_=True, type='NKFAC', settings='published',
+                   lr=0.02, momentum=0.9, weight_decay=1e-4,
                    stat_interval=100, refresh_interval=1000))
 
 paper = dict(

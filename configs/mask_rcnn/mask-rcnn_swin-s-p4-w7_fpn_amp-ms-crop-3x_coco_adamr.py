@@ -5,7 +5,8 @@ _base_ = 'mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamR', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.02,
+    optimizer=dict(_delete_=True, type='AdamR', settings='published',
+                   lr=1e-4, betas=(0.9, 0.999), weight_decay=0.02,
                    stat_interval=100, refresh_interval=1000))
 
 paper = dict(

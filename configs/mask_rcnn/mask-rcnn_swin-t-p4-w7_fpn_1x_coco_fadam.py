@@ -4,7 +4,8 @@ _base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='FAdam', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05,
+    optimizer=dict(_delete_=True, type='FAdam', settings='published',
+                   lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05,
                    stat_interval=50, refresh_interval=500))
 
 paper = dict(

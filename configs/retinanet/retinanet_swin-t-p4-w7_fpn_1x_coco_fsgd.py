@@ -4,7 +4,8 @@ _base_ = 'mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='FSGD', lr=0.01, momentum=0.9, weight_decay=1e-4,
+    optimizer=dict(_delete_=True, type='FSGD', settings='published',
+                   lr=0.01, momentum=0.9, weight_decay=1e-4,
                    stat_interval=50, refresh_interval=500))
 
 paper = dict(

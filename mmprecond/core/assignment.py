@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..preconditioners import METHODS, Preconditioner
+from ..preconditioners import METHODS, Preconditioner, build_preconditioner
 
 MATCH_KEYS = ('module_type', 'name')
 ENTRY_KEYS = ('match', 'preconditioner')
@@ -182,9 +182,9 @@ def _parse_method(where: str, config: Any) -> Preconditioner | None:
     method = METHODS.get(kind) if isinstance(kind, str) else kind
     if not (isinstance(method, type) and issubclass(method, Preconditioner)):
         raise ValueError(f'{where}: unknown preconditioner type {kind!r}; choose one of {names}')
-    _reject_keys(f'{where}: {method.__name__}', settings, method.options())
+    _reject_keys(f'{where}: {method.__name__}', settings, [*method.options(), 'settings'])
     try:
-        return method(**settings)
+        return build_preconditioner(method, settings)
     except ValueError as error:
         raise ValueError(f'{where}: {error}') from error
 

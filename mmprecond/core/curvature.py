@@ -18,10 +18,10 @@ from ..linalg import PRECISIONS, Operators, matmul_precision
 from ..preconditioners import Preconditioner
 from . import checkpoint, report
 from .assignment import Assignment, BoundAssignment
+from .basis import BasisSnapshot, snapshot
 from .clipping import clip_norm, kl_clip
 from .failures import FailurePolicy
 from .memory import check_memory_budget, forecast, megabytes
-from .moments import BasisSnapshot, snapshot
 from .monitor import Monitor
 from .refresh import finish_refresh, start_refresh
 from .samples import SampleCollector, to_host
@@ -186,7 +186,7 @@ class Curvature:
         """Merges what was measured for a step, and refreshes operators that are due.
 
         Returns:
-            The stacks whose bases may have turned, as they were before (see `moments.rotate`).
+            The stacks whose bases may have turned, as they were before (see `basis.rotate`).
         """
         if self.monitor is not None:
             self.monitor.begin()

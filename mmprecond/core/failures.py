@@ -33,7 +33,7 @@ class FailurePolicy:
         """
         for position, good in zip(positions, succeeded, strict=True):
             slot = stack.slots[position]
-            slot.count(good)
+            slot.count_refresh(good)
             if good:
                 continue
             kept = 'its last good operator stays' if slot.refreshes else 'it takes the plain rule'

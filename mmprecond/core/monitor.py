@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -83,10 +83,10 @@ class Monitor:
             due: The stacks and the positions that were refreshed.
             held: Megabytes of statistics and operators.
         """
-        self.report = RefreshReport(step, seconds=time.perf_counter() - self._start,
-                                    megabytes=held)
         self._layers = [(stack, k) for stack, positions in due for k in positions]
-        self.report.failures = sum(stack.slots[k].failures > 0 for stack, k in self._layers)
+        failures = sum(stack.slots[k].failures > 0 for stack, k in self._layers)
+        self.report = RefreshReport(step, failures=failures, megabytes=held,
+                                    seconds=time.perf_counter() - self._start)
 
     def record_directions(self, gradients: Mapping[Tensor, Tensor],
                           directions: Mapping[Tensor, Tensor]) -> None:
@@ -103,8 +103,8 @@ class Monitor:
         flat = [value.double().reshape(()) for values in found.values()
                 for value in values.values()]
         numbers = iter(torch.stack([v.to(flat[0].device) for v in flat]).tolist() if flat else [])
-        self.report.layers = {name: {key: next(numbers) for key in values}
-                              for name, values in found.items()}
+        self.report = replace(self.report, layers={
+            name: {key: next(numbers) for key in values} for name, values in found.items()})
 
 
 def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:

@@ -44,7 +44,15 @@ class Slot:
         """Whether no refresh was tried yet; after a failure the next one comes on schedule."""
         return self.refreshes == 0 and self.failures == 0
 
-    def count(self, succeeded: bool) -> None:
+    def count_sample(self) -> None:
+        """Counts a sample that was merged."""
+        self.samples += 1
+
+    def forget_refreshes(self) -> None:
+        """Has the next refresh start from nothing."""
+        self.refreshes = 0
+
+    def count_refresh(self, succeeded: bool) -> None:
         """Counts a refresh."""
         self.refreshes += succeeded
         self.failures = 0 if succeeded else self.failures + 1
@@ -125,7 +133,7 @@ class LayerStack:
                 norm = statistic.form.norm(tensors, known)
             for key, tensor in zip(statistic.keys, tensors, strict=True):
                 average.merge(self.statistics[key][position], tensor, slot.samples, norm)
-        slot.samples += 1
+        slot.count_sample()
 
     def _join(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
         for layer in layers:
@@ -192,7 +200,7 @@ class LayerStack:
     def refresh_anew(self) -> None:
         """Has all operators made anew at the next step, as after a change of settings."""
         for slot in self.slots:
-            slot.refreshes = 0
+            slot.forget_refreshes()
 
     # ---------------------------------------------------------------- checkpoints
 

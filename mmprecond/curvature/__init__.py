@@ -10,22 +10,10 @@ from .attention import (
 from .average import RunningAverage
 from .capture import Capture, Staged
 from .conv import Conv2dLayer
-from .forms import (
-    SKETCH_KINDS,
-    Blocks,
-    Columns,
-    CountedMean,
-    Factor,
-    Form,
-    Mean,
-    Moment,
-    Power,
-    Sketch,
-    Square,
-    add_damping,
-)
+from .form import Factor, Form, Power, add_damping
 from .layer import Call, Layer
 from .linear import LinearLayer
+from .moments import SKETCH_KINDS, Blocks, Columns, Moment, Sketch
 from .registry import (
     ATTENTION_TYPES,
     LAYER_TYPES,
@@ -46,6 +34,7 @@ from .statistic import (
     Side,
     Statistic,
 )
+from .vectors import CountedMean, Mean, Square
 
 __all__ = ['ALL', 'ATTENTION_TYPES', 'AttentionLayer', 'AttentionReading', 'Blocks', 'Call',
            'Capture', 'Columns', 'Conv2dLayer', 'CountedMean', 'Factor', 'Form', 'GRADIENT',

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..linalg import matmul_precision, rounded
-from .forms import Slots
+from .form import Slots
 from .layer import Call, Layer
 from .statistic import Statistic
 
@@ -38,6 +38,15 @@ class Staged:
     sums: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
     slots: dict[str, Slots] = field(default_factory=dict)
+
+    def add(self, sums: Mapping[str, Tensor], rows: int) -> None:
+        """Adds the sums of a call over so many rows."""
+        for key, total in sums.items():
+            if key in self.sums:
+                self.sums[key] += total
+            else:
+                self.sums[key] = total
+        self.rows += rows
 
 
 class Capture:
@@ -172,15 +181,11 @@ class Capture:
                 gradient = self._unscaled(layer, gradient)
             if any(statistic.form.is_product for statistic in statistics):
                 gradient, kept = rounded(gradient), tuple(map(rounded, kept))
-            sums = layer.measure(call, kept, gradient, statistics, self._generator)
-            for statistic in statistics:
-                for key, (_, _, width) in layer.shapes(statistic).items():
-                    measured = statistic.form.stage(sums[key], self._slots(staged, key, width))
-                    if key in staged.sums:
-                        staged.sums[key] += measured
-                    else:
-                        staged.sums[key] = measured
-        staged.rows += layer.count_rows(call, gradient, statistics)
+            measured = layer.measure(call, kept, gradient, statistics, self._generator)
+            sums = {key: statistic.form.stage(measured[key], self._slots(staged, key, width))
+                    for statistic in statistics
+                    for key, (_, _, width) in layer.shapes(statistic).items()}
+            staged.add(sums, layer.count_rows(call, gradient, statistics))
 
     def _slots(self, staged: Staged, key: str, width: int) -> Slots:
         """Where the columns of a statistic go: from this rank's share of the slots on."""

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .forms import Moment
 from .layer import EVERY_ROW_KIND, Call, Layer
+from .moments import Moment
 from .patches import Axis, PatchMoment
 from .statistic import INPUT, Rows, Statistic
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .forms import Form
+from .form import Form
 from .gram import gram
 from .statistic import ALL, REDUCED, SampledRows, Statistic
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from ..linalg.operators import Shape
-    from .forms import Form
+    from .form import Form
 
 
 @dataclass(frozen=True)

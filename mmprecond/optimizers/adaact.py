@@ -28,7 +28,8 @@ class AdaAct(PreconditionedOptimizer):
         eps: Added to the root of the mean square.
         weight_decay: Decoupled decay.
         model: The module that owns the parameters.
-        **settings: Others of `InputDiagonal` and of `PreconditionedOptimizer`.
+        **settings: Others of `InputDiagonal` and of `PreconditionedOptimizer`;
+            ``settings='published'`` starts from those of the published code.
 
     Raises:
         ValueError: For values out of range or a missing model.

@@ -36,7 +36,8 @@ class AdaFisher(PreconditionedOptimizer):
         weight_decay: Decay; added to the gradient.
         model: The module that owns the parameters.
         **settings: Those of `FisherDiagonal` (`stat_decay`, `damping`, `ema`, `stat_interval`, ...)
-            and of `PreconditionedOptimizer`.
+            and of `PreconditionedOptimizer`; ``settings='published'`` starts from those of the
+            published code.
 
     Raises:
         ValueError: For values out of range or a missing model.

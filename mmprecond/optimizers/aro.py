@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..rules.aro import ARORule
 from .matrix_optimizer import MatrixOptimizer
+from .settings import takes_settings
 
 
 class ARO(MatrixOptimizer):
@@ -42,6 +43,7 @@ class ARO(MatrixOptimizer):
         norm: f: 'sinkhorn', 'row_norm' or 'sign'.
         side: The rotated one: 'left' (m x m), 'right' (n x n) or 'smaller'. Groups may differ.
         max_dim: A matrix whose rotated side is larger takes AdamW; `table` names it.
+        settings: 'default', or 'published' for the literal settings of the source.
         **unexpected: Refused.
 
     Raises:
@@ -49,6 +51,10 @@ class ARO(MatrixOptimizer):
         TypeError: For unknown settings.
     """
 
+    published: ClassVar[dict[str, Any]] = dict(
+        momentum=0.95, betas=(0.9, 0.95), eps=1e-8, norm='sinkhorn', side='left', max_dim=8192)
+
+    @takes_settings
     def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0., *,
                  model: nn.Module | None = None, betas: tuple[float, float] = (0.9, 0.95),
                  eps: float = 1e-8, norm: str = 'sinkhorn', side: str = 'left',

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..rules.dct import DCTAdamWRule
 from .matrix_optimizer import MatrixOptimizer
+from .settings import takes_settings
 
 
 class DCTAdamW(MatrixOptimizer):
@@ -42,6 +43,7 @@ class DCTAdamW(MatrixOptimizer):
         norm: Which columns of ``A Q`` are largest: by 'l1' or 'l2'.
         max_dim: A matrix with a larger side takes AdamW; `table` names it. The default is the
             published bound: from 32,000 on.
+        settings: 'default', or 'published' for the literal settings of the source.
         **unexpected: Refused.
 
     Raises:
@@ -49,6 +51,11 @@ class DCTAdamW(MatrixOptimizer):
         TypeError: For unknown settings.
     """
 
+    published: ClassVar[dict[str, Any]] = dict(
+        betas=(0.9, 0.999), eps=1e-8, rank=128, refresh_interval=1, rotate_subspace=True,
+        error_feedback=False, norm='l1', max_dim=31999)
+
+    @takes_settings
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
                  rank: int = 128, refresh_interval: int = 1, rotate_subspace: bool = True,

@@ -22,11 +22,11 @@ class PreconditionedSGDM(PreconditionedOptimizer):
         weight_decay: L2 decay, added after preconditioning.
         model: The module that owns the parameters.
         **settings: Those of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
-            ...) and `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
+            ...) and `PreconditionedOptimizer` (`capture_mb`, `save_curvature`);
+            ``settings='published'`` starts from the literal ones of the source.
 
     Attributes:
         preconditioner: The preconditioner's class.
-        preset: Settings whose default differs from the preconditioner's own.
 
     Raises:
         ValueError: For values out of range or a missing model.
@@ -34,11 +34,10 @@ class PreconditionedSGDM(PreconditionedOptimizer):
     """
 
     preconditioner: ClassVar[type[Preconditioner]]
-    preset: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
                  model: nn.Module | None = None, **settings: Any) -> None:
-        method, own = split_settings(self, self.preconditioner, settings, **self.preset)
+        method, own = split_settings(self, self.preconditioner, settings)
         super().__init__(params, model=model, rule=SGDM(), method=method,
                          defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay), **own)
 
@@ -57,11 +56,11 @@ class PreconditionedAdam(PreconditionedOptimizer):
         model: The module that owns the parameters.
         rule: 'AdamW' or 'Adan'.
         **settings: Those of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
-            ...) and `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
+            ...) and `PreconditionedOptimizer` (`capture_mb`, `save_curvature`);
+            ``settings='published'`` starts from the literal ones of the source.
 
     Attributes:
         preconditioner: The preconditioner's class.
-        preset: Settings whose default differs from the preconditioner's own.
         decay: The form of AdamW's weight decay, see `rules.AdamW`.
 
     Raises:
@@ -70,13 +69,12 @@ class PreconditionedAdam(PreconditionedOptimizer):
     """
 
     preconditioner: ClassVar[type[Preconditioner]]
-    preset: ClassVar[dict[str, Any]] = {}
     decay: ClassVar[str] = 'decoupled'
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, ...] | None = None,
                  eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
                  rule: str = 'AdamW', **settings: Any) -> None:
-        method, own = split_settings(self, self.preconditioner, settings, **self.preset)
+        method, own = split_settings(self, self.preconditioner, settings)
         config: dict[str, Any] = dict(type=rule, lr=lr, eps=eps, weight_decay=weight_decay)
         if betas is not None:
             config['betas'] = betas

@@ -27,3 +27,4 @@ class SKFAC(PreconditionedSGDM):
 
     preconditioner = FisherKronecker
     preset = dict(solver='woodbury', reduction='sample', stat_decay=0.)
+    published = preset

@@ -168,3 +168,4 @@ class SMAC(MAC):
     """
 
     preset = dict(output=True)
+    published = preset

@@ -24,4 +24,5 @@ class AdaNKFAC(PreconditionedAdam):
 
     preconditioner = NewtonKronecker
     preset = dict(stat_interval=100, refresh_interval=1000)
+    published = preset
     decay = 'published'

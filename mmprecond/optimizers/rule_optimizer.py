@@ -34,6 +34,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     needs: ClassVar[str] = ''
+    #: Settings whose default differs from the preconditioner's own.
+    preset: ClassVar[dict[str, Any]] = {}
+    #: Settings of the source, by which published numbers were made, beside the preconditioner's.
+    published: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, params: Any, rule: Rule, defaults: Group) -> None:
         self.rule = rule

@@ -1,37 +1,69 @@
-"""Settings of optimizers: which are the preconditioner's, and which hold for all layers."""
+"""Settings of optimizers: which are the preconditioner's, which hold for all layers, named sets."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..checks import argument_names, reject_unexpected
+from ..checks import argument_names, check_choice, reject_unexpected
 from ..core import CurvatureOptions
-from ..preconditioners import Preconditioner
+from ..preconditioners import SETS, Preconditioner
 
 Method = TypeVar('Method', bound=Preconditioner)
 
 
-def split_settings(owner: object, method: type[Method], settings: dict[str, Any],
-                   **defaults: Any) -> tuple[Method, dict[str, Any]]:
+def split_settings(owner: Any, method: type[Method],
+                   settings: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
     """Separates an optimizer's keyword arguments.
 
     Args:
-        owner: The optimizer, named in errors.
+        owner: The optimizer. Its `preset` holds defaults that differ from the preconditioner's own,
+            its `published` literal settings that do.
         method: The preconditioner's class.
-        settings: What the user gave.
-        **defaults: Settings whose default differs from the preconditioner's own.
+        settings: What the user gave; ``settings='published'`` starts from the literal ones.
 
     Returns:
-        The preconditioner, and the arguments of `PreconditionedOptimizer`.
+        The preconditioner, and the options of `core.Curvature`.
 
     Raises:
         TypeError: For a setting that neither takes.
+        ValueError: For an unknown set of settings.
     """
-    known = method.options()
-    own = {key: settings[key] for key in CurvatureOptions.names() if key in settings}
-    unexpected = {key: value for key, value in settings.items()
+    given = dict(settings)
+    named = given.pop('settings', 'default')
+    check_choice('settings', named, SETS)
+    known, options = method.options(), CurvatureOptions.names()
+    own = {key: given[key] for key in options if key in given}
+    unexpected = {key: value for key, value in given.items()
                   if key not in known and key not in own}
     reject_unexpected(type(owner).__name__, unexpected,
-                      [*argument_names(type(owner)), *known, *CurvatureOptions.names()])
-    chosen = {key: value for key, value in settings.items() if key in known}
-    return method(**{**defaults, **chosen}), own
+                      [*argument_names(type(owner)), *known, *options, 'settings'])
+    base = (owner.preset if named == 'default'
+            else {**method.published, **owner.published})
+    return method(**{**base, **{k: v for k, v in given.items() if k in known}}), own
+
+
+def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
+    """Lets a constructor take ``settings='published'``.
+
+    Arguments that are not given are then those of the class's `published`.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapped(self: Any, *args: Any, settings: str = 'default', **kwargs: Any) -> None:
+        check_choice('settings', settings, SETS)
+        if settings == 'published':
+            given = signature.bind_partial(self, *args, **kwargs).arguments
+            kwargs |= {key: value for key, value in type(self).published.items()
+                       if key not in given}
+        init(self, *args, **kwargs)
+
+    named = inspect.Parameter('settings', inspect.Parameter.KEYWORD_ONLY, default='default')
+    parameters = list(signature.parameters.values())
+    last = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    parameters.insert(len(parameters) - last, named)
+    vars(wrapped)['__signature__'] = signature.replace(parameters=parameters)
+    return wrapped

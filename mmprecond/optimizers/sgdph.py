@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..second_order import (
     refuse_single_backward,
 )
 from .rule_optimizer import RuleOptimizer
+from .settings import takes_settings
 
 REFRESHES = ('round_robin', 'all')
 
@@ -48,6 +49,7 @@ class SGDPH(RuleOptimizer):
             `probes` products in which each parameter's block has a random sign.
         interval: Steps between refreshes.
         probes: Products a refresh of 'all'.
+        settings: 'default', or 'published' for the literal settings of the source.
 
     Raises:
         ValueError: For values out of range, no 1-D parameter, or a model with a module that has no
@@ -57,6 +59,10 @@ class SGDPH(RuleOptimizer):
     rule: PartialHessianSGDM
     needs = 'graph'
 
+    published: ClassVar[dict[str, Any]] = dict(
+        hessian_decay=0.9, hessian_lr=1e-3, eps=1e-4, refresh='round_robin', interval=1, probes=4)
+
+    @takes_settings
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
                  model: nn.Module | None = None, hessian_decay: float = 0.9,
                  hessian_lr: float = 1e-3, eps: float = 1e-4, refresh: str = 'round_robin',

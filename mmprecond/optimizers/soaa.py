@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from ..checks import argument_names, check_count, reject_unexpected
 from ..distributed import sum_over_ranks, world_size
 from ..rules.soaa import TrustRegionAdam
 from .rule_optimizer import RuleOptimizer
+from .settings import takes_settings
 
 #: Key of the trust region in `state_dict()`.
 KEY = 'trust_region'
@@ -53,6 +54,7 @@ class SOAA(RuleOptimizer):
         total_steps: Optimizer steps of the run. Under MMEngine it is known unless given here.
         sums: 'global', or 'parameter' for sums over each parameter by itself.
 
+        settings: 'default', or 'published' for the literal settings of the source.
         **unexpected: Refused.
 
     Raises:
@@ -63,6 +65,10 @@ class SOAA(RuleOptimizer):
     rule: TrustRegionAdam
     needs = 'loss'
 
+    published: ClassVar[dict[str, Any]] = dict(
+        betas=(0.9, 0.999), eps=1e-8, gamma=0.1, radius=10., sums='global')
+
+    @takes_settings
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
                  gamma: float = 0.1, radius: float = 10., total_steps: int | None = None,

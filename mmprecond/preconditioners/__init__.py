@@ -12,13 +12,23 @@ from .input_feature import InputFeature
 from .kronecker_root import KroneckerRoot
 from .newton_kronecker import NewtonKronecker
 from .nystrom_feature import NystromFeature
+from .registry import METHODS, SETS, build_preconditioner, register_preconditioner
 
-#: Methods that a config may name.
-METHODS: dict[str, type[Preconditioner]] = {
-    kind.__name__: kind for kind in (
-        ActivationMean, AttentionFeature, EigenRotation, FisherDiagonal, FisherKronecker,
-        InputDiagonal, InputFeature, KroneckerRoot, NewtonKronecker, NystromFeature)}
-
-__all__ = ['METHODS', 'ActivationMean', 'AttentionFeature', 'CalibratedInput', 'EigenRotation',
-           'FisherDiagonal', 'FisherKronecker', 'InputDiagonal', 'InputFeature', 'KroneckerRoot',
-           'NewtonKronecker', 'NystromFeature', 'Preconditioner']
+__all__ = [
+    'METHODS',
+    'SETS',
+    'ActivationMean',
+    'AttentionFeature',
+    'CalibratedInput',
+    'EigenRotation',
+    'FisherDiagonal',
+    'FisherKronecker',
+    'InputDiagonal',
+    'InputFeature',
+    'KroneckerRoot',
+    'NewtonKronecker',
+    'NystromFeature',
+    'Preconditioner',
+    'build_preconditioner',
+    'register_preconditioner',
+]

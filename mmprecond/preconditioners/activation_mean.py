@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from ..curvature.attention import (
     weighted_sum,
 )
 from ..linalg import Diagonal, Operators, RankOne
-from .base import Factors, Preconditioner, check_damping, damping_like
+from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping, damping_like
 
 #: 'paper': the method as published. 'official': as its authors' code does what differs.
 COMPATS = ('paper', 'official')
@@ -108,6 +108,11 @@ class ActivationMean(Preconditioner):
     compat: str = 'paper'
 
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Mean()),)
+
+    #: The authors' code.
+    published: ClassVar[dict[str, Any]] = dict(
+        stat_interval=5, refresh_interval=50, stat_decay=0.95, damping=1., output=False,
+        gradient_scale='none', attention=True, max_windows=256, compat='official', **WHOLE_LAYERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

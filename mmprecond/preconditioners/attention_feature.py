@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +75,9 @@ class AttentionFeature(InputFeature):
 
     variant: str = 'thesis'
     max_windows: int = 256
+
+    published: ClassVar[dict[str, Any]] = dict(
+        **InputFeature.published, variant='thesis', max_windows=256)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,6 +34,9 @@ from ..linalg import Operators, RankSearch, count_flops
 #: Running statistics by the side that they are of.
 Factors = Mapping[Side, Factor]
 
+#: Literal settings of codes that know neither limits of size nor shares of the rows.
+WHOLE_LAYERS: dict[str, Any] = dict(max_dim=8192, oversize='skip', max_rank=None, max_rows=None)
+
 OVERSIZE = ('skip', 'one_sided', 'block', 'lowrank')
 
 

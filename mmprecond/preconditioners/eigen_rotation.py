@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_flag, check_number
 from ..curvature import GRADIENT, INPUT, Moment, RunningAverage, Side, Statistic
 from ..linalg import Dense, Operators, assign_columns, eigenbasis, orthogonal_iteration
-from .base import Factors, Preconditioner
+from .base import WHOLE_LAYERS, Factors, Preconditioner
 from .two_sided import two_sided
 
 BASIS_SOLVERS = ('eigh', 'qr')
@@ -50,6 +50,11 @@ class EigenRotation(Preconditioner):
     refresh_on_first_sample: ClassVar[bool] = False
     rotates: ClassVar[bool] = True
     acts_after_rule: ClassVar[bool] = True
+
+    #: Thesis chapter 4, where moments stay as they are.
+    published: ClassVar[dict[str, Any]] = dict(
+        stat_interval=100, refresh_interval=1000, basis_eps=0.01, basis_solver='eigh',
+        rotate_moments=False, **WHOLE_LAYERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

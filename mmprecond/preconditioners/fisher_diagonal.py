@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_choice, check_number
 from ..curvature import GRADIENT, INPUT, Layer, RunningAverage, Square, Statistic
 from ..linalg import Diagonal, Operators
-from .base import Factors, Preconditioner, check_damping, damping_like
+from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping, damping_like
 
 EMAS = ('paper', 'code')
 
@@ -47,6 +47,11 @@ class FisherDiagonal(Preconditioner):
                                                    Statistic(GRADIENT, Square()))
     rules: ClassVar[tuple[str, ...]] = ('EMASGD',)
     acts_after_rule: ClassVar[bool] = True
+
+    #: The authors' code.
+    published: ClassVar[dict[str, Any]] = dict(
+        stat_interval=100, refresh_interval=100, stat_decay=0.8, damping=1e-3, ema='code',
+        **WHOLE_LAYERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ..curvature import (
     Statistic,
 )
 from ..linalg import Operators, cholesky_inverse
-from .base import Factors, Preconditioner, check_damping
+from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping
 from .two_sided import damped_powers, recover_norm, relative_damping, two_sided
 
 REDUCTIONS = ('expand', 'reduce', 'sample')
@@ -89,6 +89,12 @@ class FisherKronecker(Preconditioner):
 
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
                                                    Statistic(GRADIENT, Moment()))
+
+    #: The baseline of the thesis's tables.
+    published: ClassVar[dict[str, Any]] = dict(
+        stat_interval=20, refresh_interval=200, stat_decay=0.95, damping=0.03, damping_form='pi',
+        reduction='expand', positions=8, solver='inverse', max_columns=256, scaling='kl_clip',
+        kl_clip=1e-3, **WHOLE_LAYERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

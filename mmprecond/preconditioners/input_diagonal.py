@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_number
 from ..curvature import INPUT, Layer, RunningAverage, Square, Statistic
 from ..linalg import Diagonal, Operators
-from .base import Factors, Preconditioner
+from .base import WHOLE_LAYERS, Factors, Preconditioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,10 @@ class InputDiagonal(Preconditioner):
 
     #: Least entry of v, relative to the mean.
     FLOOR: ClassVar[float] = 1e-12
+
+    #: The authors' code.
+    published: ClassVar[dict[str, Any]] = dict(
+        stat_interval=1, refresh_interval=1, stat_decay=0.999, eps=1e-8, **WHOLE_LAYERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

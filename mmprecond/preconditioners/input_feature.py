@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..checks import check_flag, check_number
 from ..curvature import INPUT, Factor, Moment, Power, RunningAverage, Statistic, add_damping
 from ..linalg import Operators, inverse_power
-from .base import Factors, InversePreconditioner, check_damping
+from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
 from .two_sided import damped_powers, recover_norm, relative_damping, two_sided
 
 
@@ -46,6 +46,11 @@ class InputFeature(InversePreconditioner):
 
     dense_solvers: ClassVar[tuple[str, ...]] = ('exact',)
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)
+
+    #: Thesis chapter 5.
+    published: ClassVar[dict[str, Any]] = dict(
+        stat_interval=50, refresh_interval=500, stat_decay=0.95, damping=0.01, exponent=1.,
+        norm_recovery=True, solver='exact', **WHOLE_LAYERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

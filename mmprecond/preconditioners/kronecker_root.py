@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..checks import check_count, check_number
 from ..curvature import GRADIENT, INPUT, Moment, Power, RunningAverage, Statistic
 from ..linalg import Operators, inverse_power, newton_schulz_inverse_root
-from .base import Factors, InversePreconditioner, check_damping
+from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
 from .two_sided import damped_powers, exact_relative_damping, recover_norm, two_sided
 
 #: With less than this almost every eigenvalue stands out.
@@ -50,6 +50,11 @@ class KroneckerRoot(InversePreconditioner):
     dense_solvers: ClassVar[tuple[str, ...]] = ('newton_schulz', 'eigh')
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
                                                    Statistic(GRADIENT, Moment()))
+
+    #: AdaBK's code.
+    published: ClassVar[dict[str, Any]] = dict(
+        stat_interval=200, refresh_interval=2000, stat_decay=0.9, damping=1e-5,
+        solver='newton_schulz', root_steps=10, **WHOLE_LAYERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

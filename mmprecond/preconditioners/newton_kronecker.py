@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..checks import check_count, check_number
 from ..curvature import GRADIENT, INPUT, Factor, Moment, Power, RunningAverage, Side, Statistic
 from ..linalg import Operators, cholesky_inverse, newton_inverse
-from .base import Factors, InversePreconditioner, check_damping
+from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
 from .two_sided import damped_powers, recover_norm, two_sided
 
 
@@ -50,6 +50,11 @@ class NewtonKronecker(InversePreconditioner):
     dense_solvers: ClassVar[tuple[str, ...]] = ('newton', 'cholesky')
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
                                                    Statistic(GRADIENT, Moment()))
+
+    #: Thesis chapter 3 and its code.
+    published: ClassVar[dict[str, Any]] = dict(
+        stat_interval=20, refresh_interval=200, stat_decay=0.95, damping=0.01, damping_floor=1e-4,
+        newton_steps=1, exact_interval=500, solver='newton', **WHOLE_LAYERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from ..curvature import (
     Statistic,
 )
 from ..linalg import Operators, cholesky_inverse
-from .base import Factors, Preconditioner, check_damping, damping_like
+from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping, damping_like
 from .two_sided import damped_powers, two_sided
 
 
@@ -52,6 +53,11 @@ class NystromFeature(Preconditioner):
     damping: float = 1.
     rank: int = 10
     sketch: str = 'gaussian'
+
+    #: The authors' code.
+    published: ClassVar[dict[str, Any]] = dict(
+        stat_interval=5, refresh_interval=50, stat_decay=0.95, damping=1., rank=10,
+        sketch='gaussian', **WHOLE_LAYERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..forms import CountedMean, Moment
+from ..moments import Moment
 from ..statistic import INPUT, Side, Statistic
+from ..vectors import CountedMean
 from .heads import Heads
 
 if TYPE_CHECKING:

@@ -1,12 +1,7 @@
-"""Forms of a statistic: what is kept of a side's rows, and its damped power.
-
-A form is a value object without state. Tensors of one layer are (b, n, m), of a stack (k, b, n, m),
-with b blocks of a side of length n.
-"""
+"""Forms of a side's second moment: laid out, in blocks, as columns, or as a random sketch."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -30,6 +25,7 @@ from ..linalg import (
     power_of_columns,
     stacked_product,
 )
+from .form import Factor, Form, Power, Slots, add_damping
 from .gram import gram, gram_flops
 
 if TYPE_CHECKING:
@@ -38,156 +34,6 @@ if TYPE_CHECKING:
 
 #: Test matrices of a sketch: normal numbers, or columns of the identity.
 SKETCH_KINDS = ('gaussian', 'columns')
-
-
-@dataclass(frozen=True)
-class Power:
-    """How ``(A + mu I)^-exponent`` is taken.
-
-    Attributes:
-        solve: Of damped matrices and the last powers of their like (or None): the power, and
-            whether it succeeded (k, b).
-        exponent: The exponent that `solve` takes, for other forms than laid-out matrices.
-        search: When a power is kept as columns; None: never.
-    """
-
-    solve: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    exponent: float = 1.
-    search: RankSearch | None = None
-
-
-@dataclass
-class Slots:
-    """Places of columns: a rank fills its own share first.
-
-    Attributes:
-        count: Number of slots.
-        taken: How many columns were placed, from this rank's first slot on.
-        generator: Draws the signs.
-    """
-
-    count: int
-    taken: int
-    generator: torch.Generator
-
-
-@dataclass(frozen=True, eq=False)
-class Factor:
-    """A running statistic as a refresh takes it.
-
-    Attributes:
-        form: Its form.
-        tensors: Its tensors (k, b, n, m), made ready by `Form.finalize`.
-    """
-
-    form: Form
-    tensors: tuple[Tensor, ...]
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor of a form that has one."""
-        tensor, = self.tensors
-        return tensor
-
-    def trace(self) -> Tensor:
-        """Trace (k, b) of the moment that it stands for."""
-        return self.form.trace(self)
-
-    def largest_eigenvalue(self) -> Tensor:
-        """Estimate (k, b) of the moment's largest eigenvalue."""
-        return self.form.largest_eigenvalue(self)
-
-    def damped_power(self, amount: Callable[[Factor], Tensor], power: Power,
-                     previous: Operator | None = None) -> tuple[Operator, Tensor]:
-        """The moment's damped power.
-
-        Args:
-            amount: Of a factor, what is added to its diagonal (k, b).
-            power: Which power, and how.
-            previous: The last one, where a new one may start.
-
-        Returns:
-            The operator, and a bool tensor (k, b) that is False where it failed.
-        """
-        return self.form.damped_power(self, amount, power, previous)
-
-
-class Form(ABC):
-    """What is kept of the rows of one side, and what is made of it."""
-
-    #: Its part of a statistic's name.
-    suffix: ClassVar[str]
-    #: Whether it is made by products of matrices, which a lower precision rounds.
-    is_product: ClassVar[bool] = True
-    #: Whether it stands for a second moment of unbounded size, which `max_dim` is about.
-    is_bounded: ClassVar[bool] = False
-
-    def keys(self, key: str) -> tuple[str, ...]:
-        """Names of its tensors, given the statistic's."""
-        return (key,)
-
-    @abstractmethod
-    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
-        """Shapes (b, n, m) of its tensors for blocks of a side's length."""
-
-    @abstractmethod
-    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
-        """Sums over the rows of one call, in the order of `keys`."""
-
-    @abstractmethod
-    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
-        """About the floating-point operations of `measure`, given its shape."""
-
-    def stage(self, measured: Tensor, slots: Slots) -> Tensor:
-        """A call's sum in the shape of the statistic, to be added to others of the step."""
-        return measured
-
-    def rescale(self, total: Tensor, factor: float) -> None:
-        """Multiplies the quantity that the sum stands for, in place."""
-        total *= factor
-
-    def norm(self, samples: Sequence[Tensor], sizes: Sequence[float] | None) -> Tensor | float:
-        """Norm by which a sample is divided to count as any other.
-
-        Args:
-            samples: Its tensors (b, n, m).
-            sizes: Their Frobenius norms over all blocks, where they are known.
-
-        Returns:
-            The Frobenius norm, of each block by itself (b, 1, 1).
-        """
-        sample, = samples
-        if len(sample) == 1 and sizes:
-            return sizes[0]
-        return torch.linalg.matrix_norm(sample)[..., None, None]
-
-    def finalize(self, tensors: tuple[Tensor, ...], layers: Sequence[Layer],
-                 key: str) -> tuple[Tensor, ...]:
-        """Running tensors (k, b, n, m) of some layers, as `damped_power` takes them."""
-        return tensors
-
-    def note(self, size: int) -> str:
-        """What the table says of it, or ''."""
-        return ''
-
-    def outline(self, blocks: int, size: int, layer: Layer,
-                search: RankSearch | None) -> Operator:
-        """The likely operator of a layer, on the meta device."""
-        raise TypeError(f'{type(self).__name__} has no power; the preconditioner must say what '
-                        'operator it makes of it')
-
-    def trace(self, factor: Factor) -> Tensor:
-        """See `Factor.trace`."""
-        raise TypeError(f'{type(self).__name__} is no second moment')
-
-    def largest_eigenvalue(self, factor: Factor) -> Tensor:
-        """See `Factor.largest_eigenvalue`."""
-        raise TypeError(f'{type(self).__name__} is no second moment')
-
-    def damped_power(self, factor: Factor, amount: Callable[[Factor], Tensor], power: Power,
-                     previous: Operator | None) -> tuple[Operator, Tensor]:
-        """See `Factor.damped_power`."""
-        raise TypeError(f'{type(self).__name__} is no second moment')
 
 
 @dataclass(frozen=True)
@@ -332,8 +178,7 @@ class Columns(_ColumnForm):
     def stage(self, measured: Tensor, slots: Slots) -> Tensor:
         """Columns (b, n, c), each in the next slot."""
         count = measured.shape[2]
-        places = (torch.arange(count, device='cpu') + slots.taken) % slots.count
-        slots.taken += count
+        places = slots.claim(count)
         signs = torch.randint(0, 2, (count,), generator=slots.generator, device='cpu') * 2. - 1
         empty = measured.new_zeros(*measured.shape[:2], slots.count)
         return empty.index_add_(2, places.to(measured.device), measured * signs.to(measured))
@@ -395,60 +240,6 @@ class Sketch(_ColumnForm):
 
     def note(self, size: int) -> str:
         return f'of rank {min(self.rank, size)}'
-
-
-class _VectorForm(Form):
-    """A sum over the rows of a power of their entries (b, n, 1)."""
-
-    is_product: ClassVar[bool] = False
-    power: ClassVar[int]
-
-    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
-        return ((blocks, size, 1),)
-
-    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
-        return (rows.power_sum(self.power),)
-
-    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
-        return float(blocks * size * rows)
-
-
-@dataclass(frozen=True)
-class Mean(_VectorForm):
-    """The mean row."""
-
-    suffix: ClassVar[str] = 'mean'
-    power: ClassVar[int] = 1
-
-
-@dataclass(frozen=True)
-class CountedMean(_VectorForm):
-    """A weighted sum of rows whose last entry is the sum of the weights, by which it is divided."""
-
-    suffix: ClassVar[str] = 'mean'
-    power: ClassVar[int] = 1
-
-    def finalize(self, tensors: tuple[Tensor, ...], layers: Sequence[Layer],
-                 key: str) -> tuple[Tensor, ...]:
-        """The mean row; a joint bias takes the last entry for its 1."""
-        tensor, = tensors
-        means = tensor / tensor[..., -1:, :]
-        return (means[..., :layers[0].columns, :],)
-
-
-@dataclass(frozen=True)
-class Square(_VectorForm):
-    """The mean squared row, the second moment's diagonal."""
-
-    suffix: ClassVar[str] = 'square'
-    power: ClassVar[int] = 2
-
-
-def add_damping(matrices: Tensor, damping: Tensor) -> Tensor:
-    """``A + mu I`` for matrices (..., n, n) and dampings mu (...)."""
-    damped = matrices.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-    return damped
 
 
 def _in_blocks(rows: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""Forms of a side that are vectors: its mean row and its mean squared row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from ..linalg import Shape
+from .form import Form
+
+if TYPE_CHECKING:
+    from .layer import Layer
+    from .rows import LayerRows
+
+
+class _VectorForm(Form):
+    """A sum over the rows of a power of their entries (b, n, 1)."""
+
+    is_product: ClassVar[bool] = False
+    power: ClassVar[int]
+
+    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
+        return ((blocks, size, 1),)
+
+    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
+        return (rows.power_sum(self.power),)
+
+    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
+        return float(blocks * size * rows)
+
+
+@dataclass(frozen=True)
+class Mean(_VectorForm):
+    """The mean row."""
+
+    suffix: ClassVar[str] = 'mean'
+    power: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class CountedMean(_VectorForm):
+    """A weighted sum of rows whose last entry is the sum of the weights, by which it is divided."""
+
+    suffix: ClassVar[str] = 'mean'
+    power: ClassVar[int] = 1
+
+    def finalize(self, tensors: tuple[Tensor, ...], layers: Sequence[Layer],
+                 key: str) -> tuple[Tensor, ...]:
+        """The mean row; a joint bias takes the last entry for its 1."""
+        tensor, = tensors
+        means = tensor / tensor[..., -1:, :]
+        return (means[..., :layers[0].columns, :],)
+
+
+@dataclass(frozen=True)
+class Square(_VectorForm):
+    """The mean squared row, the second moment's diagonal."""
+
+    suffix: ClassVar[str] = 'square'
+    power: ClassVar[int] = 2

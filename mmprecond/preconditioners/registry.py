@@ -1,0 +1,84 @@
+"""The methods that a config may name, and how to add one."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from ..checks import check_choice
+from ..curvature import Statistic
+from .activation_mean import ActivationMean
+from .attention_feature import AttentionFeature
+from .base import Preconditioner
+from .eigen_rotation import EigenRotation
+from .fisher_diagonal import FisherDiagonal
+from .fisher_kronecker import FisherKronecker
+from .input_diagonal import InputDiagonal
+from .input_feature import InputFeature
+from .kronecker_root import KroneckerRoot
+from .newton_kronecker import NewtonKronecker
+from .nystrom_feature import NystromFeature
+
+#: Named sets of settings: what we recommend, and what published numbers were made with.
+SETS = ('default', 'published')
+
+#: Methods that a config may name.
+METHODS: dict[str, type[Preconditioner]] = {
+    kind.__name__: kind for kind in (
+        ActivationMean, AttentionFeature, EigenRotation, FisherDiagonal, FisherKronecker,
+        InputDiagonal, InputFeature, KroneckerRoot, NewtonKronecker, NystromFeature)}
+
+
+def register_preconditioner(method: type[Preconditioner],
+                            name: str | None = None) -> type[Preconditioner]:
+    """Lets configs name one more method; also a decorator, above ``@dataclass``.
+
+    Args:
+        method: The method.
+        name: Its name; by default that of the class.
+
+    Returns:
+        The method.
+
+    Raises:
+        TypeError: For what is no complete `Preconditioner`, is no dataclass of its own, or names
+            as statistics what is none.
+        ValueError: For a name that another method has, a setting without a default, or unknown
+            published settings.
+    """
+    if not (isinstance(method, type) and issubclass(method, Preconditioner)):
+        raise TypeError(f'register_preconditioner takes a subclass of Preconditioner, not '
+                        f'{method!r}')
+    missing = sorted(getattr(method, '__abstractmethods__', ()))
+    if missing:
+        raise TypeError(f'{method.__name__} must define {", ".join(missing)}')
+    if '__dataclass_fields__' not in vars(method):
+        raise TypeError(f'{method.__name__} is no dataclass of its own; write '
+                        '@dataclass(frozen=True, kw_only=True) above it')
+    wrong = [one for one in method.statistics if not isinstance(one, Statistic)]
+    if wrong:
+        raise TypeError(f'{method.__name__}.statistics holds {wrong[0]!r}, which is no Statistic; '
+                        'write Statistic(INPUT, Moment()) or alike')
+    open_settings = [field.name for field in fields(method)
+                     if field.default is MISSING and field.default_factory is MISSING]
+    if open_settings:
+        raise ValueError(f'{method.__name__} has no default for {", ".join(open_settings)}')
+    unknown = sorted(set(method.published) - set(method.options()))
+    if unknown:
+        raise ValueError(f'{method.__name__}.published names {", ".join(unknown)}, which are no '
+                         'settings of it')
+    name = name or method.__name__
+    if METHODS.get(name, method) is not method:
+        raise ValueError(f'the name {name!r} belongs to {METHODS[name].__module__}.'
+                         f'{METHODS[name].__qualname__}; give another by name=...')
+    METHODS[name] = method
+    return method
+
+
+def build_preconditioner(method: type[Preconditioner],
+                         settings: dict[str, Any]) -> Preconditioner:
+    """A method from its settings, which may start from a named set by ``settings='published'``."""
+    given = dict(settings)
+    named = given.pop('settings', 'default')
+    check_choice('settings', named, SETS)
+    return method(**{**(method.published if named == 'published' else {}), **given})

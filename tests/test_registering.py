@@ -1,0 +1,264 @@
+"""Rules, preconditioners, layers and attention modules of others: registered, used, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from test_arguments import refused
+from torch import Tensor, nn
+
+from mmprecond.curvature import (
+    ATTENTION_TYPES,
+    INPUT,
+    LAYER_TYPES,
+    Conv2dLayer,
+    Layer,
+    LinearLayer,
+    Mean,
+    Moment,
+    RunningAverage,
+    Side,
+    Statistic,
+    WindowAttention,
+    qualified_name,
+    register_attention,
+    register_layer,
+)
+from mmprecond.linalg import Diagonal, Operators
+from mmprecond.optimizers import KFAC, NKFAC, AdamR, AFOpt, Preconditioned
+from mmprecond.preconditioners import METHODS, Preconditioner, register_preconditioner
+from mmprecond.rules import RULES, AdamW, Rule, register_rule
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were() -> Iterator[None]:
+    known = [(registry, dict(registry))
+             for registry in (RULES, METHODS, LAYER_TYPES, ATTENTION_TYPES)]
+    yield
+    for registry, before in known:
+        registry.clear()
+        registry.update(before)
+
+
+# ------------------------------------------------------------------- rules
+
+class SignSGD(Rule):
+    hyper = ('lr', 'weight_decay')
+    defaults = dict(weight_decay=0.)
+
+    def compute_updates(self, params: Any, directions: list[Tensor], states: Any,
+                        group: Any) -> list[Tensor]:
+        return [direction.sign() for direction in directions]
+
+    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: Any,
+                      group: Any) -> None:
+        torch._foreach_add_(params, updates, alpha=-group['lr'])
+
+
+class RAdamLike(AdamW):
+    """An element-wise rule of another's."""
+
+
+def train(model: nn.Module, optimizer: Any, steps: int = 3) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(6, 4, generator=torch.Generator().manual_seed(step))).square().mean(
+            ).backward()
+        optimizer.step()
+
+
+def test_a_rule_of_others() -> None:
+    register_rule(SignSGD)
+    model = nn.Linear(4, 3)
+    before = model.weight.detach().clone()
+    optimizer = Preconditioned(model, rule=dict(type='SignSGD', lr=0.5), layers=[
+        dict(preconditioner=dict(type='NewtonKronecker'))])
+    train(model, optimizer, 1)
+    torch.testing.assert_close((model.weight - before).abs(), torch.full_like(before, 0.5))
+
+
+def test_a_rotation_takes_every_elementwise_rule() -> None:
+    rotation = [dict(preconditioner=dict(type='EigenRotation', stat_interval=1,
+                                         refresh_interval=1))]
+    register_rule(RAdamLike)
+    register_rule(SignSGD)
+    models = [nn.Linear(4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, kind in zip(models, ('AdamW', 'RAdamLike'), strict=True):
+        train(model, Preconditioned(model, rule=dict(type=kind, lr=0.1), layers=rotation))
+    assert torch.equal(models[0].weight, models[1].weight)
+    refused(ValueError, lambda: Preconditioned(
+        models[0], rule=dict(type='SignSGD', lr=0.1), layers=rotation),
+        'EigenRotation does not work with the rule SignSGD', 'AdamW or Adan or RAdamLike')
+
+
+def broken(**members: Any) -> type:
+    return type('Broken', (SignSGD,), members)
+
+
+@pytest.mark.parametrize('make, error, words', [
+    (lambda: dict, TypeError, 'takes a subclass of Rule'),
+    (lambda: type('Half', (Rule,), {}), TypeError, 'must define apply_updates, compute_updates'),
+    (lambda: type('AdamW', (SignSGD,), {}), ValueError, "'AdamW' belongs to mmprecond.rules.adam"),
+    (lambda: broken(hyper=('lr',)), ValueError, 'no weight_decay'),
+    (lambda: broken(hyper=('lr', 'weight_decay', 'beta')), ValueError, 'defaults has no beta')])
+def test_rules_that_are_refused(make: Callable[[], Any], error: type[Exception],
+                                words: str) -> None:
+    before = dict(RULES)
+    refused(error, lambda: register_rule(make()), words)
+    assert before == RULES
+
+
+# ------------------------------------------------------------------- preconditioners
+
+@dataclass(frozen=True, kw_only=True)
+class InputScale(Preconditioner):
+    """G times the diagonal of R."""
+
+    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)
+
+    def average(self) -> RunningAverage:
+        return RunningAverage(0.)
+
+    def outline(self, layer: Layer) -> Operators:
+        blocks, _, columns = layer.shape
+        return {'input': Diagonal.outline((blocks, 1, columns))}
+
+    def refresh(self, factors: Any, previous: Any, damping: Any) -> Any:
+        diagonal = factors[INPUT].tensor.diagonal(dim1=-2, dim2=-1)[:, :, None]
+        return {'input': Diagonal(diagonal.clone())}, diagonal.isfinite().flatten(1).all(1)
+
+    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
+        return operators['input'].right(gradients)
+
+
+def test_a_preconditioner_of_others() -> None:
+    register_preconditioner(InputScale)
+    model = nn.Linear(4, 3, bias=False)
+    optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=0.1, momentum=0.), layers=[
+        dict(preconditioner=dict(type='InputScale', stat_interval=1, refresh_interval=1))])
+    before = model.weight.detach().clone()
+    x = torch.randn(6, 4)
+    model(x).square().mean().backward()
+    optimizer.step()
+    scaled = model.weight.grad * x.square().mean(0)
+    torch.testing.assert_close(model.weight, before - 0.1 * scaled)
+    again = Preconditioned(model, rule=dict(type='SGDM', lr=0.1), layers=[
+        dict(preconditioner=dict(type='InputScale'))])
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state_dict()['precond']['layers'].keys() == {'weight'}
+
+
+def method(name: str = 'Other', **members: Any) -> type:
+    return dataclass(frozen=True, kw_only=True)(type(name, (InputScale,), members))
+
+
+@pytest.mark.parametrize('make, error, words', [
+    (lambda: InputScale(), TypeError, 'takes a subclass of Preconditioner'),
+    (lambda: type('Bare', (InputScale,), {}), TypeError, 'no dataclass of its own'),
+    (lambda: dataclass(frozen=True, kw_only=True)(type('Half', (Preconditioner,), {})), TypeError,
+     'must define apply, average, refresh'),
+    (lambda: method(statistics=('grad_moment',)), TypeError, "'grad_moment', which is no Stat"),
+    (lambda: method(published=dict(dampign=1.)), ValueError, 'names dampign'),
+    (lambda: method('InputFeature'), ValueError, "'InputFeature' belongs to mmprecond")])
+def test_preconditioners_that_are_refused(make: Callable[[], Any], error: type[Exception],
+                                          words: str) -> None:
+    before = dict(METHODS)
+    refused(error, lambda: register_preconditioner(make()), words)
+    assert before == METHODS
+
+
+def test_a_statistic_that_no_layer_has_is_refused_at_construction() -> None:
+    model = nn.Linear(4, 3)
+    for kind, error, words in (
+            (method(statistics=('input_moment',)), TypeError, 'is no Statistic'),
+            (method(statistics=(Statistic(Side('output'), Mean()),)), ValueError,
+             "needs output_mean: LinearLayer has no side 'output'")):
+        entry = dict(preconditioner=dict(type=kind))
+        refused(error, lambda entry=entry: Preconditioned(
+            model, rule=dict(type='SGDM', lr=0.1), layers=[entry]), words)
+
+
+# ------------------------------------------------------------------- layers
+
+class MyLinear(nn.Linear):
+    """Computes what its base class does."""
+
+
+class AllRowsAlone(LinearLayer):
+    """Tells no samples apart."""
+
+    row_kinds = Layer.row_kinds
+
+
+def test_a_layer_type_of_others() -> None:
+    model = MyLinear(4, 3)
+    with pytest.raises(ValueError, match='found no layer'):
+        NKFAC(model, lr=0.1)
+    register_layer(MyLinear, LinearLayer)
+    train(model, NKFAC(model, lr=0.1))
+    register_layer(MyLinear, AllRowsAlone)
+    train(model, NKFAC(model, lr=0.1))
+    refused(ValueError, lambda: KFAC(model, lr=0.1, reduction='reduce'),
+            'AllRowsAlone cannot take ReducedRows of a call')
+
+
+@pytest.mark.parametrize('kind, layer, words', [
+    (nn.Conv1d, Conv2dLayer, 'Conv1d is no Conv2d'),
+    (nn.ConvTranspose2d, Conv2dLayer, 'ConvTranspose2d is no Conv2d'),
+    (nn.Embedding, LinearLayer, 'Embedding is no Linear'),
+    (nn.Conv2d, LinearLayer, 'Conv2d is no Linear'),
+    (nn.Linear, nn.Linear, 'takes a subclass of Layer'), (dict, LinearLayer, 'is no nn.Module'),
+    (nn.Linear, WindowAttention, 'use register_attention')])
+def test_layers_that_are_refused(kind: Any, layer: Any, words: str) -> None:
+    before = dict(LAYER_TYPES)
+    refused(TypeError, lambda: register_layer(kind, layer), words)
+    assert before == LAYER_TYPES
+
+
+def test_a_class_that_is_named_is_refused_where_it_is_met() -> None:
+    register_layer(qualified_name(nn.Embedding), LinearLayer)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    optimizer = NKFAC(model, lr=0.1)
+    assert 'Embedding is no Linear' in optimizer.table()
+    model(torch.tensor([0, 3])).square().mean().backward()
+    optimizer.step()
+
+
+# ------------------------------------------------------------------- attention
+
+class Grouped(nn.Module):
+    """Grouped-query attention: two heads of queries share one of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.qkv = nn.Linear(8, 8 + 2 * 4)
+        self.softmax = nn.Softmax(-1)
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split([8, 4, 4], -1)
+        q = q.unflatten(-1, (2, 4)).transpose(1, 2)
+        out = self.softmax(q @ k[:, None].mT) @ v[:, None]
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def test_grouped_queries_are_refused_at_construction() -> None:
+    register_attention(Grouped, WindowAttention)
+    model = Grouped()
+    optimizer = AFOpt(model, lr=0.1)
+    (reason,) = (left.reason for left in optimizer.curvature.left_out if left.kind == 'Grouped')
+    assert '16 rows' in reason and 'no grouped-query attention' in reason
+    model(torch.randn(2, 5, 8)).square().mean().backward()
+    optimizer.step()
+    refused(TypeError, lambda: register_attention(Grouped, LinearLayer),
+            'takes a subclass of AttentionLayer')
+
+
+def test_a_rotation_keeps_its_rules_by_name() -> None:
+    refused(ValueError, lambda: AdamR(nn.Linear(4, 3), lr=0.1, rule='SGDM'), 'AdamW', 'Adan')
