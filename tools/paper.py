@@ -114,9 +114,9 @@ def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
     """
     optimizer = cfg['optim_wrapper']['optimizer']
     usual = {'betas': [0.9, 0.999], 'momentum': 0.9}
-    literal = {} if row.optimizer['type'] in ('SGD', 'AdamW') else {'settings': 'published'}
-    wanted = row.optimizer | literal | {key: usual.get(key, 'nothing') for key in optimizer
-                              if key not in row.optimizer}
+    literal = {} if _is_baseline(row.name['optimizer']) else {'settings': 'published'}
+    known = literal | row.optimizer
+    wanted = known | {key: usual.get(key, 'nothing') for key in optimizer if key not in known}
     pairs = {key: (optimizer.get(key), value) for key, value in wanted.items()}
     pairs |= {'result': (cfg['paper'].get('result'), row.result),
               'batch': (cfg['auto_scale_lr']['base_batch_size'], row.batch)}
