@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,3 +147,14 @@ def test_no_private_member_is_used_across_modules(path: Path) -> None:
                 for alias in node.names
                 if alias.name.startswith('_') and not alias.name.startswith('__')]
     assert used + imported == []
+
+
+@pytest.mark.parametrize('folder', ['mmprecond', 'tools'])
+def test_docstrings_name_the_thing(folder: str) -> None:
+    """They open with a noun phrase or an imperative, not with a question."""
+    asking = re.compile(r'(What|Whether|Why|How|Of|By)\b')
+    found = [f'{path.name}: {text}' for path in (PACKAGE.parent / folder).rglob('*.py')
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+             and (text := ast.get_docstring(node)) and asking.match(text)]
+    assert found == []

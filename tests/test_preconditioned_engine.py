@@ -240,8 +240,8 @@ def test_a_preset_replaces_the_optimizer_of_a_toolbox(tmp_path: Path) -> None:
         '                     optimizer={{_base_.coco_adamr_resnet}})\n')
     optimizer = Config.fromfile(file).optim_wrapper.optimizer
     assert dict(optimizer, betas=None) == dict(
-        type='AdamR', lr=1e-4, betas=None, weight_decay=0.2, stat_interval=100,
-        refresh_interval=1000)
+        type='AdamR', settings='published', lr=1e-4, betas=None, weight_decay=0.2,
+        stat_interval=100, refresh_interval=1000)
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {

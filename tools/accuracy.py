@@ -1,4 +1,4 @@
-"""How close low rank comes to exact inverses: rank, cosine and memory of each layer of a ResNet.
+"""Closeness of low rank to exact inverses: rank, cosine and memory of each layer of a ResNet.
 
 Trains a ResNet-18 on shapes with NKFAC, then makes each layer's operators from its moments, and
 compares directions with those of exact inverses in float64.
@@ -89,7 +89,7 @@ def size_of(factors: Factors) -> int:
 
 
 def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[Any, ...]]]:
-    """By way: a layer's name, its sides, columns kept, cosine, and numbers kept of dense."""
+    """Rows by way: a layer's name, its sides, columns kept, cosine, and numbers kept of dense."""
     method = NewtonKronecker(solver='lowrank')
     found: dict[str, list[tuple[Any, ...]]] = {}
     jobs = [(stack, k, slot.layer) for stack in optimizer.curvature.stacks

@@ -42,7 +42,7 @@ class Entry:
         return 'AdamW' if 'betas' in self.optimizer.defaults else 'SGD'
 
     def kind(self, step: int) -> str:
-        """What a step does beside training."""
+        """Work of a step beside training."""
         if not isinstance(self.optimizer, PreconditionedOptimizer):
             return 'plain'
         method = self.optimizer.curvature.stacks[0].method

@@ -132,7 +132,7 @@ def _read_config(run: Run, file: Path) -> None:
 
 
 def _unlike_the_paper(config: dict[str, Any], run: Run) -> list[str]:
-    """Why its scores are not to be held against the row that its config names."""
+    """Reasons against holding its scores beside the row that its config names."""
     try:
         row = row_of(config)
         found = departures(plain(config), row, None)

@@ -1,4 +1,4 @@
-"""What tools/quickstart.py and tools/results.py train: models, and optimizers on them."""
+"""Models that tools/quickstart.py and tools/results.py train, and optimizers on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVERY_STEP = ('AdaAct',)
 
 @dataclass(frozen=True)
 class Contestant:
-    """How one optimizer is trained.
+    """Settings with which one optimizer is trained.
 
     Attributes:
         config: Name of a config in `FOLDER`.

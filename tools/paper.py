@@ -151,7 +151,7 @@ def _decays(cfg: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _of_classifier(cfg: dict[str, Any], row: Row, name: str | None) -> dict[str, tuple[Any, Any]]:
-    """What to compare of network, data and batch: found and wanted."""
+    """Pairs of network, data and batch to compare: found and wanted."""
     model, (kind, classes) = cfg['model'], DATA[row.name['data']]
     backbone, network = model['backbone'], NETWORKS[row.name['model']]
     if network['type'] == 'ResNet' and kind.startswith('CIFAR'):
@@ -243,7 +243,7 @@ def _is_baseline(optimizer: str) -> bool:
 
 
 def _settings(optimizer: str, lr: float, decay: float, row: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer's config must say; intervals that the row has not are the method's own."""
+    """Settings of an optimizer's config; intervals that the row has not are the method's own."""
     kind = getattr(optimizers, _plain_name(optimizer), None)
     method = getattr(kind, 'preconditioner', None)
     own = {key: kind.preset.get(key, getattr(method, key)) for key in INTERVALS} if method else {}

@@ -164,7 +164,7 @@ def table(runs: list[Run], metrics: dict[str, str]) -> str:
 
 
 def verdict(runs: list[Run], model: Model) -> str:
-    """What the table says of our optimizers against the plain one."""
+    """Sentences on our optimizers against the plain one."""
     groups, plain, what_counts = by_label(runs), model.plain, model.metrics[model.headline]
     score = {label: mean(run.score(model.headline) for run in group)
              for label, group in groups.items()}

@@ -55,7 +55,7 @@ def finished(run: Run, args: argparse.Namespace) -> Run:
 
 
 def diverged(message: str) -> bool:
-    """Whether a run ended for its numbers, which is a result, and not for a fault."""
+    """True if a run ended for its numbers, which is a result, and not for a fault."""
     return re.search(r'RefreshError|non-finite|\b(nan|inf)\b', message, re.IGNORECASE) is not None
 
 

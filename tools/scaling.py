@@ -1,4 +1,4 @@
-"""How the cost of preconditioning grows: with a layer's width, and with the batch.
+"""Growth of the cost of preconditioning with a layer's width, and with the batch.
 
 One square linear layer whose inputs' and gradients' moments have eigenvalues that fall like
 1 / k^2. Times of a step, a capture and a refresh, each solver in turns; slopes are fitted in

@@ -45,7 +45,7 @@ NAMES = ('person', 'bicycle', 'car', 'motorcycle')
 
 @dataclass
 class Outcome:
-    """What became of a config.
+    """Outcome of checking a config.
 
     Attributes:
         problems: What is wrong, in words.
@@ -97,7 +97,7 @@ def flat(cfg: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def base_of(path: Path) -> str:
-    """What a config inherits, as its source says: a toolbox's config, or else a file of ours."""
+    """Config that a config inherits, as its source says: a toolbox's, or else a file of ours."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_':
             bases = ast.literal_eval(node.value)

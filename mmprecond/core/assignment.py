@@ -33,11 +33,11 @@ class Entry:
 
     @property
     def is_open(self) -> bool:
-        """Whether it means all layers that are left."""
+        """True if it means all layers that are left."""
         return self.module_types is None and self.name is None
 
     def meets(self, path: Sequence[tuple[str, nn.Module]]) -> bool:
-        """Whether a module is meant, given as itself and all modules around it."""
+        """True if a module is meant, given as itself and all modules around it."""
         return ((self.module_types is None
                  or any(type(m).__name__ in self.module_types for _, m in path))
                 and (self.name is None or any(fnmatchcase(n, self.name) for n, _ in path)))

@@ -23,7 +23,7 @@ class BasisSnapshot:
 
 
 def snapshot(stack: LayerStack) -> BasisSnapshot | None:
-    """What `rotate` will need, or None where moments stay as they are."""
+    """Snapshot for `rotate`, or None where moments stay as they are."""
     if not getattr(stack.method, 'rotate_moments', False):
         return None
     return BasisSnapshot(stack, map_tensors(stack.operators, torch.clone),

@@ -23,7 +23,7 @@ KEY = 'precond'
 
 @dataclass
 class Restored:
-    """What came of loading a state.
+    """Outcome of loading a state.
 
     Attributes:
         steps: Steps taken; 0 where the schedule starts over.
@@ -119,7 +119,7 @@ def _sort_out(layers: Mapping[Layer, LayerStack], entries: Mapping[str, Any],
 
 
 def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:
-    """Why one layer's saved state cannot be used, or ''."""
+    """Reason why one layer's saved state cannot be used, or ''."""
     try:
         if entry['method'] != type(method).__name__:
             return f'it was saved by {entry["method"]}'
@@ -136,7 +136,7 @@ def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:
 
 
 def _misfit(kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> str:
-    """Why saved tensors are not of the expected names and shapes, or ''."""
+    """Reason why saved tensors are not of the expected names and shapes, or ''."""
     if set(tensors) != set(shapes):
         return f'its {kind} has {", ".join(tensors) or "nothing"}, not {", ".join(shapes)}'
     for name, tensor in tensors.items():

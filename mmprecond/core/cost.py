@@ -1,4 +1,4 @@
-"""What preconditioning costs: floating-point operations of its steps, forecast from shapes."""
+"""Forecast of the floating-point operations of preconditioning, from shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .stack import LayerStack
 
 @dataclass
 class LayerCost:
-    """What one layer costs.
+    """Costs of one layer.
 
     Attributes:
         name: The weight's name.

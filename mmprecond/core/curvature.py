@@ -302,7 +302,7 @@ class Curvature:
         return report.table(self.layers, self.left_out, self.sharding)
 
     def forecast(self) -> dict[torch.device, tuple[float, float]]:
-        """By device, megabytes that will be kept, and more at a refresh."""
+        """Megabytes by device that will be kept, and more at a refresh."""
         return forecast(self.layers, self.sharding)
 
     def _held(self) -> float:
@@ -328,7 +328,7 @@ def _transform(stack: LayerStack, function: Callable[[Operators, Tensor], Tensor
 
 
 def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
-    """Why a layer takes the plain rule, or ''."""
+    """Reason why a layer takes the plain rule, or ''."""
     method = bound.method(name)
     if method is None:
         return ('preconditioner=None' if bound.entry(name) is not None
@@ -346,7 +346,7 @@ def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
 
 
 def _why_none(layers: Mapping[str, Layer], left_out: Sequence[LeftOut]) -> str:
-    """Why a model has nothing to precondition."""
+    """Reason why a model has nothing to precondition."""
     if layers:
         reasons = sorted({left.reason for left in left_out if left.name in layers})
         return f'all {len(layers)} are left to the plain rule ({"; ".join(reasons)})'

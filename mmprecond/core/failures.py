@@ -1,4 +1,4 @@
-"""What follows from failed refreshes."""
+"""Consequences of failed refreshes."""
 
 from __future__ import annotations
 

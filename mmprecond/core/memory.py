@@ -1,4 +1,4 @@
-"""What curvature will keep in memory, and whether that fits."""
+"""Forecast of the memory of curvature, and the check that it fits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def megabytes(layer: Layer, stack: LayerStack, operators: bool = True) -> float:
 
 def forecast(layers: Mapping[Layer, LayerStack],
              sharding: Sharding) -> dict[torch.device, tuple[float, float]]:
-    """By device, megabytes that are kept once all trained layers were measured, and at a refresh.
+    """Megabytes by device: kept once all trained layers were measured, and more at a refresh.
 
     The latter are additional and for the largest stack alone. Activations and the rule's moments
     are not in it.
@@ -89,7 +89,7 @@ def check_memory_budget(layers: Mapping[Layer, LayerStack], sharding: Sharding,
 
 
 def _advice(layers: Mapping[Layer, LayerStack], sharding: Sharding) -> str:
-    """What may help with these methods."""
+    """Advice on what may help with these methods."""
     methods = {stack.method for stack in layers.values()}
     advice = ['lower max_dim']
     if any(not m.rotates and m.oversize != 'lowrank' for m in methods):

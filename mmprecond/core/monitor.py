@@ -1,4 +1,4 @@
-"""What a refresh made of the layers, in numbers, for those who watch a run."""
+"""Reports of refreshes in numbers, for those who watch a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to each module, as a table for the log."""
+"""Table of the treatment of each module, for the log."""
 
 from __future__ import annotations
 

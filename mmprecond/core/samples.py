@@ -1,4 +1,4 @@
-"""What a step measured: summed over ranks, checked, and merged into the running statistics."""
+"""Samples of a step: summed over ranks, checked, and merged into the running statistics."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SampleCollector:
 
     def _is_sound(self, layer: Layer, stack: LayerStack, sizes: Mapping[str, float],
                   step: int) -> bool:
-        """Whether a sample counts, given the norms of its tensors; says why not."""
+        """True if a sample counts, given the norms of its tensors; says why not."""
         if not all(size < float('inf') for size in sizes.values()):
             self.dropped += 1
             logger.warning('%s: non-finite statistics at step %d were dropped (%d so far)',

@@ -23,7 +23,7 @@ class Schedule:
         self._recaptured: set[Layer] = set()
 
     def captures(self, stack: LayerStack, layer: Layer, step: int) -> bool:
-        """Whether a layer is measured at a step; one without statistics waits for no refresh."""
+        """True if a layer is measured at a step; one without statistics waits for no refresh."""
         if stack.method.precomputed:
             return False
         method = stack.method
@@ -44,7 +44,7 @@ class Schedule:
         self._recaptured = set(layers)
 
     def _count(self, stack: LayerStack, layer: Layer, step: int) -> int:
-        """What must be divisible by an interval."""
+        """Count that must be divisible by an interval."""
         return step + stack.method.phase - self._offsets.get(layer, 0)
 
     def _is_due(self, stack: LayerStack, layer: Layer, step: int) -> bool:

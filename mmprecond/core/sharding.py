@@ -68,16 +68,16 @@ class Sharding:
                                'torch.distributed.init_process_group')
 
     def mine(self, stack: LayerStack) -> bool:
-        """Whether this rank refreshes a stack."""
+        """True if this rank refreshes a stack."""
         return stack.owner in (None, rank())
 
     def holds(self, stack: LayerStack) -> bool:
-        """Whether this rank has a stack's operators."""
+        """True if this rank has a stack's operators."""
         return self.mode != 'apply' or self.mine(stack)
 
     def agree(self, outcomes: Sequence[Sequence[bool]], error: Exception | None,
               device: torch.device) -> list[list[bool]]:
-        """What succeeded, from the ranks that know; an error on one rank ends all.
+        """Outcomes from the ranks that know them; an error on one rank ends all.
 
         Raises:
             RuntimeError: On the ranks that had no error while another had; it raises its own.
@@ -136,7 +136,7 @@ class Sharding:
         broadcast_from(owners, tensors)
 
     def is_whole(self) -> bool:
-        """Whether this rank's state dict has all operators."""
+        """True if this rank's state dict has all operators."""
         return self.mode != 'apply' or rank() == 0 and self.archive
 
     def _cost(self, layer: Layer, method: Preconditioner) -> float:

@@ -41,7 +41,7 @@ class Slot:
 
     @property
     def waiting(self) -> bool:
-        """Whether no refresh was tried yet; after a failure the next one comes on schedule."""
+        """True if no refresh was tried yet; after a failure the next one comes on schedule."""
         return self.refreshes == 0 and self.failures == 0
 
     def count_sample(self) -> None:
@@ -98,7 +98,7 @@ class LayerStack:
         return next(iter(self.statistics.values()))
 
     def holds(self, layer: Layer) -> bool:
-        """Whether the layer has statistics here."""
+        """True if the layer has statistics here."""
         return layer in self._index
 
     def ready(self) -> list[tuple[int, Layer]]:
@@ -149,7 +149,7 @@ class LayerStack:
 
     def factors(self, positions: Sequence[int],
                 dtype: torch.dtype | None = None) -> dict[Side, Factor]:
-        """What operators are made of: statistics, and weights where the method reads them.
+        """Factors that operators are made of, with weights where the method reads them.
 
         Args:
             positions: The layers.

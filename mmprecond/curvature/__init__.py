@@ -1,4 +1,4 @@
-"""What is measured: layers, their statistics, capture. Needs torch alone."""
+"""Layers, their statistics, and capture. Needs torch alone."""
 
 from .attention import (
     AttentionLayer,

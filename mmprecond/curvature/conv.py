@@ -70,7 +70,7 @@ class Conv2dLayer(Layer):
         return 2 * self.blocks * channels**2 * rows * shifts * margin
 
     def _by_shifts(self, module: Any, rows: int) -> bool:
-        """Whether `PatchMoment` makes the input's moment."""
+        """True if `PatchMoment` makes the input's moment."""
         sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
         enough = (rows >= self.few_rows
                   and module.in_channels >= self.few_channels * self.blocks)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Power:
-    """How ``(A + mu I)^-exponent`` is taken.
+    """Way in which ``(A + mu I)^-exponent`` is taken.
 
     Attributes:
         solve: Of damped matrices and the last powers of their like (or None): the power, and
@@ -100,7 +100,7 @@ class Factor:
 
 
 class Form(ABC):
-    """What is kept of the rows of one side, and what is made of it."""
+    """Quantity that is kept of the rows of one side, and the operator made of it."""
 
     #: Its part of a statistic's name.
     suffix: ClassVar[str]
@@ -154,7 +154,7 @@ class Form(ABC):
         return tensors
 
     def note(self, size: int) -> str:
-        """What the table says of it, or ''."""
+        """Note for the layer table, or ''."""
         return ''
 
     def outline(self, blocks: int, size: int, layer: Layer,

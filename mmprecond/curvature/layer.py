@@ -112,7 +112,7 @@ class Layer:
 
     @classmethod
     def type_refusal(cls, kind: type[nn.Module]) -> str:
-        """Why modules of a class cannot be read, or ''."""
+        """Reason why modules of a class cannot be read, or ''."""
         if cls.module_types and not issubclass(kind, cls.module_types):
             names = ' or '.join(known.__name__ for known in cls.module_types)
             return f'{kind.__name__} is no {names}, whose forward pass {cls.__name__} reads'
@@ -120,7 +120,7 @@ class Layer:
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str:
-        """Why one module cannot be read, or ''."""
+        """Reason why one module cannot be read, or ''."""
         return cls.type_refusal(type(module))
 
     @classmethod
@@ -135,11 +135,11 @@ class Layer:
 
     @property
     def compressible(self) -> bool:
-        """Whether other forms may stand for its moments: not of groups, whose own are small."""
+        """True if other forms may stand for its moments: not of groups, whose own are small."""
         return self.blocks == 1
 
     def has_side(self, side: Side) -> bool:
-        """Whether the layer has such rows."""
+        """True if the layer has such rows."""
         return side in (INPUT, GRADIENT)
 
     def size_of(self, side: Side) -> tuple[int, int]:
@@ -151,7 +151,7 @@ class Layer:
         return statistic.shapes(*self.size_of(statistic.side))
 
     def lacks(self, statistic: Statistic) -> str:
-        """Why it cannot give a statistic, or ''."""
+        """Reason why it cannot give a statistic, or ''."""
         kind = type(self).__name__
         if not self.has_side(statistic.side):
             return f'{kind} has no side {statistic.side.name!r}'

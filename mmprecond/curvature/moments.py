@@ -184,7 +184,7 @@ class Columns(_ColumnForm):
         return empty.index_add_(2, places.to(measured.device), measured * signs.to(measured))
 
     def rescale(self, total: Tensor, factor: float) -> None:
-        """By the root: the quantity is the columns' product."""
+        """Multiplies by the root, as the quantity is the columns' product."""
         total *= factor**0.5
 
 

@@ -35,7 +35,7 @@ def layer_type(module: nn.Module) -> type[Layer] | None:
 
 
 def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]:
-    """How an attention module is read as a whole, or None; and why it cannot be, or ''."""
+    """Reader of an attention module as a whole, or None; and the reason why not, or ''."""
     name = qualified_name(type(module))
     kind = ATTENTION_TYPES.get(name)
     if name in UNREADABLE:

@@ -14,7 +14,7 @@ from .registry import ATTENTION_TYPES, attention_type, layer_type, qualified_nam
 
 @dataclass(frozen=True)
 class AttentionReading:
-    """How attention modules are read as a whole.
+    """Reading of attention modules as a whole.
 
     Attributes:
         windows: Most windows measured of a module at a call.
@@ -148,7 +148,7 @@ class _Search:
                                       **self._options(weight))
 
     def _joins(self, bias: Tensor, weight: Tensor) -> bool:
-        """Whether a bias is preconditioned with its weight: trained with it, and with no other."""
+        """True if a bias is preconditioned with its weight: trained with it, and with no other."""
         trained = bias.requires_grad or not weight.requires_grad
         return (trained and _takes_part(bias, self.owned)
                 and self.users[id(bias)] == self.users[id(weight)])
@@ -163,7 +163,7 @@ def _takes_part(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> bool:
 
 
 def _reason_against_type(module: nn.Module) -> str:
-    """Why a module's own parameters are none of a layer's."""
+    """Reason why a module's own parameters are none of a layer's."""
     if qualified_name(type(module)) in ATTENTION_TYPES:
         names = ', '.join(name for name, _ in module.named_parameters(recurse=False))
         return f'parameters of its own ({names})'
@@ -173,7 +173,7 @@ def _reason_against_type(module: nn.Module) -> str:
 
 
 def _reason_against(weight: Tensor | None, owned: dict[int, dict[str, Any]]) -> str:
-    """Why a weight cannot be preconditioned, or ''."""
+    """Reason why a weight cannot be preconditioned, or ''."""
     if weight is None:
         return 'weight is not a plain parameter (parametrised or replaced)'
     if id(weight) not in owned:
@@ -186,7 +186,7 @@ def _reason_against(weight: Tensor | None, owned: dict[int, dict[str, Any]]) -> 
 
 
 def _reason_against_sharing(modules: list[nn.Module], kind: type[Layer]) -> str:
-    """Why modules that use one weight cannot share its statistics, or ''."""
+    """Reason why modules that use one weight cannot share its statistics, or ''."""
     first = modules[0]
     for module in modules[1:]:
         if type(module) is not type(first):

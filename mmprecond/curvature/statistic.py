@@ -1,4 +1,4 @@
-"""What is measured of a layer: a side of it, over some of its rows, in some form."""
+"""Statistics: a side of a layer, over some of its rows, in some form."""
 
 from __future__ import annotations
 

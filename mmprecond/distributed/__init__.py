@@ -1,4 +1,4 @@
-"""How sums and shared-out work travel between ranks."""
+"""Sums over ranks, and work that is shared out over them."""
 
 from .reduce import rank, sum_over_ranks, world_size
 from .shard import broadcast_from, longest_first, send_to_first, share_objects

@@ -1,4 +1,4 @@
-"""What `tools/train.py` and `tools/test.py` share: configs, processes, one-line errors."""
+"""Pieces shared by `tools/train.py` and `tools/test.py`: configs, processes, one-line errors."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _UNFIT = {'AliG': 'needs a closure in each step',
 
 
 def is_peer(kind: Any) -> bool:
-    """Whether a config's `type`, a name or a class, is of that package."""
+    """True if a config's `type`, a name or a class, is of that package."""
     module = kind if isinstance(kind, str) else getattr(kind, '__module__', None)
     return isinstance(module, str) and '.' in module and module.split('.')[0] == PACKAGE
 
@@ -51,7 +51,7 @@ def find_peer(kind: Any) -> type[torch.optim.Optimizer]:
 
 
 def needs_of(kind: type[torch.optim.Optimizer]) -> str:
-    """What a peer needs beside gradients, as `RuleOptimizer.needs`."""
+    """Needs of a peer beside gradients, as `RuleOptimizer.needs`."""
     return 'graph' if 'hessian' in inspect.signature(kind.step).parameters else ''
 
 
@@ -78,7 +78,7 @@ def with_groups(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.
 
 
 class PeerHessian:
-    """What `DoubleBackwardMixin` asks of an optimizer, for a peer whose `step` takes a Hessian.
+    """Adapter that gives `DoubleBackwardMixin` what it asks of a peer whose `step` takes a Hessian.
 
     The diagonal is the peer's own estimate (`compute_hutchinson_hessian`), made before gradients
     are clipped and freed of their graph, and handed to its next `step`.
@@ -94,7 +94,7 @@ class PeerHessian:
 
     @property
     def needs_graph(self) -> bool:
-        """Whether this step's backward pass must be differentiable."""
+        """True if this step's backward pass must be differentiable."""
         steps = self.optimizer.param_groups[0].get('step', 0)
         return bool(steps % self.optimizer.update_period == 0)
 
@@ -149,7 +149,7 @@ def _is_optimizer(kind: Any) -> bool:
 
 
 def _why_unfit(kind: Any) -> str:
-    """What a peer needs that neither gradients nor our wrapper give, or ''."""
+    """Needs of a peer that neither gradients nor our wrapper meet, or ''."""
     arguments = list(inspect.signature(kind).parameters)
     step = inspect.signature(kind.step).parameters
     if 'base_optimizer' in arguments or hasattr(kind, 'first_step'):

@@ -19,7 +19,7 @@ def random_model(cfg: Any) -> nn.Module:
 
 
 def synthetic_batch(model: nn.Module, images: int, size: tuple[int, int]) -> dict[str, Any]:
-    """What the model's `forward` takes with mode='loss': noise, with random boxes or classes.
+    """Arguments of the model's `forward` with mode='loss': noise, with random boxes or classes.
 
     Args:
         model: A detector or a classifier with its data preprocessor.

@@ -1,4 +1,4 @@
-"""What an OptimWrapper must do for a preconditioned optimizer, mixed into any wrapper class."""
+"""Mixins that let any OptimWrapper serve a preconditioned optimizer."""
 
 from __future__ import annotations
 

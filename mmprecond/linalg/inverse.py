@@ -56,5 +56,5 @@ def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Ten
 
 
 def all_finite(matrix: Tensor) -> Tensor:
-    """Whether all entries of each matrix (..., n, n) are finite: (...)."""
+    """True if all entries of each matrix (..., n, n) are finite: (...)."""
     return matrix.isfinite().flatten(-2).all(-1)

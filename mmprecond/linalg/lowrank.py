@@ -41,7 +41,7 @@ class RankSearch:
     usual_share: ClassVar[float] = 1 / 8
 
     def takes(self, side: int) -> bool:
-        """Whether the power of a moment of this size may come as columns."""
+        """True if the power of a moment of this size may come as columns."""
         return side >= self.smallest_side
 
     def usual(self, side: int) -> int:

@@ -41,7 +41,7 @@ def largest_eigenvalue_of_columns(columns: Tensor, rounds: int = 10) -> Tensor:
 
 
 def _scale_of(matrix: Tensor) -> Tensor:
-    """What a matrix is divided by, so that squares neither over- nor underflow."""
+    """Divisor of a matrix for which squares neither over- nor underflow."""
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     return torch.where(scale > 0, scale, 1)
 

@@ -82,7 +82,7 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     @property
     def loss_scale(self) -> Any:
-        """By what the loss is multiplied: None, a number, or a `torch.amp.GradScaler`."""
+        """Factor of the loss: None, a number, or a `torch.amp.GradScaler`."""
         return self.curvature.capture.loss_scale
 
     @loss_scale.setter

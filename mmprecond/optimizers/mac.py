@@ -40,7 +40,7 @@ class MAC(PreconditionedSGDM):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the first layer has its own second moment."""
+        """True if the first layer has its own second moment."""
         return self.first_layer is not None and isinstance(
             self.curvature.layers[self.first_layer].method, CalibratedInput)
 

@@ -41,7 +41,7 @@ class MatrixOptimizer(RuleOptimizer):
         super().__init__(params, rule, defaults)
 
     def table(self) -> str:
-        """How many parameters are treated as matrices, what that takes, and which others are not.
+        """Numbers of parameters that are matrices or not, and the memory of their state.
 
         The memory is that of all that is kept for them between steps.
         """

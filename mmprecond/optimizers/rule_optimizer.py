@@ -112,7 +112,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _compute_updates(self, batches: list[Batch],
                          directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """What the rule makes of the directions, by parameter."""
+        """Updates that the rule makes of the directions, by parameter."""
         updates: dict[Tensor, Tensor] = {}
         for group, params in batches:
             states = [self.state[p] for p in params]
@@ -128,7 +128,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                                     [self.state[p] for p in params], group)
 
     def table(self) -> str:
-        """What is done with which parameters, for the log."""
+        """Treatment of the parameters, for the log."""
         count = sum(len(group['params']) for group in self.param_groups)
         return f'{count} parameters take {type(self.rule).__name__}'
 

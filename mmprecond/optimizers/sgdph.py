@@ -95,7 +95,7 @@ class SGDPH(RuleOptimizer):
 
     @property
     def needs_graph(self) -> bool:
-        """Whether this step's backward pass must be differentiable."""
+        """True if this step's backward pass must be differentiable."""
         return self.t % self.interval == 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -120,7 +120,7 @@ class SGDPH(RuleOptimizer):
         self._measured = True
 
     def table(self) -> str:
-        """What is preconditioned, in one line."""
+        """Preconditioned parameters, in one line."""
         count = sum(p.numel() for p in self.vectors[:-1])
         return (f'{len(self.vectors) - 1} 1-D parameters ({count} numbers) are divided by their '
                 f'Hessian diagonal, refreshed {self.refresh}; the last one and all others take '

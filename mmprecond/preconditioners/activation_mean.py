@@ -139,13 +139,13 @@ class ActivationMean(Preconditioner):
         return self.statistics
 
     def note(self, layer: Layer) -> str:
-        """What an attention module is taken for."""
+        """Number of heads of an attention module."""
         if layer.has_side(QUERY_MEAN.side):
             return f'attention, {layer.blocks // 3} heads'
         return super().note(layer)
 
     def gradient_factor(self, rows: float) -> float:
-        """Of the mean over rows: rows^2 / rows, or 1 / rows."""
+        """Factor of the mean over rows: rows^2 / rows, or 1 / rows."""
         return rows if self.gradient_scale == 'rows' else 1 / rows
 
     def average(self) -> RunningAverage:

@@ -108,7 +108,7 @@ class AttentionFeature(InputFeature):
         return selected if len(selected) == len(self.candidate_statistics(layer)) else ()
 
     def note(self, layer: Layer) -> str:
-        """What the layer is taken for."""
+        """Variant and heads of an attention module, or the side of another layer."""
         if not _is_attention(layer):
             return super().note(layer) or 'input side'
         partial = self.variant == 'thesis' and not layer.has_side(KEY_CURVATURE.side)
@@ -181,7 +181,7 @@ class AttentionFeature(InputFeature):
 
 
 def _is_attention(layer: Layer) -> bool:
-    """Whether a layer is an attention module that is read as a whole."""
+    """True if a layer is an attention module that is read as a whole."""
     return layer.has_side(QUERY_CURVATURE.side)
 
 

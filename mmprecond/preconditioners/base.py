@@ -109,7 +109,7 @@ class Preconditioner(ABC):
 
     @property
     def attention_reading(self) -> AttentionReading | None:
-        """How attention modules are read as a whole; None takes their linear layers alone."""
+        """Reading of attention modules as a whole; None takes their linear layers alone."""
         return None
 
     @property
@@ -143,19 +143,19 @@ class Preconditioner(ABC):
         return self.selected_statistics(layer)
 
     def gradient_factor(self, rows: float) -> float:
-        """By what the sums of squared gradient rows are multiplied, given the number of rows.
+        """Factor of the sums of squared gradient rows, given the number of rows.
 
         The rows are those of the gradient of the step's mean loss.
         """
         return 1.
 
     def reads_weight(self, layer: Layer) -> bool:
-        """Whether `refresh` also takes the layers' weights (k, b, o, i), as side `WEIGHT`."""
+        """True if `refresh` also takes the layers' weights (k, b, o, i), as side `WEIGHT`."""
         return False
 
     @property
     def _oversize_form(self) -> Form | None:
-        """What stands for the moment of a side over max_dim; None: nothing."""
+        """Replacement for moments above max_dim; None: none."""
         forms: dict[str, Form] = {'block': Blocks(self.max_dim),
                                   'lowrank': Sketch(self.max_rank or Sketch.rank)}
         return forms.get(self.oversize)
@@ -194,11 +194,11 @@ class Preconditioner(ABC):
 
     @property
     def is_inverse(self) -> bool:
-        """Whether its dense operators are inverses of damped moments."""
+        """True if its dense operators are inverses of damped moments."""
         return False
 
     def note(self, layer: Layer) -> str:
-        """What the table adds to the method's name, such as what it leaves out; or ''."""
+        """Addition to the method's name in the table, such as a side that is left out; or ''."""
         selected = self.selected_statistics(layer)
         if len(selected) < len(self.candidate_statistics(layer)):
             return f'one side: the other is over max_dim={self.max_dim}'
@@ -209,12 +209,12 @@ class Preconditioner(ABC):
     # ---------------------------------------------------------------- the method itself
 
     def is_exact(self, refreshes: int) -> bool:
-        """Whether a layer's refresh number `refreshes` (from 0) starts from nothing."""
+        """True if a layer's refresh number `refreshes` (from 0) starts from nothing."""
         return True
 
     @abstractmethod
     def average(self) -> RunningAverage:
-        """How samples merge into the running statistics."""
+        """Rule by which samples merge into the running statistics."""
 
     @abstractmethod
     def refresh(self, factors: Factors, previous: Operators | None,

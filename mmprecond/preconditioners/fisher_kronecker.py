@@ -156,7 +156,7 @@ class FisherKronecker(Preconditioner):
                              Power(lambda damped, last: cholesky_inverse(damped)))
 
     def _dampings(self, factors: Factors, damping: Tensor | float) -> dict[Side, Tensor]:
-        """What is added to each factor's diagonal (k, b)."""
+        """Amounts added to each factor's diagonal (k, b)."""
         if self.damping_form == 'relative':
             return {side: relative_damping(factor, damping) for side, factor in factors.items()}
         means = {side: factor.trace() / factor.tensor.shape[-2]

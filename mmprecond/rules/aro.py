@@ -134,7 +134,7 @@ def q_factor(matrix: Tensor, normed: Tensor) -> Tensor:
 
 
 def _is_right(shape: tuple[int, ...], group: Group) -> bool:
-    """Whether a matrix's right side is rotated."""
+    """True if a matrix's right side is rotated."""
     return group['side'] == 'right' or (group['side'] == 'smaller' and shape[1] < shape[0])
 
 

@@ -68,7 +68,7 @@ class Rule(ABC):
         """Raises ValueError for a parameter's saved state that does not fit."""
 
     def notes(self, groups: list[Group], names: Mapping[Tensor, str]) -> list[str]:
-        """What the log should say of parameters that the rule treats otherwise, in lines."""
+        """Lines for the log about parameters that the rule treats otherwise."""
         return []
 
 

@@ -84,7 +84,7 @@ class MatrixRule(AdamW):
                     'were, or start afresh from the weights alone (load_from without resume)')
 
     def fallback_reason(self, param: Tensor, group: Group) -> str | None:
-        """Why a parameter takes AdamW ('' if it is no matrix), or None."""
+        """Reason why a parameter takes AdamW ('' if it is no matrix), or None."""
         if param.dim() < 2 or not param.numel():
             return ''
         if not group.get('precondition', True):

@@ -13,7 +13,7 @@ class Length(nn.Parameter):
 
 
 def is_vector(parameter: Tensor) -> bool:
-    """Whether a parameter counts as 1-D: vectors, and lengths."""
+    """True if a parameter counts as 1-D: vectors, and lengths."""
     return parameter.dim() == 1 or isinstance(parameter, Length)
 
 

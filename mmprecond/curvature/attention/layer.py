@@ -65,11 +65,11 @@ class AttentionLayer(Layer):
 
     @property
     def is_square(self) -> bool:
-        """Whether there is one query for each key, as the thesis's form of W_K needs."""
+        """True if there is one query for each key, as the thesis's form of W_K needs."""
         return True
 
     def has_side(self, side: Side) -> bool:
-        """Whether it is one of attention's."""
+        """True if it is one of attention's."""
         known = side == INPUT or isinstance(side, AttentionSide)
         return known and (self.is_square or side != KEY_CURVATURE.side)
 

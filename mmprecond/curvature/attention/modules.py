@@ -1,4 +1,4 @@
-"""How the attention modules of MMDetection, MMPretrain and torch are read, by exact type.
+"""Readers of the attention modules of MMDetection, MMPretrain and torch, by exact type.
 
 They are known by qualified name, as neither toolbox is imported here. Add a class of your own with
 `register_attention`.
@@ -72,7 +72,7 @@ class WindowAttention(AttentionLayer):
             for part in self.parts]
 
     def kept(self, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
-        """What is kept of a call: X, the projections, O, and S."""
+        """Tensors that are kept of a call: X, the projections, O, and S."""
         return seen['qkv'][0], seen['qkv'][1], seen['proj'][0], seen['softmax'][1]
 
     def read(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor) -> Heads:
@@ -125,7 +125,7 @@ class TokenAttention(WindowAttention):
 
     @staticmethod
     def _scale(module: Any) -> float | None:
-        """What the module multiplies the logits by, or None where that is not known."""
+        """Factor of the module's logits, or None where that is not known."""
         function = getattr(module, 'scaled_dot_product_attention', None)
         if function is F.scaled_dot_product_attention:
             return module.head_dims**-0.5
@@ -235,7 +235,7 @@ class PackedAttention(AttentionLayer):
 
 
 def _projection_refusal(module: Any, heads: int) -> str:
-    """Why its qkv is not W_Q, W_K and W_V of as many heads each, or ''."""
+    """Reason why its qkv is not W_Q, W_K and W_V of as many heads each, or ''."""
     weight, output = (getattr(module.get_submodule(part), 'weight', None)
                       for part in ('qkv', 'proj'))
     if not isinstance(weight, Tensor) or not isinstance(output, Tensor):

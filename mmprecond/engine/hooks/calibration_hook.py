@@ -66,7 +66,7 @@ class _ReachedError(Exception):
 
 @torch.no_grad()
 def _inputs_of(module: nn.Module, model: Any, data: Any) -> Tensor:
-    """What a module takes when the model is given a batch; the pass ends there."""
+    """Input of a module when the model is given a batch; the pass ends there."""
     found: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
