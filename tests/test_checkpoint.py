@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_arguments import refused
 from torch import Tensor, nn
 
 import reference  # noqa: F401 (one thread)
@@ -290,3 +291,15 @@ def test_a_corrupt_state_is_reported_and_measured_anew(
     train(twin, resumed, range(6, 9))
     assert len(resumed.state_dict()['precond']['layers']) == 4
     assert all(p.isfinite().all() for p in twin.parameters())
+
+
+def test_a_partial_state_is_refused_before_anything_changes() -> None:
+    net = Net()
+    optimizer = NKFAC(net, lr=0.1, stat_interval=1, refresh_interval=1)
+    train(net, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    train(net, optimizer, range(2, 3))
+    state['precond']['whole'] = False
+    before = copy.deepcopy(optimizer.state_dict())
+    refused(ValueError, lambda: optimizer.load_state_dict(state), "sharding='apply'")
+    assert differences(optimizer.state_dict(), before) == []

@@ -23,7 +23,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from torch import Tensor, nn
 
 import mmprecond
-from mmprecond.engine import use_optimizer
+from mmprecond.engine import PrecondOptimWrapperConstructor, use_optimizer
 from mmprecond.engine.constructor import _resolve
 from mmprecond.engine.registration import _register, optimizer_types, register_all
 from mmprecond.engine.wrapper import MIXINS, mixed_wrapper
@@ -339,3 +339,31 @@ def test_the_wrapper_is_chosen_by_need() -> None:
             mixed_wrapper(OwnBackward, needs, 'It')
         with pytest.raises(ValueError, match='use AmpOptimWrapper'):
             mixed_wrapper(ApexOptimWrapper, needs, 'It')
+
+
+def test_a_base_constructor_reads_its_config_as_it_is() -> None:
+    """By attribute too; the config itself stays as it was."""
+    from mmengine.config import ConfigDict
+    from mmengine.optim import DefaultOptimWrapperConstructor
+    from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+    class Reading(DefaultOptimWrapperConstructor):
+        def __call__(self, model: nn.Module) -> OptimWrapper:
+            assert self.optimizer_cfg.lr == 0.1
+            return super().__call__(model)
+
+    OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=Reading, force=True)
+    for kind in ('NKFAC', 'SGD'):
+        cfg = ConfigDict(optimizer=dict(type=kind, lr=0.1), base_constructor='Reading',
+                         constructor='PrecondOptimWrapperConstructor')
+        before = copy.deepcopy(cfg)
+        assert build_optim_wrapper(Classifier(), cfg).optimizer.param_groups[0]['lr'] == 0.1
+        assert cfg == before
+
+
+def test_one_constructor_serves_two_models() -> None:
+    constructor = PrecondOptimWrapperConstructor(dict(optimizer=dict(type='NKFAC', lr=0.1)))
+    wrappers = [constructor(Classifier()) for _ in range(2)]
+    assert type(wrappers[0]) is type(wrappers[1])
+    owners = [next(iter(w.optimizer.curvature.layers)).weight for w in wrappers]
+    assert owners[0] is not owners[1]

@@ -321,3 +321,39 @@ def test_the_hook_refuses_other_optimizers() -> None:
     assert isinstance(runner.optim_wrapper.optimizer, NKFAC)
     refused(ValueError, lambda: CalibrationHook().before_train(runner), 'not NKFAC')
     refused(ValueError, lambda: CalibrationHook(batches=0), 'batches=0')
+
+
+def test_a_state_of_another_method_says_nothing_of_the_calibration() -> None:
+    _, optimizer = calibrated()
+    kept = optimizer.curvature.layers[optimizer.first_layer].statistics['input_moment'].clone()
+    model = network()
+    other = NKFAC(model, lr=0.1)
+    step(model, other, 0)
+    optimizer.load_state_dict(other.state_dict())
+    stack = optimizer.curvature.layers[optimizer.first_layer]
+    assert optimizer.calibrated and torch.equal(stack.statistics['input_moment'], kept)
+
+
+def test_a_layer_that_goes_back_to_the_others_starts_anew() -> None:
+    """It takes nothing along from before, and leaves no second moment behind."""
+    model = network()
+    plain = MAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
+    for seed in range(3):
+        step(model, plain, seed)
+    _, other = calibrated()
+    state = copy.deepcopy(other.state_dict())
+    plain.load_state_dict(state)
+    assert plain.calibrated
+    state['precond']['layers']['conv1.weight']['statistics']['input_moment'][:] = float('nan')
+    plain.load_state_dict(state)
+    first = plain.first_layer
+    assert not plain.calibrated and not plain.curvature.layers[first].holds(first)
+    assert {type(stack.method) for stack in plain.curvature.stacks} == {ActivationMean}
+
+
+def test_what_is_no_state_of_a_layer_is_measured_anew() -> None:
+    model, optimizer = calibrated()
+    state = optimizer.state_dict()
+    state['precond']['layers']['conv1.weight'] = 5
+    optimizer.load_state_dict(state)
+    step(model, optimizer, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -371,3 +372,15 @@ def test_left_over_keys_and_odd_groups() -> None:
     p.grad, optimizer.loss = torch.ones(2), 1.
     optimizer.step()
     assert (p < 1).all()
+
+
+def test_a_state_that_lacks_something_is_refused_before_anything_changes() -> None:
+    params = parameters()
+    optimizer = SOAA(params, total_steps=9, **HYPER)
+    step(optimizer, params, tensors(0), 1.)
+    state = copy.deepcopy(optimizer.state_dict())
+    del state['trust_region']['predicted']
+    before = copy.deepcopy(optimizer.state_dict())
+    refused(ValueError, lambda: optimizer.load_state_dict(state), 'it has no predicted')
+    for key, value in before['trust_region'].items():
+        assert optimizer.state_dict()['trust_region'][key] == value

@@ -1,9 +1,9 @@
 """The owner of curvature: layers, stacks, schedules, checkpoints and reports."""
 
+from ..preconditioners import RefreshError
 from .assignment import Assignment, parse_layers
 from .basis import rotate
 from .curvature import Curvature, CurvatureOptions
-from .failures import RefreshError
 from .monitor import Monitor, RefreshReport
 from .stack import LayerStack
 

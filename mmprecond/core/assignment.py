@@ -182,6 +182,9 @@ def _parse_method(where: str, config: Any) -> Preconditioner | None:
     method = METHODS.get(kind) if isinstance(kind, str) else kind
     if not (isinstance(method, type) and issubclass(method, Preconditioner)):
         raise ValueError(f'{where}: unknown preconditioner type {kind!r}; choose one of {names}')
+    if method.precomputed:
+        raise ValueError(f'{where}: {method.__name__} is never measured; its statistics are given '
+                         'by calibrate_first_layer of MAC')
     _reject_keys(f'{where}: {method.__name__}', settings, [*method.options(), 'settings'])
     try:
         return build_preconditioner(method, settings)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg import Dense, Operators, map_tensors, matmul_precision
+from ..curvature import Layer
+from ..linalg import Dense, Operators, map_tensors
 from .stack import LayerStack
 
 
@@ -46,18 +47,19 @@ def rotate(before: BasisSnapshot, states: Mapping[Tensor, dict[str, Any]],
         quadratic: Names of moments that are sums of squared gradients.
     """
     stack = before.stack
-    with matmul_precision('highest'):
-        for k, slot in enumerate(stack.slots):
-            if slot.refreshes == before.refreshes[k]:
-                continue
-            new = stack.operators_of([k])
-            turn = new if before.refreshes[k] == 0 else _turn(before.operators, new, k)
-            spread = map_tensors(turn, torch.square)
-            found = [states[p] for p in slot.layer.parameters]
-            for names, operators in ((linear, turn), (quadratic, spread)):
-                for name in names:
-                    if name in found[0]:
-                        _rotate_one(name, found, stack, slot.layer, operators)
+    for k, slot in enumerate(stack.slots):
+        if slot.refreshes == before.refreshes[k]:
+            continue
+        new = stack.operators_of([k])
+        turn = new if before.refreshes[k] == 0 else _turn(before.operators, new, k)
+        found = [states[p] for p in slot.layer.parameters]
+        for name in linear:
+            if name in found[0]:
+                _rotate_one(name, found, stack, slot.layer, turn)
+        spread = map_tensors(turn, torch.square)
+        for name in quadratic:
+            if name in found[0]:
+                _rotate_one(name, found, stack, slot.layer, spread)
 
 
 def _turn(old: Operators, new: Operators, position: int) -> Operators:
@@ -69,9 +71,10 @@ def _turn(old: Operators, new: Operators, position: int) -> Operators:
     return {slot: turned(slot, *operator.tensors) for slot, operator in new.items()}
 
 
-def _rotate_one(name: str, states: Sequence[dict[str, Any]], stack: LayerStack, layer: Any,
+def _rotate_one(name: str, states: Sequence[dict[str, Any]], stack: LayerStack, layer: Layer,
                 operators: Operators) -> None:
-    matrix = layer.join(*(state.get(name) for state in states))[None]
+    tensors: list[Any] = [state.get(name) for state in states]
+    matrix = layer.join(*tensors)[None]
     turned = stack.method.apply(operators, matrix)[0]
     for state, piece in zip(states, layer.split(turned), strict=True):
         if name in state:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..curvature import Layer
 from ..linalg import Shape, expected_shapes
-from ..preconditioners import Preconditioner
 from .sharding import Sharding
 from .stack import COUNTERS, LayerStack
 
@@ -55,6 +54,19 @@ def export(layers: Mapping[Layer, LayerStack], sharding: Sharding, steps: int,
             'whole': not saved or sharding.is_whole(), 'layers': saved}
 
 
+def method_of(saved: Mapping[str, Any] | None, layer: Layer) -> str | None:
+    """Name of the method by which a layer's state was saved, or None."""
+    entry = ((saved or {}).get('layers') or {}).get(layer.name)
+    return entry.get('method') if isinstance(entry, dict) else None
+
+
+def refuse_partial(saved: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for the state of a rank that had but a part of the operators."""
+    if not (saved or {}).get('whole', True):
+        raise ValueError("the state is that of one rank under sharding='apply', which holds but a "
+                         'part of the operators; load the one that the first rank saved')
+
+
 def restore(layers: Mapping[Layer, LayerStack], sharding: Sharding,
             saved: Mapping[str, Any] | None) -> Restored:
     """Puts saved curvature back; without it the next step captures and refreshes afresh.
@@ -63,14 +75,8 @@ def restore(layers: Mapping[Layer, LayerStack], sharding: Sharding,
         layers: The layers and their stacks.
         sharding: Who holds what.
         saved: What `export` made, or None.
-
-    Raises:
-        ValueError: For the state of a rank that had but a part of the operators.
     """
     saved = saved or {}
-    if not saved.get('whole', True):
-        raise ValueError("the state is that of one rank under sharding='apply', which holds but a "
-                         'part of the operators; load the one that the first rank saved')
     entries = saved.get('layers') or {}
     steps = saved.get('steps')
     fitting, unfit, complaints = _sort_out(layers, entries)
@@ -87,8 +93,9 @@ def restore(layers: Mapping[Layer, LayerStack], sharding: Sharding,
     elif not entries and steps != 0 and not whole:
         logger.warning('the checkpoint holds no curvature; statistics start anew at the next step')
     for stack in dict.fromkeys(layers.values()):
-        stack.load({layer: state for layer, state in fitting.items() if layers[layer] is stack},
-                   sharding.holds(stack), sharding.is_whole())
+        states = {layer: state for layer, state in fitting.items() if layers[layer] is stack}
+        if states or not stack.method.precomputed:  # what was put in stays
+            stack.load(states, sharding.holds(stack), sharding.is_whole())
     rotated = set(saved.get('rotated') or ())
     lost = [layer for layer in layers if layer.name in rotated and layer not in fitting]
     if lost:
@@ -109,7 +116,7 @@ def _sort_out(layers: Mapping[Layer, LayerStack], entries: Mapping[str, Any],
         layer = by_name.get(name)
         if layer is None:
             continue
-        problem = _problem(entry, layer, layers[layer].method)
+        problem = _problem(entry, layer, layers[layer])
         if problem:
             complaints.append(f'{name}: {problem}')
             unfit.append(layer)
@@ -118,17 +125,17 @@ def _sort_out(layers: Mapping[Layer, LayerStack], entries: Mapping[str, Any],
     return fitting, unfit, complaints
 
 
-def _problem(entry: Any, layer: Layer, method: Preconditioner) -> str:
+def _problem(entry: Any, layer: Layer, stack: LayerStack) -> str:
     """Reason why one layer's saved state cannot be used, or ''."""
     try:
-        if entry['method'] != type(method).__name__:
+        if entry['method'] != type(stack.method).__name__:
             return f'it was saved by {entry["method"]}'
         [int(entry[name]) for name in COUNTERS]
-        statistics = {key: shape for statistic in method.selected_statistics(layer)
+        statistics = {key: shape for statistic in stack.kept
                       for key, shape in layer.shapes(statistic).items()}
         problem = _misfit('statistic', entry['statistics'], statistics)
         if entry['refreshes'] or entry['operator']:
-            shapes = expected_shapes(method.outline(layer), entry['operator'])
+            shapes = expected_shapes(stack.outline, entry['operator'])
             problem = problem or _misfit('operator', entry['operator'], shapes)
         return problem
     except (KeyError, TypeError, ValueError, AttributeError) as error:

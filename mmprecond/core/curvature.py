@@ -15,7 +15,7 @@ from ..checks import check_choice, check_flag, check_number
 from ..curvature import Capture, Layer, LeftOut, Statistic, find_layers, unwrap
 from ..distributed import rank, world_size
 from ..linalg import PRECISIONS, Operators, matmul_precision
-from ..preconditioners import Preconditioner
+from ..preconditioners import Preconditioner, check_statistics
 from . import checkpoint, report
 from .assignment import Assignment, BoundAssignment
 from .basis import BasisSnapshot, snapshot
@@ -89,12 +89,12 @@ class Curvature:
         self.left_out: list[LeftOut] = []
         self.monitor: Monitor | None = None
         self._failures = FailurePolicy()
-        self._stacks: dict[Any, LayerStack] = {}
         methods = self._choose(unwrap(model), groups, method, owner)
         self._owners = self.sharding.assign(methods)
-        self.layers = {layer: self._stack_for(layer, chosen)
-                       for layer, chosen in methods.items()}
-        self.stacks = list(dict.fromkeys(self.layers.values()))
+        self.layers: dict[Layer, LayerStack] = {}
+        self.stacks: list[LayerStack] = []
+        for layer, chosen in methods.items():
+            self._put(layer, chosen)
         self._schedule = Schedule(methods, options.stagger)
         if options.check_memory:
             check_memory_budget(self.layers, self.sharding, owner)
@@ -133,21 +133,17 @@ class Curvature:
                              f'{_why_none(layers, self.left_out)}')
         return taken
 
-    def _stack_for(self, layer: Layer, method: Preconditioner) -> LayerStack:
-        """The stack of layers that are alike and belong to one rank."""
-        kept = method.selected_statistics(layer)
-        shapes = tuple(tuple(layer.shapes(statistic).items()) for statistic in kept)
-        outline = tuple((slot, type(operator), tuple(t.shape for t in operator.tensors))
-                        for slot, operator in method.outline(layer).items())
-        owner = self._owners[layer]
-        key = (method, layer.shape, outline, kept, shapes, layer.working_dtype,
-               layer.weight.device, owner)
-        return self._stacks.setdefault(key, LayerStack(method, kept, owner))
+    def _put(self, layer: Layer, method: Preconditioner) -> None:
+        """Puts a layer into the stack of those that are like it, or into one of its own."""
+        stack = LayerStack(method, layer, self._owners[layer])
+        self.layers[layer] = next((known for known in self.stacks if known.key == stack.key),
+                                  stack)
+        self.stacks = list(dict.fromkeys(self.layers.values()))
 
     def reassign(self, layer: Layer, method: Preconditioner) -> None:
         """Gives a layer another preconditioner; its statistics start anew."""
-        self.layers[layer] = self._stack_for(layer, method)
-        self.stacks = list(dict.fromkeys(self.layers.values()))
+        self.layers[layer].leave(layer)
+        self._put(layer, method)
 
     def precompute(self, layer: Layer, method: Preconditioner,
                    statistics: dict[str, Tensor]) -> None:
@@ -159,11 +155,10 @@ class Curvature:
             statistics: Its statistics (b, n, m) by tensor name.
         """
         self.reassign(layer, method)
-        self.layers[layer].clear()
         self.layers[layer].merge({layer: statistics})
 
-    def watch_refreshes(self, monitor: Monitor) -> None:
-        """Reports refreshes to a monitor from now on."""
+    def watch_refreshes(self, monitor: Monitor | None) -> None:
+        """Reports refreshes to a monitor from now on, or to none."""
         self.monitor = monitor
 
     # ---------------------------------------------------------------- measuring
@@ -333,13 +328,14 @@ def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
     if method is None:
         return ('preconditioner=None' if bound.entry(name) is not None
                 else 'no entry of layers matches it')
-    for statistic in method.candidate_statistics(layer):
-        if not isinstance(statistic, Statistic):
-            raise TypeError(f'{type(method).__name__} asks for {statistic!r}, which is no '
-                            'Statistic; write Statistic(INPUT, Moment()) or alike')
+    kind, candidates = type(method).__name__, method.candidate_statistics(layer)
+    check_statistics(kind, candidates)
+    if not candidates:
+        return f'{kind} measures nothing of a {type(layer).__name__}'
+    for statistic in candidates:
         reason = layer.lacks(statistic)
         if reason:
-            return f'{type(method).__name__} needs {statistic.key}: {reason}'
+            return f'{kind} needs {statistic.key}: {reason}'
     if not method.selected_statistics(layer):
         return f'{layer.rows} x {layer.columns} is over max_dim={method.max_dim}'
     return ''

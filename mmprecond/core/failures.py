@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from ..preconditioners import RefreshError
 from .stack import LayerStack
 
 logger = logging.getLogger('mmprecond')
-
-
-class RefreshError(RuntimeError):
-    """A layer's refresh failed too often in a row."""
 
 
 class FailurePolicy:

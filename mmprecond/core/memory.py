@@ -20,7 +20,7 @@ def megabytes(layer: Layer, stack: LayerStack, operators: bool = True) -> float:
     numbers = sum(b * n * m for statistic in stack.kept
                   for b, n, m in layer.shapes(statistic).values())
     if operators:
-        numbers += sum(tensor.numel() for operator in stack.method.outline(layer).values()
+        numbers += sum(tensor.numel() for operator in stack.outline.values()
                        for tensor in operator.tensors)
     return numbers * layer.working_dtype.itemsize / 2**20
 

@@ -65,8 +65,7 @@ class SampleCollector:
                            layer.name, step, self.dropped)
             return False
         # A zero sample (a dropped block, no positives) tells nothing.
-        needed = stack.method.must_be_nonzero(layer)
-        if all(sizes[key] for statistic in needed for key in statistic.keys):
+        if all(sizes[key] for statistic in stack.needed for key in statistic.keys):
             return True
         if layer not in self._zero_reported and not stack.holds(layer):
             logger.info('%s: its statistics at step %d are zero; it takes the plain rule until '

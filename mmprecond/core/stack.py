@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..curvature import WEIGHT, Factor, Layer, Moment, Side, Statistic
+from ..curvature import WEIGHT, Factor, Layer, Moment, RunningAverage, Side
 from ..linalg import (
     Operators,
     from_tensors,
@@ -61,10 +61,16 @@ class Slot:
 class LayerStack:
     """Statistics and operators of layers with one shape, device and preconditioner.
 
-    Attributes:
+    Args:
         method: The preconditioner.
-        kept: The statistics kept.
+        layer: The first of them.
         owner: The rank that refreshes it, where that work is shared out, or None for all.
+
+    Attributes:
+        kept: The statistics kept.
+        needed: Those without which a sample tells nothing.
+        outline: Likely operators of a layer, on the meta device.
+        key: Equal for layers that belong together.
         archive: Operators in host memory, for a checkpoint by a rank that has no others.
         slots: The layers that joined, in the order of the stacked tensors.
         statistics: Running statistics (k, b, n, m) by tensor name.
@@ -72,11 +78,17 @@ class LayerStack:
             are meaningless.
     """
 
-    def __init__(self, method: Preconditioner, kept: tuple[Statistic, ...],
-                 owner: int | None = None) -> None:
+    def __init__(self, method: Preconditioner, layer: Layer, owner: int | None = None) -> None:
         self.method = method
-        self.kept = kept
         self.owner = owner
+        self.kept = method.selected_statistics(layer)
+        self.needed = method.must_be_nonzero(layer)
+        self.outline = method.outline(layer)
+        shapes = tuple(tuple(layer.shapes(statistic).items()) for statistic in self.kept)
+        operators = tuple((slot, type(operator), tuple(t.shape for t in operator.tensors))
+                          for slot, operator in self.outline.items())
+        self.key = (method, layer.shape, operators, self.kept, shapes, layer.working_dtype,
+                    layer.weight.device, owner)
         self.clear()
 
     def clear(self) -> None:
@@ -101,6 +113,16 @@ class LayerStack:
         """True if the layer has statistics here."""
         return layer in self._index
 
+    def leave(self, layer: Layer) -> None:
+        """Forgets one layer."""
+        if layer not in self._index:
+            return
+        rest = [k for k, slot in enumerate(self.slots) if slot.layer is not layer]
+        self.statistics = {name: s[rest] for name, s in self.statistics.items()} if rest else {}
+        self.operators = self.operators_of(rest) if rest else {}
+        self.slots = [self.slots[k] for k in rest]
+        self._index = {slot.layer: k for k, slot in enumerate(self.slots)}
+
     def ready(self) -> list[tuple[int, Layer]]:
         """Positions and layers that have an operator."""
         return [(k, slot.layer) for k, slot in enumerate(self.slots) if slot.refreshes]
@@ -118,12 +140,13 @@ class LayerStack:
         newcomers = [layer for layer in samples if layer not in self._index]
         if newcomers:
             self._join(newcomers, samples[newcomers[0]])
+        average = self.method.average()
         for layer in list(samples):
-            self._merge_one(layer, samples.pop(layer), sizes.get(layer, {}))
+            self._merge_one(layer, samples.pop(layer), sizes.get(layer, {}), average)
 
-    def _merge_one(self, layer: Layer, sample: dict[str, Tensor],
-                   sizes: Mapping[str, float]) -> None:
-        position, average = self._index[layer], self.method.average()
+    def _merge_one(self, layer: Layer, sample: dict[str, Tensor], sizes: Mapping[str, float],
+                   average: RunningAverage) -> None:
+        position = self._index[layer]
         slot = self.slots[position]
         for statistic in self.kept:
             tensors = [sample[key] for key in statistic.keys]
@@ -156,16 +179,16 @@ class LayerStack:
             dtype: Of the result, in place of the statistics' own.
         """
         layers = [self.slots[k].layer for k in positions]
-        dtype = dtype or self.like.dtype
         factors = {}
         for statistic in self.kept:
-            tensors = tuple(take(self.statistics[key], positions).to(dtype)
-                            for key in statistic.keys)
+            tensors = tuple(take(self.statistics[key], positions) for key in statistic.keys)
+            if dtype is not None:
+                tensors = tuple(tensor.to(dtype) for tensor in tensors)
             factors[statistic.side] = Factor(
                 statistic.form, statistic.form.finalize(tensors, layers, statistic.key))
         if self.method.reads_weight(layers[0]):
             weights = torch.stack([layer.join(layer.weight) for layer in layers])
-            factors[WEIGHT] = Factor(Moment(), (weights.to(dtype),))
+            factors[WEIGHT] = Factor(Moment(), (weights.to(dtype or weights.dtype),))
         return factors
 
     def damping(self, positions: Sequence[int]) -> Tensor | None:
@@ -180,6 +203,8 @@ class LayerStack:
 
     def operators_of(self, positions: Sequence[int]) -> Operators:
         """The operators of some positions."""
+        if len(positions) == len(self.slots):
+            return self.operators
         return map_tensors(self.operators, lambda stacked: take(stacked, positions))
 
     def write(self, positions: Sequence[int], operators: Operators, succeeded: Tensor) -> None:
@@ -231,7 +256,7 @@ class LayerStack:
             for name, tensor in state['statistics'].items():
                 statistics.setdefault(name, []).append(
                     tensor[None].to(layer.weight.device, layer.working_dtype))
-            saved = from_tensors(self.method.outline(layer), state['operator'])
+            saved = from_tensors(self.outline, state['operator'])
             place = layer.weight.device if hold else torch.device('cpu')
             rows.append(map_tensors(saved, _mover(place, layer.working_dtype)))
         self.statistics = {name: torch.cat(parts) for name, parts in statistics.items()}

@@ -182,13 +182,15 @@ class Capture:
             if any(statistic.form.is_product for statistic in statistics):
                 gradient, kept = rounded(gradient), tuple(map(rounded, kept))
             measured = layer.measure(call, kept, gradient, statistics, self._generator)
-            sums = {key: statistic.form.stage(measured[key], self._slots(staged, key, width))
-                    for statistic in statistics
-                    for key, (_, _, width) in layer.shapes(statistic).items()}
-            staged.add(sums, layer.count_rows(call, gradient, statistics))
+            for statistic in statistics:
+                if statistic.form.is_placed:
+                    measured |= {key: statistic.form.stage(
+                        measured[key], self._slots(staged, key, width))
+                        for key, (_, _, width) in layer.shapes(statistic).items()}
+            staged.add(measured, layer.count_rows(call, gradient, statistics))
 
     def _slots(self, staged: Staged, key: str, width: int) -> Slots:
-        """Where the columns of a statistic go: from this rank's share of the slots on."""
+        """Slots for the columns of a statistic, from this rank's share of them on."""
         if key not in staged.slots:
             rank, ranks = self._share
             staged.slots[key] = Slots(width, rank * width // ranks, self._signs)

@@ -43,7 +43,7 @@ class Slots:
 
     Attributes:
         count: Number of slots.
-        taken: How many columns were placed, from this rank's first slot on.
+        taken: The next slot; at first, this rank's first one.
         generator: Draws the signs.
     """
 
@@ -106,8 +106,12 @@ class Form(ABC):
     suffix: ClassVar[str]
     #: Whether it is made by products of matrices, which a lower precision rounds.
     is_product: ClassVar[bool] = True
-    #: Whether it stands for a second moment of unbounded size, which `max_dim` is about.
+    #: Whether its width is a setting of its own, which `max_dim` leaves alone.
     is_bounded: ClassVar[bool] = False
+    #: Whether a call's sum is placed by `stage`, rather than added as it is.
+    is_placed: ClassVar[bool] = False
+    #: Whether only sides that are declared with it have it.
+    is_special: ClassVar[bool] = False
 
     def keys(self, key: str) -> tuple[str, ...]:
         """Names of its tensors, given the statistic's."""
@@ -126,7 +130,7 @@ class Form(ABC):
         """About the floating-point operations of `measure`, given its shape."""
 
     def stage(self, measured: Tensor, slots: Slots) -> Tensor:
-        """A call's sum in the shape of the statistic, to be added to others of the step."""
+        """A call's sum in the shape of the statistic, of forms that are placed."""
         return measured
 
     def rescale(self, total: Tensor, factor: float) -> None:

@@ -21,8 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..linalg import Shape
 from .gram import gram
+from .moments import Blocks
 from .rows import LayerRows
 from .statistic import (
+    ALL,
     GRADIENT,
     INPUT,
     REDUCED,
@@ -124,6 +126,16 @@ class Layer:
         return cls.type_refusal(type(module))
 
     @classmethod
+    def missing_methods(cls) -> list[str]:
+        """Names of the methods that a complete subclass defines and this one does not."""
+        needed = ['input_rows', 'gradient_rows']
+        if ReducedRows in cls.row_kinds:
+            needed += ['reduced_input', 'reduced_gradient', 'sample_count']
+        if SampledRows in cls.row_kinds:
+            needed += ['sampled_input', 'sampled_gradient', 'position_count']
+        return [name for name in needed if getattr(cls, name) is getattr(Layer, name)]
+
+    @classmethod
     def count_blocks(cls, module: nn.Module) -> int:
         """Number of independent blocks of a module's weight."""
         return 1
@@ -155,8 +167,15 @@ class Layer:
         kind = type(self).__name__
         if not self.has_side(statistic.side):
             return f'{kind} has no side {statistic.side.name!r}'
+        rows, form = type(statistic.rows).__name__, type(statistic.form).__name__
         if not isinstance(statistic.rows, self.row_kinds):
-            return f'{kind} cannot take {type(statistic.rows).__name__} of a call'
+            return f'{kind} cannot take {rows} of a call'
+        if not statistic.form.is_product and statistic.rows != ALL:
+            return f'{form} is taken of all rows, not of {rows}'
+        if statistic.form.is_special:
+            return f'{form} is not a form of {statistic.side.name}'
+        if isinstance(statistic.form, Blocks) and not self.compressible:
+            return f'{form} is for layers of one block'
         return ''
 
     def empty(self, statistic: Statistic) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_choice, check_count
 from ..linalg import (
     BlockDiagonal,
     Dense,
@@ -91,6 +92,9 @@ class Blocks(Form):
     suffix: ClassVar[str] = 'blocks'
     most: int = 8192
 
+    def __post_init__(self) -> None:
+        check_count('most', self.most)
+
     def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
         count = -(-size // self.most)
         height = -(-size // count)
@@ -164,7 +168,11 @@ class Columns(_ColumnForm):
 
     suffix: ClassVar[str] = 'columns'
     is_bounded: ClassVar[bool] = True
+    is_placed: ClassVar[bool] = True
     slots: int = 256
+
+    def __post_init__(self) -> None:
+        check_count('slots', self.slots)
 
     def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
         return ((blocks, size, self.slots),)
@@ -204,6 +212,10 @@ class Sketch(_ColumnForm):
     suffix: ClassVar[str] = 'sketch'
     rank: int = 256
     kind: str = 'gaussian'
+
+    def __post_init__(self) -> None:
+        check_count('rank', self.rank)
+        check_choice('kind', self.kind, SKETCH_KINDS)
 
     def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
         return ((blocks, size, min(self.rank, size)),)

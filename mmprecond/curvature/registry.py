@@ -58,12 +58,13 @@ def register_layer(module_type: type[nn.Module] | str, layer: type[Layer]) -> No
         raise TypeError(f'register_layer takes a subclass of Layer, not {layer!r}')
     if issubclass(layer, AttentionLayer):
         raise TypeError(f'{layer.__name__} reads attention modules; use register_attention')
-    if isinstance(module_type, type):
-        reason = (layer.type_refusal(module_type) if issubclass(module_type, nn.Module)
-                  else f'{module_type.__name__} is no nn.Module')
-        if reason:
-            raise TypeError(f'register_layer({module_type.__name__}, {layer.__name__}): {reason}; '
-                            'write a Layer for it')
+    _check_module_type(module_type)
+    missing = layer.missing_methods()
+    if missing:
+        raise TypeError(f'{layer.__name__} must define {", ".join(missing)}')
+    if isinstance(module_type, type) and (reason := layer.type_refusal(module_type)):
+        raise TypeError(f'register_layer({module_type.__name__}, {layer.__name__}): {reason}; '
+                        'write a Layer for it')
     LAYER_TYPES[module_type] = layer
 
 
@@ -80,5 +81,17 @@ def register_attention(module_type: type[nn.Module] | str, layer: type[Attention
     """
     if not (isinstance(layer, type) and issubclass(layer, AttentionLayer)):
         raise TypeError(f'register_attention takes a subclass of AttentionLayer, not {layer!r}')
+    if layer.read is AttentionLayer.read:
+        raise TypeError(f'{layer.__name__} must define read')
+    _check_module_type(module_type)
     name = module_type if isinstance(module_type, str) else qualified_name(module_type)
     ATTENTION_TYPES[name] = layer
+
+
+def _check_module_type(module_type: object) -> None:
+    """Raises TypeError unless it is a module class, or the name of one."""
+    if isinstance(module_type, str) and '.' in module_type:
+        return
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f'{getattr(module_type, "__name__", repr(module_type))} is no nn.Module; '
+                        "give a module class, or its qualified name ('package.module.Class')")

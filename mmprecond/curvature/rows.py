@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .layer import Layer
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LayerRows:
     """The rows of a layer's call that a statistic is over.
 

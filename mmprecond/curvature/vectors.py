@@ -44,6 +44,7 @@ class Mean(_VectorForm):
 class CountedMean(_VectorForm):
     """A weighted sum of rows whose last entry is the sum of the weights, by which it is divided."""
 
+    is_special: ClassVar[bool] = True
     suffix: ClassVar[str] = 'mean'
     power: ClassVar[int] = 1
 

@@ -38,8 +38,9 @@ class PrecondOptimWrapperConstructor:
         cfg = optim_wrapper_cfg.copy()
         base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
         hoisted = _of_rule(cfg.get('optimizer'))
-        if isinstance(cfg.get('optimizer'), dict):  # a copy, which is completed below
-            cfg['optimizer'] = {**cfg['optimizer'], **hoisted}
+        if isinstance(cfg.get('optimizer'), dict):  # a copy of its kind, which is completed below
+            cfg['optimizer'] = cfg['optimizer'].copy()
+            cfg['optimizer'].update(hoisted)
         self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
             dict(type=base, optim_wrapper_cfg=cfg, paramwise_cfg=paramwise_cfg))
         for key in hoisted:

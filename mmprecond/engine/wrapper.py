@@ -133,7 +133,7 @@ def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[Opti
     Raises:
         ValueError: For wrappers that cannot give it.
     """
-    if not needs:
+    if not needs or issubclass(base, MIXINS[needs]):
         return base
     if not issubclass(base, OptimWrapper):
         raise ValueError(f'{base.__name__} does its own backward and step, which {owner} must see; '

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_number
-from ..core import Assignment, Curvature, CurvatureOptions, checkpoint, rotate
+from ..checks import check_number, reject_unexpected
+from ..core import Assignment, Curvature, CurvatureOptions, Monitor, checkpoint, rotate
+from ..curvature import LeftOut
+from ..linalg import matmul_precision
 from ..preconditioners import Preconditioner
 from ..rules import Rule
 from .rule_optimizer import RuleOptimizer
@@ -48,6 +50,10 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     Attributes:
         curvature: Owner of layers, statistics and operators.
+        left_out: Modules that take the plain rule, and why.
+        dropped: Samples of layers that were not finite, since the start.
+        monitor: Reports refreshes, where someone wants to know (see `Monitor`); or None.
+        auto_arm: Whether the optimizer arms itself; MMEngine's wrapper arms it instead.
 
     Raises:
         ValueError: For a missing model, a model without a supported layer, bad values, or more
@@ -65,6 +71,8 @@ class PreconditionedOptimizer(RuleOptimizer):
             raise ValueError(
                 f'{type(self).__name__} needs the model that owns the parameters: pass model=..., '
                 "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper")
+        unknown = {key: v for key, v in options.items() if key not in CurvatureOptions.names()}
+        reject_unexpected(type(self).__name__, unknown, CurvatureOptions.names())
         chosen = CurvatureOptions(**options)
         super().__init__(params, rule, defaults)
         self._arms_itself = True
@@ -88,6 +96,34 @@ class PreconditionedOptimizer(RuleOptimizer):
     @loss_scale.setter
     def loss_scale(self, scale: Any) -> None:
         self.curvature.capture.scale_by(scale)
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """Modules that take the plain rule, and why."""
+        return self.curvature.left_out
+
+    @property
+    def dropped(self) -> int:
+        """Samples of layers that were not finite, since the start."""
+        return self.curvature.dropped
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """Reporter of refreshes, where someone wants to know (see `Monitor`); or None."""
+        return self.curvature.monitor
+
+    @monitor.setter
+    def monitor(self, monitor: Monitor | None) -> None:
+        self.curvature.watch_refreshes(monitor)
+
+    @property
+    def auto_arm(self) -> bool:
+        """True if the optimizer arms itself; MMEngine's wrapper arms it instead."""
+        return self._arms_itself
+
+    @auto_arm.setter
+    def auto_arm(self, auto_arm: bool) -> None:
+        self._arms_itself = auto_arm
 
     def arm_by_hand(self, loss_scale: Any = None) -> None:
         """Leaves `arm` and `disarm` to the caller, who brackets training steps with them.
@@ -115,8 +151,12 @@ class PreconditionedOptimizer(RuleOptimizer):
     # ---------------------------------------------------------------- step
 
     def _update_curvature(self) -> None:
-        for before in self.curvature.update(self.t):
-            rotate(before, self.state, self.rule.linear_moments, self.rule.quadratic_moments)
+        turned = self.curvature.update(self.t)
+        if not turned:
+            return
+        with matmul_precision('highest'):
+            for before in turned:
+                rotate(before, self.state, self.rule.linear_moments, self.rule.quadratic_moments)
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         return self.curvature.precondition(gradients, self.param_groups)
@@ -139,8 +179,14 @@ class PreconditionedOptimizer(RuleOptimizer):
         state[checkpoint.KEY] = self.curvature.state_dict(self.t)
         return state
 
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for a state that `load_state_dict` refuses."""
+        super().check_state_dict(state_dict)
+        checkpoint.refuse_partial(state_dict.get(checkpoint.KEY))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; what it lacks of the curvature is measured at the next step."""
+        self.check_state_dict(state_dict)
         rest = {key: value for key, value in state_dict.items() if key != checkpoint.KEY}
         super().load_state_dict(rest)
         restored = self.curvature.load_state_dict(state_dict.get(checkpoint.KEY))

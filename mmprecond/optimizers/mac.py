@@ -115,34 +115,21 @@ class MAC(PreconditionedSGDM):
 
         A calibration that the state says nothing of stays.
         """
+        self.check_state_dict(state_dict)
         layer = self.first_layer
-        if layer is None:
-            super().load_state_dict(state_dict)
-            return
-        before = self.curvature.layers[layer]
-        entries = (state_dict.get(checkpoint.KEY) or {}).get('layers') or {}
-        saved = (entries.get(layer.name) or {}).get('method')
-        own = {known: dict(state) for known, state in before.export()
-               if known is layer and self.calibrated and saved is None}
-        if saved == CalibratedInput.__name__:
-            self.curvature.reassign(layer, self._calibrated_method())
-        elif saved == ActivationMean.__name__:
-            self.curvature.reassign(layer, self._usual)
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
-            self.curvature.reassign(layer, before.method)
-            self._prepare_next_step()
-            raise
-        self._check_loaded(layer, own)
+        if layer is not None:
+            saved = checkpoint.method_of(state_dict.get(checkpoint.KEY), layer)
+            if saved == CalibratedInput.__name__:
+                self.curvature.reassign(layer, self._calibrated_method())
+            elif saved == ActivationMean.__name__ and self.calibrated:
+                self.curvature.reassign(layer, self._usual)
+        super().load_state_dict(state_dict)
+        if layer is not None and self.calibrated:
+            self._check_loaded(layer)
 
-    def _check_loaded(self, layer: Layer, before: dict[Layer, dict[str, Any]]) -> None:
+    def _check_loaded(self, layer: Layer) -> None:
         """Has a calibrated first layer inverted anew, as `damping` may be another."""
-        if not self.calibrated:
-            return
         stack = self.curvature.layers[layer]
-        if not stack.holds(layer) and before:
-            stack.load(before)
         if stack.holds(layer):
             stack.refresh_anew()
             return

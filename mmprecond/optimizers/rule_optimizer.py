@@ -133,27 +133,34 @@ class RuleOptimizer(torch.optim.Optimizer):
         return f'{count} parameters take {type(self.rule).__name__}'
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of the same rule.
+        """Loads a state of the same rule; one that is refused changes nothing.
 
         Raises:
             ValueError: For the state of another rule, or of other settings where that matters.
         """
-        for group in state_dict['param_groups']:
-            self._check_saved(group)
-        saved = self._saved_states(state_dict)
-        for p, group, state in saved:
-            self.rule.check_state(p, state, group)
+        self.check_state_dict(state_dict)
         super().load_state_dict(state_dict)
-        for p, _, state in saved:  # torch casts all to the parameter's dtype, integers too
+        # Torch casts all to the parameter's dtype, integers too.
+        for p, _, state in self._saved_states(state_dict):
             self.state[p].update({name: state[name].to(p.device, copy=True)
                                   for name in self.rule.exact if name in state})
 
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for a state that `load_state_dict` refuses."""
+        for group in state_dict['param_groups']:
+            self._check_saved(group)
+        ours, saved = ([len(group['params']) for group in groups]
+                       for groups in (self.param_groups, state_dict['param_groups']))
+        if ours != saved:
+            raise ValueError(f'the state has parameter groups of {saved} parameters, the optimizer '
+                             f'of {ours}: it was saved for another model or other groups')
+        for p, group, state in self._saved_states(state_dict):
+            self.rule.check_state(p, state, group)
+
     def _saved_states(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Group, State]]:
-        """Parameters that have a saved state, with its group; none where torch will complain."""
+        """Parameters that have a saved state, with its group."""
         ours = [group['params'] for group in self.param_groups]
         saved = [(group, group['params']) for group in state_dict['param_groups']]
-        if [len(params) for params in ours] != [len(keys) for _, keys in saved]:
-            return []
         return [(p, group, state_dict['state'][key])
                 for params, (group, keys) in zip(ours, saved, strict=True)
                 for p, key in zip(params, keys, strict=True) if key in state_dict['state']]

@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_number
+from ..checks import (
+    argument_names,
+    check_choice,
+    check_count,
+    check_number,
+    reject_unexpected,
+)
 from ..rules.partial_hessian import PartialHessianSGDM
 from ..second_order import (
     detach_gradients,
@@ -50,6 +56,7 @@ class SGDPH(RuleOptimizer):
         interval: Steps between refreshes.
         probes: Products a refresh of 'all'.
         settings: 'default', or 'published' for the literal settings of the source.
+        **unexpected: Refused.
 
     Raises:
         ValueError: For values out of range, no 1-D parameter, or a model with a module that has no
@@ -66,7 +73,8 @@ class SGDPH(RuleOptimizer):
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
                  model: nn.Module | None = None, hessian_decay: float = 0.9,
                  hessian_lr: float = 1e-3, eps: float = 1e-4, refresh: str = 'round_robin',
-                 interval: int = 1, probes: int = 4) -> None:
+                 interval: int = 1, probes: int = 4, **unexpected: Any) -> None:
+        reject_unexpected('SGDPH', unexpected, argument_names(SGDPH))
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
         if model is not None:

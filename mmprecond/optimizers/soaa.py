@@ -127,17 +127,25 @@ class SOAA(RuleOptimizer):
         """Torch's state with one more key, 'trust_region': tensors and the number of steps."""
         return {**super().state_dict(), KEY: {'steps': self.t, **self.rule.region}}
 
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for a state that `load_state_dict` refuses."""
+        missing = {'steps', *self.rule.region} - set(state_dict.get(KEY, self.rule.region))
+        if KEY not in state_dict or missing:
+            lacking = ', '.join(sorted(missing)) if KEY in state_dict else KEY
+            raise ValueError(f'the state was saved by another optimizer than SOAA: it has no '
+                             f'{lacking}; start afresh from the weights alone (load_from without '
+                             'resume)')
+        super().check_state_dict(state_dict)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state.
 
         Raises:
             ValueError: For the state of another optimizer.
         """
-        region = state_dict.get(KEY)
-        if region is None:
-            raise ValueError(f'the state was saved by another optimizer than SOAA: it has no {KEY};'
-                             ' start afresh from the weights alone (load_from without resume)')
-        super().load_state_dict({key: v for key, v in state_dict.items() if key != KEY})
+        self.check_state_dict(state_dict)
+        region = state_dict[KEY]
+        super().load_state_dict(state_dict)
         self.t = int(region['steps'])
         self.rule.load_region(region)
 

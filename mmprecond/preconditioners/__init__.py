@@ -2,7 +2,7 @@
 
 from .activation_mean import ActivationMean
 from .attention_feature import AttentionFeature
-from .base import Preconditioner
+from .base import Preconditioner, RefreshError, check_statistics
 from .calibrated_input import CalibratedInput
 from .eigen_rotation import EigenRotation
 from .fisher_diagonal import FisherDiagonal
@@ -29,6 +29,8 @@ __all__ = [
     'NewtonKronecker',
     'NystromFeature',
     'Preconditioner',
+    'RefreshError',
     'build_preconditioner',
+    'check_statistics',
     'register_preconditioner',
 ]

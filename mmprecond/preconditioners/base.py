@@ -31,6 +31,11 @@ from ..curvature import (
 )
 from ..linalg import Operators, RankSearch, count_flops
 
+
+class RefreshError(RuntimeError):
+    """A layer's refresh failed too often in a row."""
+
+
 #: Running statistics by the side that they are of.
 Factors = Mapping[Side, Factor]
 
@@ -279,6 +284,29 @@ class InversePreconditioner(Preconditioner):
     def is_exact(self, refreshes: int) -> bool:
         """All but those of low rank, which start from the last."""
         return self.solver != 'lowrank' or refreshes == 0
+
+
+def check_statistics(owner: str, statistics: Any) -> None:
+    """Raises TypeError or ValueError unless these are statistics that go together.
+
+    Args:
+        owner: The preconditioner's name.
+        statistics: A tuple of statistics: of different sides, over the same rows.
+    """
+    if not isinstance(statistics, (tuple, list)):
+        raise TypeError(f'{owner}: statistics={statistics!r} is no tuple; write '
+                        '(Statistic(INPUT, Moment()),)')
+    wrong = [one for one in statistics if not isinstance(one, Statistic)]
+    if wrong:
+        raise TypeError(f'{owner} asks for {wrong[0]!r}, which is no Statistic; write '
+                        'Statistic(INPUT, Moment()) or alike')
+    sides = [one.side for one in statistics]
+    if len(set(sides)) < len(sides) or len({one.key for one in statistics}) < len(sides):
+        raise ValueError(f'{owner} asks for two statistics of one side or name: '
+                         f'{", ".join(one.key for one in statistics)}')
+    if len({one.rows for one in statistics if one.form.is_product}) > 1:
+        raise ValueError(f'{owner} asks for statistics over different rows: '
+                         f'{", ".join(one.key for one in statistics)}')
 
 
 def _in_form(statistic: Statistic, form: Form) -> Statistic:

@@ -6,10 +6,9 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ..checks import check_choice
-from ..curvature import Statistic
 from .activation_mean import ActivationMean
 from .attention_feature import AttentionFeature
-from .base import Preconditioner
+from .base import Preconditioner, check_statistics
 from .eigen_rotation import EigenRotation
 from .fisher_diagonal import FisherDiagonal
 from .fisher_kronecker import FisherKronecker
@@ -55,10 +54,7 @@ def register_preconditioner(method: type[Preconditioner],
     if '__dataclass_fields__' not in vars(method):
         raise TypeError(f'{method.__name__} is no dataclass of its own; write '
                         '@dataclass(frozen=True, kw_only=True) above it')
-    wrong = [one for one in method.statistics if not isinstance(one, Statistic)]
-    if wrong:
-        raise TypeError(f'{method.__name__}.statistics holds {wrong[0]!r}, which is no Statistic; '
-                        'write Statistic(INPUT, Moment()) or alike')
+    check_statistics(method.__name__, method.statistics)
     open_settings = [field.name for field in fields(method)
                      if field.default is MISSING and field.default_factory is MISSING]
     if open_settings:
@@ -67,7 +63,9 @@ def register_preconditioner(method: type[Preconditioner],
     if unknown:
         raise ValueError(f'{method.__name__}.published names {", ".join(unknown)}, which are no '
                          'settings of it')
-    name = name or method.__name__
+    name = method.__name__ if name is None else name
+    if not isinstance(name, str) or not name:
+        raise TypeError(f'name={name!r} is no name')
     if METHODS.get(name, method) is not method:
         raise ValueError(f'the name {name!r} belongs to {METHODS[name].__module__}.'
                          f'{METHODS[name].__qualname__}; give another by name=...')

@@ -11,6 +11,23 @@ from .registry import RULES, build_rule, register_rule, rule_name
 from .sgd import EMASGD, SGDM
 from .soaa import TrustRegionAdam
 
-__all__ = ['EMASGD', 'RULES', 'SGDM', 'ARORule', 'AdamW', 'Adan', 'DCTAdamWRule', 'Group',
-           'MatrixRule', 'PartialHessianSGDM', 'Rule', 'State', 'TrustRegionAdam', 'build_rule',
-           'matrix_shape', 'moments_of', 'register_rule', 'rule_name']
+__all__ = [
+    'EMASGD',
+    'RULES',
+    'SGDM',
+    'ARORule',
+    'AdamW',
+    'Adan',
+    'DCTAdamWRule',
+    'Group',
+    'MatrixRule',
+    'PartialHessianSGDM',
+    'Rule',
+    'State',
+    'TrustRegionAdam',
+    'build_rule',
+    'matrix_shape',
+    'moments_of',
+    'register_rule',
+    'rule_name',
+]

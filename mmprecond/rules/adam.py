@@ -26,7 +26,7 @@ class AdamW(Rule):
     """
 
     hyper: ClassVar[tuple[str, ...]] = ('lr', 'betas', 'eps', 'weight_decay')
-    defaults = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.)
+    defaults = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     linear_moments: ClassVar[tuple[str, ...]] = ('exp_avg',)
     quadratic_moments: ClassVar[tuple[str, ...]] = ('exp_avg_sq',)
     elementwise: ClassVar[bool] = True
@@ -44,13 +44,15 @@ class AdamW(Rule):
         check_number('eps', group['eps'])
         usual = cls.defaults['betas']
         if not isinstance(group['betas'], (tuple, list)) or len(group['betas']) != len(usual):
-            raise ValueError(f'betas={group["betas"]!r} is not {len(usual)} numbers; write '
-                             f'betas={usual}')
+            raise ValueError(
+                f'betas={group["betas"]!r} is not {len(usual)} numbers; write betas={usual}'
+            )
         for beta in group['betas']:
             check_number('betas', beta, high=1)
 
-    def moments(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                group: Group) -> tuple[list[Tensor], list[Tensor], int]:
+    def moments(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> tuple[list[Tensor], list[Tensor], int]:
         """Updates the first and second moments; returns them and the steps they have seen."""
         beta1, beta2 = group['betas']
         step = states[0].get('step', 0) + 1
@@ -63,8 +65,9 @@ class AdamW(Rule):
         torch._foreach_addcmul_(second, directions, directions, 1 - beta2)
         return first, second, step
 
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                   group: Group) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
         first, second, step = self.moments(params, directions, states, group)
         beta1, beta2 = group['betas']
         scale = torch._foreach_sqrt(second)
@@ -73,8 +76,9 @@ class AdamW(Rule):
         torch._foreach_mul_(scale, 1 - beta1**step)
         return list(torch._foreach_div(first, scale))
 
-    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
-               group: Group) -> None:
+    def apply_updates(
+        self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group
+    ) -> None:
         decay = group['lr'] * group['weight_decay']
         if self.decay == 'published':
             decay /= 1 - group['betas'][0] ** states[0]['step']

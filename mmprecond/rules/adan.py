@@ -20,14 +20,15 @@ class Adan(AdamW):
     the old value, as its code does.
     """
 
-    defaults = dict(betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.)
+    defaults = dict(betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0)
     linear_moments = ('exp_avg', 'exp_avg_diff', 'previous')
 
     def __init__(self) -> None:
         super().__init__()
 
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                   group: Group) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
         beta1, beta2, beta3 = group['betas']
         step = states[0].get('step', 0) + 1
         for state, gradient in zip(states, directions, strict=True):
@@ -52,7 +53,8 @@ class Adan(AdamW):
         torch._foreach_add_(total, change, alpha=beta2 / (1 - beta2**step))
         return list(torch._foreach_div(total, scale))
 
-    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
-               group: Group) -> None:
+    def apply_updates(
+        self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group
+    ) -> None:
         torch._foreach_add_(params, updates, alpha=-group['lr'])
         torch._foreach_div_(params, 1 + group['lr'] * group['weight_decay'])

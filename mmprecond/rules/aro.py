@@ -41,7 +41,7 @@ class ARORule(MatrixRule):
     """
 
     hyper: ClassVar[tuple[str, ...]] = (*AdamW.hyper, 'momentum', 'side')
-    defaults = dict(momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0., side='left')
+    defaults = dict(momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, side='left')
     linear_moments: ClassVar[tuple[str, ...]] = ('momentum_buffer', 'exp_avg')
     exact = ('momentum_buffer', 'rotation')
 
@@ -64,8 +64,7 @@ class ARORule(MatrixRule):
         size = shape[_is_right(shape, group)]
         return {'momentum_buffer': shape, 'rotation': (size, size)}
 
-    def matrix_updates(self, directions: list[Tensor], states: list[State],
-                          group: Group) -> Tensor:
+    def matrix_updates(self, directions: list[Tensor], states: list[State], group: Group) -> Tensor:
         momenta = moments_of(states, 'momentum_buffer', directions)
         torch._foreach_lerp_(momenta, directions, 1 - group['momentum'])
         matrix = torch.stack(momenta)
@@ -73,16 +72,18 @@ class ARORule(MatrixRule):
         matrix = matrix.mT if right else matrix
         for state in states:
             if 'rotation' not in state:
-                state['rotation'] = torch.eye(matrix.shape[1], dtype=matrix.dtype,
-                                              device=matrix.device)
+                state['rotation'] = torch.eye(
+                    matrix.shape[1], dtype=matrix.dtype, device=matrix.device
+                )
         before = torch.stack([state['rotation'] for state in states])
         rotation, update = rotated_step(matrix, before, NORMS[self.norm])
         torch._foreach_copy_([state['rotation'] for state in states], list(rotation))
         return update.mT if right else update
 
 
-def rotated_step(matrix: Tensor, rotation: Tensor,
-                 norm: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def rotated_step(
+    matrix: Tensor, rotation: Tensor, norm: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """One step of ARO on momenta.
 
     Args:
@@ -155,14 +156,18 @@ def _lengths(matrix: Tensor, dim: int, length: float) -> Tensor:
 
 
 def _row_norm(matrix: Tensor) -> Tensor:
-    return _lengths(matrix, -1, matrix.shape[-1]**0.5)
+    return _lengths(matrix, -1, matrix.shape[-1] ** 0.5)
 
 
 def _sinkhorn(matrix: Tensor) -> Tensor:
     for _ in range(PASSES):
-        matrix = _lengths(_row_norm(matrix), -2, matrix.shape[-2]**0.5)
+        matrix = _lengths(_row_norm(matrix), -2, matrix.shape[-2] ** 0.5)
     return matrix
+
 
 #: f, by name.
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    'sinkhorn': _sinkhorn, 'row_norm': _row_norm, 'sign': torch.sign}
+    'sinkhorn': _sinkhorn,
+    'row_norm': _row_norm,
+    'sign': torch.sign,
+}

@@ -52,16 +52,18 @@ class Rule(ABC):
             check_number(name, group[name])
 
     @abstractmethod
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                   group: Group) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
         """Updates, shaped like the parameters; may alias the states' moments."""
 
     def combine(self, updates: dict[Tensor, Tensor]) -> None:  # noqa: B027
         """Changes all parameters' updates together, in the dict, once all are computed."""
 
     @abstractmethod
-    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
-               group: Group) -> None:
+    def apply_updates(
+        self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group
+    ) -> None:
         """Moves the parameters along the negative updates, in place."""
 
     def check_state(self, param: Tensor, state: State, group: Group) -> None:  # noqa: B027

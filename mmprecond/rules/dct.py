@@ -33,8 +33,15 @@ class DCTAdamWRule(MatrixRule):
 
     exact = ('exp_avg', 'exp_avg_sq', 'columns', 'error')
 
-    def __init__(self, rank: int = 128, refresh_interval: int = 1, rotate_subspace: bool = True,
-                 error_feedback: bool = False, norm: str = 'l1', max_dim: int = 31999) -> None:
+    def __init__(
+        self,
+        rank: int = 128,
+        refresh_interval: int = 1,
+        rotate_subspace: bool = True,
+        error_feedback: bool = False,
+        norm: str = 'l1',
+        max_dim: int = 31999,
+    ) -> None:
         super().__init__(max_dim)
         check_count('rank', rank)
         check_count('refresh_interval', refresh_interval)
@@ -53,8 +60,9 @@ class DCTAdamWRule(MatrixRule):
 
     def state_shapes(self, shape: tuple[int, int], group: Group) -> dict[str, tuple[int, ...]]:
         rank = min(self.rank, *shape)
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(('exp_avg', 'exp_avg_sq'),
-                                                           (max(shape), rank))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ('exp_avg', 'exp_avg_sq'), (max(shape), rank)
+        )
         return {**shapes, 'columns': (rank,), **({'error': shape} if self.error_feedback else {})}
 
     def basis(self, like: Tensor) -> Tensor:
@@ -64,8 +72,7 @@ class DCTAdamWRule(MatrixRule):
             self._bases[key] = cosine_basis(*key)
         return self._bases[key]
 
-    def matrix_updates(self, directions: list[Tensor], states: list[State],
-                          group: Group) -> Tensor:
+    def matrix_updates(self, directions: list[Tensor], states: list[State], group: Group) -> Tensor:
         if self.error_feedback:
             errors = moments_of(states, 'error', directions)
             directions = list(torch._foreach_add(directions, errors))
@@ -79,8 +86,9 @@ class DCTAdamWRule(MatrixRule):
             reduced = matrix @ rows.mT
             if self.error_feedback:
                 error = matrix - reduced @ rows
-                torch._foreach_copy_([state['error'] for state in states],
-                                     list(error.mT if wide else error))
+                torch._foreach_copy_(
+                    [state['error'] for state in states], list(error.mT if wide else error)
+                )
             small = list(reduced)
             update = torch.stack(AdamW.compute_updates(self, small, small, states, group)) @ rows
         return update.mT if wide else update

@@ -43,25 +43,34 @@ class MatrixRule(AdamW):
         """Name of the side of a matrix that is over `max_dim`, or ''."""
 
     @abstractmethod
-    def matrix_updates(self, directions: list[Tensor], states: list[State],
-                          group: Group) -> Tensor:
+    def matrix_updates(self, directions: list[Tensor], states: list[State], group: Group) -> Tensor:
         """Updates (k, o, i) of matrices, from directions (o, i) in at least float32."""
 
     @abstractmethod
     def state_shapes(self, shape: tuple[int, int], group: Group) -> dict[str, tuple[int, ...]]:
         """Shapes of what is kept for a matrix, by name."""
 
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                   group: Group) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         batches: dict[tuple[int, int], list[int]] = {}
         plain = [k for k, p in enumerate(params) if self.fallback_reason(p, group) is not None]
         for k in sorted(set(range(len(params))) - set(plain)):
             batches.setdefault(matrix_shape(params[k]), []).append(k)
         if plain:
-            found.update(zip(plain, super().compute_updates(
-                [params[k] for k in plain], [directions[k] for k in plain],
-                [states[k] for k in plain], group), strict=True))
+            found.update(
+                zip(
+                    plain,
+                    super().compute_updates(
+                        [params[k] for k in plain],
+                        [directions[k] for k in plain],
+                        [states[k] for k in plain],
+                        group,
+                    ),
+                    strict=True,
+                )
+            )
         for shape, members in batches.items():
             for part in _chunks(members, shape):
                 matrices = [_working(directions[k].reshape(shape)) for k in part]
@@ -81,7 +90,8 @@ class MatrixRule(AdamW):
                 raise ValueError(
                     f'the saved {name} of a parameter of shape {tuple(param.shape)} is {has}, not '
                     f'{shape}: it was saved under another rule or other settings; set them as they '
-                    'were, or start afresh from the weights alone (load_from without resume)')
+                    'were, or start afresh from the weights alone (load_from without resume)'
+                )
 
     def fallback_reason(self, param: Tensor, group: Group) -> str | None:
         """Reason why a parameter takes AdamW ('' if it is no matrix), or None."""
@@ -101,9 +111,11 @@ class MatrixRule(AdamW):
                     size = ' x '.join(map(str, p.shape))
                     name = f'{names[p]} ({size})' if p in names else f'one of {size}'
                     left.setdefault(reason, []).append(name)
-        return [f'{len(found)} matrices take AdamW, as {reason}: {", ".join(found[:5])}'
-                + (f' and {len(found) - 5} more' if len(found) > 5 else '')
-                for reason, found in left.items()]
+        return [
+            f'{len(found)} matrices take AdamW, as {reason}: {", ".join(found[:5])}'
+            + (f' and {len(found) - 5} more' if len(found) > 5 else '')
+            for reason, found in left.items()
+        ]
 
 
 def matrix_shape(param: Tensor) -> tuple[int, int]:
@@ -120,4 +132,4 @@ def _chunks(members: list[int], shape: tuple[int, int]) -> Iterator[list[int]]:
     """Parts of a batch that may be stacked."""
     count = max(1, STACKED // (shape[0] * shape[1]))
     for start in range(0, len(members), count):
-        yield members[start:start + count]
+        yield members[start : start + count]

@@ -36,8 +36,9 @@ class PartialHessianSGDM(SGDM):
     def key(self, group: Group, state: State) -> Hashable:
         return super().key(group, state), 'hessian' in state
 
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                   group: Group) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
         if 'hessian' not in states[0]:
             return super().compute_updates(params, directions, states, group)
         buffers = moments_of(states, 'momentum_buffer', params)
@@ -45,6 +46,6 @@ class PartialHessianSGDM(SGDM):
         torch._foreach_add_(buffers, directions)
         damped = torch._foreach_add([state['hessian'] for state in states], self.eps)
         updates = torch._foreach_div(buffers, list(damped))
-        torch._foreach_mul_(updates, self.rate * (1 - group['momentum']**self.cycle))
+        torch._foreach_mul_(updates, self.rate * (1 - group['momentum'] ** self.cycle))
         torch._foreach_add_(updates, params, alpha=group['weight_decay'])
         return list(updates)

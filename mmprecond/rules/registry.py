@@ -14,8 +14,10 @@ from .dct import DCTAdamWRule
 from .sgd import EMASGD, SGDM
 
 #: Rules that a config may name.
-RULES: dict[str, type[Rule]] = {rule.__name__.removesuffix('Rule'): rule for rule in (
-    SGDM, EMASGD, AdamW, Adan, ARORule, DCTAdamWRule)}
+RULES: dict[str, type[Rule]] = {
+    rule.__name__.removesuffix('Rule'): rule
+    for rule in (SGDM, EMASGD, AdamW, Adan, ARORule, DCTAdamWRule)
+}
 
 
 def rule_name(rule: type[Rule]) -> str:
@@ -43,14 +45,20 @@ def register_rule(rule: type[Rule], name: str | None = None) -> type[Rule]:
     missing = sorted(getattr(rule, '__abstractmethods__', ()))
     if missing:
         raise TypeError(f'{rule.__name__} must define {", ".join(missing)}')
-    name = name or rule.__name__.removesuffix('Rule')
+    name = rule.__name__.removesuffix('Rule') if name is None else name
+    if not isinstance(name, str) or not name:
+        raise TypeError(f'name={name!r} is no name')
     if RULES.get(name, rule) is not rule:
-        raise ValueError(f'the name {name!r} belongs to {RULES[name].__module__}.'
-                         f'{RULES[name].__qualname__}; give another by name=...')
+        raise ValueError(
+            f'the name {name!r} belongs to {RULES[name].__module__}.'
+            f'{RULES[name].__qualname__}; give another by name=...'
+        )
     lacking = [key for key in ('lr', 'weight_decay') if key not in rule.hyper]
     if lacking:
-        raise ValueError(f'{rule.__name__}.hyper has no {", ".join(lacking)}, which schedules and '
-                         'parameter groups set')
+        raise ValueError(
+            f'{rule.__name__}.hyper has no {", ".join(lacking)}, which schedules and '
+            'parameter groups set'
+        )
     unset = [key for key in rule.hyper if key != 'lr' and key not in rule.defaults]
     if unset:
         raise ValueError(f'{rule.__name__}.defaults has no {", ".join(unset)}')
@@ -74,8 +82,9 @@ def build_rule(config: Any, choices: Sequence[str] | None = None) -> tuple[Rule,
     choices = list(RULES) if choices is None else choices
     names = ', '.join(choices)
     if not isinstance(config, dict) or 'type' not in config:
-        raise ValueError(f'rule={config!r} has no type; write rule=dict(type=..., lr=...) with one '
-                         f'of {names}')
+        raise ValueError(
+            f'rule={config!r} has no type; write rule=dict(type=..., lr=...) with one of {names}'
+        )
     settings = dict(config)
     kind = settings.pop('type')
     if kind not in choices:
@@ -83,10 +92,13 @@ def build_rule(config: Any, choices: Sequence[str] | None = None) -> tuple[Rule,
     rule = RULES[kind]
     if 'lr' not in settings:
         raise ValueError(f"rule={config!r} has no lr; write rule=dict(type='{kind}', lr=...)")
-    options = {key: settings.pop(key) for key in inspect.signature(rule).parameters
-               if key in settings}
+    options = {
+        key: settings.pop(key) for key in inspect.signature(rule).parameters if key in settings
+    }
     unknown = sorted(set(settings) - set(rule.hyper))
     if unknown:
-        raise ValueError(f'the rule {kind} does not take {", ".join(unknown)}; it takes '
-                         f'{", ".join([*rule.hyper, *inspect.signature(rule).parameters])}')
+        raise ValueError(
+            f'the rule {kind} does not take {", ".join(unknown)}; it takes '
+            f'{", ".join([*rule.hyper, *inspect.signature(rule).parameters])}'
+        )
     return rule(**options), {**rule.defaults, **settings}

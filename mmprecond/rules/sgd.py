@@ -18,7 +18,7 @@ class SGDM(Rule):
     """
 
     hyper = ('lr', 'momentum', 'weight_decay')
-    defaults = dict(momentum=0.9, weight_decay=0.)
+    defaults = dict(momentum=0.9, weight_decay=0.0)
     linear_moments = ('momentum_buffer',)
 
     @classmethod
@@ -26,8 +26,9 @@ class SGDM(Rule):
         super().check(group)
         check_number('momentum', group['momentum'], high=1)
 
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                   group: Group) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
         decay = group['weight_decay']
         if not group['momentum']:
             decayed = torch._foreach_add(directions, params, alpha=decay) if decay else directions
@@ -39,8 +40,9 @@ class SGDM(Rule):
             torch._foreach_add_(buffers, params, alpha=decay)
         return buffers
 
-    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
-               group: Group) -> None:
+    def apply_updates(
+        self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group
+    ) -> None:
         torch._foreach_add_(params, updates, alpha=-group['lr'])
 
 
@@ -55,7 +57,7 @@ class EMASGD(Rule):
     """
 
     hyper = ('lr', 'momentum', 'weight_decay')
-    defaults = dict(momentum=0.9, weight_decay=0.)
+    defaults = dict(momentum=0.9, weight_decay=0.0)
     linear_moments = ('exp_avg',)
 
     def __init__(self, decay: str = 'decoupled') -> None:
@@ -72,8 +74,9 @@ class EMASGD(Rule):
         super().check(group)
         check_number('momentum', group['momentum'], high=1)
 
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                   group: Group) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
         if self.decay == 'added' and group['weight_decay']:
             directions = list(torch._foreach_add(directions, params, alpha=group['weight_decay']))
         chosen = [k for k, p in enumerate(params) if self._averaged is None or p in self._averaged]
@@ -83,14 +86,15 @@ class EMASGD(Rule):
         averages = moments_of([states[k] for k in chosen], 'exp_avg', [params[k] for k in chosen])
         torch._foreach_lerp_(averages, [directions[k] for k in chosen], 1 - group['momentum'])
         step = states[chosen[0]].get('step', 0) + 1  # equal steps are in the key
-        corrected = torch._foreach_div(averages, 1 - group['momentum']**step)
+        corrected = torch._foreach_div(averages, 1 - group['momentum'] ** step)
         for k, update in zip(chosen, corrected, strict=True):
             states[k]['step'] = step
             updates[k] = update
         return updates
 
-    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
-               group: Group) -> None:
+    def apply_updates(
+        self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group
+    ) -> None:
         if self.decay == 'decoupled' and group['weight_decay']:
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_add_(params, updates, alpha=-group['lr'])

@@ -37,17 +37,21 @@ class TrustRegionAdam(AdamW):
 
     elementwise: ClassVar[bool] = False
 
-    def __init__(self, gamma: float = 0.1, radius: float = 10., sums: str = 'global') -> None:
+    def __init__(self, gamma: float = 0.1, radius: float = 10.0, sums: str = 'global') -> None:
         super().__init__()
         check_number('gamma', gamma, high=1, open_low=True)
         check_number('radius', radius, open_low=True)
         check_choice('sums', sums, SUMS)
         self.gamma = gamma
         self.sums = sums
-        self.region = {name: torch.zeros((), dtype=torch.float64) for name in (
-            'radius', 'loss', 'weight', 'predicted', 'skipped')}
+        self.region = {
+            name: torch.zeros((), dtype=torch.float64)
+            for name in ('radius', 'loss', 'weight', 'predicted', 'skipped')
+        }
         self.region['radius'] += radius
         self._pending_moments: list[Moments] = []
+        self._loss: Tensor | None = None
+        self._step: tuple[int, float, Group] = 0, 0.0, {}
         self._reported = torch.zeros((), dtype=torch.float64)
         self._warned = False
 
@@ -63,8 +67,9 @@ class TrustRegionAdam(AdamW):
 
     def load_region(self, saved: Mapping[str, Tensor]) -> None:
         """Takes the region of a saved run."""
-        self.region = {name: saved[name].to(value, copy=True)
-                       for name, value in self.region.items()}
+        self.region = {
+            name: saved[name].to(value, copy=True) for name, value in self.region.items()
+        }
 
     def begin_step(self, loss: Tensor, step: int, total_steps: int, first: Group) -> None:
         """Takes what the next updates need beside directions.
@@ -76,11 +81,12 @@ class TrustRegionAdam(AdamW):
             first: The first parameter group, whose `betas` and `eps` the region follows.
         """
         self._pending_moments = []  # an earlier step may have failed
-        self._step = step, min(step / total_steps, 1.), first
+        self._step = step, min(step / total_steps, 1.0), first
         self._loss = loss
 
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor],
-                        states: list[State], group: Group) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
         """The first moments, until `combine` replaces them."""
         first, second, step = self.moments(params, directions, states, group)
         self._pending_moments.append((params, first, second, group, step))
@@ -91,6 +97,8 @@ class TrustRegionAdam(AdamW):
         pending, self._pending_moments = self._pending_moments, []
         if not pending:
             return
+        if self._loss is None:
+            raise ValueError('TrustRegionAdam needs the loss of each step, by begin_step; use SOAA')
         radius, predicted = self.region['radius'], torch.zeros_like(self.region['predicted'])
         for moments, correction in zip(pending, self._corrections(pending), strict=True):
             u, gain = _trusted_updates(moments, correction, radius)
@@ -122,13 +130,14 @@ class TrustRegionAdam(AdamW):
         average = old['loss'] + share * (loss - old['loss'])
         weight = old['weight'] + share * (1 - old['weight'])
         radius = old['radius'] * (average / weight - loss) / old['predicted'].clamp(group['eps'])
-        radius = radius.clamp((1 - self.gamma)**over, 1 + self.gamma**over)
+        radius = radius.clamp((1 - self.gamma) ** over, 1 + self.gamma**over)
         self.region = {
             'radius': torch.where(radius.isfinite(), radius, old['radius']),
             'loss': torch.where(finite, average, old['loss']),
             'weight': torch.where(finite, weight, old['weight']),
             'predicted': torch.where(predicted.isfinite(), predicted, old['predicted']),
-            'skipped': old['skipped'] + finite.logical_not()}
+            'skipped': old['skipped'] + finite.logical_not(),
+        }
         self._warn(step)
 
     def _warn(self, step: int) -> None:
@@ -136,20 +145,27 @@ class TrustRegionAdam(AdamW):
         self._reported.copy_(self.region['skipped'], non_blocking=True)
         if not self._warned and self._reported:
             self._warned = True
-            logger.warning('SOAA: the loss of step %d, or of one just before, is not finite; the '
-                           'trust radius stays as it was (said once)', step)
+            logger.warning(
+                'SOAA: the loss of step %d, or of one just before, is not finite; the '
+                'trust radius stays as it was (said once)',
+                step,
+            )
 
 
-def _trusted_updates(moments: Moments, correction: Tensor,
-                     radius: Tensor) -> tuple[list[Tensor], Tensor]:
+def _trusted_updates(
+    moments: Moments, correction: Tensor, radius: Tensor
+) -> tuple[list[Tensor], Tensor]:
     """``u = d m / (max(d F, sqrt(v)) + eps)`` of one batch, and its ``<m, u> - <v, u^2> / 2``."""
     _, first, second, group, step = moments
     bias1, bias2 = (1 - beta**step for beta in group['betas'])
     scale = torch._foreach_sqrt(second)
     torch._foreach_div_(scale, bias2**0.5)
     factor = (correction * radius.to(correction.device) / bias2).to(first[0].dtype)
-    fisher = (torch._foreach_mul(second, list(factor)) if factor.ndim
-              else torch._foreach_mul(second, factor))
+    fisher = (
+        torch._foreach_mul(second, list(factor))
+        if factor.ndim
+        else torch._foreach_mul(second, factor)
+    )
     torch._foreach_maximum_(scale, fisher)
     torch._foreach_add_(scale, group['eps'])
     u = torch._foreach_div(first, scale)

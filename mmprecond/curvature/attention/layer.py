@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import Call, Layer
-from ..statistic import INPUT, Side, Statistic
+from ..statistic import ALL, INPUT, Side, Statistic
 from .heads import Heads
 from .sides import DECLARED, KEY_CURVATURE, AttentionSide
 
@@ -72,6 +72,15 @@ class AttentionLayer(Layer):
         """True if it is one of attention's."""
         known = side == INPUT or isinstance(side, AttentionSide)
         return known and (self.is_square or side != KEY_CURVATURE.side)
+
+    def lacks(self, statistic: Statistic) -> str:
+        """Reason why it cannot give a statistic, or ''; each of its sides has one form."""
+        if not self.has_side(statistic.side) or statistic.rows != ALL:
+            return super().lacks(statistic)
+        form = self._declared(statistic.side).form
+        if type(statistic.form) is not form:
+            return f'its side {statistic.side.name!r} has the form {form.__name__} alone'
+        return ''
 
     def size_of(self, side: Side) -> tuple[int, int]:
         """Blocks and length of a side: 1 block (or 2 of inputs) where heads share it."""

@@ -143,6 +143,8 @@ class PackedAttention(AttentionLayer):
 
     @classmethod
     def refusal(cls, module: Any) -> str:
+        if not isinstance(module, nn.MultiheadAttention):
+            return f'{type(module).__name__} is no MultiheadAttention of torch'
         if module.in_proj_weight is None:
             return 'its queries, keys and values have weights of their own (kdim, vdim)'
         if module.bias_k is not None or module.add_zero_attn:

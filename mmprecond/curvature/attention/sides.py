@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..form import Form
 from ..moments import Moment
 from ..statistic import INPUT, Side, Statistic
 from ..vectors import CountedMean
@@ -33,6 +34,9 @@ class AttentionSide(Side):
         lays_out_rows: Whether `measure` lays out rows (h, n, c) for each head.
     """
 
+    #: The one form that statistics of it have.
+    form: ClassVar[type[Form]] = Moment
+
     size: Callable[[AttentionLayer], tuple[int, int]] = lambda layer: (layer.heads, layer.rows)
     measure: Callable[[Heads], Tensor] = lambda heads: heads.scores
     flops: Callable[[AttentionLayer, int, int], float] = lambda layer, queries, keys: 0.
@@ -51,6 +55,8 @@ class AttentionSide(Side):
 @dataclass(frozen=True)
 class MeanSide(AttentionSide):
     """One whose rows are summed with weights (1, n, 1), of which the last entry is the total."""
+
+    form: ClassVar[type[Form]] = CountedMean
 
     def sum_shape(self, layer: AttentionLayer, keys: int) -> tuple[int, ...]:
         """(1, n, 1)."""

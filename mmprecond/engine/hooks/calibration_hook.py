@@ -1,4 +1,4 @@
-"""Hooks for MMEngine's runner."""
+"""Hook that calibrates MAC's first layer before training."""
 
 from __future__ import annotations
 
