@@ -14,11 +14,11 @@ RATE = 'optim_wrapper.optimizer.lr'
 RULE_RATE = 'optim_wrapper.optimizer.rule.lr'
 DECAY = 'optim_wrapper.optimizer.weight_decay'
 #: The default intervals suit runs of 10,000 iterations and more.
-INTERVALS = {'optim_wrapper.optimizer.stat_interval': 5,
+OFTEN = {'optim_wrapper.optimizer.stat_interval': 5,
              'optim_wrapper.optimizer.refresh_interval': 25}
 #: Weight decay of SGD's kind, added to the gradient, and of Adam's, apart from it.
 DECAYS = (1e-4, 0.05)
-BASELINES = ('SGD', 'AdamW')
+TORCH_OPTIMIZERS = ('SGD', 'AdamW')
 #: Whose steps are of another kind's size than their taking betas, or not, would tell.
 KINDS = {'AdaAct': False, 'AdaFisher': True, 'AdaFisherW': True}
 #: Who adds weight decay to the gradient although of Adam's kind.
@@ -100,16 +100,16 @@ class Model:
                 kinds[name] = find_peer(name)
             except (ImportError, ValueError) as error:
                 sys.exit(str(error))
-        if name not in (*kinds, *BASELINES):
+        if name not in (*kinds, *TORCH_OPTIMIZERS):
             sys.exit(f'there is no optimizer {name}; choose from '
-                     f'{", ".join(sorted({*self.contestants, *kinds, *BASELINES}))}')
+                     f'{", ".join(sorted({*self.contestants, *kinds, *TORCH_OPTIMIZERS}))}')
         taken = inspect.signature(kinds[name]).parameters if name in kinds else {}
         adaptive = KINDS.get(name, name == 'AdamW' or 'betas' in taken)
         measured = name in kinds and issubclass(kinds[name], PreconditionedOptimizer)
         options = self.options if measured else {}
         if name in EVERY_STEP:
-            options = {key: value for key, value in options.items() if key not in INTERVALS}
-        if name in BASELINES or 'weight_decay' in taken:
+            options = {key: value for key, value in options.items() if key not in OFTEN}
+        if name in TORCH_OPTIMIZERS or 'weight_decay' in taken:
             options = {**options, DECAY: DECAYS[adaptive and name not in ADDED_DECAY]}
         return Contestant(self.contestants[self.plain].config, self.rates[adaptive],
                           ('--optimizer', name), options, adaptive=adaptive)
@@ -123,7 +123,7 @@ MASKS = {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'}
 TOP_1 = {'accuracy/top1': 'top-1 %'}
 #: With random weights and no warm-up the classifier's statistics age at once, and its operator from
 #: the first batch diverged: it takes the plain rule.
-_R18_OPTIONS = {**INTERVALS, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
+_R18_OPTIONS = {**OFTEN, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
 #: Where every second counts; bfloat16 gains on CPUs with units for it.
 _CHEAP = {'optim_wrapper.optimizer.solver': 'lowrank',
           'optim_wrapper.optimizer.matmul_precision': 'medium'}
@@ -143,23 +143,23 @@ MODELS = {
                                              rate=RULE_RATE, adaptive=True),
                    'AFOpt+AdamR': Contestant(f'{SWIN}_afopt-adamr', 1e-3,
                                              rate=RULE_RATE, adaptive=True)},
-                  '', 300, INTERVALS, (0.02, 1e-3), BOXES | MASKS),
+                  '', 300, OFTEN, (0.02, 1e-3), BOXES | MASKS),
     'retinanet': Model('RetinaNet, small Swin', 'SGD',
                        {'SGD': Contestant(RETINA, 0.01),
                         'AFOpt+NKFAC': Contestant(f'{RETINA}_afopt-nkfac', 0.01, rate=RULE_RATE)},
-                       '', 300, INTERVALS, (0.01, 1e-3), BOXES),
+                       '', 300, OFTEN, (0.01, 1e-3), BOXES),
     'resnet-cls': Model('ResNet-18 classifier', 'SGD',
                         {'SGD': Contestant(RESNET_CLS, 0.05),
                          'NKFAC': Contestant(RESNET_CLS, 0.05, ('--optimizer', 'NKFAC'),
-                                             INTERVALS)},
-                        '0.02,0.1', 400, INTERVALS, (0.05, 1e-3), TOP_1, 'shapes-cls'),
+                                             OFTEN)},
+                        '0.02,0.1', 400, OFTEN, (0.05, 1e-3), TOP_1, 'shapes-cls'),
     'swin-cls': Model('small Swin classifier', 'AdamW',
                       {'AdamW': Contestant(SWIN_CLS, 1e-3, adaptive=True),
                        'AdaAFOpt': Contestant(SWIN_CLS, 1e-3, ('--optimizer', 'AdaAFOpt'),
-                                              {**INTERVALS, DECAY: 0.05}, adaptive=True),
+                                              {**OFTEN, DECAY: 0.05}, adaptive=True),
                        'AFOpt+NKFAC': Contestant(f'{SWIN_CLS}_afopt-nkfac', 1e-3,
                                                  rate=RULE_RATE, adaptive=True),
                        'AFOpt+AdamR': Contestant(f'{SWIN_CLS}_afopt-adamr', 1e-3,
                                                  rate=RULE_RATE, adaptive=True)},
-                      '', 400, INTERVALS, (0.05, 1e-3), TOP_1, 'shapes-cls'),
+                      '', 400, OFTEN, (0.05, 1e-3), TOP_1, 'shapes-cls'),
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from paper import ROWS, Row, baselines, toolbox_rows
+from paper import INTERVALS, ROWS, Row, baselines, toolbox_rows
 from verify_configs import FOLDERS, all_configs, base_of
 
 from mmprecond.engine import launch
@@ -26,7 +26,6 @@ TITLES = {'faster_rcnn': 'Faster R-CNN', 'mask_rcnn': 'Mask R-CNN', 'retinanet':
           'swin_transformer': 'Swin Transformer', 'vgg': 'VGG'}
 THESIS = dict(Title='Designing Effective Preconditioned Optimizers for Deep Neural Network '
                     'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)')
-INTERVALS = ('stat_interval', 'refresh_interval')
 #: The thesis's ablations: the config, and the settings that are varied.
 ABLATIONS = {
     'nkfac_damping': ('resnet50_b128_cifar100_nkfac', ('damping',)),

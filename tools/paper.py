@@ -30,7 +30,7 @@ OTHER_RATES = {'SKFAC': {'ResNet18': (5e-4, 0.02), 'ResNet50': (5e-4, 0.02)},
                'AdamWBK': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)}}
 UNKNOWN = (math.nan, math.nan)
 #: Torch's, with which the thesis compares its own.
-BASELINES = ('SGDM', 'AdamW')
+FIRST_ORDER = ('SGDM', 'AdamW')
 #: Type and number of classes.
 DATA = {'CIFAR-10': ('CIFAR10', 10), 'CIFAR-100': ('CIFAR100', 100), 'ImageNet': ('ImageNet', 1000),
         'Mini-ImageNet': ('CustomDataset', 100)}
@@ -85,7 +85,7 @@ def toolbox_rows() -> list[dict[str, Any]]:
 
 
 def baselines() -> list[Row]:
-    """The classifiers' rows of `BASELINES`, which need none; rates are NaN where none are named."""
+    """The classifiers' rows of `FIRST_ORDER`, which need none; rates not named are NaN."""
     content = json.loads(ROWS.read_text())['classification']
     return [*_cifar(content['cifar'], _is_baseline), *_imagenet(content, _is_baseline)]
 
@@ -239,7 +239,7 @@ def _is_ours(optimizer: str) -> bool:
 
 
 def _is_baseline(optimizer: str) -> bool:
-    return _plain_name(optimizer) in BASELINES
+    return _plain_name(optimizer) in FIRST_ORDER
 
 
 def _settings(optimizer: str, lr: float, decay: float, row: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class BasisSnapshot:
 
 def snapshot(stack: LayerStack) -> BasisSnapshot | None:
     """Snapshot for `rotate`, or None where moments stay as they are."""
-    if not getattr(stack.method, 'rotate_moments', False):
+    if not stack.method.moves_moments:
         return None
     return BasisSnapshot(stack, map_tensors(stack.operators, torch.clone),
                          [slot.refreshes for slot in stack.slots])

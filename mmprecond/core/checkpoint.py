@@ -17,7 +17,7 @@ from .stack import COUNTERS, LayerStack
 logger = logging.getLogger('mmprecond')
 
 #: Key of the curvature in `state_dict()`.
-KEY = 'precond'
+CURVATURE_KEY = 'precond'
 
 
 @dataclass

@@ -28,10 +28,10 @@ class FailurePolicy:
         Raises:
             RefreshError: If a layer failed for the last time that is tolerated.
         """
-        for position, good in zip(positions, succeeded, strict=True):
+        for position, outcome in zip(positions, succeeded, strict=True):
             slot = stack.slots[position]
-            slot.count_refresh(good)
-            if good:
+            slot.count_refresh(outcome)
+            if outcome:
                 continue
             kept = 'its last good operator stays' if slot.refreshes else 'it takes the plain rule'
             logger.warning('%s: refresh failed (%d in a row), %s', slot.layer.name,

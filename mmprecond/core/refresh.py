@@ -38,7 +38,7 @@ def start_refresh(stack: LayerStack, positions: Sequence[int]) -> Tensor:
 def finish_refresh(stack: LayerStack, positions: Sequence[int],
                    succeeded: Sequence[bool]) -> list[bool]:
     """Retries failures in float64; says what succeeded in the end."""
-    return [good or _retry(stack, k) for k, good in zip(positions, succeeded, strict=True)]
+    return [outcome or _retry(stack, k) for k, outcome in zip(positions, succeeded, strict=True)]
 
 
 def _retry(stack: LayerStack, position: int) -> bool:

@@ -101,6 +101,14 @@ class Statistic:
             name = f'{self.side.name}_{self.form.suffix}{self.rows.suffix}'
             object.__setattr__(self, 'key', name)
 
+    def in_form(self, form: Form) -> Statistic:
+        """The same rows of the same side in another form, under that form's name."""
+        return Statistic(self.side, form, self.rows)
+
+    def over(self, rows: Rows) -> Statistic:
+        """The same form of the same side over other rows, under these rows' name."""
+        return Statistic(self.side, self.form, rows)
+
     @property
     def keys(self) -> tuple[str, ...]:
         """Names of its tensors."""

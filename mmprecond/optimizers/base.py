@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -61,6 +61,8 @@ class PreconditionedOptimizer(RuleOptimizer):
     """
 
     needs = 'capture'
+    #: Settings whose default differs from the preconditioner's own.
+    preset: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule,
                  method: Preconditioner | Assignment, defaults: dict[str, Any],
@@ -176,20 +178,20 @@ class PreconditionedOptimizer(RuleOptimizer):
         Under sharding='apply' only the first rank's is whole, and only it can be loaded.
         """
         state = super().state_dict()
-        state[checkpoint.KEY] = self.curvature.state_dict(self.t)
+        state[checkpoint.CURVATURE_KEY] = self.curvature.state_dict(self.t)
         return state
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state that `load_state_dict` refuses."""
         super().check_state_dict(state_dict)
-        checkpoint.refuse_partial(state_dict.get(checkpoint.KEY))
+        checkpoint.refuse_partial(state_dict.get(checkpoint.CURVATURE_KEY))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; what it lacks of the curvature is measured at the next step."""
         self.check_state_dict(state_dict)
-        rest = {key: value for key, value in state_dict.items() if key != checkpoint.KEY}
+        rest = {key: value for key, value in state_dict.items() if key != checkpoint.CURVATURE_KEY}
         super().load_state_dict(rest)
-        restored = self.curvature.load_state_dict(state_dict.get(checkpoint.KEY))
+        restored = self.curvature.load_state_dict(state_dict.get(checkpoint.CURVATURE_KEY))
         self.t = restored.steps
         for layer in restored.lost:
             for p in layer.parameters:

@@ -118,7 +118,7 @@ class MAC(PreconditionedSGDM):
         self.check_state_dict(state_dict)
         layer = self.first_layer
         if layer is not None:
-            saved = checkpoint.method_of(state_dict.get(checkpoint.KEY), layer)
+            saved = checkpoint.method_of(state_dict.get(checkpoint.CURVATURE_KEY), layer)
             if saved == CalibratedInput.__name__:
                 self.curvature.reassign(layer, self._calibrated_method())
             elif saved == ActivationMean.__name__ and self.calibrated:

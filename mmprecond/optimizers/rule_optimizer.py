@@ -34,8 +34,6 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     needs: ClassVar[str] = ''
-    #: Settings whose default differs from the preconditioner's own.
-    preset: ClassVar[dict[str, Any]] = {}
     #: Settings of the source, by which published numbers were made, beside the preconditioner's.
     published: ClassVar[dict[str, Any]] = {}
 

@@ -14,7 +14,7 @@ from .rule_optimizer import RuleOptimizer
 from .settings import takes_settings
 
 #: Key of the trust region in `state_dict()`.
-KEY = 'trust_region'
+REGION_KEY = 'trust_region'
 
 
 class SOAA(RuleOptimizer):
@@ -125,13 +125,13 @@ class SOAA(RuleOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state with one more key, 'trust_region': tensors and the number of steps."""
-        return {**super().state_dict(), KEY: {'steps': self.t, **self.rule.region}}
+        return {**super().state_dict(), REGION_KEY: {'steps': self.t, **self.rule.region}}
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state that `load_state_dict` refuses."""
-        missing = {'steps', *self.rule.region} - set(state_dict.get(KEY, self.rule.region))
-        if KEY not in state_dict or missing:
-            lacking = ', '.join(sorted(missing)) if KEY in state_dict else KEY
+        missing = {'steps', *self.rule.region} - set(state_dict.get(REGION_KEY, self.rule.region))
+        if REGION_KEY not in state_dict or missing:
+            lacking = ', '.join(sorted(missing)) if REGION_KEY in state_dict else REGION_KEY
             raise ValueError(f'the state was saved by another optimizer than SOAA: it has no '
                              f'{lacking}; start afresh from the weights alone (load_from without '
                              'resume)')
@@ -144,7 +144,7 @@ class SOAA(RuleOptimizer):
             ValueError: For the state of another optimizer.
         """
         self.check_state_dict(state_dict)
-        region = state_dict[KEY]
+        region = state_dict[REGION_KEY]
         super().load_state_dict(state_dict)
         self.t = int(region['steps'])
         self.rule.load_region(region)

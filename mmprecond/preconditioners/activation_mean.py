@@ -38,7 +38,7 @@ from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping, damping_
 COMPATS = ('paper', 'official')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProductMeanSide(MeanSide):
     """W_V's mean row as MAC's code has it: the mean softmax times the mean rows, over all queries.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -138,7 +138,8 @@ class Preconditioner(ABC):
         large = {statistic for statistic in candidates if self._is_large(layer, statistic)}
         form = self._oversize_form
         if form and (layer.compressible or not large):
-            return tuple(_in_form(statistic, form) if statistic in large else statistic
+            return tuple(statistic.in_form(form) if statistic in large
+                         and isinstance(statistic.form, Moment) else statistic
                          for statistic in candidates)
         kept = tuple(statistic for statistic in candidates if statistic not in large)
         return kept if not large or self.oversize == 'one_sided' else ()
@@ -171,7 +172,7 @@ class Preconditioner(ABC):
         if (self.max_rows is None or statistic.rows != ALL or statistic.form.is_bounded
                 or not statistic.form.is_product or not isinstance(drawn, layer.row_kinds)):
             return statistic
-        return replace(statistic, rows=drawn, key='')
+        return statistic.over(drawn)
 
     def _is_large(self, layer: Layer, statistic: Statistic) -> bool:
         widths = [width for _, _, width in layer.shapes(statistic).values()]
@@ -196,6 +197,11 @@ class Preconditioner(ABC):
         """About the operations of one refresh: n^3 for each factor."""
         return sum(float(b * n * m * m) for statistic in self.selected_statistics(layer)
                    for b, n, m in layer.shapes(statistic).values())
+
+    @property
+    def moves_moments(self) -> bool:
+        """True if the rule's moments follow where `align` turns the space of `apply`."""
+        return False
 
     @property
     def is_inverse(self) -> bool:
@@ -307,13 +313,6 @@ def check_statistics(owner: str, statistics: Any) -> None:
     if len({one.rows for one in statistics if one.form.is_product}) > 1:
         raise ValueError(f'{owner} asks for statistics over different rows: '
                          f'{", ".join(one.key for one in statistics)}')
-
-
-def _in_form(statistic: Statistic, form: Form) -> Statistic:
-    """The statistic in another form, if it is a moment."""
-    if not isinstance(statistic.form, Moment):
-        return statistic
-    return replace(statistic, form=form, key='')
 
 
 def damping_like(value: Tensor | float, like: Tensor) -> Tensor:

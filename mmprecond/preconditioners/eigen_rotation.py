@@ -62,6 +62,11 @@ class EigenRotation(Preconditioner):
         check_choice('basis_solver', self.basis_solver, BASIS_SOLVERS)
         check_flag('rotate_moments', self.rotate_moments)
 
+    @property
+    def moves_moments(self) -> bool:
+        """With `rotate_moments`."""
+        return self.rotate_moments
+
     def is_exact(self, refreshes: int) -> bool:
         """All refreshes with eigh, else the first."""
         return self.basis_solver == 'eigh' or refreshes == 0

@@ -14,7 +14,7 @@ from .adam import AdamW
 from .base import Group, State, moments_of
 from .matrix import MatrixRule
 
-SIDES = ('left', 'right', 'smaller')
+ROTATED_SIDES = ('left', 'right', 'smaller')
 
 #: Passes of the Sinkhorn normalisation.
 PASSES = 5
@@ -54,7 +54,7 @@ class ARORule(MatrixRule):
     def check(cls, group: Group) -> None:
         super().check(group)
         check_number('momentum', group['momentum'], high=1)
-        check_choice('side', group['side'], SIDES)
+        check_choice('side', group['side'], ROTATED_SIDES)
 
     def too_large(self, shape: tuple[int, int], group: Group) -> str:
         right = _is_right(shape, group)

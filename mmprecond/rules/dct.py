@@ -11,7 +11,7 @@ from .adam import AdamW
 from .base import Group, State, moments_of
 from .matrix import MatrixRule
 
-NORMS = ('l1', 'l2')
+COLUMN_NORMS = ('l1', 'l2')
 
 
 class DCTAdamWRule(MatrixRule):
@@ -47,7 +47,7 @@ class DCTAdamWRule(MatrixRule):
         check_count('refresh_interval', refresh_interval)
         check_flag('rotate_subspace', rotate_subspace)
         check_flag('error_feedback', error_feedback)
-        check_choice('norm', norm, NORMS)
+        check_choice('norm', norm, COLUMN_NORMS)
         self.rank = rank
         self.refresh_interval = refresh_interval
         self.rotate_subspace = rotate_subspace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,8 +19,30 @@ logger = logging.getLogger('mmprecond')
 #: What the correction of the Fisher sums over.
 SUMS = ('global', 'parameter')
 
-#: Parameters, their first and second moments, their group, and how many steps they took.
-Moments = tuple[list[Tensor], list[Tensor], list[Tensor], Group, int]
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of a batch of parameters, which wait for those of all others.
+
+    Attributes:
+        params: The parameters.
+        first: Their first moments.
+        second: Their second moments.
+        group: Their group.
+        step: Steps that they took.
+    """
+
+    params: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    group: Group
+    step: int
+
+    @property
+    def biases(self) -> tuple[float, float]:
+        """Sums of the weights in the two averages."""
+        first, second = (1 - beta**self.step for beta in self.group['betas'])
+        return first, second
 
 
 class TrustRegionAdam(AdamW):
@@ -89,7 +112,7 @@ class TrustRegionAdam(AdamW):
     ) -> list[Tensor]:
         """The first moments, until `combine` replaces them."""
         first, second, step = self.moments(params, directions, states, group)
-        self._pending_moments.append((params, first, second, group, step))
+        self._pending_moments.append(Moments(params, first, second, group, step))
         return first
 
     def combine(self, updates: dict[Tensor, Tensor]) -> None:
@@ -102,18 +125,19 @@ class TrustRegionAdam(AdamW):
         radius, predicted = self.region['radius'], torch.zeros_like(self.region['predicted'])
         for moments, correction in zip(pending, self._corrections(pending), strict=True):
             u, gain = _trusted_updates(moments, correction, radius)
-            predicted += moments[3]['lr'] * gain.to(predicted.device)
-            updates.update(zip(moments[0], u, strict=True))
+            predicted += moments.group['lr'] * gain.to(predicted.device)
+            updates.update(zip(moments.params, u, strict=True))
         self.adapt(self._loss, predicted)
 
     def _corrections(self, pending: list[Moments]) -> list[Tensor]:
         """``1 + sum m^2 / sum(v + eps)`` of each batch: a scalar, or one value a parameter."""
         squares, sums = [], []
-        for _, first, second, group, step in pending:
-            bias1, bias2 = (1 - beta**step for beta in group['betas'])
-            squares.append(torch.stack(torch._foreach_norm(first)).double().square() / bias1**2)
-            shifts = [moment.numel() * bias2 * group['eps'] for moment in second]
-            sums.append(_sums(second, shifts) / bias2)
+        for moments in pending:
+            bias1, bias2 = moments.biases
+            norms = torch.stack(torch._foreach_norm(moments.first)).double()
+            squares.append(norms.square() / bias1**2)
+            shifts = [v.numel() * bias2 * moments.group['eps'] for v in moments.second]
+            sums.append(_sums(moments.second, shifts) / bias2)
         if self.sums == 'parameter':
             return [1 + square / total for square, total in zip(squares, sums, strict=True)]
         home = self.region['radius'].device
@@ -156,8 +180,8 @@ def _trusted_updates(
     moments: Moments, correction: Tensor, radius: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """``u = d m / (max(d F, sqrt(v)) + eps)`` of one batch, and its ``<m, u> - <v, u^2> / 2``."""
-    _, first, second, group, step = moments
-    bias1, bias2 = (1 - beta**step for beta in group['betas'])
+    first, second = moments.first, moments.second
+    bias1, bias2 = moments.biases
     scale = torch._foreach_sqrt(second)
     torch._foreach_div_(scale, bias2**0.5)
     factor = (correction * radius.to(correction.device) / bias2).to(first[0].dtype)
@@ -167,7 +191,7 @@ def _trusted_updates(
         else torch._foreach_mul(second, factor)
     )
     torch._foreach_maximum_(scale, fisher)
-    torch._foreach_add_(scale, group['eps'])
+    torch._foreach_add_(scale, moments.group['eps'])
     u = torch._foreach_div(first, scale)
     torch._foreach_mul_(u, (radius / bias1).to(first[0]))
     quadratic_term = torch._foreach_mul(second, u)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .layer import AttentionLayer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionSide(Side):
     """One kind of sum over the windows of attention.
 
@@ -38,8 +38,8 @@ class AttentionSide(Side):
     form: ClassVar[type[Form]] = Moment
 
     size: Callable[[AttentionLayer], tuple[int, int]] = lambda layer: (layer.heads, layer.rows)
-    measure: Callable[[Heads], Tensor] = lambda heads: heads.scores
-    flops: Callable[[AttentionLayer, int, int], float] = lambda layer, queries, keys: 0.
+    measure: Callable[[Heads], Tensor]
+    flops: Callable[[AttentionLayer, int, int], float]
     lays_out_rows: bool = False
 
     def sum_shape(self, layer: AttentionLayer, keys: int) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ class AttentionSide(Side):
         return total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeanSide(AttentionSide):
     """One whose rows are summed with weights (1, n, 1), of which the last entry is the total."""
 

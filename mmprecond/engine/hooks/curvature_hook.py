@@ -14,7 +14,7 @@ from ...core import Monitor, RefreshReport
 from ...optimizers import PreconditionedOptimizer
 
 #: Refreshes that a heat map shows.
-COLUMNS = 200
+SHOWN_REFRESHES = 200
 #: What a heat map shows, and whether as a logarithm.
 MAPS = {'cosine': False, 'largest': True, 'damping': True, 'residual': True, 'rank': False}
 
@@ -38,7 +38,7 @@ class CurvatureHook(Hook):  # type: ignore[misc]
         if map_interval is not None:
             check_count('map_interval', map_interval)
         self.map_interval = map_interval
-        self.history: deque[RefreshReport] = deque(maxlen=COLUMNS)
+        self.history: deque[RefreshReport] = deque(maxlen=SHOWN_REFRESHES)
         self._refreshed = 0
 
     def before_train(self, runner: Any) -> None:
