@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / 'mmprecond'
 #: From the ground up; a room imports from itself and from rooms before it.
 ROOMS = ('version', 'checks', 'linalg', 'distributed', 'curvature', 'preconditioners', 'rules',
-         'core', 'second_order', 'optimizers', 'engine', 'datasets', 'diagnostics', '__init__')
+         'core', 'second_order', 'optimizers', 'engine', 'datasets', 'testing', 'diagnostics',
+         '__init__')
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))
 
 #: Attributes of other objects that may be set: of torch's and MMEngine's, which have no other way.
@@ -96,8 +97,8 @@ def test_a_foreign_setting_is_found() -> None:
         'layer.rank', 'a.b.c', 'setattr(layer)']
 
 
-@pytest.mark.parametrize('path', [p for p in FILES if room_of(p) not in ('optimizers', 'engine',
-                                                                         'diagnostics')], ids=str)
+@pytest.mark.parametrize('path', [p for p in FILES if room_of(p) not in (
+    'optimizers', 'engine', 'testing', 'diagnostics')], ids=str)
 def test_only_optimizers_and_the_engine_take_an_optimizer(path: Path) -> None:
     tree = ast.parse((PACKAGE / path).read_text())
     taken = [f'{node.name}({argument.arg})' for node in ast.walk(tree)

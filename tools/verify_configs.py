@@ -37,7 +37,7 @@ CLASSIFIERS = ('densenet', 'googlenet', 'resnet', 'swin_transformer', 'vgg')
 FOLDERS = DETECTORS + CLASSIFIERS
 #: What every config may change of the one it inherits, as beginnings of names.
 OURS = ('optim_wrapper.optimizer.', 'optim_wrapper.constructor', 'custom_imports.', 'paper.',
-        'afopt')  # lists of configs/_base_
+        'optim_wrapper.paramwise_cfg.custom_keys.mask_head.upsample', 'afopt')  # of configs/_base_
 SMALL = 32  # pixels of CIFAR's images
 #: Of the shapes, in the order of their categories.
 NAMES = ('person', 'bicycle', 'car', 'motorcycle')

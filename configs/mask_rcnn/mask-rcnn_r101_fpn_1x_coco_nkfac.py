@@ -6,7 +6,9 @@ optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
     optimizer=dict(_delete_=True, type='NKFAC', settings='published',
                    lr=0.02, momentum=0.9, weight_decay=1e-4,
-                   stat_interval=100, refresh_interval=1000))
+                   stat_interval=100, refresh_interval=1000),
+    # The published code knows linear layers and Conv2d alone.
+    paramwise_cfg=dict(custom_keys={'mask_head.upsample': dict(precondition=False)}))
 
 paper = dict(
     table='3.9', detector='mask_rcnn', backbone='r101', schedule='1x', optimizer='NKFAC',

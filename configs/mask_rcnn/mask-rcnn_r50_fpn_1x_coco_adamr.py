@@ -6,7 +6,9 @@ optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
     optimizer=dict(_delete_=True, type='AdamR', settings='published',
                    lr=1e-4, betas=(0.9, 0.999), weight_decay=0.2,
-                   stat_interval=100, refresh_interval=1000))
+                   stat_interval=100, refresh_interval=1000),
+    # The published code knows linear layers and Conv2d alone.
+    paramwise_cfg=dict(custom_keys={'mask_head.upsample': dict(precondition=False)}))
 
 paper = dict(
     table='4.6', detector='mask_rcnn', backbone='r50', schedule='1x', optimizer='AdamR',

@@ -6,7 +6,9 @@ optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
     optimizer=dict(_delete_=True, type='AdaAFOpt', settings='published',
                    lr=1e-4, betas=(0.9, 0.999),
-                   weight_decay=0.05, stat_interval=50, refresh_interval=500))
+                   weight_decay=0.05, stat_interval=50, refresh_interval=500),
+    # The published code knows linear layers and Conv2d alone.
+    paramwise_cfg=dict(custom_keys={'mask_head.upsample': dict(precondition=False)}))
 
 paper = dict(
     table='5.2', detector='mask_rcnn', backbone='swin-t', schedule='1x', optimizer='AdaAFOpt',

@@ -8,4 +8,6 @@ optim_wrapper = dict(
     optimizer=dict(
         _delete_=True, type='Preconditioned',
         rule=dict(type='SGDM', lr=0.02, momentum=0.9, weight_decay=1e-4),
-        layers={{_base_.afopt}}))
+        layers={{_base_.afopt}}),
+    # The published code knows linear layers and Conv2d alone.
+    paramwise_cfg=dict(custom_keys={'mask_head.upsample': dict(precondition=False)}))

@@ -6,7 +6,9 @@ optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
     optimizer=dict(_delete_=True, type='AdaNKFAC', settings='published',
                    lr=1e-4, betas=(0.9, 0.999),
-                   weight_decay=0.2, stat_interval=100, refresh_interval=1000))
+                   weight_decay=0.2, stat_interval=100, refresh_interval=1000),
+    # The published code knows linear layers and Conv2d alone.
+    paramwise_cfg=dict(custom_keys={'mask_head.upsample': dict(precondition=False)}))
 train_cfg = dict(max_epochs=24)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),

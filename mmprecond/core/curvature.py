@@ -347,5 +347,5 @@ def _why_none(layers: Mapping[str, Layer], left_out: Sequence[LeftOut]) -> str:
         reasons = sorted({left.reason for left in left_out if left.name in layers})
         return f'all {len(layers)} are left to the plain rule ({"; ".join(reasons)})'
     found = sorted({f'{left.kind}: {left.reason}' for left in left_out})
-    return (f'its modules with parameters are {"; ".join(found) or "none"}; it needs a Linear or '
-            'Conv2d whose weight is in params')
+    return (f'its modules with parameters are {"; ".join(found) or "none"}; it needs a Linear or a '
+            'convolution whose weight is in params')

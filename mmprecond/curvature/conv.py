@@ -1,172 +1,124 @@
-"""Convolutions: every output position is one row."""
+"""Convolutions: every output position is one row, and its patch the input of that row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layer import EVERY_ROW_KIND, Call, Layer
 from .moments import Moment
 from .patches import Axis, PatchMoment
-from .statistic import INPUT, Rows, Statistic
+from .statistic import INPUT, REDUCED, Rows, Statistic
 
 
-class Conv2dLayer(Layer):
-    """`nn.Conv2d` with any stride, padding, padding mode, dilation and groups.
+class ConvLayer(Layer):
+    """A convolution with any stride, padding, padding mode, dilation and groups.
 
     Every output position is one row. Patches are laid out in chunks of at most `capture_mb`
-    megabytes (at least one output row of one image), never for a whole feature map; where
-    `PatchMoment` makes the input's moment (stride 1, zero padding) not at all.
+    megabytes (at least one output line of one image), never for a whole feature map.
+
+    Attributes:
+        axes: Number of spatial axes.
     """
 
-    module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
+    axes: ClassVar[int]
     row_kinds: ClassVar[tuple[type[Rows], ...]] = EVERY_ROW_KIND
-    #: With fewer rows, or fewer channels, patches are multiplied faster than blocks are put
-    #: together.
-    few_rows, few_channels = 400, 8
 
     @classmethod
     def count_blocks(cls, module: Any) -> int:
         """The groups."""
         return module.groups
 
-    def input_moment(self, module: Any, inputs: Tensor) -> Tensor:
-        """Sum of x'x over all rows x of one call (see the base class)."""
-        inputs = inputs if inputs.dim() == 4 else inputs[None]
-        height, width = self._output_size(module, inputs)
-        count = len(inputs) * height * width
-        if not self._by_shifts(module, count):
-            return super().input_moment(module, inputs)
-        products = PatchMoment(*self._axes(module, inputs, (height, width)))
-        image_bytes = self.working_dtype.itemsize * inputs[0].numel()
-        images = max(1, int(min(self.capture_mb * 2**20 / max(1, image_bytes), len(inputs))))
-        sums = inputs.new_zeros(self.blocks, self.columns - 1, dtype=self.working_dtype)
-        for batch in inputs.split(images):
-            batch = batch.to(self.working_dtype)
-            products.add(batch.transpose(0, 1).unflatten(0, (self.blocks, -1)).transpose(2, 3))
-            if self.bias is not None:
-                view = self._patch_view(module, self._padded(module, batch), 0, height, width)
-                sums += view.sum((-3, -2, -1)).flatten(1)
-        if self.bias is None:
-            return products.result()
-        moment = self.unwritten_moment()
-        moment[:, :-1, :-1] = products.result()
-        return self.with_border(moment, sums, count)
-
-    def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
-                      statistic: Statistic) -> float:
-        """About the floating-point operations of one call's statistic (see the base class)."""
-        module: Any = call.module
-        rows = self.sample_count(output) * self.position_count(output)
-        if statistic != Statistic(INPUT, Moment()) or not self._by_shifts(module, rows):
-            return super().measure_flops(call, kept, output, statistic)
-        high, wide = module.kernel_size
-        shifts = ((2 * high - 1) * (2 * wide - 1) + 1) / 2
-        channels = module.in_channels / self.blocks
-        margin = 1 + module.dilation[1] * (wide - 1) / output.shape[-1]
-        return 2 * self.blocks * channels**2 * rows * shifts * margin
-
-    def _by_shifts(self, module: Any, rows: int) -> bool:
-        """True if `PatchMoment` makes the input's moment."""
-        sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
-        enough = (rows >= self.few_rows
-                  and module.in_channels >= self.few_channels * self.blocks)
-        return sliding and module.padding_mode == 'zeros' and enough
-
-    def _axes(self, module: Any, inputs: Tensor, positions: tuple[int, int]) -> Iterator[Axis]:
-        left, _, top, _ = self._pads(module)
-        for size, count, kernel, step, pad in zip(
-                inputs.shape[2:], positions, module.kernel_size, module.dilation, (top, left),
-                strict=True):
-            yield Axis(size, count, tuple(place * step - pad for place in range(kernel)))
-
     def input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
-        if inputs.dim() == 3:
-            inputs = inputs[None]
-        height, width = self._output_size(module, inputs)
-        row_bytes = self.working_dtype.itemsize * self.weight[0].numel() * self.blocks * width
-        most = max(1, len(inputs) * height)
+        inputs = self._batched(inputs)
+        size = self._output_size(module, inputs)
+        line = size[1:].numel()
+        row_bytes = self.working_dtype.itemsize * self.weight[0].numel() * self.blocks * line
+        most = max(1, len(inputs) * size[0])
         budget = int(min(max(1., self.capture_mb * 2**20 / max(1, row_bytes)), most))
-        images = max(1, budget // max(1, height))
-        strip = min(height, budget)
+        images = max(1, budget // max(1, size[0]))
+        strip = min(size[0], budget)
         for batch in inputs.split(images):
             padded = self._padded(module, batch.to(self.working_dtype))
-            for top in range(0, height, max(1, strip)):
-                yield self._patches(module, padded, top, min(strip, height - top), width)
+            for top in range(0, size[0], max(1, strip)):
+                lines = min(strip, size[0] - top)
+                view = self._patch_view(module, padded, torch.Size((lines, *size[1:])), top)
+                yield view.reshape(self.blocks, view.shape[1:2 + self.axes].numel(),
+                                   len(padded) * lines * line)
 
     def input_power_sum(self, module: Any, inputs: Tensor, power: int) -> tuple[Tensor, int]:
         # The sum over images comes first: patches are laid out of one image alone.
-        inputs = inputs if inputs.dim() == 4 else inputs[None]
-        height, width = self._output_size(module, inputs)
+        inputs = self._batched(inputs)
+        size = self._output_size(module, inputs)
         image = inputs.to(self.working_dtype).pow(power).sum(0, keepdim=True)
-        view = self._patch_view(module, self._padded(module, image), 0, height, width)
-        return (view.sum((-3, -2, -1)).reshape(self.blocks, -1, 1),
-                len(inputs) * height * width)
+        view = self._patch_view(module, self._padded(module, image), size)
+        places = tuple(range(-1 - self.axes, 0))
+        return view.sum(places).reshape(self.blocks, -1, 1), len(inputs) * size.numel()
 
-    def gradient_rows(self, gradient: Tensor) -> Tensor:
-        if gradient.dim() == 3:
-            gradient = gradient[None]
-        positions = gradient.shape[2:].numel()
-        rows = gradient.reshape(gradient.shape[0], self.blocks, self.rows, positions)
-        return rows.permute(1, 2, 0, 3).flatten(2)
+    def gradient_rows(self, module: nn.Module, gradient: Tensor) -> Tensor:
+        return self._by_blocks(self._batched(gradient).flatten(2))
 
     def reduced_input(self, module: Any, inputs: Tensor) -> Tensor:
-        inputs = inputs if inputs.dim() == 4 else inputs[None]
-        height, width = self._output_size(module, inputs)
-        padded = self._padded(module, inputs.to(self.working_dtype))
-        patches = self._patch_view(module, padded, 0, height, width)
-        return patches.mean((-2, -1)).flatten(1, 3)
+        patches = self._all_patches(module, inputs)
+        return patches.mean(tuple(range(-self.axes, 0))).flatten(1, 1 + self.axes)
 
-    def reduced_gradient(self, gradient: Tensor) -> Tensor:
-        gradient = gradient if gradient.dim() == 4 else gradient[None]
-        return gradient.sum((2, 3)).t().reshape(self.blocks, self.rows, len(gradient))
+    def reduced_gradient(self, module: nn.Module, gradient: Tensor) -> Tensor:
+        return self._by_blocks(self._batched(gradient).flatten(2).sum(2, keepdim=True))
 
-    def sample_count(self, gradient: Tensor) -> int:
-        return len(gradient) if gradient.dim() == 4 else 1
+    def sample_count(self, module: nn.Module, gradient: Tensor) -> int:
+        return len(gradient) if gradient.dim() == 2 + self.axes else 1
 
-    def position_count(self, gradient: Tensor) -> int:
-        return gradient.shape[-2:].numel()
+    def position_count(self, module: nn.Module, gradient: Tensor) -> int:
+        return gradient.shape[-self.axes:].numel()
 
     def sampled_input(self, module: Any, inputs: Tensor, drawn: Tensor) -> Tensor:
-        inputs = inputs if inputs.dim() == 4 else inputs[None]
-        height, width = self._output_size(module, inputs)
-        padded = self._padded(module, inputs.to(self.working_dtype))
-        view = self._patch_view(module, padded, 0, height, width)
-        lines = drawn // width if width else drawn
-        return view[..., lines, drawn - lines * width].flatten(1, 3).flatten(2)
+        view = self._all_patches(module, inputs)
+        size = view.shape[-self.axes:]
+        places = torch.unravel_index(drawn, size) if size.numel() else [drawn] * self.axes
+        return view[(..., *places)].flatten(1, 1 + self.axes).flatten(2)
 
-    def sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
-        gradient = gradient if gradient.dim() == 4 else gradient[None]
-        chosen = gradient.flatten(2)[..., drawn]
-        rows = chosen.reshape(len(gradient), self.blocks, self.rows, len(drawn))
+    def sampled_gradient(self, module: nn.Module, gradient: Tensor, drawn: Tensor) -> Tensor:
+        return self._by_blocks(self._batched(gradient).flatten(2)[..., drawn])
+
+    def _batched(self, tensor: Tensor) -> Tensor:
+        """The tensor with a leading axis of images."""
+        return tensor if tensor.dim() == 2 + self.axes else tensor[None]
+
+    def _by_blocks(self, maps: Tensor) -> Tensor:
+        """Maps (images, channels, positions) as rows (blocks, channels a block, rows)."""
+        images, channels, positions = maps.shape
+        rows = maps.reshape(images, self.blocks, channels // self.blocks, positions)
         return rows.permute(1, 2, 0, 3).flatten(2)
 
-    def _patches(self, module: Any, padded: Tensor, top: int, height: int,
-                 width: int) -> Tensor:
-        """Patches of output rows [top, top + height): (blocks, i, images * height * width)."""
-        view = self._patch_view(module, padded, top, height, width)
-        return view.reshape(self.blocks, view.shape[1:4].numel(), len(padded) * height * width)
+    def _all_patches(self, module: Any, inputs: Tensor) -> Tensor:
+        """The patches of all output positions, as a view (see `_patch_view`)."""
+        inputs = self._batched(inputs)
+        padded = self._padded(module, inputs.to(self.working_dtype))
+        return self._patch_view(module, padded, self._output_size(module, inputs))
 
-    def _patch_view(self, module: Any, padded: Tensor, top: int, height: int,
-                    width: int) -> Tensor:
-        """The same as a view (blocks, channels, kh, kw, images, height, width)."""
-        batch, channels = padded.shape[:2]
-        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
-        image, channel, line, pixel = padded.stride()
-        group = channels // self.blocks
+    def _patch_view(self, module: Any, padded: Tensor, size: torch.Size, top: int = 0) -> Tensor:
+        """Patches of output lines [top, top + size[0]), of all other axes whole.
+
+        Returns:
+            A view (blocks, channels, *kernel, images, *size).
+        """
+        image, channel, *pixels = padded.stride()
+        group = padded.shape[1] // self.blocks
+        within = [step * pixel for step, pixel in zip(module.dilation, pixels, strict=True)]
+        across = [step * pixel for step, pixel in zip(module.stride, pixels, strict=True)]
         return padded.as_strided(
-            (self.blocks, group, kh, kw, batch, height, width),
-            (group * channel, channel, dh * line, dw * pixel, image, sh * line, sw * pixel),
-            padded.storage_offset() + top * sh * line)
+            (self.blocks, group, *module.kernel_size, len(padded), *size),
+            (group * channel, channel, *within, image, *across),
+            padded.storage_offset() + top * across[0])
 
-    @staticmethod
-    def _pads(module: Any) -> list[int]:
-        """Padding as `F.pad` takes it: left, right, top, bottom."""
+    def _pads(self, module: Any) -> list[int]:
+        """Padding as `F.pad` takes it: before and after, from the last axis to the first."""
         pads: list[int] = []
-        for axis in (1, 0):
+        for axis in reversed(range(self.axes)):
             if module.padding == 'valid':
                 pads += [0, 0]
             elif module.padding == 'same':
@@ -184,11 +136,143 @@ class Conv2dLayer(Layer):
             return F.pad(inputs, pads)
         return F.pad(inputs, pads, mode=module.padding_mode)
 
-    def _output_size(self, module: Any, inputs: Tensor) -> tuple[int, int]:
-        left, right, top, bottom = self._pads(module)
-        sizes = (inputs.shape[-2] + top + bottom, inputs.shape[-1] + left + right)
-        height, width = ((size - dilation * (kernel - 1) - 1) // stride + 1
-                         for size, kernel, dilation, stride
-                         in zip(sizes, module.kernel_size, module.dilation, module.stride,
-                                strict=True))
-        return height, width
+    def _output_size(self, module: Any, inputs: Tensor) -> torch.Size:
+        pads = self._pads(module)
+        totals = [before + after for before, after in zip(pads[::2], pads[1::2], strict=True)]
+        sizes = zip(inputs.shape[-self.axes:], reversed(totals), strict=True)
+        return torch.Size(
+            (size + total - dilation * (kernel - 1) - 1) // stride + 1
+            for (size, total), kernel, dilation, stride
+            in zip(sizes, module.kernel_size, module.dilation, module.stride, strict=True))
+
+
+class Conv1dLayer(ConvLayer):
+    """`nn.Conv1d`."""
+
+    axes: ClassVar[int] = 1
+    module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d,)
+
+
+class Conv3dLayer(ConvLayer):
+    """`nn.Conv3d`."""
+
+    axes: ClassVar[int] = 3
+    module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv3d,)
+
+
+class Conv2dLayer(ConvLayer):
+    """`nn.Conv2d`.
+
+    Where `PatchMoment` makes the input's moment (stride 1, zero padding), no patch is laid out.
+    """
+
+    axes: ClassVar[int] = 2
+    module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
+    #: With fewer rows, or fewer channels, patches are multiplied faster than blocks are put
+    #: together.
+    few_rows, few_channels = 400, 8
+
+    def input_moment(self, module: Any, inputs: Tensor) -> Tensor:
+        """Sum of x'x over all rows x of one call (see the base class)."""
+        inputs = self._batched(inputs)
+        size = self._output_size(module, inputs)
+        count = len(inputs) * size.numel()
+        if not self._by_shifts(module, count):
+            return super().input_moment(module, inputs)
+        products = PatchMoment(*self._axes(module, inputs, size))
+        image_bytes = self.working_dtype.itemsize * inputs[0].numel()
+        images = max(1, int(min(self.capture_mb * 2**20 / max(1, image_bytes), len(inputs))))
+        sums = inputs.new_zeros(self.blocks, self.columns - 1, dtype=self.working_dtype)
+        for batch in inputs.split(images):
+            batch = batch.to(self.working_dtype)
+            products.add(batch.transpose(0, 1).unflatten(0, (self.blocks, -1)).transpose(2, 3))
+            if self.bias is not None:
+                view = self._patch_view(module, self._padded(module, batch), size)
+                sums += view.sum((-3, -2, -1)).flatten(1)
+        if self.bias is None:
+            return products.result()
+        moment = self.unwritten_moment()
+        moment[:, :-1, :-1] = products.result()
+        return self.with_border(moment, sums, count)
+
+    def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
+                      statistic: Statistic) -> float:
+        """About the floating-point operations of one call's statistic (see the base class)."""
+        module: Any = call.module
+        rows = self.sample_count(module, output) * self.position_count(module, output)
+        if statistic != Statistic(INPUT, Moment()) or not self._by_shifts(module, rows):
+            return super().measure_flops(call, kept, output, statistic)
+        high, wide = module.kernel_size
+        shifts = ((2 * high - 1) * (2 * wide - 1) + 1) / 2
+        channels = module.in_channels / self.blocks
+        margin = 1 + module.dilation[1] * (wide - 1) / output.shape[-1]
+        return 2 * self.blocks * channels**2 * rows * shifts * margin
+
+    def _by_shifts(self, module: Any, rows: int) -> bool:
+        """True if `PatchMoment` makes the input's moment."""
+        sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
+        enough = (rows >= self.few_rows
+                  and module.in_channels >= self.few_channels * self.blocks)
+        return sliding and module.padding_mode == 'zeros' and enough
+
+    def _axes(self, module: Any, inputs: Tensor, positions: torch.Size) -> Iterator[Axis]:
+        left, _, top, _ = self._pads(module)
+        for size, count, kernel, step, pad in zip(
+                inputs.shape[2:], positions, module.kernel_size, module.dilation, (top, left),
+                strict=True):
+            yield Axis(size, count, tuple(place * step - pad for place in range(kernel)))
+
+
+class ConvTranspose2dLayer(ConvLayer):
+    """`nn.ConvTranspose2d`: every input position is one row.
+
+    It is a convolution whose input and output have changed places: a row's input are the channels
+    at its position (i), its gradient the patch of the output's gradient (o, kernel) that it wrote
+    to. G is accordingly (blocks, o kernel, i). The bias, which is added to pixels rather than to
+    patches, is left to the rule.
+    """
+
+    axes: ClassVar[int] = 2
+    module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose2d,)
+    joins_bias: ClassVar[bool] = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.rows, self.columns = self.weight[0].numel(), self.weight.shape[0] // self.blocks
+
+    def join(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return weight.to(self.working_dtype).reshape(self.blocks, self.columns, -1).mT
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        return [matrix.mT.reshape(self.weight.shape).to(self.weight.dtype)]
+
+    def count_rows(self, call: Call, gradient: Tensor, statistics: Any) -> int:
+        """Input positions of one call, or samples where they are reduced."""
+        samples = self.sample_count(call.module, gradient)
+        reduced = any(statistic.rows == REDUCED for statistic in statistics)
+        return samples if reduced else samples * self.position_count(call.module, gradient)
+
+    def input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
+        yield super().gradient_rows(module, inputs.to(self.working_dtype))
+
+    def input_power_sum(self, module: Any, inputs: Tensor, power: int) -> tuple[Tensor, int]:
+        return Layer.input_power_sum(self, module, inputs, power)
+
+    def reduced_input(self, module: Any, inputs: Tensor) -> Tensor:
+        inputs = self._batched(inputs).to(self.working_dtype)
+        return self._by_blocks(inputs.flatten(2).mean(2, keepdim=True))
+
+    def sampled_input(self, module: Any, inputs: Tensor, drawn: Tensor) -> Tensor:
+        return super().sampled_gradient(module, inputs.to(self.working_dtype), drawn)
+
+    def gradient_rows(self, module: Any, gradient: Tensor) -> Tensor:
+        return self._all_patches(module, gradient).flatten(1, 3).flatten(2)
+
+    def reduced_gradient(self, module: Any, gradient: Tensor) -> Tensor:
+        return self._all_patches(module, gradient).sum((-2, -1)).flatten(1, 3)
+
+    def sampled_gradient(self, module: Any, gradient: Tensor, drawn: Tensor) -> Tensor:
+        return super().sampled_input(module, gradient, drawn)
+
+    def position_count(self, module: Any, gradient: Tensor) -> int:
+        return self._output_size(module, self._batched(gradient)).numel()

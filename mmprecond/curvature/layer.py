@@ -93,6 +93,8 @@ class Layer:
     module_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     #: Which rows its statistics may be over.
     row_kinds: ClassVar[tuple[type[Rows], ...]] = (AllRows,)
+    #: Whether a bias may be a column of the weight's matrix.
+    joins_bias: ClassVar[bool] = True
     #: Whether its statistics are differences that a lower precision would ruin.
     needs_full_precision: ClassVar[bool] = False
 
@@ -236,7 +238,7 @@ class Layer:
     def count_rows(self, call: Call, gradient: Tensor, statistics: Sequence[Statistic]) -> int:
         """Rows of one call, by which its input statistics are averaged."""
         if any(statistic.rows == REDUCED for statistic in statistics):
-            return self.sample_count(gradient)
+            return self.sample_count(call.module, gradient)
         return gradient.numel() // max(1, self.blocks * self.rows)
 
     def measure(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor,
@@ -257,9 +259,10 @@ class Layer:
         drawn = torch.arange(0, device='cpu')
         sampled = [s.rows for s in statistics if isinstance(s.rows, SampledRows)]
         if sampled:  # the same for both sides
-            drawn = torch.randperm(self.position_count(gradient), generator=generator,
+            drawn = torch.randperm(self.position_count(call.module, gradient), generator=generator,
                                    device='cpu')
-            drawn = drawn[:sampled[0].count(self.sample_count(gradient))].to(gradient.device)
+            samples = self.sample_count(call.module, gradient)
+            drawn = drawn[:sampled[0].count(samples)].to(gradient.device)
         sums: dict[str, Tensor] = {}
         for statistic in statistics:
             rows = LayerRows(self, call.module, kept[0], gradient, statistic, drawn)
@@ -280,7 +283,7 @@ class Layer:
             return float((output if statistic.side.of_gradient else kept[0]).numel())
         rows = self.count_rows(call, output, (statistic,))
         if isinstance(statistic.rows, SampledRows):
-            samples = self.sample_count(output)
+            samples = self.sample_count(call.module, output)
             rows = min(rows, samples * statistic.rows.count(samples))
         return sum(statistic.form.measure_flops(rows, *shape)
                    for shape in self.shapes(statistic).values())
@@ -351,7 +354,7 @@ class Layer:
         """Chunks (blocks, i without bias, rows) of the input rows, in `working_dtype`."""
         raise TypeError(f'{type(self).__name__} must say what its input rows are')
 
-    def gradient_rows(self, gradient: Tensor) -> Tensor:
+    def gradient_rows(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """(blocks, o, rows) of an output gradient."""
         raise TypeError(f'{type(self).__name__} must say what its gradient rows are')
 
@@ -359,15 +362,15 @@ class Layer:
         """Mean input row of each sample (blocks, i without bias, samples)."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
-    def reduced_gradient(self, gradient: Tensor) -> Tensor:
+    def reduced_gradient(self, module: nn.Module, gradient: Tensor) -> Tensor:
         """Sum of the gradient rows of each sample (blocks, o, samples)."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
-    def sample_count(self, gradient: Tensor) -> int:
+    def sample_count(self, module: nn.Module, gradient: Tensor) -> int:
         """Number of samples."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
-    def position_count(self, gradient: Tensor) -> int:
+    def position_count(self, module: nn.Module, gradient: Tensor) -> int:
         """Number of positions a sample."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
@@ -375,7 +378,7 @@ class Layer:
         """Input rows at the drawn positions of each sample (blocks, i without bias, rows)."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
-    def sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
+    def sampled_gradient(self, module: nn.Module, gradient: Tensor, drawn: Tensor) -> Tensor:
         """Gradient rows at the drawn positions of each sample (blocks, o, rows)."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 

@@ -20,25 +20,25 @@ class LinearLayer(Layer):
     def input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         yield inputs.to(self.working_dtype).reshape(-1, inputs.shape[-1]).t()[None]
 
-    def gradient_rows(self, gradient: Tensor) -> Tensor:
+    def gradient_rows(self, module: nn.Module, gradient: Tensor) -> Tensor:
         return gradient.reshape(-1, gradient.shape[-1]).t()[None]
 
     def reduced_input(self, module: nn.Module, inputs: Tensor) -> Tensor:
         return _by_sample(inputs.to(self.working_dtype)).mean(1).t()[None]
 
-    def reduced_gradient(self, gradient: Tensor) -> Tensor:
+    def reduced_gradient(self, module: nn.Module, gradient: Tensor) -> Tensor:
         return _by_sample(gradient).sum(1).t()[None]
 
-    def sample_count(self, gradient: Tensor) -> int:
+    def sample_count(self, module: nn.Module, gradient: Tensor) -> int:
         return len(_by_sample(gradient))
 
-    def position_count(self, gradient: Tensor) -> int:
+    def position_count(self, module: nn.Module, gradient: Tensor) -> int:
         return _by_sample(gradient).shape[1]
 
     def sampled_input(self, module: nn.Module, inputs: Tensor, drawn: Tensor) -> Tensor:
-        return self.sampled_gradient(inputs, drawn).to(self.working_dtype)
+        return self.sampled_gradient(module, inputs, drawn).to(self.working_dtype)
 
-    def sampled_gradient(self, gradient: Tensor, drawn: Tensor) -> Tensor:
+    def sampled_gradient(self, module: nn.Module, gradient: Tensor, drawn: Tensor) -> Tensor:
         return _by_sample(gradient)[:, drawn].flatten(0, 1).t()[None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .attention import ATTENTION_TYPES, UNREADABLE, AttentionLayer
-from .conv import Conv2dLayer
+from .conv import Conv1dLayer, Conv2dLayer, Conv3dLayer, ConvTranspose2dLayer
 from .layer import Layer
 from .linear import LinearLayer
 
@@ -14,9 +14,14 @@ from .linear import LinearLayer
 #: inputs and old versions only.
 LAYER_TYPES: dict[type[nn.Module] | str, type[Layer]] = {
     nn.Linear: LinearLayer,
+    nn.Conv1d: Conv1dLayer,
     nn.Conv2d: Conv2dLayer,
+    nn.Conv3d: Conv3dLayer,
+    nn.ConvTranspose2d: ConvTranspose2dLayer,
     'mmcv.cnn.bricks.wrappers.Linear': LinearLayer,
     'mmcv.cnn.bricks.wrappers.Conv2d': Conv2dLayer,
+    'mmcv.cnn.bricks.wrappers.Conv3d': Conv3dLayer,
+    'mmcv.cnn.bricks.wrappers.ConvTranspose2d': ConvTranspose2dLayer,
 }
 
 __all__ = ['ATTENTION_TYPES', 'LAYER_TYPES', 'attention_type', 'layer_type', 'qualified_name',

@@ -57,7 +57,7 @@ class LayerRows:
         """Sum of the rows' entries to a power (b, n, 1)."""
         layer = self.layer
         if self.statistic.side.of_gradient:
-            rows = layer.gradient_rows(self.gradient.to(layer.working_dtype))
+            rows = layer.gradient_rows(self.module, self.gradient.to(layer.working_dtype))
             return rows.pow(power).sum(2, keepdim=True)
         sums, count = layer.input_power_sum(self.module, self.inputs, power)
         if layer.bias is not None:
@@ -78,13 +78,13 @@ class LayerRows:
             return
         gradient = self.gradient.to(layer.working_dtype)
         if rows == REDUCED:
-            yield layer.reduced_gradient(gradient)
+            yield layer.reduced_gradient(self.module, gradient)
         elif isinstance(rows, SampledRows):
-            yield layer.sampled_gradient(gradient, self.drawn) * self._scale()
+            yield layer.sampled_gradient(self.module, gradient, self.drawn) * self._scale()
         else:
-            yield layer.gradient_rows(gradient)
+            yield layer.gradient_rows(self.module, gradient)
 
     def _scale(self) -> float:
         """Factor of drawn rows by which their products stand for those of all."""
-        positions: int = self.layer.position_count(self.gradient)
+        positions: int = self.layer.position_count(self.module, self.gradient)
         return (positions / max(1, len(self.drawn)))**0.5

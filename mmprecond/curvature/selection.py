@@ -114,7 +114,7 @@ class _Search:
         if kind is None or reason:
             self.left_out.append(LeftOut(name, type(module).__name__, reason))
         elif module is sharing[0]:
-            joint = bias is not None and self._joins(bias, weight)
+            joint = kind.joins_bias and bias is not None and self._joins(bias, weight)
             self.layers[name] = kind(self.names[id(weight)], sharing, weight,
                                      bias if joint else None, **self._options(weight))
 

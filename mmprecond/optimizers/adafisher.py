@@ -22,7 +22,7 @@ class FisherEMASGD(EMASGD):
 class AdaFisher(PreconditionedOptimizer):
     """The gradients' moving average divided by s h' + lambda, with L2 decay.
 
-    Parameters that belong to no Linear or Conv2d (norms, tokens) are divided by s h + lambda
+    Parameters that belong to no Linear or convolution (norms, tokens) are divided by s h + lambda
     likewise, with s from their own squared gradients and h from ones: the published code leaves
     them to a divisor of 1, with steps a thousand times smaller than all others, and its norm layers
     to a factor that is always 0 or 1.

@@ -49,7 +49,7 @@ class MAC(PreconditionedSGDM):
         """Reason why the first layer cannot be calibrated now, or ''."""
         layer = self.first_layer
         if layer is None:
-            return "the model's first Linear or Conv2d is not preconditioned"
+            return "the model's first Linear or convolution is not preconditioned"
         if self.calibrated:
             return f'{layer.name} is calibrated already'
         if self.t:
@@ -69,7 +69,7 @@ class MAC(PreconditionedSGDM):
         With several ranks each gives its own share.
 
         Args:
-            inputs: What the model's first Linear or Conv2d takes (for most networks the images), in
+            inputs: What the model's first Linear or convolution takes (mostly the images), in
                 one or many batches.
 
         Raises:

@@ -1,0 +1,292 @@
+"""Checks for those who add a layer type, a preconditioner or a rule: float64 oracles.
+
+Each raises AssertionError that says what is wrong; none needs more than torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .curvature import (
+    ALL,
+    GRADIENT,
+    INPUT,
+    REDUCED,
+    Capture,
+    Layer,
+    Moment,
+    SampledRows,
+    Statistic,
+    find_layers,
+)
+from .linalg import named_tensors
+from .optimizers import PreconditionedOptimizer, RuleOptimizer
+from .preconditioners import Preconditioner
+from .rules import SGDM, Rule
+
+#: Output elements whose gradient `check_layer` looks at.
+ELEMENTS = 60
+
+
+def check_layer(module: nn.Module, *inputs: Tensor, seed: int = 0) -> None:
+    """Checks that a module's layer pairs the right rows, and sums them up rightly.
+
+    The layer of a module is linear in its weight: the gradient of any output element by the weight
+    must be the sum of g x' over the layer's rows. That is compared with autograd's for single
+    output elements, one by one. Second moments are compared with those of the rows, as a capture
+    measures them in a backward pass over all inputs.
+
+    Args:
+        module: A module of a registered class, small.
+        inputs: One or more inputs.
+        seed: Of what is drawn.
+
+    Raises:
+        AssertionError: If something is wrong.
+    """
+    module = copy.deepcopy(module).double()
+    batches = [batch.detach().double() for batch in inputs]
+    found, left_out = find_layers(module, [dict(params=list(module.parameters()))])
+    assert found, f'no layer was found: {[left.reason for left in left_out]}'
+    (layer,) = found.values()
+    generator = torch.Generator().manual_seed(seed)
+    _check_matrix_form(layer, generator)
+    for batch in batches:
+        _check_pairs(layer, module, batch, generator)
+        _check_samples(layer, module, batch, generator)
+    _check_moments(layer, module, batches, generator)
+
+
+def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+
+def _close(found: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11,
+                               msg=lambda text: f'{what}: {text}')
+
+
+def _check_matrix_form(layer: Layer, generator: torch.Generator) -> None:
+    tensors = [_drawn(p, generator) for p in layer.parameters]
+    matrix = layer.join(*tensors)
+    assert tuple(matrix.shape) == layer.shape, (
+        f'join makes {tuple(matrix.shape)}, shape says {layer.shape}')
+    for tensor, piece in zip(tensors, layer.split(matrix), strict=True):
+        assert torch.equal(tensor, piece), 'split is not the inverse of join'
+
+
+def _rows(layer: Layer, module: nn.Module, inputs: Tensor,
+          gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """All input rows (b, i, n), with the 1 of a joint bias, and gradient rows (b, o, n)."""
+    chunks = [layer.with_ones(rows) for rows in layer.input_rows(module, inputs)]
+    return torch.cat(chunks, 2), layer.gradient_rows(module, gradient)
+
+
+def _check_pairs(layer: Layer, module: nn.Module, inputs: Tensor,
+                 generator: torch.Generator) -> None:
+    output = module(inputs)
+    chosen = torch.randperm(output.numel(), generator=generator)[:ELEMENTS]
+    for element in chosen.tolist():
+        gradient = torch.zeros_like(output)
+        gradient.view(-1)[element] = 1
+        expected = torch.autograd.grad(output, layer.parameters, gradient, retain_graph=True)
+        right, left = _rows(layer, module, inputs, gradient)
+        assert right.shape[2] == left.shape[2], (
+            f'{right.shape[2]} input rows and {left.shape[2]} gradient rows')
+        _close(left @ right.mT, layer.join(*expected),
+               f'the gradient of output element {element} by the weight')
+
+
+def _check_samples(layer: Layer, module: nn.Module, inputs: Tensor,
+                   generator: torch.Generator) -> None:
+    """Reduced rows are means and sums of all rows, and all positions drawn are all rows."""
+    gradient = _drawn(module(inputs), generator)
+    samples = positions = 0
+    if len(layer.row_kinds) > 1:
+        samples = layer.sample_count(module, gradient)
+        positions = layer.position_count(module, gradient)
+    if not samples or not positions:
+        return
+    right, left = (torch.cat(list(layer.input_rows(module, inputs)), 2),
+                   layer.gradient_rows(module, gradient))
+    assert right.shape[2] == samples * positions, (
+        f'{right.shape[2]} rows, but {samples} samples of {positions} positions')
+    by_sample = [rows.unflatten(2, (samples, positions)) for rows in (right, left)]
+    if REDUCED.__class__ in layer.row_kinds:
+        _close(layer.reduced_input(module, inputs), by_sample[0].mean(3), 'reduced input')
+        _close(layer.reduced_gradient(module, gradient), by_sample[1].sum(3), 'reduced gradient')
+    if SampledRows in layer.row_kinds:
+        drawn = torch.randperm(positions, generator=generator)
+        _close(layer.sampled_input(module, inputs, drawn), by_sample[0][..., drawn].flatten(2),
+               'sampled input')
+        _close(layer.sampled_gradient(module, gradient, drawn),
+               by_sample[1][..., drawn].flatten(2), 'sampled gradient')
+
+
+def _check_moments(layer: Layer, module: nn.Module, batches: Sequence[Tensor],
+                   generator: torch.Generator) -> None:
+    capture = Capture()
+    statistics = (Statistic(INPUT, Moment(), ALL), Statistic(GRADIENT, Moment(), ALL))
+    capture.arm({layer: statistics})
+    outputs = [module(batch) for batch in batches]
+    gradients = [_drawn(output, generator) for output in outputs]
+    torch.autograd.backward(outputs, gradients)
+    capture.disarm()
+    staged = capture.staged[layer]
+    pairs = [_rows(layer, module, batch, gradient)
+             for batch, gradient in zip(batches, gradients, strict=True)]
+    assert staged.rows == sum(right.shape[2] for right, _ in pairs), (
+        f'{staged.rows} rows were counted, not {sum(right.shape[2] for right, _ in pairs)}')
+    for statistic, k in zip(statistics, (0, 1), strict=True):
+        total = torch.stack([pair[k] @ pair[k].mT for pair in pairs]).sum(0)
+        _close(staged.sums[statistic.key], total, statistic.key)
+
+
+class _Branches(nn.Module):
+    """Linear layers of equal shape, each on inputs of its own."""
+
+    def __init__(self, count: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size[1], size[0]) for _ in range(count))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.stack([torch.tanh(layer(one)).square().mean()
+                            for layer, one in zip(self.layers, inputs, strict=True)]).sum()
+
+
+def _batch(step: int, count: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    scales = torch.linspace(0.5, 2, count, dtype=torch.float64)[:, None, None]
+    return scales * torch.randn(count, 3 * width, width, generator=generator, dtype=torch.float64)
+
+
+def check_preconditioner(method: Preconditioner, size: tuple[int, int] = (4, 5)) -> None:
+    """Checks that a preconditioner's functions are those of a stack of layers.
+
+    Layers in one stack must act as each by itself; operators have the outlined shapes; a saved and
+    loaded run continues to the bit; statistics that are not finite are reported where they are and
+    nowhere else.
+
+    Args:
+        method: The preconditioner; for a rule of any kind, with short intervals.
+        size: o and i without bias of the linear layers.
+
+    Raises:
+        AssertionError: If something is wrong.
+    """
+    steps = 2 * method.refresh_interval + 1
+    assert steps <= 50, f'refresh_interval={method.refresh_interval} is too long to check'
+
+    def make(model: nn.Module) -> PreconditionedOptimizer:
+        defaults = dict(lr=0.05, momentum=0.5, weight_decay=0.01)
+        return PreconditionedOptimizer(model, model=model, rule=SGDM(), method=method,
+                                       defaults=defaults)
+
+    def train(model: nn.Module, optimizer: PreconditionedOptimizer, first: int, last: int,
+              part: slice = slice(None)) -> None:
+        for step in range(first, last):
+            optimizer.zero_grad()
+            model(_batch(step, 3, size[1])[part]).backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    together = _Branches(3, size).double()
+    optimizer = make(together)
+    alone = []
+    for k in range(3):
+        single = _Branches(1, size).double()
+        single.layers[0].load_state_dict(together.layers[k].state_dict())
+        alone.append(single)
+    train(together, optimizer, 0, steps)
+    if method.clip is None:  # a clip is over all layers
+        for k, single in enumerate(alone):
+            train(single, make(single), 0, steps, slice(k, k + 1))
+            for ours, own in zip(together.layers[k].parameters(), single.parameters(),
+                                 strict=True):
+                _close(ours.detach(), own.detach(), f'layer {k} in a stack of three and by itself')
+    _check_outline(optimizer)
+    _check_resume(together, optimizer, make, train, steps)
+    _check_report(optimizer)
+
+
+def _check_outline(optimizer: PreconditionedOptimizer) -> None:
+    (stack,) = optimizer.curvature.stacks
+    assert len(stack.ready()) == 3, 'after two intervals not every layer has an operator'
+    shapes = {name: tuple(t.shape[1:]) for name, t in named_tensors(stack.operators).items()}
+    outlined = {name: tuple(t.shape[1:]) for name, t in named_tensors(stack.outline).items()}
+    assert shapes == outlined, f'operators are {shapes}, outline says {outlined}'
+
+
+def _check_resume(model: nn.Module, optimizer: Any, make: Any, train: Any, steps: int) -> None:
+    twin = copy.deepcopy(model)
+    resumed = make(twin)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net, own in ((model, optimizer), (twin, resumed)):
+        train(net, own, steps, 2 * steps)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs), 'a resumed run departs'
+
+
+def _check_report(optimizer: PreconditionedOptimizer) -> None:
+    (stack,) = optimizer.curvature.stacks
+    for name in list(stack.statistics):
+        before = stack.statistics[name].clone()
+        stack.statistics[name][1] = float('nan')
+        _, succeeded = stack.method.refresh(stack.factors([0, 1, 2]), None, None)
+        assert succeeded.tolist() == [True, False, True], (
+            f'NaN in {name} of layer 1 of three is reported as {succeeded.tolist()}')
+        stack.statistics[name].copy_(before)
+
+
+def check_rule(rule: Rule, **hyper: Any) -> None:
+    """Checks a rule: batches of parameters, a resumed run, and a rate of zero.
+
+    Args:
+        rule: The rule.
+        hyper: Hyper-parameters in place of its defaults.
+
+    Raises:
+        AssertionError: If something is wrong.
+    """
+    missing = [name for name in rule.hyper if name != 'lr' and name not in rule.defaults]
+    assert not missing, f'defaults has no {", ".join(missing)}'
+    shapes = [(4, 3), (4, 3), (5,), (2, 3, 2)]
+
+    def make(params: Sequence[Tensor], lr: float = 0.05) -> RuleOptimizer:
+        return RuleOptimizer(params, copy.deepcopy(rule), {**rule.defaults, 'lr': lr, **hyper})
+
+    def draw(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+    def train(params: Sequence[Tensor], optimizer: RuleOptimizer, first: int, last: int,
+              chosen: Sequence[int] = range(4)) -> None:
+        for step in range(first, last):
+            gradients = draw(100 + step)
+            for p, k in zip(params, chosen, strict=True):
+                p.grad = gradients[k]
+            optimizer.step()
+
+    together = [nn.Parameter(p) for p in draw(0)]
+    optimizer = make(together)
+    train(together, optimizer, 0, 4)
+    for k in range(4):
+        single = [nn.Parameter(draw(0)[k])]
+        train(single, make(single), 0, 4, [k])
+        _close(single[0].detach(), together[k].detach(), f'parameter {k} by itself and in a batch')
+    twins = [nn.Parameter(p.detach().clone()) for p in together]
+    resumed = make(twins)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(together, optimizer, 4, 7)
+    train(twins, resumed, 4, 7)
+    for ours, theirs in zip(together, twins, strict=True):
+        assert torch.equal(ours, theirs), 'a resumed run departs'
+    still = [nn.Parameter(p) for p in draw(0)]
+    train(still, make(still, lr=0.), 0, 2)
+    for p, before in zip(still, draw(0), strict=True):
+        _close(p.detach(), before, 'at lr=0 a weight')
