@@ -40,7 +40,7 @@ def build(layers: Any = ALL, rule: Any = RULE, model: nn.Module | None = None,
 
 # ------------------------------------------------------------------- layers
 
-NAMES_OF_METHODS = ', '.join(METHODS)
+NAMES_OF_METHODS = ', '.join(sorted(METHODS))
 EXAMPLE = "preconditioner=dict(type='NewtonKronecker')"
 WRONG: dict[str, tuple[Any, list[str]]] = {
     'missing': (None, ['layers=None', 'write layers=[', EXAMPLE]),

@@ -173,7 +173,7 @@ def _parse_entry(where: str, entry: Any) -> Entry:
 def _parse_method(where: str, config: Any) -> Preconditioner | None:
     if config is None:
         return None
-    names = ', '.join(METHODS)
+    names = ', '.join(sorted(METHODS))
     if not isinstance(config, dict) or 'type' not in config:
         raise ValueError(f'{where}: preconditioner={config!r} has no type; write '
                          f'preconditioner=dict(type=...) with one of {names}')

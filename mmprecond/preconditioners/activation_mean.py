@@ -33,6 +33,7 @@ from ..curvature.attention import (
 )
 from ..linalg import Diagonal, Operators, RankOne
 from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping, damping_like
+from .registry import register_preconditioner
 
 #: 'paper': the method as published. 'official': as its authors' code does what differs.
 COMPATS = ('paper', 'official')
@@ -64,6 +65,7 @@ VALUE_PRODUCT_MEAN = Statistic(ProductMeanSide(
     key='value_product_mean')
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class ActivationMean(Preconditioner):
     """MAC: ``V = G (I - a a' / (rho + a'a))``, which is rho times ``G (rho I + a a')^-1``.

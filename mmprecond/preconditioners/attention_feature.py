@@ -21,6 +21,7 @@ from ..curvature.attention import (
 from ..linalg import Dense, Operators
 from .base import Factors
 from .input_feature import InputFeature, damped_inverse
+from .registry import register_preconditioner
 from .two_sided import recover_norm
 
 VARIANTS = ('thesis', 'gauss_newton')
@@ -41,6 +42,7 @@ class ProjectionMatrix(Dense):
         return self.matrix @ matrices
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class AttentionFeature(InputFeature):
     """AFOpt: one operator for each projection of attention, ``G R^-1`` on any other layer.

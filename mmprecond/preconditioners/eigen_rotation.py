@@ -12,11 +12,13 @@ from ..checks import check_choice, check_flag, check_number
 from ..curvature import GRADIENT, INPUT, Moment, RunningAverage, Side, Statistic
 from ..linalg import Dense, Operators, assign_columns, eigenbasis, orthogonal_iteration
 from .base import WHOLE_LAYERS, Factors, Preconditioner
+from .registry import register_preconditioner
 from .two_sided import two_sided
 
 BASIS_SOLVERS = ('eigh', 'qr')
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class EigenRotation(Preconditioner):
     """AdamR: Adam on ``U1' G U2``, its direction D turned back to ``U1 D U2'``.

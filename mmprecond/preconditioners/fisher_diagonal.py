@@ -13,10 +13,12 @@ from ..checks import check_choice, check_number
 from ..curvature import GRADIENT, INPUT, Layer, RunningAverage, Square, Statistic
 from ..linalg import Diagonal, Operators
 from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping, damping_like
+from .registry import register_preconditioner
 
 EMAS = ('paper', 'code')
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class FisherDiagonal(Preconditioner):
     """AdaFisher: the rule's direction D becomes ``D / (s h' + lambda)``, entry by entry.

@@ -27,6 +27,7 @@ from ..curvature import (
 )
 from ..linalg import Operators, cholesky_inverse
 from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping
+from .registry import register_preconditioner
 from .two_sided import damped_powers, recover_norm, relative_damping, two_sided
 
 REDUCTIONS = ('expand', 'reduce', 'sample')
@@ -38,6 +39,7 @@ SCALINGS = ('kl_clip', 'norm_recovery', 'none')
 LARGEST_PI = 1e10
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class FisherKronecker(Preconditioner):
     """KFAC and SKFAC, the thesis's baselines, with a switch for each thing in which they differ.

@@ -13,8 +13,10 @@ from ..checks import check_number
 from ..curvature import INPUT, Layer, RunningAverage, Square, Statistic
 from ..linalg import Diagonal, Operators
 from .base import WHOLE_LAYERS, Factors, Preconditioner
+from .registry import register_preconditioner
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class InputDiagonal(Preconditioner):
     """AdaAct: the rule's direction D becomes ``D diag(1 / (sqrt(v) + eps))``.

@@ -11,9 +11,11 @@ from ..checks import check_flag, check_number
 from ..curvature import INPUT, Factor, Moment, Power, RunningAverage, Statistic, add_damping
 from ..linalg import Operators, inverse_power
 from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
+from .registry import register_preconditioner
 from .two_sided import damped_powers, recover_norm, relative_damping, two_sided
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class InputFeature(InversePreconditioner):
     """FSGD: ``V = G R^-1``, scaled to the norm of G.

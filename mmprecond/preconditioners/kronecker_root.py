@@ -11,12 +11,14 @@ from ..checks import check_count, check_number
 from ..curvature import GRADIENT, INPUT, Moment, Power, RunningAverage, Statistic
 from ..linalg import Operators, inverse_power, newton_schulz_inverse_root
 from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
+from .registry import register_preconditioner
 from .two_sided import damped_powers, exact_relative_damping, recover_norm, two_sided
 
 #: With less than this almost every eigenvalue stands out.
 LEAST_LOWRANK_DAMPING = 1e-3
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class KroneckerRoot(InversePreconditioner):
     """AdaBK: ``V = L^-1/2 G R^-1/2``, scaled to the norm of G.

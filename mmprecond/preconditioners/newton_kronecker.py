@@ -11,9 +11,11 @@ from ..checks import check_count, check_number
 from ..curvature import GRADIENT, INPUT, Factor, Moment, Power, RunningAverage, Side, Statistic
 from ..linalg import Operators, cholesky_inverse, newton_inverse
 from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
+from .registry import register_preconditioner
 from .two_sided import damped_powers, recover_norm, two_sided
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class NewtonKronecker(InversePreconditioner):
     """NKFAC: ``V = L^-1 G R^-1``, scaled to the norm of G.

@@ -22,9 +22,11 @@ from ..curvature import (
 )
 from ..linalg import Operators, cholesky_inverse
 from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping, damping_like
+from .registry import register_preconditioner
 from .two_sided import damped_powers, two_sided
 
 
+@register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class NystromFeature(Preconditioner):
     """NysAct: ``V = G (A + rho I)^-1`` with A the Nystroem approximation of R by few columns.

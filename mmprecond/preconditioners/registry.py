@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checks import check_choice
-from .activation_mean import ActivationMean
-from .attention_feature import AttentionFeature
 from .base import Preconditioner, check_statistics
-from .eigen_rotation import EigenRotation
-from .fisher_diagonal import FisherDiagonal
-from .fisher_kronecker import FisherKronecker
-from .input_diagonal import InputDiagonal
-from .input_feature import InputFeature
-from .kronecker_root import KroneckerRoot
-from .newton_kronecker import NewtonKronecker
-from .nystrom_feature import NystromFeature
 
 #: Named sets of settings: what we recommend, and what published numbers were made with.
 SETS = ('default', 'published')
 
 #: Methods that a config may name.
-METHODS: dict[str, type[Preconditioner]] = {
-    kind.__name__: kind for kind in (
-        ActivationMean, AttentionFeature, EigenRotation, FisherDiagonal, FisherKronecker,
-        InputDiagonal, InputFeature, KroneckerRoot, NewtonKronecker, NystromFeature)}
+METHODS: dict[str, type[Preconditioner]] = {}
+
+Method = TypeVar('Method', bound=type[Preconditioner])
 
 
-def register_preconditioner(method: type[Preconditioner],
-                            name: str | None = None) -> type[Preconditioner]:
+def register_preconditioner(method: Method, name: str | None = None) -> Method:
     """Lets configs name one more method; also a decorator, above ``@dataclass``.
 
     Args:

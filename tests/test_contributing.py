@@ -1,0 +1,50 @@
+"""The recipes of CONTRIBUTING.md, followed."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmprecond.curvature import ATTENTION_TYPES, LAYER_TYPES
+from mmprecond.preconditioners import METHODS
+from mmprecond.rules import RULES
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / 'CONTRIBUTING.md').read_text()
+EXAMPLES = dict(re.findall(r'```python\n# example: ([^\n]+)\n(.*?)```', TEXT, flags=re.DOTALL))
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were() -> Iterator[None]:
+    known = [(registry, dict(registry))
+             for registry in (RULES, METHODS, LAYER_TYPES, ATTENTION_TYPES)]
+    yield
+    for registry, before in known:
+        registry.clear()
+        registry.update(before)
+
+
+@pytest.mark.parametrize('name', ['preconditioner', 'rule', 'layer', 'attention'])
+def test_a_recipe_works_as_it_stands(name: str, tmp_path: Path,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    module = f'recipe_{name}'
+    (tmp_path / f'{module}.py').write_text(EXAMPLES[name])
+    monkeypatch.syspath_prepend(tmp_path)
+    space = vars(importlib.import_module(module))
+    exec(compile(EXAMPLES[f'{name} test'], f'{name} test', 'exec', dont_inherit=True), space)
+
+
+def test_rooms_and_files_are_those_that_there_are() -> None:
+    package = ROOT / 'mmprecond'
+    rooms = {path.name for path in package.iterdir()
+             if path.is_dir() and path.name != '__pycache__'} - {'datasets'}
+    table = TEXT[TEXT.index('| room |'):TEXT.index("NKFAC's mathematics")]
+    assert set(re.findall(r'`(\w+)/`', table)) == rooms
+    for name in re.findall(r'`((?:mmprecond|curvature|core|preconditioners|optimizers|rules|linalg|'
+                           r'tests|docs)/[\w/]+\.(?:py|md))`', TEXT):
+        found = [ROOT / name, package / name]
+        assert any(path.is_file() for path in found) or 'input_scale' in name, name
