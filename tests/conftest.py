@@ -1,8 +1,10 @@
 """Settings of all tests."""
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 # On busy cores the threads of a pool wait for each other: 40 s in place of 0.3 s were seen.
@@ -17,3 +19,18 @@ if find_spec('hypothesis'):
     settings.register_profile('long', settings.get_profile('short'), derandomize=False,
                               max_examples=int(os.environ.get('FUZZ_EXAMPLES', 100)))
     settings.load_profile('short')
+
+
+@pytest.fixture
+def registries_as_they_were() -> Iterator[None]:
+    """Takes out again what a test registers."""
+    from mmprecond.curvature import ATTENTION_TYPES, LAYER_TYPES
+    from mmprecond.preconditioners import METHODS
+    from mmprecond.rules import RULES
+
+    known = [(registry, dict(registry))
+             for registry in (RULES, METHODS, LAYER_TYPES, ATTENTION_TYPES)]
+    yield
+    for registry, before in known:
+        registry.clear()
+        registry.update(before)

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from mmprecond.curvature import ATTENTION_TYPES, LAYER_TYPES
-from mmprecond.preconditioners import METHODS
-from mmprecond.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / 'CONTRIBUTING.md').read_text()
 EXAMPLES = dict(re.findall(r'```python\n# example: ([^\n]+)\n(.*?)```', TEXT, flags=re.DOTALL))
 
 
-@pytest.fixture(autouse=True)
-def registries_as_they_were() -> Iterator[None]:
-    known = [(registry, dict(registry))
-             for registry in (RULES, METHODS, LAYER_TYPES, ATTENTION_TYPES)]
-    yield
-    for registry, before in known:
-        registry.clear()
-        registry.update(before)
-
-
+@pytest.mark.usefixtures('registries_as_they_were')
 @pytest.mark.parametrize('name', ['preconditioner', 'rule', 'layer', 'attention'])
 def test_a_recipe_works_as_it_stands(name: str, tmp_path: Path,
                                      monkeypatch: pytest.MonkeyPatch) -> None:

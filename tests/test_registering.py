@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,6 @@ from test_arguments import refused
 from torch import Tensor, nn
 
 from mmprecond.curvature import (
-    ATTENTION_TYPES,
     GRADIENT,
     INPUT,
     LAYER_TYPES,
@@ -49,15 +48,7 @@ from mmprecond.preconditioners import (
 )
 from mmprecond.rules import RULES, AdamW, Rule, register_rule
 
-
-@pytest.fixture(autouse=True)
-def registries_as_they_were() -> Iterator[None]:
-    known = [(registry, dict(registry))
-             for registry in (RULES, METHODS, LAYER_TYPES, ATTENTION_TYPES)]
-    yield
-    for registry, before in known:
-        registry.clear()
-        registry.update(before)
+pytestmark = pytest.mark.usefixtures('registries_as_they_were')
 
 
 # ------------------------------------------------------------------- rules

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar
 
@@ -42,7 +42,7 @@ class Operator(ABC):
     @property
     def tensors(self) -> list[Tensor]:
         """Its tensors, in the order of `suffixes`."""
-        return [getattr(self, field.name) for field in fields(self)]
+        return list(vars(self).values())  # a dataclass has its fields there, in their order
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The operator with a function applied to each tensor."""

@@ -110,13 +110,13 @@ class EigenRotation(Preconditioner):
 
 def _transposed(operators: Operators, side: Side) -> Operators:
     """Operators of which that of one side, if there is one, is transposed."""
-    return {slot: operator.map(lambda basis: basis.mT) if slot == side.name else operator
-            for slot, operator in operators.items()}
+    basis = _basis_of(operators, side.name)
+    return operators if basis is None else {**operators, side.name: Dense(basis.mT)}
 
 
 def _basis_of(operators: Operators | None, slot: str) -> Tensor | None:
     """The matrix of a slot's operator, or None where there is none."""
-    if not operators:
+    if not operators or slot not in operators:
         return None
     basis, = operators[slot].tensors
     return basis
