@@ -100,7 +100,8 @@ def test_a_rotation_takes_every_elementwise_rule() -> None:
     assert torch.equal(models[0].weight, models[1].weight)
     refused(ValueError, lambda: Preconditioned(
         models[0], rule=dict(type='SignSGD', lr=0.1), layers=rotation),
-        'EigenRotation does not work with the rule SignSGD', 'AdamW or Adan or RAdamLike')
+        'EigenRotation does not work with the rule SignSGD',
+        ' or '.join(name for name, rule in RULES.items() if rule.elementwise))
 
 
 def broken(**members: Any) -> type:

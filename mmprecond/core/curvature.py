@@ -72,7 +72,7 @@ class Curvature:
         layers: The stack of each layer that is preconditioned.
         stacks: The stacks.
         left_out: Modules that take the plain rule, and why.
-        capture: What was measured since the last step.
+        capture: The hooks, and what they measured since the last step.
         dropped: Samples of layers that were not finite, since the start.
         monitor: Reports refreshes, where someone watches (see `watch_refreshes`); or None.
 
@@ -192,7 +192,7 @@ class Curvature:
         """Merges what was measured for a step into the running statistics."""
         due = list(self.due(step))
         if due:
-            self._schedule.recapture(())
+            self._schedule.recapture(())  # what was owed comes with these
             self._samples.collect(due, self.layers, step)
 
     def refresh(self, step: int) -> list[BasisSnapshot]:

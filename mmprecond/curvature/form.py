@@ -26,9 +26,9 @@ class Power:
     """Way in which ``(A + mu I)^-exponent`` is taken.
 
     Attributes:
-        solve: Of damped matrices and the last powers of their like (or None): the power, and
-            whether it succeeded (k, b).
-        exponent: The exponent that `solve` takes, for other forms than laid-out matrices.
+        solve: Called with damped matrices and the last result or None; returns the powers, and
+            whether each succeeded (k, b).
+        exponent: `solve` has it built in; other forms read it here.
         search: When a power is kept as columns; None: never.
     """
 
@@ -44,7 +44,7 @@ class Slots:
     Attributes:
         count: Number of slots.
         taken: The next slot; at first, this rank's first one.
-        generator: Draws the signs.
+        generator: Draws the columns' signs.
     """
 
     count: int
@@ -110,7 +110,7 @@ class Form(ABC):
     is_bounded: ClassVar[bool] = False
     #: Whether a call's sum is placed by `stage`, rather than added as it is.
     is_placed: ClassVar[bool] = False
-    #: Whether only sides that are declared with it have it.
+    #: Whether only sides that declare this form have it.
     is_special: ClassVar[bool] = False
 
     def keys(self, key: str) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ class Form(ABC):
         total *= factor
 
     def norm(self, samples: Sequence[Tensor], sizes: Sequence[float] | None) -> Tensor | float:
-        """Norm by which a sample is divided to count as any other.
+        """Norm by which a sample is divided, so that all samples weigh alike.
 
         Args:
             samples: Its tensors (b, n, m).

@@ -83,7 +83,7 @@ class Moment(Form):
 
 @dataclass(frozen=True)
 class Blocks(Form):
-    """Diagonal blocks of the second moment of a single block (count, m, m).
+    """Diagonal blocks of the second moment of a layer with one block (count, m, m).
 
     Attributes:
         most: Largest m; the side is cut into as few and equal blocks as that allows.

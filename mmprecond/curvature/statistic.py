@@ -15,9 +15,9 @@ class Side:
     """Rows that a layer has: of its input, of its output's gradient, or others that it declares.
 
     Attributes:
-        name: The slot of the operator that a statistic of this side makes.
+        name: Key of the side's operator, and beginning of its tensors' names.
         of_gradient: Whether the rows are gradients of the step's mean loss: their products are
-            summed, where those of all other rows are averaged.
+            summed, whereas those of all other rows are averaged.
     """
 
     name: str
@@ -55,7 +55,8 @@ class SampledRows(Rows):
 
     Attributes:
         positions: How many of each sample.
-        most_rows: In place of `positions`, how many of all samples together (at least one each).
+        most_rows: Bound on the rows of all samples of a call, in place of `positions`; at least
+            one of each sample is drawn.
     """
 
     suffix: ClassVar[str] = '_sampled'
