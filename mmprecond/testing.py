@@ -16,7 +16,6 @@ from .curvature import (
     ALL,
     GRADIENT,
     INPUT,
-    REDUCED,
     Capture,
     Layer,
     Moment,
@@ -24,6 +23,7 @@ from .curvature import (
     Statistic,
     find_layers,
 )
+from .curvature.statistic import ReducedRows
 from .linalg import named_tensors
 from .optimizers import PreconditionedOptimizer, RuleOptimizer
 from .preconditioners import Preconditioner
@@ -117,7 +117,7 @@ def _check_samples(layer: Layer, module: nn.Module, inputs: Tensor,
     assert right.shape[2] == samples * positions, (
         f'{right.shape[2]} rows, but {samples} samples of {positions} positions')
     by_sample = [rows.unflatten(2, (samples, positions)) for rows in (right, left)]
-    if REDUCED.__class__ in layer.row_kinds:
+    if ReducedRows in layer.row_kinds:
         _close(layer.reduced_input(module, inputs), by_sample[0].mean(3), 'reduced input')
         _close(layer.reduced_gradient(module, gradient), by_sample[1].sum(3), 'reduced gradient')
     if SampledRows in layer.row_kinds:

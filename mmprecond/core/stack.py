@@ -119,7 +119,9 @@ class LayerStack:
             return
         rest = [k for k, slot in enumerate(self.slots) if slot.layer is not layer]
         self.statistics = {name: s[rest] for name, s in self.statistics.items()} if rest else {}
-        self.operators = self.operators_of(rest) if rest else {}
+        self.operators, self.archive = (
+            map_tensors(held, lambda stacked: stacked[rest]) if rest else {}
+            for held in (self.operators, self.archive))
         self.slots = [self.slots[k] for k in rest]
         self._index = {slot.layer: k for k, slot in enumerate(self.slots)}
 

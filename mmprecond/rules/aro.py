@@ -23,7 +23,7 @@ PASSES = 5
 #: for tall matrices, and 33 for a softmax head, where it grows with the condition.
 ROUNDING = 1000
 
-#: Root mean square of a matrix's direction: about that of AdamW's, so that both share a rate.
+#: Root mean square of a matrix's update: about that of AdamW's, so that both share a rate.
 RMS = 0.2
 
 
@@ -31,7 +31,7 @@ class ARORule(MatrixRule):
     """ARO for matrices, AdamW for other parameters.
 
     With the gradient G (m, n), transposed where the right side is rotated, ``M = mu M +
-    (1 - mu) G``, ``R <- Q factor of M f(R' M)'``, and the direction is ``R f(R' M)`` with the new R
+    (1 - mu) G``, ``R <- Q factor of M f(R' M)'``, and the update is ``R f(R' M)`` with the new R
     (m, m), at a root mean square of 0.2.
 
     Args:
@@ -87,7 +87,7 @@ def rotated_step(
     """One step of ARO on momenta.
 
     Args:
-        matrix: M (k, m, n); where it is zero the rotation stays and the direction is zero.
+        matrix: M (k, m, n); where it is zero the rotation stays and the update is zero.
         rotation: R (k, m, m).
         norm: f.
 

@@ -18,7 +18,7 @@ class DCTAdamWRule(MatrixRule):
     """AdamW on the gradient's largest cosine coefficients for matrices, AdamW for the rest.
 
     With the gradient A (m, s), m >= s (transposed otherwise), the cosine basis Q (s, s) and the
-    columns c of ``A Q`` that are largest: ``a = A Q_c`` (m, r), u is AdamW's direction for a, and
+    columns c of ``A Q`` that are largest: ``a = A Q_c`` (m, r), u is AdamW's update for a, and
     the matrix's is ``u Q_c'``.
 
     Args:
