@@ -34,3 +34,24 @@ def registries_as_they_were() -> Iterator[None]:
     for registry, before in known:
         registry.clear()
         registry.update(before)
+
+
+@pytest.fixture
+def amp_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets AmpOptimWrapper be built on a machine without an accelerator."""
+    import mmengine.optim.optimizer.amp_optimizer_wrapper as module
+
+    monkeypatch.setattr(module, 'is_cuda_available', lambda: True)
+    monkeypatch.setattr(module, 'GradScaler',
+                        lambda **kwargs: torch.amp.GradScaler('cpu', **kwargs))
+    monkeypatch.setattr('mmengine.runner.amp.get_device', lambda: 'cpu')
+
+
+@pytest.fixture
+def window_attention_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers the window attention of `tests.support.mixed`."""
+    from mmprecond.curvature import qualified_name
+    from mmprecond.curvature.attention import ATTENTION_TYPES, WindowAttention
+    from tests.support.mixed import WindowMSA
+
+    monkeypatch.setitem(ATTENTION_TYPES, qualified_name(WindowMSA), WindowAttention)

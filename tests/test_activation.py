@@ -10,12 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_arguments import refused
-from test_capture import CONVS, EMPTY, geometries, loss_of, plain_copy
-from test_fsgd import classification
 from torch import Tensor, nn
 
-from helpers import ConvNet, TokenNet, factors_of, token_batches, train
 from mmprecond.curvature import GRADIENT, INPUT, Capture, Mean, Square, Statistic, find_layers
 from mmprecond.optimizers import (
     MAC,
@@ -28,8 +24,12 @@ from mmprecond.optimizers import (
     PreconditionedOptimizer,
 )
 from mmprecond.preconditioners import ActivationMean
-from reference import activation as oracle
-from reference.factors import gradient_rows, input_rows
+from tests.reference import activation as oracle
+from tests.reference.factors import gradient_rows, input_rows, plain_copy
+from tests.support.capture import CONVS, EMPTY, geometries, loss_of
+from tests.support.errors import refused
+from tests.support.factors import factors_of
+from tests.support.networks import ConvNet, TokenNet, classification, token_batches, train
 
 VECTORS = (Statistic(INPUT, Mean()), Statistic(INPUT, Square()), Statistic(GRADIENT, Square()))
 

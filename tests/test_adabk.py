@@ -11,18 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_arguments import refused
-from test_checkpoint import differences, everything, saved
-from test_trajectory import Convs, Tokens, follow, make_loss
-from test_trajectory import batch as rows
 from torch import Tensor, nn
 
-from helpers import factors_of
 from mmprecond.linalg import inverse_power, newton_schulz_inverse_root
 from mmprecond.optimizers import SGDMBK, AdamWBK, Preconditioned, PreconditionedOptimizer
 from mmprecond.preconditioners import KroneckerRoot
-from reference.factors import Loss, plain_copy
-from reference.root import ReferenceRoot, newton_schulz
+from tests.reference.factors import Loss, plain_copy
+from tests.reference.root import ReferenceRoot, newton_schulz
+from tests.support.errors import refused
+from tests.support.factors import factors_of
+from tests.support.states import differences, everything, saved
+from tests.support.trajectories import Convs, Tokens, follow, make_loss
+from tests.support.trajectories import batch as rows
 
 SGD = dict(lr=0.05, momentum=0.9, weight_decay=0.01)
 ADAM = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.02)

@@ -11,35 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_trajectory import Convs, Tokens, follow, make_loss
-from test_trajectory import batch as rows
 from torch import Tensor, nn
 
-from helpers import ConvNet, TokenNet, squared_error
 from mmprecond.curvature import Factor, Side
 from mmprecond.linalg import Dense
-from mmprecond.optimizers import AdamR, PreconditionedOptimizer
+from mmprecond.optimizers import AdamR
 from mmprecond.preconditioners import EigenRotation
-from reference.factors import Loss, plain_copy
-from reference.rotation import ReferenceRotation
-
-ADAMW = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.1)
-ADAN = dict(lr=0.01, betas=(0.8, 0.7, 0.95), eps=1e-4, weight_decay=0.1, rule='Adan')
-RULES = {'AdamW': ADAMW, 'Adan': ADAN}
-EVERY = dict(stat_interval=1, refresh_interval=1)
-SECOND = dict(stat_interval=2, refresh_interval=4)
-
-
-def both(make: Callable[[], nn.Module], rule: dict[str, Any] = ADAMW,
-         overrides: dict[str, dict[str, Any]] | None = None, **settings: Any
-         ) -> tuple[nn.Module, PreconditionedOptimizer, ReferenceRotation]:
-    torch.manual_seed(0)
-    model = make().double()
-    settings = EVERY | settings
-    reference = ReferenceRotation(plain_copy(model), **rule, **settings, overrides=overrides)
-    groups = [dict(params=[p], **(overrides or {}).get(name, {}))
-              for name, p in model.named_parameters()]
-    return model, AdamR(groups, model=model, **rule, **settings), reference
+from tests.reference.factors import Loss, plain_copy
+from tests.support.networks import ConvNet, TokenNet, squared_error
+from tests.support.rotation import ADAMW, EVERY, RULES, SECOND, both, entry, equals, run, tokens
+from tests.support.trajectories import Convs, Tokens, follow, make_loss
+from tests.support.trajectories import batch as rows
 
 
 def batches(make: Any, size: int = 16) -> Callable[[int], list[Loss]]:
@@ -52,14 +34,6 @@ def batches(make: Any, size: int = 16) -> Callable[[int], list[Loss]]:
         return [lambda model: squared_error(model(x), y)]
 
     return losses
-
-
-def tokens(step: int, **kwargs: Any) -> list[Loss]:
-    return [make_loss(rows(step, 12, 6), **kwargs)]
-
-
-def entry(optimizer: PreconditionedOptimizer, name: str) -> dict[str, Any]:
-    return copy.deepcopy(optimizer.state_dict()['precond']['layers'][name])
 
 
 # ------------------------------------------------------------------- trajectories
@@ -154,13 +128,6 @@ def test_float32_follows_float64() -> None:
 
 # ------------------------------------------------------------------- equal to Adam
 
-def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        for loss in tokens(step):
-            loss(model).backward()
-        optimizer.step()
-
 
 def inject(patch: pytest.MonkeyPatch, choose: Callable[[str, Tensor], Tensor]) -> None:
     """Chooses the bases (k, b, n, n), by the statistics' name and value."""
@@ -176,11 +143,6 @@ def inject(patch: pytest.MonkeyPatch, choose: Callable[[str, Tensor], Tensor]) -
 
 def eyes(name: str, statistic: Tensor) -> Tensor:
     return torch.eye(statistic.shape[-1]).to(statistic).expand_as(statistic).clone()
-
-
-def equals(model: nn.Module, other: nn.Module, atol: float = 1e-12) -> bool:
-    return all(torch.allclose(a, b, rtol=0, atol=atol)
-               for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_it_is_adamw_until_the_first_basis() -> None:

@@ -8,11 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_adamr import ADAMW, RULES, SECOND, both, entry, equals, run, tokens
-from test_arguments import refused
-from test_checkpoint import differences, everything, saved, warnings_of
-from test_trajectory import Tokens, follow, make_loss
-from test_trajectory import batch as rows
 from torch import Tensor, nn
 
 from mmprecond.core import RefreshError
@@ -20,7 +15,12 @@ from mmprecond.curvature import INPUT, Factor, Side
 from mmprecond.optimizers import AdamR, AdamWBK, Preconditioned, PreconditionedOptimizer
 from mmprecond.preconditioners import EigenRotation
 from mmprecond.rules import AdamW, Adan
-from reference.factors import plain_copy
+from tests.reference.factors import plain_copy
+from tests.support.errors import refused, warnings_of
+from tests.support.rotation import ADAMW, RULES, SECOND, both, entry, equals, run, tokens
+from tests.support.states import differences, everything, saved
+from tests.support.trajectories import Tokens, follow, make_loss
+from tests.support.trajectories import batch as rows
 
 
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:

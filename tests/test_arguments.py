@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmprecond.optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
+from tests.support.errors import refused
 
 Kind = type[PreconditionedOptimizer]
 
@@ -20,17 +21,6 @@ Kind = type[PreconditionedOptimizer]
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
-
-
-def refused(error: type[Exception], call: Callable[[], Any], *fragments: str) -> None:
-    """The call raises exactly this error, in one line that holds all fragments."""
-    with pytest.raises(error) as caught:
-        call()
-    assert type(caught.value) is error
-    message = str(caught.value)
-    assert '\n' not in message
-    for fragment in fragments:
-        assert fragment in message, message
 
 
 NUMBER = 'give a number'

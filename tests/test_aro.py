@@ -8,30 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_arguments import refused
 from torch import Tensor, nn
 
 from mmprecond.optimizers import ARO
 from mmprecond.rules.aro import NORMS, q_factor
-from reference.aro import ReferenceARO
-from reference.aro import q_factor as reference_factor
-
-SHAPES = ((8, 11), (11, 7), (11, 7), (7, 3, 2, 2), (9, 9), (6,), (), (1, 3), (3, 1))
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def parameters(shapes: Any = SHAPES) -> list[nn.Parameter]:
-    return [nn.Parameter(draw(*shape, seed=k)) for k, shape in enumerate(shapes)]
-
-
-def step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter],
-         gradients: list[Tensor]) -> None:
-    for p, g in zip(params, gradients, strict=True):
-        p.grad = g.clone()
-    optimizer.step()
+from tests.reference.aro import ReferenceARO
+from tests.reference.aro import q_factor as reference_factor
+from tests.support.errors import refused
+from tests.support.matrices import SHAPES, draw, parameters, step
 
 
 def gradients(t: int, params: list[nn.Parameter], side: str) -> list[Tensor]:

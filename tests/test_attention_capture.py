@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from attention_helpers import (
+from torch import Tensor
+
+from mmprecond.curvature import WindowAttention
+from mmprecond.optimizers import AFOpt
+from tests.support.attention import (
     VARIANTS,
     Reads,
     block_windows,
@@ -25,10 +29,6 @@ from attention_helpers import (
     spy,
     whole,
 )
-from torch import Tensor
-
-from mmprecond.curvature import WindowAttention
-from mmprecond.optimizers import AFOpt
 
 QKV = 'w_msa.qkv.weight'
 

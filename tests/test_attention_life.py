@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_helpers import (
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from mmprecond.optimizers import AdaAFOpt, AFOpt, PreconditionedOptimizer
+from tests.support.attention import (
     VARIANTS,
     Measured,
     backward,
@@ -26,11 +31,6 @@ from attention_helpers import (
     shift_window,
     swin,
 )
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
-
-from mmprecond.optimizers import AdaAFOpt, AFOpt, PreconditionedOptimizer
 
 SHAPE = (5, 4)
 

@@ -8,35 +8,27 @@ from statistics import median
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import factors_of
 from mmprecond.curvature.attention import softmax_gram
 from mmprecond.linalg import named_tensors
 from mmprecond.preconditioners.attention_feature import AttentionFeature, value_operator
 from mmprecond.preconditioners.input_feature import InputFeature
-from reference import attention as oracle
-from reference.attention import Block, draw_block, normal, only, part, stacked
+from tests.reference import attention as oracle
+from tests.reference.attention import Block, draw_block, normal, only, part, stacked
+from tests.support.factors import factors_of
+from tests.support.properties import distance, few, seeds
 
 VARIANTS = ('thesis', 'gauss_newton')
 SEEDS = range(50)
-
-few = settings(max_examples=40, deadline=None, derandomize=True)
-seeds = st.integers(0, 10**6)
 
 
 def spd(seed: int, *shape: int) -> Tensor:
     """Random positive definite matrices (*shape, shape[-1])."""
     rows = normal(seed, *shape, 2 * shape[-1])
     return rows @ rows.mT / rows.shape[-1]
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative to the size of what is expected, which must not be nothing."""
-    assert found.shape == expected.shape and expected.norm() > 0
-    return float((found - expected).norm() / expected.norm())
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -10,7 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from attention_helpers import (
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmprecond.curvature import PackedAttention, TokenAttention
+from mmprecond.optimizers import AFOpt
+from tests.reference.attention import normal
+from tests.support.attention import (
     VARIANTS,
     Reads,
     close,
@@ -28,13 +34,7 @@ from attention_helpers import (
     whole,
     windows_of,
 )
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from helpers import leave
-from mmprecond.curvature import PackedAttention, TokenAttention
-from mmprecond.optimizers import AFOpt
-from reference.attention import normal
+from tests.support.distributed import leave
 
 
 @pytest.fixture(name='reads')

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_helpers import feature_map, loss_of, shift_window
-from test_arguments import refused
-from test_engine import batch, build
 from torch import Tensor, nn
 
 from mmprecond.curvature import ATTENTION_TYPES, WindowAttention, qualified_name
 from mmprecond.engine import use_optimizer
 from mmprecond.optimizers import NKFAC, AdaAFOpt, AFOpt, PreconditionedOptimizer
+from tests.support.attention import feature_map, loss_of, shift_window
+from tests.support.classifier import batch, build
+from tests.support.errors import refused
 
 SHAPE = (5, 4)
 
@@ -77,7 +77,7 @@ def test_zero_inputs_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_micro_batches_draw_different_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under MMEngine too, whose wrapper arms the capture before each of them."""
-    from test_engine import Classifier
+    from tests.support.classifier import Classifier
 
     class Model(Classifier):
         def __init__(self) -> None:

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_helpers import (
+from torch import Tensor, nn
+
+from mmprecond.curvature import LinearLayer
+from mmprecond.optimizers import NKFAC, AFOpt, Preconditioned
+from tests.reference.attention import normal
+from tests.support.attention import (
     feature_map,
     layer_of,
     loss_of,
@@ -18,11 +23,6 @@ from attention_helpers import (
     same,
     shift_window,
 )
-from torch import Tensor, nn
-
-from mmprecond.curvature import LinearLayer
-from mmprecond.optimizers import NKFAC, AFOpt, Preconditioned
-from reference.attention import normal
 
 
 def beside(**modules: nn.Module) -> nn.Module:

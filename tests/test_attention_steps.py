@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from attention_helpers import (
+from torch import Tensor, nn
+
+from mmprecond.optimizers import NKFAC, AdaAFOpt, AFOpt, PreconditionedOptimizer
+from tests.reference import attention as oracle
+from tests.support.attention import (
     VARIANTS,
     backward,
     block_windows,
@@ -20,11 +24,7 @@ from attention_helpers import (
     slow_sums,
     swin,
 )
-from test_checkpoint import differences, everything, saved
-from torch import Tensor, nn
-
-from mmprecond.optimizers import NKFAC, AdaAFOpt, AFOpt, PreconditionedOptimizer
-from reference import attention as oracle
+from tests.support.states import differences, everything, saved
 
 SHAPE = (5, 4)
 

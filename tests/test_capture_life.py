@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_capture import compare, loss_of, staged
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from mmprecond.optimizers import NKFAC
-from reference.factors import Loss, measure, plain_copy
+from tests.reference.factors import Loss, measure, plain_copy
+from tests.support.capture import compare, loss_of, staged
 
 Captured = dict[str, tuple[Tensor, Tensor, int]]
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_arguments import refused
 from torch import Tensor, nn
 
-import reference  # noqa: F401 (one thread)
 from mmprecond.optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
+from tests.support.errors import refused, warnings_of
+from tests.support.late_layers import Net, train
+from tests.support.states import differences, everything, saved, walk
 
 KINDS: dict[str, tuple[type[PreconditionedOptimizer], dict[str, Any]]] = {
     'NKFAC': (NKFAC, dict(lr=0.05, momentum=0.9, weight_decay=0.01)),
@@ -25,76 +25,11 @@ KINDS: dict[str, tuple[type[PreconditionedOptimizer], dict[str, Any]]] = {
 }
 
 
-class Net(nn.Module):
-    """Layers of one shape of which the second one is used first, and a grouped convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(2, 4, 3, groups=2)
-        self.late, self.early = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.last = nn.Linear(4, 3, bias=False)
-
-    def forward(self, x: Tensor, late: bool) -> Tensor:
-        x = torch.tanh(self.norm(self.early(self.conv(x).mean((2, 3)))))
-        return self.last(self.late(x) if late else x)
-
-
 def make(kind: str = 'NKFAC', model: nn.Module | None = None,
          **options: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
     model = Net() if model is None else model
     cls, settings = KINDS[kind]
     return model, cls(model, **{**settings, 'stat_interval': 1, 'refresh_interval': 2, **options})
-
-
-def train(model: nn.Module, optimizer: PreconditionedOptimizer, steps: range) -> None:
-    for step in steps:
-        x = torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        (model(x, late=step >= 3)**2).mean().backward()
-        optimizer.step()
-
-
-def saved(state: dict[str, Any]) -> dict[str, Any]:
-    """A state through a file, as plain values."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def walk(value: Any, path: str = 'state') -> list[str]:
-    """Paths of everything that is no plain value."""
-    if isinstance(value, dict) and type(value) is dict:
-        return [bad for k, v in value.items() for bad in [*walk(k, path), *walk(v, f'{path}/{k}')]]
-    if type(value) in (list, tuple):
-        return [bad for k, v in enumerate(value) for bad in walk(v, f'{path}/{k}')]
-    return [] if type(value) in (int, float, str, bool, type(None), Tensor) else [path]
-
-
-def everything(model: nn.Module, optimizer: PreconditionedOptimizer) -> dict[str, Any]:
-    return copy.deepcopy({'model': dict(model.state_dict()), 'optimizer': optimizer.state_dict()})
-
-
-def differences(ours: Any, theirs: Any, path: str = '') -> list[str]:
-    """Paths at which two nested states differ in any bit."""
-    if isinstance(ours, dict):
-        if ours.keys() != theirs.keys():
-            return [f'{path}: {list(ours)} != {list(theirs)}']
-        return [d for k in ours for d in differences(ours[k], theirs[k], f'{path}/{k}')]
-    if isinstance(ours, (list, tuple)):
-        if len(ours) != len(theirs):
-            return [path]
-        return [d for k, (a, b) in enumerate(zip(ours, theirs, strict=True))
-                for d in differences(a, b, f'{path}/{k}')]
-    if isinstance(ours, Tensor):
-        return [] if ours.dtype == theirs.dtype and torch.equal(ours, theirs) else [path]
-    return [] if ours == theirs else [path]
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_oversize import normal
 from torch import Tensor
 
 from mmprecond.linalg import apply_columns, nystrom_columns, power_of_columns
+from tests.support.oversize import normal
 
 
 def dense_power(matrix: Tensor, damping: Tensor, exponent: float) -> Tensor:

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from test_invariants import Net, train
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from mmprecond.optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
-
-#: Methods of a tensor that wait for its device.
-WAITING = {'item', 'tolist', 'cpu', 'numpy', 'nonzero', 'equal', 'unique', '__bool__', '__float__',
-           '__int__', '__index__'}
-
-
-class Waits(TorchFunctionMode):
-    """Notes every call that would wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, '__name__', '') in WAITING:
-            self.seen.append(func.__name__)
-        return func(*args, **(kwargs or {}))
+from tests.support.hooks import Net, Waits, train
 
 
 @pytest.mark.parametrize('kind', [NKFAC, AdaNKFAC])

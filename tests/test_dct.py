@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_arguments import refused
-from test_aro import draw, parameters, step
 from torch import nn
 
 from mmprecond.linalg import cosine_basis
 from mmprecond.optimizers import DCTAdamW
-from reference.dct import ReferenceDCT, cosines
+from tests.reference.dct import ReferenceDCT, cosines
+from tests.support.errors import refused
+from tests.support.matrices import draw, parameters, step
 
 SHAPES = ((5, 7), (7, 4), (7, 4), (4, 3, 2, 2), (4, 4), (6,), (), (1, 3))
 

@@ -12,9 +12,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers import TokenNet, leave, squared_error, token_batches
 from mmprecond.distributed import sum_over_ranks
 from mmprecond.optimizers import NKFAC, AdaNKFAC
+from tests.support.distributed import leave
+from tests.support.networks import TokenNet, squared_error, token_batches
 
 STEPS = 7
 SETTINGS = {

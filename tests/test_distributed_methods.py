@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers import leave, squared_error
 from mmprecond.optimizers import (
     FSGD,
     KFAC,
@@ -30,6 +29,8 @@ from mmprecond.optimizers import (
     PreconditionedOptimizer,
 )
 from mmprecond.preconditioners import EigenRotation
+from tests.support.distributed import leave
+from tests.support.networks import squared_error
 
 STEPS, BATCH = 5, 24
 RULE = dict(lr=0.02, weight_decay=1e-3, stat_interval=1, refresh_interval=2)

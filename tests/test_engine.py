@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseModel, ExponentialMovingAverage
+from mmengine.model import ExponentialMovingAverage
 from mmengine.optim import (
     AmpOptimWrapper,
     ApexOptimWrapper,
@@ -20,7 +20,7 @@ from mmengine.optim import (
     build_optim_wrapper,
 )
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
-from torch import Tensor, nn
+from torch import nn
 
 import mmprecond
 from mmprecond.engine import PrecondOptimWrapperConstructor, use_optimizer
@@ -29,34 +29,7 @@ from mmprecond.engine.registration import _register, optimizer_types, register_a
 from mmprecond.engine.wrapper import MIXINS, mixed_wrapper
 from mmprecond.optimizers import NKFAC, AdaNKFAC, RuleOptimizer
 from mmprecond.rules import AdamW
-
-
-class Classifier(BaseModel):
-    """A small MMEngine model; 'tensor' mode is never trained on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.norm = nn.BatchNorm2d(6)
-        self.fc = nn.Linear(6, 4)
-
-    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Any:
-        out = self.fc(torch.relu(self.norm(self.conv(inputs))).mean((2, 3)))
-        if mode == 'loss':
-            return dict(loss=nn.functional.cross_entropy(out, data_samples))
-        return out
-
-
-def build(model: nn.Module, **cfg: Any) -> OptimWrapper:
-    cfg.setdefault('optimizer', dict(type='NKFAC', lr=0.1, weight_decay=0., stat_interval=2,
-                                     refresh_interval=4))
-    return build_optim_wrapper(model, dict(constructor='PrecondOptimWrapperConstructor', **cfg))
-
-
-def batch(size: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return dict(inputs=torch.randn(size, 3, 8, 8, generator=generator),
-                data_samples=torch.randint(0, 4, (size,), generator=generator))
+from tests.support.classifier import Classifier, Labelled, batch, build
 
 
 def hooks(model: nn.Module) -> int:
@@ -114,31 +87,12 @@ def test_a_moving_average_of_the_model_feeds_nothing() -> None:
         assert not wrapper.optimizer.curvature.capture.staged
 
 
-class Labelled(OptimWrapper):
-    """A user's own wrapper."""
-
-    def __init__(self, label: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.label = label
-
-
 def test_any_wrapper_class_is_kept() -> None:
     first = build(Classifier(), type=Labelled, label='mine')
     second = build(Classifier(), type=Labelled, label='mine')
     assert isinstance(first, Labelled) and first.label == 'mine'
     assert type(first) is type(second)
     assert pickle.loads(pickle.dumps(type(first))) is type(first)
-
-
-@pytest.fixture
-def amp_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets AmpOptimWrapper be built on a machine without an accelerator."""
-    import mmengine.optim.optimizer.amp_optimizer_wrapper as module
-
-    monkeypatch.setattr(module, 'is_cuda_available', lambda: True)
-    monkeypatch.setattr(module, 'GradScaler',
-                        lambda **kwargs: torch.amp.GradScaler('cpu', **kwargs))
-    monkeypatch.setattr('mmengine.runner.amp.get_device', lambda: 'cpu')
 
 
 def amp_statistics(model: nn.Module, **cfg: Any) -> dict[str, Any]:

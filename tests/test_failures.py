@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_invariants import curvature, same
 from torch import Tensor, nn
 
 from mmprecond.core import RefreshError
@@ -16,6 +15,7 @@ from mmprecond.curvature import INPUT, Factor, Side
 from mmprecond.linalg import Operators, map_tensors
 from mmprecond.optimizers import NKFAC
 from mmprecond.preconditioners import NewtonKronecker
+from tests.support.states import curvature, same
 
 Fails = Callable[[Tensor], bool]
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_arguments import refused
-from test_trajectory import Convs, Tokens, follow, make_loss
-from test_trajectory import batch as rows
 from torch import Tensor, nn
 
-from helpers import ConvNet, TokenNet, squared_error
 from mmprecond.optimizers import FSGD, FAdam, PreconditionedOptimizer
-from reference.factors import Loss, plain_copy
-from reference.feature import Feature, ReferenceFeature
-from reference.rules import ReferenceAdamW, ReferenceSGDM
+from tests.reference.factors import Loss, plain_copy
+from tests.reference.feature import Feature, ReferenceFeature
+from tests.reference.rules import ReferenceAdamW, ReferenceSGDM
+from tests.support.errors import refused
+from tests.support.networks import ConvNet, TokenNet, classification
+from tests.support.trajectories import Convs, Tokens, follow, make_loss
+from tests.support.trajectories import batch as rows
 
 SGD = dict(lr=0.05, momentum=0.9, weight_decay=0.01)
 ADAM = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.1)
@@ -34,18 +34,6 @@ def both(make: Callable[[], nn.Module], rule: dict[str, Any], **settings: Any
     reference = ReferenceFeature(plain_copy(model), steps, rule['lr'], rule['weight_decay'],
                                  **settings)
     return model, (FAdam if 'betas' in rule else FSGD)(model, **rule, **settings), reference
-
-
-def classification(make: Any) -> Callable[[int], list[Loss]]:
-    """Squared errors of ConvNet on small images, or of TokenNet on tokens."""
-    def losses(step: int) -> list[Loss]:
-        generator = torch.Generator().manual_seed(step)
-        shape = (3, 3, 5, 6) if make is ConvNet else (3, 4, 16)
-        x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3
-        y = torch.randint(0, 10, (3,), generator=generator)
-        return [lambda model: squared_error(model(x), y)]
-
-    return losses
 
 
 @pytest.mark.parametrize('settings', [

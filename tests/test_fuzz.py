@@ -15,20 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_cases import OPTIONS, RUN, Case, Net, freeze, losses, networks
 from hypothesis import assume, given, reject
 from hypothesis import strategies as st
-from test_checkpoint import differences, everything, saved
 from torch import nn
 
 from mmprecond import optimizers
 from mmprecond.optimizers import Preconditioned, PreconditionedOptimizer
-from reference.factors import Loss, plain_copy
-from reference.feature import ReferenceFeature
-from reference.kfac import ReferenceKFAC
-from reference.nkfac import ReferenceNKFAC
-from reference.root import ReferenceRoot
-from reference.rules import ReferenceAdamW, ReferenceAdan, ReferenceRule, ReferenceSGDM
+from tests.reference.factors import Loss, plain_copy
+from tests.reference.feature import ReferenceFeature
+from tests.reference.kfac import ReferenceKFAC
+from tests.reference.nkfac import ReferenceNKFAC
+from tests.reference.root import ReferenceRoot
+from tests.reference.rules import ReferenceAdamW, ReferenceAdan, ReferenceRule, ReferenceSGDM
+from tests.support.fuzz import OPTIONS, RUN, Case, Net, freeze, losses, networks
+from tests.support.states import differences, everything, saved
 
 pytestmark = pytest.mark.filterwarnings('ignore:Using padding=.same.:UserWarning')
 

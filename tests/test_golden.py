@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mmprecond.optimizers
-from helpers import ConvNet, TokenNet, squared_error
+from tests.support.networks import ConvNet, TokenNet, squared_error
 
 GOLDEN = Path(__file__).parent / 'golden'
 CASES = sorted(p.stem for p in GOLDEN.glob('*.npz') if not p.stem.startswith('data'))

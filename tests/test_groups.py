@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_trajectory import ADAM, SGD, Convs, Tokens, batch, follow, make_loss
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmprecond.optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
-from reference.factors import plain_copy
-from reference.nkfac import ReferenceNKFAC
+from tests.reference.factors import plain_copy
+from tests.reference.nkfac import ReferenceNKFAC
+from tests.support.trajectories import ADAM, SGD, Convs, Tokens, batch, follow, make_loss
 
 INTERVALS = dict(stat_interval=1, refresh_interval=1)
 

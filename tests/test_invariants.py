@@ -13,71 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import mmprecond
 from mmprecond.curvature import Capture
 from mmprecond.optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
-from reference.factors import plain_copy
-
-HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(2, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-        self.fc = nn.Linear(4, 3)
-        self.outputs: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv(x)
-        out = self.fc(self.relu(self.norm(conv)).mean((2, 3)))
-        self.outputs = [conv, out]
-        return out
+from tests.reference.factors import plain_copy
+from tests.support.hooks import Net, backward, hooks_of, images, train
+from tests.support.states import curvature, same
 
 
 def make(**options: Any) -> tuple[Net, NKFAC]:
     model = Net()
     settings = dict(stat_interval=1, refresh_interval=1)
     return model, NKFAC(model, lr=0.05, **{**settings, **options})
-
-
-def images(step: int = 0) -> Tensor:
-    return torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(step))
-
-
-def backward(model: nn.Module, step: int = 0, factor: float = 1.) -> None:
-    (factor * (model(images(step))**2).mean()).backward()
-
-
-def train(model: nn.Module, optimizer: PreconditionedOptimizer, steps: range) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-
-
-def hooks_of(model: nn.Module) -> int:
-    """Hooks on all modules and parameters."""
-    count = sum(len(getattr(m, name)) for m in model.modules() for name in HOOKS)
-    for p in model.parameters():
-        count += len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ())
-    return count
-
-
-def curvature(optimizer: PreconditionedOptimizer) -> dict[str, Tensor]:
-    """All statistics and operators, flat, copied."""
-    layers = optimizer.state_dict()['precond']['layers']
-    return {f'{name}/{kind}/{key}': value.clone() for name, entry in layers.items()
-            for kind in ('statistics', 'operator') for key, value in entry[kind].items()}
-
-
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
 # ------------------------------------------------------------------- 1: off a statistics step

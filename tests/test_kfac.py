@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_arguments import refused
-from test_checkpoint import Net, differences, everything, saved, walk, warnings_of
-from test_checkpoint import train as train_net
-from test_costs import Waits
-from test_fsgd import classification
-from test_trajectory import SGD, Convs, Tokens, follow, make_loss
-from test_trajectory import batch as rows
 from torch import Tensor, nn
 
 import mmprecond.optimizers
-from helpers import ConvNet, TokenNet
 from mmprecond.optimizers import KFAC, Preconditioned
-from reference.factors import Loss, plain_copy
-from reference.kfac import ReferenceKFAC
+from tests.reference.factors import Loss, plain_copy
+from tests.reference.kfac import ReferenceKFAC
+from tests.support.errors import refused, warnings_of
+from tests.support.hooks import Waits
+from tests.support.late_layers import Net
+from tests.support.late_layers import train as train_net
+from tests.support.networks import ConvNet, TokenNet, classification
+from tests.support.states import differences, everything, saved, walk
+from tests.support.trajectories import SGD, Convs, Tokens, follow, make_loss
+from tests.support.trajectories import batch as rows
 
 STAR = dict(damping_form='relative', damping=0.01, scaling='norm_recovery')
 

@@ -137,7 +137,6 @@ def test_without_positions_the_reductions_are_equal(case: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
-
 POOLED = [
     pytest.param(lambda: nn.Linear(3, 2, bias=False), (4, 3, 3), id='tokens, no bias'),
     pytest.param(lambda: nn.Linear(3, 2), (4, 3, 3), id='tokens'),

@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_helpers import feature_map, shift_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_arguments import refused
-from test_checkpoint import differences, everything, saved, warnings_of
 from torch import Tensor, nn
 
 from mmprecond.core.refresh import start_refresh
@@ -27,6 +24,9 @@ from mmprecond.linalg import (
 )
 from mmprecond.linalg.lowrank import SLACK
 from mmprecond.optimizers import FSGD, NKFAC, SGDMBK, AdaNKFAC, AFOpt, FAdam, Preconditioned
+from tests.support.attention import feature_map, shift_window
+from tests.support.errors import refused, warnings_of
+from tests.support.states import differences, everything, saved
 
 
 def moment(eigenvalues: Tensor, seed: int = 0) -> Tensor:

@@ -14,17 +14,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmengine.config import Config
 from mmengine.runner import Runner
-from test_arguments import refused
-from test_engine import Classifier, build
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from helpers import ConvNet, leave
 from mmprecond.engine import use_optimizer
 from mmprecond.engine.hooks import CalibrationHook
 from mmprecond.optimizers import MAC, NKFAC, SMAC
 from mmprecond.preconditioners import ActivationMean, CalibratedInput
-from reference.factors import input_rows
+from tests.reference.factors import input_rows
+from tests.support.classifier import Classifier, build
+from tests.support.distributed import leave
+from tests.support.errors import refused
+from tests.support.networks import ConvNet
 
 
 def photos(seed: int, count: int = 4) -> Tensor:

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_helpers import (
+from torch import Tensor, nn
+
+from mmprecond.optimizers import MAC
+from tests.support.attention import (
     block_windows,
     feature_map,
     images,
@@ -19,9 +22,6 @@ from attention_helpers import (
     shift_window,
     swin,
 )
-from torch import Tensor, nn
-
-from mmprecond.optimizers import MAC
 
 QKV = 'w_msa.qkv.weight'
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_arguments import refused
-from test_aro import draw, parameters, step
 from torch import Tensor, nn
 
-from helpers import ConvNet
 from mmprecond.optimizers import ARO, DCTAdamW, Preconditioned
 from mmprecond.optimizers.matrix_optimizer import MatrixOptimizer
 from mmprecond.rules import matrix as matrix_rule
+from tests.support.errors import refused
+from tests.support.matrices import draw, parameters, step
+from tests.support.networks import ConvNet
 
 SETTINGS: dict[type[MatrixOptimizer], dict[str, Any]] = {
     ARO: dict(lr=0.02, weight_decay=0.1),

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_helpers import feature_map, shift_window
-from test_capture import RawKronecker, loss_of
-from test_diagnostics import compare
 from torch import Tensor, nn
 
 from mmprecond.optimizers import NKFAC, AdamR, AFOpt, PreconditionedOptimizer
 from mmprecond.rules import SGDM
+from tests.support.attention import feature_map, shift_window
+from tests.support.capture import RawKronecker, loss_of
+from tests.support.forecasts import compare
 
 MODULES = {'conv': (nn.Conv2d(2, 4, 3, padding=1), (5, 2, 6, 6)),
            'grouped, strided': (nn.Conv2d(4, 4, 3, stride=2, groups=2, bias=False), (5, 4, 9, 9)),

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_guarantees import MEASURED, make, net, train
 
 from mmprecond.core import memory
+from tests.support.every_optimizer import MEASURED, make, net, train
 
 
 @pytest.mark.parametrize('options', [{}, dict(max_dim=10, oversize='lowrank', max_rank=4),

@@ -11,16 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.runner import Runner
-from test_arguments import refused
-from test_engine import Classifier
-from test_runner import OneBatch
 from torch import Tensor, nn
 
-from helpers import TokenNet, token_batches, train
 from mmprecond.core.monitor import Monitor, RefreshReport, fit_damping
 from mmprecond.engine import CurvatureHook
 from mmprecond.engine.hooks.curvature_hook import heat_map
 from mmprecond.optimizers import FSGD, MAC, NKFAC, AdamR
+from tests.support.classifier import Classifier, OneBatch
+from tests.support.errors import refused
+from tests.support.networks import TokenNet, token_batches, train
 
 
 def spd(n: int, blocks: int = 1) -> Tensor:

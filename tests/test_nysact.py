@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import TokenNet, token_batches, train
 from mmprecond.linalg import columns_to_matrix, nystrom_columns, power_of_columns
 from mmprecond.optimizers import NysAct
+from tests.support.networks import TokenNet, token_batches, train
 
 
 def moment_of(count: int, power: float, seed: int = 0) -> Tensor:

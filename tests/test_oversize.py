@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_trajectory import Convs, follow, make_loss
-from test_trajectory import batch as rows
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import reference.feature
-import reference.kfac
-import reference.nkfac
-import reference.root
-import reference.rules
+import tests.reference.feature
+import tests.reference.kfac
+import tests.reference.nkfac
+import tests.reference.root
+import tests.reference.rules
 from mmprecond.curvature import Blocks, Sketch
 from mmprecond.optimizers import (
     FSGD,
@@ -28,21 +26,16 @@ from mmprecond.optimizers import (
     AdamWBK,
     AdaNKFAC,
     FAdam,
-    PreconditionedOptimizer,
 )
-from reference.factors import plain_copy
-from reference.kfac import ReferenceKFAC, kfac_factors
+from tests.reference.factors import plain_copy
+from tests.reference.kfac import ReferenceKFAC, kfac_factors
+from tests.support.oversize import EVERY, FORMS, chain, normal, one_step
+from tests.support.trajectories import Convs, follow, make_loss
+from tests.support.trajectories import batch as rows
 
-FORMS = ['block', 'lowrank']
-EVERY = dict(stat_interval=1, refresh_interval=1)
 SGD = dict(lr=0.05, momentum=0.9, weight_decay=0.01)
 ADAM = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.02)
 STAR = dict(damping_form='relative', damping=0.01, scaling='norm_recovery')
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 # ------------------------------------------------------------------- what is measured
@@ -99,7 +92,7 @@ def test_statistics(case: str, reduction: str) -> None:
 
 # ------------------------------------------------------------------- trajectories
 
-NORMALISED = reference.nkfac.Factor.merge
+NORMALISED = tests.reference.nkfac.Factor.merge
 
 
 class Cut:
@@ -123,7 +116,7 @@ class Cut:
 
     def refresh(self, damping: float) -> None:
         """All parts are damped as that of the largest eigenvalue."""
-        tops = [reference.nkfac.power_iteration(part.running) for part in self.parts]
+        tops = [tests.reference.nkfac.power_iteration(part.running) for part in self.parts]
         for part, top in zip(self.parts, tops, strict=True):
             part.refresh(damping * max(tops) / top)
         self.refreshes += 1
@@ -133,7 +126,7 @@ class Cut:
         return torch.block_diag(*[part.inverse for part in self.parts])
 
 
-class CutFisher(reference.kfac.Block):
+class CutFisher(tests.reference.kfac.Block):
     """KFAC's factors without what is outside their diagonal blocks."""
 
     largest = 0
@@ -144,7 +137,7 @@ class CutFisher(reference.kfac.Block):
             return super().refresh(damping)
         self.inverses = []
         for factor in self.running:
-            tops = [reference.nkfac.power_iteration(p) for p in pieces(factor, self.largest)]
+            tops = [tests.reference.nkfac.power_iteration(p) for p in pieces(factor, self.largest)]
             damped = [piece + damping * max(tops) * torch.eye(len(piece)).double()
                       for piece in pieces(factor, self.largest)]
             self.inverses.append(torch.linalg.inv(torch.block_diag(*damped)))
@@ -153,39 +146,30 @@ class CutFisher(reference.kfac.Block):
 
 #: Optimizer, its reference, the name of the reference's factor, rule, settings.
 METHODS: dict[str, tuple[Any, Any, Any, str, dict[str, Any], dict[str, Any]]] = {
-    'NKFAC': (NKFAC, reference.nkfac.ReferenceNKFAC, reference.nkfac, 'Factor', SGD,
+    'NKFAC': (NKFAC, tests.reference.nkfac.ReferenceNKFAC, tests.reference.nkfac, 'Factor', SGD,
               dict(exact_interval=4)),
-    'AdaNKFAC': (AdaNKFAC, reference.nkfac.ReferenceNKFAC, reference.nkfac, 'Factor', ADAM,
-                 dict(solver='cholesky')),
-    'FSGD': (FSGD, None, reference.feature, 'Feature', SGD, dict(exponent=1., damping=0.03)),
-    'FAdam': (FAdam, None, reference.feature, 'Feature', ADAM, dict(exponent=0.5)),
-    'SGDMBK': (SGDMBK, reference.root.ReferenceRoot, reference.root, 'Root', SGD,
+    'AdaNKFAC': (AdaNKFAC, tests.reference.nkfac.ReferenceNKFAC, tests.reference.nkfac, 'Factor',
+                 ADAM, dict(solver='cholesky')),
+    'FSGD': (FSGD, None, tests.reference.feature, 'Feature', SGD, dict(exponent=1., damping=0.03)),
+    'FAdam': (FAdam, None, tests.reference.feature, 'Feature', ADAM, dict(exponent=0.5)),
+    'SGDMBK': (SGDMBK, tests.reference.root.ReferenceRoot, tests.reference.root, 'Root', SGD,
                dict(solver='eigh', damping=1e-3)),
-    'AdamWBK': (AdamWBK, reference.root.ReferenceRoot, reference.root, 'Root', ADAM,
+    'AdamWBK': (AdamWBK, tests.reference.root.ReferenceRoot, tests.reference.root, 'Root', ADAM,
                 dict(solver='eigh', damping=0.01)),
-    'KFAC': (KFAC, ReferenceKFAC, reference.kfac, 'Block', SGD, dict(STAR)),
-    'KFAC reduce': (KFAC, ReferenceKFAC, reference.kfac, 'Block', SGD,
+    'KFAC': (KFAC, ReferenceKFAC, tests.reference.kfac, 'Block', SGD, dict(STAR)),
+    'KFAC reduce': (KFAC, ReferenceKFAC, tests.reference.kfac, 'Block', SGD,
                     dict(STAR, reduction='reduce', scaling='none', damping=0.3)),
-    'KFAC pi': (KFAC, ReferenceKFAC, reference.kfac, 'Block', SGD, dict(damping=0.0625))}
+    'KFAC pi': (KFAC, ReferenceKFAC, tests.reference.kfac, 'Block', SGD, dict(damping=0.0625))}
 
 
 def reference_of(method: str, model: nn.Module, settings: dict[str, Any]) -> Any:
     _, kind, _, _, rule, _ = METHODS[method]
     if kind is not None:
         return kind(plain_copy(model), **rule, **settings)
-    steps = (reference.rules.ReferenceAdamW(rule['betas'], rule['eps']) if 'betas' in rule
-             else reference.rules.ReferenceSGDM(rule['momentum']))
-    return reference.feature.ReferenceFeature(plain_copy(model), steps, rule['lr'],
+    steps = (tests.reference.rules.ReferenceAdamW(rule['betas'], rule['eps']) if 'betas' in rule
+             else tests.reference.rules.ReferenceSGDM(rule['momentum']))
+    return tests.reference.feature.ReferenceFeature(plain_copy(model), steps, rule['lr'],
                                               rule['weight_decay'], **settings)
-
-
-def chain(*sizes: int, bias: bool = True) -> nn.Module:
-    """Linear layers with tanh between them."""
-    torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(i, o, bias=bias), nn.Tanh())
-              for i, o in zip(sizes, sizes[1:], strict=False)]
-    layers[-1] = layers[-1][0]
-    return nn.Sequential(*layers)
 
 
 class Ungrouped(Convs):
@@ -211,7 +195,7 @@ def in_blocks(method: str, net: str, patch: pytest.MonkeyPatch) -> None:
     settings = dict(EVERY, **options)
     real = getattr(module, factor)
     patch.setattr(CutFisher, 'largest', largest)
-    patch.setattr(module, factor, CutFisher if module is reference.kfac
+    patch.setattr(module, factor, CutFisher if module is tests.reference.kfac
                   else lambda s: Cut(real, s, largest))
     optimizer = kind(model, **rule, **settings, oversize='block', max_dim=largest)
     assert any(isinstance(statistic.form, Blocks) for stack in optimizer.curvature.stacks
@@ -264,15 +248,6 @@ class Peak(TorchDispatchMode):
             if isinstance(one, Tensor):
                 self.most = max(self.most, one.numel())
         return result
-
-
-def one_step(model: nn.Module, optimizer: PreconditionedOptimizer, x: Tensor) -> list[Tensor]:
-    """How far one step moves the parameters."""
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer.zero_grad()
-    (torch.tanh(model(x))**2).mean().backward()
-    optimizer.step()
-    return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
 
 
 @pytest.mark.parametrize('kind', [FSGD, NKFAC, SGDMBK, KFAC])

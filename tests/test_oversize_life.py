@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_helpers import reasons
 from mmengine.optim import build_optim_wrapper
-from test_arguments import refused
-from test_checkpoint import differences, everything, saved, warnings_of
-from test_engine import Classifier, batch
-from test_oversize import EVERY, FORMS, chain, normal, one_step
 from torch import Tensor, nn
 
 from mmprecond.core import RefreshError
@@ -32,6 +27,11 @@ from mmprecond.optimizers import (
     PreconditionedOptimizer,
 )
 from mmprecond.preconditioners import AttentionFeature
+from tests.support.attention import reasons
+from tests.support.classifier import Classifier, batch
+from tests.support.errors import refused, warnings_of
+from tests.support.oversize import EVERY, FORMS, chain, normal, one_step
+from tests.support.states import differences, everything, saved
 
 # ------------------------------------------------------------------- states and failures
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmengine.config import Config
 from mmengine.optim import LinearLR, OptimWrapper, build_optim_wrapper
-from test_arguments import refused
-from test_engine import Classifier, Labelled, batch, build
 from torch import Tensor, nn
 
-from helpers import leave
 from mmprecond.engine import peers, use_optimizer
+from tests.support.classifier import Classifier, Labelled, batch, build
+from tests.support.distributed import leave
+from tests.support.errors import refused
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
 from contestants import DECAY, DECAYS, MODELS

@@ -13,12 +13,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.optim.scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 from mmengine.registry import OPTIMIZERS
-from test_checkpoint import differences, everything
-from test_engine import Classifier, batch
 
 import mmprecond.optimizers
 from mmprecond.engine import constructor, use_optimizer
 from mmprecond.optimizers import AdaAFOpt, Preconditioned
+from tests.support.classifier import Classifier, batch
+from tests.support.states import differences, everything
 
 RULE = dict(type='AdamW', lr=0.01, weight_decay=0.1)
 LAYERS = [dict(match=dict(name='fc'), preconditioner=dict(

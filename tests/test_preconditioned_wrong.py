@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from test_arguments import refused
-from test_checkpoint import differences, everything, saved, warnings_of
-from test_preconditioned import (
+from torch import nn
+
+from mmprecond.optimizers import Preconditioned, PreconditionedOptimizer
+from mmprecond.preconditioners import METHODS, InputFeature
+from tests.support.errors import refused, warnings_of
+from tests.support.mixed import (
     ATTENTION,
     FEATURE,
     KRONECKER,
@@ -20,17 +23,15 @@ from test_preconditioned import (
     RULE,
     curvature,
     entry,
-    known_attention,  # noqa: F401 (a fixture)
     methods,
     net,
     run,
 )
-from torch import nn
-
-from mmprecond.optimizers import Preconditioned, PreconditionedOptimizer
-from mmprecond.preconditioners import METHODS, InputFeature
+from tests.support.states import differences, everything, saved
 
 ALL = [entry(KRONECKER)]
+
+pytestmark = pytest.mark.usefixtures('window_attention_is_known')
 
 
 def build(layers: Any = ALL, rule: Any = RULE, model: nn.Module | None = None,

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_arguments import refused
 from torch import nn
 
 from mmprecond import optimizers
 from mmprecond.engine.registration import optimizer_types
 from mmprecond.optimizers import SOAA, PreconditionedOptimizer
 from mmprecond.preconditioners import METHODS
+from tests.support.errors import refused
 
 NAMED = sorted(kind.__name__ for kind in optimizer_types() if kind.__name__ != 'Preconditioned')
 #: Of solvers that no source has.

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from test_arguments import refused
 from torch import Tensor, nn
 
 from mmprecond.curvature import (
@@ -47,6 +46,7 @@ from mmprecond.preconditioners import (
     register_preconditioner,
 )
 from mmprecond.rules import RULES, AdamW, Rule, register_rule
+from tests.support.errors import refused
 
 pytestmark = pytest.mark.usefixtures('registries_as_they_were')
 

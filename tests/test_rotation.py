@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import factors_of
 from mmprecond.linalg import Dense, assign_columns, eigenbasis, named_tensors, orthogonal_iteration
 from mmprecond.preconditioners import EigenRotation
-from reference.rotation import assigned, iterated
+from tests.reference.rotation import assigned, iterated
+from tests.support.factors import factors_of
 
 DTYPES = [torch.float32, torch.float64]
 SEEDS = st.integers(0, 10**6)

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_arguments import refused
-from test_checkpoint import differences, everything, saved
-from test_trajectory import Tokens, follow, make_loss
-from test_trajectory import batch as rows
 from torch import Tensor, nn
 
 from mmprecond.optimizers import AdaAFOpt, FAdam, Preconditioned, PreconditionedOptimizer
 from mmprecond.rules import RULES, AdamW, Adan, build_rule
-from reference.factors import plain_copy
-from reference.feature import ReferenceFeature
-from reference.rules import ReferenceAdamW, ReferenceAdan, ReferenceSGDM
+from tests.reference.factors import plain_copy
+from tests.reference.feature import ReferenceFeature
+from tests.reference.rules import ReferenceAdamW, ReferenceAdan, ReferenceSGDM
+from tests.support.errors import refused
+from tests.support.states import differences, everything, saved
+from tests.support.trajectories import Tokens, follow, make_loss
+from tests.support.trajectories import batch as rows
 
 FEATURE = [dict(preconditioner=dict(type='InputFeature', stat_interval=1, refresh_interval=1))]
 SHAPES = ((3, 4), (3,), (2, 3, 2, 2), (3, 4), (), (1, 1))

@@ -13,27 +13,12 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
-from test_engine import Classifier
-from torch.utils.data import Dataset
 
 from mmprecond.datasets import make_shape_folders, make_shapes
+from tests.support.classifier import Classifier, OneBatch
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = 'configs/quickstart/faster-rcnn_r18_fpn_shapes'
-
-
-class OneBatch(Dataset):
-    """The same eight samples at every iteration, whatever the sampler does after a resume."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.images = torch.randn(8, 3, 8, 8, generator=generator)
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(inputs=self.images[index], data_samples=index % 4)
 
 
 def run(work_dir: Path, iterations: int, resume: bool = False, **wrapper: Any) -> Runner:

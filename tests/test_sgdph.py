@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmengine.runner.checkpoint import load_state_dict
-from test_arguments import refused
-from test_engine import Classifier, batch, build
 from torch import Tensor, nn
 
-from helpers import ConvNet, leave, squared_error
 from mmprecond.optimizers import SGDPH, WeightNormConv2d, weight_norm
+from tests.support.classifier import Classifier, batch, build
+from tests.support.distributed import leave
+from tests.support.errors import refused
+from tests.support.networks import ConvNet, squared_error
 
 OPTIMIZER = dict(type='SGDPH', lr=0.05, momentum=0.9, weight_decay=1e-3)
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import io
 import json
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.shapes import digests, make, make_folders
+
 pytest.importorskip('PIL')
 COCO = pytest.importorskip('pycocotools.coco').COCO
 hypothesis = pytest.importorskip('hypothesis')
@@ -25,27 +26,12 @@ from PIL import Image  # noqa: E402
 from mmprecond.datasets import (  # noqa: E402
     CLASSES,
     PALETTE,
-    make_shape_folders,
     make_shapes,
     render_image,
     shapes,
 )
 
 TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'make_shapes.py'
-
-
-def make(out: Path, images: int = 4, size: int = 64, **kwargs: Any) -> Path:
-    return make_shapes(out, images, size, progress=False, **kwargs)
-
-
-def make_folders(out: Path, images: int = 4, **kwargs: Any) -> Path:
-    return make_shape_folders(out, images, progress=False, **kwargs)
-
-
-def digests(root: Path) -> dict[str, str]:
-    """Relative path of every file below ``root`` -> digest of its bytes."""
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(root.rglob('*')) if path.is_file()}
 
 
 def read(root: Path, split: str = 'train') -> Any:

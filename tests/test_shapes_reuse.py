@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_shapes import digests, make, make_folders
 
 from mmprecond.datasets import render_image, shapes
+from tests.support.shapes import digests, make, make_folders
 
 
 def modified(root: Path) -> dict[str, int]:

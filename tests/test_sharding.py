@@ -11,12 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_arguments import refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mmprecond.core.curvature
-from helpers import TokenNet, leave, squared_error, token_batches
 from mmprecond.core import sharding as module
 from mmprecond.distributed import longest_first, shard
 from mmprecond.optimizers import (
@@ -29,6 +27,9 @@ from mmprecond.optimizers import (
     AdaNKFAC,
     PreconditionedOptimizer,
 )
+from tests.support.distributed import leave
+from tests.support.errors import refused
+from tests.support.networks import TokenNet, squared_error, token_batches
 
 SOON: dict[str, Any] = dict(stat_interval=1, refresh_interval=2)
 METHODS = {

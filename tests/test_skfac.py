@@ -8,46 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_kfac_statistics import CONVS, loss_of, slow
-from test_kfac_statistics import positions as rows_of
-from test_trajectory import Convs, Tokens, follow, make_loss
-from test_trajectory import batch as rows
 from torch import Tensor, nn
 
 from mmprecond.curvature import Columns
-from mmprecond.optimizers import KFAC, SKFAC, PreconditionedOptimizer
-from reference.factors import plain_copy
-from reference.kfac import ReferenceKFAC
-from reference.nkfac import power_iteration
+from mmprecond.optimizers import KFAC, SKFAC
+from tests.reference.factors import plain_copy
+from tests.reference.kfac import ReferenceKFAC
+from tests.reference.nkfac import power_iteration
+from tests.support.samples import CONVS, loss_of, slow
+from tests.support.samples import positions as rows_of
+from tests.support.sketches import EVERY, Tall, close, entry, factors, images, measure
+from tests.support.trajectories import Convs, Tokens, follow, make_loss
+from tests.support.trajectories import batch as rows
 
-EVERY = dict(stat_interval=1, refresh_interval=1)
 SCALINGS = ['kl_clip', 'norm_recovery', 'none']
-
-
-def entry(optimizer: PreconditionedOptimizer, name: str = 'weight') -> dict[str, Any]:
-    return optimizer.state_dict()['precond']['layers'][name]
-
-
-def factors(optimizer: PreconditionedOptimizer, name: str = 'weight') -> tuple[Tensor, Tensor]:
-    """R and L; columns as their products."""
-    found = {}
-    for key, value in entry(optimizer, name)['statistics'].items():
-        found[key.split('_')[0]] = value @ value.mT if 'columns' in key else value.clone()
-    return found['input'], found['gradient']
-
-
-def measure(module: nn.Module, *inputs: Tensor, make: Any = KFAC, **settings: Any
-            ) -> PreconditionedOptimizer:
-    """One step with learning rate 0 on one call for each input."""
-    optimizer = make(module, lr=0., **settings)
-    sum(loss_of(module(x)) for x in inputs).backward()
-    optimizer.step()
-    return optimizer
-
-
-def close(ours: Any, theirs: Any) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b.expand_as(a), rtol=1e-10, atol=1e-12)
 
 
 # ------------------------------------------------------------------- all positions
@@ -179,27 +153,6 @@ def test_all_choices_are_equally_likely_and_unbiased(name: str) -> None:
 
 
 # ------------------------------------------------------------------- Woodbury
-
-class Tall(nn.Module):
-    """Sides of 14 to 31 in groups, a layer that is called twice, and short sides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 28, 3, groups=2, stride=2, padding=1)
-        self.narrow = nn.Conv2d(28, 5, 3, bias=False)
-        self.lift = nn.Linear(5, 20)
-        self.twice = nn.Linear(20, 20)
-        self.head = nn.Linear(20, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.narrow(torch.tanh(self.conv(x)))).flatten(2).mT
-        x = torch.tanh(self.twice(torch.tanh(self.lift(x))))
-        return self.head(torch.tanh(self.twice(x)).mean(1))
-
-
-def images(step: int, n: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(n, 4, 9, 7, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize('form, micro', [

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_arguments import refused
-from test_checkpoint import Net, differences, everything, saved, walk, warnings_of
-from test_checkpoint import train as train_net
-from test_costs import Waits
-from test_invariants import hooks_of
-from test_kfac_statistics import Scaler, loss_of
-from test_skfac import EVERY, Tall, close, entry, factors, images, measure
-from test_trajectory import make_loss
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmprecond.optimizers import KFAC, SKFAC, Preconditioned
+from tests.support.errors import refused, warnings_of
+from tests.support.hooks import Waits, hooks_of
+from tests.support.late_layers import Net
+from tests.support.late_layers import train as train_net
+from tests.support.samples import Scaler, loss_of
+from tests.support.sketches import EVERY, Tall, close, entry, factors, images, measure
+from tests.support.states import differences, everything, saved, walk
+from tests.support.trajectories import make_loss
 
 # ------------------------------------------------------------------- state, odd batches
 

@@ -12,14 +12,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from test_arguments import refused
-from test_engine import Classifier, amp_on_cpu, batch, build  # noqa: F401
 from torch import Tensor, nn
 
-from helpers import leave
 from mmprecond.optimizers import SOAA, AdaNKFAC
 from mmprecond.rules import TrustRegionAdam
-from reference.soaa import ReferenceSOAA
+from tests.reference.soaa import ReferenceSOAA
+from tests.support.classifier import (
+    Classifier,
+    batch,
+    build,
+)
+from tests.support.distributed import leave
+from tests.support.errors import refused
 
 SHAPES = ((3, 4), (3,), (), (2, 3, 2, 2))
 HYPER: dict[str, Any] = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, gamma=0.3)
@@ -303,7 +307,7 @@ def test_the_length_of_the_run() -> None:
 
 
 def test_the_wrapper_takes_the_loss_before_it_is_scaled(
-        amp_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+        amp_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
     adapt = TrustRegionAdam.adapt
     monkeypatch.setattr(TrustRegionAdam, 'adapt', lambda self, loss, predicted: (
@@ -319,7 +323,7 @@ def test_the_wrapper_takes_the_loss_before_it_is_scaled(
     assert 1. < seen[0] < 2.  # about log 4
 
 
-def test_an_overflow_step_leaves_everything(amp_on_cpu: None) -> None:  # noqa: F811
+def test_an_overflow_step_leaves_everything(amp_on_cpu: None) -> None:
     model = Classifier()
     wrapper = build(model, type='AmpOptimWrapper', dtype='bfloat16', loss_scale='dynamic',
                     optimizer=dict(CONFIG, total_steps=9))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_attention_math import distance, few, seeds
 
 from mmprecond.curvature.attention import softmax_gram
-from reference import attention as oracle
-from reference.attention import normal
+from tests.reference import attention as oracle
+from tests.reference.attention import normal
+from tests.support.properties import distance, few, seeds
 
 
 @few

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reference.rules import ReferenceAdamW
+from tests.reference.rules import ReferenceAdamW
 
 
 def unit(vector: Tensor) -> Tensor:

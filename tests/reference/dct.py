@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from reference.rules import ReferenceAdamW
+from tests.reference.rules import ReferenceAdamW
 
 
 def cosines(size: int) -> Tensor:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reference.factors import Loss
+from tests.reference.factors import Loss
 
 Options = dict[str, Any]
 ACTIVATIONS: dict[str, Callable[[Tensor, bool], Tensor]] = {

@@ -1,29 +1,15 @@
-"""Networks and small helpers that several tests use."""
+"""Small networks, their batches and losses."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmprecond import curvature
-from mmprecond.curvature import (
-    GRADIENT,
-    INPUT,
-    WEIGHT,
-    Columns,
-    Factor,
-    Mean,
-    Moment,
-    Side,
-    Square,
-    Statistic,
-)
+from tests.reference.factors import Loss
 
 
 class ConvNet(nn.Module):
@@ -77,26 +63,13 @@ def token_batches(count: int, size: int = 8, seed: int = 0) -> list[tuple[Tensor
              torch.randint(0, 10, (size,), generator=generator)) for _ in range(count)]
 
 
-def leave() -> None:
-    """Ends a worker process at once: gloo's threads at times abort an interpreter that ends."""
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+def classification(make: Any) -> Callable[[int], list[Loss]]:
+    """Squared errors of ConvNet on small images, or of TokenNet on tokens."""
+    def losses(step: int) -> list[Loss]:
+        generator = torch.Generator().manual_seed(step)
+        shape = (3, 3, 5, 6) if make is ConvNet else (3, 4, 16)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3
+        y = torch.randint(0, 10, (3,), generator=generator)
+        return [lambda model: squared_error(model(x), y)]
 
-
-def factors_of(tensors: Mapping[str, Tensor]) -> dict[Side, Factor]:
-    """Running statistics as a refresh takes them, from stacked tensors by their names."""
-    attention = {statistic.key: statistic for statistic in vars(curvature.attention).values()
-                 if isinstance(statistic, Statistic)}
-    forms = {'moment': Moment(), 'columns': Columns(), 'mean': Mean(), 'square': Square()}
-    found: dict[Side, Factor] = {}
-    for name, tensor in tensors.items():
-        if name == 'weight':
-            found[WEIGHT] = Factor(Moment(), (tensor,))
-        elif name in attention:
-            found[attention[name].side] = Factor(attention[name].form, (tensor,))
-        else:
-            side, form = name.split('_')
-            found[{'input': INPUT, 'gradient': GRADIENT}[side]] = Factor(forms[form], (tensor,))
-    return found
+    return losses

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmprecond.curvature import AttentionLayer, PackedAttention, Staged, WindowAttention
 from mmprecond.curvature.attention import Heads
 from mmprecond.optimizers import AFOpt, PreconditionedOptimizer
-from reference import attention as oracle
+from tests.reference import attention as oracle
 
 VARIANTS = ('thesis', 'gauss_newton')
 

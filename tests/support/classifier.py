@@ -1,0 +1,61 @@
+"""A small MMEngine model, its batches and wrappers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+class Classifier(BaseModel):
+    """A small MMEngine model; 'tensor' mode is never trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Any:
+        out = self.fc(torch.relu(self.norm(self.conv(inputs))).mean((2, 3)))
+        if mode == 'loss':
+            return dict(loss=nn.functional.cross_entropy(out, data_samples))
+        return out
+
+
+def build(model: nn.Module, **cfg: Any) -> OptimWrapper:
+    cfg.setdefault('optimizer', dict(type='NKFAC', lr=0.1, weight_decay=0., stat_interval=2,
+                                     refresh_interval=4))
+    return build_optim_wrapper(model, dict(constructor='PrecondOptimWrapperConstructor', **cfg))
+
+
+def batch(size: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return dict(inputs=torch.randn(size, 3, 8, 8, generator=generator),
+                data_samples=torch.randint(0, 4, (size,), generator=generator))
+
+
+class Labelled(OptimWrapper):
+    """A user's own wrapper."""
+
+    def __init__(self, label: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.label = label
+
+
+class OneBatch(Dataset):
+    """The same eight samples at every iteration, whatever the sampler does after a resume."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(8, 3, 8, 8, generator=generator)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(inputs=self.images[index], data_samples=index % 4)
