@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 if find_spec('hypothesis'):
     from hypothesis import HealthCheck, settings
 
-    # Of tests that do not say themselves how many examples they take (test_fuzz.py).
+    # For tests that do not set max_examples themselves, such as test_random_networks.py.
     settings.register_profile('short', max_examples=8, deadline=None, derandomize=True,
                               suppress_health_check=list(HealthCheck))
     settings.register_profile('long', settings.get_profile('short'), derandomize=False,

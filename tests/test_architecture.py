@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / 'mmprecond'
+from tests.support.paths import PACKAGE, ROOT
+
 #: From the ground up; a room imports from itself and from rooms before it.
 ROOMS = ('version', 'checks', 'linalg', 'distributed', 'curvature', 'preconditioners', 'rules',
          'core', 'second_order', 'optimizers', 'engine', 'datasets', 'testing', 'diagnostics',
@@ -159,3 +160,30 @@ def test_docstrings_name_the_thing(folder: str) -> None:
              if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
              and (text := ast.get_docstring(node)) and asking.match(text)]
     assert found == []
+
+
+def imported_tests(source: str) -> list[str]:
+    """Modules below tests/ that a file imports and that are not there to be imported."""
+    modules = [name for node in ast.walk(ast.parse(source))
+               for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                            else [node.module or ''] if isinstance(node, ast.ImportFrom) else [])]
+    return [name for name in modules if re.match(r'(tests\b|.*\btest_)', name)
+            and not re.match(r'tests\.(support|reference)\b', name)]
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'tests').rglob('*.py')),
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_import_from_support_and_reference_alone(path: Path) -> None:
+    assert imported_tests(path.read_text()) == []
+
+
+def test_an_import_of_a_test_is_found() -> None:
+    assert imported_tests('from tests.core.test_memory import a\nimport test_x\n'
+                          'from tests.support.errors import refused') == [
+        'tests.core.test_memory', 'test_x']
+
+
+def test_tests_mirror_the_rooms() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / '__init__.py').is_file()}
+    folders = {path.name for path in (ROOT / 'tests').iterdir() if (path / '__init__.py').is_file()}
+    assert folders - {'support', 'reference', 'tools', 'configs'} == rooms

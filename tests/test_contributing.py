@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 TEXT = (ROOT / 'CONTRIBUTING.md').read_text()
 EXAMPLES = dict(re.findall(r'```python\n# example: ([^\n]+)\n(.*?)```', TEXT, flags=re.DOTALL))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +23,7 @@ from mmprecond.optimizers import (
 )
 from tests.support.attention import feature_map, shift_window
 from tests.support.forecasts import compare
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
 
 
 class Net(nn.Module):

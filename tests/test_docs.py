@@ -16,8 +16,8 @@ from mmprecond.engine import launch
 from mmprecond.engine.registration import optimizer_types
 from mmprecond.engine.synthetic import random_model, synthetic_batch
 from mmprecond.preconditioners import METHODS
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = dict(re.findall(r'```python\n# example: ([^\n]+)\n(.*?)```',
                            (ROOT / 'docs/adapting.md').read_text(), flags=re.DOTALL))
 CONFIGS = [name for name in EXAMPLES if name != 'pytorch']
@@ -99,3 +99,17 @@ def test_the_example_in_plain_pytorch() -> None:
 def test_examples_are_all_there() -> None:
     assert set(EXAMPLES) == {'mmdetection', 'custom keys', 'hybrid', 'mmpretrain', 'layer decay',
                              'pytorch'}
+
+
+def test_guarantees_name_tests_that_there_are() -> None:
+    named = re.findall(r'`([\w/]*)(?:::(test_\w+))?`',
+                       (ROOT / 'docs/guarantees.md').read_text().split('Known limits')[0])
+    file, count = '', 0
+    for path, test in named:
+        if not (test or path.split('/')[-1].startswith('test_')):
+            continue
+        file = path or file
+        source = (ROOT / f'tests/{file}.py').read_text()
+        assert not test or f'def {test}(' in source, f'{file}::{test}'
+        count += 1
+    assert count > 60

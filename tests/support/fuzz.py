@@ -170,7 +170,7 @@ class Unit(nn.Module):
             z = act((self.main if part.extra == 'again' else self.other)(level))
             y = y + z.mean({2: 0, 3: 1, 4: (2, 3)}[x.dim()], keepdim=True)
         y = F.dropout(y, 0.3, self.training and part.dropout)
-        # References divide by blocks of zeros; the package leaves them alone (test_kfac.py).
+        # References divide by blocks of zeros; the package leaves them alone.
         alive = y.flatten(2).movedim(1, 0).flatten(1) if y.dim() == 4 else y.flatten()
         assume(bool(alive.any(-1).all()))
         y = self.norm(y)

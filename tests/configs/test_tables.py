@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / 'tools'))
 
 import verify_configs as verify  # noqa: E402
 

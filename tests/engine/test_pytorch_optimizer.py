@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from contestants import DECAY, DECAYS, MODELS
 from mmengine.config import Config
 from mmengine.optim import LinearLR, OptimWrapper, build_optim_wrapper
 from torch import Tensor, nn
@@ -20,9 +21,6 @@ from mmprecond.engine import peers, use_optimizer
 from tests.support.classifier import Classifier, Labelled, batch, build
 from tests.support.distributed import leave
 from tests.support.errors import refused
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
-from contestants import DECAY, DECAYS, MODELS
 
 NAMES = ('AdaBelief', 'AdamP', 'Adan', 'DiffGrad', 'Kron', 'Muon', 'RAdam', 'Ranger',
          'ScalableShampoo', 'SGDP', 'Shampoo', 'SOAP')

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmprecond import optimizers
+from tests.support.paths import GOLDEN
 
-RECORDED = Path(__file__).parent / 'golden' / 'checkpoints.pt'
+RECORDED = GOLDEN / 'checkpoints.pt'
 OFTEN = dict(stat_interval=1, refresh_interval=2)
 HYBRID: dict[str, Any] = dict(rule=dict(type='AdamW', lr=1e-3, weight_decay=0.05), layers=[
     dict(match=dict(module_type='MultiheadAttention'),

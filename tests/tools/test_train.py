@@ -16,8 +16,8 @@ from mmengine.runner import Runner
 
 from mmprecond.datasets import make_shape_folders, make_shapes
 from tests.support.classifier import Classifier, OneBatch
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = 'configs/quickstart/faster-rcnn_r18_fpn_shapes'
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.paths import TOOLS
 from tests.support.shapes import digests, make, make_folders
 
 pytest.importorskip('PIL')
@@ -31,7 +32,7 @@ from mmprecond.datasets import (  # noqa: E402
     shapes,
 )
 
-TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'make_shapes.py'
+TOOL = TOOLS / 'make_shapes.py'
 
 
 def read(root: Path, split: str = 'train') -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ import torch
 
 import mmprecond.optimizers
 from tests.support.networks import ConvNet, TokenNet, squared_error
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parent / 'golden'
 CASES = sorted(p.stem for p in GOLDEN.glob('*.npz') if not p.stem.startswith('data'))
 
 

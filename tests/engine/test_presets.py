@@ -18,6 +18,7 @@ import mmprecond.optimizers
 from mmprecond.engine import constructor, use_optimizer
 from mmprecond.optimizers import AdaAFOpt, Preconditioned
 from tests.support.classifier import Classifier, batch
+from tests.support.paths import ROOT
 from tests.support.states import differences, everything
 
 RULE = dict(type='AdamW', lr=0.01, weight_decay=0.1)
@@ -198,7 +199,7 @@ def test_a_config_may_inherit_and_replace(tmp_path: Path) -> None:
 @pytest.mark.parametrize('file', ['afopt.py', 'afopt_nkfac.py'])
 def test_lists_to_start_from(file: str) -> None:
     """configs/_base_, which the advice of `use_optimizer` names."""
-    path = Path(__file__).parents[1] / 'configs' / '_base_' / file
+    path = ROOT / 'configs' / '_base_' / file
     (layers,) = Config.fromfile(path).values()
     if file == 'afopt_nkfac.py':  # no attention in this model, and a match must hit
         with pytest.raises(ValueError, match='WindowMSA.*hits nothing'):
@@ -208,7 +209,7 @@ def test_lists_to_start_from(file: str) -> None:
     assert len(wrapper.optimizer.curvature.layers) == 2
 
 
-PRESETS = Config.fromfile(Path(__file__).parents[1] / 'configs/_base_/thesis.py').to_dict()
+PRESETS = Config.fromfile(ROOT / 'configs/_base_/thesis.py').to_dict()
 
 
 @pytest.mark.parametrize('name', PRESETS)
@@ -232,7 +233,7 @@ def test_presets_of_the_thesis(name: str) -> None:
 def test_a_preset_replaces_the_optimizer_of_a_toolbox(tmp_path: Path) -> None:
     """As its file says, where the toolbox's SGD has what AdamR does not take."""
     pytest.importorskip('mmdet')
-    folder = Path(__file__).parents[1] / 'configs/_base_'
+    folder = ROOT / 'configs/_base_'
     file = tmp_path / 'mine.py'
     file.write_text(
         f"_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '{folder}/thesis.py']\n"

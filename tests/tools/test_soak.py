@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.support.paths import TOOLS
 
 
 @pytest.mark.parametrize('optimizer, lr', [('NKFAC', 0.02), ('AdamR', 2e-3)])
 def test_faults_kills_and_resumption(optimizer: str, lr: float) -> None:
-    soak = Path(__file__).with_name('soak.py')
+    soak = TOOLS / 'soak.py'
     done = subprocess.run([sys.executable, soak, '--optimizer', optimizer, '--lr', str(lr),
                            '--steps', '100', '--kills', '2'], capture_output=True, text=True,
                           timeout=600)

@@ -2,7 +2,8 @@
 
 A few examples run by default. Many more::
 
-    OMP_NUM_THREADS=1 python -m pytest tests/test_fuzz.py --hypothesis-profile=long
+    OMP_NUM_THREADS=1 python -m pytest tests/optimizers/test_random_networks.py \
+        --hypothesis-profile=long
 
 FUZZ_EXAMPLES sets their number for each test. What fails is printed as plain data, enough to
 build it again.

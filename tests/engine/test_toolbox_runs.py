@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mmprecond.datasets import make_shape_folders, make_shapes
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {'mmdet': 'faster-rcnn_r18_fpn_shapes_narrow.py', 'mmpretrain': 'resnet18_shapes-cls.py'}
 #: What the toolbox's own configs train with is SGD.
 ARGUMENTS = ['optim_wrapper.constructor=mmprecond.PrecondOptimWrapperConstructor',

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tools'))
 from quickstart import MODELS, Run, table, verdict
 from results import at, best_rate, usual
 from results import table as comparison
 
+from tests.support.paths import ROOT
+
 BOX = 'coco/bbox_mAP'
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(optimizer: str, lr: float, seed: int, score: float, seconds: float = 10.) -> Run:

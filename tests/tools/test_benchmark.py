@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tools'))
+from tests.support.paths import ROOT
+
 benchmark = pytest.importorskip('benchmark')
 
 

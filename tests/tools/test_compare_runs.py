@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compare_runs  # noqa: E402
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
-
-import compare_runs  # noqa: E402
+from tests.support.paths import ROOT
 
 PAPER = """
 paper = dict(table='3.9', detector='mask_rcnn', optimizer='NKFAC', result=dict(APb=40.1, APm=36.6))
@@ -118,7 +117,7 @@ def test_a_run_unlike_its_row_of_the_paper_says_so(change: dict[str, Any], gpus:
     from mmprecond.engine import launch
 
     folder = make(tmp_path / 'run', '1', range(10, 50, 10))
-    cfg = launch.load_config(str(Path(__file__).parents[1] / 'configs/faster_rcnn'
+    cfg = launch.load_config(str(ROOT / 'configs/faster_rcnn'
                                  / 'faster-rcnn_r50_fpn_1x_coco_nkfac.py'))
     cfg.merge_from_dict(change | {'log_processor.window_size': 50})
     cfg.dump(folder / '1/vis_data/config.py')
@@ -165,7 +164,7 @@ def test_the_page_in_a_browser(folders: list[Path], tmp_path: Path) -> None:
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, 'tools/compare_runs.py', str(tmp_path)],
-                          cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                          cwd=ROOT, capture_output=True, text=True,
                           check=False)
     assert done.returncode == 1 and 'scalars.json' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
