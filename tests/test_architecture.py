@@ -130,8 +130,8 @@ BORROWED = {'_foreach', '_C', '_current_graph_task_id', '_utils', '_python_dispa
             '_base', '_get_scale_async', '_ext', '_accumulative_counts', '_scope_'}
 
 
-@pytest.mark.parametrize('path', [*FILES, *(Path('..') / 'tools' / path.name for path in sorted(
-    (PACKAGE.parent / 'tools').glob('*.py')))], ids=str)
+@pytest.mark.parametrize('path', [*FILES, *(Path('..') / path.relative_to(ROOT) for path in sorted(
+    (PACKAGE.parent / 'tools').rglob('*.py')))], ids=str)
 def test_no_private_member_is_used_across_modules(path: Path) -> None:
     """Of objects: what a class keeps to itself. Of modules: what they do not export."""
     tree = ast.parse((PACKAGE / path).read_text())

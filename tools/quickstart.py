@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from contestants import FOLDER, MODELS, ROOT, Model
 from tqdm import tqdm
+
+from common.contestants import FOLDER, MODELS, ROOT, Model
 
 
 @dataclass

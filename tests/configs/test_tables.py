@@ -15,9 +15,8 @@ from tests.support.paths import ROOT
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 
-import verify_configs as verify  # noqa: E402
-
 from mmprecond.engine import launch  # noqa: E402
+from paper import verify_configs as verify  # noqa: E402
 
 CONFIGS = verify.all_configs()
 DETECTOR = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco_nkfac'
@@ -55,9 +54,8 @@ def test_every_row_of_the_tables_has_one_config() -> None:
 
 
 def test_baselines_are_configs_with_another_optimizer() -> None:
-    import make_index
-
     from mmprecond.engine import use_optimizer
+    from paper import make_index
 
     entries = list(make_index.rows())
     for row in verify.paper.baselines():
@@ -128,7 +126,7 @@ def test_shared_parts_of_cifar_change_network_schedule_and_size_alone(path: Path
 
 
 def test_a_detector_builds_and_steps_at_its_real_size(tmp_path: Path) -> None:
-    """The cheapest; `tools/verify_configs.py` does all."""
+    """The cheapest; `tools/paper/verify_configs.py` does all."""
     (path,) = (path for path in CONFIGS if path.stem == 'retinanet_swin-t-p4-w7_fpn_1x_coco_afopt')
     data = verify.make_data(tmp_path, 1, 320)
     outcome = verify.take_steps(path, data, 1)
@@ -154,10 +152,10 @@ def test_a_process_that_dies_costs_its_own_row_alone(tmp_path: Path) -> None:
 
 
 def test_the_index_is_up_to_date() -> None:
-    import make_index
+    from paper import make_index
 
     for path, text in make_index.files().items():
-        assert path.read_text() == text, f'{path.name}: run python tools/make_index.py'
+        assert path.read_text() == text, f'{path.name}: run python tools/paper/make_index.py'
 
 
 def test_the_full_run_is_in_the_docs() -> None:
@@ -168,8 +166,9 @@ def test_the_full_run_is_in_the_docs() -> None:
 
 
 def test_the_index_as_mim_reads_it() -> None:
-    import make_index
     import yaml
+
+    from paper import make_index
 
     names = []
     for file in yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']:
@@ -203,9 +202,8 @@ def test_configs_travel_with_the_package(tmp_path: Path) -> None:
 
 
 def test_ablations_are_settings_of_their_configs() -> None:
-    import make_index
-
     from mmprecond import preconditioners
+    from paper import make_index
 
     methods = {'NKFAC': 'NewtonKronecker', 'AdamR': 'EigenRotation', 'AFOpt': 'AttentionFeature'}
     by_name = {path.stem: path for path in CONFIGS}

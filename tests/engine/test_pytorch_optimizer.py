@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from contestants import DECAY, DECAYS, MODELS
 from mmengine.config import Config
 from mmengine.optim import LinearLR, OptimWrapper, build_optim_wrapper
 from torch import Tensor, nn
 
+from common.contestants import DECAY, DECAYS, MODELS
 from mmprecond.engine import peers, use_optimizer
 from tests.support.classifier import Classifier, Labelled, batch, build
 from tests.support.distributed import leave

@@ -1,4 +1,4 @@
-"""tools/benchmark.py on a small model, and its arithmetic."""
+"""tools/analysis_tools/benchmark.py on a small model, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from tests.support.paths import ROOT
 
-benchmark = pytest.importorskip('benchmark')
+benchmark = pytest.importorskip('analysis_tools.benchmark')
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, 'tools/benchmark.py', *arguments], cwd=ROOT,
-                          capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run([sys.executable, 'tools/analysis_tools/benchmark.py', *arguments],
+                          cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
 
 
 def test_a_small_classifier(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""tools/compare_runs.py: logs of MMEngine, beside the paper, in Markdown and in a browser."""
+"""Reports of compare_runs.py: logs of MMEngine beside the paper, in Markdown and in a browser."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import compare_runs  # noqa: E402
 import pytest
 
+from analysis_tools import compare_runs  # noqa: E402
 from tests.support.paths import ROOT
 
 PAPER = """
@@ -163,7 +163,7 @@ def test_the_page_in_a_browser(folders: list[Path], tmp_path: Path) -> None:
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, 'tools/compare_runs.py', str(tmp_path)],
+    done = subprocess.run([sys.executable, 'tools/analysis_tools/compare_runs.py', str(tmp_path)],
                           cwd=ROOT, capture_output=True, text=True,
                           check=False)
     assert done.returncode == 1 and 'scalars.json' in done.stderr

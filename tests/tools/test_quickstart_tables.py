@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from analysis_tools.results import at, best_rate, usual
+from analysis_tools.results import table as comparison
 from quickstart import MODELS, Run, table, verdict
-from results import at, best_rate, usual
-from results import table as comparison
-
 from tests.support.paths import ROOT
 
 BOX = 'coco/bbox_mAP'

@@ -1,4 +1,4 @@
-"""tools/scaling.py on small sizes."""
+"""tools/analysis_tools/scaling.py on small sizes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 from tests.support.paths import ROOT
 
-scaling = pytest.importorskip('scaling')
+scaling = pytest.importorskip('analysis_tools.scaling')
 
 
 def test_table_and_figure(tmp_path: Path) -> None:
     arguments = ['--widths', '16,32,300', '--rows', '64,128', '--turns', '1', '--solvers',
                  'cholesky', 'lowrank', '--out', str(tmp_path)]
-    done = subprocess.run([sys.executable, 'tools/scaling.py', *arguments], cwd=ROOT,
+    done = subprocess.run([sys.executable, 'tools/analysis_tools/scaling.py', *arguments], cwd=ROOT,
                           capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / 'scaling.json').read_text())

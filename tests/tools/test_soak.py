@@ -12,7 +12,7 @@ from tests.support.paths import TOOLS
 
 @pytest.mark.parametrize('optimizer, lr', [('NKFAC', 0.02), ('AdamR', 2e-3)])
 def test_faults_kills_and_resumption(optimizer: str, lr: float) -> None:
-    soak = TOOLS / 'soak.py'
+    soak = TOOLS / 'analysis_tools/soak.py'
     done = subprocess.run([sys.executable, soak, '--optimizer', optimizer, '--lr', str(lr),
                            '--steps', '100', '--kills', '2'], capture_output=True, text=True,
                           timeout=600)

@@ -1,4 +1,4 @@
-"""Models that tools/quickstart.py and tools/results.py train, and optimizers on them."""
+"""Models that quickstart.py and results.py train, and optimizers on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'configs/quickstart'
 RATE = 'optim_wrapper.optimizer.lr'
 RULE_RATE = 'optim_wrapper.optimizer.rule.lr'

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmprecond import optimizers
 
-ROWS = Path(__file__).resolve().parent.parent / 'configs/paper_results.json'
+ROWS = Path(__file__).resolve().parents[2] / 'configs/paper_results.json'
 #: Epochs, and those at which the rate drops by 10.
 SCHEDULES = {'1x': (12, [8, 11]), '2x': (24, [16, 22]), '3x': (36, [27, 33])}
 #: Those of which MMDetection has configs for all the defaults in the tables.

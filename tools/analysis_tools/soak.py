@@ -1,6 +1,6 @@
 """A long run with faults: overflows, failing decompositions, kill -9 and resume.
 
-    python tools/soak.py --steps 2000 --kills 5
+    python tools/analysis_tools/soak.py --steps 2000 --kills 5
 
 The faults of a step are the same in all runs, so that a run that is killed and resumed must end
 with exactly the weights of one that never was; and one with overflows with those of a run that

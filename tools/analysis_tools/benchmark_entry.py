@@ -1,4 +1,4 @@
-"""An optimizer that tools/benchmark.py times: its copy of the model, its steps and their kinds."""
+"""An optimizer that benchmark.py times: its copy of the model, its steps and their kinds."""
 
 from __future__ import annotations
 

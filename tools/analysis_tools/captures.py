@@ -1,0 +1,139 @@
+"""Times what a capture adds, layer by layer, against laying out all patches and multiplying them.
+
+    python tools/analysis_tools/captures.py --model resnet18 --size 112 112 --batch 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mmprecond.curvature import Call, Layer, Statistic
+from mmprecond.engine import launch
+from mmprecond.linalg import matmul_precision, rounded
+from mmprecond.optimizers import NKFAC
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from analysis_tools.benchmark import MODELS, build_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Recorded:
+    """One call of a layer with what a capture reads of it."""
+
+    call: Call
+    kept: tuple[Tensor, ...]
+    gradient: Tensor
+
+
+def record(model: Any, batch: dict[str, Any], optimizer: NKFAC) -> list[Recorded]:
+    """All calls of the preconditioned layers in one forward and backward pass."""
+    found: list[Recorded] = []
+
+    def observe(call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs = tuple(tensor.detach().clone() for tensor in kept)  # ReLU works in place
+        output.register_hook(lambda g: found.append(Recorded(call, inputs, g.clone())))
+
+    optimizer.disarm()
+    handles = [handle for layer in optimizer.curvature.layers if layer.blocks == 1
+               for handle in layer.watch(observe, lambda *_: None)]
+    model.parse_losses(model(**batch, mode='loss'))[0].backward()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def unfolded(one: Recorded) -> list[Tensor]:
+    """Both factors from laid-out rows, as research codes form them."""
+    module: Any = one.call.module
+    (inputs,), gradient = one.kept, one.gradient
+    if gradient.dim() == 4 and inputs.dim() == 4:
+        rows = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)
+        rows, gradient = rows.transpose(1, 2).flatten(0, 1), gradient.permute(0, 2, 3, 1)
+    else:
+        rows = inputs.reshape(-1, inputs.shape[-1])
+    if one.call.layer.bias is not None:
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    gradient = gradient.reshape(-1, gradient.shape[-1])
+    return [rows.t() @ rows, gradient.t() @ gradient]
+
+
+def measured(one: Recorded, statistics: Sequence[Statistic]) -> dict[str, Tensor]:
+    """The same as the package does it."""
+    kept = tuple(map(rounded, one.kept))
+    return one.call.layer.measure(one.call, kept, rounded(one.gradient), statistics,
+                                  torch.Generator())
+
+
+def clock(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(calls: list[Recorded], optimizer: NKFAC, turns: int,
+            precision: str) -> dict[Layer, list[float]]:
+    """Seconds of ours and of laid-out rows by layer, each the least of some turns, in turns."""
+    seconds: dict[Layer, list[float]] = {}
+    for one in tqdm(calls, unit='call'):
+        statistics = optimizer.curvature.layers[one.call.layer].kept
+        pair = [float('inf'), float('inf')]
+        for _ in range(turns):
+            with matmul_precision(precision):
+                pair[0] = min(pair[0], clock(partial(measured, one, statistics)))
+            pair[1] = min(pair[1], clock(partial(unfolded, one)))
+        total = seconds.setdefault(one.call.layer, [0., 0.])
+        seconds[one.call.layer] = [a + b for a, b in zip(total, pair, strict=True)]
+    return seconds
+
+
+def table(seconds: dict[Layer, list[float]]) -> str:
+    """One row for each layer, and the sum, in Markdown."""
+    lines = ['| layer | o x i | ms | ms, laid out | ratio |', '|---' * 5 + '|']
+    rows = [(layer.name.removesuffix('.weight'), f'{layer.rows} x {layer.columns}', *pair)
+            for layer, pair in seconds.items()]
+    rows.append(('all', '', sum(row[2] for row in rows), sum(row[3] for row in rows)))
+    return '\n'.join([*lines, *(f'| {name} | {shape} | {1e3 * ours:.1f} | {1e3 * plain:.1f} | '
+                                f'{ours / plain:.2f} |' for name, shape, ours, plain in rows)])
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--model', default='resnet18',
+                        help=f'of {", ".join(MODELS)}, or a config; default: resnet18')
+    parser.add_argument('--batch', type=launch.count, default=16, help='images; default: 16')
+    parser.add_argument('--size', type=launch.count, nargs=2, default=(112, 112),
+                        metavar=('HEIGHT', 'WIDTH'), help='default: 112 112')
+    parser.add_argument('--turns', type=launch.count, default=5)
+    parser.add_argument('--precision', default='highest', help='of ours: matmul_precision')
+    args = parser.parse_args()
+    args.device = 'cpu'
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    with launch.one_line_errors():
+        launch.check_mmcv()
+        model, batches = build_model(args.model, args)
+        optimizer = NKFAC(model, lr=0.1)
+        calls = record(model, batches[0], optimizer)
+        print(table(compare(calls, optimizer, args.turns, args.precision)))
+
+
+if __name__ == '__main__':
+    main()

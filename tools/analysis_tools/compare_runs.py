@@ -1,0 +1,260 @@
+"""Compares finished or running trainings from MMEngine's own logs.
+
+Reads the work folders of tools/train.py (or of MMDetection's and MMPretrain's), and writes
+report.md and report.html: final scores beside the thesis's where the config names them, curves of
+loss and scores against iterations and seconds, what differs between the configs, and the machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from mmengine.config import Config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paper.rows import departures, plain, row_of
+
+TEMPLATES = Path(__file__).resolve().parent / 'templates'
+Point = tuple[int, float, float]  # iteration, seconds of training so far, value
+#: Scores in a table row of the paper, by their names in the log: of boxes alone, and of masks too.
+BOX = {'AP': 'coco/bbox_mAP', 'AP50': 'coco/bbox_mAP_50', 'AP75': 'coco/bbox_mAP_75',
+       'APs': 'coco/bbox_mAP_s', 'APm': 'coco/bbox_mAP_m', 'APl': 'coco/bbox_mAP_l'}
+MASK = {'APb': 'coco/bbox_mAP', 'APb50': 'coco/bbox_mAP_50', 'APb75': 'coco/bbox_mAP_75',
+        'APm': 'coco/segm_mAP', 'APm50': 'coco/segm_mAP_50', 'APm75': 'coco/segm_mAP_75'}
+TOP_1 = {'top1': 'accuracy/top1'}  # in per cent already
+#: Scores that are drawn, if a run has them.
+HEADLINES = ('coco/bbox_mAP', 'coco/segm_mAP', 'accuracy/top1')
+MACHINE = ('Python', 'GPU 0', 'GPU 0,1,2,3,4,5,6,7', 'CUDA available', 'PyTorch', 'MMEngine',
+           'Distributed training', 'GPU number')
+#: Parts of a config that say nothing of the method.
+UNINTERESTING = ('work_dir', 'resume', 'load_from', 'launcher', 'visualizer', 'vis_backends')
+
+
+@dataclass
+class Run:
+    """One training, as its folder tells.
+
+    Attributes:
+        name: Of the folder.
+        losses: Loss over time.
+        scores: Each score over time, by its name in the log.
+        config: The config, flat.
+        paper: The config's `paper` entry.
+        machine: What the log says of it.
+        notes: What a reader should know of how it was read.
+    """
+
+    name: str
+    losses: list[Point] = field(default_factory=list)
+    scores: dict[str, list[Point]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    paper: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def optimizer(self) -> str:
+        return str(self.config.get('optim_wrapper.optimizer.type', 'unknown'))
+
+    @property
+    def iterations(self) -> int:
+        return self.losses[-1][0] if self.losses else 0
+
+    @property
+    def seconds(self) -> float:
+        return self.losses[-1][1] if self.losses else 0.
+
+    def last(self, score: str) -> float | None:
+        """A score at the last evaluation."""
+        points = self.scores.get(score)
+        return points[-1][2] if points else None
+
+    @property
+    def source(self) -> str:
+        """The part of the thesis that it is compared with."""
+        return ' '.join(f'{key} {self.paper[key]}' for key in ('table', 'chapter')
+                        if key in self.paper)
+
+    def against_paper(self) -> list[tuple[str, float, float]]:
+        """Name, this run's value and the published one, in per cent."""
+        result = self.paper.get('result', {})
+        names = TOP_1 if 'top1' in result else MASK if 'APb' in result else BOX
+        unit = 1 if names is TOP_1 else 100
+        found = [(name, self.last(names[name]), value) for name, value in result.items()
+                 if name in names]
+        return [(name, unit * ours, value) for name, ours, value in found if ours is not None]
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a work folder; a resumed run has several logs, of which the later ones count.
+
+    Raises:
+        ValueError: For a folder without MMEngine's logs.
+    """
+    files = sorted(folder.glob('*/vis_data/scalars.json'))
+    if not files:
+        raise ValueError(f'{folder} has no */vis_data/scalars.json; give the work folder of a '
+                         'training by MMEngine')
+    run = Run(folder.name)
+    for file in files:
+        _read_scalars(run, file)
+    for log in sorted(folder.glob('*/*.log'))[-1:]:
+        run.machine = _read_machine(log)
+    dumped = files[-1].parent / 'config.py'
+    if dumped.exists():
+        _read_config(run, dumped)
+    return run
+
+
+def _read_config(run: Run, file: Path) -> None:
+    """Reads a dumped config, whose own modules may not be here."""
+    try:
+        config = Config.fromfile(file, import_custom_modules=False).to_dict()
+    except Exception as error:  # a config is a program
+        run.notes.append(f'its config cannot be read ({type(error).__name__}: {error})')
+        return
+    run.paper = config.get('paper') or {}
+    if run.paper:
+        run.notes += _unlike_the_paper(config, run)
+    run.config = flat(config)
+    window = run.config.get('log_processor.window_size', 10)
+    interval = run.config.get('default_hooks.logger.interval', 10)
+    if isinstance(window, int) and window < interval:
+        run.notes.append(
+            f'its seconds are those of {window} of every {interval} iterations, in which captures '
+            f'and refreshes may be missing: log with log_processor=dict(window_size={interval})')
+
+
+def _unlike_the_paper(config: dict[str, Any], run: Run) -> list[str]:
+    """Reasons against holding its scores beside the row that its config names."""
+    try:
+        row = row_of(config)
+        found = departures(plain(config), row, None)
+        batch = (config['train_dataloader']['batch_size'] * int(run.machine.get('GPU number', 0))
+                 * config['optim_wrapper'].get('accumulative_counts', 1))
+    except (ValueError, KeyError) as error:
+        return [f'whether it was trained as the row that it names is not known ({error})']
+    if batch and batch != row.batch and not config['auto_scale_lr'].get('enable'):
+        found.append(f'batch of all GPUs is {batch}, the paper has {row.batch} (and the rates for '
+                     'it: --auto-scale-lr)')
+    return [f'not trained as {run.source} of the thesis: {"; ".join(found)}'] if found else []
+
+
+def _read_scalars(run: Run, file: Path) -> None:
+    """Appends what a log says, in place of what was logged of the same iterations before."""
+    begun = False
+    iteration, seconds = run.iterations, run.seconds
+    for line in file.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # being written
+            continue
+        if 'loss' in entry and 'iter' in entry:
+            if not begun:
+                _cut(run, int(entry['iter']))
+                begun, iteration, seconds = True, run.iterations, run.seconds
+            seconds += entry.get('time', 0.) * (entry['iter'] - iteration)
+            iteration = entry['iter']
+            run.losses.append((iteration, seconds, entry['loss']))
+            continue
+        for name, value in entry.items():
+            if '/' in name and not name.startswith('curvature/'):
+                run.scores.setdefault(name, []).append((iteration, seconds, value))
+
+
+def _cut(run: Run, start: int) -> None:
+    """Forgets what was logged from an iteration on."""
+    run.losses = [point for point in run.losses if point[0] < start]
+    run.scores = {name: [point for point in points if point[0] < start]
+                  for name, points in run.scores.items()}
+
+
+def _read_machine(log: Path) -> dict[str, str]:
+    """The lines of the log's head that name the machine and the versions."""
+    head = log.read_text(errors='replace')[:20000]
+    found = dict(re.findall(r'^    ([^:\n]+): (.*)$', head, flags=re.MULTILINE))
+    return {key: found[key] for key in MACHINE if key in found}
+
+
+def flat(config: Any, prefix: str = '') -> dict[str, Any]:
+    """A nested config as dotted keys."""
+    if isinstance(config, dict) and config:
+        return {key: value for name, part in config.items() if name != '_scope_'
+                for key, value in flat(part, f'{prefix}{name}.').items()}
+    return {prefix.rstrip('.'): config}
+
+
+def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Keys in which the configs differ, with each run's value."""
+    keys = sorted({key for run in runs for key in run.config})
+    found = [(key, [repr(run.config.get(key, '-')) for run in runs]) for key in keys
+             if key.split('.')[0] not in (*UNINTERESTING, 'paper')]
+    return [(key, values) for key, values in found if len(set(values)) > 1]
+
+
+def draw(runs: list[Run], score: str | None) -> str:
+    """Curves of the loss, or of a score, against iterations and seconds, as SVG."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout='constrained')
+    for position, (axes, label) in enumerate(zip(
+            figure.subplots(1, 2, sharey=True), ('iterations', 'seconds of training'),
+            strict=True)):
+        for run in runs:
+            points = run.losses if score is None else run.scores.get(score, [])
+            axes.plot([point[position] for point in points], [point[2] for point in points],
+                      label=run.name, marker='' if score is None else '.')
+        axes.set(xlabel=label, ylabel='' if position else score or 'loss')
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    text = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(text)
+    return text.getvalue()[text.getvalue().index('<svg'):]
+
+
+def write(runs: list[Run], folder: Path, title: str) -> tuple[Path, Path]:
+    """Writes report.md and report.html; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = [name for name in HEADLINES if any(name in run.scores for run in runs)]
+    known = dict(title=title, runs=runs, scores=scores, differences=config_differences(runs),
+                 pictures=[draw(runs, score) for score in (None, *scores)])
+    paths = folder / 'report.md', folder / 'report.html'
+    for path in paths:
+        environment = Environment(loader=FileSystemLoader(TEMPLATES),
+                                  autoescape=path.suffix == '.html', keep_trailing_newline=True)
+        environment.filters['number'] = lambda value: '-' if value is None else f'{value:.3f}'
+        path.write_text(environment.get_template(f'{path.name}.j2').render(known))
+    return paths
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('folders', nargs='+', type=Path, metavar='WORK_DIR')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/report'),
+                        help='folder of the report; default: work_dirs/report')
+    parser.add_argument('--title', default='Runs side by side')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        runs = [read_run(folder) for folder in args.folders]
+    except ValueError as error:
+        sys.exit(str(error))
+    for path in write(runs, args.out, args.title):
+        print(path)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,179 @@
+"""Compares all optimizers on one small model: rates from one grid, several seeds.
+
+Each optimizer is trained on the first seed with every rate of its kind's grid, then on the other
+seeds with the rate that scored best at the end. Runs that are finished are kept in the work
+folder, so that a second call goes on where the first was stopped, and one with more optimizers adds
+to the table; other data or settings need another folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.contestants import MODELS, ROOT, Model
+from quickstart import Run, RunError, add_options, spread, train
+
+ANY = ('SGD', 'AdamW', 'SGDPH', 'NKFAC', 'AdaNKFAC', 'FSGD', 'FAdam', 'KFAC', 'SKFAC', 'SGDMBK',
+       'AdamWBK', 'AdamR', 'MAC', 'SMAC', 'AdaAct', 'NysAct', 'SOAA', 'AdaFisher', 'AdaFisherW',
+       'ARO', 'DCTAdamW')
+ATTENTION = ('AFOpt', 'AdaAFOpt')
+#: Of whom the seconds are, at which scores are compared.
+PACE = 'SGD'
+
+
+def grid_runs(name: str, args: argparse.Namespace) -> list[Run]:
+    """One optimizer's runs on the first seed, one for each rate of its kind."""
+    adaptive = args.model.contestant(name).adaptive
+    rates = args.adam_rates if adaptive else args.sgd_rates
+    return [finished(Run(name, rate, args.seeds[0]), args) for rate in rates]
+
+
+def best_rate(runs: list[Run], metric: str) -> float:
+    """The rate whose run ended best; among equals the first."""
+    return max(runs, key=lambda run: run.score(metric)).lr
+
+
+def finished(run: Run, args: argparse.Namespace) -> Run:
+    """A run's record: kept from an earlier call, or trained now."""
+    name = f'{run.label} seed {run.seed}'.replace(' ', '_')
+    record = args.work_dir / f'{name}_{args.iterations}.json'
+    if record.exists():
+        return Run(**json.loads(record.read_text()))
+    try:
+        train(run, args)
+    except RunError as error:
+        if not diverged(str(error)):
+            raise
+        run.losses.append((args.iterations, run.seconds, float('nan')))
+    record.write_text(json.dumps(asdict(run)))
+    return run
+
+
+def diverged(message: str) -> bool:
+    """True if a run ended for its numbers, which is a result, and not for a fault."""
+    return re.search(r'RefreshError|non-finite|\b(nan|inf)\b', message, re.IGNORECASE) is not None
+
+
+def paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds per iteration, measured in turns: the least of some short runs of each.
+
+    At the rate that was best: a detector that diverges has less to do.
+    """
+    record = args.work_dir / 'seconds.json'
+    known: dict[str, list[float]] = json.loads(record.read_text()) if record.exists() else {}
+    short = argparse.Namespace(**{**vars(args), 'iterations': args.timed, 'val_interval': 10**6,
+                                  'work_dir': args.work_dir / 'timing'})
+    for turn in range(args.turns):
+        for name, rate in rates.items():
+            if len(known.setdefault(name, [])) <= turn:
+                run = Run(name, rate, turn)
+                train(run, short)
+                known[name].append(run.seconds / run.iterations)
+                record.write_text(json.dumps(known))
+    return {name: min(seconds) for name, seconds in known.items() if seconds}
+
+
+def at(run: Run, iteration: float, metric: str) -> float:
+    """A run's score between two evaluations, by linear interpolation; 0 before training."""
+    before = (0, 0.)
+    for step, _, scores in run.scores:
+        value = scores.get(metric, 0.)
+        if step >= iteration:
+            share = (iteration - before[0]) / (step - before[0])
+            return before[1] + share * (value - before[1])
+        before = (step, value)
+    return before[1]
+
+
+def table(tuned: dict[str, list[Run]], final: dict[str, list[Run]], seconds: dict[str, float],
+          args: argparse.Namespace) -> str:
+    """The comparison as Markdown: means over seeds with their range."""
+    metric, end = args.model.headline, args.iterations
+    titles = {key: title for key, title in args.model.metrics.items() if not key.endswith('_50')}
+    title = titles[metric]
+    heads = ['optimizer', 'lr', *(f'{one} after {end} iterations' for one in titles.values()),
+             'loss', f'time of {PACE}', f"{title} in {PACE}'s time", 'MB',
+             f'{title} of each rate, seed {args.seeds[0]}']
+    lines = [f'| {" | ".join(heads)} |', '|---' * len(heads) + '|']
+    form = '.1f' if metric.startswith('accuracy') else '.3f'
+    for name, runs in final.items():
+        ratio = seconds[name] / seconds[PACE] if {name, PACE} <= set(seconds) else float('nan')
+        level = [at(run, min(end, end / ratio), metric) for run in runs] if ratio == ratio else []
+        rates = ', '.join(f'{run.lr:g}: {run.score(metric):{form}}' for run in tuned[name])
+        cells = [name, f'{runs[0].lr:g}',
+                 *(spread([run.score(key) for run in runs], form) for key in titles),
+                 spread([run.losses[-1][2] for run in runs], '.2f'), f'{ratio:.2f}',
+                 spread(level, form) if level else '-',
+                 f'{mean([run.memory for run in runs if run.memory] or [float("nan")]):.0f}', rates]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('model', choices=list(MODELS))
+    parser.add_argument('--optimizers', help='names, separated by commas; default: all that the '
+                        'model can be trained with')
+    parser.add_argument('--iterations', type=int, help="default: the model's in the quickstart")
+    parser.add_argument('--evaluations', type=int, default=8)
+    parser.add_argument('--images', type=int, default=2000)
+    parser.add_argument('--seeds', type=lambda text: [int(k) for k in text.split(',')],
+                        default=[0, 1, 2])
+    for kind, rates in (('sgd', '0.01,0.03,0.1,0.3'), ('adam', '1e-4,3e-4,1e-3,3e-3')):
+        parser.add_argument(f'--{kind}-rates', default=[float(r) for r in rates.split(',')],
+                            type=lambda text: [float(r) for r in text.split(',')],
+                            help=f'default: {rates}')
+    parser.add_argument('--turns', type=int, default=0, help='short runs for the time of an '
+                        'iteration, in turns; on an otherwise idle machine')
+    parser.add_argument('--timed', type=int, default=50, help='iterations of those; default: 50, '
+                        'which are two refreshes')
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/results_MODEL')
+    add_options(parser)
+    args = parser.parse_args()
+    args.work_dir = (args.work_dir or ROOT / f'work_dirs/results_{args.model}').resolve()
+    args.data = ROOT / f'data/results-{args.model}'
+    args.model = MODELS[args.model]
+    args.iterations = args.iterations or args.model.iterations
+    args.val_interval = max(1, args.iterations // args.evaluations)
+    args.optimizers = args.optimizers.split(',') if args.optimizers else usual(args.model)
+    for name in args.optimizers:
+        args.model.contestant(name)
+    return args
+
+
+def usual(model: Model) -> list[str]:
+    """All optimizers that a model can be trained with."""
+    names = [name for name in ANY if not (model.detects and name == 'SGDPH')]
+    names += ATTENTION if 'Swin' in model.title else ()
+    return [*names, *(name for name in model.contestants if name not in names)]
+
+
+def main() -> None:
+    args = parse_args()
+    from mmprecond.datasets import make_shape_folders, make_shapes
+
+    make = make_shapes if args.model.detects else make_shape_folders
+    make(args.data, images=args.images, split='train')
+    make(args.data, images=max(4, args.images // 4), split='val')
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    tuned = {name: grid_runs(name, args) for name in args.optimizers}
+    final = {}
+    for name, runs in tuned.items():
+        rate = best_rate(runs, args.model.headline)
+        final[name] = [finished(Run(name, rate, seed), args) for seed in args.seeds]
+    rates = {name: runs[0].lr for name, runs in final.items()}
+    text = table(tuned, final, paces(rates, args), args)
+    (args.work_dir / 'table.md').write_text(text + '\n')
+    print(text)
+
+
+if __name__ == '__main__':
+    main()

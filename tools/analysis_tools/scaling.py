@@ -1,0 +1,158 @@
+"""Growth of the cost of preconditioning with a layer's width, and with the batch.
+
+One square linear layer whose inputs' and gradients' moments have eigenvalues that fall like
+1 / k^2. Times of a step, a capture and a refresh, each solver in turns; slopes are fitted in
+logarithms. Writes a figure and a table.
+
+    python tools/analysis_tools/scaling.py --widths 256,512,1024,2048,4096 --rows 256,1024,4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import linear_regression
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mmprecond.optimizers import NKFAC
+
+ROOT = Path(__file__).resolve().parents[2]
+SOLVERS = ('newton', 'cholesky', 'lowrank')
+PARTS = ('step', 'capture', 'refresh')
+#: Refreshes after which Newton's are no longer exact, and low rank starts from an earlier one.
+WARM_UP = 4
+
+
+def measured(solver: str, width: int, rows: int, turns: int) -> dict[str, float]:
+    """Seconds of each part, the least of some."""
+    torch.manual_seed(0)
+    layer = nn.Linear(width, width, bias=False)
+    optimizer = NKFAC(layer, lr=1e-6, stat_interval=1, refresh_interval=1, solver=solver,
+                      max_dim=width)
+    best = dict.fromkeys((*PARTS, 'pass'), math.inf)
+    for turn in range(WARM_UP + turns):
+        inputs, gradients = falling(rows, width), falling(rows, width) / rows
+
+        def train(inputs: Tensor = inputs, gradients: Tensor = gradients) -> None:
+            layer(inputs).backward(gradients)
+
+        optimizer.zero_grad()
+        optimizer.disarm()
+        times = {'pass': clock(train)}
+        optimizer.zero_grad()
+        optimizer.arm()
+        curvature = optimizer.curvature
+        times['capture'] = clock(train) + clock(partial(curvature.merge, 0))
+        times['refresh'] = clock(partial(curvature.refresh, 0))
+        gradients = {layer.weight: layer.weight.grad}
+        times['step'] = clock(partial(curvature.precondition, gradients, optimizer.param_groups))
+        if turn >= WARM_UP:
+            best = {part: min(best[part], seconds) for part, seconds in times.items()}
+    best['capture'] = max(best['capture'] - best['pass'], 1e-6)
+    return best
+
+
+def falling(rows: int, width: int) -> Tensor:
+    """Random rows whose second moment has eigenvalues that fall like 1 / k^2."""
+    return torch.randn(rows, width) / torch.arange(1, width + 1)
+
+
+def clock(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def slope(sizes: list[int], seconds: list[float]) -> float:
+    """The exponent with which times grow over the larger half of the sizes."""
+    half = len(sizes) // 2
+    logs = [[math.log(v) for v in values[half:]] for values in (sizes, seconds)]
+    return linear_regression(*logs).slope if len(logs[0]) > 1 else math.nan
+
+
+def markdown(axis: str, sizes: list[int], found: dict[str, list[dict[str, float]]]) -> str:
+    """Times by size, and slopes."""
+    lines = [f'| part | solver | {" | ".join(f"{axis} {n}" for n in sizes)} | slope |',
+             '|---' * (3 + len(sizes)) + '|']
+    for part in PARTS:
+        for solver, times in found.items():
+            seconds = [one[part] for one in times]
+            cells = ' | '.join(f'{s:.4f}' for s in seconds)
+            lines.append(f'| {part} | {solver} | {cells} | {slope(sizes, seconds):.2f} |')
+    return '\n'.join(lines)
+
+
+def draw(results: dict[str, tuple[list[int], dict[str, list[dict[str, float]]]]],
+         path: Path) -> None:
+    """One panel for each part and axis."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(len(results), len(PARTS), squeeze=False,
+                                     figsize=(4 * len(PARTS), 3.2 * len(results)))
+    for row, (axis, (sizes, found)) in zip(panels, results.items(), strict=True):
+        for panel, part in zip(row, PARTS, strict=True):
+            for solver, times in found.items():
+                seconds = [one[part] for one in times]
+                panel.loglog(sizes, seconds, marker='o',
+                             label=f'{solver}, slope {slope(sizes, seconds):.1f}')
+            panel.set_title(f'{part}, seconds')
+            panel.set_xlabel(axis)
+            panel.minorticks_off()
+            panel.set_xticks(sizes, labels=sizes)
+            panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+
+    def sizes(text: str) -> list[int]:
+        return [int(n) for n in re.split(',', text)]
+
+    parser.add_argument('--widths', type=sizes, default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument('--rows', type=sizes, default=[256, 1024, 4096, 16384],
+                        help='of a batch; widths are measured with the first, rows with the '
+                             'middle width')
+    parser.add_argument('--turns', type=int, default=3)
+    parser.add_argument('--solvers', nargs='+', choices=SOLVERS, default=SOLVERS)
+    parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/scaling')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    middle = args.widths[len(args.widths) // 2]
+    jobs = {'width': (args.widths, [(width, args.rows[0]) for width in args.widths]),
+            'rows': (args.rows, [(middle, rows) for rows in args.rows])}
+    results = {}
+    for axis, (sizes, pairs) in jobs.items():
+        found: dict[str, list[dict[str, float]]] = {solver: [] for solver in args.solvers}
+        for width, rows in tqdm(pairs, desc=axis):
+            for solver in args.solvers:
+                found[solver].append(measured(solver, width, rows, args.turns))
+        results[axis] = sizes, found
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = '\n\n'.join(markdown(axis, *result) for axis, result in results.items())
+    (args.out / 'scaling.md').write_text(text + '\n')
+    (args.out / 'scaling.json').write_text(json.dumps(results, indent=1))
+    draw(results, args.out / 'scaling.png')
+    print(text)
+
+
+if __name__ == '__main__':
+    main()

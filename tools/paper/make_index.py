@@ -1,0 +1,190 @@
+"""Writes what lists the configs: model-index.yml and metafile.yml files for MIM, docs/configs.md.
+
+Our own runs come from configs/our_runs.json, by config name: {"NAME": {"AP": 39.6, ...}}. Published
+figures are the thesis's; they are in the page, not in the metafiles, which are for runs of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmprecond.engine import launch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paper.rows import INTERVALS, ROWS, Row, baselines, toolbox_rows
+from paper.verify_configs import FOLDERS, all_configs, base_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / 'configs/our_runs.json'
+TITLES = {'faster_rcnn': 'Faster R-CNN', 'mask_rcnn': 'Mask R-CNN', 'retinanet': 'RetinaNet',
+          'densenet': 'DenseNet', 'googlenet': 'GoogLeNet', 'resnet': 'ResNet',
+          'swin_transformer': 'Swin Transformer', 'vgg': 'VGG'}
+THESIS = dict(Title='Designing Effective Preconditioned Optimizers for Deep Neural Network '
+                    'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)')
+#: The thesis's ablations: the config, and the settings that are varied.
+ABLATIONS = {
+    'nkfac_damping': ('resnet50_b128_cifar100_nkfac', ('damping',)),
+    'nkfac_stat_decay': ('resnet50_b128_cifar100_nkfac', ('stat_decay',)),
+    'nkfac_newton_steps': ('resnet50_b128_cifar100_nkfac', ('newton_steps',)),
+    'adamr_intervals': ('resnet50_b128_cifar100_adamr', INTERVALS),
+    'afopt_damping': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', ('damping',)),
+    'afopt_intervals': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', INTERVALS)}
+ABOUT_DETECTORS = """\
+MMDetection's own configs, with what the thesis has for them. The AdamW rows of ResNet detectors and
+of Swin-T's 2x schedule are among ours, above."""
+ABOUT_CLASSIFIERS = """\
+Classifiers: one of our configs with `--optimizer SGD` or `AdamW` for `tools/train.py`, and
+`optim_wrapper.optimizer.lr=... optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`;
+VGG19-noBN under SGDM takes `model.backbone.conv_cfg=None` too. The thesis has no rates for those of
+Mini-ImageNet. Its Swin Transformers' AdamW is that of the configs of MMPretrain that ours name."""
+#: Our names of scores, and MIM's.
+METRICS = {'AP': ('Object Detection', 'box AP'), 'APb': ('Object Detection', 'box AP'),
+           'APm': ('Instance Segmentation', 'mask AP'),
+           'top1': ('Image Classification', 'Top 1 Accuracy')}
+
+
+def rows() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """Each config's path, its `paper` entry (empty for hybrids) and our run (empty for none)."""
+    runs = json.loads(RUNS.read_text())
+    for path in all_configs():
+        paper = launch.load_config(str(path)).get('paper') or {}
+        yield path, dict(paper), runs.get(path.stem, {})
+
+
+def metafile(folder: str, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
+    """The metafile of a folder."""
+    collection = f'{TITLES[folder]}, preconditioned'
+    models = []
+    for path, paper, run in entries:
+        model: dict[str, Any] = {'Name': path.stem, 'In Collection': collection,
+                                 'Config': str(path.relative_to(ROOT))}
+        if run:
+            model['Results'] = [{'Task': METRICS[key][0], 'Dataset': data_of(paper),
+                                 'Metrics': {METRICS[key][1]: value}}
+                                for key, value in run.items() if key in METRICS]
+        models.append(model)
+    data = sorted({data_of(paper) for _, paper, _ in entries})
+    content = {'Collections': [{'Name': collection, 'Paper': THESIS,
+                                'Metadata': {'Training Data': data if data[1:] else data[0]}}],
+               'Models': models}
+    return str(yaml.safe_dump(content, sort_keys=False, width=100))
+
+
+def data_of(paper: dict[str, Any]) -> str:
+    """The data set that a config trains on, by its `paper` entry."""
+    return str(paper.get('data', 'COCO'))
+
+
+def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
+    """docs/configs.md."""
+    lines = ['# Configs', '',
+             'Made by `tools/paper/make_index.py`. Published figures are those of the thesis: COCO',
+             'val2017, and top-1 accuracy in per cent. Hybrids are ours and have none. "Ours" is',
+             'empty until someone has run the config.', '']
+    for folder in FOLDERS:
+        lines += [f'## {TITLES[folder]}', '', '| config | data | optimizer | thesis | published | '
+                  'ours |', '|---' * 6 + '|']
+        for path, paper, run in entries:
+            if path.parent.name != folder:
+                continue
+            optimizer = paper.get('optimizer') or path.stem.split('_coco_')[1].replace('_', ', ')
+            source = ' '.join(f'{key} {paper[key]}' for key in ('table', 'chapter') if key in paper)
+            lines.append(f'| [{path.stem}](../{path.relative_to(ROOT)}) | {data_of(paper)} | '
+                         f'{optimizer} | {source} | {scores(paper.get("result", {}))} | '
+                         f'{scores(run)} |')
+        lines.append('')
+    lines += compared_with(entries)
+    return '\n'.join(lines + ablations())
+
+
+def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """The first-order rows of the tables: MMDetection's configs, or settings of ours."""
+    lines = ['## Baselines', '', ABOUT_DETECTORS, '',
+             '| config | optimizer | lr, weight decay | thesis | published |', '|---' * 5 + '|']
+    keys = ('detector', 'backbone', 'schedule')
+    for row in toolbox_rows():
+        base = next(base_of(path) for path, paper, _ in entries
+                    if all(paper.get(key) == row[key] for key in keys))
+        lines.append(f'| {base} | {row["optimizer"]} | {row["lr"]:g}, {row["weight_decay"]:g} | '
+                     f'table {row["table"]} | {scores(row["result"])} |')
+    lines += ['', ABOUT_CLASSIFIERS, '',
+             '| data | network | optimizer | from | lr, weight decay | published |',
+             '|---' * 6 + '|']
+    seen = []
+    for row in baselines():
+        if (key := (row.name | {'chapter': None}, row.result)) in seen:
+            continue  # chapters 2 and 4 share some
+        seen.append(key)
+        path = starting_point(row, entries)
+        rate = ', '.join(f'{row.optimizer[key]:g}' for key in ('lr', 'weight_decay'))
+        lines.append(f'| {row.name["data"]} | {row.name["model"]} | {row.name["optimizer"]} | '
+                     f'{path.stem} | {"-" if "nan" in rate else rate} | '
+                     f'{scores(row.result or {})} |')
+    return [*lines, '']
+
+
+def starting_point(row: Row, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> Path:
+    """The first config of the row's data, network and, if it has one, chapter."""
+    wanted = {key: row.name[key] for key in ('data', 'model', 'chapter') if row.name[key]}
+    return next(path for path, paper, _ in entries
+                if all(paper.get(key) == value for key, value in wanted.items()))
+
+
+def ablations() -> list[str]:
+    """The thesis's ablations as settings of configs, with the scores that it has for each."""
+    published = json.loads(ROWS.read_text())['ablations']
+    lines = ['## Ablations', '', 'Settings of the thesis\'s ablations, for `--cfg-options` with '
+             '`optim_wrapper.optimizer.` before each,', 'and its scores. (Tables 3.14 and 3.15, '
+             'another step size of the Newton iteration, have no setting here.)', '',
+             '| table | config | settings: score |', '|---' * 3 + '|']
+    for name, (config, keys) in ABLATIONS.items():
+        entry = published[name]
+        rows = [' '.join(f'{key}={value}' for key, value
+                         in zip(keys, setting.split('/'), strict=True)) + f': {score}'
+                for setting, score in next(entry[k] for k in ('AP', 'acc') if k in entry).items()]
+        lines.append(f'| {entry["table"]} | {config} | {", ".join(rows)} |')
+    return [*lines, '']
+
+
+def scores(result: dict[str, float]) -> str:
+    """The headline scores of a row."""
+    masks = 'APb' in result
+    names = {'APb': 'box', 'APm': 'mask'} if masks else {'AP': 'box', 'top1': 'top-1'}
+    return ', '.join(f'{title} {result[name]}' for name, title in names.items() if name in result)
+
+
+def files() -> dict[Path, str]:
+    """Everything that is written, by path."""
+    entries = list(rows())
+    found = {ROOT / 'configs' / folder / 'metafile.yml': metafile(
+        folder, [entry for entry in entries if entry[0].parent.name == folder])
+        for folder in FOLDERS}
+    index = {'Import': [str(path.relative_to(ROOT)) for path in found]}
+    return {**found, ROOT / 'model-index.yml': str(yaml.safe_dump(index)),
+            ROOT / 'docs/configs.md': page(entries)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--check', action='store_true', help='only say what is out of date')
+    check = parser.parse_args().check
+    stale = [path for path, text in files().items()
+             if not path.exists() or path.read_text() != text]
+    if check and stale:
+        sys.exit('out of date, run python tools/paper/make_index.py: '
+                 + ', '.join(str(path.relative_to(ROOT)) for path in stale))
+    for path, text in files().items() if stale else ():
+        path.write_text(text)
+    print(f'{len(stale)} files written' if stale else 'all up to date')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,276 @@
+"""Proves that every config is what the thesis's tables say, and that it builds and steps.
+
+A config with a `paper` entry is compared with its row of configs/paper_results.json (learning
+rate, decay, intervals, schedule, batch; a classifier's network and data too) and with the config
+that it inherits, from which nothing but the optimizer and the schedule may differ. Then the real
+model is built at real size with random weights and takes a few steps on synthetic images through
+the config's own pipeline; on a CPU in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging import MMLogger
+from tqdm import tqdm
+
+from mmprecond.datasets import make_shape_folders, make_shapes
+from mmprecond.engine import launch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paper import rows as paper
+
+ROOT = Path(__file__).resolve().parents[2]
+DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
+CLASSIFIERS = ('densenet', 'googlenet', 'resnet', 'swin_transformer', 'vgg')
+FOLDERS = DETECTORS + CLASSIFIERS
+#: What every config may change of the one it inherits, as beginnings of names.
+OURS = ('optim_wrapper.optimizer.', 'optim_wrapper.constructor', 'custom_imports.', 'paper.',
+        'optim_wrapper.paramwise_cfg.custom_keys.mask_head.upsample', 'afopt')  # of configs/_base_
+SMALL = 32  # pixels of CIFAR's images
+#: Of the shapes, in the order of their categories.
+NAMES = ('person', 'bicycle', 'car', 'motorcycle')
+
+
+@dataclass
+class Outcome:
+    """Outcome of checking a config.
+
+    Attributes:
+        problems: What is wrong, in words.
+        seconds: Of each step.
+        memory: Peak of the process, in GB.
+        layers: Layers with an operator, and all that are preconditioned and trained; for SGDPH
+            vectors with a Hessian.
+        note: What was done otherwise than the config says.
+    """
+
+    problems: list[str]
+    seconds: list[float]
+    memory: float = 0.
+    layers: str = '-'
+    note: str = ''
+
+
+def all_configs() -> list[Path]:
+    """Every config of a detector or a classifier."""
+    return [path for folder in FOLDERS for path in sorted((ROOT / 'configs' / folder).glob('*.py'))]
+
+
+def differences(path: Path) -> list[str]:
+    """Where a config departs from the thesis's table or from its base."""
+    loaded = [launch.load_config(one).to_dict() for one in (str(path), base_of(path))]
+    cfg, base = (paper.plain(one) for one in loaded)
+    row = None
+    if 'paper' in cfg:
+        try:
+            row = paper.row_of(cfg)
+        except ValueError as error:
+            return [str(error)]
+    free = OURS + (row.free if row else ())
+    ours, theirs = flat(cfg), flat(base)
+    found = [f'{key} differs from {base_of(path)}' for key in sorted(ours.keys() | theirs.keys())
+             if not key.startswith(free) and ours.get(key) != theirs.get(key)]
+    return found + (paper.departures(cfg, row, path.stem) if row else [])
+
+
+def flat(cfg: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Settings by their dotted names; lists stay whole."""
+    found: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f'{prefix}{key}.')
+        else:
+            found[f'{prefix}{key}'] = value
+    return found
+
+
+def base_of(path: Path) -> str:
+    """Config that a config inherits, as its source says: a toolbox's, or else a file of ours."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_':
+            bases = ast.literal_eval(node.value)
+            bases = [bases] if isinstance(bases, str) else bases
+            files = [str((path.parent / base).resolve()) for base in bases if '::' not in base]
+            return str([*(base for base in bases if '::' in base), *files][0])
+    raise ValueError(f'{path} inherits no config; write _base_ = "mmdet::FOLDER/NAME.py"')
+
+
+def make_data(folder: Path, images: int, size: int) -> Path:
+    """Shapes in COCO format, under the names of categories of COCO, and in folders of two sizes."""
+    root = make_shapes(folder / 'coco', images=images, size=size, progress=False)
+    file = root / 'annotations/train.json'
+    content = json.loads(file.read_text())
+    for category, name in zip(content['categories'], NAMES, strict=True):
+        category['name'] = name
+    file.write_text(json.dumps(content))
+    for name, side in (('large', size), ('small', SMALL)):
+        make_shape_folders(folder / name, images=max(4, 2 * images), size=side, progress=False)
+    return folder
+
+
+def take_steps(path: Path, data: Path, steps: int) -> Outcome:
+    """Builds a config's model and optimizer and takes some steps at batch 1, a classifier at 2."""
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import PARAM_SCHEDULERS
+    from mmengine.runner import Runner
+
+    from mmprecond.engine.synthetic import random_model
+
+    cfg = launch.load_config(str(path))
+    note = _adapt(cfg, data)
+    torch.manual_seed(0)
+    model = random_model(cfg)
+    if cfg.default_scope == 'mmpretrain':  # as in training; detectors begin from other weights
+        model.init_weights()
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    loader = Runner.build_dataloader(cfg.train_dataloader)
+    outcome, batches = Outcome([], [], note=note), iter(loader)
+    warm_up = [PARAM_SCHEDULERS.build(dict(one, optimizer=wrapper))
+               for one in paper.schedulers(cfg) if not one.get('by_epoch', True)]
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses = model.train_step(next(batches), wrapper)
+        outcome.seconds.append(time.perf_counter() - start)
+        for scheduler in warm_up:
+            scheduler.step()
+        loss = float(losses['loss'].detach())
+        if not math.isfinite(loss):
+            outcome.problems.append(f'the loss is {loss}')
+    outcome.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    _look_at_curvature(wrapper.optimizer, outcome)
+    return outcome
+
+
+def _look_at_curvature(optimizer: Any, outcome: Outcome) -> None:
+    """Notes how much curvature the steps have measured, and whether that is what they must."""
+    if hasattr(optimizer, 'curvature'):
+        ready = {layer for stack in optimizer.curvature.stacks for _, layer in stack.ready()}
+        trained = [layer for layer in optimizer.curvature.layers if layer.weight.requires_grad]
+        outcome.layers = f'{len(ready)} of {len(trained)}'
+        missing = [layer.name for layer in trained if layer not in ready]
+        if missing:
+            outcome.problems.append(f'no operator for {", ".join(missing[:3])}')
+    elif hasattr(optimizer, 'vectors'):
+        diagonals = [optimizer.state[p]['hessian'] for p in optimizer.vectors[:-1]]
+        seen = sum(bool(diagonal.any()) for diagonal in diagonals)
+        outcome.layers = f'{seen} of {len(diagonals)}'
+        if not seen or not all(diagonal.isfinite().all() for diagonal in diagonals):
+            outcome.problems.append('no Hessian, or one that is not finite')
+
+
+def _adapt(cfg: Any, data: Path) -> str:
+    """Points a config to the data; makes it run on a CPU; returns what that changed."""
+    notes = []
+    if 'Pretrained' in str(cfg.model.backbone.get('init_cfg')):
+        cfg.model.backbone.init_cfg = None
+    if cfg.model.backbone.get('drop_path_rate'):  # of one image it may leave blocks out
+        cfg.model.backbone.drop_path_rate = 0.
+        notes.append('no stochastic depth')
+    loader = cfg.train_dataloader
+    loader.update(batch_size=1, num_workers=0, persistent_workers=False)
+    if cfg.default_scope == 'mmpretrain':
+        loader.batch_size = 2  # batch normalisation may see one position
+        loader.dataset = _folders(loader.dataset, data)
+    else:
+        loader.dataset.update(data_root=str(data / 'coco'), ann_file='annotations/train.json',
+                              data_prefix=dict(img='train/'))
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        notes.append('OptimWrapper in place of AmpOptimWrapper')
+    optimizer = cfg.optim_wrapper.optimizer
+    entries = [optimizer, *(entry.get('preconditioner') or {} for entry
+                            in optimizer.get('layers', []))]
+    # AdamR captures at step stat_interval first. A ResNet's branches begin at zero: no gradients.
+    blind = cfg.default_scope == 'mmpretrain' and cfg.model.backbone.type.startswith('ResNet')
+    for entry in entries:
+        if entry.get('type') in ('AdamR', 'EigenRotation') or blind and 'stat_interval' in entry:
+            entry.update(stat_interval=2, refresh_interval=2)
+            notes.append(f'intervals of 2 for {entry["type"]}')
+    return ', '.join(notes)
+
+
+def _folders(dataset: Any, data: Path) -> dict[str, Any]:
+    """A classifier's data set, with its pipeline, on images in folders."""
+    pipeline, size = list(dataset.pipeline), 'large'
+    if dataset.type.startswith('CIFAR'):  # holds its images in memory
+        pipeline, size = [dict(type='LoadImageFromFile'), *pipeline], 'small'
+    return dict(type='CustomDataset', data_root=str(data / size), data_prefix='train',
+                pipeline=pipeline)
+
+
+def prove(path: Path, data: Path | None, steps: int) -> Outcome:
+    """Compares a config with the tables and, where there is data, steps its model."""
+    MMLogger.get_instance('mmengine', log_level='WARNING')  # not the table of every run
+    problems: list[str] = []
+    try:
+        problems = differences(path)
+        outcome = take_steps(path, data, steps) if data else Outcome([], [])
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        outcome = Outcome([f'{type(error).__name__}: {error}'.splitlines()[0]], [])
+    outcome.problems = problems + outcome.problems
+    return outcome
+
+
+def prove_alone(path: Path, data: Path | None, steps: int) -> Outcome:
+    """`prove` in a process of its own, whose memory is this config's, and which may die."""
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        try:
+            return pool.submit(prove, path, data, steps).result()
+        except BrokenExecutor:
+            return Outcome(['the process was killed: is there too little memory?'], [])
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('configs', nargs='*', type=Path, help='files; default: all')
+    parser.add_argument('--steps', type=launch.count, default=3,
+                        help='steps of each model; default: 3')
+    parser.add_argument('--no-steps', action='store_true', help='only compare settings')
+    parser.add_argument('--size', type=launch.count, default=640,
+                        help='size of the images before the pipeline; default: 640')
+    parser.add_argument('--out', type=Path, help='file for the table')
+    return parser.parse_args()
+
+
+def table(outcomes: dict[Path, Outcome]) -> str:
+    """One row for each config, in Markdown."""
+    lines = ['| config | settings | layers | seconds a step | peak GB | note |', '|---' * 6 + '|']
+    for path, outcome in outcomes.items():
+        seconds = ', '.join(f'{second:.1f}' for second in outcome.seconds) or '-'
+        lines.append(f'| {path.stem} | {"; ".join(outcome.problems) or "as they must be"} | '
+                     f'{outcome.layers} | {seconds} | {outcome.memory:.1f} | {outcome.note} |')
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    outcomes: dict[Path, Outcome] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = None if args.no_steps else make_data(Path(folder), args.steps, args.size)
+        run = prove_alone if data else prove
+        for path in tqdm(args.configs or all_configs(), unit='config'):
+            outcomes[path] = run(path, data, args.steps)
+            if args.out:
+                args.out.write_text(table(outcomes) + '\n')
+    print(table(outcomes))
+    if any(outcome.problems for outcome in outcomes.values()):
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()
