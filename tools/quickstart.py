@@ -10,127 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from tqdm import tqdm
-
-from common.contestants import FOLDER, MODELS, ROOT, Model
-
-
-@dataclass
-class Run:
-    """One training run and what its log says.
-
-    Attributes:
-        optimizer: The optimizer's name.
-        lr: Learning rate.
-        seed: Of weights and data order.
-        losses: (iteration, seconds of training so far, loss).
-        scores: (iteration, seconds of training so far, metrics by their names in the log).
-        seconds: Training time alone: validation and start-up are left out.
-        memory: Peak memory in MB: of the process, or on the GPU where there is one.
-    """
-
-    optimizer: str
-    lr: float
-    seed: int
-    losses: list[tuple[int, float, float]] = field(default_factory=list)
-    scores: list[tuple[int, float, dict[str, float]]] = field(default_factory=list)
-    seconds: float = 0.
-    memory: float = 0.
-
-    @property
-    def label(self) -> str:
-        return f'{self.optimizer} lr {self.lr:g}'
-
-    @property
-    def iterations(self) -> int:
-        return self.losses[-1][0]
-
-    def score(self, metric: str) -> float:
-        """A metric at the end; 0 where CocoMetric found no detection to rate."""
-        at_end = bool(self.scores) and self.scores[-1][0] == self.iterations
-        return self.scores[-1][2].get(metric, 0.) if at_end else 0.
-
-    def read(self, lines: list[dict[str, float]]) -> None:
-        """Takes the entries of MMEngine's scalars.json."""
-        last = 0
-        for line in lines:
-            if 'loss' in line:
-                iteration = int(line['step'])
-                self.seconds += line['time'] * (iteration - last)
-                last = iteration
-                self.losses.append((iteration, self.seconds, line['loss']))
-                self.memory = max(self.memory, line.get('memory', 0))
-            elif any('/' in key for key in line):
-                metrics = {key: value for key, value in line.items() if '/' in key}
-                self.scores.append((last, self.seconds, metrics))
-
-
-class RunError(RuntimeError):
-    """A run that ended early; its text is the end of its log."""
-
-
-def train(run: Run, args: argparse.Namespace) -> None:
-    """Trains one run in a process of its own and reads its log.
-
-    Raises:
-        RunError: If it failed.
-    """
-    work_dir = args.work_dir / f'{run.label.replace(" ", "_")}_seed_{run.seed}'
-    contestant = args.model.contestant(run.optimizer)
-    options = dict(args.options or [])
-    options |= {
-        'train_cfg.max_iters': args.iterations, 'train_cfg.val_interval': args.val_interval,
-        'default_hooks.checkpoint.interval': args.iterations, 'randomness.seed': run.seed,
-        contestant.rate: run.lr, 'train_dataloader.dataset.data_root': f'{args.data}/',
-        'val_dataloader.dataset.data_root': f'{args.data}/', **contestant.options}
-    if args.model.detects:
-        options['val_evaluator.ann_file'] = f'{args.data}/annotations/val.json'
-    command = [sys.executable, 'tools/train.py', str(FOLDER / f'{contestant.config}.py'),
-               '--work-dir', str(work_dir), *contestant.arguments]
-    command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
-    work_dir.mkdir(parents=True, exist_ok=True)
-    log = work_dir / 'output.log'
-    started = time.time()
-    with log.open('w') as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL)
-        usage = watch(process, work_dir, started, f'{run.label} seed {run.seed}', args.iterations)
-    if process.returncode:
-        tail = ''.join(log.read_text().splitlines(keepends=True)[-15:])
-        raise RunError(f'{run.label} failed; the end of {log}:\n{tail}')
-    run.read(scalars(work_dir, started))
-    run.memory = run.memory or usage
-
-
-def watch(process: subprocess.Popen[bytes], work_dir: Path, started: float, label: str,
-          iterations: int) -> float:
-    """Shows a run's progress until it ends; returns the process's peak memory in MB."""
-    with tqdm(total=iterations, desc=label.ljust(24), unit='it', mininterval=5.) as bar:
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            done = max((int(line['step']) for line in scalars(work_dir, started)
-                        if 'loss' in line), default=0)
-            bar.update(done - bar.n)
-            if pid:
-                process.returncode = os.waitstatus_to_exitcode(status)
-                return usage.ru_maxrss / 1024
-            time.sleep(1)
-
-
-def scalars(work_dir: Path, started: float) -> list[dict[str, float]]:
-    """The entries of the log that a run has written since it started."""
-    files = [f for f in sorted(work_dir.glob('*/vis_data/scalars.json'))
-             if f.stat().st_mtime >= started - 1]
-    return [json.loads(line) for f in files[-1:] for line in f.read_text().splitlines()
-            if line.endswith('}')]
+from common import ROOT
+from common.contestants import MODELS, Model
+from common.tables import markdown, spread
+from common.training import Run, RunError, add_options, train
 
 
 def by_label(runs: list[Run]) -> dict[str, list[Run]]:
@@ -141,18 +30,10 @@ def by_label(runs: list[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def spread(values: list[float], form: str) -> str:
-    """Mean, and the range where there is one."""
-    text = f'{mean(values):{form}}'
-    if len(values) > 1:
-        text += f' ({min(values):{form}}-{max(values):{form}})'
-    return text.replace('nan', 'diverged')
-
-
 def table(runs: list[Run], metrics: dict[str, str]) -> str:
     """The comparison as a Markdown table: means over seeds, with their range."""
     titles = ['optimizer', 'lr', *metrics.values(), 'final loss', 's / iteration', 'peak MB']
-    lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
+    lines = []
     for group in by_label(runs).values():
         columns: list[tuple[Callable[[Run], float], str]] = [
             *((lambda run, m=metric: run.score(m), '.3f') for metric in metrics),
@@ -160,8 +41,8 @@ def table(runs: list[Run], metrics: dict[str, str]) -> str:
             (lambda run: run.seconds / run.iterations, '.2f'),
             (lambda run: run.memory, '.0f')]
         cells = [spread([read(run) for run in group], form) for read, form in columns]
-        lines.append(f'| {group[0].optimizer} | {group[0].lr:g} | {" | ".join(cells)} |')
-    return '\n'.join(lines)
+        lines.append([group[0].optimizer, f'{group[0].lr:g}', *cells])
+    return markdown(titles, lines)
 
 
 def verdict(runs: list[Run], model: Model) -> str:
@@ -188,14 +69,12 @@ def verdict(runs: list[Run], model: Model) -> str:
 
 def draw(runs: list[Run], model: Model, path: Path) -> None:
     """Loss and APs against iterations and against seconds of training; thin lines are seeds."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     metrics = {key: title for key, title in model.metrics.items() if not key.endswith('_50')}
     rows = len(metrics) + 1
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.5 * rows), constrained_layout=True)
+    figure = Figure(figsize=(10, 3.5 * rows), layout='constrained')
+    axes = figure.subplots(rows, 2)
     for number, group in enumerate(by_label(runs).values()):
         for seed, run in enumerate(group):
             style = dict(label=run.label if seed == 0 else None, marker='.', color=f'C{number}',
@@ -205,8 +84,9 @@ def draw(runs: list[Run], model: Model, path: Path) -> None:
                 axes[0, column].plot([x[column] for x in run.losses], [x[2] for x in run.losses],
                                      **style)
                 for row, metric in enumerate(metrics, 1):
-                    axes[row, column].plot([x[column] for x in run.scores],
-                                           [x[2].get(metric, 0.) for x in run.scores], **style)
+                    points = run.scores.get(metric, [])
+                    axes[row, column].plot([x[column] for x in points], [x[2] for x in points],
+                                           **style)
     for column, unit in enumerate(('iterations', 'seconds of training')):
         for row, quantity in enumerate(('loss', *metrics.values())):
             axes[row, column].set(xlabel=unit, ylabel=quantity)
@@ -214,12 +94,6 @@ def draw(runs: list[Run], model: Model, path: Path) -> None:
     axes[0, 0].legend()
     figure.suptitle(f'{model.title} on shapes, random weights')
     figure.savefig(path, dpi=110)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--options', nargs='+', metavar='KEY=VALUE', default=[],
-                        type=lambda text: tuple(text.split('=', 1)),
-                        help='settings of every run, as for --cfg-options of tools/train.py')
 
 
 def parse_args() -> argparse.Namespace:

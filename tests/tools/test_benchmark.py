@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from analysis_tools import benchmark
 from tests.support.paths import ROOT
-
-benchmark = pytest.importorskip('analysis_tools.benchmark')
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from analysis_tools import scaling
 from tests.support.paths import ROOT
-
-scaling = pytest.importorskip('analysis_tools.scaling')
 
 
 def test_table_and_figure(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_table_and_figure(tmp_path: Path) -> None:
         assert set(solvers) == {'cholesky', 'lowrank'}
         assert all(seconds > 0 for times in solvers.values() for one in times
                    for seconds in one.values())
-    assert '| refresh | lowrank |' in (tmp_path / 'scaling.md').read_text()
+    assert re.search(r'\| refresh +\| lowrank +\|', (tmp_path / 'scaling.md').read_text())
     assert (tmp_path / 'scaling.png').stat().st_size > 1000
 
 

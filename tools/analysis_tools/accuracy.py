@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from tqdm import tqdm
 from mmprecond.curvature import INPUT, Factor, Layer, Sketch, Statistic
 from mmprecond.datasets import make_shape_folders
 from mmprecond.engine import launch
-from mmprecond.engine.synthetic import random_model
 from mmprecond.linalg import LowRank, named_tensors
 from mmprecond.optimizers import NKFAC
 from mmprecond.preconditioners import NewtonKronecker
@@ -31,9 +29,10 @@ from mmprecond.preconditioners.base import Factors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis_tools.benchmark import MODELS
-
-ROOT = Path(__file__).resolve().parents[2]
+from common import ROOT
+from common.models import build_model
+from common.tables import markdown
+from common.timing import now
 
 
 def images(folder: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
@@ -49,8 +48,7 @@ def images(folder: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
 
 def trained(args: argparse.Namespace) -> tuple[Any, NKFAC]:
     """A ResNet-18 after some steps, its gradients in place."""
-    torch.manual_seed(0)
-    model = random_model(launch.load_config(MODELS['resnet18']))
+    model: Any = build_model('resnet18')
     model.init_weights()
     optimizer = NKFAC(model, lr=args.lr, momentum=0.9, weight_decay=1e-4, solver='lowrank',
                       stat_interval=args.stat_interval, refresh_interval=args.refresh_interval)
@@ -122,12 +120,13 @@ def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[
 
 def report(found: dict[str, list[tuple[Any, ...]]]) -> str:
     """A line for each way, then its worst layers."""
-    lines = ['| way | columns kept | least cosine | numbers kept of dense |', '|---' * 4 + '|']
+    cells = []
     for way, rows in found.items():
         columns = [c for row in rows for c in row[2]]
         share = sum(row[4] for row in rows) / sum(row[5] for row in rows)
         kept = f'{min(columns)}-{max(columns)}' if columns else '-'
-        lines.append(f'| {way} | {kept} | {min(row[3] for row in rows):.6f} | {share:.2f} |')
+        cells.append((way, kept, f'{min(row[3] for row in rows):.6f}', f'{share:.2f}'))
+    lines = [markdown(('way', 'columns kept', 'least cosine', 'numbers kept of dense'), cells)]
     for way, rows in found.items():
         lines += ['', f'{way}: worst layers']
         lines += [f'  {row[0]} ({row[1]}): {row[2]} columns, cosine {row[3]:.6f}'
@@ -157,11 +156,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with launch.one_line_errors():
-        start = time.perf_counter()
+        start = now()
         _, optimizer = trained(args)
         print(report(compare(optimizer, args)))
         print(f'\n{args.steps} steps at {args.size} px, batch {args.batch}; '
-              f'{time.perf_counter() - start:.0f} s')
+              f'{now() - start:.0f} s')
 
 
 if __name__ == '__main__':

@@ -30,22 +30,17 @@ from tqdm import tqdm
 import mmprecond.optimizers as ours
 from mmprecond.engine import launch
 from mmprecond.engine.peers import with_groups
-from mmprecond.engine.synthetic import random_model, synthetic_batch
 from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis_tools.benchmark_entry import CAPTURE, KINDS, REFRESH, Entry, now
+from analysis_tools.benchmark_entry import CAPTURE, KINDS, REFRESH, Entry
+from common import ROOT
 from common.contestants import EVERY_STEP
+from common.models import CONFIGS, build_model, noise
+from common.tables import markdown
+from common.timing import now
 
-ROOT = Path(__file__).resolve().parents[2]
-MODELS = {
-    'resnet18': 'mmpretrain::resnet/resnet18_8xb32_in1k.py',
-    'resnet50': 'mmpretrain::resnet/resnet50_8xb32_in1k.py',
-    'swin-t': 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
-    'faster-rcnn-r50': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    'mask-rcnn-swin-t': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
-}
 USUAL = 'SGD,AdamW,NKFAC:solver=cholesky,NKFAC:solver=lowrank,AdamR,FSGD,FAdam:solver=lowrank'
 PEERS = ('SOAP', 'Shampoo', 'Muon')
 #: Cycles of `REFRESH` steps that are not counted: Newton's first three refreshes are exact.
@@ -110,22 +105,14 @@ def installed_peers() -> dict[str, Any]:
             if hasattr(pytorch_optimizer, name)}
 
 
-def build_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """A model with random weights, and batches of noise for it."""
-    torch.manual_seed(0)
-    model = random_model(launch.load_config(MODELS.get(name, name))).to(args.device)
-    return model, [synthetic_batch(model, args.batch, tuple(args.size)) for _ in range(BATCHES)]
-
-
 def gemm_rate(device: str, size: int = 2048) -> float:
     """Floating-point operations a second of a square product, the best of some."""
     matrix = torch.randn(size, size, device=device)
-    batch = dict(inputs=matrix)
     best = float('inf')
     for _ in range(6):
-        start = now(batch)
+        start = now(matrix)
         matrix @ matrix
-        best = min(best, now(batch) - start)
+        best = min(best, now(matrix) - start)
     return 2 * size**3 / best
 
 
@@ -205,30 +192,32 @@ def against_forecast(entry: Entry, batch: dict[str, Any], rate: float) -> dict[s
                 ranks=sorted(ranks))
 
 
-def markdown(model: str, results: list[dict[str, Any]], args: argparse.Namespace,
+def report(model: str, results: list[dict[str, Any]], args: argparse.Namespace,
              rate: float) -> str:
     """The table of one model."""
     keys = [f'{capture}/{refresh}' for capture, refresh in args.intervals]
-    lines = [f'### {model}, {args.batch} x {args.size[0]} x {args.size[1]}, {describe(args)}', '',
-             f'Product of 2048 x 2048 in the same run: {rate / 1e9:,.0f} GFLOP/s. Seconds are '
-             'medians of whole iterations; times of all iterations at intervals of captures and '
-             'refreshes (first) are divided by the base optimizer\'s, p99 is in seconds.', '',
-             '| optimizer | plain | measures | refreshes | step alone | its products at GEMM rate '
-             '| ' + ' | '.join(f'x base, {key} | p99' for key in keys)
-             + ' | state MB | peak MB | ranks |',
-             '|---' * (9 + 2 * len(keys)) + '|']
-    for r in results:
-        iteration = [f'{r["iteration"][kind]:.3f}' if kind in r['iteration'] else '-'
-                     for kind in KINDS]
-        limit = f'{r["limit"]:.3f}' if 'limit' in r else '-'
-        ratios = [cell for key in keys for cell in (
-            f'{r["overhead"][key]:.2f} ({r["base"]})' if key in r['overhead'] else '-',
-            f'{r["p99"][key]:.3f}')]
-        ranks = f'{min(r["ranks"])}-{max(r["ranks"])}' if r.get('ranks') else '-'
-        lines.append('| ' + ' | '.join([
-            r['name'], *iteration, f'{r["step"]["plain"]:.3f}', limit, *ratios,
-            f'{r["state_mb"]:.0f}', f'{r["peak_mb"]:.0f}' if r['peak_mb'] else '-', ranks]) + ' |')
-    return '\n'.join(lines)
+    head = (f'### {model}, {args.batch} x {args.size[0]} x {args.size[1]}, {describe(args)}\n\n'
+            f'Product of 2048 x 2048 in the same run: {rate / 1e9:,.0f} GFLOP/s. Seconds are '
+            'medians of whole iterations; times of all iterations at intervals of captures and '
+            "refreshes (first) are divided by the base optimizer's, p99 is in seconds.\n\n")
+    headers = ['optimizer', 'plain', 'measures', 'refreshes', 'step alone',
+               'its products at GEMM rate', *(part for key in keys for part in (
+                   f'x base, {key}', 'p99')), 'state MB', 'peak MB', 'ranks']
+    return head + markdown(headers, [row(result, keys) for result in results])
+
+
+def row(result: dict[str, Any], keys: list[str]) -> list[str]:
+    """Cells of one optimizer."""
+    times = [f'{result["iteration"][kind]:.3f}' if kind in result['iteration'] else '-'
+             for kind in KINDS]
+    ratios = [cell for key in keys for cell in (
+        f'{result["overhead"][key]:.2f} ({result["base"]})' if key in result['overhead'] else '-',
+        f'{result["p99"][key]:.3f}')]
+    ranks = result.get('ranks')
+    return [result['name'], *times, f'{result["step"]["plain"]:.3f}',
+            f'{result["limit"]:.3f}' if 'limit' in result else '-', *ratios,
+            f'{result["state_mb"]:.0f}', f'{result["peak_mb"]:.0f}' if result['peak_mb'] else '-',
+            f'{min(ranks)}-{max(ranks)}' if ranks else '-']
 
 
 def describe(args: argparse.Namespace) -> str:
@@ -240,13 +229,11 @@ def describe(args: argparse.Namespace) -> str:
 
 def chart(model: str, results: list[dict[str, Any]], key: str, path: Path) -> None:
     """Bars: iterations as many times the base optimizer's."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     shown = [r for r in results if key in r['overhead']]
-    figure, axes = pyplot.subplots(figsize=(7, 0.5 + 0.4 * len(shown)))
+    figure = Figure(figsize=(7, 0.5 + 0.4 * len(shown)), layout='constrained')
+    axes = figure.subplots()
     bars = axes.barh([r['name'] for r in shown], [r['overhead'][key] for r in shown])
     axes.bar_label(bars, fmt='%.2f', padding=3)
     axes.axvline(1, color='grey', linewidth=0.8)
@@ -254,9 +241,7 @@ def chart(model: str, results: list[dict[str, Any]], key: str, path: Path) -> No
     axes.margins(x=0.12)
     axes.set_xlabel("time of an iteration / the base optimizer's")
     axes.set_title(f'{model}, intervals {key}')
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def peak_on_cpu(model: str, spec: str, args: argparse.Namespace) -> float:
@@ -271,7 +256,8 @@ def peak_on_cpu(model: str, spec: str, args: argparse.Namespace) -> float:
 
 def child(args: argparse.Namespace) -> None:
     """One cycle of one optimizer; prints the peak memory, as Linux counts it."""
-    model, batches = build_model(args.models[0], args)
+    model = build_model(args.models[0], args.device)
+    batches = noise(model, args.batch, tuple(args.size), BATCHES)
     entry = Entry(args.optimizers[0], model, build_optimizer(args.optimizers[0], model))
     for step in range(REFRESH + 1):
         entry.train(batches[step % BATCHES])
@@ -281,7 +267,8 @@ def child(args: argparse.Namespace) -> None:
 
 def run(name: str, args: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measures all optimizers on one model; writes and returns its results."""
-    model, batches = build_model(name, args)
+    model = build_model(name, args.device)
+    batches = noise(model, args.batch, tuple(args.size), BATCHES)
     entries = []
     for spec in args.optimizers:
         twin = copy.deepcopy(model)
@@ -294,7 +281,7 @@ def run(name: str, args: argparse.Namespace, say: Callable[[str], None] = print)
             entry.peak_mb = peak_on_cpu(name, entry.name, args)
     bases = {entry.name: entry for entry in entries if entry.name in ('SGD', 'AdamW')}
     results = [summary(entry, bases, batches[0], rate, args.intervals) for entry in entries]
-    text = markdown(name, results, args, rate)
+    text = report(name, results, args, rate)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / name.split('/')[-1].removesuffix('.py')
     stem.with_suffix('.md').write_text(text + '\n')
@@ -318,7 +305,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = re.compile(',').split
     parser.add_argument('--models', type=names, default=['resnet18'],
-                        help=f'of {", ".join(MODELS)}, or configs; default: resnet18')
+                        help=f'of {", ".join(CONFIGS)}, or configs; default: resnet18')
     parser.add_argument('--optimizers', type=names, default=USUAL.split(','),
                         help=f'each as NAME or NAME:key=value:key=value; default: {USUAL}, and '
                              f'{", ".join(PEERS)} where pytorch_optimizer is installed')

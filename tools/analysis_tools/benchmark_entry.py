@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from common.timing import now
 from mmprecond.optimizers import PreconditionedOptimizer
 
 #: Steps between captures and between refreshes while the clock runs.
@@ -53,15 +53,15 @@ class Entry:
 
     def train(self, batch: dict[str, Any]) -> tuple[float, float]:
         """One iteration: seconds of all of it, and of the optimizer's step."""
-        start = now(batch)
+        start = now(batch['inputs'])
         loss = self.model.parse_losses(self.model(**batch, mode='loss'))[0]
         self.optimizer.zero_grad()
         loss.backward()
         if getattr(self.optimizer, 'needs', '') == 'loss':
             self.optimizer.loss = loss.detach()
-        middle = now(batch)
+        middle = now(batch['inputs'])
         self.optimizer.step()
-        end = now(batch)
+        end = now(batch['inputs'])
         return end - start, end - middle
 
     def state_mb(self) -> float:
@@ -79,10 +79,3 @@ def flat(state: Any) -> list[torch.Tensor]:
         return [state]
     values = state.values() if isinstance(state, dict) else state
     return [t for v in values for t in flat(v)] if isinstance(state, (dict, list, tuple)) else []
-
-
-def now(batch: dict[str, Any]) -> float:
-    """The time, once the device has done what it was given."""
-    if batch['inputs'].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()

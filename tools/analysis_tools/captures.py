@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +25,9 @@ from mmprecond.optimizers import NKFAC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis_tools.benchmark import MODELS, build_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from common.models import CONFIGS, build_model, noise
+from common.tables import markdown
+from common.timing import seconds_of
 
 
 @dataclass
@@ -79,12 +78,6 @@ def measured(one: Recorded, statistics: Sequence[Statistic]) -> dict[str, Tensor
                                   torch.Generator())
 
 
-def clock(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def compare(calls: list[Recorded], optimizer: NKFAC, turns: int,
             precision: str) -> dict[Layer, list[float]]:
     """Seconds of ours and of laid-out rows by layer, each the least of some turns, in turns."""
@@ -94,8 +87,8 @@ def compare(calls: list[Recorded], optimizer: NKFAC, turns: int,
         pair = [float('inf'), float('inf')]
         for _ in range(turns):
             with matmul_precision(precision):
-                pair[0] = min(pair[0], clock(partial(measured, one, statistics)))
-            pair[1] = min(pair[1], clock(partial(unfolded, one)))
+                pair[0] = min(pair[0], seconds_of(partial(measured, one, statistics)))
+            pair[1] = min(pair[1], seconds_of(partial(unfolded, one)))
         total = seconds.setdefault(one.call.layer, [0., 0.])
         seconds[one.call.layer] = [a + b for a, b in zip(total, pair, strict=True)]
     return seconds
@@ -103,35 +96,34 @@ def compare(calls: list[Recorded], optimizer: NKFAC, turns: int,
 
 def table(seconds: dict[Layer, list[float]]) -> str:
     """One row for each layer, and the sum, in Markdown."""
-    lines = ['| layer | o x i | ms | ms, laid out | ratio |', '|---' * 5 + '|']
     rows = [(layer.name.removesuffix('.weight'), f'{layer.rows} x {layer.columns}', *pair)
             for layer, pair in seconds.items()]
     rows.append(('all', '', sum(row[2] for row in rows), sum(row[3] for row in rows)))
-    return '\n'.join([*lines, *(f'| {name} | {shape} | {1e3 * ours:.1f} | {1e3 * plain:.1f} | '
-                                f'{ours / plain:.2f} |' for name, shape, ours, plain in rows)])
+    return markdown(('layer', 'o x i', 'ms', 'ms, laid out', 'ratio'), [
+        (name, shape, f'{1e3 * ours:.1f}', f'{1e3 * plain:.1f}', f'{ours / plain:.2f}')
+        for name, shape, ours, plain in rows])
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', default='resnet18',
-                        help=f'of {", ".join(MODELS)}, or a config; default: resnet18')
+                        help=f'of {", ".join(CONFIGS)}, or a config; default: resnet18')
     parser.add_argument('--batch', type=launch.count, default=16, help='images; default: 16')
     parser.add_argument('--size', type=launch.count, nargs=2, default=(112, 112),
                         metavar=('HEIGHT', 'WIDTH'), help='default: 112 112')
     parser.add_argument('--turns', type=launch.count, default=5)
     parser.add_argument('--precision', default='highest', help='of ours: matmul_precision')
-    args = parser.parse_args()
-    args.device = 'cpu'
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     with launch.one_line_errors():
         launch.check_mmcv()
-        model, batches = build_model(args.model, args)
+        model = build_model(args.model)
+        (batch,) = noise(model, args.batch, tuple(args.size), 1)
         optimizer = NKFAC(model, lr=0.1)
-        calls = record(model, batches[0], optimizer)
+        calls = record(model, batch, optimizer)
         print(table(compare(calls, optimizer, args.turns, args.precision)))
 
 

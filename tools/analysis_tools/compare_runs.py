@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import re
 import sys
 from dataclasses import dataclass, field
@@ -21,10 +20,10 @@ from mmengine.config import Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.logs import Curves, log_files
 from paper.rows import departures, plain, row_of
 
 TEMPLATES = Path(__file__).resolve().parent / 'templates'
-Point = tuple[int, float, float]  # iteration, seconds of training so far, value
 #: Scores in a table row of the paper, by their names in the log: of boxes alone, and of masks too.
 BOX = {'AP': 'coco/bbox_mAP', 'AP50': 'coco/bbox_mAP_50', 'AP75': 'coco/bbox_mAP_75',
        'APs': 'coco/bbox_mAP_s', 'APm': 'coco/bbox_mAP_m', 'APl': 'coco/bbox_mAP_l'}
@@ -40,13 +39,12 @@ UNINTERESTING = ('work_dir', 'resume', 'load_from', 'launcher', 'visualizer', 'v
 
 
 @dataclass
-class Run:
+class Run(Curves):
     """One training, as its folder tells.
 
     Attributes:
-        name: Of the folder.
-        losses: Loss over time.
-        scores: Each score over time, by its name in the log.
+        name: The folder's name.
+        losses, scores, memory: See `Curves`.
         config: The config, flat.
         paper: The config's `paper` entry.
         machine: What the log says of it.
@@ -54,8 +52,6 @@ class Run:
     """
 
     name: str
-    losses: list[Point] = field(default_factory=list)
-    scores: dict[str, list[Point]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
@@ -64,19 +60,6 @@ class Run:
     @property
     def optimizer(self) -> str:
         return str(self.config.get('optim_wrapper.optimizer.type', 'unknown'))
-
-    @property
-    def iterations(self) -> int:
-        return self.losses[-1][0] if self.losses else 0
-
-    @property
-    def seconds(self) -> float:
-        return self.losses[-1][1] if self.losses else 0.
-
-    def last(self, score: str) -> float | None:
-        """A score at the last evaluation."""
-        points = self.scores.get(score)
-        return points[-1][2] if points else None
 
     @property
     def source(self) -> str:
@@ -100,13 +83,13 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: For a folder without MMEngine's logs.
     """
-    files = sorted(folder.glob('*/vis_data/scalars.json'))
+    files = log_files(folder)
     if not files:
         raise ValueError(f'{folder} has no */vis_data/scalars.json; give the work folder of a '
                          'training by MMEngine')
     run = Run(folder.name)
     for file in files:
-        _read_scalars(run, file)
+        run.read(file)
     for log in sorted(folder.glob('*/*.log'))[-1:]:
         run.machine = _read_machine(log)
     dumped = files[-1].parent / 'config.py'
@@ -147,35 +130,6 @@ def _unlike_the_paper(config: dict[str, Any], run: Run) -> list[str]:
         found.append(f'batch of all GPUs is {batch}, the paper has {row.batch} (and the rates for '
                      'it: --auto-scale-lr)')
     return [f'not trained as {run.source} of the thesis: {"; ".join(found)}'] if found else []
-
-
-def _read_scalars(run: Run, file: Path) -> None:
-    """Appends what a log says, in place of what was logged of the same iterations before."""
-    begun = False
-    iteration, seconds = run.iterations, run.seconds
-    for line in file.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # being written
-            continue
-        if 'loss' in entry and 'iter' in entry:
-            if not begun:
-                _cut(run, int(entry['iter']))
-                begun, iteration, seconds = True, run.iterations, run.seconds
-            seconds += entry.get('time', 0.) * (entry['iter'] - iteration)
-            iteration = entry['iter']
-            run.losses.append((iteration, seconds, entry['loss']))
-            continue
-        for name, value in entry.items():
-            if '/' in name and not name.startswith('curvature/'):
-                run.scores.setdefault(name, []).append((iteration, seconds, value))
-
-
-def _cut(run: Run, start: int) -> None:
-    """Forgets what was logged from an iteration on."""
-    run.losses = [point for point in run.losses if point[0] < start]
-    run.scores = {name: [point for point in points if point[0] < start]
-                  for name, points in run.scores.items()}
 
 
 def _read_machine(log: Path) -> dict[str, str]:

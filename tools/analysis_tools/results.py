@@ -18,8 +18,10 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.contestants import MODELS, ROOT, Model
-from quickstart import Run, RunError, add_options, spread, train
+from common import ROOT
+from common.contestants import MODELS, Model
+from common.tables import markdown, spread
+from common.training import Run, RunError, add_options, train
 
 ANY = ('SGD', 'AdamW', 'SGDPH', 'NKFAC', 'AdaNKFAC', 'FSGD', 'FAdam', 'KFAC', 'SKFAC', 'SGDMBK',
        'AdamWBK', 'AdamR', 'MAC', 'SMAC', 'AdaAct', 'NysAct', 'SOAA', 'AdaFisher', 'AdaFisherW',
@@ -84,8 +86,7 @@ def paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, float]
 def at(run: Run, iteration: float, metric: str) -> float:
     """A run's score between two evaluations, by linear interpolation; 0 before training."""
     before = (0, 0.)
-    for step, _, scores in run.scores:
-        value = scores.get(metric, 0.)
+    for step, _, value in run.scores.get(metric, []):
         if step >= iteration:
             share = (iteration - before[0]) / (step - before[0])
             return before[1] + share * (value - before[1])
@@ -102,7 +103,7 @@ def table(tuned: dict[str, list[Run]], final: dict[str, list[Run]], seconds: dic
     heads = ['optimizer', 'lr', *(f'{one} after {end} iterations' for one in titles.values()),
              'loss', f'time of {PACE}', f"{title} in {PACE}'s time", 'MB',
              f'{title} of each rate, seed {args.seeds[0]}']
-    lines = [f'| {" | ".join(heads)} |', '|---' * len(heads) + '|']
+    lines = []
     form = '.1f' if metric.startswith('accuracy') else '.3f'
     for name, runs in final.items():
         ratio = seconds[name] / seconds[PACE] if {name, PACE} <= set(seconds) else float('nan')
@@ -113,8 +114,8 @@ def table(tuned: dict[str, list[Run]], final: dict[str, list[Run]], seconds: dic
                  spread([run.losses[-1][2] for run in runs], '.2f'), f'{ratio:.2f}',
                  spread(level, form) if level else '-',
                  f'{mean([run.memory for run in runs if run.memory] or [float("nan")]):.0f}', rates]
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,12 +13,10 @@ import argparse
 import json
 import math
 import re
-import time
-from collections.abc import Callable
+import sys
 from functools import partial
 from pathlib import Path
 from statistics import linear_regression
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +24,12 @@ from tqdm import tqdm
 
 from mmprecond.optimizers import NKFAC
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import ROOT
+from common.tables import markdown
+from common.timing import seconds_of
+
 SOLVERS = ('newton', 'cholesky', 'lowrank')
 PARTS = ('step', 'capture', 'refresh')
 #: Refreshes after which Newton's are no longer exact, and low rank starts from an earlier one.
@@ -48,14 +51,15 @@ def measured(solver: str, width: int, rows: int, turns: int) -> dict[str, float]
 
         optimizer.zero_grad()
         optimizer.disarm()
-        times = {'pass': clock(train)}
+        times = {'pass': seconds_of(train)}
         optimizer.zero_grad()
         optimizer.arm()
         curvature = optimizer.curvature
-        times['capture'] = clock(train) + clock(partial(curvature.merge, 0))
-        times['refresh'] = clock(partial(curvature.refresh, 0))
+        times['capture'] = seconds_of(train) + seconds_of(partial(curvature.merge, 0))
+        times['refresh'] = seconds_of(partial(curvature.refresh, 0))
         gradients = {layer.weight: layer.weight.grad}
-        times['step'] = clock(partial(curvature.precondition, gradients, optimizer.param_groups))
+        times['step'] = seconds_of(partial(curvature.precondition, gradients,
+                                           optimizer.param_groups))
         if turn >= WARM_UP:
             best = {part: min(best[part], seconds) for part, seconds in times.items()}
     best['capture'] = max(best['capture'] - best['pass'], 1e-6)
@@ -67,12 +71,6 @@ def falling(rows: int, width: int) -> Tensor:
     return torch.randn(rows, width) / torch.arange(1, width + 1)
 
 
-def clock(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def slope(sizes: list[int], seconds: list[float]) -> float:
     """The exponent with which times grow over the larger half of the sizes."""
     half = len(sizes) // 2
@@ -80,28 +78,24 @@ def slope(sizes: list[int], seconds: list[float]) -> float:
     return linear_regression(*logs).slope if len(logs[0]) > 1 else math.nan
 
 
-def markdown(axis: str, sizes: list[int], found: dict[str, list[dict[str, float]]]) -> str:
+def table(axis: str, sizes: list[int], found: dict[str, list[dict[str, float]]]) -> str:
     """Times by size, and slopes."""
-    lines = [f'| part | solver | {" | ".join(f"{axis} {n}" for n in sizes)} | slope |',
-             '|---' * (3 + len(sizes)) + '|']
+    rows = []
     for part in PARTS:
         for solver, times in found.items():
             seconds = [one[part] for one in times]
-            cells = ' | '.join(f'{s:.4f}' for s in seconds)
-            lines.append(f'| {part} | {solver} | {cells} | {slope(sizes, seconds):.2f} |')
-    return '\n'.join(lines)
+            rows.append((part, solver, *(f'{s:.4f}' for s in seconds),
+                         f'{slope(sizes, seconds):.2f}'))
+    return markdown(('part', 'solver', *(f'{axis} {n}' for n in sizes), 'slope'), rows)
 
 
 def draw(results: dict[str, tuple[list[int], dict[str, list[dict[str, float]]]]],
          path: Path) -> None:
     """One panel for each part and axis."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(len(results), len(PARTS), squeeze=False,
-                                     figsize=(4 * len(PARTS), 3.2 * len(results)))
+    figure = Figure(figsize=(4 * len(PARTS), 3.2 * len(results)), layout='constrained')
+    panels = figure.subplots(len(results), len(PARTS), squeeze=False)
     for row, (axis, (sizes, found)) in zip(panels, results.items(), strict=True):
         for panel, part in zip(row, PARTS, strict=True):
             for solver, times in found.items():
@@ -113,9 +107,7 @@ def draw(results: dict[str, tuple[list[int], dict[str, list[dict[str, float]]]]]
             panel.minorticks_off()
             panel.set_xticks(sizes, labels=sizes)
             panel.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def parse_args() -> argparse.Namespace:
@@ -147,7 +139,7 @@ def main() -> None:
                 found[solver].append(measured(solver, width, rows, args.turns))
         results[axis] = sizes, found
     args.out.mkdir(parents=True, exist_ok=True)
-    text = '\n\n'.join(markdown(axis, *result) for axis, result in results.items())
+    text = '\n\n'.join(table(axis, *result) for axis, result in results.items())
     (args.out / 'scaling.md').write_text(text + '\n')
     (args.out / 'scaling.json').write_text(json.dumps(results, indent=1))
     draw(results, args.out / 'scaling.png')

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from . import ROOT
+
 FOLDER = ROOT / 'configs/quickstart'
 RATE = 'optim_wrapper.optimizer.lr'
 RULE_RATE = 'optim_wrapper.optimizer.rule.lr'

@@ -19,10 +19,11 @@ from mmprecond.engine import launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import ROOT
+from common.tables import markdown
 from paper.rows import INTERVALS, ROWS, Row, baselines, toolbox_rows
 from paper.verify_configs import FOLDERS, all_configs, base_of
 
-ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / 'configs/our_runs.json'
 TITLES = {'faster_rcnn': 'Faster R-CNN', 'mask_rcnn': 'Mask R-CNN', 'retinanet': 'RetinaNet',
           'densenet': 'DenseNet', 'googlenet': 'GoogLeNet', 'resnet': 'ResNet',
@@ -90,45 +91,44 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
              'val2017, and top-1 accuracy in per cent. Hybrids are ours and have none. "Ours" is',
              'empty until someone has run the config.', '']
     for folder in FOLDERS:
-        lines += [f'## {TITLES[folder]}', '', '| config | data | optimizer | thesis | published | '
-                  'ours |', '|---' * 6 + '|']
+        cells = []
         for path, paper, run in entries:
             if path.parent.name != folder:
                 continue
             optimizer = paper.get('optimizer') or path.stem.split('_coco_')[1].replace('_', ', ')
             source = ' '.join(f'{key} {paper[key]}' for key in ('table', 'chapter') if key in paper)
-            lines.append(f'| [{path.stem}](../{path.relative_to(ROOT)}) | {data_of(paper)} | '
-                         f'{optimizer} | {source} | {scores(paper.get("result", {}))} | '
-                         f'{scores(run)} |')
-        lines.append('')
+            cells.append((f'[{path.stem}](../{path.relative_to(ROOT)})', data_of(paper), optimizer,
+                          source, scores(paper.get('result', {})), scores(run)))
+        lines += [f'## {TITLES[folder]}', '', markdown(
+            ('config', 'data', 'optimizer', 'thesis', 'published', 'ours'), cells), '']
     lines += compared_with(entries)
     return '\n'.join(lines + ablations())
 
 
 def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[str]:
     """The first-order rows of the tables: MMDetection's configs, or settings of ours."""
-    lines = ['## Baselines', '', ABOUT_DETECTORS, '',
-             '| config | optimizer | lr, weight decay | thesis | published |', '|---' * 5 + '|']
     keys = ('detector', 'backbone', 'schedule')
+    detectors = []
     for row in toolbox_rows():
         base = next(base_of(path) for path, paper, _ in entries
                     if all(paper.get(key) == row[key] for key in keys))
-        lines.append(f'| {base} | {row["optimizer"]} | {row["lr"]:g}, {row["weight_decay"]:g} | '
-                     f'table {row["table"]} | {scores(row["result"])} |')
-    lines += ['', ABOUT_CLASSIFIERS, '',
-             '| data | network | optimizer | from | lr, weight decay | published |',
-             '|---' * 6 + '|']
-    seen = []
+        detectors.append((base, row['optimizer'], f'{row["lr"]:g}, {row["weight_decay"]:g}',
+                          f'table {row["table"]}', scores(row['result'])))
+    classifiers, seen = [], []
     for row in baselines():
         if (key := (row.name | {'chapter': None}, row.result)) in seen:
             continue  # chapters 2 and 4 share some
         seen.append(key)
-        path = starting_point(row, entries)
         rate = ', '.join(f'{row.optimizer[key]:g}' for key in ('lr', 'weight_decay'))
-        lines.append(f'| {row.name["data"]} | {row.name["model"]} | {row.name["optimizer"]} | '
-                     f'{path.stem} | {"-" if "nan" in rate else rate} | '
-                     f'{scores(row.result or {})} |')
-    return [*lines, '']
+        classifiers.append((row.name['data'], row.name['model'], row.name['optimizer'],
+                            starting_point(row, entries).stem, '-' if 'nan' in rate else rate,
+                            scores(row.result or {})))
+    return ['## Baselines', '', ABOUT_DETECTORS, '',
+            markdown(('config', 'optimizer', 'lr, weight decay', 'thesis', 'published'),
+                     detectors), '',
+            ABOUT_CLASSIFIERS, '',
+            markdown(('data', 'network', 'optimizer', 'from', 'lr, weight decay', 'published'),
+                     classifiers), '']
 
 
 def starting_point(row: Row, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> Path:
@@ -141,17 +141,17 @@ def starting_point(row: Row, entries: list[tuple[Path, dict[str, Any], dict[str,
 def ablations() -> list[str]:
     """The thesis's ablations as settings of configs, with the scores that it has for each."""
     published = json.loads(ROWS.read_text())['ablations']
-    lines = ['## Ablations', '', 'Settings of the thesis\'s ablations, for `--cfg-options` with '
-             '`optim_wrapper.optimizer.` before each,', 'and its scores. (Tables 3.14 and 3.15, '
-             'another step size of the Newton iteration, have no setting here.)', '',
-             '| table | config | settings: score |', '|---' * 3 + '|']
+    cells = []
     for name, (config, keys) in ABLATIONS.items():
         entry = published[name]
         rows = [' '.join(f'{key}={value}' for key, value
                          in zip(keys, setting.split('/'), strict=True)) + f': {score}'
                 for setting, score in next(entry[k] for k in ('AP', 'acc') if k in entry).items()]
-        lines.append(f'| {entry["table"]} | {config} | {", ".join(rows)} |')
-    return [*lines, '']
+        cells.append((entry['table'], config, ', '.join(rows)))
+    return ['## Ablations', '', "Settings of the thesis's ablations, for `--cfg-options` with "
+            '`optim_wrapper.optimizer.` before each,', 'and its scores. (Tables 3.14 and 3.15, '
+            'another step size of the Newton iteration, have no setting here.)', '',
+            markdown(('table', 'config', 'settings: score'), cells), '']
 
 
 def scores(result: dict[str, float]) -> str:

@@ -32,9 +32,10 @@ from mmprecond.engine import launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import ROOT
+from common.tables import markdown
 from paper import rows as paper
 
-ROOT = Path(__file__).resolve().parents[2]
 DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
 CLASSIFIERS = ('densenet', 'googlenet', 'resnet', 'swin_transformer', 'vgg')
 FOLDERS = DETECTORS + CLASSIFIERS
@@ -249,12 +250,10 @@ def parse_args() -> argparse.Namespace:
 
 def table(outcomes: dict[Path, Outcome]) -> str:
     """One row for each config, in Markdown."""
-    lines = ['| config | settings | layers | seconds a step | peak GB | note |', '|---' * 6 + '|']
-    for path, outcome in outcomes.items():
-        seconds = ', '.join(f'{second:.1f}' for second in outcome.seconds) or '-'
-        lines.append(f'| {path.stem} | {"; ".join(outcome.problems) or "as they must be"} | '
-                     f'{outcome.layers} | {seconds} | {outcome.memory:.1f} | {outcome.note} |')
-    return '\n'.join(lines)
+    rows = [(path.stem, '; '.join(outcome.problems) or 'as they must be', outcome.layers,
+             ', '.join(f'{second:.1f}' for second in outcome.seconds) or '-',
+             f'{outcome.memory:.1f}', outcome.note) for path, outcome in outcomes.items()]
+    return markdown(('config', 'settings', 'layers', 'seconds a step', 'peak GB', 'note'), rows)
 
 
 def main() -> None:

@@ -1,0 +1,82 @@
+"""Curves of a training, read from the scalars.json that MMEngine's logger writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Point = tuple[int, float, float]  # iteration, seconds of training so far, value
+
+
+def log_files(work_dir: Path, since: float = 0.) -> list[Path]:
+    """Returns a work folder's logs, oldest first, that were written since a time."""
+    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    return [file for file in files if file.stat().st_mtime >= since]
+
+
+def entries(file: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a log; a line that is still being written is left out."""
+    for line in file.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+@dataclass(kw_only=True)
+class Curves:
+    """Loss and scores over iterations and seconds.
+
+    Seconds are those of training alone: validation and start-up are left out.
+
+    Attributes:
+        losses: The loss over time.
+        scores: Each score over time, by its name in the log.
+        memory: Peak memory in MB.
+    """
+
+    losses: list[Point] = field(default_factory=list)
+    scores: dict[str, list[Point]] = field(default_factory=dict)
+    memory: float = 0.
+
+    @property
+    def iterations(self) -> int:
+        """Iterations that were logged."""
+        return self.losses[-1][0] if self.losses else 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training."""
+        return self.losses[-1][1] if self.losses else 0.
+
+    def last(self, score: str) -> float | None:
+        """Returns a score at the last evaluation that has it."""
+        points = self.scores.get(score)
+        return points[-1][2] if points else None
+
+    def read(self, file: Path) -> None:
+        """Appends a log; it replaces earlier entries of the same iterations, as after a resume."""
+        begun = False
+        iteration, seconds = self.iterations, self.seconds
+        for entry in entries(file):
+            if 'loss' in entry and 'iter' in entry:
+                if not begun:
+                    self.cut(int(entry['iter']))
+                    begun, iteration, seconds = True, self.iterations, self.seconds
+                seconds += entry.get('time', 0.) * (entry['iter'] - iteration)
+                iteration = int(entry['iter'])
+                self.losses.append((iteration, seconds, entry['loss']))
+                self.memory = max(self.memory, entry.get('memory', 0))
+                continue
+            for name, value in entry.items():
+                if '/' in name and not name.startswith('curvature/'):
+                    self.scores.setdefault(name, []).append((iteration, seconds, value))
+
+    def cut(self, start: int) -> None:
+        """Forgets entries from an iteration on."""
+        self.losses = [point for point in self.losses if point[0] < start]
+        self.scores = {name: [point for point in points if point[0] < start]
+                       for name, points in self.scores.items()}

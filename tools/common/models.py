@@ -1,0 +1,30 @@
+"""Models of the toolboxes with random weights, and batches of noise for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmprecond.engine import launch
+from mmprecond.engine.synthetic import random_model, synthetic_batch
+
+CONFIGS = {
+    'resnet18': 'mmpretrain::resnet/resnet18_8xb32_in1k.py',
+    'resnet50': 'mmpretrain::resnet/resnet50_8xb32_in1k.py',
+    'swin-t': 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
+    'faster-rcnn-r50': 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'mask-rcnn-swin-t': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+}
+
+
+def build_model(name: str, device: str = 'cpu') -> nn.Module:
+    """Returns a model of `CONFIGS`, or of a config file, in training mode."""
+    torch.manual_seed(0)
+    return random_model(launch.load_config(CONFIGS.get(name, name))).to(device)
+
+
+def noise(model: nn.Module, batch: int, size: tuple[int, int], count: int) -> list[dict[str, Any]]:
+    """Returns different batches: the moments of one alone would have few directions."""
+    return [synthetic_batch(model, batch, size) for _ in range(count)]

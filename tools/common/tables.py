@@ -1,0 +1,22 @@
+"""Tables in Markdown, and figures over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import mean
+from typing import Any
+
+from tabulate import tabulate
+
+
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns a table in Markdown; cells are written as they are."""
+    return str(tabulate(list(rows), headers, tablefmt='github', disable_numparse=True))
+
+
+def spread(values: list[float], form: str) -> str:
+    """Returns the mean, with the range where there are several values."""
+    text = f'{mean(values):{form}}'
+    if len(values) > 1:
+        text += f' ({min(values):{form}}-{max(values):{form}})'
+    return text.replace('nan', 'diverged')
