@@ -21,6 +21,8 @@ def wanted(module: nn.Module, *inputs: Tensor,
            joint: bool | None = None) -> tuple[Tensor, Tensor, int]:
     """What `staged` should be after `loss_of` of each input."""
     joint = module.bias is not None if joint is None else joint
+    right: Any
+    left: Any
     plain, right, left, count = plain_copy(module), 0., 0., 0
     for x in inputs:
         rows = input_rows(module, x, joint)

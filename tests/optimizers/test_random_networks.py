@@ -262,7 +262,7 @@ class Slow:
 
     @staticmethod
     def _copy(net: Net) -> Net:
-        model = plain_copy(net)
+        model: Any = plain_copy(net)
         for unit in model.units:
             unit.plain = True
         return model

@@ -30,7 +30,7 @@ def is_conv(module: nn.Module) -> bool:
 
 
 def blocks_of(module: nn.Module) -> int:
-    return module.groups if is_conv(module) else 1
+    return module.groups if isinstance(module, nn.Conv2d) else 1
 
 
 def channels_first(out: Tensor, conv: bool) -> Tensor:

@@ -6,6 +6,8 @@ beta^age: no running quantity is kept here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from torch import Tensor
 def weighted_mean(history: list[Tensor], beta: float) -> Tensor:
     """Mean of a history with weights beta^age; the last one has age 0."""
     weights = [beta**age for age in reversed(range(len(history)))]
-    total = sum(weight * value for weight, value in zip(weights, history, strict=True))
+    total: Any = sum(weight * value for weight, value in zip(weights, history, strict=True))
     return total / sum(weights)
 
 

@@ -171,7 +171,7 @@ def test_a_closure_tells_its_loss() -> None:
 
     def closure() -> Tensor:
         one.zero_grad()
-        loss = sum((p**2).sum() for p in ours)
+        loss: Any = sum((p**2).sum() for p in ours)
         loss.backward()
         return loss
 

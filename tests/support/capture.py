@@ -74,7 +74,7 @@ def geometries(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, ...], float]
     pair = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(2))
     groups = draw(st.integers(1, 3))
     padding = draw(st.sampled_from(['same', 'valid', pair(0, 2)]))
-    conv = dict(in_channels=groups * draw(st.integers(1, 2)),
+    conv: dict[str, Any] = dict(in_channels=groups * draw(st.integers(1, 2)),
                 out_channels=groups * draw(st.integers(1, 2)), groups=groups,
                 kernel_size=pair(1, 3), dilation=pair(1, 2), padding=padding,
                 stride=1 if padding == 'same' else pair(1, 3),

@@ -43,6 +43,8 @@ def slow(module: nn.Module, reduction: str, *inputs: Tensor) -> tuple[Tensor, Te
     plain = copy.deepcopy(module)
     for hooks in (plain._forward_hooks, plain._forward_pre_hooks):
         hooks.clear()
+    right: Any
+    left: Any
     right, left, rows = 0., 0., 0
     for x in inputs:
         out = plain(x)

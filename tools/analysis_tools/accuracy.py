@@ -80,10 +80,11 @@ def sketched(layer: Layer, factors: Factors, rank: int) -> Factors:
     moment = factors[INPUT].tensor
     if moment.shape[-1] <= 2 * rank:
         return factors
-    sketch = Statistic(INPUT, Sketch(rank))
-    test = sketch.form.test_matrix(layer, sketch.key, moment.shape[-1])
-    columns = sketch.form.finalize((moment @ test,), [layer], sketch.key)
-    return {**factors, INPUT: Factor(sketch.form, columns)}
+    form = Sketch(rank)
+    key = Statistic(INPUT, form).key
+    test = form.test_matrix(layer, key, moment.shape[-1])
+    columns = form.finalize((moment @ test,), [layer], key)
+    return {**factors, INPUT: Factor(form, columns)}
 
 
 def size_of(factors: Factors) -> int:

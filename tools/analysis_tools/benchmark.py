@@ -295,10 +295,10 @@ def run(name: str, args: argparse.Namespace, say: Callable[[str], None] = print)
 
 def intervals(text: str) -> list[tuple[int, int]]:
     """Pairs from CAPTURE/REFRESH,CAPTURE/REFRESH."""
-    pairs = [tuple(int(n) for n in pair.split('/')) for pair in text.split(',')]
+    pairs = [[int(n) for n in pair.split('/')] for pair in text.split(',')]
     if not all(len(pair) == 2 and min(pair) > 0 for pair in pairs):
         raise argparse.ArgumentTypeError(f'{text!r} is not like 20/200,100/1000')
-    return pairs
+    return [(capture, refresh) for capture, refresh in pairs]
 
 
 def parse_args() -> argparse.Namespace:

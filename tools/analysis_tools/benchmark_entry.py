@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from common.timing import now
 from mmprecond.optimizers import PreconditionedOptimizer
@@ -30,8 +29,8 @@ class Entry:
     """
 
     name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: Any
+    optimizer: Any
     seconds: dict[str, list[float]] = field(default_factory=lambda: {k: [] for k in KINDS})
     steps: dict[str, list[float]] = field(default_factory=lambda: {k: [] for k in KINDS})
     peak_mb: float = 0.

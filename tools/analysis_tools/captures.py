@@ -96,8 +96,8 @@ def compare(calls: list[Recorded], optimizer: NKFAC, turns: int,
 
 def table(seconds: dict[Layer, list[float]]) -> str:
     """One row for each layer, and the sum, in Markdown."""
-    rows = [(layer.name.removesuffix('.weight'), f'{layer.rows} x {layer.columns}', *pair)
-            for layer, pair in seconds.items()]
+    rows = [(layer.name.removesuffix('.weight'), f'{layer.rows} x {layer.columns}', ours, plain)
+            for layer, (ours, plain) in seconds.items()]
     rows.append(('all', '', sum(row[2] for row in rows), sum(row[3] for row in rows)))
     return markdown(('layer', 'o x i', 'ms', 'ms, laid out', 'ratio'), [
         (name, shape, f'{1e3 * ours:.1f}', f'{1e3 * plain:.1f}', f'{ours / plain:.2f}')

@@ -17,6 +17,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from statistics import linear_regression
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,8 @@ def measured(solver: str, width: int, rows: int, turns: int) -> dict[str, float]
         curvature = optimizer.curvature
         times['capture'] = seconds_of(train) + seconds_of(partial(curvature.merge, 0))
         times['refresh'] = seconds_of(partial(curvature.refresh, 0))
-        gradients = {layer.weight: layer.weight.grad}
-        times['step'] = seconds_of(partial(curvature.precondition, gradients,
+        found: dict[Any, Any] = {layer.weight: layer.weight.grad}
+        times['step'] = seconds_of(partial(curvature.precondition, found,
                                            optimizer.param_groups))
         if turn >= WARM_UP:
             best = {part: min(best[part], seconds) for part, seconds in times.items()}

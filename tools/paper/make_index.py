@@ -109,11 +109,11 @@ def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) ->
     """The first-order rows of the tables: MMDetection's configs, or settings of ours."""
     keys = ('detector', 'backbone', 'schedule')
     detectors = []
-    for row in toolbox_rows():
+    for one in toolbox_rows():
         base = next(base_of(path) for path, paper, _ in entries
-                    if all(paper.get(key) == row[key] for key in keys))
-        detectors.append((base, row['optimizer'], f'{row["lr"]:g}, {row["weight_decay"]:g}',
-                          f'table {row["table"]}', scores(row['result'])))
+                    if all(paper.get(key) == one[key] for key in keys))
+        detectors.append((base, one['optimizer'], f'{one["lr"]:g}, {one["weight_decay"]:g}',
+                          f'table {one["table"]}', scores(one['result'])))
     classifiers, seen = [], []
     for row in baselines():
         if (key := (row.name | {'chapter': None}, row.result)) in seen:

@@ -246,7 +246,8 @@ def _settings(optimizer: str, lr: float, decay: float, row: dict[str, Any]) -> d
     """Settings of an optimizer's config; intervals that the row has not are the method's own."""
     kind = getattr(optimizers, _plain_name(optimizer), None)
     method = getattr(kind, 'preconditioner', None)
-    own = {key: kind.preset.get(key, getattr(method, key)) for key in INTERVALS} if method else {}
+    own = {key: kind.preset.get(key, getattr(method, key))
+           for key in INTERVALS} if kind and method else {}
     return {'type': _plain_name(optimizer), 'lr': lr, 'weight_decay': decay,
             **{key: row.get(key, value) for key, value in own.items()}}
 
@@ -257,5 +258,8 @@ def _drops(epochs: list[int]) -> dict[str, Any]:
 
 def _every(words: str, epochs: int) -> dict[str, Any]:
     """Drops as in 'x0.1 every 60 epochs'."""
-    (step,) = re.fullmatch(r'x0\.1 every (\d+) epochs', words).groups()
-    return _drops(list(range(int(step), epochs, int(step))))
+    found = re.fullmatch(r'x0\.1 every (\d+) epochs', words)
+    if found is None:
+        raise ValueError(f'the schedule {words!r} is not like "x0.1 every 60 epochs"')
+    step = int(found[1])
+    return _drops(list(range(step, epochs, step)))

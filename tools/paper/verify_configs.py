@@ -135,7 +135,7 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
     cfg = launch.load_config(str(path))
     note = _adapt(cfg, data)
     torch.manual_seed(0)
-    model = random_model(cfg)
+    model: Any = random_model(cfg)
     if cfg.default_scope == 'mmpretrain':  # as in training; detectors begin from other weights
         model.init_weights()
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)

@@ -106,7 +106,8 @@ def test_a_vision_transformer_is_found_and_measured() -> None:
 
 def packed(batch_first: bool, **options: Any) -> nn.MultiheadAttention:
     model = nn.MultiheadAttention(6, 2, batch_first=batch_first, **options).double()
-    return randomise(model)
+    randomise(model)
+    return model
 
 
 def rows_of(kind: str, queries: int = 4, keys: int = 5) -> tuple[Tensor, Tensor, Tensor]:
