@@ -34,8 +34,9 @@ class BuildWithConfigs(build_py):
             return
         target = Path(self.build_lib) / 'mmprecond' / '.mim'
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(ROOT / 'configs', target / 'configs',
-                        ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copytree(
+            ROOT / 'configs', target / 'configs', ignore=shutil.ignore_patterns('__pycache__')
+        )
         shutil.copy(ROOT / 'model-index.yml', target)
 
 

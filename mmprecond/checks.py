@@ -7,11 +7,21 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def check_number(name: str, value: Any, *, low: float = 0., high: float | None = None,
-                 open_low: bool = False, finite: bool = True) -> None:
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float | None = None,
+    open_low: bool = False,
+    finite: bool = True,
+) -> None:
     """Raises ValueError unless low <= value (< high); `open_low` excludes low itself."""
-    number = (isinstance(value, (int, float)) and not isinstance(value, bool)
-              and (abs(value) < float('inf') or not finite))
+    number = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and (abs(value) < float('inf') or not finite)
+    )
     above = number and (value > low if open_low else value >= low)
     if not (above and (high is None or value < high)):
         bound = f'greater than {low:g}' if open_low else f'at least {low:g}'
@@ -41,15 +51,21 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 def argument_names(kind: type) -> list[str]:
     """Names of the keyword arguments that a class's constructor takes beside its parameters."""
     signature = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
-    return [name for name, p in signature.items()
-            if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')]
+    return [
+        name
+        for name, p in signature.items()
+        if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')
+    ]
 
 
 def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[str]) -> None:
     """Raises TypeError that names left-over keyword arguments and how they came to be there."""
     if unexpected:
         keys = ', '.join(sorted(unexpected))
-        hint = ('MMEngine takes `_delete_` out of configs with a `_base_` alone: leave it out here'
-                if '_delete_' in unexpected else 'if a base config left the key behind, add '
-                '`_delete_=True` to the optimizer of your config')
+        hint = (
+            'MMEngine takes `_delete_` out of configs with a `_base_` alone: leave it out here'
+            if '_delete_' in unexpected
+            else 'if a base config left the key behind, add '
+            '`_delete_=True` to the optimizer of your config'
+        )
         raise TypeError(f'{owner} does not take {keys} (it takes {", ".join(known)}); {hint}')

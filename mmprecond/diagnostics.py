@@ -22,49 +22,68 @@ from .engine import launch, use_optimizer
 from .engine.synthetic import random_model, synthetic_batch
 from .optimizers import PreconditionedOptimizer
 
-HEADERS = ('layer', 'preconditioner', 'calls', 'MB', 'step GFLOP', 'capture GFLOP',
-           'refresh GFLOP')
+HEADERS = ('layer', 'preconditioner', 'calls', 'MB', 'step GFLOP', 'capture GFLOP', 'refresh GFLOP')
 
 
-def forecast(model: nn.Module, curvature: Curvature,
-             batch: dict[str, Any]) -> tuple[dict[Layer, LayerCost], float]:
+def forecast(
+    model: nn.Module, curvature: Curvature, batch: dict[str, Any]
+) -> tuple[dict[Layer, LayerCost], float]:
     """Costs by layer, and the operations of the model's own forward and backward pass."""
     counter = FlopCounterMode(display=False)
     with measured_costs(curvature.layers, curvature.capture) as costs, torch.no_grad(), counter:
         model(**batch, mode='loss')
-    return costs, 3. * counter.get_total_flops()
+    return costs, 3.0 * counter.get_total_flops()
 
 
 def amortised(curvature: Curvature, costs: dict[Layer, LayerCost]) -> float:
     """Operations a step, captures and refreshes shared out over their intervals."""
-    total = 0.
+    total = 0.0
     for layer, stack in curvature.layers.items():
         cost, method = costs[layer], stack.method
-        total += (cost.apply + cost.capture / method.capture_interval
-                  + cost.refresh / method.refresh_interval)
+        total += (
+            cost.apply
+            + cost.capture / method.capture_interval
+            + cost.refresh / method.refresh_interval
+        )
     return total
 
 
-def table(curvature: Curvature, costs: dict[Layer, LayerCost],
-          own: float) -> str:
+def table(curvature: Curvature, costs: dict[Layer, LayerCost], own: float) -> str:
     """The forecast as text; `own` are the model's operations a step."""
     rows = [HEADERS, *(_row(cost.name.removesuffix('.weight'), cost) for cost in costs.values())]
-    total = LayerCost('all', '', *(sum(getattr(cost, name) for cost in costs.values()) for name in
-                                   ('megabytes', 'apply', 'refresh', 'capture', 'calls')))
+    total = LayerCost(
+        'all',
+        '',
+        *(
+            sum(getattr(cost, name) for cost in costs.values())
+            for name in ('megabytes', 'apply', 'refresh', 'capture', 'calls')
+        ),
+    )
     rows.append(_row('all', total))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ['  '.join(cell.ljust(w) if k < 2 else cell.rjust(w)
-                       for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]
+    lines = [
+        '  '.join(
+            cell.ljust(w) if k < 2 else cell.rjust(w)
+            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     share = amortised(curvature, costs) / own if own else float('nan')
-    lines.append(f'forward and backward pass: {own / 1e9:,.1f} GFLOP; preconditioning adds '
-                 f'{100 * share:.1f} % of that a step, its intervals averaged')
+    lines.append(
+        f'forward and backward pass: {own / 1e9:,.1f} GFLOP; preconditioning adds '
+        f'{100 * share:.1f} % of that a step, its intervals averaged'
+    )
     return '\n'.join(lines)
 
 
 def _row(name: str, cost: LayerCost) -> tuple[str, ...]:
-    return (name, cost.method, str(cost.calls), f'{cost.megabytes:.1f}',
-            *(f'{flops / 1e9:.3f}' for flops in (cost.apply, cost.capture, cost.refresh)))
+    return (
+        name,
+        cost.method,
+        str(cost.calls),
+        f'{cost.megabytes:.1f}',
+        *(f'{flops / 1e9:.3f}' for flops in (cost.apply, cost.capture, cost.refresh)),
+    )
 
 
 def build(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
@@ -74,21 +93,33 @@ def build(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
     model = random_model(cfg)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     if not isinstance(optimizer, PreconditionedOptimizer):
-        raise ValueError(f'the config trains with {type(optimizer).__name__}, which has no '
-                         'preconditioner; choose one of ours by --optimizer NAME')
+        raise ValueError(
+            f'the config trains with {type(optimizer).__name__}, which has no '
+            'preconditioner; choose one of ours by --optimizer NAME'
+        )
     return model, optimizer
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog='python -m mmprecond.diagnostics', description=__doc__.splitlines()[0])
+        prog='python -m mmprecond.diagnostics', description=__doc__.splitlines()[0]
+    )
     parser.add_argument('config', help='a config file, or mmdet::FOLDER/NAME.py')
-    parser.add_argument('--optimizer', metavar='NAME',
-                        help="forecast for this optimizer of mmprecond in place of the config's")
+    parser.add_argument(
+        '--optimizer',
+        metavar='NAME',
+        help="forecast for this optimizer of mmprecond in place of the config's",
+    )
     parser.add_argument('--batch', type=launch.count, default=2, help='images; default: 2')
-    parser.add_argument('--size', type=launch.count, nargs=2, default=(224, 224),
-                        metavar=('HEIGHT', 'WIDTH'), help='default: 224 224')
+    parser.add_argument(
+        '--size',
+        type=launch.count,
+        nargs=2,
+        default=(224, 224),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='default: 224 224',
+    )
     launch.add_common_arguments(parser)
     return parser.parse_args()
 

@@ -67,28 +67,32 @@ def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _close(found: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11,
-                               msg=lambda text: f'{what}: {text}')
+    torch.testing.assert_close(
+        found, expected, rtol=1e-9, atol=1e-11, msg=lambda text: f'{what}: {text}'
+    )
 
 
 def _check_matrix_form(layer: Layer, generator: torch.Generator) -> None:
     tensors = [_drawn(p, generator) for p in layer.parameters]
     matrix = layer.join(*tensors)
     assert tuple(matrix.shape) == layer.shape, (
-        f'join makes {tuple(matrix.shape)}, shape says {layer.shape}')
+        f'join makes {tuple(matrix.shape)}, shape says {layer.shape}'
+    )
     for tensor, piece in zip(tensors, layer.split(matrix), strict=True):
         assert torch.equal(tensor, piece), 'split is not the inverse of join'
 
 
-def _rows(layer: Layer, module: nn.Module, inputs: Tensor,
-          gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(
+    layer: Layer, module: nn.Module, inputs: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor]:
     """All input rows (b, i, n), with the 1 of a joint bias, and gradient rows (b, o, n)."""
     chunks = [layer.with_ones(rows) for rows in layer.input_rows(module, inputs)]
     return torch.cat(chunks, 2), layer.gradient_rows(module, gradient)
 
 
-def _check_pairs(layer: Layer, module: nn.Module, inputs: Tensor,
-                 generator: torch.Generator) -> None:
+def _check_pairs(
+    layer: Layer, module: nn.Module, inputs: Tensor, generator: torch.Generator
+) -> None:
     output = module(inputs)
     chosen = torch.randperm(output.numel(), generator=generator)[:ELEMENTS]
     for element in chosen.tolist():
@@ -97,13 +101,18 @@ def _check_pairs(layer: Layer, module: nn.Module, inputs: Tensor,
         expected = torch.autograd.grad(output, layer.parameters, gradient, retain_graph=True)
         right, left = _rows(layer, module, inputs, gradient)
         assert right.shape[2] == left.shape[2], (
-            f'{right.shape[2]} input rows and {left.shape[2]} gradient rows')
-        _close(left @ right.mT, layer.join(*expected),
-               f'the gradient of output element {element} by the weight')
+            f'{right.shape[2]} input rows and {left.shape[2]} gradient rows'
+        )
+        _close(
+            left @ right.mT,
+            layer.join(*expected),
+            f'the gradient of output element {element} by the weight',
+        )
 
 
-def _check_samples(layer: Layer, module: nn.Module, inputs: Tensor,
-                   generator: torch.Generator) -> None:
+def _check_samples(
+    layer: Layer, module: nn.Module, inputs: Tensor, generator: torch.Generator
+) -> None:
     """Reduced rows are means and sums of all rows, and all positions drawn are all rows."""
     gradient = _drawn(module(inputs), generator)
     samples = positions = 0
@@ -112,24 +121,34 @@ def _check_samples(layer: Layer, module: nn.Module, inputs: Tensor,
         positions = layer.position_count(module, gradient)
     if not samples or not positions:
         return
-    right, left = (torch.cat(list(layer.input_rows(module, inputs)), 2),
-                   layer.gradient_rows(module, gradient))
+    right, left = (
+        torch.cat(list(layer.input_rows(module, inputs)), 2),
+        layer.gradient_rows(module, gradient),
+    )
     assert right.shape[2] == samples * positions, (
-        f'{right.shape[2]} rows, but {samples} samples of {positions} positions')
+        f'{right.shape[2]} rows, but {samples} samples of {positions} positions'
+    )
     by_sample = [rows.unflatten(2, (samples, positions)) for rows in (right, left)]
     if ReducedRows in layer.row_kinds:
         _close(layer.reduced_input(module, inputs), by_sample[0].mean(3), 'reduced input')
         _close(layer.reduced_gradient(module, gradient), by_sample[1].sum(3), 'reduced gradient')
     if SampledRows in layer.row_kinds:
         drawn = torch.randperm(positions, generator=generator)
-        _close(layer.sampled_input(module, inputs, drawn), by_sample[0][..., drawn].flatten(2),
-               'sampled input')
-        _close(layer.sampled_gradient(module, gradient, drawn),
-               by_sample[1][..., drawn].flatten(2), 'sampled gradient')
+        _close(
+            layer.sampled_input(module, inputs, drawn),
+            by_sample[0][..., drawn].flatten(2),
+            'sampled input',
+        )
+        _close(
+            layer.sampled_gradient(module, gradient, drawn),
+            by_sample[1][..., drawn].flatten(2),
+            'sampled gradient',
+        )
 
 
-def _check_moments(layer: Layer, module: nn.Module, batches: Sequence[Tensor],
-                   generator: torch.Generator) -> None:
+def _check_moments(
+    layer: Layer, module: nn.Module, batches: Sequence[Tensor], generator: torch.Generator
+) -> None:
     capture = Capture()
     statistics = (Statistic(INPUT, Moment(), ALL), Statistic(GRADIENT, Moment(), ALL))
     capture.arm({layer: statistics})
@@ -138,10 +157,13 @@ def _check_moments(layer: Layer, module: nn.Module, batches: Sequence[Tensor],
     torch.autograd.backward(outputs, gradients)
     capture.disarm()
     staged = capture.staged[layer]
-    pairs = [_rows(layer, module, batch, gradient)
-             for batch, gradient in zip(batches, gradients, strict=True)]
+    pairs = [
+        _rows(layer, module, batch, gradient)
+        for batch, gradient in zip(batches, gradients, strict=True)
+    ]
     assert staged.rows == sum(right.shape[2] for right, _ in pairs), (
-        f'{staged.rows} rows were counted, not {sum(right.shape[2] for right, _ in pairs)}')
+        f'{staged.rows} rows were counted, not {sum(right.shape[2] for right, _ in pairs)}'
+    )
     for statistic, k in zip(statistics, (0, 1), strict=True):
         total = torch.stack([pair[k] @ pair[k].mT for pair in pairs]).sum(0)
         _close(staged.sums[statistic.key], total, statistic.key)
@@ -155,8 +177,12 @@ class _Branches(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(size[1], size[0]) for _ in range(count))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.stack([torch.tanh(layer(one)).square().mean()
-                            for layer, one in zip(self.layers, inputs, strict=True)]).sum()
+        return torch.stack(
+            [
+                torch.tanh(layer(one)).square().mean()
+                for layer, one in zip(self.layers, inputs, strict=True)
+            ]
+        ).sum()
 
 
 def _batch(step: int, count: int, width: int) -> Tensor:
@@ -184,11 +210,17 @@ def check_preconditioner(method: Preconditioner, size: tuple[int, int] = (4, 5))
 
     def make(model: nn.Module) -> PreconditionedOptimizer:
         defaults = dict(lr=0.05, momentum=0.5, weight_decay=0.01)
-        return PreconditionedOptimizer(model, model=model, rule=SGDM(), method=method,
-                                       defaults=defaults)
+        return PreconditionedOptimizer(
+            model, model=model, rule=SGDM(), method=method, defaults=defaults
+        )
 
-    def train(model: nn.Module, optimizer: PreconditionedOptimizer, first: int, last: int,
-              part: slice = slice(None)) -> None:
+    def train(
+        model: nn.Module,
+        optimizer: PreconditionedOptimizer,
+        first: int,
+        last: int,
+        part: slice = slice(None),
+    ) -> None:
         for step in range(first, last):
             optimizer.zero_grad()
             model(_batch(step, 3, size[1])[part]).backward()
@@ -206,8 +238,7 @@ def check_preconditioner(method: Preconditioner, size: tuple[int, int] = (4, 5))
     if method.clip is None:  # a clip is over all layers
         for k, single in enumerate(alone):
             train(single, make(single), 0, steps, slice(k, k + 1))
-            for ours, own in zip(together.layers[k].parameters(), single.parameters(),
-                                 strict=True):
+            for ours, own in zip(together.layers[k].parameters(), single.parameters(), strict=True):
                 _close(ours.detach(), own.detach(), f'layer {k} in a stack of three and by itself')
     _check_outline(optimizer)
     _check_resume(together, optimizer, make, train, steps)
@@ -239,7 +270,8 @@ def _check_report(optimizer: PreconditionedOptimizer) -> None:
         stack.statistics[name][1] = float('nan')
         _, succeeded = stack.method.refresh(stack.factors([0, 1, 2]), None, None)
         assert succeeded.tolist() == [True, False, True], (
-            f'NaN in {name} of layer 1 of three is reported as {succeeded.tolist()}')
+            f'NaN in {name} of layer 1 of three is reported as {succeeded.tolist()}'
+        )
         stack.statistics[name].copy_(before)
 
 
@@ -264,8 +296,13 @@ def check_rule(rule: Rule, **hyper: Any) -> None:
         generator = torch.Generator().manual_seed(seed)
         return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
-    def train(params: Sequence[Tensor], optimizer: RuleOptimizer, first: int, last: int,
-              chosen: Sequence[int] = range(4)) -> None:
+    def train(
+        params: Sequence[Tensor],
+        optimizer: RuleOptimizer,
+        first: int,
+        last: int,
+        chosen: Sequence[int] = range(4),
+    ) -> None:
         for step in range(first, last):
             gradients = draw(100 + step)
             for p, k in zip(params, chosen, strict=True):
@@ -287,6 +324,6 @@ def check_rule(rule: Rule, **hyper: Any) -> None:
     for ours, theirs in zip(together, twins, strict=True):
         assert torch.equal(ours, theirs), 'a resumed run departs'
     still = [nn.Parameter(p) for p in draw(0)]
-    train(still, make(still, lr=0.), 0, 2)
+    train(still, make(still, lr=0.0), 0, 2)
     for p, before in zip(still, draw(0), strict=True):
         _close(p.detach(), before, 'at lr=0 a weight')

@@ -14,10 +14,19 @@ if find_spec('hypothesis'):
     from hypothesis import HealthCheck, settings
 
     # For tests that do not set max_examples themselves, such as test_random_networks.py.
-    settings.register_profile('short', max_examples=8, deadline=None, derandomize=True,
-                              suppress_health_check=list(HealthCheck))
-    settings.register_profile('long', settings.get_profile('short'), derandomize=False,
-                              max_examples=int(os.environ.get('FUZZ_EXAMPLES', 100)))
+    settings.register_profile(
+        'short',
+        max_examples=8,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    settings.register_profile(
+        'long',
+        settings.get_profile('short'),
+        derandomize=False,
+        max_examples=int(os.environ.get('FUZZ_EXAMPLES', 100)),
+    )
     settings.load_profile('short')
 
 
@@ -28,8 +37,9 @@ def registries_as_they_were() -> Iterator[None]:
     from mmprecond.preconditioners import METHODS
     from mmprecond.rules import RULES
 
-    known = [(registry, dict(registry))
-             for registry in (RULES, METHODS, LAYER_TYPES, ATTENTION_TYPES)]
+    known = [
+        (registry, dict(registry)) for registry in (RULES, METHODS, LAYER_TYPES, ATTENTION_TYPES)
+    ]
     yield
     for registry, before in known:
         registry.clear()
@@ -42,8 +52,9 @@ def amp_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import mmengine.optim.optimizer.amp_optimizer_wrapper as module
 
     monkeypatch.setattr(module, 'is_cuda_available', lambda: True)
-    monkeypatch.setattr(module, 'GradScaler',
-                        lambda **kwargs: torch.amp.GradScaler('cpu', **kwargs))
+    monkeypatch.setattr(
+        module, 'GradScaler', lambda **kwargs: torch.amp.GradScaler('cpu', **kwargs)
+    )
     monkeypatch.setattr('mmengine.runner.amp.get_device', lambda: 'cpu')
 
 

@@ -16,8 +16,9 @@ EXAMPLES = dict(re.findall(r'```python\n# example: ([^\n]+)\n(.*?)```', TEXT, fl
 
 @pytest.mark.usefixtures('registries_as_they_were')
 @pytest.mark.parametrize('name', ['preconditioner', 'rule', 'layer', 'attention'])
-def test_a_recipe_works_as_it_stands(name: str, tmp_path: Path,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_works_as_it_stands(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = f'recipe_{name}'
     (tmp_path / f'{module}.py').write_text(EXAMPLES[name])
     monkeypatch.syspath_prepend(tmp_path)
@@ -27,11 +28,15 @@ def test_a_recipe_works_as_it_stands(name: str, tmp_path: Path,
 
 def test_rooms_and_files_are_those_that_there_are() -> None:
     package = ROOT / 'mmprecond'
-    rooms = {path.name for path in package.iterdir()
-             if path.is_dir() and path.name != '__pycache__'} - {'datasets'}
-    table = TEXT[TEXT.index('| room |'):TEXT.index("NKFAC's mathematics")]
+    rooms = {
+        path.name for path in package.iterdir() if path.is_dir() and path.name != '__pycache__'
+    } - {'datasets'}
+    table = TEXT[TEXT.index('| room |') : TEXT.index("NKFAC's mathematics")]
     assert set(re.findall(r'`(\w+)/`', table)) == rooms
-    for name in re.findall(r'`((?:mmprecond|curvature|core|preconditioners|optimizers|rules|linalg|'
-                           r'tests|docs)/[\w/]+\.(?:py|md))`', TEXT):
+    for name in re.findall(
+        r'`((?:mmprecond|curvature|core|preconditioners|optimizers|rules|linalg|'
+        r'tests|docs)/[\w/]+\.(?:py|md))`',
+        TEXT,
+    ):
         found = [ROOT / name, package / name]
         assert any(path.is_file() for path in found) or 'input_scale' in name, name

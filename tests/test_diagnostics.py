@@ -42,14 +42,26 @@ class Net(nn.Module):
         return self.head(torch.relu(self.tokens(x.flatten(2).mT)).mean(1))
 
 
-@pytest.mark.parametrize('kind, options', [
-    (NKFAC, {}), (FSGD, {}), (AdamR, {}), (NKFAC, dict(max_dim=50, oversize='block')),
-    (NKFAC, dict(max_dim=50, oversize='lowrank', max_rank=20)),
-    (KFAC, dict(reduction='sample', stat_decay=0.5)), (NysAct, dict(rank=12))], ids=str)
+@pytest.mark.parametrize(
+    'kind, options',
+    [
+        (NKFAC, {}),
+        (FSGD, {}),
+        (AdamR, {}),
+        (NKFAC, dict(max_dim=50, oversize='block')),
+        (NKFAC, dict(max_dim=50, oversize='lowrank', max_rank=20)),
+        (KFAC, dict(reduction='sample', stat_decay=0.5)),
+        (NysAct, dict(rank=12)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('few_rows', [1, 10**9])
-def test_forecasts_are_within_a_fifth(kind: type[PreconditionedOptimizer],
-                                      options: dict[str, Any], few_rows: int,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecasts_are_within_a_fifth(
+    kind: type[PreconditionedOptimizer],
+    options: dict[str, Any],
+    few_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Conv2dLayer, 'few_rows', few_rows)
     torch.manual_seed(0)
     compare(kind, Net(), (torch.randn(4, 3, 24, 24),), **options)
@@ -78,8 +90,14 @@ def test_forecasts_of_fused_attention(kind: type[PreconditionedOptimizer]) -> No
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, '-m', 'mmprecond.diagnostics', *arguments], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        [sys.executable, '-m', 'mmprecond.diagnostics', *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_the_command() -> None:
@@ -88,10 +106,11 @@ def test_the_command() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     start = next(k for k, line in enumerate(lines) if 'step GFLOP' in line)
-    rows = {line.split()[0]: line.split()[1:] for line in lines[start + 1:-1]}
+    rows = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : -1]}
     assert rows['rpn_head.rpn_conv'][1] == '5'  # levels
     assert float(rows['all'][-3]) == pytest.approx(
-        sum(float(row[-3]) for name, row in rows.items() if name != 'all'), abs=0.05)
+        sum(float(row[-3]) for name, row in rows.items() if name != 'all'), abs=0.05
+    )
     assert 'preconditioning adds' in lines[-1]
     done = run(config)
     assert done.returncode == 2 and 'trains with SGD, which has no preconditioner' in done.stderr

@@ -18,20 +18,38 @@ from mmprecond.engine.synthetic import random_model, synthetic_batch
 from mmprecond.preconditioners import METHODS
 from tests.support.paths import ROOT
 
-EXAMPLES = dict(re.findall(r'```python\n# example: ([^\n]+)\n(.*?)```',
-                           (ROOT / 'docs/adapting.md').read_text(), flags=re.DOTALL))
+EXAMPLES = dict(
+    re.findall(
+        r'```python\n# example: ([^\n]+)\n(.*?)```',
+        (ROOT / 'docs/adapting.md').read_text(),
+        flags=re.DOTALL,
+    )
+)
 CONFIGS = [name for name in EXAMPLES if name != 'pytorch']
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
     """Without a warning: no dead link between pages, no class that is not there."""
     pytest.importorskip('mkdocs')
-    done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '-q', '-d',
-                           str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, '-m', 'mkdocs', 'build', '--strict', '-q', '-d', str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     page = (tmp_path / 'options/index.html').read_text()
-    for setting in ('refresh_interval', 'stat_decay', 'exact_interval', 'clip_update', 'sketch',
-                    'gradient_scale', 'map_interval', 'rotate_moments'):
+    for setting in (
+        'refresh_interval',
+        'stat_decay',
+        'exact_interval',
+        'clip_update',
+        'sketch',
+        'gradient_scale',
+        'map_interval',
+        'rotate_moments',
+    ):
         assert f'<code>{setting}</code>' in page or f'>{setting}<' in page, setting
     text = re.sub(r'\s+', ' ', html.unescape(re.sub(r'<[^>]+>', '', page)))
     assert 'exact_interval: int = 500' in text and 'refresh_interval: int = 200' in text
@@ -97,13 +115,21 @@ def test_the_example_in_plain_pytorch() -> None:
 
 
 def test_examples_are_all_there() -> None:
-    assert set(EXAMPLES) == {'mmdetection', 'custom keys', 'hybrid', 'mmpretrain', 'layer decay',
-                             'pytorch'}
+    assert set(EXAMPLES) == {
+        'mmdetection',
+        'custom keys',
+        'hybrid',
+        'mmpretrain',
+        'layer decay',
+        'pytorch',
+    }
 
 
 def test_guarantees_name_tests_that_there_are() -> None:
-    named = re.findall(r'`([\w/]*)(?:::(test_\w+))?`',
-                       (ROOT / 'docs/guarantees.md').read_text().split('Known limits')[0])
+    named = re.findall(
+        r'`([\w/]*)(?:::(test_\w+))?`',
+        (ROOT / 'docs/guarantees.md').read_text().split('Known limits')[0],
+    )
     file, count = '', 0
     for path, test in named:
         if not (test or path.split('/')[-1].startswith('test_')):

@@ -53,16 +53,19 @@ pytestmark = pytest.mark.usefixtures('registries_as_they_were')
 
 # ------------------------------------------------------------------- rules
 
+
 class SignSGD(Rule):
     hyper = ('lr', 'weight_decay')
-    defaults = dict(weight_decay=0.)
+    defaults = dict(weight_decay=0.0)
 
-    def compute_updates(self, params: Any, directions: list[Tensor], states: Any,
-                        group: Any) -> list[Tensor]:
+    def compute_updates(
+        self, params: Any, directions: list[Tensor], states: Any, group: Any
+    ) -> list[Tensor]:
         return [direction.sign() for direction in directions]
 
-    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: Any,
-                      group: Any) -> None:
+    def apply_updates(
+        self, params: list[Tensor], updates: list[Tensor], states: Any, group: Any
+    ) -> None:
         torch._foreach_add_(params, updates, alpha=-group['lr'])
 
 
@@ -73,8 +76,9 @@ class RAdamLike(AdamW):
 def train(model: nn.Module, optimizer: Any, steps: int = 3) -> None:
     for step in range(steps):
         optimizer.zero_grad()
-        model(torch.randn(6, 4, generator=torch.Generator().manual_seed(step))).square().mean(
-            ).backward()
+        model(
+            torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        ).square().mean().backward()
         optimizer.step()
 
 
@@ -82,15 +86,19 @@ def test_a_rule_of_others() -> None:
     register_rule(SignSGD)
     model = nn.Linear(4, 3)
     before = model.weight.detach().clone()
-    optimizer = Preconditioned(model, rule=dict(type='SignSGD', lr=0.5), layers=[
-        dict(preconditioner=dict(type='NewtonKronecker'))])
+    optimizer = Preconditioned(
+        model,
+        rule=dict(type='SignSGD', lr=0.5),
+        layers=[dict(preconditioner=dict(type='NewtonKronecker'))],
+    )
     train(model, optimizer, 1)
     torch.testing.assert_close((model.weight - before).abs(), torch.full_like(before, 0.5))
 
 
 def test_a_rotation_takes_every_elementwise_rule() -> None:
-    rotation = [dict(preconditioner=dict(type='EigenRotation', stat_interval=1,
-                                         refresh_interval=1))]
+    rotation = [
+        dict(preconditioner=dict(type='EigenRotation', stat_interval=1, refresh_interval=1))
+    ]
     register_rule(RAdamLike)
     register_rule(SignSGD)
     models = [nn.Linear(4, 3) for _ in range(2)]
@@ -98,30 +106,46 @@ def test_a_rotation_takes_every_elementwise_rule() -> None:
     for model, kind in zip(models, ('AdamW', 'RAdamLike'), strict=True):
         train(model, Preconditioned(model, rule=dict(type=kind, lr=0.1), layers=rotation))
     assert torch.equal(models[0].weight, models[1].weight)
-    refused(ValueError, lambda: Preconditioned(
-        models[0], rule=dict(type='SignSGD', lr=0.1), layers=rotation),
+    refused(
+        ValueError,
+        lambda: Preconditioned(models[0], rule=dict(type='SignSGD', lr=0.1), layers=rotation),
         'EigenRotation does not work with the rule SignSGD',
-        ' or '.join(name for name, rule in RULES.items() if rule.elementwise))
+        ' or '.join(name for name, rule in RULES.items() if rule.elementwise),
+    )
 
 
 def broken(**members: Any) -> type:
     return type('Broken', (SignSGD,), members)
 
 
-@pytest.mark.parametrize('make, error, words', [
-    (lambda: dict, TypeError, 'takes a subclass of Rule'),
-    (lambda: type('Half', (Rule,), {}), TypeError, 'must define apply_updates, compute_updates'),
-    (lambda: type('AdamW', (SignSGD,), {}), ValueError, "'AdamW' belongs to mmprecond.rules.adam"),
-    (lambda: broken(hyper=('lr',)), ValueError, 'no weight_decay'),
-    (lambda: broken(hyper=('lr', 'weight_decay', 'beta')), ValueError, 'defaults has no beta')])
-def test_rules_that_are_refused(make: Callable[[], Any], error: type[Exception],
-                                words: str) -> None:
+@pytest.mark.parametrize(
+    'make, error, words',
+    [
+        (lambda: dict, TypeError, 'takes a subclass of Rule'),
+        (
+            lambda: type('Half', (Rule,), {}),
+            TypeError,
+            'must define apply_updates, compute_updates',
+        ),
+        (
+            lambda: type('AdamW', (SignSGD,), {}),
+            ValueError,
+            "'AdamW' belongs to mmprecond.rules.adam",
+        ),
+        (lambda: broken(hyper=('lr',)), ValueError, 'no weight_decay'),
+        (lambda: broken(hyper=('lr', 'weight_decay', 'beta')), ValueError, 'defaults has no beta'),
+    ],
+)
+def test_rules_that_are_refused(
+    make: Callable[[], Any], error: type[Exception], words: str
+) -> None:
     before = dict(RULES)
     refused(error, lambda: register_rule(make()), words)
     assert before == RULES
 
 
 # ------------------------------------------------------------------- preconditioners
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputScale(Preconditioner):
@@ -130,7 +154,7 @@ class InputScale(Preconditioner):
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)
 
     def average(self) -> RunningAverage:
-        return RunningAverage(0.)
+        return RunningAverage(0.0)
 
     def outline(self, layer: Layer) -> Operators:
         blocks, _, columns = layer.shape
@@ -147,16 +171,20 @@ class InputScale(Preconditioner):
 def test_a_preconditioner_of_others() -> None:
     register_preconditioner(InputScale)
     model = nn.Linear(4, 3, bias=False)
-    optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=0.1, momentum=0.), layers=[
-        dict(preconditioner=dict(type='InputScale', stat_interval=1, refresh_interval=1))])
+    optimizer = Preconditioned(
+        model,
+        rule=dict(type='SGDM', lr=0.1, momentum=0.0),
+        layers=[dict(preconditioner=dict(type='InputScale', stat_interval=1, refresh_interval=1))],
+    )
     before = model.weight.detach().clone()
     x = torch.randn(6, 4)
     model(x).square().mean().backward()
     optimizer.step()
     scaled = model.weight.grad * x.square().mean(0)
     torch.testing.assert_close(model.weight, before - 0.1 * scaled)
-    again = Preconditioned(model, rule=dict(type='SGDM', lr=0.1), layers=[
-        dict(preconditioner=dict(type='InputScale'))])
+    again = Preconditioned(
+        model, rule=dict(type='SGDM', lr=0.1), layers=[dict(preconditioner=dict(type='InputScale'))]
+    )
     again.load_state_dict(optimizer.state_dict())
     assert again.state_dict()['precond']['layers'].keys() == {'weight'}
 
@@ -165,16 +193,24 @@ def method(name: str = 'Other', **members: Any) -> type:
     return dataclass(frozen=True, kw_only=True)(type(name, (InputScale,), members))
 
 
-@pytest.mark.parametrize('make, error, words', [
-    (lambda: InputScale(), TypeError, 'takes a subclass of Preconditioner'),
-    (lambda: type('Bare', (InputScale,), {}), TypeError, 'no dataclass of its own'),
-    (lambda: dataclass(frozen=True, kw_only=True)(type('Half', (Preconditioner,), {})), TypeError,
-     'must define apply, average, refresh'),
-    (lambda: method(statistics=('grad_moment',)), TypeError, "'grad_moment', which is no Stat"),
-    (lambda: method(published=dict(dampign=1.)), ValueError, 'names dampign'),
-    (lambda: method('InputFeature'), ValueError, "'InputFeature' belongs to mmprecond")])
-def test_preconditioners_that_are_refused(make: Callable[[], Any], error: type[Exception],
-                                          words: str) -> None:
+@pytest.mark.parametrize(
+    'make, error, words',
+    [
+        (lambda: InputScale(), TypeError, 'takes a subclass of Preconditioner'),
+        (lambda: type('Bare', (InputScale,), {}), TypeError, 'no dataclass of its own'),
+        (
+            lambda: dataclass(frozen=True, kw_only=True)(type('Half', (Preconditioner,), {})),
+            TypeError,
+            'must define apply, average, refresh',
+        ),
+        (lambda: method(statistics=('grad_moment',)), TypeError, "'grad_moment', which is no Stat"),
+        (lambda: method(published=dict(dampign=1.0)), ValueError, 'names dampign'),
+        (lambda: method('InputFeature'), ValueError, "'InputFeature' belongs to mmprecond"),
+    ],
+)
+def test_preconditioners_that_are_refused(
+    make: Callable[[], Any], error: type[Exception], words: str
+) -> None:
     before = dict(METHODS)
     refused(error, lambda: register_preconditioner(make()), words)
     assert before == METHODS
@@ -183,15 +219,25 @@ def test_preconditioners_that_are_refused(make: Callable[[], Any], error: type[E
 def test_a_statistic_that_no_layer_has_is_refused_at_construction() -> None:
     model = nn.Linear(4, 3)
     for kind, error, words in (
-            (method(statistics=('input_moment',)), TypeError, 'is no Statistic'),
-            (method(statistics=(Statistic(Side('output'), Mean()),)), ValueError,
-             "needs output_mean: LinearLayer has no side 'output'")):
+        (method(statistics=('input_moment',)), TypeError, 'is no Statistic'),
+        (
+            method(statistics=(Statistic(Side('output'), Mean()),)),
+            ValueError,
+            "needs output_mean: LinearLayer has no side 'output'",
+        ),
+    ):
         entry = dict(preconditioner=dict(type=kind))
-        refused(error, lambda entry=entry: Preconditioned(
-            model, rule=dict(type='SGDM', lr=0.1), layers=[entry]), words)
+        refused(
+            error,
+            lambda entry=entry: Preconditioned(
+                model, rule=dict(type='SGDM', lr=0.1), layers=[entry]
+            ),
+            words,
+        )
 
 
 # ------------------------------------------------------------------- layers
+
 
 class MyLinear(nn.Linear):
     """Computes what its base class does."""
@@ -211,17 +257,25 @@ def test_a_layer_type_of_others() -> None:
     train(model, NKFAC(model, lr=0.1))
     register_layer(MyLinear, AllRowsAlone)
     train(model, NKFAC(model, lr=0.1))
-    refused(ValueError, lambda: KFAC(model, lr=0.1, reduction='reduce'),
-            'AllRowsAlone cannot take ReducedRows of a call')
+    refused(
+        ValueError,
+        lambda: KFAC(model, lr=0.1, reduction='reduce'),
+        'AllRowsAlone cannot take ReducedRows of a call',
+    )
 
 
-@pytest.mark.parametrize('kind, layer, words', [
-    (nn.Conv1d, Conv2dLayer, 'Conv1d is no Conv2d'),
-    (nn.ConvTranspose2d, Conv2dLayer, 'ConvTranspose2d is no Conv2d'),
-    (nn.Embedding, LinearLayer, 'Embedding is no Linear'),
-    (nn.Conv2d, LinearLayer, 'Conv2d is no Linear'),
-    (nn.Linear, nn.Linear, 'takes a subclass of Layer'), (dict, LinearLayer, 'is no nn.Module'),
-    (nn.Linear, WindowAttention, 'use register_attention')])
+@pytest.mark.parametrize(
+    'kind, layer, words',
+    [
+        (nn.Conv1d, Conv2dLayer, 'Conv1d is no Conv2d'),
+        (nn.ConvTranspose2d, Conv2dLayer, 'ConvTranspose2d is no Conv2d'),
+        (nn.Embedding, LinearLayer, 'Embedding is no Linear'),
+        (nn.Conv2d, LinearLayer, 'Conv2d is no Linear'),
+        (nn.Linear, nn.Linear, 'takes a subclass of Layer'),
+        (dict, LinearLayer, 'is no nn.Module'),
+        (nn.Linear, WindowAttention, 'use register_attention'),
+    ],
+)
 def test_layers_that_are_refused(kind: Any, layer: Any, words: str) -> None:
     before = dict(LAYER_TYPES)
     refused(TypeError, lambda: register_layer(kind, layer), words)
@@ -238,6 +292,7 @@ def test_a_class_that_is_named_is_refused_where_it_is_met() -> None:
 
 
 # ------------------------------------------------------------------- attention
+
 
 class Grouped(nn.Module):
     """Grouped-query attention: two heads of queries share one of keys and values."""
@@ -264,8 +319,11 @@ def test_grouped_queries_are_refused_at_construction() -> None:
     assert '16 rows' in reason and 'no grouped-query attention' in reason
     model(torch.randn(2, 5, 8)).square().mean().backward()
     optimizer.step()
-    refused(TypeError, lambda: register_attention(Grouped, LinearLayer),
-            'takes a subclass of AttentionLayer')
+    refused(
+        TypeError,
+        lambda: register_attention(Grouped, LinearLayer),
+        'takes a subclass of AttentionLayer',
+    )
 
 
 def test_a_rotation_keeps_its_rules_by_name() -> None:
@@ -274,34 +332,55 @@ def test_a_rotation_keeps_its_rules_by_name() -> None:
 
 # ------------------------------------------------------------------- what does not go together
 
-@pytest.mark.parametrize('make, words', [
-    (lambda: Statistic(INPUT, Moment), 'form=Moment is a class; write form=Moment()'),
-    (lambda: Statistic(INPUT, Moment(), ReducedRows), 'rows=ReducedRows is a class'),
-    (lambda: Statistic('input', Moment()), 'takes a Side, such as INPUT')])
+
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (lambda: Statistic(INPUT, Moment), 'form=Moment is a class; write form=Moment()'),
+        (lambda: Statistic(INPUT, Moment(), ReducedRows), 'rows=ReducedRows is a class'),
+        (lambda: Statistic('input', Moment()), 'takes a Side, such as INPUT'),
+    ],
+)
 def test_statistics_that_cannot_be_written(make: Callable[[], Any], words: str) -> None:
     refused(TypeError, make, words)
 
 
-@pytest.mark.parametrize('make', [lambda: Columns(0), lambda: Blocks(0), lambda: Sketch(0),
-                                  lambda: Sketch(3, 'other')])
+@pytest.mark.parametrize(
+    'make', [lambda: Columns(0), lambda: Blocks(0), lambda: Sketch(0), lambda: Sketch(3, 'other')]
+)
 def test_forms_that_cannot_be_written(make: Callable[[], Any]) -> None:
     refused(ValueError, make, '=')
 
 
-@pytest.mark.parametrize('statistics, error, words', [
-    (Statistic(INPUT, Mean()), TypeError, 'is no tuple'),
-    ((Statistic(INPUT, Moment()), Statistic(INPUT, Mean())), ValueError, 'two statistics of one'),
-    ((Statistic(INPUT, Moment()), Statistic(GRADIENT, Moment(), REDUCED)), ValueError,
-     'over different rows'),
-    ((), ValueError, 'measures nothing of a LinearLayer'),
-    ((Statistic(INPUT, Mean(), REDUCED),), ValueError, 'Mean is taken of all rows'),
-    ((Statistic(INPUT, CountedMean()),), ValueError, 'CountedMean is not a form of input'),
-    ((QUERY_MOMENT,), ValueError, "no side 'query'")])
-def test_statistics_that_do_not_go_together(statistics: Any, error: type[Exception],
-                                            words: str) -> None:
+@pytest.mark.parametrize(
+    'statistics, error, words',
+    [
+        (Statistic(INPUT, Mean()), TypeError, 'is no tuple'),
+        (
+            (Statistic(INPUT, Moment()), Statistic(INPUT, Mean())),
+            ValueError,
+            'two statistics of one',
+        ),
+        (
+            (Statistic(INPUT, Moment()), Statistic(GRADIENT, Moment(), REDUCED)),
+            ValueError,
+            'over different rows',
+        ),
+        ((), ValueError, 'measures nothing of a LinearLayer'),
+        ((Statistic(INPUT, Mean(), REDUCED),), ValueError, 'Mean is taken of all rows'),
+        ((Statistic(INPUT, CountedMean()),), ValueError, 'CountedMean is not a form of input'),
+        ((QUERY_MOMENT,), ValueError, "no side 'query'"),
+    ],
+)
+def test_statistics_that_do_not_go_together(
+    statistics: Any, error: type[Exception], words: str
+) -> None:
     entry = dict(preconditioner=dict(type=method(statistics=statistics)))
-    refused(error, lambda: Preconditioned(nn.Linear(4, 3), rule=dict(type='SGDM', lr=0.1),
-                                          layers=[entry]), words)
+    refused(
+        error,
+        lambda: Preconditioned(nn.Linear(4, 3), rule=dict(type='SGDM', lr=0.1), layers=[entry]),
+        words,
+    )
 
 
 def test_attention_has_the_forms_that_its_sides_are_declared_with() -> None:
@@ -312,9 +391,13 @@ def test_attention_has_the_forms_that_its_sides_are_declared_with() -> None:
             return (Statistic(QUERY_MOMENT.side, Sketch(1)),)
 
     entry = dict(preconditioner=dict(type=Whole))
-    refused(ValueError, lambda: Preconditioned(
-        nn.MultiheadAttention(8, 2), rule=dict(type='SGDM', lr=0.1), layers=[entry]),
-        "its side 'query' has the form Moment alone")
+    refused(
+        ValueError,
+        lambda: Preconditioned(
+            nn.MultiheadAttention(8, 2), rule=dict(type='SGDM', lr=0.1), layers=[entry]
+        ),
+        "its side 'query' has the form Moment alone",
+    )
 
 
 class NoRows(Layer):
@@ -328,11 +411,17 @@ class NoSamples(Layer):
     input_rows, gradient_rows = LinearLayer.input_rows, LinearLayer.gradient_rows
 
 
-@pytest.mark.parametrize('kind, layer, words', [
-    (MyLinear, NoRows, 'must define input_rows, gradient_rows'),
-    (MyLinear, NoSamples, 'must define reduced_input, reduced_gradient, sample_count'),
-    (None, LinearLayer, 'None is no nn.Module'), (5, LinearLayer, '5 is no nn.Module'),
-    (nn.Linear(3, 2), LinearLayer, 'is no nn.Module'), ('Linear', LinearLayer, "'Linear' is no")])
+@pytest.mark.parametrize(
+    'kind, layer, words',
+    [
+        (MyLinear, NoRows, 'must define input_rows, gradient_rows'),
+        (MyLinear, NoSamples, 'must define reduced_input, reduced_gradient, sample_count'),
+        (None, LinearLayer, 'None is no nn.Module'),
+        (5, LinearLayer, '5 is no nn.Module'),
+        (nn.Linear(3, 2), LinearLayer, 'is no nn.Module'),
+        ('Linear', LinearLayer, "'Linear' is no"),
+    ],
+)
 def test_layers_that_are_incomplete(kind: Any, layer: Any, words: str) -> None:
     refused(TypeError, lambda: register_layer(kind, layer), words)
 
@@ -349,6 +438,12 @@ def test_names_that_are_none() -> None:
     refused(TypeError, lambda: register_rule(SignSGD, name=5), 'name=5 is no name')
     refused(TypeError, lambda: register_preconditioner(InputScale, name=''), "name='' is no name")
     refused(TypeError, lambda: SGDPH(nn.BatchNorm1d(3), lr=0.1, foo=1), 'foo', '_delete_=True')
-    refused(ValueError, lambda: Preconditioned(nn.Linear(4, 3), rule=dict(type='SGDM', lr=0.1),
-                                               layers=[dict(preconditioner=dict(
-                                                   type=CalibratedInput))]), 'is never measured')
+    refused(
+        ValueError,
+        lambda: Preconditioned(
+            nn.Linear(4, 3),
+            rule=dict(type='SGDM', lr=0.1),
+            layers=[dict(preconditioner=dict(type=CalibratedInput))],
+        ),
+        'is never measured',
+    )

@@ -23,23 +23,45 @@ MODULES: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
     'conv1d': (lambda: nn.Conv1d(4, 3, 3, padding=1), [(2, 4, 7), (4, 5), (0, 4, 5)]),
     'conv1d strided': (lambda: nn.Conv1d(4, 6, 3, stride=2, dilation=2, groups=2), [(2, 4, 9)]),
     'conv1d same': (lambda: nn.Conv1d(4, 3, 4, padding='same', bias=False), [(2, 4, 7)]),
-    'conv1d circular': (lambda: nn.Conv1d(4, 3, 3, padding=2, padding_mode='circular'),
-                        [(2, 4, 7)]),
+    'conv1d circular': (
+        lambda: nn.Conv1d(4, 3, 3, padding=2, padding_mode='circular'),
+        [(2, 4, 7)],
+    ),
     'conv2d': (lambda: nn.Conv2d(4, 3, 3, padding=1), [(2, 4, 5, 6), (4, 3, 4)]),
-    'conv2d odd': (lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 1),
-                                     dilation=(2, 1), groups=2), [(2, 4, 6, 7)]),
+    'conv2d odd': (
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=2),
+        [(2, 4, 6, 7)],
+    ),
     'conv3d': (lambda: nn.Conv3d(3, 2, 2, padding=1), [(2, 3, 3, 4, 2), (0, 3, 3, 3, 3)]),
-    'conv3d odd': (lambda: nn.Conv3d(4, 4, (2, 1, 3), stride=(1, 2, 1), padding=(0, 1, 2),
-                                     dilation=(1, 1, 2), groups=2, bias=False),
-                   [(2, 4, 3, 4, 5), (4, 3, 4, 5)]),
-    'conv3d reflect': (lambda: nn.Conv3d(2, 2, 2, padding=1, padding_mode='reflect'),
-                       [(1, 2, 3, 3, 3)]),
+    'conv3d odd': (
+        lambda: nn.Conv3d(
+            4,
+            4,
+            (2, 1, 3),
+            stride=(1, 2, 1),
+            padding=(0, 1, 2),
+            dilation=(1, 1, 2),
+            groups=2,
+            bias=False,
+        ),
+        [(2, 4, 3, 4, 5), (4, 3, 4, 5)],
+    ),
+    'conv3d reflect': (
+        lambda: nn.Conv3d(2, 2, 2, padding=1, padding_mode='reflect'),
+        [(1, 2, 3, 3, 3)],
+    ),
     'transposed': (lambda: nn.ConvTranspose2d(4, 3, 3), [(2, 4, 3, 4), (4, 3, 2), (0, 4, 3, 3)]),
-    'transposed strided': (lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=(1, 0),
-                                                      output_padding=1, groups=2),
-                           [(2, 4, 3, 4)]),
-    'transposed dilated': (lambda: nn.ConvTranspose2d(2, 3, 2, stride=3, dilation=2, bias=False),
-                           [(3, 2, 2, 3)])}
+    'transposed strided': (
+        lambda: nn.ConvTranspose2d(
+            4, 6, (3, 2), stride=2, padding=(1, 0), output_padding=1, groups=2
+        ),
+        [(2, 4, 3, 4)],
+    ),
+    'transposed dilated': (
+        lambda: nn.ConvTranspose2d(2, 3, 2, stride=3, dilation=2, bias=False),
+        [(3, 2, 2, 3)],
+    ),
+}
 
 
 @pytest.mark.parametrize('name', MODULES)
@@ -62,6 +84,7 @@ def test_rules(name: str) -> None:
 
 # ------------------------------------------------------------------- what they find
 
+
 class Shifted(Conv2dLayer):
     """Reads a pixel beside the right one."""
 
@@ -79,16 +102,23 @@ class Doubled(LinearLayer):
         return 2 * super().input_moment(module, inputs)
 
 
-@pytest.mark.parametrize('base, layer, words', [
-    (nn.Conv2d, Shifted, 'the gradient of output element'),
-    (nn.Linear, Miscounted, 'samples of'), (nn.Linear, Doubled, 'input_moment')])
+@pytest.mark.parametrize(
+    'base, layer, words',
+    [
+        (nn.Conv2d, Shifted, 'the gradient of output element'),
+        (nn.Linear, Miscounted, 'samples of'),
+        (nn.Linear, Doubled, 'input_moment'),
+    ],
+)
 def test_a_wrong_layer_is_found(base: Any, layer: Any, words: str) -> None:
     kind = type('Other', (base,), {})
     register_layer(kind, layer)
     try:
         with pytest.raises(AssertionError, match=words):
-            check_layer(kind(2, 3, 3) if base is nn.Conv2d else kind(4, 3),
-                        torch.randn(2, 2, 5, 5) if base is nn.Conv2d else torch.randn(2, 3, 4))
+            check_layer(
+                kind(2, 3, 3) if base is nn.Conv2d else kind(4, 3),
+                torch.randn(2, 2, 5, 5) if base is nn.Conv2d else torch.randn(2, 3, 4),
+            )
     finally:
         del LAYER_TYPES[kind]
 
@@ -118,9 +148,14 @@ class Boasting(InputFeature):
         return {'input': Dense.outline((1, 2, 2))}
 
 
-@pytest.mark.parametrize('kind, words', [
-    (Mixing, 'in a stack of three and by itself'), (Confident, 'NaN in input_moment'),
-    (Boasting, 'outline says')])
+@pytest.mark.parametrize(
+    'kind, words',
+    [
+        (Mixing, 'in a stack of three and by itself'),
+        (Confident, 'NaN in input_moment'),
+        (Boasting, 'outline says'),
+    ],
+)
 def test_a_wrong_preconditioner_is_found(kind: Any, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         check_preconditioner(kind(stat_interval=1, refresh_interval=2))
@@ -129,8 +164,9 @@ def test_a_wrong_preconditioner_is_found(kind: Any, words: str) -> None:
 class Global(SGDM):
     """Scales by all gradients of a batch."""
 
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                        group: Any) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Any
+    ) -> list[Tensor]:
         total = torch.stack(torch._foreach_norm(directions)).norm()
         return [direction / total for direction in directions]
 
@@ -142,25 +178,29 @@ class Forgetful(AdamW):
         super().__init__()
         self.calls = 0
 
-    def compute_updates(self, params: list[Tensor], directions: list[Tensor], states: list[State],
-                        group: Any) -> list[Tensor]:
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Any
+    ) -> list[Tensor]:
         moments_of(states, 'exp_avg', params)
         self.calls += 1
         return [direction / (1 + self.calls // 3) for direction in directions]
 
-    def apply_updates(self, params: list[Tensor], updates: list[Tensor], states: list[State],
-                      group: Any) -> None:
+    def apply_updates(
+        self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Any
+    ) -> None:
         torch._foreach_add_(params, updates, alpha=-group['lr'])
 
 
-@pytest.mark.parametrize('rule, words', [
-    (Global(), 'by itself and in a batch'), (Forgetful(), 'a resumed run departs')])
+@pytest.mark.parametrize(
+    'rule, words', [(Global(), 'by itself and in a batch'), (Forgetful(), 'a resumed run departs')]
+)
 def test_a_wrong_rule_is_found(rule: Any, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         check_rule(rule)
 
 
 # ------------------------------------------------------------------- in training
+
 
 class Volumes(nn.Module):
     """Every kind of convolution in one network."""
@@ -180,9 +220,16 @@ class Volumes(nn.Module):
         return self.head(x.mean((2, 3, 4)))
 
 
-@pytest.mark.parametrize('kind, options', [
-    (NKFAC, {}), (NKFAC, dict(max_rows=8)), (FAdam, {}), (KFAC, dict(reduction='reduce')),
-    (KFAC, dict(reduction='sample', positions=3))])
+@pytest.mark.parametrize(
+    'kind, options',
+    [
+        (NKFAC, {}),
+        (NKFAC, dict(max_rows=8)),
+        (FAdam, {}),
+        (KFAC, dict(reduction='reduce')),
+        (KFAC, dict(reduction='sample', positions=3)),
+    ],
+)
 def test_all_convolutions_are_preconditioned(kind: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = Volumes()
@@ -198,5 +245,8 @@ def test_all_convolutions_are_preconditioned(kind: Any, options: dict[str, Any])
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert all(slot.refreshes for stack in optimizer.curvature.stacks for slot in stack.slots)
-    assert not any(t.isnan().any() for stack in optimizer.curvature.stacks
-                   for t in map_tensors(stack.operators, torch.clone)['input'].tensors)
+    assert not any(
+        t.isnan().any()
+        for stack in optimizer.curvature.stacks
+        for t in map_tensors(stack.operators, torch.clone)['input'].tensors
+    )

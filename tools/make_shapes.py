@@ -4,6 +4,7 @@
 Example:
     python tools/make_shapes.py data/shapes --images 400 --size 160 --seed 0 --split train
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,19 +26,37 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = _Parser(description=(__doc__ or '').splitlines()[0])
     parser.add_argument('out', metavar='OUT', help='data root, made if it is missing')
-    parser.add_argument('--images', type=int, default=400, metavar='N',
-                        help='number of images (default: %(default)s)')
-    parser.add_argument('--size', type=int, metavar='S',
-                        help='height and width in pixels (default: 160, classification: 32)')
-    parser.add_argument('--seed', type=int, default=0, metavar='K',
-                        help='same seed, same bytes (default: %(default)s)')
-    parser.add_argument('--split', default='train',
-                        help='name of the image folder, such as train or val '
-                        '(default: %(default)s)')
-    parser.add_argument('--classification', action='store_true',
-                        help='one shape per image, one folder per class')
-    parser.add_argument('--overwrite', action='store_true',
-                        help='replace a set that was made with other arguments')
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=400,
+        metavar='N',
+        help='number of images (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--size',
+        type=int,
+        metavar='S',
+        help='height and width in pixels (default: 160, classification: 32)',
+    )
+    parser.add_argument(
+        '--seed',
+        type=int,
+        default=0,
+        metavar='K',
+        help='same seed, same bytes (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--split',
+        default='train',
+        help='name of the image folder, such as train or val (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--classification', action='store_true', help='one shape per image, one folder per class'
+    )
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace a set that was made with other arguments'
+    )
     args = parser.parse_args(argv)
     if args.size is None:
         args.size = 32 if args.classification else 160
@@ -59,9 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         from mmprecond.datasets import make_shape_folders, make_shapes
+
         make = make_shape_folders if args.classification else make_shapes
-        out = make(args.out, args.images, args.size, args.seed, args.split,
-                   overwrite=args.overwrite)
+        out = make(
+            args.out, args.images, args.size, args.seed, args.split, overwrite=args.overwrite
+        )
     except (ImportError, OSError, ValueError) as error:
         print(f'make_shapes.py: {error}', file=sys.stderr)
         return 2

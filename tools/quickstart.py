@@ -39,7 +39,8 @@ def table(runs: list[Run], metrics: dict[str, str]) -> str:
             *((lambda run, m=metric: run.score(m), '.3f') for metric in metrics),
             (lambda run: run.losses[-1][2], '.3f'),
             (lambda run: run.seconds / run.iterations, '.2f'),
-            (lambda run: run.memory, '.0f')]
+            (lambda run: run.memory, '.0f'),
+        ]
         cells = [spread([read(run) for run in group], form) for read, form in columns]
         lines.append([group[0].optimizer, f'{group[0].lr:g}', *cells])
     return markdown(titles, lines)
@@ -48,22 +49,27 @@ def table(runs: list[Run], metrics: dict[str, str]) -> str:
 def verdict(runs: list[Run], model: Model) -> str:
     """Sentences on our optimizers against the plain one."""
     groups, plain, what_counts = by_label(runs), model.plain, model.metrics[model.headline]
-    score = {label: mean(run.score(model.headline) for run in group)
-             for label, group in groups.items()}
+    score = {
+        label: mean(run.score(model.headline) for run in group) for label, group in groups.items()
+    }
     seconds = {label: mean(run.seconds for run in group) for label, group in groups.items()}
-    plains = [label for label, group in groups.items()
-              if group[0].optimizer == plain and score[label] > 0]
+    plains = [
+        label for label, group in groups.items() if group[0].optimizer == plain and score[label] > 0
+    ]
     lines = []
     for label, group in groups.items():
         if group[0].optimizer == plain or not plains:
             continue
-        compared = [(other, 'the same rate') for other in plains
-                    if groups[other][0].lr == group[0].lr]
+        compared = [
+            (other, 'the same rate') for other in plains if groups[other][0].lr == group[0].lr
+        ]
         compared.append((max(plains, key=lambda other: score[other]), 'its best rate'))
         for other, what in compared:
-            lines.append(f'{label}: {score[label] / score[other]:.2f} x the {what_counts} of '
-                         f'{plain} with {what} (lr {groups[other][0].lr:g}), at '
-                         f'{seconds[label] / seconds[other]:.2f} x its training time')
+            lines.append(
+                f'{label}: {score[label] / score[other]:.2f} x the {what_counts} of '
+                f'{plain} with {what} (lr {groups[other][0].lr:g}), at '
+                f'{seconds[label] / seconds[other]:.2f} x its training time'
+            )
     return '\n'.join(lines)
 
 
@@ -77,16 +83,22 @@ def draw(runs: list[Run], model: Model, path: Path) -> None:
     axes = figure.subplots(rows, 2)
     for number, group in enumerate(by_label(runs).values()):
         for seed, run in enumerate(group):
-            style = dict(label=run.label if seed == 0 else None, marker='.', color=f'C{number}',
-                         linewidth=1.5 if len(group) == 1 else 0.8,
-                         linestyle='--' if run.optimizer == model.plain else '-')
+            style = dict(
+                label=run.label if seed == 0 else None,
+                marker='.',
+                color=f'C{number}',
+                linewidth=1.5 if len(group) == 1 else 0.8,
+                linestyle='--' if run.optimizer == model.plain else '-',
+            )
             for column in (0, 1):
-                axes[0, column].plot([x[column] for x in run.losses], [x[2] for x in run.losses],
-                                     **style)
+                axes[0, column].plot(
+                    [x[column] for x in run.losses], [x[2] for x in run.losses], **style
+                )
                 for row, metric in enumerate(metrics, 1):
                     points = run.scores.get(metric, [])
-                    axes[row, column].plot([x[column] for x in points], [x[2] for x in points],
-                                           **style)
+                    axes[row, column].plot(
+                        [x[column] for x in points], [x[2] for x in points], **style
+                    )
     for column, unit in enumerate(('iterations', 'seconds of training')):
         for row, quantity in enumerate(('loss', *metrics.values())):
             axes[row, column].set(xlabel=unit, ylabel=quantity)
@@ -98,22 +110,34 @@ def draw(runs: list[Run], model: Model, path: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', choices=list(MODELS), default='r18',
-                        help='r18: Faster R-CNN with SGD and NKFAC; swin: a Swin Mask R-CNN with '
-                             'AdamW, AdaAFOpt and two hybrids; retinanet: a small Swin RetinaNet '
-                             'with SGD and AFOpt+NKFAC; resnet-cls: a ResNet-18 classifier '
-                             'with SGD and NKFAC; swin-cls: a small Swin classifier with AdamW, '
-                             'AdaAFOpt and two hybrids; default: %(default)s')
-    parser.add_argument('--optimizers', help='names, separated by commas: ours, SGD, '
-                        'AdamW, or pytorch_optimizer.NAME of that package, if it is installed')
+    parser.add_argument(
+        '--model',
+        choices=list(MODELS),
+        default='r18',
+        help='r18: Faster R-CNN with SGD and NKFAC; swin: a Swin Mask R-CNN with '
+        'AdamW, AdaAFOpt and two hybrids; retinanet: a small Swin RetinaNet '
+        'with SGD and AFOpt+NKFAC; resnet-cls: a ResNet-18 classifier '
+        'with SGD and NKFAC; swin-cls: a small Swin classifier with AdamW, '
+        'AdaAFOpt and two hybrids; default: %(default)s',
+    )
+    parser.add_argument(
+        '--optimizers',
+        help='names, separated by commas: ours, SGD, '
+        'AdamW, or pytorch_optimizer.NAME of that package, if it is installed',
+    )
     parser.add_argument('--lr', type=float, help='of every run')
     parser.add_argument('--grid', help="further rates for the plain optimizer, '' for none")
     parser.add_argument('--iterations', type=int)
     parser.add_argument('--val-interval', type=int, help='default: a quarter of --iterations')
-    parser.add_argument('--images', type=int, default=400, help='for training; a quarter more for '
-                        'validation')
-    parser.add_argument('--seeds', type=lambda text: [int(k) for k in text.split(',')], default=[0],
-                        help='separated by commas; default: 0')
+    parser.add_argument(
+        '--images', type=int, default=400, help='for training; a quarter more for validation'
+    )
+    parser.add_argument(
+        '--seeds',
+        type=lambda text: [int(k) for k in text.split(',')],
+        default=[0],
+        help='separated by commas; default: 0',
+    )
     parser.add_argument('--data', type=Path, help='default: data/shapes, or data/shapes-cls')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/quickstart_MODEL')
     add_options(parser)
@@ -136,8 +160,9 @@ def main() -> None:
     make = make_shapes if args.model.detects else make_shape_folders
     make(args.data, images=args.images, split='train')
     make(args.data, images=max(4, args.images // 4), split='val')
-    rates = [(name, args.lr or args.model.contestant(name).lr)
-             for name in args.optimizers.split(',')]
+    rates = [
+        (name, args.lr or args.model.contestant(name).lr) for name in args.optimizers.split(',')
+    ]
     rates += [(args.model.plain, float(lr)) for lr in args.grid.split(',') if lr]
     runs = [Run(name, lr, seed) for seed in args.seeds for name, lr in rates]
     try:
@@ -145,15 +170,16 @@ def main() -> None:
             train(run, args)
     except RunError as error:
         sys.exit(str(error))
-    (args.work_dir / 'results.json').write_text(json.dumps([asdict(run) for run in runs],
-                                                           indent=1))
+    (args.work_dir / 'results.json').write_text(json.dumps([asdict(run) for run in runs], indent=1))
     picture = args.work_dir / 'quickstart.png'
     draw(runs, args.model, picture)
     text = f'{table(runs, args.model.metrics)}\n\n{verdict(runs, args.model)}'
     (args.work_dir / 'table.md').write_text(text + '\n')
-    print(f'\n{text}\n\nTraining time leaves out validation and start-up. In '
-          f'{os.path.relpath(args.work_dir)}: table.md, {picture.name}, results.json, and a folder '
-          'of logs and checkpoints for each run.')
+    print(
+        f'\n{text}\n\nTraining time leaves out validation and start-up. In '
+        f'{os.path.relpath(args.work_dir)}: table.md, {picture.name}, results.json, and a folder '
+        'of logs and checkpoints for each run.'
+    )
 
 
 if __name__ == '__main__':

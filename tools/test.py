@@ -24,8 +24,10 @@ def build(args: argparse.Namespace) -> Runner:
     launch.check_mmcv()
     cfg = launch.load_config(args.config)
     if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
-        raise FileNotFoundError(f'there is no checkpoint {args.checkpoint}; training writes '
-                                'epoch_N.pth or iter_N.pth into its work dir')
+        raise FileNotFoundError(
+            f'there is no checkpoint {args.checkpoint}; training writes '
+            'epoch_N.pth or iter_N.pth into its work dir'
+        )
     launch.finish_config(cfg, args)
     cfg.load_from = args.checkpoint
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

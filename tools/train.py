@@ -14,15 +14,25 @@ from mmprecond.engine import launch, use_optimizer
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='a config file, or mmdet::FOLDER/NAME.py')
-    parser.add_argument('--optimizer', metavar='NAME',
-                        help="train with this optimizer of mmprecond (or torch's SGD or AdamW) "
-                             "instead, or pytorch_optimizer.NAME of that package, keeping the "
-                             "config's lr, momentum, weight decay and paramwise_cfg")
-    parser.add_argument('--resume', nargs='?', const='auto',
-                        help='resume from this checkpoint, or from the newest in the work dir')
+    parser.add_argument(
+        '--optimizer',
+        metavar='NAME',
+        help="train with this optimizer of mmprecond (or torch's SGD or AdamW) "
+        'instead, or pytorch_optimizer.NAME of that package, keeping the '
+        "config's lr, momentum, weight decay and paramwise_cfg",
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='resume from this checkpoint, or from the newest in the work dir',
+    )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision (GPU)')
-    parser.add_argument('--auto-scale-lr', action='store_true',
-                        help="scale lr to the batch size by the config's auto_scale_lr")
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale lr to the batch size by the config's auto_scale_lr",
+    )
     launch.add_common_arguments(parser)
     return parser.parse_args()
 
@@ -41,8 +51,9 @@ def build(args: argparse.Namespace) -> Runner:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the '
-                             'config')
+            raise ValueError(
+                '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config'
+            )
         cfg.auto_scale_lr.enable = True
     if args.resume:
         cfg.resume = True

@@ -9,20 +9,34 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomResizedCrop', scale=84),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    dict(type='PackInputs')]
+    dict(type='PackInputs'),
+]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='ResizeEdge', scale=96, edge='short'),
     dict(type='CenterCrop', crop_size=84),
-    dict(type='PackInputs')]
+    dict(type='PackInputs'),
+]
 dataset_type = 'CustomDataset'
 train_dataloader = dict(
     batch_size=128,
-    dataset=dict(_delete_=True, type=dataset_type, data_root='data/mini-imagenet',
-                 data_prefix='train', pipeline=train_pipeline))
+    dataset=dict(
+        _delete_=True,
+        type=dataset_type,
+        data_root='data/mini-imagenet',
+        data_prefix='train',
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=128,
-    dataset=dict(_delete_=True, type=dataset_type, data_root='data/mini-imagenet',
-                 data_prefix='val', pipeline=test_pipeline))
+    dataset=dict(
+        _delete_=True,
+        type=dataset_type,
+        data_root='data/mini-imagenet',
+        data_prefix='val',
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 auto_scale_lr = dict(base_batch_size=128)

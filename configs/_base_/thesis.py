@@ -26,14 +26,29 @@ coco_adaafopt = dict(__adam, type='AdaAFOpt', **__often)
 
 # CIFAR-100, chapters 2 to 4.
 cifar_sgdph = dict(__anew, type='SGDPH', lr=0.01, momentum=0.9, weight_decay=0.005)
-cifar_nkfac = dict(__anew, type='NKFAC', lr=0.05, momentum=0.9, weight_decay=0.001,
-                   stat_interval=20, refresh_interval=200)
-cifar_kfac = dict(__anew, type='KFAC', lr=5e-4, momentum=0.9, weight_decay=0.1, stat_interval=20,
-                  refresh_interval=200)
+cifar_nkfac = dict(
+    __anew,
+    type='NKFAC',
+    lr=0.05,
+    momentum=0.9,
+    weight_decay=0.001,
+    stat_interval=20,
+    refresh_interval=200,
+)
+cifar_kfac = dict(
+    __anew,
+    type='KFAC',
+    lr=5e-4,
+    momentum=0.9,
+    weight_decay=0.1,
+    stat_interval=20,
+    refresh_interval=200,
+)
 cifar_skfac = dict(cifar_kfac, type='SKFAC')
 # KFAC* and SKFAC*: with NKFAC's damping, norm recovery and rates.
-__star = dict(damping_form='relative', damping=0.01, scaling='norm_recovery', lr=0.05,
-             weight_decay=0.001)
+__star = dict(
+    damping_form='relative', damping=0.01, scaling='norm_recovery', lr=0.05, weight_decay=0.001
+)
 cifar_kfac_star = dict(cifar_kfac, **__star)
 cifar_skfac_star = dict(cifar_skfac, **__star)
 cifar_sgdmbk = dict(__anew, type='SGDMBK', lr=0.05, momentum=0.9, weight_decay=0.001)

@@ -4,4 +4,5 @@ _base_ = 'resnet50_cifar100.py'
 
 model = dict(
     backbone=dict(_delete_=True, type='VGG', depth=11, norm_cfg=dict(type='BN')),
-    head=dict(in_channels=512))
+    head=dict(in_channels=512),
+)

@@ -4,12 +4,25 @@ _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamR', settings='published',
-                   lr=1e-4, betas=(0.9, 0.999), weight_decay=0.2,
-                   stat_interval=100, refresh_interval=1000),
+    optimizer=dict(
+        _delete_=True,
+        type='AdamR',
+        settings='published',
+        lr=1e-4,
+        betas=(0.9, 0.999),
+        weight_decay=0.2,
+        stat_interval=100,
+        refresh_interval=1000,
+    ),
     # The published code knows linear layers and Conv2d alone.
-    paramwise_cfg=dict(custom_keys={'mask_head.upsample': dict(precondition=False)}))
+    paramwise_cfg=dict(custom_keys={'mask_head.upsample': dict(precondition=False)}),
+)
 
 paper = dict(
-    table='4.6', detector='mask_rcnn', backbone='r50', schedule='1x', optimizer='AdamR',
-    result=dict(APb=39.6, APb50=60.4, APb75=43.4, APm=36.5, APm50=57.6, APm75=38.8))
+    table='4.6',
+    detector='mask_rcnn',
+    backbone='r50',
+    schedule='1x',
+    optimizer='AdamR',
+    result=dict(APb=39.6, APb50=60.4, APb75=43.4, APm=36.5, APm50=57.6, APm75=38.8),
+)

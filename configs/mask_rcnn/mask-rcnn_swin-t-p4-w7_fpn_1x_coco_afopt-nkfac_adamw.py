@@ -6,6 +6,9 @@ custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
     optimizer=dict(
-        _delete_=True, type='Preconditioned',
+        _delete_=True,
+        type='Preconditioned',
         rule=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-        layers={{_base_.afopt_nkfac}}))
+        layers={{_base_.afopt_nkfac}},
+    ),
+)

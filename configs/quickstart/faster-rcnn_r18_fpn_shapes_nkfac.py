@@ -6,7 +6,16 @@ _base_ = 'faster-rcnn_r18_fpn_shapes.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='NKFAC', lr=0.01, momentum=0.9, weight_decay=1e-4,
-                   stat_interval=5, refresh_interval=25,
-                   solver='lowrank', matmul_precision='medium'),
-    paramwise_cfg=dict(custom_keys=dict(fc_cls=dict(precondition=False))))
+    optimizer=dict(
+        _delete_=True,
+        type='NKFAC',
+        lr=0.01,
+        momentum=0.9,
+        weight_decay=1e-4,
+        stat_interval=5,
+        refresh_interval=25,
+        solver='lowrank',
+        matmul_precision='medium',
+    ),
+    paramwise_cfg=dict(custom_keys=dict(fc_cls=dict(precondition=False))),
+)

@@ -4,5 +4,12 @@ _base_ = 'mask-rcnn_swin_shapes.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdaAFOpt', lr=5e-4, weight_decay=0.05,
-                   stat_interval=5, refresh_interval=25))
+    optimizer=dict(
+        _delete_=True,
+        type='AdaAFOpt',
+        lr=5e-4,
+        weight_decay=0.05,
+        stat_interval=5,
+        refresh_interval=25,
+    ),
+)

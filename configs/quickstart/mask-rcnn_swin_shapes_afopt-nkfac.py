@@ -5,11 +5,15 @@ custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
     optimizer=dict(
-        _delete_=True, type='Preconditioned',
+        _delete_=True,
+        type='Preconditioned',
         rule=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
         layers=[
-            dict(match=dict(module_type='WindowMSA'),
-                 preconditioner=dict(type='AttentionFeature', stat_interval=5,
-                                     refresh_interval=25)),
-            dict(preconditioner=dict(type='NewtonKronecker', stat_interval=5,
-                                     refresh_interval=25))]))
+            dict(
+                match=dict(module_type='WindowMSA'),
+                preconditioner=dict(type='AttentionFeature', stat_interval=5, refresh_interval=25),
+            ),
+            dict(preconditioner=dict(type='NewtonKronecker', stat_interval=5, refresh_interval=25)),
+        ],
+    ),
+)

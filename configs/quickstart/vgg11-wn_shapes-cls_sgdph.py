@@ -6,4 +6,5 @@ custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 model = dict(backbone=dict(conv_cfg=dict(type='WeightNormConv2d'), norm_cfg=None, init_cfg=[]))
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='SGDPH', lr=0.01, momentum=0.9, weight_decay=1e-4))
+    optimizer=dict(_delete_=True, type='SGDPH', lr=0.01, momentum=0.9, weight_decay=1e-4),
+)

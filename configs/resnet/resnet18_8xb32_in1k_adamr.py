@@ -5,9 +5,18 @@ _base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamR', settings='published',
-                   lr=0.001, betas=(0.9, 0.999), weight_decay=0.1,
-                   stat_interval=100, refresh_interval=1000))
+    optimizer=dict(
+        _delete_=True,
+        type='AdamR',
+        settings='published',
+        lr=0.001,
+        betas=(0.9, 0.999),
+        weight_decay=0.1,
+        stat_interval=100,
+        refresh_interval=1000,
+    ),
+)
 
-paper = dict(data='ImageNet', chapter=4, model='ResNet18', optimizer='AdamR',
-             result=dict(top1=71.29))
+paper = dict(
+    data='ImageNet', chapter=4, model='ResNet18', optimizer='AdamR', result=dict(top1=71.29)
+)

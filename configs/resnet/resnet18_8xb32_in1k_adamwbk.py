@@ -5,9 +5,18 @@ _base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamWBK', settings='published',
-                   lr=0.001, betas=(0.9, 0.999), weight_decay=0.1,
-                   stat_interval=200, refresh_interval=2000))
+    optimizer=dict(
+        _delete_=True,
+        type='AdamWBK',
+        settings='published',
+        lr=0.001,
+        betas=(0.9, 0.999),
+        weight_decay=0.1,
+        stat_interval=200,
+        refresh_interval=2000,
+    ),
+)
 
-paper = dict(data='ImageNet', chapter=4, model='ResNet18', optimizer='AdamWBK',
-             result=dict(top1=71.63))
+paper = dict(
+    data='ImageNet', chapter=4, model='ResNet18', optimizer='AdamWBK', result=dict(top1=71.63)
+)

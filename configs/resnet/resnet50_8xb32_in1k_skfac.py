@@ -4,9 +4,18 @@ _base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='SKFAC', settings='published',
-                   lr=5e-4, momentum=0.9, weight_decay=0.02,
-                   stat_interval=20, refresh_interval=200))
+    optimizer=dict(
+        _delete_=True,
+        type='SKFAC',
+        settings='published',
+        lr=5e-4,
+        momentum=0.9,
+        weight_decay=0.02,
+        stat_interval=20,
+        refresh_interval=200,
+    ),
+)
 
-paper = dict(data='ImageNet', chapter=3, model='ResNet50', optimizer='SKFAC',
-             result=dict(top1=29.09))
+paper = dict(
+    data='ImageNet', chapter=3, model='ResNet50', optimizer='SKFAC', result=dict(top1=29.09)
+)

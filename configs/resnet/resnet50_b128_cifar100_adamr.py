@@ -4,9 +4,18 @@ _base_ = '../_base_/resnet50_cifar100.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamR', settings='published',
-                   lr=0.001, betas=(0.9, 0.999), weight_decay=0.5,
-                   stat_interval=100, refresh_interval=1000))
+    optimizer=dict(
+        _delete_=True,
+        type='AdamR',
+        settings='published',
+        lr=0.001,
+        betas=(0.9, 0.999),
+        weight_decay=0.5,
+        stat_interval=100,
+        refresh_interval=1000,
+    ),
+)
 
-paper = dict(data='CIFAR-100', chapter=4, model='ResNet50', optimizer='AdamR',
-             result=dict(top1=80.73))
+paper = dict(
+    data='CIFAR-100', chapter=4, model='ResNet50', optimizer='AdamR', result=dict(top1=80.73)
+)

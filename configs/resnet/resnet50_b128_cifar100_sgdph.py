@@ -4,8 +4,11 @@ _base_ = '../_base_/resnet50_cifar100.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='SGDPH', settings='published',
-                   lr=0.01, momentum=0.9, weight_decay=0.005))
+    optimizer=dict(
+        _delete_=True, type='SGDPH', settings='published', lr=0.01, momentum=0.9, weight_decay=0.005
+    ),
+)
 
-paper = dict(data='CIFAR-100', chapter=2, model='ResNet50', optimizer='SGDPH',
-             result=dict(top1=79.54))
+paper = dict(
+    data='CIFAR-100', chapter=2, model='ResNet50', optimizer='SGDPH', result=dict(top1=79.54)
+)

@@ -6,8 +6,16 @@ train_dataloader = dict(batch_size=128)
 param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', T_max=200, eta_min_ratio=1e-3)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='NKFAC', settings='published',
-                   lr=0.05, momentum=0.9, weight_decay=0.001,
-                   stat_interval=20, refresh_interval=200))
+    optimizer=dict(
+        _delete_=True,
+        type='NKFAC',
+        settings='published',
+        lr=0.05,
+        momentum=0.9,
+        weight_decay=0.001,
+        stat_interval=20,
+        refresh_interval=200,
+    ),
+)
 
 paper = dict(data='CIFAR-10', chapter=3, model='ResNet50', optimizer='NKFAC')

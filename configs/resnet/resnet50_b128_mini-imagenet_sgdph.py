@@ -4,8 +4,11 @@ _base_ = '../_base_/resnet50_mini-imagenet.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='SGDPH', settings='published',
-                   lr=0.05, momentum=0.9, weight_decay=0.001))
+    optimizer=dict(
+        _delete_=True, type='SGDPH', settings='published', lr=0.05, momentum=0.9, weight_decay=0.001
+    ),
+)
 
-paper = dict(data='Mini-ImageNet', chapter=2, model='ResNet50', optimizer='SGDPH',
-             result=dict(top1=72.17))
+paper = dict(
+    data='Mini-ImageNet', chapter=2, model='ResNet50', optimizer='SGDPH', result=dict(top1=72.17)
+)

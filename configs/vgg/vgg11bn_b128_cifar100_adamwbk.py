@@ -4,9 +4,18 @@ _base_ = '../_base_/vgg11_cifar100.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='AdamWBK', settings='published',
-                   lr=0.001, betas=(0.9, 0.999), weight_decay=0.5,
-                   stat_interval=200, refresh_interval=2000))
+    optimizer=dict(
+        _delete_=True,
+        type='AdamWBK',
+        settings='published',
+        lr=0.001,
+        betas=(0.9, 0.999),
+        weight_decay=0.5,
+        stat_interval=200,
+        refresh_interval=2000,
+    ),
+)
 
-paper = dict(data='CIFAR-100', chapter=4, model='VGG11', optimizer='AdamWBK',
-             result=dict(top1=73.09))
+paper = dict(
+    data='CIFAR-100', chapter=4, model='VGG11', optimizer='AdamWBK', result=dict(top1=73.09)
+)

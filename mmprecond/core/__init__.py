@@ -7,5 +7,14 @@ from .curvature import Curvature, CurvatureOptions
 from .monitor import Monitor, RefreshReport
 from .stack import LayerStack
 
-__all__ = ['Assignment', 'Curvature', 'CurvatureOptions', 'LayerStack', 'Monitor', 'RefreshError',
-           'RefreshReport', 'parse_layers', 'rotate']
+__all__ = [
+    'Assignment',
+    'Curvature',
+    'CurvatureOptions',
+    'LayerStack',
+    'Monitor',
+    'RefreshError',
+    'RefreshReport',
+    'parse_layers',
+    'rotate',
+]

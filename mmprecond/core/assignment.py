@@ -38,16 +38,15 @@ class Entry:
 
     def meets(self, path: Sequence[tuple[str, nn.Module]]) -> bool:
         """True if a module is meant, given as itself and all modules around it."""
-        return ((self.module_types is None
-                 or any(type(m).__name__ in self.module_types for _, m in path))
-                and (self.name is None or any(fnmatchcase(n, self.name) for n, _ in path)))
+        return (
+            self.module_types is None or any(type(m).__name__ in self.module_types for _, m in path)
+        ) and (self.name is None or any(fnmatchcase(n, self.name) for n, _ in path))
 
     @property
     def match(self) -> str:
         """The conditions as a config has them."""
         types = self.module_types
-        parts = {'module_type': types[0] if types and len(types) == 1 else types,
-                 'name': self.name}
+        parts = {'module_type': types[0] if types and len(types) == 1 else types, 'name': self.name}
         given = (f'{key}={value!r}' for key, value in parts.items() if value is not None)
         return f'dict({", ".join(given)})'
 
@@ -91,7 +90,8 @@ class BoundAssignment:
                 raise ValueError(
                     f'layers[{position}]: match={entry.match} hits nothing in '
                     f'{type(model).__name__}; its module types are {_some(kinds)}, its names begin '
-                    f'with {_some([n for n in self.modules if n and "." not in n])}')
+                    f'with {_some([n for n in self.modules if n and "." not in n])}'
+                )
 
     def entry(self, name: str) -> Entry | None:
         """The entry for a layer, by the dotted name of its module."""
@@ -113,14 +113,22 @@ class BoundAssignment:
         for position, entry in enumerate(self.entries):
             met = any(entry.meets(self._path(name)) for name in names)
             used = any(other is entry for other in taken)
-            shadowed = (any(earlier.is_open for earlier in self.entries[:position])
-                        or met and not used and not entry.is_open)
+            shadowed = (
+                any(earlier.is_open for earlier in self.entries[:position])
+                or met
+                and not used
+                and not entry.is_open
+            )
             if shadowed:
-                raise ValueError(f'layers[{position}]: match={entry.match} is of no use, all its '
-                                 'layers are taken by entries before it; put it first')
+                raise ValueError(
+                    f'layers[{position}]: match={entry.match} is of no use, all its '
+                    'layers are taken by entries before it; put it first'
+                )
             if not met and entry.preconditioner is not None and not entry.is_open:
-                raise ValueError(f'layers[{position}]: match={entry.match} is of no use, it hits '
-                                 'no layer that can be preconditioned')
+                raise ValueError(
+                    f'layers[{position}]: match={entry.match} is of no use, it hits '
+                    'no layer that can be preconditioned'
+                )
 
     def _path(self, name: str) -> list[tuple[str, nn.Module]]:
         """A module and those around it, by all their names."""
@@ -142,32 +150,41 @@ def parse_layers(layers: Any) -> Assignment:
         ValueError: For what cannot be read, with what to write instead.
     """
     if not isinstance(layers, (list, tuple)) or not layers:
-        raise ValueError(f'layers={layers!r} is not a list of entries; write '
-                         "layers=[dict(preconditioner=dict(type='NewtonKronecker'))]")
+        raise ValueError(
+            f'layers={layers!r} is not a list of entries; write '
+            "layers=[dict(preconditioner=dict(type='NewtonKronecker'))]"
+        )
     return Assignment([_parse_entry(f'layers[{k}]', entry) for k, entry in enumerate(layers)])
 
 
 def _parse_entry(where: str, entry: Any) -> Entry:
     if not isinstance(entry, dict) or 'preconditioner' not in entry:
-        raise ValueError(f'{where}={entry!r} names no preconditioner; write '
-                         "dict(match=..., preconditioner=dict(type='NewtonKronecker')), or "
-                         'preconditioner=None for the plain rule')
+        raise ValueError(
+            f'{where}={entry!r} names no preconditioner; write '
+            "dict(match=..., preconditioner=dict(type='NewtonKronecker')), or "
+            'preconditioner=None for the plain rule'
+        )
     _reject_keys(where, entry, ENTRY_KEYS)
     match = {} if entry.get('match') is None else entry['match']
     if not isinstance(match, dict):
-        raise ValueError(f"{where}: match={match!r} is no dict; write match=dict(name='backbone.*')"
-                         " or match=dict(module_type='WindowMSA')")
+        raise ValueError(
+            f"{where}: match={match!r} is no dict; write match=dict(name='backbone.*')"
+            " or match=dict(module_type='WindowMSA')"
+        )
     _reject_keys(f'{where}: match', match, MATCH_KEYS)
     types, name = match.get('module_type'), match.get('name')
     types = (types,) if isinstance(types, str) else types
     listed = isinstance(types, (list, tuple)) and types
     if types is not None and not (listed and all(isinstance(t, str) for t in types)):
-        raise ValueError(f'{where}: module_type={types!r} is neither a class name nor a list of '
-                         "class names; write module_type='WindowMSA'")
+        raise ValueError(
+            f'{where}: module_type={types!r} is neither a class name nor a list of '
+            "class names; write module_type='WindowMSA'"
+        )
     if name is not None and not isinstance(name, str):
         raise ValueError(f"{where}: name={name!r} is no pattern; write name='backbone.*'")
-    return Entry(_parse_method(where, entry['preconditioner']),
-                 None if types is None else tuple(types), name)
+    return Entry(
+        _parse_method(where, entry['preconditioner']), None if types is None else tuple(types), name
+    )
 
 
 def _parse_method(where: str, config: Any) -> Preconditioner | None:
@@ -175,16 +192,20 @@ def _parse_method(where: str, config: Any) -> Preconditioner | None:
         return None
     names = ', '.join(sorted(METHODS))
     if not isinstance(config, dict) or 'type' not in config:
-        raise ValueError(f'{where}: preconditioner={config!r} has no type; write '
-                         f'preconditioner=dict(type=...) with one of {names}')
+        raise ValueError(
+            f'{where}: preconditioner={config!r} has no type; write '
+            f'preconditioner=dict(type=...) with one of {names}'
+        )
     settings = dict(config)
     kind = settings.pop('type')
     method = METHODS.get(kind) if isinstance(kind, str) else kind
     if not (isinstance(method, type) and issubclass(method, Preconditioner)):
         raise ValueError(f'{where}: unknown preconditioner type {kind!r}; choose one of {names}')
     if method.precomputed:
-        raise ValueError(f'{where}: {method.__name__} is never measured; its statistics are given '
-                         'by calibrate_first_layer of MAC')
+        raise ValueError(
+            f'{where}: {method.__name__} is never measured; its statistics are given '
+            'by calibrate_first_layer of MAC'
+        )
     _reject_keys(f'{where}: {method.__name__}', settings, [*method.options(), 'settings'])
     try:
         return build_preconditioner(method, settings)

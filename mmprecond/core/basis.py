@@ -27,12 +27,17 @@ def snapshot(stack: LayerStack) -> BasisSnapshot | None:
     """Snapshot for `rotate`, or None where moments stay as they are."""
     if not stack.method.moves_moments:
         return None
-    return BasisSnapshot(stack, map_tensors(stack.operators, torch.clone),
-                         [slot.refreshes for slot in stack.slots])
+    return BasisSnapshot(
+        stack, map_tensors(stack.operators, torch.clone), [slot.refreshes for slot in stack.slots]
+    )
 
 
-def rotate(before: BasisSnapshot, states: Mapping[Tensor, dict[str, Any]],
-           linear: Sequence[str], quadratic: Sequence[str]) -> None:
+def rotate(
+    before: BasisSnapshot,
+    states: Mapping[Tensor, dict[str, Any]],
+    linear: Sequence[str],
+    quadratic: Sequence[str],
+) -> None:
     """Turns the moments of refreshed layers from the old basis into the new one, in place.
 
     With Q1 = U1old' U1new and Q2 = U2old' U2new, sums of gradients become ``Q1' M Q2``, and the
@@ -64,15 +69,21 @@ def rotate(before: BasisSnapshot, states: Mapping[Tensor, dict[str, Any]],
 
 def _turn(old: Operators, new: Operators, position: int) -> Operators:
     """``U_old' U_new`` by slot."""
+
     def turned(slot: str, basis: Tensor) -> Dense:
-        before, = old[slot].tensors
-        return Dense(before[position:position + 1].mT @ basis)
+        (before,) = old[slot].tensors
+        return Dense(before[position : position + 1].mT @ basis)
 
     return {slot: turned(slot, *operator.tensors) for slot, operator in new.items()}
 
 
-def _rotate_one(name: str, states: Sequence[dict[str, Any]], stack: LayerStack, layer: Layer,
-                operators: Operators) -> None:
+def _rotate_one(
+    name: str,
+    states: Sequence[dict[str, Any]],
+    stack: LayerStack,
+    layer: Layer,
+    operators: Operators,
+) -> None:
     tensors: list[Any] = [state.get(name) for state in states]
     matrix = layer.join(*tensors)[None]
     turned = stack.method.apply(operators, matrix)[0]

@@ -35,8 +35,9 @@ class Restored:
     lost: list[Layer] = field(default_factory=list)
 
 
-def export(layers: Mapping[Layer, LayerStack], sharding: Sharding, steps: int,
-           complete: bool) -> dict[str, Any]:
+def export(
+    layers: Mapping[Layer, LayerStack], sharding: Sharding, steps: int, complete: bool
+) -> dict[str, Any]:
     """Steps and, if they are saved, each layer's method, statistics and operators.
 
     Args:
@@ -46,12 +47,23 @@ def export(layers: Mapping[Layer, LayerStack], sharding: Sharding, steps: int,
         complete: Whether statistics and operators are saved.
     """
     stacks = list(dict.fromkeys(layers.values()))
-    saved = {layer.name: {'method': type(stack.method).__name__, **state}
-             for stack in stacks for layer, state in stack.export()} if complete else {}
-    rotated = [layer.name for stack in stacks if stack.method.rotates
-               for _, layer in stack.ready()]
-    return {'steps': steps, 'complete': complete, 'rotated': rotated,
-            'whole': not saved or sharding.is_whole(), 'layers': saved}
+    saved = (
+        {
+            layer.name: {'method': type(stack.method).__name__, **state}
+            for stack in stacks
+            for layer, state in stack.export()
+        }
+        if complete
+        else {}
+    )
+    rotated = [layer.name for stack in stacks if stack.method.rotates for _, layer in stack.ready()]
+    return {
+        'steps': steps,
+        'complete': complete,
+        'rotated': rotated,
+        'whole': not saved or sharding.is_whole(),
+        'layers': saved,
+    }
 
 
 def method_of(saved: Mapping[str, Any] | None, layer: Layer) -> str | None:
@@ -63,12 +75,15 @@ def method_of(saved: Mapping[str, Any] | None, layer: Layer) -> str | None:
 def refuse_partial(saved: Mapping[str, Any] | None) -> None:
     """Raises ValueError for the state of a rank that had but a part of the operators."""
     if not (saved or {}).get('whole', True):
-        raise ValueError("the state is that of one rank under sharding='apply', which holds but a "
-                         'part of the operators; load the one that the first rank saved')
+        raise ValueError(
+            "the state is that of one rank under sharding='apply', which holds but a "
+            'part of the operators; load the one that the first rank saved'
+        )
 
 
-def restore(layers: Mapping[Layer, LayerStack], sharding: Sharding,
-            saved: Mapping[str, Any] | None) -> Restored:
+def restore(
+    layers: Mapping[Layer, LayerStack], sharding: Sharding, saved: Mapping[str, Any] | None
+) -> Restored:
     """Puts saved curvature back; without it the next step captures and refreshes afresh.
 
     Args:
@@ -88,8 +103,11 @@ def restore(layers: Mapping[Layer, LayerStack], sharding: Sharding,
         complaints = ["it holds none of this model's layers"]
     if complaints:
         more = f' and {len(complaints) - 3} more' if len(complaints) > 3 else ''
-        logger.warning('saved curvature does not fit and is measured anew: %s%s',
-                       '; '.join(complaints[:3]), more)
+        logger.warning(
+            'saved curvature does not fit and is measured anew: %s%s',
+            '; '.join(complaints[:3]),
+            more,
+        )
     elif not entries and steps != 0 and not whole:
         logger.warning('the checkpoint holds no curvature; statistics start anew at the next step')
     for stack in dict.fromkeys(layers.values()):
@@ -105,8 +123,10 @@ def restore(layers: Mapping[Layer, LayerStack], sharding: Sharding,
     return Restored(resumed, unfit, lost)
 
 
-def _sort_out(layers: Mapping[Layer, LayerStack], entries: Mapping[str, Any],
-              ) -> tuple[dict[Layer, dict[str, Any]], list[Layer], list[str]]:
+def _sort_out(
+    layers: Mapping[Layer, LayerStack],
+    entries: Mapping[str, Any],
+) -> tuple[dict[Layer, dict[str, Any]], list[Layer], list[str]]:
     """States that fit their layers, layers whose states do not, and why."""
     fitting: dict[Layer, dict[str, Any]] = {}
     unfit: list[Layer] = []
@@ -131,8 +151,9 @@ def _problem(entry: Any, layer: Layer, stack: LayerStack) -> str:
         if entry['method'] != type(stack.method).__name__:
             return f'it was saved by {entry["method"]}'
         [int(entry[name]) for name in COUNTERS]
-        statistics = {key: shape for statistic in stack.kept
-                      for key, shape in layer.shapes(statistic).items()}
+        statistics = {
+            key: shape for statistic in stack.kept for key, shape in layer.shapes(statistic).items()
+        }
         problem = _misfit('statistic', entry['statistics'], statistics)
         if entry['refreshes'] or entry['operator']:
             shapes = expected_shapes(stack.outline, entry['operator'])

@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 
-def kl_clip(bound: float, clipped: Sequence[Tensor], rates: Mapping[Tensor, float],
-            raw: Mapping[Tensor, Tensor], directions: dict[Tensor, Tensor]) -> None:
+def kl_clip(
+    bound: float,
+    clipped: Sequence[Tensor],
+    rates: Mapping[Tensor, float],
+    raw: Mapping[Tensor, Tensor],
+    directions: dict[Tensor, Tensor],
+) -> None:
     """Scales directions V by nu = min(1, sqrt(bound / sum lr^2 <V, G>)), in place.
 
     V = F^-1 G, so that nu^2 sum lr^2 <V, G>, twice the step's KL divergence, stays in the bound.
@@ -26,7 +31,7 @@ def kl_clip(bound: float, clipped: Sequence[Tensor], rates: Mapping[Tensor, floa
     """
     if not clipped:
         return
-    products = [rates[p]**2 * (directions[p].double() * raw[p].double()).sum() for p in clipped]
+    products = [rates[p] ** 2 * (directions[p].double() * raw[p].double()).sum() for p in clipped]
     total = torch.stack([product.to(products[0].device) for product in products]).sum()
     factor = (bound / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1)
     for p in clipped:

@@ -32,7 +32,7 @@ class LayerCost:
     megabytes: float
     apply: float
     refresh: float
-    capture: float = 0.
+    capture: float = 0.0
     calls: int = 0
 
     def add_call(self, flops: float) -> None:
@@ -42,21 +42,33 @@ class LayerCost:
 
 
 @contextmanager
-def measured_costs(layers: Mapping[Layer, LayerStack],
-                   capture: Capture) -> Iterator[dict[Layer, LayerCost]]:
+def measured_costs(
+    layers: Mapping[Layer, LayerStack], capture: Capture
+) -> Iterator[dict[Layer, LayerCost]]:
     """Each layer's costs; those of captures by the calls of the forward passes made inside.
 
     Args:
         layers: The layers and their stacks.
         capture: Their capture, which is off meanwhile.
     """
-    costs = {layer: LayerCost(layer.name, type(stack.method).__name__, megabytes(layer, stack),
-                              stack.method.apply_flops(layer), stack.method.refresh_flops(layer))
-             for layer, stack in layers.items()}
+    costs = {
+        layer: LayerCost(
+            layer.name,
+            type(stack.method).__name__,
+            megabytes(layer, stack),
+            stack.method.apply_flops(layer),
+            stack.method.refresh_flops(layer),
+        )
+        for layer, stack in layers.items()
+    }
 
     def observe(call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
-        costs[call.layer].add_call(sum(call.layer.measure_flops(call, kept, output, statistic)
-                                       for statistic in layers[call.layer].kept))
+        costs[call.layer].add_call(
+            sum(
+                call.layer.measure_flops(call, kept, output, statistic)
+                for statistic in layers[call.layer].kept
+            )
+        )
 
     with capture.suspended():
         handles = [handle for layer in costs for handle in layer.watch(observe, lambda *_: None)]

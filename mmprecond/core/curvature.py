@@ -36,7 +36,7 @@ logger = logging.getLogger('mmprecond')
 class CurvatureOptions:
     """Settings that hold for all layers (see `PreconditionedOptimizer`)."""
 
-    capture_mb: float = 64.
+    capture_mb: float = 64.0
     save_curvature: bool = True
     sharding: str = 'none'
     clip_update: float | None = None
@@ -49,8 +49,9 @@ class CurvatureOptions:
         check_choice('matmul_precision', self.matmul_precision, PRECISIONS)
         check_number('capture_mb', self.capture_mb, open_low=True, finite=False)
         check_choice('sharding', self.sharding, SHARDINGS)
-        check_number('clip_update', 1. if self.clip_update is None else self.clip_update,
-                     open_low=True)
+        check_number(
+            'clip_update', 1.0 if self.clip_update is None else self.clip_update, open_low=True
+        )
 
     @classmethod
     def names(cls) -> list[str]:
@@ -81,9 +82,14 @@ class Curvature:
             fit into memory.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[dict[str, Any]],
-                 method: Preconditioner | Assignment, owner: str,
-                 options: CurvatureOptions) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[dict[str, Any]],
+        method: Preconditioner | Assignment,
+        owner: str,
+        options: CurvatureOptions,
+    ) -> None:
         self.options = options
         self.sharding = Sharding(options.sharding, options.save_curvature)
         self.left_out: list[LeftOut] = []
@@ -108,8 +114,13 @@ class Curvature:
 
     # ---------------------------------------------------------------- construction
 
-    def _choose(self, model: nn.Module, groups: Sequence[dict[str, Any]],
-                method: Preconditioner | Assignment, owner: str) -> dict[Layer, Preconditioner]:
+    def _choose(
+        self,
+        model: nn.Module,
+        groups: Sequence[dict[str, Any]],
+        method: Preconditioner | Assignment,
+        owner: str,
+    ) -> dict[Layer, Preconditioner]:
         """Gives each layer its preconditioner."""
         bound = (method if isinstance(method, Assignment) else Assignment(method)).bind(model)
 
@@ -117,8 +128,9 @@ class Curvature:
             chosen = bound.method(name)
             return chosen.attention_reading if chosen else None
 
-        layers, self.left_out = find_layers(model, groups, capture_mb=self.options.capture_mb,
-                                            attention=reading)
+        layers, self.left_out = find_layers(
+            model, groups, capture_mb=self.options.capture_mb, attention=reading
+        )
         bound.check_use(list(layers))
         taken: dict[Layer, Preconditioner] = {}
         for name, layer in layers.items():
@@ -129,15 +141,15 @@ class Curvature:
             else:
                 taken[layer] = chosen
         if not taken:
-            raise ValueError(f'{owner} found no layer to precondition: '
-                             f'{_why_none(layers, self.left_out)}')
+            raise ValueError(
+                f'{owner} found no layer to precondition: {_why_none(layers, self.left_out)}'
+            )
         return taken
 
     def _put(self, layer: Layer, method: Preconditioner) -> None:
         """Puts a layer into the stack of those that are like it, or into one of its own."""
         stack = LayerStack(method, layer, self._owners[layer])
-        self.layers[layer] = next((known for known in self.stacks if known.key == stack.key),
-                                  stack)
+        self.layers[layer] = next((known for known in self.stacks if known.key == stack.key), stack)
         self.stacks = list(dict.fromkeys(self.layers.values()))
 
     def reassign(self, layer: Layer, method: Preconditioner) -> None:
@@ -145,8 +157,9 @@ class Curvature:
         self.layers[layer].leave(layer)
         self._put(layer, method)
 
-    def precompute(self, layer: Layer, method: Preconditioner,
-                   statistics: dict[str, Tensor]) -> None:
+    def precompute(
+        self, layer: Layer, method: Preconditioner, statistics: dict[str, Tensor]
+    ) -> None:
         """Gives a layer a preconditioner whose statistics are known, and not measured.
 
         Args:
@@ -165,13 +178,17 @@ class Curvature:
 
     def due(self, step: int) -> dict[Layer, tuple[Statistic, ...]]:
         """The layers that a step measures, and what of them."""
-        return {layer: stack.kept for layer, stack in self.layers.items()
-                if self._schedule.captures(stack, layer, step)}
+        return {
+            layer: stack.kept
+            for layer, stack in self.layers.items()
+            if self._schedule.captures(stack, layer, step)
+        }
 
     def arm(self, step: int) -> None:
         """Puts hooks on the layers whose statistics a step measures, if it does."""
-        self.capture.arm(self.due(step), seed=step * world_size() + rank(),
-                         share=(rank(), world_size()))
+        self.capture.arm(
+            self.due(step), seed=step * world_size() + rank(), share=(rank(), world_size())
+        )
 
     def disarm(self) -> None:
         """Takes the hooks off; what was measured stays until the step."""
@@ -201,8 +218,11 @@ class Curvature:
         Returns:
             As `update`.
         """
-        due = [(stack, positions) for stack in self.stacks
-               if (positions := self._schedule.refreshes(stack, step))]
+        due = [
+            (stack, positions)
+            for stack in self.stacks
+            if (positions := self._schedule.refreshes(stack, step))
+        ]
         if not due:
             return []
         self.sharding.check_ranks()
@@ -225,17 +245,23 @@ class Curvature:
 
     def _compute(self, due: Sequence[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
         """Refreshes this rank's stacks, waiting for the device once; says what succeeded."""
-        started = [start_refresh(stack, positions) if self.sharding.mine(stack) else None
-                   for stack, positions in due]
+        started = [
+            start_refresh(stack, positions) if self.sharding.mine(stack) else None
+            for stack, positions in due
+        ]
         flags = iter(to_host([outcome for outcome in started if outcome is not None]))
-        return [[False] * len(positions) if outcome is None else
-                finish_refresh(stack, positions, [bool(next(flags)) for _ in positions])
-                for (stack, positions), outcome in zip(due, started, strict=True)]
+        return [
+            [False] * len(positions)
+            if outcome is None
+            else finish_refresh(stack, positions, [bool(next(flags)) for _ in positions])
+            for (stack, positions), outcome in zip(due, started, strict=True)
+        ]
 
     # ---------------------------------------------------------------- acting
 
-    def precondition(self, gradients: Mapping[Tensor, Tensor],
-                     groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Tensor]:
+    def precondition(
+        self, gradients: Mapping[Tensor, Tensor], groups: Iterable[Mapping[str, Any]]
+    ) -> dict[Tensor, Tensor]:
         """The directions: gradients, preconditioned where a layer has an operator.
 
         Args:
@@ -260,15 +286,26 @@ class Curvature:
                 if stack.method.acts_after_rule:
                     _transform(stack, stack.method.restore, updates)
 
-    def _clip(self, gradients: Mapping[Tensor, Tensor], directions: dict[Tensor, Tensor],
-              groups: Iterable[Mapping[str, Any]]) -> None:
+    def _clip(
+        self,
+        gradients: Mapping[Tensor, Tensor],
+        directions: dict[Tensor, Tensor],
+        groups: Iterable[Mapping[str, Any]],
+    ) -> None:
         """Where methods of several KL bounds are mixed, the least counts."""
-        bounds = [(stack.method.clip, stack) for stack in self.stacks
-                  if stack.method.clip is not None]
+        bounds = [
+            (stack.method.clip, stack) for stack in self.stacks if stack.method.clip is not None
+        ]
         if bounds:
             rates = {p: float(group['lr']) for group in groups for p in group['params']}
-            clipped = [p for _, stack in bounds for _, layer in stack.ready()
-                       if layer.weight in directions for p in layer.parameters if p in directions]
+            clipped = [
+                p
+                for _, stack in bounds
+                for _, layer in stack.ready()
+                if layer.weight in directions
+                for p in layer.parameters
+                if p in directions
+            ]
             kl_clip(min(bound for bound, _ in bounds), clipped, rates, gradients, directions)
         if self.options.clip_update is not None:
             clip_norm(directions, self.options.clip_update)
@@ -288,8 +325,9 @@ class Curvature:
         self.capture.restart()
         restored = checkpoint.restore(self.layers, self.sharding, saved)
         # They had statistics by now, and are measured at once.
-        self._schedule.recapture(layer for layer in restored.unfit
-                                 if self.layers[layer].method.refresh_on_first_sample)
+        self._schedule.recapture(
+            layer for layer in restored.unfit if self.layers[layer].method.refresh_on_first_sample
+        )
         return restored
 
     def table(self) -> str:
@@ -302,12 +340,18 @@ class Curvature:
 
     def _held(self) -> float:
         """Megabytes of what is held now."""
-        return sum(megabytes(slot.layer, stack, self.sharding.holds(stack))
-                   for stack in self.stacks for slot in stack.slots)
+        return sum(
+            megabytes(slot.layer, stack, self.sharding.holds(stack))
+            for stack in self.stacks
+            for slot in stack.slots
+        )
 
 
-def _transform(stack: LayerStack, function: Callable[[Operators, Tensor], Tensor],
-               tensors: dict[Tensor, Tensor]) -> None:
+def _transform(
+    stack: LayerStack,
+    function: Callable[[Operators, Tensor], Tensor],
+    tensors: dict[Tensor, Tensor],
+) -> None:
     """Replaces what belongs to a stack's parameters by a function of its matrix form."""
     ready = [(k, layer) for k, layer in stack.ready() if layer.weight in tensors]
     if not ready:
@@ -326,8 +370,11 @@ def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
     """Reason why a layer takes the plain rule, or ''."""
     method = bound.method(name)
     if method is None:
-        return ('preconditioner=None' if bound.entry(name) is not None
-                else 'no entry of layers matches it')
+        return (
+            'preconditioner=None'
+            if bound.entry(name) is not None
+            else 'no entry of layers matches it'
+        )
     kind, candidates = type(method).__name__, method.candidate_statistics(layer)
     check_statistics(kind, candidates)
     if not candidates:
@@ -347,5 +394,7 @@ def _why_none(layers: Mapping[str, Layer], left_out: Sequence[LeftOut]) -> str:
         reasons = sorted({left.reason for left in left_out if left.name in layers})
         return f'all {len(layers)} are left to the plain rule ({"; ".join(reasons)})'
     found = sorted({f'{left.kind}: {left.reason}' for left in left_out})
-    return (f'its modules with parameters are {"; ".join(found) or "none"}; it needs a Linear or a '
-            'convolution whose weight is in params')
+    return (
+        f'its modules with parameters are {"; ".join(found) or "none"}; it needs a Linear or a '
+        'convolution whose weight is in params'
+    )

@@ -21,8 +21,7 @@ class FailurePolicy:
     def __init__(self, tolerated: int = 3) -> None:
         self.tolerated = tolerated
 
-    def count(self, stack: LayerStack, positions: Sequence[int],
-              succeeded: Sequence[bool]) -> None:
+    def count(self, stack: LayerStack, positions: Sequence[int], succeeded: Sequence[bool]) -> None:
         """Counts the outcomes of some layers of a stack.
 
         Raises:
@@ -34,11 +33,13 @@ class FailurePolicy:
             if outcome:
                 continue
             kept = 'its last good operator stays' if slot.refreshes else 'it takes the plain rule'
-            logger.warning('%s: refresh failed (%d in a row), %s', slot.layer.name,
-                           slot.failures, kept)
+            logger.warning(
+                '%s: refresh failed (%d in a row), %s', slot.layer.name, slot.failures, kept
+            )
             if slot.failures >= self.tolerated:
                 advice = 'raise `damping`, ' if hasattr(stack.method, 'damping') else ''
                 raise RefreshError(
                     f'{slot.layer.name}: {slot.failures} refreshes in a row failed although its '
                     f'statistics are finite; {advice}lower `lr`, or leave the layer out with '
-                    'custom_keys={name: dict(precondition=False)}')
+                    'custom_keys={name: dict(precondition=False)}'
+                )

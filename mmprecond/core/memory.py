@@ -17,16 +17,19 @@ REFRESH_COPIES = 3
 
 def megabytes(layer: Layer, stack: LayerStack, operators: bool = True) -> float:
     """Memory of a layer's statistics and, unless another rank holds them, its operators."""
-    numbers = sum(b * n * m for statistic in stack.kept
-                  for b, n, m in layer.shapes(statistic).values())
+    numbers = sum(
+        b * n * m for statistic in stack.kept for b, n, m in layer.shapes(statistic).values()
+    )
     if operators:
-        numbers += sum(tensor.numel() for operator in stack.outline.values()
-                       for tensor in operator.tensors)
+        numbers += sum(
+            tensor.numel() for operator in stack.outline.values() for tensor in operator.tensors
+        )
     return numbers * layer.working_dtype.itemsize / 2**20
 
 
-def forecast(layers: Mapping[Layer, LayerStack],
-             sharding: Sharding) -> dict[torch.device, tuple[float, float]]:
+def forecast(
+    layers: Mapping[Layer, LayerStack], sharding: Sharding
+) -> dict[torch.device, tuple[float, float]]:
     """Megabytes by device: kept once all trained layers were measured, and more at a refresh.
 
     The latter are additional and for the largest stack alone. Activations and the rule's moments
@@ -40,13 +43,13 @@ def forecast(layers: Mapping[Layer, LayerStack],
             continue
         device = layer.weight.device
         held = megabytes(layer, stack, sharding.holds(stack))
-        kept[device] = kept.get(device, 0.) + held
+        kept[device] = kept.get(device, 0.0) + held
         if sharding.mine(stack):
             own = megabytes(layer, stack, False)
-            statistics[stack] = statistics.get(stack, 0.) + own
+            statistics[stack] = statistics.get(stack, 0.0) + own
             size = REFRESH_COPIES * min(statistics[stack], max(CHUNK_BYTES / 2**20, own))
-            working[device] = max(working.get(device, 0.), size)
-    return {device: (size, working.get(device, 0.)) for device, size in kept.items()}
+            working[device] = max(working.get(device, 0.0), size)
+    return {device: (size, working.get(device, 0.0)) for device, size in kept.items()}
 
 
 def available(device: torch.device) -> float:
@@ -65,8 +68,7 @@ def available(device: torch.device) -> float:
         return float('inf')
 
 
-def check_memory_budget(layers: Mapping[Layer, LayerStack], sharding: Sharding,
-                        owner: str) -> None:
+def check_memory_budget(layers: Mapping[Layer, LayerStack], sharding: Sharding, owner: str) -> None:
     """Raises ValueError, with the numbers, if a device lacks the memory for the forecast.
 
     Args:
@@ -78,14 +80,20 @@ def check_memory_budget(layers: Mapping[Layer, LayerStack], sharding: Sharding,
         free = available(device)
         if kept + working <= free:
             continue
-        sizes = sorted(((megabytes(layer, stack, sharding.holds(stack)), layer.name)
-                        for layer, stack in layers.items() if layer.weight.device == device),
-                       reverse=True)
+        sizes = sorted(
+            (
+                (megabytes(layer, stack, sharding.holds(stack)), layer.name)
+                for layer, stack in layers.items()
+                if layer.weight.device == device
+            ),
+            reverse=True,
+        )
         largest = ', '.join(f'{name} {size:,.0f} MB' for size, name in sizes[:3])
         raise ValueError(
             f'{owner} would keep {kept:,.0f} MB of statistics and operators on '
             f'{device} and take {working:,.0f} MB more at a refresh, but {free:,.0f} MB are free '
-            f'(the largest: {largest}); {_advice(layers, sharding)}')
+            f'(the largest: {largest}); {_advice(layers, sharding)}'
+        )
 
 
 def _advice(layers: Mapping[Layer, LayerStack], sharding: Sharding) -> str:

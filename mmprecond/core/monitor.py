@@ -32,13 +32,16 @@ class RefreshReport:
     step: int
     layers: dict[str, Values] = field(default_factory=dict)
     failures: int = 0
-    seconds: float = 0.
-    megabytes: float = 0.
+    seconds: float = 0.0
+    megabytes: float = 0.0
 
     def summary(self) -> Values:
         """Over the layers: the mean of each value, its largest, and the least cosine."""
-        found: Values = {'failures': float(self.failures), 'seconds': self.seconds,
-                         'megabytes': self.megabytes}
+        found: Values = {
+            'failures': float(self.failures),
+            'seconds': self.seconds,
+            'megabytes': self.megabytes,
+        }
         names = sorted({name for values in self.layers.values() for name in values})
         for name in names:
             values = [values[name] for values in self.layers.values() if name in values]
@@ -62,7 +65,7 @@ class Monitor:
     def __init__(self) -> None:
         self.report: RefreshReport | None = None
         self._layers: list[tuple[LayerStack, int]] = []
-        self._start = 0.
+        self._start = 0.0
 
     def take_report(self) -> RefreshReport | None:
         """The report of the last step, given out once."""
@@ -74,8 +77,9 @@ class Monitor:
         self.report, self._layers = None, []
         self._start = time.perf_counter()
 
-    def refreshed(self, step: int, due: Sequence[tuple[LayerStack, list[int]]],
-                  held: float) -> None:
+    def refreshed(
+        self, step: int, due: Sequence[tuple[LayerStack, list[int]]], held: float
+    ) -> None:
         """After refreshes.
 
         Args:
@@ -85,11 +89,13 @@ class Monitor:
         """
         self._layers = [(stack, k) for stack, positions in due for k in positions]
         failures = sum(stack.slots[k].failures > 0 for stack, k in self._layers)
-        self.report = RefreshReport(step, failures=failures, megabytes=held,
-                                    seconds=time.perf_counter() - self._start)
+        self.report = RefreshReport(
+            step, failures=failures, megabytes=held, seconds=time.perf_counter() - self._start
+        )
 
-    def record_directions(self, gradients: Mapping[Tensor, Tensor],
-                          directions: Mapping[Tensor, Tensor]) -> None:
+    def record_directions(
+        self, gradients: Mapping[Tensor, Tensor], directions: Mapping[Tensor, Tensor]
+    ) -> None:
         """After directions were found; waits for the device once."""
         if self.report is None:
             return
@@ -100,11 +106,14 @@ class Monitor:
                 found[layer.name] = describe(stack, k)
                 if layer.weight in directions and not stack.method.acts_after_rule:
                     found[layer.name]['cosine'] = _cosine(layer, gradients, directions)
-        flat = [value.double().reshape(()) for values in found.values()
-                for value in values.values()]
+        flat = [
+            value.double().reshape(()) for values in found.values() for value in values.values()
+        ]
         numbers = iter(torch.stack([v.to(flat[0].device) for v in flat]).tolist() if flat else [])
-        self.report = replace(self.report, layers={
-            name: {key: next(numbers) for key in values} for name, values in found.items()})
+        self.report = replace(
+            self.report,
+            layers={name: {key: next(numbers) for key in values} for name, values in found.items()},
+        )
 
 
 def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
@@ -122,15 +131,19 @@ def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
         Scalars by ``<value>/<side>``.
     """
     found: dict[str, Tensor] = {}
-    moments = {statistic.side: stack.statistics[statistic.key][position]
-               for statistic in stack.kept if isinstance(statistic.form, Moment)}
+    moments = {
+        statistic.side: stack.statistics[statistic.key][position]
+        for statistic in stack.kept
+        if isinstance(statistic.form, Moment)
+    }
     for side in (GRADIENT, INPUT):
         moment, operator = moments.get(side), stack.operators.get(side.name)
         if moment is not None:
             found[f'largest/{side.name}'] = largest_eigenvalue(moment).amax()
         if isinstance(operator, Dense) and moment is not None and stack.method.is_inverse:
             found[f'damping/{side.name}'], found[f'residual/{side.name}'] = fit_damping(
-                moment, operator.matrix[position])
+                moment, operator.matrix[position]
+            )
         if isinstance(operator, LowRank):
             used = torch.linalg.vector_norm(operator.columns[position], dim=-2) > 0
             found[f'rank/{side.name}'] = used.sum().double()
@@ -153,11 +166,14 @@ def fit_damping(moment: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     rest = identity - inverse @ moment
     damping = (rest * inverse).sum((-2, -1)) / inverse.square().sum((-2, -1))
     error = torch.linalg.matrix_norm(rest - damping[:, None, None] * inverse)
-    return damping.mean(), (error / moment.shape[-1]**0.5).amax()
+    return damping.mean(), (error / moment.shape[-1] ** 0.5).amax()
 
 
-def _cosine(layer: Layer, gradients: Mapping[Tensor, Tensor],
-            directions: Mapping[Tensor, Tensor]) -> Tensor:
-    g, v = (torch.cat([tensors[p].flatten().double() for p in layer.parameters if p in tensors])
-            for tensors in (gradients, directions))
+def _cosine(
+    layer: Layer, gradients: Mapping[Tensor, Tensor], directions: Mapping[Tensor, Tensor]
+) -> Tensor:
+    g, v = (
+        torch.cat([tensors[p].flatten().double() for p in layer.parameters if p in tensors])
+        for tensors in (gradients, directions)
+    )
     return (g * v).sum() / (g.norm() * v.norm()).clamp_min(1e-300)

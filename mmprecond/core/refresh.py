@@ -29,22 +29,25 @@ def start_refresh(stack: LayerStack, positions: Sequence[int]) -> Tensor:
     for chunk, exact in _chunks(stack, positions):
         previous = stack.operators_of(chunk) if stack.operators else None
         operators, succeeded = stack.method.refresh(
-            stack.factors(chunk), None if exact else previous, stack.damping(chunk))
+            stack.factors(chunk), None if exact else previous, stack.damping(chunk)
+        )
         stack.write(chunk, stack.method.align(operators, previous), succeeded)
         outcomes[[place[k] for k in chunk]] = succeeded
     return outcomes
 
 
-def finish_refresh(stack: LayerStack, positions: Sequence[int],
-                   succeeded: Sequence[bool]) -> list[bool]:
+def finish_refresh(
+    stack: LayerStack, positions: Sequence[int], succeeded: Sequence[bool]
+) -> list[bool]:
     """Retries failures in float64; says what succeeded in the end."""
     return [outcome or _retry(stack, k) for k, outcome in zip(positions, succeeded, strict=True)]
 
 
 def _retry(stack: LayerStack, position: int) -> bool:
     """One exact refresh in float64."""
-    operators, succeeded = stack.method.refresh(stack.factors([position], torch.float64), None,
-                                                stack.damping([position]))
+    operators, succeeded = stack.method.refresh(
+        stack.factors([position], torch.float64), None, stack.damping([position])
+    )
     previous = map_tensors(stack.operators_of([position]), Tensor.double)
     operators = stack.method.align(operators, previous or None)
     dtype = stack.like.dtype
@@ -63,4 +66,4 @@ def _chunks(stack: LayerStack, positions: Sequence[int]) -> Iterator[tuple[list[
         parts.setdefault(exact, []).append(k)
     for exact, members in parts.items():
         for start in range(0, len(members), size):
-            yield members[start:start + size], exact
+            yield members[start : start + size], exact

@@ -10,8 +10,9 @@ from .sharding import Sharding
 from .stack import LayerStack
 
 
-def table(layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut],
-          sharding: Sharding) -> str:
+def table(
+    layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut], sharding: Sharding
+) -> str:
     """The table: layer, preconditioner or reason why not, factor sizes, memory."""
     rows = [('layer', 'treatment', 'factors', 'MB')]
     for layer, stack in layers.items():
@@ -25,12 +26,16 @@ def table(layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut],
     for left in left_out:
         rows.append((left.name or '(root)', f'plain rule: {left.kind}, {left.reason}', '', ''))
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
-    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-             for row in rows]
+    lines = [
+        '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     lines.insert(1, '  '.join('-' * width for width in widths))
     sizes = forecast(layers, sharding).values()
-    lines.append(f'{len(layers)} layers preconditioned, '
-                 f'{sum(kept for kept, _ in sizes):.0f} MB of statistics and operators in total, '
-                 f'{sum(more for _, more in sizes):.0f} MB more at a refresh; '
-                 f'{len(left_out)} modules take the plain rule')
+    lines.append(
+        f'{len(layers)} layers preconditioned, '
+        f'{sum(kept for kept, _ in sizes):.0f} MB of statistics and operators in total, '
+        f'{sum(more for _, more in sizes):.0f} MB more at a refresh; '
+        f'{len(left_out)} modules take the plain rule'
+    )
     return '\n'.join(lines)

@@ -33,8 +33,7 @@ class SampleCollector:
         self._capture = capture
         self._zero_reported: set[Layer] = set()
 
-    def collect(self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack],
-                step: int) -> None:
+    def collect(self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack], step: int) -> None:
         """Merges the samples of the layers that are due.
 
         Waits for the device once: for the norms that tell sound samples from others.
@@ -47,38 +46,49 @@ class SampleCollector:
         samples = self._joint_samples(due, layers)
         sums = [s for sample in samples.values() for s in sample.values()]
         norms = iter(to_host(torch._foreach_norm(sums) if sums else []))
-        sizes = {layer: {name: next(norms) for name in sample}
-                 for layer, sample in samples.items()}
+        sizes = {layer: {name: next(norms) for name in sample} for layer, sample in samples.items()}
         for layer in list(samples):
             if not self._is_sound(layer, layers[layer], sizes[layer], step):
                 del samples[layer]
         for stack in dict.fromkeys(layers.values()):
-            stack.merge({layer: samples.pop(layer) for layer in list(samples)
-                         if layers[layer] is stack}, sizes)
+            stack.merge(
+                {layer: samples.pop(layer) for layer in list(samples) if layers[layer] is stack},
+                sizes,
+            )
 
-    def _is_sound(self, layer: Layer, stack: LayerStack, sizes: Mapping[str, float],
-                  step: int) -> bool:
+    def _is_sound(
+        self, layer: Layer, stack: LayerStack, sizes: Mapping[str, float], step: int
+    ) -> bool:
         """True if a sample counts, given the norms of its tensors; says why not."""
         if not all(size < float('inf') for size in sizes.values()):
             self.dropped += 1
-            logger.warning('%s: non-finite statistics at step %d were dropped (%d so far)',
-                           layer.name, step, self.dropped)
+            logger.warning(
+                '%s: non-finite statistics at step %d were dropped (%d so far)',
+                layer.name,
+                step,
+                self.dropped,
+            )
             return False
         # A zero sample (a dropped block, no positives) tells nothing.
         if all(sizes[key] for statistic in stack.needed for key in statistic.keys):
             return True
         if layer not in self._zero_reported and not stack.holds(layer):
-            logger.info('%s: its statistics at step %d are zero; it takes the plain rule until '
-                        'they are not', layer.name, step)
+            logger.info(
+                '%s: its statistics at step %d are zero; it takes the plain rule until '
+                'they are not',
+                layer.name,
+                step,
+            )
         self._zero_reported.add(layer)
         return False
 
-    def _joint_samples(self, due: Sequence[Layer],
-                       layers: Mapping[Layer, LayerStack]) -> dict[Layer, Sample]:
+    def _joint_samples(
+        self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack]
+    ) -> dict[Layer, Sample]:
         """Joint statistics of all ranks: L = sum g'g of the joint loss, all others means."""
         staged = self._capture.staged
         ranks = world_size()
-        rows = [float(staged[layer].rows) if layer in staged else 0. for layer in due]
+        rows = [float(staged[layer].rows) if layer in staged else 0.0 for layer in due]
         if ranks > 1:
             counts = torch.tensor(rows, dtype=torch.float64, device=due[0].weight.device)
             sum_over_ranks([counts])
@@ -108,9 +118,11 @@ class SampleCollector:
         seen = self._capture.seen
         if seen and layer not in seen and layer.weight.grad is not None:
             seen.add(layer)
-            logger.warning('%s: it has a gradient although its module was not called (its weight '
-                           'is used elsewhere); without statistics it takes the plain rule',
-                           layer.name)
+            logger.warning(
+                '%s: it has a gradient although its module was not called (its weight '
+                'is used elsewhere); without statistics it takes the plain rule',
+                layer.name,
+            )
 
 
 def _complete(layer: Layer, stack: LayerStack, sums: Mapping[str, Tensor]) -> Sample:

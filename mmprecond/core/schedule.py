@@ -36,8 +36,11 @@ class Schedule:
         A first refresh is tried as soon as there are statistics, if the method says so.
         """
         at_once = stack.method.refresh_on_first_sample
-        return [k for k, slot in enumerate(stack.slots)
-                if at_once and slot.waiting or self._is_due(stack, slot.layer, step)]
+        return [
+            k
+            for k, slot in enumerate(stack.slots)
+            if at_once and slot.waiting or self._is_due(stack, slot.layer, step)
+        ]
 
     def recapture(self, layers: Iterable[Layer]) -> None:
         """Has layers measured at the next step, and no other by an earlier call."""

@@ -52,9 +52,11 @@ class Sharding:
         """
         for method in chosen.values():
             if self.requested == 'apply' and method.acts_after_rule:
-                raise ValueError(f"{type(method).__name__} works with sharding='refresh' or "
-                                 "'none', not 'apply': it acts on what the rule makes of a "
-                                 'gradient, and so every rank needs all its operators')
+                raise ValueError(
+                    f"{type(method).__name__} works with sharding='refresh' or "
+                    "'none', not 'apply': it acts on what the rule makes of a "
+                    'gradient, and so every rank needs all its operators'
+                )
         if self.mode == 'none':
             return dict.fromkeys(chosen)
         costs = [self._cost(layer, method) for layer, method in chosen.items()]
@@ -63,9 +65,11 @@ class Sharding:
     def check_ranks(self) -> None:
         """Raises RuntimeError if the work was shared out over another number of ranks."""
         if self.requested != 'none' and self.ranks != world_size():
-            raise RuntimeError(f"sharding={self.requested!r}: the optimizer was built for "
-                               f'{self.ranks} ranks and runs on {world_size()}; build it after '
-                               'torch.distributed.init_process_group')
+            raise RuntimeError(
+                f'sharding={self.requested!r}: the optimizer was built for '
+                f'{self.ranks} ranks and runs on {world_size()}; build it after '
+                'torch.distributed.init_process_group'
+            )
 
     def mine(self, stack: LayerStack) -> bool:
         """True if this rank refreshes a stack."""
@@ -75,8 +79,9 @@ class Sharding:
         """True if this rank has a stack's operators."""
         return self.mode != 'apply' or self.mine(stack)
 
-    def agree(self, outcomes: Sequence[Sequence[bool]], error: Exception | None,
-              device: torch.device) -> list[list[bool]]:
+    def agree(
+        self, outcomes: Sequence[Sequence[bool]], error: Exception | None, device: torch.device
+    ) -> list[list[bool]]:
         """Outcomes from the ranks that know them; an error on one rank ends all.
 
         Raises:
@@ -86,9 +91,10 @@ class Sharding:
             if error is not None:
                 raise error
             return [list(one) for one in outcomes]
-        flags = torch.tensor([float(error is not None),
-                              *(float(good) for one in outcomes for good in one)],
-                             device=device)
+        flags = torch.tensor(
+            [float(error is not None), *(float(good) for one in outcomes for good in one)],
+            device=device,
+        )
         sum_over_ranks([flags])
         failed, *known = flags.tolist()
         if error is not None:
@@ -102,20 +108,27 @@ class Sharding:
         """Hands the operators of refreshed stacks on: to all ranks, or to the first's archive."""
         if self.mode == 'none' or self.mode == 'apply' and not self.archive:
             return
-        forms = share_objects([_forms(stack.operators) if self.mine(stack) else None
-                               for stack in stacks], [stack.owner or 0 for stack in stacks])
+        forms = share_objects(
+            [_forms(stack.operators) if self.mine(stack) else None for stack in stacks],
+            [stack.owner or 0 for stack in stacks],
+        )
         for stack, known in zip(stacks, forms, strict=True):
             if self.mode == 'apply':
                 self._file(stack, known)
                 continue
             if not self.mine(stack):
-                stack.receive({slot: form(*map(stack.like.new_empty, shapes))
-                               for slot, (form, shapes) in known.items()})
+                stack.receive(
+                    {
+                        slot: form(*map(stack.like.new_empty, shapes))
+                        for slot, (form, shapes) in known.items()
+                    }
+                )
             tensors = list(stack.operator_tensors.values())
             broadcast_from([stack.owner or 0] * len(tensors), tensors)
 
-    def exchange_directions(self, stacks: Sequence[LayerStack],
-                            directions: dict[Tensor, Tensor]) -> None:
+    def exchange_directions(
+        self, stacks: Sequence[LayerStack], directions: dict[Tensor, Tensor]
+    ) -> None:
         """Fills in the preconditioned gradients of the layers that other ranks hold."""
         if self.mode != 'apply':
             return
@@ -128,9 +141,13 @@ class Sharding:
                 for p in layer.parameters:
                     if p in directions:
                         # Laid out alike on all ranks: sums over them then round alike.
-                        directions[p] = (directions[p].contiguous() if self.mine(stack) else
-                                         torch.empty_like(directions[p],
-                                                          memory_format=torch.contiguous_format))
+                        directions[p] = (
+                            directions[p].contiguous()
+                            if self.mine(stack)
+                            else torch.empty_like(
+                                directions[p], memory_format=torch.contiguous_format
+                            )
+                        )
                         owners.append(stack.owner or 0)
                         tensors.append(directions[p])
         broadcast_from(owners, tensors)
@@ -142,7 +159,7 @@ class Sharding:
     def _cost(self, layer: Layer, method: Preconditioner) -> float:
         """About the FLOPs of a step, with its share of a refresh."""
         if not layer.weight.requires_grad:
-            return 0.
+            return 0.0
         refresh = method.refresh_flops(layer)
         if self.mode == 'refresh':
             return refresh
@@ -155,10 +172,13 @@ class Sharding:
             return
         archive: Operators = {}
         for slot, (form, shapes) in forms.items():
-            held = stack.operators[slot].tensors if slot in stack.operators else [None] * len(
-                shapes)
-            arrived = [send_to_first(stack.owner, tensor, shape, stack.like)
-                       for tensor, shape in zip(held, shapes, strict=True)]
+            held = (
+                stack.operators[slot].tensors if slot in stack.operators else [None] * len(shapes)
+            )
+            arrived = [
+                send_to_first(stack.owner, tensor, shape, stack.like)
+                for tensor, shape in zip(held, shapes, strict=True)
+            ]
             if rank() == 0:
                 archive[slot] = form(*arrived)
         stack.receive(archive, archive=True)
@@ -166,5 +186,7 @@ class Sharding:
 
 def _forms(operators: Operators) -> dict[str, Any]:
     """Form and shapes of each operator."""
-    return {slot: (type(operator), [tuple(tensor.shape) for tensor in operator.tensors])
-            for slot, operator in operators.items()}
+    return {
+        slot: (type(operator), [tuple(tensor.shape) for tensor in operator.tensors])
+        for slot, operator in operators.items()
+    }

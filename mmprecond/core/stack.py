@@ -85,10 +85,20 @@ class LayerStack:
         self.needed = method.must_be_nonzero(layer)
         self.outline = method.outline(layer)
         shapes = tuple(tuple(layer.shapes(statistic).items()) for statistic in self.kept)
-        operators = tuple((slot, type(operator), tuple(t.shape for t in operator.tensors))
-                          for slot, operator in self.outline.items())
-        self.key = (method, layer.shape, operators, self.kept, shapes, layer.working_dtype,
-                    layer.weight.device, owner)
+        operators = tuple(
+            (slot, type(operator), tuple(t.shape for t in operator.tensors))
+            for slot, operator in self.outline.items()
+        )
+        self.key = (
+            method,
+            layer.shape,
+            operators,
+            self.kept,
+            shapes,
+            layer.working_dtype,
+            layer.weight.device,
+            owner,
+        )
         self.clear()
 
     def clear(self) -> None:
@@ -121,7 +131,8 @@ class LayerStack:
         self.statistics = {name: s[rest] for name, s in self.statistics.items()} if rest else {}
         self.operators, self.archive = (
             map_tensors(held, lambda stacked: stacked[rest]) if rest else {}
-            for held in (self.operators, self.archive))
+            for held in (self.operators, self.archive)
+        )
         self.slots = [self.slots[k] for k in rest]
         self._index = {slot.layer: k for k, slot in enumerate(self.slots)}
 
@@ -131,8 +142,11 @@ class LayerStack:
 
     # ---------------------------------------------------------------- statistics
 
-    def merge(self, samples: dict[Layer, dict[str, Tensor]],
-              sizes: Mapping[Layer, Mapping[str, float]] = MappingProxyType({})) -> None:
+    def merge(
+        self,
+        samples: dict[Layer, dict[str, Tensor]],
+        sizes: Mapping[Layer, Mapping[str, float]] = MappingProxyType({}),
+    ) -> None:
         """Merges samples into the running statistics, emptying `samples` as it goes.
 
         Args:
@@ -146,13 +160,18 @@ class LayerStack:
         for layer in list(samples):
             self._merge_one(layer, samples.pop(layer), sizes.get(layer, {}), average)
 
-    def _merge_one(self, layer: Layer, sample: dict[str, Tensor], sizes: Mapping[str, float],
-                   average: RunningAverage) -> None:
+    def _merge_one(
+        self,
+        layer: Layer,
+        sample: dict[str, Tensor],
+        sizes: Mapping[str, float],
+        average: RunningAverage,
+    ) -> None:
         position = self._index[layer]
         slot = self.slots[position]
         for statistic in self.kept:
             tensors = [sample[key] for key in statistic.keys]
-            norm: Tensor | float = 1.
+            norm: Tensor | float = 1.0
             if average.normalise == 'norm':
                 known = [sizes[key] for key in statistic.keys if key in sizes]
                 norm = statistic.form.norm(tensors, known)
@@ -169,11 +188,13 @@ class LayerStack:
                 empty = sample[key].new_zeros(len(layers), *sample[key].shape)
                 old = self.statistics.get(key)
                 self.statistics[key] = empty if old is None else torch.cat([old, empty])
-        self.operators = map_tensors(self.operators, lambda old: torch.cat(
-            [old, old.new_zeros(len(layers), *old.shape[1:])]))
+        self.operators = map_tensors(
+            self.operators, lambda old: torch.cat([old, old.new_zeros(len(layers), *old.shape[1:])])
+        )
 
-    def factors(self, positions: Sequence[int],
-                dtype: torch.dtype | None = None) -> dict[Side, Factor]:
+    def factors(
+        self, positions: Sequence[int], dtype: torch.dtype | None = None
+    ) -> dict[Side, Factor]:
         """Factors that operators are made of, with weights where the method reads them.
 
         Args:
@@ -187,7 +208,8 @@ class LayerStack:
             if dtype is not None:
                 tensors = tuple(tensor.to(dtype) for tensor in tensors)
             factors[statistic.side] = Factor(
-                statistic.form, statistic.form.finalize(tensors, layers, statistic.key))
+                statistic.form, statistic.form.finalize(tensors, layers, statistic.key)
+            )
         if self.method.reads_weight(layers[0]):
             weights = torch.stack([layer.join(layer.weight) for layer in layers])
             factors[WEIGHT] = Factor(Moment(), (weights.to(dtype or weights.dtype),))
@@ -198,7 +220,7 @@ class LayerStack:
         values = [self.slots[k].layer.damping for k in positions]
         if all(value is None for value in values):
             return None
-        default = getattr(self.method, 'damping', 0.)
+        default = getattr(self.method, 'damping', 0.0)
         return self.like.new_tensor([[default if v is None else v] for v in values])
 
     # ---------------------------------------------------------------- operators
@@ -211,8 +233,11 @@ class LayerStack:
 
     def write(self, positions: Sequence[int], operators: Operators, succeeded: Tensor) -> None:
         """Stores operators where the refresh succeeded."""
-        if (self.method.rank_search is not None and len(positions) == len(self.slots)
-                and bool(succeeded.all())):  # nothing of the old is kept: fewer columns may do
+        if (
+            self.method.rank_search is not None
+            and len(positions) == len(self.slots)
+            and bool(succeeded.all())
+        ):  # nothing of the old is kept: fewer columns may do
             self.operators = map_tensors(operators, Tensor.contiguous)
             return
         self.operators = write(self.operators, operators, positions, len(self.slots), succeeded)
@@ -235,13 +260,18 @@ class LayerStack:
         """Each layer's state as plain tensors and numbers."""
         operators = named_tensors(self.operators or self.archive)
         for k, slot in enumerate(self.slots):
-            yield slot.layer, {
-                'statistics': {name: s[k] for name, s in self.statistics.items()},
-                'operator': {name: o[k] for name, o in operators.items()},
-                **{name: getattr(slot, name) for name in COUNTERS}}
+            yield (
+                slot.layer,
+                {
+                    'statistics': {name: s[k] for name, s in self.statistics.items()},
+                    'operator': {name: o[k] for name, o in operators.items()},
+                    **{name: getattr(slot, name) for name in COUNTERS},
+                },
+            )
 
-    def load(self, states: Mapping[Layer, Mapping[str, Any]], hold: bool = True,
-             archive: bool = False) -> None:
+    def load(
+        self, states: Mapping[Layer, Mapping[str, Any]], hold: bool = True, archive: bool = False
+    ) -> None:
         """Replaces the stack's state by exported states, on each weight's own device.
 
         Args:
@@ -257,7 +287,8 @@ class LayerStack:
             self.slots.append(Slot(layer, *(int(state[name]) for name in COUNTERS)))
             for name, tensor in state['statistics'].items():
                 statistics.setdefault(name, []).append(
-                    tensor[None].to(layer.weight.device, layer.working_dtype))
+                    tensor[None].to(layer.weight.device, layer.working_dtype)
+                )
             saved = from_tensors(self.outline, state['operator'])
             place = layer.weight.device if hold else torch.device('cpu')
             rows.append(map_tensors(saved, _mover(place, layer.working_dtype)))

@@ -29,10 +29,11 @@ class RunningAverage:
     from_first: bool = False
     corrected: bool = False
     new_weight: float | None = None
-    start: float = 0.
+    start: float = 0.0
 
-    def merge(self, running: Tensor, sample: Tensor, merged: int,
-              norm: Tensor | float = 1.) -> None:
+    def merge(
+        self, running: Tensor, sample: Tensor, merged: int, norm: Tensor | float = 1.0
+    ) -> None:
         """Merges one sample (b, n, m) into the running average, in place.
 
         Args:
@@ -59,7 +60,7 @@ class RunningAverage:
         if self.decay is None:
             weight = 1 / (merged + 1)
         else:
-            weight = 1. if self.from_first and merged == 0 else 1 - self.decay
+            weight = 1.0 if self.from_first and merged == 0 else 1 - self.decay
             if self.corrected:
-                weight /= 1 - self.decay**(merged + 1)
+                weight /= 1 - self.decay ** (merged + 1)
         running.lerp_(sample, weight)

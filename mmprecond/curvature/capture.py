@@ -62,8 +62,7 @@ class Capture:
         seen: Layers whose module was called while armed.
     """
 
-    def __init__(self,
-                 around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def __init__(self, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._statistics: Mapping[Layer, Sequence[Statistic]] = {}
         self._around = around
         self.staged: dict[Layer, Staged] = {}
@@ -77,8 +76,12 @@ class Capture:
         self._forward_is_new = False
         self._warned: set[Layer] = set()
 
-    def arm(self, statistics: Mapping[Layer, Sequence[Statistic]], seed: int = 0,
-            share: tuple[int, int] = (0, 1)) -> None:
+    def arm(
+        self,
+        statistics: Mapping[Layer, Sequence[Statistic]],
+        seed: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         """Installs forward hooks on the modules of these layers, in place of earlier ones.
 
         Args:
@@ -92,7 +95,7 @@ class Capture:
         if seed != self._seed:  # the micro-batches of one step draw on
             self._seed = seed
             self._generator.manual_seed(seed)
-            self._signs.manual_seed(seed ^ 0x5bd1e995)  # other numbers than the positions'
+            self._signs.manual_seed(seed ^ 0x5BD1E995)  # other numbers than the positions'
         self._watch()
 
     def disarm(self) -> None:
@@ -170,8 +173,13 @@ class Capture:
         return base if ordered or not _needs_gradient(statistics) else output
 
     @torch.no_grad()
-    def _stage(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor,
-               statistics: Sequence[Statistic]) -> None:
+    def _stage(
+        self,
+        call: Call,
+        kept: tuple[Tensor, ...],
+        gradient: Tensor,
+        statistics: Sequence[Statistic],
+    ) -> None:
         layer = call.layer
         staged = self.staged.setdefault(layer, Staged())
         full = layer.needs_full_precision
@@ -184,9 +192,10 @@ class Capture:
             measured = layer.measure(call, kept, gradient, statistics, self._generator)
             for statistic in statistics:
                 if statistic.form.is_placed:
-                    measured |= {key: statistic.form.stage(
-                        measured[key], self._slots(staged, key, width))
-                        for key, (_, _, width) in layer.shapes(statistic).items()}
+                    measured |= {
+                        key: statistic.form.stage(measured[key], self._slots(staged, key, width))
+                        for key, (_, _, width) in layer.shapes(statistic).items()
+                    }
             staged.add(measured, layer.count_rows(call, gradient, statistics))
 
     def _slots(self, staged: Staged, key: str, width: int) -> Slots:

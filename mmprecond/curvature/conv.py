@@ -39,7 +39,7 @@ class ConvLayer(Layer):
         line = size[1:].numel()
         row_bytes = self.working_dtype.itemsize * self.weight[0].numel() * self.blocks * line
         most = max(1, len(inputs) * size[0])
-        budget = int(min(max(1., self.capture_mb * 2**20 / max(1, row_bytes)), most))
+        budget = int(min(max(1.0, self.capture_mb * 2**20 / max(1, row_bytes)), most))
         images = max(1, budget // max(1, size[0]))
         strip = min(size[0], budget)
         for batch in inputs.split(images):
@@ -47,8 +47,9 @@ class ConvLayer(Layer):
             for top in range(0, size[0], max(1, strip)):
                 lines = min(strip, size[0] - top)
                 view = self._patch_view(module, padded, torch.Size((lines, *size[1:])), top)
-                yield view.reshape(self.blocks, view.shape[1:2 + self.axes].numel(),
-                                   len(padded) * lines * line)
+                yield view.reshape(
+                    self.blocks, view.shape[1 : 2 + self.axes].numel(), len(padded) * lines * line
+                )
 
     def input_power_sum(self, module: Any, inputs: Tensor, power: int) -> tuple[Tensor, int]:
         # The sum over images comes first: patches are laid out of one image alone.
@@ -73,11 +74,11 @@ class ConvLayer(Layer):
         return len(gradient) if gradient.dim() == 2 + self.axes else 1
 
     def position_count(self, module: nn.Module, gradient: Tensor) -> int:
-        return gradient.shape[-self.axes:].numel()
+        return gradient.shape[-self.axes :].numel()
 
     def sampled_input(self, module: Any, inputs: Tensor, drawn: Tensor) -> Tensor:
         view = self._all_patches(module, inputs)
-        size = view.shape[-self.axes:]
+        size = view.shape[-self.axes :]
         places = torch.unravel_index(drawn, size) if size.numel() else [drawn] * self.axes
         return view[(..., *places)].flatten(1, 1 + self.axes).flatten(2)
 
@@ -113,7 +114,8 @@ class ConvLayer(Layer):
         return padded.as_strided(
             (self.blocks, group, *module.kernel_size, len(padded), *size),
             (group * channel, channel, *within, image, *across),
-            padded.storage_offset() + top * across[0])
+            padded.storage_offset() + top * across[0],
+        )
 
     def _pads(self, module: Any) -> list[int]:
         """Padding as `F.pad` takes it: before and after, from the last axis to the first."""
@@ -139,11 +141,13 @@ class ConvLayer(Layer):
     def _output_size(self, module: Any, inputs: Tensor) -> torch.Size:
         pads = self._pads(module)
         totals = [before + after for before, after in zip(pads[::2], pads[1::2], strict=True)]
-        sizes = zip(inputs.shape[-self.axes:], reversed(totals), strict=True)
+        sizes = zip(inputs.shape[-self.axes :], reversed(totals), strict=True)
         return torch.Size(
             (size + total - dilation * (kernel - 1) - 1) // stride + 1
-            for (size, total), kernel, dilation, stride
-            in zip(sizes, module.kernel_size, module.dilation, module.stride, strict=True))
+            for (size, total), kernel, dilation, stride in zip(
+                sizes, module.kernel_size, module.dilation, module.stride, strict=True
+            )
+        )
 
 
 class Conv1dLayer(ConvLayer):
@@ -195,8 +199,9 @@ class Conv2dLayer(ConvLayer):
         moment[:, :-1, :-1] = products.result()
         return self.with_border(moment, sums, count)
 
-    def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
-                      statistic: Statistic) -> float:
+    def measure_flops(
+        self, call: Call, kept: tuple[Tensor, ...], output: Tensor, statistic: Statistic
+    ) -> float:
         """About the floating-point operations of one call's statistic (see the base class)."""
         module: Any = call.module
         rows = self.sample_count(module, output) * self.position_count(module, output)
@@ -211,15 +216,19 @@ class Conv2dLayer(ConvLayer):
     def _by_shifts(self, module: Any, rows: int) -> bool:
         """True if `PatchMoment` makes the input's moment."""
         sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
-        enough = (rows >= self.few_rows
-                  and module.in_channels >= self.few_channels * self.blocks)
+        enough = rows >= self.few_rows and module.in_channels >= self.few_channels * self.blocks
         return sliding and module.padding_mode == 'zeros' and enough
 
     def _axes(self, module: Any, inputs: Tensor, positions: torch.Size) -> Iterator[Axis]:
         left, _, top, _ = self._pads(module)
         for size, count, kernel, step, pad in zip(
-                inputs.shape[2:], positions, module.kernel_size, module.dilation, (top, left),
-                strict=True):
+            inputs.shape[2:],
+            positions,
+            module.kernel_size,
+            module.dilation,
+            (top, left),
+            strict=True,
+        ):
             yield Axis(size, count, tuple(place * step - pad for place in range(kernel)))
 
 

@@ -33,7 +33,7 @@ class Power:
     """
 
     solve: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    exponent: float = 1.
+    exponent: float = 1.0
     search: RankSearch | None = None
 
 
@@ -73,7 +73,7 @@ class Factor:
     @property
     def tensor(self) -> Tensor:
         """The tensor of a form that has one."""
-        tensor, = self.tensors
+        (tensor,) = self.tensors
         return tensor
 
     def trace(self) -> Tensor:
@@ -84,8 +84,9 @@ class Factor:
         """Estimate (k, b) of the moment's largest eigenvalue."""
         return self.form.largest_eigenvalue(self)
 
-    def damped_power(self, amount: Callable[[Factor], Tensor], power: Power,
-                     previous: Operator | None = None) -> tuple[Operator, Tensor]:
+    def damped_power(
+        self, amount: Callable[[Factor], Tensor], power: Power, previous: Operator | None = None
+    ) -> tuple[Operator, Tensor]:
         """The moment's damped power.
 
         Args:
@@ -147,13 +148,14 @@ class Form(ABC):
         Returns:
             The Frobenius norm, of each block by itself (b, 1, 1).
         """
-        sample, = samples
+        (sample,) = samples
         if len(sample) == 1 and sizes:
             return sizes[0]
         return torch.linalg.matrix_norm(sample)[..., None, None]
 
-    def finalize(self, tensors: tuple[Tensor, ...], layers: Sequence[Layer],
-                 key: str) -> tuple[Tensor, ...]:
+    def finalize(
+        self, tensors: tuple[Tensor, ...], layers: Sequence[Layer], key: str
+    ) -> tuple[Tensor, ...]:
         """Running tensors (k, b, n, m) of some layers, as `damped_power` takes them."""
         return tensors
 
@@ -161,11 +163,12 @@ class Form(ABC):
         """Note for the layer table, or ''."""
         return ''
 
-    def outline(self, blocks: int, size: int, layer: Layer,
-                search: RankSearch | None) -> Operator:
+    def outline(self, blocks: int, size: int, layer: Layer, search: RankSearch | None) -> Operator:
         """The likely operator of a layer, on the meta device."""
-        raise TypeError(f'{type(self).__name__} has no power; the preconditioner must say what '
-                        'operator it makes of it')
+        raise TypeError(
+            f'{type(self).__name__} has no power; the preconditioner must say what '
+            'operator it makes of it'
+        )
 
     def trace(self, factor: Factor) -> Tensor:
         """See `Factor.trace`."""
@@ -175,8 +178,13 @@ class Form(ABC):
         """See `Factor.largest_eigenvalue`."""
         raise TypeError(f'{type(self).__name__} is no second moment')
 
-    def damped_power(self, factor: Factor, amount: Callable[[Factor], Tensor], power: Power,
-                     previous: Operator | None) -> tuple[Operator, Tensor]:
+    def damped_power(
+        self,
+        factor: Factor,
+        amount: Callable[[Factor], Tensor],
+        power: Power,
+        previous: Operator | None,
+    ) -> tuple[Operator, Tensor]:
         """See `Factor.damped_power`."""
         raise TypeError(f'{type(self).__name__} is no second moment')
 

@@ -43,7 +43,7 @@ def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:
 def gram_flops(size: int, rows: int) -> float:
     """Floating-point operations of one such product of n x n over r rows."""
     if rows < MANY:
-        return 2. * size**2 * rows
+        return 2.0 * size**2 * rows
     bands = -(-size // _band(size))
     return size**2 * rows * (1 + 1 / bands)
 

@@ -98,9 +98,16 @@ class Layer:
     #: Whether its statistics are differences that a lower precision would ruin.
     needs_full_precision: ClassVar[bool] = False
 
-    def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
-                 bias: nn.Parameter | None, *, capture_mb: float = 64.,
-                 damping: float | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        modules: list[nn.Module],
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        capture_mb: float = 64.0,
+        damping: float | None = None,
+    ) -> None:
         self.name = name
         self.modules = modules
         self.weight = weight
@@ -182,8 +189,10 @@ class Layer:
 
     def empty(self, statistic: Statistic) -> dict[str, Tensor]:
         """Zeros in the shapes of a statistic's tensors."""
-        return {key: self.weight.new_zeros(shape, dtype=self.working_dtype)
-                for key, shape in self.shapes(statistic).items()}
+        return {
+            key: self.weight.new_zeros(shape, dtype=self.working_dtype)
+            for key, shape in self.shapes(statistic).items()
+        }
 
     def seed_of(self, key: str) -> int:
         """A seed for what is drawn once for this layer and a statistic."""
@@ -201,8 +210,11 @@ class Layer:
         matrix = weight.to(self.working_dtype).reshape(self.blocks, self.rows, -1)
         if self.bias is None:
             return matrix
-        column = (matrix.new_zeros(self.blocks, self.rows, 1) if bias is None
-                  else bias.to(self.working_dtype).reshape(self.blocks, self.rows, 1))
+        column = (
+            matrix.new_zeros(self.blocks, self.rows, 1)
+            if bias is None
+            else bias.to(self.working_dtype).reshape(self.blocks, self.rows, 1)
+        )
         return torch.cat([matrix, column], dim=2)
 
     def split(self, matrix: Tensor) -> list[Tensor]:
@@ -215,8 +227,9 @@ class Layer:
 
     # ---------------------------------------------------------------- measuring
 
-    def watch(self, observe: Observer,
-              complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
+    def watch(
+        self, observe: Observer, complain: Callable[[Layer, str], None]
+    ) -> list[RemovableHandle]:
         """Installs hooks that report each complete forward call.
 
         Args:
@@ -226,14 +239,18 @@ class Layer:
         Returns:
             Handles that remove the hooks.
         """
-        def report(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                   output: Tensor) -> None:
+
+        def report(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
             observe(Call(self, module), (inputs,), output)
 
         # First, before a user's hook that may replace the output.
-        return [module.register_forward_hook(Tap(report), with_kwargs=True, prepend=True)
-                for module in self.modules]
+        return [
+            module.register_forward_hook(Tap(report), with_kwargs=True, prepend=True)
+            for module in self.modules
+        ]
 
     def count_rows(self, call: Call, gradient: Tensor, statistics: Sequence[Statistic]) -> int:
         """Rows of one call, by which its input statistics are averaged."""
@@ -241,9 +258,14 @@ class Layer:
             return self.sample_count(call.module, gradient)
         return gradient.numel() // max(1, self.blocks * self.rows)
 
-    def measure(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor,
-                statistics: Sequence[Statistic],
-                generator: torch.Generator) -> dict[str, Tensor]:
+    def measure(
+        self,
+        call: Call,
+        kept: tuple[Tensor, ...],
+        gradient: Tensor,
+        statistics: Sequence[Statistic],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
         """Sums of one call.
 
         Args:
@@ -259,18 +281,20 @@ class Layer:
         drawn = torch.arange(0, device='cpu')
         sampled = [s.rows for s in statistics if isinstance(s.rows, SampledRows)]
         if sampled:  # the same for both sides
-            drawn = torch.randperm(self.position_count(call.module, gradient), generator=generator,
-                                   device='cpu')
+            drawn = torch.randperm(
+                self.position_count(call.module, gradient), generator=generator, device='cpu'
+            )
             samples = self.sample_count(call.module, gradient)
-            drawn = drawn[:sampled[0].count(samples)].to(gradient.device)
+            drawn = drawn[: sampled[0].count(samples)].to(gradient.device)
         sums: dict[str, Tensor] = {}
         for statistic in statistics:
             rows = LayerRows(self, call.module, kept[0], gradient, statistic, drawn)
             sums.update(zip(statistic.keys, statistic.form.measure(rows), strict=True))
         return sums
 
-    def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
-                      statistic: Statistic) -> float:
+    def measure_flops(
+        self, call: Call, kept: tuple[Tensor, ...], output: Tensor, statistic: Statistic
+    ) -> float:
         """About the floating-point operations by which `measure` makes a statistic of one call.
 
         Args:
@@ -285,8 +309,9 @@ class Layer:
         if isinstance(statistic.rows, SampledRows):
             samples = self.sample_count(call.module, output)
             rows = min(rows, samples * statistic.rows.count(samples))
-        return sum(statistic.form.measure_flops(rows, *shape)
-                   for shape in self.shapes(statistic).values())
+        return sum(
+            statistic.form.measure_flops(rows, *shape) for shape in self.shapes(statistic).values()
+        )
 
     def input_moment(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Sum of x'x over all rows x of one call.
@@ -315,8 +340,9 @@ class Layer:
 
     def unwritten_moment(self) -> Tensor:
         """A tensor (blocks, i, i) to write the input's moment to, not initialised."""
-        return self.weight.new_empty((self.blocks, self.columns, self.columns),
-                                     dtype=self.working_dtype)
+        return self.weight.new_empty(
+            (self.blocks, self.columns, self.columns), dtype=self.working_dtype
+        )
 
     def with_border(self, moment: Tensor, sums: Tensor, count: int) -> Tensor:
         """A moment whose last row and column are filled in for the 1 of a joint bias.
@@ -337,8 +363,7 @@ class Layer:
             return rows
         return torch.cat([rows, rows.new_ones(self.blocks, 1, rows.shape[2])], 1)
 
-    def input_power_sum(self, module: nn.Module, inputs: Tensor,
-                        power: int) -> tuple[Tensor, int]:
+    def input_power_sum(self, module: nn.Module, inputs: Tensor, power: int) -> tuple[Tensor, int]:
         """Sum of the input rows to a power (blocks, i without bias, 1), and their number."""
         width = self.columns - (self.bias is not None)
         total = self.weight.new_zeros(self.blocks, width, 1, dtype=self.working_dtype)

@@ -52,8 +52,7 @@ class Moment(Form):
     def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
         return blocks * gram_flops(size, rows)
 
-    def outline(self, blocks: int, size: int, layer: Layer,
-                search: RankSearch | None) -> Operator:
+    def outline(self, blocks: int, size: int, layer: Layer, search: RankSearch | None) -> Operator:
         if search is not None and search.takes(size):
             return LowRank.outline((blocks, size, search.usual(size)), (layer.blocks, 1, 1))
         return Dense.outline((blocks, size, size))
@@ -64,20 +63,31 @@ class Moment(Form):
     def largest_eigenvalue(self, factor: Factor) -> Tensor:
         return largest_eigenvalue(factor.tensor)
 
-    def damped_power(self, factor: Factor, amount: Callable[[Factor], Tensor], power: Power,
-                     previous: Operator | None) -> tuple[Operator, Tensor]:
+    def damped_power(
+        self,
+        factor: Factor,
+        amount: Callable[[Factor], Tensor],
+        power: Power,
+        previous: Operator | None,
+    ) -> tuple[Operator, Tensor]:
         """Columns where the search finds few; a side that once went dense stays so."""
         dense = previous if isinstance(previous, Dense) else None
         search = power.search
         if search is not None and search.takes(factor.tensor.shape[-1]) and dense is None:
             start = previous.columns if isinstance(previous, LowRank) else None
             found = low_rank_power(
-                factor.tensor, start, lambda columns: amount(Factor(_COLUMNS, (columns,))),
-                power.exponent, search.tolerance, search.max_rank)
+                factor.tensor,
+                start,
+                lambda columns: amount(Factor(_COLUMNS, (columns,))),
+                power.exponent,
+                search.tolerance,
+                search.max_rank,
+            )
             if found is not None:
                 return LowRank(*found[:2]), found[2]
-        matrix, succeeded = power.solve(add_damping(factor.tensor, amount(factor)),
-                                        dense.matrix if dense else None)
+        matrix, succeeded = power.solve(
+            add_damping(factor.tensor, amount(factor)), dense.matrix if dense else None
+        )
         return Dense(matrix), succeeded
 
 
@@ -116,8 +126,7 @@ class Blocks(Form):
     def note(self, size: int) -> str:
         return f'in blocks of {self.shapes(1, size)[0][-1]}'
 
-    def outline(self, blocks: int, size: int, layer: Layer,
-                search: RankSearch | None) -> Operator:
+    def outline(self, blocks: int, size: int, layer: Layer, search: RankSearch | None) -> Operator:
         return BlockDiagonal.outline(*self.shapes(blocks, size))
 
     def trace(self, factor: Factor) -> Tensor:
@@ -128,8 +137,13 @@ class Blocks(Form):
         values = largest_eigenvalue(factor.tensor)
         return values.amax(-1, keepdim=True).expand_as(values)
 
-    def damped_power(self, factor: Factor, amount: Callable[[Factor], Tensor], power: Power,
-                     previous: Operator | None) -> tuple[Operator, Tensor]:
+    def damped_power(
+        self,
+        factor: Factor,
+        amount: Callable[[Factor], Tensor],
+        power: Power,
+        previous: Operator | None,
+    ) -> tuple[Operator, Tensor]:
         last = previous.blocks if isinstance(previous, BlockDiagonal) else None
         blocks, succeeded = power.solve(add_damping(factor.tensor, amount(factor)), last)
         return BlockDiagonal(blocks), succeeded
@@ -138,8 +152,7 @@ class Blocks(Form):
 class _ColumnForm(Form):
     """Columns A (b, n, m), once finalized, of which A A' is about the second moment."""
 
-    def outline(self, blocks: int, size: int, layer: Layer,
-                search: RankSearch | None) -> Operator:
+    def outline(self, blocks: int, size: int, layer: Layer, search: RankSearch | None) -> Operator:
         return LowRank.outline(*self.shapes(blocks, size), (layer.blocks, 1, 1))
 
     def trace(self, factor: Factor) -> Tensor:
@@ -148,10 +161,14 @@ class _ColumnForm(Form):
     def largest_eigenvalue(self, factor: Factor) -> Tensor:
         return largest_eigenvalue_of_columns(factor.tensor)
 
-    def damped_power(self, factor: Factor, amount: Callable[[Factor], Tensor], power: Power,
-                     previous: Operator | None) -> tuple[Operator, Tensor]:
-        columns, scale, succeeded = power_of_columns(factor.tensor, amount(factor),
-                                                     power.exponent)
+    def damped_power(
+        self,
+        factor: Factor,
+        amount: Callable[[Factor], Tensor],
+        power: Power,
+        previous: Operator | None,
+    ) -> tuple[Operator, Tensor]:
+        columns, scale, succeeded = power_of_columns(factor.tensor, amount(factor), power.exponent)
         return LowRank(columns, scale), succeeded
 
 
@@ -181,13 +198,13 @@ class Columns(_ColumnForm):
         return (torch.cat(list(rows.chunks()), 2),)
 
     def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
-        return 0.
+        return 0.0
 
     def stage(self, measured: Tensor, slots: Slots) -> Tensor:
         """Columns (b, n, c), each in the next slot."""
         count = measured.shape[2]
         places = slots.claim(count)
-        signs = torch.randint(0, 2, (count,), generator=slots.generator, device='cpu') * 2. - 1
+        signs = torch.randint(0, 2, (count,), generator=slots.generator, device='cpu') * 2.0 - 1
         empty = measured.new_zeros(*measured.shape[:2], slots.count)
         return empty.index_add_(2, places.to(measured.device), measured * signs.to(measured))
 
@@ -228,7 +245,7 @@ class Sketch(_ColumnForm):
         return (total,)
 
     def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
-        return 4. * blocks * size * width * rows
+        return 4.0 * blocks * size * width * rows
 
     def test_matrix(self, layer: Layer, key: str, size: int) -> Tensor:
         """Omega (1, n, rank): by the layer's name, the same at all steps, ranks and devices."""
@@ -239,14 +256,17 @@ class Sketch(_ColumnForm):
             drawn = torch.zeros(1, size, rank, device='cpu')
             drawn[0, chosen, torch.arange(rank, device='cpu')] = 1
         else:
-            drawn = torch.randn(1, size, rank, generator=generator, dtype=torch.float32,
-                                device='cpu') / rank**0.5
+            drawn = (
+                torch.randn(1, size, rank, generator=generator, dtype=torch.float32, device='cpu')
+                / rank**0.5
+            )
         return drawn.to(layer.weight.device, layer.working_dtype)
 
-    def finalize(self, tensors: tuple[Tensor, ...], layers: Sequence[Layer],
-                 key: str) -> tuple[Tensor, ...]:
+    def finalize(
+        self, tensors: tuple[Tensor, ...], layers: Sequence[Layer], key: str
+    ) -> tuple[Tensor, ...]:
         """The columns that the sketch gives (Nystroem)."""
-        tensor, = tensors
+        (tensor,) = tensors
         test = torch.stack([self.test_matrix(layer, key, tensor.shape[-2]) for layer in layers])
         return (nystrom_columns(tensor, test.to(tensor.dtype)),)
 

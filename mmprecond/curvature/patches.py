@@ -89,7 +89,7 @@ class PatchMoment:
         self._zero = images.new_zeros(groups, channels, channels)
         line = count * (width + margin)
         flat = images.new_zeros(groups, channels, margin + height * line + margin)
-        whole = flat[..., margin:margin + height * line]
+        whole = flat[..., margin : margin + height * line]
         whole = whole.view(groups, channels, height, count, width + margin)
         whole[..., :width] = images
         for dy, pairs in self._pairs(self.rows).items():
@@ -105,18 +105,19 @@ class PatchMoment:
             key = first, second, left, right
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
-    def _of_rows(self, flat: Tensor, whole: Tensor, span: Span,
-                 dy: int) -> dict[tuple[int, int], Tensor]:
+    def _of_rows(
+        self, flat: Tensor, whole: Tensor, span: Span, dy: int
+    ) -> dict[tuple[int, int], Tensor]:
         """The blocks of all pairs of columns, over some rows and those dy below."""
         line = whole.shape[3] * whole.shape[4]
         start = self.columns.reach + span[0] * line
         length = (span[1] - span[0]) * line
-        here = flat[..., start:start + length]
-        upper, lower = whole[:, :, span[0]:span[1]], whole[:, :, span[0] + dy:span[1] + dy]
+        here = flat[..., start : start + length]
+        upper, lower = whole[:, :, span[0] : span[1]], whole[:, :, span[0] + dy : span[1] + dy]
         sums = {}
         for dx, pairs in self._pairs(self.columns, both=dy != 0).items():
             there = start + dy * line + dx
-            product = stacked_product(here, flat[..., there:there + length].mT)
+            product = stacked_product(here, flat[..., there : there + length].mT)
             for pair in pairs:
                 low, high = self.columns.met(*pair)
                 if low == high:
@@ -124,8 +125,10 @@ class PatchMoment:
                     continue
                 sums[pair] = product
                 for low, high in self._missed(*pair):
-                    sums[pair] = sums[pair] - (upper[..., low:high].flatten(2)
-                                               @ lower[..., low + dx:high + dx].flatten(2).mT)
+                    sums[pair] = sums[pair] - (
+                        upper[..., low:high].flatten(2)
+                        @ lower[..., low + dx : high + dx].flatten(2).mT
+                    )
         return sums
 
     def _missed(self, first: int, second: int) -> Iterator[Span]:
@@ -149,8 +152,9 @@ class PatchMoment:
         """(groups, i, i), i counting (channel, row, column)."""
         high, wide = self.rows.entries, self.columns.entries
         places = [(row, column) for row in range(high) for column in range(wide)]
-        blocks = torch.stack([self._block(*first, *second) for first in places
-                              for second in places])
+        blocks = torch.stack(
+            [self._block(*first, *second) for first in places for second in places]
+        )
         groups, channels, _ = blocks.shape[1:]
         blocks = blocks.view(len(places), len(places), groups, channels, channels)
         size = channels * len(places)
@@ -164,5 +168,8 @@ class PatchMoment:
 def _segments(spans: list[Span]) -> list[Span]:
     """Cuts some spans where any of them begins or ends; empty ones are left out."""
     edges = sorted({edge for low, high in spans for edge in (low, high) if low < high})
-    return [(low, high) for low, high in pairwise(edges)
-            if any(start <= low and high <= end for start, end in spans)]
+    return [
+        (low, high)
+        for low, high in pairwise(edges)
+        if any(start <= low and high <= end for start, end in spans)
+    ]

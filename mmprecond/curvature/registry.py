@@ -24,8 +24,15 @@ LAYER_TYPES: dict[type[nn.Module] | str, type[Layer]] = {
     'mmcv.cnn.bricks.wrappers.ConvTranspose2d': ConvTranspose2dLayer,
 }
 
-__all__ = ['ATTENTION_TYPES', 'LAYER_TYPES', 'attention_type', 'layer_type', 'qualified_name',
-           'register_attention', 'register_layer']
+__all__ = [
+    'ATTENTION_TYPES',
+    'LAYER_TYPES',
+    'attention_type',
+    'layer_type',
+    'qualified_name',
+    'register_attention',
+    'register_layer',
+]
 
 
 def qualified_name(kind: type) -> str:
@@ -68,8 +75,10 @@ def register_layer(module_type: type[nn.Module] | str, layer: type[Layer]) -> No
     if missing:
         raise TypeError(f'{layer.__name__} must define {", ".join(missing)}')
     if isinstance(module_type, type) and (reason := layer.type_refusal(module_type)):
-        raise TypeError(f'register_layer({module_type.__name__}, {layer.__name__}): {reason}; '
-                        'write a Layer for it')
+        raise TypeError(
+            f'register_layer({module_type.__name__}, {layer.__name__}): {reason}; '
+            'write a Layer for it'
+        )
     LAYER_TYPES[module_type] = layer
 
 
@@ -98,5 +107,7 @@ def _check_module_type(module_type: object) -> None:
     if isinstance(module_type, str) and '.' in module_type:
         return
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(f'{getattr(module_type, "__name__", repr(module_type))} is no nn.Module; '
-                        "give a module class, or its qualified name ('package.module.Class')")
+        raise TypeError(
+            f'{getattr(module_type, "__name__", repr(module_type))} is no nn.Module; '
+            "give a module class, or its qualified name ('package.module.Class')"
+        )

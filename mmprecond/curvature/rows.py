@@ -44,7 +44,7 @@ class LayerRows:
 
     def unwritten(self, form: Form) -> Tensor:
         """A tensor (b, n, m) to write the sum to, not initialised."""
-        shape, = form.shapes(*self.layer.size_of(self.statistic.side))
+        (shape,) = form.shapes(*self.layer.size_of(self.statistic.side))
         return self.layer.weight.new_empty(shape, dtype=self.layer.working_dtype)
 
     def moment(self) -> Tensor:
@@ -87,4 +87,4 @@ class LayerRows:
     def _scale(self) -> float:
         """Factor of drawn rows by which their products stand for those of all."""
         positions: int = self.layer.position_count(self.module, self.gradient)
-        return (positions / max(1, len(self.drawn)))**0.5
+        return (positions / max(1, len(self.drawn))) ** 0.5

@@ -47,11 +47,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         ValueError: If the model is sharded (FSDP), which hides whole weights from us.
     """
     kinds = {type(module).__name__ for module in model.modules()}
-    sharded = any(type(p).__name__ == 'DTensor' or type(p).__name__ == 'FlatParameter'
-                  for p in model.parameters())
+    sharded = any(
+        type(p).__name__ == 'DTensor' or type(p).__name__ == 'FlatParameter'
+        for p in model.parameters()
+    )
     if sharded or any(kind in ('FullyShardedDataParallel', 'FSDPModule') for kind in kinds):
-        raise ValueError('the model is sharded by FSDP, whose weights cannot be preconditioned as '
-                         'matrices; use DistributedDataParallel instead')
+        raise ValueError(
+            'the model is sharded by FSDP, whose weights cannot be preconditioned as '
+            'matrices; use DistributedDataParallel instead'
+        )
     wrappers = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
     inner: Any = model
     while isinstance(inner, wrappers) or hasattr(inner, '_orig_mod'):
@@ -59,9 +63,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *, capture_mb: float = 64.,
-                attention: Callable[[str], AttentionReading | None] = lambda name: None,
-                ) -> tuple[dict[str, Layer], list[LeftOut]]:
+def find_layers(
+    model: nn.Module,
+    groups: Iterable[dict[str, Any]],
+    *,
+    capture_mb: float = 64.0,
+    attention: Callable[[str], AttentionReading | None] = lambda name: None,
+) -> tuple[dict[str, Layer], list[LeftOut]]:
     """Finds the layers of a model whose weights an optimizer holds.
 
     Args:
@@ -81,8 +89,13 @@ def find_layers(model: nn.Module, groups: Iterable[dict[str, Any]], *, capture_m
 class _Search:
     """One search (see `find_layers`)."""
 
-    def __init__(self, model: nn.Module, groups: Iterable[dict[str, Any]], capture_mb: float,
-                 attention: Callable[[str], AttentionReading | None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Iterable[dict[str, Any]],
+        capture_mb: float,
+        attention: Callable[[str], AttentionReading | None],
+    ) -> None:
         self.model = model
         self.capture_mb = capture_mb
         self.attention = attention
@@ -108,15 +121,24 @@ class _Search:
         bias = module._parameters.get('bias')
         sharing = self.users.get(id(weight), [module])
         kind = layer_type(module)
-        reason = (_reason_against_type(module) if kind is None else
-                  _reason_against(weight, self.owned) or kind.refusal(module)
-                  or _reason_against_sharing(sharing, kind))
+        reason = (
+            _reason_against_type(module)
+            if kind is None
+            else _reason_against(weight, self.owned)
+            or kind.refusal(module)
+            or _reason_against_sharing(sharing, kind)
+        )
         if kind is None or reason:
             self.left_out.append(LeftOut(name, type(module).__name__, reason))
         elif module is sharing[0]:
             joint = kind.joins_bias and bias is not None and self._joins(bias, weight)
-            self.layers[name] = kind(self.names[id(weight)], sharing, weight,
-                                     bias if joint else None, **self._options(weight))
+            self.layers[name] = kind(
+                self.names[id(weight)],
+                sharing,
+                weight,
+                bias if joint else None,
+                **self._options(weight),
+            )
 
     def _visit_attention(self, name: str, block: nn.Module) -> None:
         """Takes the projections of an attention module as one layer, where that is wanted."""
@@ -141,17 +163,24 @@ class _Search:
             self.left_out.append(LeftOut(owner, type(block).__name__, reason))
         elif kind:
             bias = module._parameters.get(key.replace('weight', 'bias'))
-            joint = (reading.bias and bias is not None
-                     and self._joins(bias, weight))
-            self.layers[owner] = kind(self.names[id(weight)], [block], weight,
-                                      bias if joint else None, max_windows=reading.windows,
-                                      **self._options(weight))
+            joint = reading.bias and bias is not None and self._joins(bias, weight)
+            self.layers[owner] = kind(
+                self.names[id(weight)],
+                [block],
+                weight,
+                bias if joint else None,
+                max_windows=reading.windows,
+                **self._options(weight),
+            )
 
     def _joins(self, bias: Tensor, weight: Tensor) -> bool:
         """True if a bias is preconditioned with its weight: trained with it, and with no other."""
         trained = bias.requires_grad or not weight.requires_grad
-        return (trained and _takes_part(bias, self.owned)
-                and self.users[id(bias)] == self.users[id(weight)])
+        return (
+            trained
+            and _takes_part(bias, self.owned)
+            and self.users[id(bias)] == self.users[id(weight)]
+        )
 
     def _options(self, weight: Tensor) -> dict[str, Any]:
         return dict(capture_mb=self.capture_mb, damping=self.owned[id(weight)].get('damping'))

@@ -93,11 +93,14 @@ class Statistic:
     def __post_init__(self) -> None:
         for name, value in (('form', self.form), ('rows', self.rows)):
             if isinstance(value, type):
-                raise TypeError(f'{name}={value.__name__} is a class; write {name}='
-                                f'{value.__name__}()')
+                raise TypeError(
+                    f'{name}={value.__name__} is a class; write {name}={value.__name__}()'
+                )
         if not isinstance(self.side, Side) or not isinstance(self.rows, Rows):
-            raise TypeError(f'Statistic({self.side!r}, ..., rows={self.rows!r}) takes a Side, such '
-                            'as INPUT, and Rows, such as ALL')
+            raise TypeError(
+                f'Statistic({self.side!r}, ..., rows={self.rows!r}) takes a Side, such '
+                'as INPUT, and Rows, such as ALL'
+            )
         if not self.key:
             name = f'{self.side.name}_{self.form.suffix}{self.rows.suffix}'
             object.__setattr__(self, 'key', name)

@@ -48,12 +48,13 @@ class CountedMean(_VectorForm):
     suffix: ClassVar[str] = 'mean'
     power: ClassVar[int] = 1
 
-    def finalize(self, tensors: tuple[Tensor, ...], layers: Sequence[Layer],
-                 key: str) -> tuple[Tensor, ...]:
+    def finalize(
+        self, tensors: tuple[Tensor, ...], layers: Sequence[Layer], key: str
+    ) -> tuple[Tensor, ...]:
         """The mean row; a joint bias takes the last entry for its 1."""
-        tensor, = tensors
+        (tensor,) = tensors
         means = tensor / tensor[..., -1:, :]
-        return (means[..., :layers[0].columns, :],)
+        return (means[..., : layers[0].columns, :],)
 
 
 @dataclass(frozen=True)

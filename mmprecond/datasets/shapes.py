@@ -7,6 +7,7 @@ shape alone: colours, sizes, angles and backgrounds are drawn without regard to 
 Coordinates are continuous, as in COCO: pixel ``i`` covers ``[i, i + 1]``, x grows to the right
 and y downwards.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -38,8 +39,15 @@ Points = list[tuple[float, float]]
 Record = dict[str, Any]
 
 
-def make_shapes(out: str | os.PathLike[str], images: int = 400, size: int = 160, seed: int = 0,
-                split: str = 'train', progress: bool = True, overwrite: bool = False) -> Path:
+def make_shapes(
+    out: str | os.PathLike[str],
+    images: int = 400,
+    size: int = 160,
+    seed: int = 0,
+    split: str = 'train',
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Path:
     """Write a detection and instance segmentation set in COCO format.
 
     Makes ``out/<split>/000000.png ...`` and ``out/annotations/<split>.json``. Boxes, areas and
@@ -77,22 +85,42 @@ def make_shapes(out: str | os.PathLike[str], images: int = 400, size: int = 160,
         pil.fromarray(pixels).save(root / split / names[index], compress_level=1)
         for shape in shapes:
             records.append({'id': len(records) + 1, 'image_id': index + 1, **shape})
-    _write_json(root / 'annotations' / f'{split}.json', {
-        # No date: the same arguments give the same bytes.
-        'info': {'description': 'synthetic shapes of mmprecond', **stamp},
-        'licenses': [{'id': 1, 'name': 'Apache-2.0', 'url': 'https://spdx.org/licenses/'}],
-        'categories': [{'id': number, 'name': name, 'supercategory': 'shape'}
-                       for number, name in enumerate(CLASSES, 1)],
-        'images': [{'id': index + 1, 'file_name': name, 'width': stamp['size'],
-                    'height': stamp['size'], 'license': 1} for index, name in enumerate(names)],
-        'annotations': records})
+    _write_json(
+        root / 'annotations' / f'{split}.json',
+        {
+            # No date: the same arguments give the same bytes.
+            'info': {'description': 'synthetic shapes of mmprecond', **stamp},
+            'licenses': [{'id': 1, 'name': 'Apache-2.0', 'url': 'https://spdx.org/licenses/'}],
+            'categories': [
+                {'id': number, 'name': name, 'supercategory': 'shape'}
+                for number, name in enumerate(CLASSES, 1)
+            ],
+            'images': [
+                {
+                    'id': index + 1,
+                    'file_name': name,
+                    'width': stamp['size'],
+                    'height': stamp['size'],
+                    'license': 1,
+                }
+                for index, name in enumerate(names)
+            ],
+            'annotations': records,
+        },
+    )
     _write_json(root / f'{split}.meta.json', {**stamp, 'complete': True})
     return root
 
 
-def make_shape_folders(out: str | os.PathLike[str], images: int = 400, size: int = 32,
-                       seed: int = 0, split: str = 'train', progress: bool = True,
-                       overwrite: bool = False) -> Path:
+def make_shape_folders(
+    out: str | os.PathLike[str],
+    images: int = 400,
+    size: int = 32,
+    seed: int = 0,
+    split: str = 'train',
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Path:
     """Write a classification set with one shape per image and one folder per class.
 
     Makes ``out/<split>/<class>/000000.png ...``; the classes take turns, so their counts differ
@@ -111,8 +139,10 @@ def make_shape_folders(out: str | os.PathLike[str], images: int = 400, size: int
     """
     root, stamp = Path(out), _stamp('folders', images, size, seed, split, least=len(CLASSES))
     pil = _need('PIL.Image', 'pillow')
-    names = [f'{CLASSES[index % len(CLASSES)]}/{index // len(CLASSES):06d}.png'
-             for index in range(stamp['images'])]
+    names = [
+        f'{CLASSES[index % len(CLASSES)]}/{index // len(CLASSES):06d}.png'
+        for index in range(stamp['images'])
+    ]
     if not _begin(root, stamp, names, overwrite):
         return root
     for index in _bar(len(names), progress, split):
@@ -150,8 +180,10 @@ def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Recor
         owner[covered] = index
         drawn.append((label, polygon, int(covered.sum())))
     return _finish(rng, canvas), [
-        _annotation(label, polygon) for index, (label, polygon, pixels) in enumerate(drawn)
-        if np.count_nonzero(owner == index) >= _MIN_VISIBLE * pixels]
+        _annotation(label, polygon)
+        for index, (label, polygon, pixels) in enumerate(drawn)
+        if np.count_nonzero(owner == index) >= _MIN_VISIBLE * pixels
+    ]
 
 
 def _angle(rng: np.random.Generator) -> float:
@@ -173,8 +205,13 @@ def _annotation(label: int, polygon: Array) -> Record:
     low, high = polygon.min(axis=0), polygon.max(axis=0)
     x, y = polygon.T
     area = 0.5 * abs(float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))))
-    return {'category_id': label + 1, 'bbox': [*low.tolist(), *(high - low).tolist()],
-            'area': area, 'segmentation': [polygon.ravel().tolist()], 'iscrowd': 0}
+    return {
+        'category_id': label + 1,
+        'bbox': [*low.tolist(), *(high - low).tolist()],
+        'area': area,
+        'segmentation': [polygon.ravel().tolist()],
+        'iscrowd': 0,
+    }
 
 
 def _polygon(label: int, centre: Array, diameter: float, angle: float, size: int) -> Array:
@@ -200,8 +237,12 @@ def _clip(points: Points, axis: int, bound: float, sign: float) -> Points:
         inside, outside = sign * (point[axis] - bound), sign * (before[axis] - bound)
         if (inside >= 0) != (outside >= 0):
             part = outside / (outside - inside)
-            kept.append((before[0] + part * (point[0] - before[0]),
-                         before[1] + part * (point[1] - before[1])))
+            kept.append(
+                (
+                    before[0] + part * (point[0] - before[0]),
+                    before[1] + part * (point[1] - before[1]),
+                )
+            )
         if inside >= 0:
             kept.append(point)
     return kept
@@ -274,10 +315,17 @@ def _finish(rng: np.random.Generator, canvas: Array) -> Array:
 
 def _stamp(kind: str, images: int, size: int, seed: int, split: str, least: int) -> Record:
     """Check the arguments; return them as the record that identifies a set."""
-    stamp: Record = {'generator': _GENERATOR, 'version': RENDER_VERSION, 'kind': kind,
-                     'split': split}
-    for name, value, low, high in (('images', images, least, 10**6),
-                                   ('size', size, MIN_SIZE, 8192), ('seed', seed, 0, 2**32 - 1)):
+    stamp: Record = {
+        'generator': _GENERATOR,
+        'version': RENDER_VERSION,
+        'kind': kind,
+        'split': split,
+    }
+    for name, value, low, high in (
+        ('images', images, least, 10**6),
+        ('size', size, MIN_SIZE, 8192),
+        ('seed', seed, 0, 2**32 - 1),
+    ):
         if not isinstance(value, (int, np.integer)) or not low <= value <= high:
             raise ValueError(f'{name}={value!r}: write a whole number from {low} to {high}')
         stamp[name] = int(value)
@@ -309,14 +357,21 @@ def _begin(root: Path, stamp: Record, names: list[str], overwrite: bool) -> bool
     taken = [place for place in (path, *coco) if place.exists()]
     taken += list(folder.iterdir())[:1] if folder.is_dir() else []
     if taken and not ours:
-        raise ValueError(f'{taken[0]} was not written by make_shapes: write another folder as out'
-                         ' or another split')
+        raise ValueError(
+            f'{taken[0]} was not written by make_shapes: write another folder as out'
+            ' or another split'
+        )
     if complete and found != stamp and not overwrite:
         made = ', '.join(f'{key}={found.get(key)}' for key in stamp if key != 'generator')
-        raise ValueError(f'{folder} holds another set ({made}): write another folder as out, or'
-                         ' overwrite=True (--overwrite) to replace it')
-    if complete and found == stamp and all(
-            place.exists() for place in (*coco, *(folder / name for name in names))):
+        raise ValueError(
+            f'{folder} holds another set ({made}): write another folder as out, or'
+            ' overwrite=True (--overwrite) to replace it'
+        )
+    if (
+        complete
+        and found == stamp
+        and all(place.exists() for place in (*coco, *(folder / name for name in names)))
+    ):
         return False
     if found.get('kind') == 'coco':
         labels.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def sum_over_ranks(tensors: Sequence[Tensor], bucket_mb: float = 64.) -> None:
+def sum_over_ranks(tensors: Sequence[Tensor], bucket_mb: float = 64.0) -> None:
     """Sums tensors over all ranks, in place.
 
     Every rank must call this with tensors of the same shapes and dtypes in the same order.
@@ -32,12 +32,12 @@ def sum_over_ranks(tensors: Sequence[Tensor], bucket_mb: float = 64.) -> None:
     if world_size() == 1:
         return
     bucket: list[Tensor] = []
-    size = 0.
+    size = 0.0
     for tensor in tensors:
         megabytes = tensor.numel() * tensor.element_size() / 2**20
         if bucket and (size + megabytes > bucket_mb or tensor.dtype != bucket[0].dtype):
             _sum_bucket(bucket)
-            bucket, size = [], 0.
+            bucket, size = [], 0.0
         bucket.append(tensor)
         size += megabytes
     if bucket:

@@ -24,7 +24,7 @@ def longest_first(costs: Sequence[float], ranks: int) -> list[int]:
         Ranks in the order of the jobs. The longest total is at most 4/3 of the best possible
         (Graham, 1969).
     """
-    loads = [0.] * ranks
+    loads = [0.0] * ranks
     owners = [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda k: -costs[k]):
         owners[job] = loads.index(min(loads))
@@ -32,8 +32,9 @@ def longest_first(costs: Sequence[float], ranks: int) -> list[int]:
     return owners
 
 
-def broadcast_from(owners: Sequence[int], tensors: Sequence[Tensor],
-                   bucket_mb: float = 64.) -> None:
+def broadcast_from(
+    owners: Sequence[int], tensors: Sequence[Tensor], bucket_mb: float = 64.0
+) -> None:
     """Overwrites each tensor by its owner's, in packed messages that are under way together.
 
     Every rank must call this with tensors of the same shapes and dtypes in the same order.
@@ -62,13 +63,15 @@ def share_objects(objects: Sequence[Any], owners: Sequence[int]) -> list[Any]:
         message = [[found[k] for k, other in enumerate(owners) if other == owner]]
         dist.broadcast_object_list(message, owner)
         mine = iter(message[0])
-        found = [next(mine) if other == owner else one
-                 for one, other in zip(found, owners, strict=True)]
+        found = [
+            next(mine) if other == owner else one for one, other in zip(found, owners, strict=True)
+        ]
     return found
 
 
-def send_to_first(owner: int, tensor: Tensor | None, shape: Sequence[int],
-                  like: Tensor) -> Tensor | None:
+def send_to_first(
+    owner: int, tensor: Tensor | None, shape: Sequence[int], like: Tensor
+) -> Tensor | None:
     """Sends a tensor from its owner to rank 0, which gets it in host memory.
 
     Args:
@@ -90,16 +93,17 @@ def send_to_first(owner: int, tensor: Tensor | None, shape: Sequence[int],
     return None
 
 
-def _buckets(owners: Sequence[int], tensors: Sequence[Tensor],
-             bucket_mb: float) -> list[tuple[int, list[Tensor]]]:
+def _buckets(
+    owners: Sequence[int], tensors: Sequence[Tensor], bucket_mb: float
+) -> list[tuple[int, list[Tensor]]]:
     """Tensors of one owner and dtype, up to a size (a larger tensor is a bucket of its own)."""
     buckets: list[tuple[int, list[Tensor]]] = []
     open_ones: dict[tuple[int, torch.dtype], tuple[float, list[Tensor]]] = {}
     for owner, tensor in zip(owners, tensors, strict=True):
         megabytes = tensor.numel() * tensor.element_size() / 2**20
-        size, bucket = open_ones.get((owner, tensor.dtype), (0., []))
+        size, bucket = open_ones.get((owner, tensor.dtype), (0.0, []))
         if not bucket or size + megabytes > bucket_mb:
-            size, bucket = 0., []
+            size, bucket = 0.0, []
             buckets.append((owner, bucket))
         bucket.append(tensor)
         open_ones[owner, tensor.dtype] = size + megabytes, bucket

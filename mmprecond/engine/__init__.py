@@ -5,5 +5,10 @@ from .hooks import CalibrationHook, CurvatureHook
 from .presets import use_optimizer
 from .registration import register_all
 
-__all__ = ['CalibrationHook', 'CurvatureHook', 'PrecondOptimWrapperConstructor', 'register_all',
-           'use_optimizer']
+__all__ = [
+    'CalibrationHook',
+    'CurvatureHook',
+    'PrecondOptimWrapperConstructor',
+    'register_all',
+    'use_optimizer',
+]

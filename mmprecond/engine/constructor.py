@@ -33,8 +33,9 @@ class PrecondOptimWrapperConstructor:
         paramwise_cfg: As in MMEngine.
     """
 
-    def __init__(self, optim_wrapper_cfg: dict[str, Any],
-                 paramwise_cfg: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None
+    ) -> None:
         cfg = optim_wrapper_cfg.copy()
         base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
         hoisted = _of_rule(cfg.get('optimizer'))
@@ -42,7 +43,8 @@ class PrecondOptimWrapperConstructor:
             cfg['optimizer'] = cfg['optimizer'].copy()
             cfg['optimizer'].update(hoisted)
         self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
-            dict(type=base, optim_wrapper_cfg=cfg, paramwise_cfg=paramwise_cfg))
+            dict(type=base, optim_wrapper_cfg=cfg, paramwise_cfg=paramwise_cfg)
+        )
         for key in hoisted:
             del self.base.optimizer_cfg[key]
 
@@ -58,8 +60,10 @@ class PrecondOptimWrapperConstructor:
         if 'model' in inspect.signature(kind.__init__).parameters:
             self.base.optimizer_cfg['model'] = unwrap(model)
         built = self.base(model)
-        print_log(f'{kind.__name__} on {type(unwrap(model)).__name__}:\n{built.optimizer.table()}',
-                  logger='current')
+        print_log(
+            f'{kind.__name__} on {type(unwrap(model)).__name__}:\n{built.optimizer.table()}',
+            logger='current',
+        )
         return built
 
     def _build_peer(self, kind: type[torch.optim.Optimizer], model: nn.Module) -> OptimWrapper:
@@ -80,8 +84,10 @@ class PrecondOptimWrapperConstructor:
 
 def _of_rule(optimizer: Any) -> dict[str, Any]:
     """Rate and decay of a `Preconditioned` config, where constructors look for what they scale."""
-    if not isinstance(optimizer, dict) or optimizer.get('type') not in ('Preconditioned',
-                                                                        Preconditioned):
+    if not isinstance(optimizer, dict) or optimizer.get('type') not in (
+        'Preconditioned',
+        Preconditioned,
+    ):
         return {}
     _, defaults = build_rule(optimizer.get('rule'))
     return {key: defaults[key] for key in ('lr', 'weight_decay') if key not in optimizer}
@@ -94,6 +100,8 @@ def _resolve(registry: Registry, kind: Any) -> Any:
     with registry.switch_scope_and_registry(None) as scoped:
         found = scoped.get(kind)
     if found is None:
-        raise KeyError(f'{kind} is not registered as {registry.name}; is the package that defines '
-                       'it named in custom_imports?')
+        raise KeyError(
+            f'{kind} is not registered as {registry.name}; is the package that defines '
+            'it named in custom_imports?'
+        )
     return found

@@ -18,13 +18,20 @@ from mmengine.config import Config, DictAction
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that MMDetection's and MMPretrain's own tools share."""
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that override the config, such as '
-                             'optim_wrapper.optimizer.lr=0.01')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-                        help='how the processes were started')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
-                        help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that override the config, such as optim_wrapper.optimizer.lr=0.01',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes were started',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def count(text: str) -> int:
@@ -45,8 +52,10 @@ def load_config(path: str) -> Config:
 
         return get_config(path)
     if not Path(path).is_file():
-        raise FileNotFoundError(f'there is no config {path}; give a file, or mmdet::FOLDER/NAME.py '
-                                'for one of MMDetection')
+        raise FileNotFoundError(
+            f'there is no config {path}; give a file, or mmdet::FOLDER/NAME.py '
+            'for one of MMDetection'
+        )
     return Config.fromfile(path)
 
 
@@ -67,8 +76,11 @@ def _use_gloo(cfg: Config) -> None:
     torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
     if not dist.is_initialized():
         dist.init_process_group('gloo')
-    wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
-                   find_unused_parameters=cfg.get('find_unused_parameters', False))
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
     cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
 
 
@@ -83,7 +95,8 @@ def check_mmcv() -> None:
     except ModuleNotFoundError as error:
         raise ImportError(
             f'mmcv {mmcv.__version__} was installed without its compiled operators (mmcv._ext); '
-            'run `pip uninstall -y mmcv onedl-mmcv`, then `bash tools/setup_env.sh`') from error
+            'run `pip uninstall -y mmcv onedl-mmcv`, then `bash tools/setup_env.sh`'
+        ) from error
 
 
 @contextmanager
@@ -95,8 +108,11 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get('MMPRECOND_TRACEBACK'):
             raise
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        print(f'{type(error).__name__}: {text}\n'
-              '(set MMPRECOND_TRACEBACK=1 to see where it came from)', file=sys.stderr)
+        print(
+            f'{type(error).__name__}: {text}\n'
+            '(set MMPRECOND_TRACEBACK=1 to see where it came from)',
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

@@ -19,9 +19,11 @@ from ..second_order import detach_gradients, fill_missing, mean_over_ranks
 PACKAGE = 'pytorch_optimizer'
 
 #: What no signature tells.
-_UNFIT = {'AliG': 'needs a closure in each step',
-          'DeMo': 'exchanges gradients between ranks itself',
-          'DistributedMuon': 'keeps a state of its own on each rank, of which checkpoints hold one'}
+_UNFIT = {
+    'AliG': 'needs a closure in each step',
+    'DeMo': 'exchanges gradients between ranks itself',
+    'DistributedMuon': 'keeps a state of its own on each rank, of which checkpoints hold one',
+}
 
 
 def is_peer(kind: Any) -> bool:
@@ -44,8 +46,10 @@ def find_peer(kind: Any) -> type[torch.optim.Optimizer]:
         kind = _by_name(kind)
     reason = _why_unfit(kind)
     if reason:
-        raise ValueError(f"{PACKAGE}.{kind.__name__} {reason}, which MMEngine's training loop does "
-                         'not do; choose another optimizer')
+        raise ValueError(
+            f"{PACKAGE}.{kind.__name__} {reason}, which MMEngine's training loop does "
+            'not do; choose another optimizer'
+        )
     found: type[torch.optim.Optimizer] = kind
     return found
 
@@ -110,17 +114,26 @@ class PeerHessian:
         """The diagonal of each parameter; zeros where the gradient is constant or missing."""
         optimizer = self.optimizer
         everything = [p for group in optimizer.param_groups for p in group['params']]
-        curved = dict(params=[p for p in everything if p.grad is not None and p.grad.requires_grad
-                              and p not in filled])
+        curved = dict(
+            params=[
+                p
+                for p in everything
+                if p.grad is not None and p.grad.requires_grad and p not in filled
+            ]
+        )
         optimizer.zero_hessian([curved], optimizer.state)
         optimizer.compute_hutchinson_hessian(
-            [curved], optimizer.state, num_samples=optimizer.num_samples,
-            distribution=optimizer.distribution)
+            [curved],
+            optimizer.state,
+            num_samples=optimizer.num_samples,
+            distribution=optimizer.distribution,
+        )
         found = {p: optimizer.state[p]['hessian'] for p in curved['params']}
         return {p: found[p] if p in found else torch.zeros_like(p) for p in everything}
 
-    def _hand_over(self, optimizer: Any, args: tuple[Any, ...],
-                   kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _hand_over(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         hessian, self._hessian = self._hessian, None
         return None if hessian is None else (args, {**kwargs, 'hessian': hessian})
 
@@ -131,16 +144,19 @@ def _by_name(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != PACKAGE:
             raise
-        raise ImportError(f'{name} is of the package {PACKAGE}, which is not installed; run '
-                          f'`pip install {PACKAGE}`') from error
+        raise ImportError(
+            f'{name} is of the package {PACKAGE}, which is not installed; run '
+            f'`pip install {PACKAGE}`'
+        ) from error
     short = name.rsplit('.', 1)[1]
     names = sorted(key for key, kind in vars(package).items() if _is_optimizer(kind))
     if short not in names:
         like = {key.lower(): key for key in names}
         close = [like[key] for key in get_close_matches(short.lower(), like, cutoff=0.5)]
-        raise ValueError(f'{PACKAGE} has no optimizer {short!r}; '
-                         + (f'did you mean {", ".join(close)}?' if close
-                            else f'it has {", ".join(names)}'))
+        raise ValueError(
+            f'{PACKAGE} has no optimizer {short!r}; '
+            + (f'did you mean {", ".join(close)}?' if close else f'it has {", ".join(names)}')
+        )
     return getattr(package, short)
 
 

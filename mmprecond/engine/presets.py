@@ -21,7 +21,9 @@ CALIBRATION = 'CalibrationHook'
 
 #: Torch's own, to compare with, and what a config would set that names them.
 BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    'SGD': (torch.optim.SGD, dict(momentum=0.9)), 'AdamW': (torch.optim.AdamW, {})}
+    'SGD': (torch.optim.SGD, dict(momentum=0.9)),
+    'AdamW': (torch.optim.AdamW, {}),
+}
 
 
 def use_optimizer(cfg: Config, name: str) -> None:
@@ -38,19 +40,28 @@ def use_optimizer(cfg: Config, name: str) -> None:
         ValueError: For an unknown name, or a config without an optimizer.
         ImportError: For a package that is not installed.
     """
-    names = [kind.__name__ for kind in optimizer_types()
-             if 'lr' in inspect.signature(kind.__init__).parameters]
+    names = [
+        kind.__name__
+        for kind in optimizer_types()
+        if 'lr' in inspect.signature(kind.__init__).parameters
+    ]
     if name == 'Preconditioned':
-        raise ValueError('Preconditioned needs a list of layers: write it in the config, or start '
-                         'from one of configs/_base_')
+        raise ValueError(
+            'Preconditioned needs a list of layers: write it in the config, or start '
+            'from one of configs/_base_'
+        )
     peer = find_peer(name) if is_peer(name) else None
     if peer is None and name not in [*names, *BASELINES]:
-        raise ValueError(f'unknown optimizer {name!r}; choose one of {", ".join(names)}, or of '
-                         f'torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package')
+        raise ValueError(
+            f'unknown optimizer {name!r}; choose one of {", ".join(names)}, or of '
+            f'torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package'
+        )
     wrapper = cfg.get('optim_wrapper')
     if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
-        raise ValueError('the config has no optim_wrapper.optimizer to take lr and weight_decay '
-                         'from; write optim_wrapper=dict(optimizer=dict(...)) in it')
+        raise ValueError(
+            'the config has no optim_wrapper.optimizer to take lr and weight_decay '
+            'from; write optim_wrapper=dict(optimizer=dict(...)) in it'
+        )
     old = dict(wrapper['optimizer'])
     if name in BASELINES and old['type'] == name:
         return
@@ -66,8 +77,12 @@ def use_optimizer(cfg: Config, name: str) -> None:
     adaptive = 'betas' in taken
     was_adaptive = str(old['type']).startswith('Ada') or 'Adam' in str(old['type'])
     if adaptive != was_adaptive and ('momentum' in old or was_adaptive):
-        print_log(f'{name} keeps lr={old.get("lr")} of {old["type"]}, a rule of another kind: its '
-                  'best rate will differ', logger='current', level=30)
+        print_log(
+            f'{name} keeps lr={old.get("lr")} of {old["type"]}, a rule of another kind: its '
+            'best rate will differ',
+            logger='current',
+            level=30,
+        )
     wrapper['optimizer'] = dict(type=name, **new)
     cfg.pop('paper', None)
     if name in BASELINES:

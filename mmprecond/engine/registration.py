@@ -18,8 +18,11 @@ def optimizer_types() -> list[type[RuleOptimizer]]:
     """The optimizers that a config may name."""
     bases = (RuleOptimizer, PreconditionedOptimizer)
     named = (getattr(optimizers, name) for name in optimizers.__all__)
-    return [kind for kind in named
-            if isinstance(kind, type) and issubclass(kind, RuleOptimizer) and kind not in bases]
+    return [
+        kind
+        for kind in named
+        if isinstance(kind, type) and issubclass(kind, RuleOptimizer) and kind not in bases
+    ]
 
 
 class _MMEngineHandler(logging.Handler):
@@ -54,4 +57,5 @@ def _register(registry: Registry, kind: type[Any]) -> None:
     elif present is not kind:
         raise KeyError(
             f'{kind.__name__} is registered in {registry.name!r} by {present.__module__} already, '
-            f'so {kind.__module__} cannot register it; import only one of the two')
+            f'so {kind.__module__} cannot register it; import only one of the two'
+        )

@@ -34,18 +34,27 @@ def synthetic_batch(model: nn.Module, images: int, size: tuple[int, int]) -> dic
         from mmdet.testing import demo_mm_inputs
 
         masks = bool(getattr(getattr(model, 'roi_head', None), 'with_mask', False))
-        packed = demo_mm_inputs(images, [(3, *size)] * images, num_items=[8] * images,
-                                num_classes=_classes(model), with_mask=masks)
+        packed = demo_mm_inputs(
+            images,
+            [(3, *size)] * images,
+            num_items=[8] * images,
+            num_classes=_classes(model),
+            with_mask=masks,
+        )
     elif 'mmpretrain' in kinds:
         from mmpretrain.structures import DataSample
 
         classes = _classes(model)
         drawn = torch.randint(classes, (images,)).tolist()
-        packed = dict(inputs=list(torch.randint(256, (images, 3, *size), dtype=torch.uint8)),
-                      data_samples=[DataSample().set_gt_label(label) for label in drawn])
+        packed = dict(
+            inputs=list(torch.randint(256, (images, 3, *size), dtype=torch.uint8)),
+            data_samples=[DataSample().set_gt_label(label) for label in drawn],
+        )
     else:
-        raise TypeError(f'{type(model).__name__} is neither a detector of MMDetection nor a '
-                        'classifier of MMPretrain: there is no synthetic batch for it')
+        raise TypeError(
+            f'{type(model).__name__} is neither a detector of MMDetection nor a '
+            'classifier of MMPretrain: there is no synthetic batch for it'
+        )
     preprocess: Any = model.data_preprocessor
     return dict(preprocess(packed, True))
 

@@ -78,7 +78,8 @@ class DoubleBackwardMixin:
             # The cycle it warns of is broken by `measure`.
             warnings.filterwarnings('ignore', message='Using backward.. with create_graph=True')
             super().backward(  # type: ignore[misc]
-                loss, create_graph=self._twice.needs_graph, **kwargs)
+                loss, create_graph=self._twice.needs_graph, **kwargs
+            )
         if self.should_update():  # type: ignore[attr-defined]
             self._twice.measure()
 
@@ -98,8 +99,10 @@ class LossMixin:
     def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Takes the loss as the model gave it."""
         if loss.numel() != 1:
-            raise ValueError(f'the loss has the shape {tuple(loss.shape)}; '
-                             f'{type(self.optimizer).__name__} needs its mean, one number')
+            raise ValueError(
+                f'the loss has the shape {tuple(loss.shape)}; '
+                f'{type(self.optimizer).__name__} needs its mean, one number'
+            )
         self._losses.append(loss.detach().double().reshape(()))
         self.optimizer.take_loss(torch.stack(self._losses).mean())
         try:
@@ -108,8 +111,7 @@ class LossMixin:
             if self.should_update():  # type: ignore[attr-defined]
                 self._losses = []
 
-    def initialize_count_status(self, model: nn.Module, init_counts: int,
-                                max_counts: int) -> None:
+    def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Takes the length of the run in iterations, of which some make a step together."""
         super().initialize_count_status(model, init_counts, max_counts)  # type: ignore[misc]
         if max_counts > 0:
@@ -118,8 +120,7 @@ class LossMixin:
 
 
 #: By what an optimizer needs, see `RuleOptimizer.needs`.
-MIXINS: dict[str, type] = {'capture': PrecondMixin, 'graph': DoubleBackwardMixin,
-                           'loss': LossMixin}
+MIXINS: dict[str, type] = {'capture': PrecondMixin, 'graph': DoubleBackwardMixin, 'loss': LossMixin}
 
 
 def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[OptimWrapper]:
@@ -136,14 +137,19 @@ def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[Opti
     if not needs or issubclass(base, MIXINS[needs]):
         return base
     if not issubclass(base, OptimWrapper):
-        raise ValueError(f'{base.__name__} does its own backward and step, which {owner} must see; '
-                         'use OptimWrapper or AmpOptimWrapper')
+        raise ValueError(
+            f'{base.__name__} does its own backward and step, which {owner} must see; '
+            'use OptimWrapper or AmpOptimWrapper'
+        )
     if issubclass(base, ApexOptimWrapper):
-        raise ValueError('ApexOptimWrapper swaps the parameters under the optimizer; use '
-                         'AmpOptimWrapper')
+        raise ValueError(
+            'ApexOptimWrapper swaps the parameters under the optimizer; use AmpOptimWrapper'
+        )
     if needs == 'graph' and issubclass(base, AmpOptimWrapper):
-        raise ValueError(f'{owner} differentiates twice and needs float32; use OptimWrapper (train '
-                         'without --amp)')
+        raise ValueError(
+            f'{owner} differentiates twice and needs float32; use OptimWrapper (train '
+            'without --amp)'
+        )
     kind: Any = base
     return _mixed(kind, needs)
 
@@ -160,5 +166,7 @@ def _mixed(base: Any, needs: str) -> Any:
 def refuse_sharding(wrapper: dict[str, Any], base: type[OptimWrapper]) -> None:
     """Raises ValueError for settings that shard the parameters."""
     if issubclass(base, AmpOptimWrapper) and wrapper.get('use_fsdp'):
-        raise ValueError('use_fsdp=True shards the weights, which are preconditioned whole; '
-                         'use DistributedDataParallel')
+        raise ValueError(
+            'use_fsdp=True shards the weights, which are preconditioned whole; '
+            'use DistributedDataParallel'
+        )

@@ -9,7 +9,7 @@ from .eigen import checked_eigh
 from .inverse import all_finite
 
 
-def eigenbasis(matrix: Tensor, shift: float = 0.) -> tuple[Tensor, Tensor]:
+def eigenbasis(matrix: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
     """Eigenvectors of symmetric positive semi-definite matrices, as columns.
 
     Args:
@@ -40,8 +40,10 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
     """
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     # A little of U itself, so that columns in the null space stay.
-    image = matrix @ basis + 1e3 * torch.finfo(matrix.dtype).eps * torch.where(
-        scale > 0, scale, 1) * basis
+    image = (
+        matrix @ basis
+        + 1e3 * torch.finfo(matrix.dtype).eps * torch.where(scale > 0, scale, 1) * basis
+    )
     values = (basis * image).sum(-2)
     # From the largest down: other orders are fixed points too, but unstable ones.
     order = values.argsort(-1, descending=True)[..., None, :].expand_as(image)
@@ -74,9 +76,11 @@ def assign_columns(basis: Tensor, old: Tensor) -> Tensor:
         mutual = (left.argmax(1).gather(1, best) == rows) & (partner < 0)
         partner = torch.where(mutual, best, partner)
         taken = torch.zeros_like(left, dtype=torch.bool).scatter_(
-            2, best[..., None], mutual[..., None])
+            2, best[..., None], mutual[..., None]
+        )
         left = left.masked_fill(taken.any(1, keepdim=True) | mutual[..., None], -1)
     order = partner.reshape(shape[:-1])[..., None, :]
     signs = torch.take_along_dim(overlap, order.mT, -1).mT.sign()
-    return torch.take_along_dim(basis, order.expand_as(basis), -1) * torch.where(signs == 0, 1,
-                                                                                  signs)
+    return torch.take_along_dim(basis, order.expand_as(basis), -1) * torch.where(
+        signs == 0, 1, signs
+    )

@@ -23,7 +23,7 @@ def cosine_basis(size: int, dtype: torch.dtype, device: torch.device | str = 'cp
     """
     # Angles repeat after 4n steps of pi / 2n: in integers they lose nothing, however large.
     table = torch.arange(4 * size, dtype=torch.float64).mul_(math.pi / (2 * size)).cos_()
-    table = table.mul_((2 / size)**0.5).to(dtype).to(device)
+    table = table.mul_((2 / size) ** 0.5).to(dtype).to(device)
     numbers = torch.arange(size, device=device)
     basis = table[torch.outer(numbers, 2 * numbers + 1).remainder_(4 * size)]
     basis[0] *= 0.5**0.5

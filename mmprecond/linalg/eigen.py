@@ -29,5 +29,8 @@ def checked_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return identity.diagonal(), identity, torch.zeros_like(finite)
         parts = [checked_eigh(one) for one in safe.reshape(-1, *matrix.shape[-2:])]
         values, vectors, good = (torch.stack(part) for part in zip(*parts, strict=True))
-        return (values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape),
-                finite & good.reshape(finite.shape))
+        return (
+            values.reshape(matrix.shape[:-1]),
+            vectors.reshape(matrix.shape),
+            finite & good.reshape(finite.shape),
+        )

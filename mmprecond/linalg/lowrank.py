@@ -49,8 +49,9 @@ class RankSearch:
         return min(int(side * self.usual_share), self.max_rank or side)
 
 
-def power_of_columns(columns: Tensor, damping: Tensor, exponent: float = 1.
-                     ) -> tuple[Tensor, Tensor, Tensor]:
+def power_of_columns(
+    columns: Tensor, damping: Tensor, exponent: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """``(A A' + mu I)^-p`` for tall A, as ``mu^-p (I - U U')``.
 
     The inverse by a Cholesky factor of the small side, A'A + mu I = C C': U = A C'^-1. Other
@@ -125,10 +126,14 @@ def columns_to_matrix(basis: Tensor, scale: Tensor) -> Tensor:
     return scale * matrix
 
 
-def low_rank_power(matrix: Tensor, start: Tensor | None,
-                   damping: Tensor | Callable[[Tensor], Tensor], exponent: float = 1.,
-                   tolerance: float = 0.1, max_rank: int | None = None
-                   ) -> tuple[Tensor, Tensor, Tensor] | None:
+def low_rank_power(
+    matrix: Tensor,
+    start: Tensor | None,
+    damping: Tensor | Callable[[Tensor], Tensor],
+    exponent: float = 1.0,
+    tolerance: float = 0.1,
+    max_rank: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(A + mu I)^-p`` from the directions of A that stand out of the damping mu.
 
     Eigenvalues that are not kept count as one, tau: their mean, moved as far as needed for no
@@ -174,15 +179,20 @@ def low_rank_power(matrix: Tensor, start: Tensor | None,
     largest = torch.maximum(outside, torch.where(values > bound[..., None], 0, values).amax(-1))
     cut = (counts > rank) | (outside > SLACK * bound)
     outer = _outer_value(rest, largest, damping, exponent, tolerance, cut)
-    basis, scale = _power_of_eigenvectors(columns, kept, vectors[..., :rank], damping, outer,
-                                          exponent)
+    basis, scale = _power_of_eigenvectors(
+        columns, kept, vectors[..., :rank], damping, outer, exponent
+    )
     good = good & (damping > 0) & scale.isfinite()[..., 0, 0] & all_finite(basis)
     return basis, scale, good
 
 
-def _standing_out(matrix: Tensor, start: Tensor | None,
-                  damping: Tensor | Callable[[Tensor], Tensor], factor: float,
-                  most: int) -> tuple[Tensor, Tensor, Tensor]:
+def _standing_out(
+    matrix: Tensor,
+    start: Tensor | None,
+    damping: Tensor | Callable[[Tensor], Tensor],
+    factor: float,
+    most: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """B with ``A - B B' >= 0`` below `SLACK` bounds, if `most` columns are enough.
 
     Returns:
@@ -196,15 +206,15 @@ def _standing_out(matrix: Tensor, start: Tensor | None,
         vectors = _refilled(start, _margin(start.shape[-1], size))
     probes = _drawn(matrix, PROBES).expand(*matrix.shape[:-1], -1)
     image, probed = _product(matrix, torch.cat([vectors.mT, probes.mT], -2).mT).split(
-        [vectors.shape[-1], PROBES], -1)
+        [vectors.shape[-1], PROBES], -1
+    )
     while True:
         columns = _nystrom_of_image(image, vectors.mT @ image)
         amount = damping(columns) if callable(damping) else damping
         outside = _largest_outside(matrix, columns, probes, probed)
         width = vectors.shape[-1]
         # NaN compares false: a matrix that is not finite is reported, not searched.
-        if (not bool((outside > SLACK * factor * amount).any())
-                or width >= min(most + MARGIN, size)):
+        if not bool((outside > SLACK * factor * amount).any()) or width >= min(most + MARGIN, size):
             return columns, outside, amount
         added = _range(matrix, min(max(MARGIN, width // 2), size - width), columns)
         vectors = torch.cat([vectors, added], -1)
@@ -243,9 +253,10 @@ def _nystrom_of_image(image: Tensor, core: Tensor) -> Tensor:
 def _drawn(like: Tensor, width: int, seed: int = 0) -> Tensor:
     """Random normal columns (n, width) of about unit length for matrices (..., n, m)."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(like.shape[-2], width, generator=generator, dtype=torch.float32,
-                        device='cpu')
-    return (drawn / like.shape[-2]**0.5).to(like)
+    drawn = torch.randn(
+        like.shape[-2], width, generator=generator, dtype=torch.float32, device='cpu'
+    )
+    return (drawn / like.shape[-2] ** 0.5).to(like)
 
 
 def _refilled(start: Tensor, margin: int) -> Tensor:
@@ -286,11 +297,12 @@ def _largest_outside(matrix: Tensor, columns: Tensor, probes: Tensor, probed: Te
 
 def _dispensable(exponent: float, tolerance: float) -> float:
     """The largest e / mu for which one tau makes powers of all 0 ... e right to the tolerance."""
-    return ((1 + tolerance) / (1 - tolerance))**(1 / exponent) - 1
+    return ((1 + tolerance) / (1 - tolerance)) ** (1 / exponent) - 1
 
 
-def _outer_value(rest: Tensor, largest: Tensor, damping: Tensor, exponent: float,
-                 tolerance: float, cut: Tensor) -> Tensor:
+def _outer_value(
+    rest: Tensor, largest: Tensor, damping: Tensor, exponent: float, tolerance: float, cut: Tensor
+) -> Tensor:
     """The sum of mu and tau, which stands for all eigenvalues that are not kept (...).
 
     Args:
@@ -302,15 +314,23 @@ def _outer_value(rest: Tensor, largest: Tensor, damping: Tensor, exponent: float
         cut: Whether eigenvalues above the bound are among them (...): then tau is their mean.
     """
     mean = damping + rest
-    least = (damping + largest) * (1 + tolerance)**(-1 / exponent)
-    most = damping * (1 - tolerance)**(-1 / exponent)
+    least = (damping + largest) * (1 + tolerance) ** (-1 / exponent)
+    most = damping * (1 - tolerance) ** (-1 / exponent)
     return torch.where(cut, mean, torch.minimum(torch.maximum(mean, least), most))
 
 
-def _power_of_eigenvectors(columns: Tensor, values: Tensor, vectors: Tensor, damping: Tensor,
-                           outer: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+def _power_of_eigenvectors(
+    columns: Tensor,
+    values: Tensor,
+    vectors: Tensor,
+    damping: Tensor,
+    outer: Tensor,
+    exponent: float,
+) -> tuple[Tensor, Tensor]:
     """The damped power of B B' from eigenvalues and eigenvectors of B'B; of all else outer^-p."""
     weights = 1 - (outer[..., None] / (values + damping[..., None])).pow(exponent)
     factors = torch.where(values > 0, weights.clamp_min(0) / torch.where(values > 0, values, 1), 0)
-    return (columns @ (vectors * factors.sqrt()[..., None, :]),
-            outer[..., None, None].pow(-exponent))
+    return (
+        columns @ (vectors * factors.sqrt()[..., None, :]),
+        outer[..., None, None].pow(-exponent),
+    )

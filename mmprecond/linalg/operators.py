@@ -195,8 +195,11 @@ Operators = dict[str, Operator]
 
 def named_tensors(operators: Operators) -> dict[str, Tensor]:
     """The tensors of some operators by their names in checkpoints."""
-    return {name: tensor for slot, operator in operators.items() for name, tensor
-            in zip(_names(slot, type(operator)), operator.tensors, strict=True)}
+    return {
+        name: tensor
+        for slot, operator in operators.items()
+        for name, tensor in zip(_names(slot, type(operator)), operator.tensors, strict=True)
+    }
 
 
 def map_tensors(operators: Operators, function: Callable[[Tensor], Tensor]) -> Operators:
@@ -209,8 +212,10 @@ def unify(first: Operators, second: Operators) -> tuple[Operators, Operators]:
     if not first or not second:
         return dict(first), dict(second)
     pairs = {slot: operator.unify(second[slot]) for slot, operator in first.items()}
-    return ({slot: pair[0] for slot, pair in pairs.items()},
-            {slot: pair[1] for slot, pair in pairs.items()})
+    return (
+        {slot: pair[0] for slot, pair in pairs.items()},
+        {slot: pair[1] for slot, pair in pairs.items()},
+    )
 
 
 def join(rows: Iterable[Operators]) -> Operators:
@@ -219,13 +224,17 @@ def join(rows: Iterable[Operators]) -> Operators:
     common: Operators = reduce(lambda known, row: unify(known, row)[0] or row, rows, {})
     zeros = map_tensors(common, torch.zeros_like)
     parts = [unify(row, common)[0] or zeros for row in rows]
-    return {slot: type(operator)(*map(torch.cat, zip(*(part[slot].tensors for part in parts),
-                                                     strict=True)))
-            for slot, operator in common.items()}
+    return {
+        slot: type(operator)(
+            *map(torch.cat, zip(*(part[slot].tensors for part in parts), strict=True))
+        )
+        for slot, operator in common.items()
+    }
 
 
-def write(held: Operators, new: Operators, positions: Sequence[int], count: int,
-          chosen: Tensor) -> Operators:
+def write(
+    held: Operators, new: Operators, positions: Sequence[int], count: int, chosen: Tensor
+) -> Operators:
     """Some layers' operators written into a stack's.
 
     Args:
@@ -241,17 +250,25 @@ def write(held: Operators, new: Operators, positions: Sequence[int], count: int,
     new, held = unify(new, held)
     if not held:
         held = map_tensors(new, lambda t: t.new_zeros(count, *t.shape[1:]))
-    return {slot: type(operator)(*(_written(old, tensor, positions, chosen) for old, tensor
-                                   in zip(held[slot].tensors, operator.tensors, strict=True)))
-            for slot, operator in new.items()}
+    return {
+        slot: type(operator)(
+            *(
+                _written(old, tensor, positions, chosen)
+                for old, tensor in zip(held[slot].tensors, operator.tensors, strict=True)
+            )
+        )
+        for slot, operator in new.items()
+    }
 
 
 def from_tensors(outline: Operators, tensors: Mapping[str, Tensor]) -> Operators:
     """Operators of one layer from saved tensors (b, n, m), in the forms that these have."""
     if not tensors:
         return {}
-    return {slot: form(*(tensors[name][None] for name in _names(slot, form)))
-            for slot, form in _saved_forms(outline, tensors).items()}
+    return {
+        slot: form(*(tensors[name][None] for name in _names(slot, form)))
+        for slot, form in _saved_forms(outline, tensors).items()
+    }
 
 
 def expected_shapes(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -283,9 +300,17 @@ def _names(slot: str, form: type[Operator]) -> list[str]:
 
 def _saved_forms(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[str, type[Operator]]:
     """The form that each slot's saved tensors have; the outline's own where they have none."""
-    return {slot: next((form for form in operator.alternatives
-                        if all(name in tensors for name in _names(slot, form))), type(operator))
-            for slot, operator in outline.items()}
+    return {
+        slot: next(
+            (
+                form
+                for form in operator.alternatives
+                if all(name in tensors for name in _names(slot, form))
+            ),
+            type(operator),
+        )
+        for slot, operator in outline.items()
+    }
 
 
 def _written(old: Tensor, new: Tensor, positions: Sequence[int], chosen: Tensor) -> Tensor:

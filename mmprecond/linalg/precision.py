@@ -33,8 +33,10 @@ def matmul_precision(level: str) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
         return
     backends: Any = torch.backends
-    wanted = {backends.cuda.matmul: 'ieee' if level == 'highest' else 'tf32',
-              backends.mkldnn.matmul: 'bf16' if level == 'medium' else 'ieee'}
+    wanted = {
+        backends.cuda.matmul: 'ieee' if level == 'highest' else 'tf32',
+        backends.mkldnn.matmul: 'bf16' if level == 'medium' else 'ieee',
+    }
     settings = {backend: backend.fp32_precision for backend in wanted}
     try:
         for backend, value in wanted.items():

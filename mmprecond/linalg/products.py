@@ -43,5 +43,9 @@ def _one_by_one(first: Tensor, second: Tensor) -> bool:
 
 
 def _pairs(first: Tensor, second: Tensor, result: Tensor) -> zip[tuple[Tensor, ...]]:
-    return zip(first.flatten(0, -3), second.flatten(0, -3),
-               result.view(-1, *result.shape[-2:]), strict=True)
+    return zip(
+        first.flatten(0, -3),
+        second.flatten(0, -3),
+        result.view(-1, *result.shape[-2:]),
+        strict=True,
+    )

@@ -28,8 +28,9 @@ def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     scale = _scale_of(diagonal[..., None])  # no entry is larger
     diagonal = diagonal / scale[..., 0]
-    return scale[..., 0, 0] * _power_iteration(lambda vector: matrix @ (vector / scale), diagonal,
-                                               rounds)
+    return scale[..., 0, 0] * _power_iteration(
+        lambda vector: matrix @ (vector / scale), diagonal, rounds
+    )
 
 
 def largest_eigenvalue_of_columns(columns: Tensor, rounds: int = 10) -> Tensor:
@@ -37,7 +38,8 @@ def largest_eigenvalue_of_columns(columns: Tensor, rounds: int = 10) -> Tensor:
     scale = _scale_of(columns)
     columns = columns / scale
     return scale[..., 0, 0].square() * _power_iteration(
-        lambda vector: columns @ (columns.mT @ vector), columns.square().sum(-1), rounds)
+        lambda vector: columns @ (columns.mT @ vector), columns.square().sum(-1), rounds
+    )
 
 
 def _scale_of(matrix: Tensor) -> Tensor:
@@ -46,12 +48,11 @@ def _scale_of(matrix: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1)
 
 
-def _power_iteration(product: Callable[[Tensor], Tensor], diagonal: Tensor,
-                     rounds: int) -> Tensor:
+def _power_iteration(product: Callable[[Tensor], Tensor], diagonal: Tensor, rounds: int) -> Tensor:
     """The iteration from ones, from products with a matrix and its diagonal (..., n)."""
     vector = torch.ones_like(diagonal)[..., None]
     image = torch.linalg.vector_norm(product(vector), dim=(-2, -1))
-    negligible = torch.finfo(diagonal.dtype).eps ** 0.5 * diagonal.shape[-1]**0.5
+    negligible = torch.finfo(diagonal.dtype).eps ** 0.5 * diagonal.shape[-1] ** 0.5
     degenerate = image <= negligible * diagonal.sum(-1)
     peak = torch.zeros_like(vector).scatter_(-2, diagonal.argmax(-1)[..., None, None], 1)
     vector = torch.where(degenerate[..., None, None], product(peak), vector)

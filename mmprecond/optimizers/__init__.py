@@ -19,7 +19,31 @@ from .rule_optimizer import RuleOptimizer
 from .sgdph import SGDPH
 from .soaa import SOAA
 
-__all__ = ['AFOpt', 'ARO', 'AdaAFOpt', 'AdaAct', 'AdaFisher', 'AdaFisherW', 'AdaNKFAC', 'AdamR',
-           'AdamWBK', 'DCTAdamW', 'FAdam', 'FSGD', 'KFAC', 'MAC', 'NKFAC', 'NysAct',
-           'Preconditioned', 'PreconditionedOptimizer', 'RuleOptimizer', 'SGDMBK', 'SGDPH', 'SKFAC',
-           'SMAC', 'SOAA', 'WeightNormConv2d', 'weight_norm']
+__all__ = [
+    'AFOpt',
+    'ARO',
+    'AdaAFOpt',
+    'AdaAct',
+    'AdaFisher',
+    'AdaFisherW',
+    'AdaNKFAC',
+    'AdamR',
+    'AdamWBK',
+    'DCTAdamW',
+    'FAdam',
+    'FSGD',
+    'KFAC',
+    'MAC',
+    'NKFAC',
+    'NysAct',
+    'Preconditioned',
+    'PreconditionedOptimizer',
+    'RuleOptimizer',
+    'SGDMBK',
+    'SGDPH',
+    'SKFAC',
+    'SMAC',
+    'SOAA',
+    'WeightNormConv2d',
+    'weight_norm',
+]

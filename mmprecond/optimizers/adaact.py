@@ -36,9 +36,17 @@ class AdaAct(PreconditionedOptimizer):
         TypeError: For unknown settings.
     """
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
-                 **settings: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        **settings: Any,
+    ) -> None:
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f'betas={betas!r} is not 2 numbers; write betas=(0.9, 0.999)')
         for beta in betas:
@@ -46,6 +54,12 @@ class AdaAct(PreconditionedOptimizer):
         settings = {'stat_decay': betas[1], 'eps': eps, **settings}
         method, own = split_settings(self, InputDiagonal, settings)
         rule = EMASGD()
-        super().__init__(params, model=model, rule=rule, method=method,
-                         defaults=dict(lr=lr, momentum=betas[0], weight_decay=weight_decay), **own)
+        super().__init__(
+            params,
+            model=model,
+            rule=rule,
+            method=method,
+            defaults=dict(lr=lr, momentum=betas[0], weight_decay=weight_decay),
+            **own,
+        )
         rule.average_only(p for layer in self.curvature.layers for p in layer.parameters)

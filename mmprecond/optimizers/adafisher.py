@@ -46,13 +46,26 @@ class AdaFisher(PreconditionedOptimizer):
 
     decay: ClassVar[str] = 'added'
 
-    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.9,
-                 weight_decay: float = 0., *, model: nn.Module | None = None,
-                 **settings: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        **settings: Any,
+    ) -> None:
         method, own = split_settings(self, FisherDiagonal, settings)
         self.method = method
-        super().__init__(params, model=model, rule=FisherEMASGD(self.decay), method=method,
-                         defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay), **own)
+        super().__init__(
+            params,
+            model=model,
+            rule=FisherEMASGD(self.decay),
+            method=method,
+            defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay),
+            **own,
+        )
         self._layered = {p for layer in self.curvature.layers for p in layer.parameters}
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

@@ -52,13 +52,31 @@ class ARO(MatrixOptimizer):
     """
 
     published: ClassVar[dict[str, Any]] = dict(
-        momentum=0.95, betas=(0.9, 0.95), eps=1e-8, norm='sinkhorn', side='left', max_dim=8192)
+        momentum=0.95, betas=(0.9, 0.95), eps=1e-8, norm='sinkhorn', side='left', max_dim=8192
+    )
 
     @takes_settings
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0., *,
-                 model: nn.Module | None = None, betas: tuple[float, float] = (0.9, 0.95),
-                 eps: float = 1e-8, norm: str = 'sinkhorn', side: str = 'left',
-                 max_dim: int = 8192, **unexpected: Any) -> None:
-        super().__init__(params, ARORule(norm, max_dim), dict(
-            lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay, side=side),
-            model, unexpected)
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        norm: str = 'sinkhorn',
+        side: str = 'left',
+        max_dim: int = 8192,
+        **unexpected: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            ARORule(norm, max_dim),
+            dict(
+                lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay, side=side
+            ),
+            model,
+            unexpected,
+        )

@@ -64,15 +64,23 @@ class PreconditionedOptimizer(RuleOptimizer):
     #: Settings whose default differs from the preconditioner's own.
     preset: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, params: Any, *, model: nn.Module | None, rule: Rule,
-                 method: Preconditioner | Assignment, defaults: dict[str, Any],
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *,
+        model: nn.Module | None,
+        rule: Rule,
+        method: Preconditioner | Assignment,
+        defaults: dict[str, Any],
+        **options: Any,
+    ) -> None:
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
         if model is None:
             raise ValueError(
                 f'{type(self).__name__} needs the model that owns the parameters: pass model=..., '
-                "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper")
+                "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper"
+            )
         unknown = {key: v for key, v in options.items() if key not in CurvatureOptions.names()}
         reject_unexpected(type(self).__name__, unknown, CurvatureOptions.names())
         chosen = CurvatureOptions(**options)

@@ -52,15 +52,39 @@ class DCTAdamW(MatrixOptimizer):
     """
 
     published: ClassVar[dict[str, Any]] = dict(
-        betas=(0.9, 0.999), eps=1e-8, rank=128, refresh_interval=1, rotate_subspace=True,
-        error_feedback=False, norm='l1', max_dim=31999)
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        rank=128,
+        refresh_interval=1,
+        rotate_subspace=True,
+        error_feedback=False,
+        norm='l1',
+        max_dim=31999,
+    )
 
     @takes_settings
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
-                 rank: int = 128, refresh_interval: int = 1, rotate_subspace: bool = True,
-                 error_feedback: bool = False, norm: str = 'l1', max_dim: int = 31999,
-                 **unexpected: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        rank: int = 128,
+        refresh_interval: int = 1,
+        rotate_subspace: bool = True,
+        error_feedback: bool = False,
+        norm: str = 'l1',
+        max_dim: int = 31999,
+        **unexpected: Any,
+    ) -> None:
         rule = DCTAdamWRule(rank, refresh_interval, rotate_subspace, error_feedback, norm, max_dim)
-        super().__init__(params, rule, dict(lr=lr, betas=betas, eps=eps,
-                                            weight_decay=weight_decay), model, unexpected)
+        super().__init__(
+            params,
+            rule,
+            dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+            model,
+            unexpected,
+        )

@@ -35,11 +35,25 @@ class PreconditionedSGDM(PreconditionedOptimizer):
 
     preconditioner: ClassVar[type[Preconditioner]]
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
-                 model: nn.Module | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        **settings: Any,
+    ) -> None:
         method, own = split_settings(self, self.preconditioner, settings)
-        super().__init__(params, model=model, rule=SGDM(), method=method,
-                         defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay), **own)
+        super().__init__(
+            params,
+            model=model,
+            rule=SGDM(),
+            method=method,
+            defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay),
+            **own,
+        )
 
 
 class PreconditionedAdam(PreconditionedOptimizer):
@@ -71,9 +85,18 @@ class PreconditionedAdam(PreconditionedOptimizer):
     preconditioner: ClassVar[type[Preconditioner]]
     decay: ClassVar[str] = 'decoupled'
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, ...] | None = None,
-                 eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
-                 rule: str = 'AdamW', **settings: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, ...] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        rule: str = 'AdamW',
+        **settings: Any,
+    ) -> None:
         method, own = split_settings(self, self.preconditioner, settings)
         config: dict[str, Any] = dict(type=rule, lr=lr, eps=eps, weight_decay=weight_decay)
         if betas is not None:

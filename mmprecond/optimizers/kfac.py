@@ -26,5 +26,5 @@ class SKFAC(PreconditionedSGDM):
     """
 
     preconditioner = FisherKronecker
-    preset = dict(solver='woodbury', reduction='sample', stat_decay=0.)
+    preset = dict(solver='woodbury', reduction='sample', stat_decay=0.0)
     published = preset

@@ -29,20 +29,30 @@ class MAC(PreconditionedSGDM):
 
     preconditioner = ActivationMean
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
-                 model: nn.Module | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(params, lr, momentum, weight_decay, model=model, **settings)
         owner: Any = params if isinstance(params, nn.Module) else model
         first = next((m for m in unwrap(owner).modules() if layer_type(m) is not None), None)
         self.first_layer: Layer | None = next(
-            (layer for layer in self.curvature.layers if first in layer.modules), None)
+            (layer for layer in self.curvature.layers if first in layer.modules), None
+        )
         self._usual: Any = self.curvature.stacks[0].method
 
     @property
     def calibrated(self) -> bool:
         """True if the first layer has its own second moment."""
         return self.first_layer is not None and isinstance(
-            self.curvature.layers[self.first_layer].method, CalibratedInput)
+            self.curvature.layers[self.first_layer].method, CalibratedInput
+        )
 
     @property
     def calibration_blocker(self) -> str:
@@ -82,13 +92,16 @@ class MAC(PreconditionedSGDM):
             raise ValueError(f'calibrate_first_layer cannot be: {self.calibration_blocker}')
         moment, rows = self._moment_of_inputs(layer, inputs)
         if not rows or not bool(moment.isfinite().all()):
-            raise ValueError(f'{layer.name} was to be calibrated on {int(rows)} rows of input, '
-                             'which must be finite and more than none')
+            raise ValueError(
+                f'{layer.name} was to be calibrated on {int(rows)} rows of input, '
+                'which must be finite and more than none'
+            )
         method, mean = self._calibrated_method(), moment / rows
         factors = {INPUT: Factor(Moment(), (mean[None],))}
         if not bool(method.refresh(factors, None, layer.damping)[1].all()):
-            raise ValueError(f'the second moment of the inputs of {layer.name} cannot be inverted; '
-                             'raise damping')
+            raise ValueError(
+                f'the second moment of the inputs of {layer.name} cannot be inverted; raise damping'
+            )
         self.curvature.precompute(layer, method, {Statistic(INPUT, Moment()).key: mean})
         self._prepare_next_step()
         logger.info('%s: calibrated on %d rows', layer.name, int(rows))
@@ -101,8 +114,10 @@ class MAC(PreconditionedSGDM):
         rows = moment.new_zeros((), dtype=torch.float64)
         for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
             if not isinstance(batch, Tensor):
-                raise ValueError(f'calibrate_first_layer was given a {type(batch).__name__}; give '
-                                 'tensors, such as (x for x, y in loader)')
+                raise ValueError(
+                    f'calibrate_first_layer was given a {type(batch).__name__}; give '
+                    'tensors, such as (x for x, y in loader)'
+                )
             batch = batch.to(layer.weight.device, layer.weight.dtype)
             with matmul_precision('highest'):
                 moment += layer.input_moment(module, batch)
@@ -139,8 +154,11 @@ class MAC(PreconditionedSGDM):
 
     def _update_curvature(self) -> None:
         if self.t == 0 and self.first_layer is not None and not self.calibrated:
-            logger.info('%s: the first layer is treated like any other, as calibrate_first_layer '
-                        'was not called', self.first_layer.name)
+            logger.info(
+                '%s: the first layer is treated like any other, as calibrate_first_layer '
+                'was not called',
+                self.first_layer.name,
+            )
         super()._update_curvature()
 
     def _calibrated_method(self) -> CalibratedInput:

@@ -31,8 +31,14 @@ class MatrixOptimizer(RuleOptimizer):
 
     rule: MatrixRule
 
-    def __init__(self, params: Any, rule: MatrixRule, defaults: Group, model: nn.Module | None,
-                 unexpected: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: Any,
+        rule: MatrixRule,
+        defaults: Group,
+        model: nn.Module | None,
+        unexpected: dict[str, Any],
+    ) -> None:
         reject_unexpected(type(self).__name__, unexpected, argument_names(type(self)))
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
@@ -53,9 +59,13 @@ class MatrixOptimizer(RuleOptimizer):
                     shapes = self.rule.state_shapes(matrix_shape(p), group).values()
                     matrices, numbers = matrices + 1, numbers + p.numel()
                     kept += sum(torch.Size(shape).numel() for shape in shapes) * max(
-                        p.element_size(), 4)
+                        p.element_size(), 4
+                    )
                 vectors += reason == ''
-        return '\n'.join([
-            f'{matrices} matrices ({numbers} numbers) take {type(self).__name__}, with '
-            f'{kept / 2**20:.1f} MB of state; {vectors} vectors and scalars take AdamW',
-            *self.rule.notes(self.param_groups, self.names)])
+        return '\n'.join(
+            [
+                f'{matrices} matrices ({numbers} numbers) take {type(self).__name__}, with '
+                f'{kept / 2**20:.1f} MB of state; {vectors} vectors and scalars take AdamW',
+                *self.rule.notes(self.param_groups, self.names),
+            ]
+        )

@@ -41,23 +41,34 @@ class Preconditioned(PreconditionedOptimizer):
             does not work with the rule, a missing model.
     """
 
-    def __init__(self, params: Any, *, rule: dict[str, Any] | None = None,
-                 layers: list[dict[str, Any]] | None = None, model: nn.Module | None = None,
-                 **options: Any) -> None:
-        unexpected = {key: value for key, value in options.items()
-                      if key not in CurvatureOptions.names()}
+    def __init__(
+        self,
+        params: Any,
+        *,
+        rule: dict[str, Any] | None = None,
+        layers: list[dict[str, Any]] | None = None,
+        model: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        unexpected = {
+            key: value for key, value in options.items() if key not in CurvatureOptions.names()
+        }
         if isinstance(rule, dict) and set(unexpected) & set(rule):
             keys = ', '.join(sorted(unexpected))
-            raise TypeError(f'Preconditioned does not take {keys} beside rule and layers, its rule '
-                            'does (write optimizer.rule.lr and the like); if a base config left '
-                            'the key behind, add `_delete_=True` to the optimizer of your config')
-        reject_unexpected('Preconditioned', unexpected,
-                          ['rule', 'layers', *CurvatureOptions.names()])
+            raise TypeError(
+                f'Preconditioned does not take {keys} beside rule and layers, its rule '
+                'does (write optimizer.rule.lr and the like); if a base config left '
+                'the key behind, add `_delete_=True` to the optimizer of your config'
+            )
+        reject_unexpected(
+            'Preconditioned', unexpected, ['rule', 'layers', *CurvatureOptions.names()]
+        )
         built, defaults = build_rule(rule)
         assignment = parse_layers(layers)
         _check_rule(built, assignment)
-        super().__init__(params, model=model, rule=built, method=assignment, defaults=defaults,
-                         **options)
+        super().__init__(
+            params, model=model, rule=built, method=assignment, defaults=defaults, **options
+        )
 
 
 def _check_rule(rule: Rule, assignment: Assignment) -> None:
@@ -69,10 +80,14 @@ def _check_rule(rule: Rule, assignment: Assignment) -> None:
         if name in names:
             continue
         others = ', '.join(f'{type(m).__name__} with {" or ".join(names)}' for m, names in bound)
-        advice = (f"write rule=dict(type='{min(possible)}', ...)" if possible
-                  else 'no rule suits them all; drop one of them')
-        raise ValueError(f'{type(method).__name__} does not work with the rule {name} '
-                         f'({others}); {advice}')
+        advice = (
+            f"write rule=dict(type='{min(possible)}', ...)"
+            if possible
+            else 'no rule suits them all; drop one of them'
+        )
+        raise ValueError(
+            f'{type(method).__name__} does not work with the rule {name} ({others}); {advice}'
+        )
 
 
 def _rules_of(method: Preconditioner) -> list[str]:

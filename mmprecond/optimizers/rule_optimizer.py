@@ -91,11 +91,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         """After a step: prepares the next forward pass."""
 
     def _gradients(self) -> dict[Tensor, Tensor]:
-        gradients = {p: p.grad for group in self.param_groups for p in group['params']
-                     if p.grad is not None}
+        gradients = {
+            p: p.grad for group in self.param_groups for p in group['params'] if p.grad is not None
+        }
         if any(g.is_sparse for g in gradients.values()):
-            raise ValueError(f'{type(self).__name__} takes no sparse gradients; build the '
-                             'embedding with sparse=False')
+            raise ValueError(
+                f'{type(self).__name__} takes no sparse gradients; build the '
+                'embedding with sparse=False'
+            )
         return gradients
 
     def _batches(self, directions: dict[Tensor, Tensor]) -> list[Batch]:
@@ -108,22 +111,25 @@ class RuleOptimizer(torch.optim.Optimizer):
                     batches.setdefault(key, (group, []))[1].append(p)
         return list(batches.values())
 
-    def _compute_updates(self, batches: list[Batch],
-                         directions: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def _compute_updates(
+        self, batches: list[Batch], directions: dict[Tensor, Tensor]
+    ) -> dict[Tensor, Tensor]:
         """Updates that the rule makes of the directions, by parameter."""
         updates: dict[Tensor, Tensor] = {}
         for group, params in batches:
             states = [self.state[p] for p in params]
-            computed = self.rule.compute_updates(params, [directions[p] for p in params], states,
-                                                 group)
+            computed = self.rule.compute_updates(
+                params, [directions[p] for p in params], states, group
+            )
             updates.update(zip(params, computed, strict=True))
         self.rule.combine(updates)
         return updates
 
     def _apply_updates(self, batches: list[Batch], updates: dict[Tensor, Tensor]) -> None:
         for group, params in batches:
-            self.rule.apply_updates(params, [updates[p] for p in params],
-                                    [self.state[p] for p in params], group)
+            self.rule.apply_updates(
+                params, [updates[p] for p in params], [self.state[p] for p in params], group
+            )
 
     def table(self) -> str:
         """Treatment of the parameters, for the log."""
@@ -140,18 +146,27 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         # Torch casts all to the parameter's dtype, integers too.
         for p, _, state in self._saved_states(state_dict):
-            self.state[p].update({name: state[name].to(p.device, copy=True)
-                                  for name in self.rule.exact if name in state})
+            self.state[p].update(
+                {
+                    name: state[name].to(p.device, copy=True)
+                    for name in self.rule.exact
+                    if name in state
+                }
+            )
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state that `load_state_dict` refuses."""
         for group in state_dict['param_groups']:
             self._check_saved(group)
-        ours, saved = ([len(group['params']) for group in groups]
-                       for groups in (self.param_groups, state_dict['param_groups']))
+        ours, saved = (
+            [len(group['params']) for group in groups]
+            for groups in (self.param_groups, state_dict['param_groups'])
+        )
         if ours != saved:
-            raise ValueError(f'the state has parameter groups of {saved} parameters, the optimizer '
-                             f'of {ours}: it was saved for another model or other groups')
+            raise ValueError(
+                f'the state has parameter groups of {saved} parameters, the optimizer '
+                f'of {ours}: it was saved for another model or other groups'
+            )
         for p, group, state in self._saved_states(state_dict):
             self.rule.check_state(p, state, group)
 
@@ -159,20 +174,26 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Parameters that have a saved state, with its group."""
         ours = [group['params'] for group in self.param_groups]
         saved = [(group, group['params']) for group in state_dict['param_groups']]
-        return [(p, group, state_dict['state'][key])
-                for params, (group, keys) in zip(ours, saved, strict=True)
-                for p, key in zip(params, keys, strict=True) if key in state_dict['state']]
+        return [
+            (p, group, state_dict['state'][key])
+            for params, (group, keys) in zip(ours, saved, strict=True)
+            for p, key in zip(params, keys, strict=True)
+            if key in state_dict['state']
+        ]
 
     def _check_saved(self, group: dict[str, Any]) -> None:
         """Raises ValueError for a saved group of another rule."""
         name = type(self.rule).__name__
         missing = [key for key in self.rule.hyper if key not in group]
         if missing:
-            raise ValueError(f'the state was saved under another rule: its groups have no '
-                             f'{", ".join(missing)}, which {name} needs; start afresh from the '
-                             'weights alone (load_from without resume)')
+            raise ValueError(
+                f'the state was saved under another rule: its groups have no '
+                f'{", ".join(missing)}, which {name} needs; start afresh from the '
+                'weights alone (load_from without resume)'
+            )
         try:
             self.rule.check(group)
         except ValueError as error:
-            raise ValueError(f'the state was saved under another rule than {name}: '
-                             f'{error}') from error
+            raise ValueError(
+                f'the state was saved under another rule than {name}: {error}'
+            ) from error

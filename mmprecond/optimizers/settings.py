@@ -14,8 +14,9 @@ from ..preconditioners import SETS, Preconditioner
 Method = TypeVar('Method', bound=Preconditioner)
 
 
-def split_settings(owner: Any, method: type[Method],
-                   settings: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
+def split_settings(
+    owner: Any, method: type[Method], settings: dict[str, Any]
+) -> tuple[Method, dict[str, Any]]:
     """Separates an optimizer's keyword arguments.
 
     Args:
@@ -36,12 +37,13 @@ def split_settings(owner: Any, method: type[Method],
     check_choice('settings', named, SETS)
     known, options = method.options(), CurvatureOptions.names()
     own = {key: given[key] for key in options if key in given}
-    unexpected = {key: value for key, value in given.items()
-                  if key not in known and key not in own}
-    reject_unexpected(type(owner).__name__, unexpected,
-                      [*argument_names(type(owner)), *known, *options, 'settings'])
-    base = (owner.preset if named == 'default'
-            else {**method.published, **owner.published})
+    unexpected = {key: value for key, value in given.items() if key not in known and key not in own}
+    reject_unexpected(
+        type(owner).__name__,
+        unexpected,
+        [*argument_names(type(owner)), *known, *options, 'settings'],
+    )
+    base = owner.preset if named == 'default' else {**method.published, **owner.published}
     return method(**{**base, **{k: v for k, v in given.items() if k in known}}), own
 
 
@@ -57,8 +59,9 @@ def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
         check_choice('settings', settings, SETS)
         if settings == 'published':
             given = signature.bind_partial(self, *args, **kwargs).arguments
-            kwargs |= {key: value for key, value in type(self).published.items()
-                       if key not in given}
+            kwargs |= {
+                key: value for key, value in type(self).published.items() if key not in given
+            }
         init(self, *args, **kwargs)
 
     named = inspect.Parameter('settings', inspect.Parameter.KEYWORD_ONLY, default='default')

@@ -67,13 +67,26 @@ class SGDPH(RuleOptimizer):
     needs = 'graph'
 
     published: ClassVar[dict[str, Any]] = dict(
-        hessian_decay=0.9, hessian_lr=1e-3, eps=1e-4, refresh='round_robin', interval=1, probes=4)
+        hessian_decay=0.9, hessian_lr=1e-3, eps=1e-4, refresh='round_robin', interval=1, probes=4
+    )
 
     @takes_settings
-    def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0., *,
-                 model: nn.Module | None = None, hessian_decay: float = 0.9,
-                 hessian_lr: float = 1e-3, eps: float = 1e-4, refresh: str = 'round_robin',
-                 interval: int = 1, probes: int = 4, **unexpected: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        hessian_decay: float = 0.9,
+        hessian_lr: float = 1e-3,
+        eps: float = 1e-4,
+        refresh: str = 'round_robin',
+        interval: int = 1,
+        probes: int = 4,
+        **unexpected: Any,
+    ) -> None:
         reject_unexpected('SGDPH', unexpected, argument_names(SGDPH))
         if isinstance(params, nn.Module):
             model, params = params, params.parameters()
@@ -89,13 +102,18 @@ class SGDPH(RuleOptimizer):
         self.refresh = refresh
         self.interval = interval
         self.probes = probes
-        super().__init__(params, PartialHessianSGDM(hessian_lr, eps),
-                         dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(
+            params,
+            PartialHessianSGDM(hessian_lr, eps),
+            dict(lr=lr, momentum=momentum, weight_decay=weight_decay),
+        )
         self.vectors = [p for group in self.param_groups for p in group['params'] if is_vector(p)]
         if not self.vectors:
-            raise ValueError('SGDPH found no 1-D parameter; for a network without normalisation '
-                             'call mmprecond.optimizers.weight_norm(model) before, or in a config '
-                             "give the backbone conv_cfg=dict(type='WeightNormConv2d')")
+            raise ValueError(
+                'SGDPH found no 1-D parameter; for a network without normalisation '
+                'call mmprecond.optimizers.weight_norm(model) before, or in a config '
+                "give the backbone conv_cfg=dict(type='WeightNormConv2d')"
+            )
         for p in self.vectors[:-1]:
             self.state[p]['hessian'] = torch.zeros_like(p, memory_format=torch.preserve_format)
         self._measured = False
@@ -130,9 +148,11 @@ class SGDPH(RuleOptimizer):
     def table(self) -> str:
         """Preconditioned parameters, in one line."""
         count = sum(p.numel() for p in self.vectors[:-1])
-        return (f'{len(self.vectors) - 1} 1-D parameters ({count} numbers) are divided by their '
-                f'Hessian diagonal, refreshed {self.refresh}; the last one and all others take '
-                'plain SGD with momentum')
+        return (
+            f'{len(self.vectors) - 1} 1-D parameters ({count} numbers) are divided by their '
+            f'Hessian diagonal, refreshed {self.refresh}; the last one and all others take '
+            'plain SGD with momentum'
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state with the number of steps."""
@@ -152,7 +172,7 @@ class SGDPH(RuleOptimizer):
         """Products of the Hessian blocks with ones, for the parameters whose turn it is."""
         if self.refresh == 'round_robin':
             turn = self.vectors[self.t // self.interval % len(self.vectors)]
-            return {turn: self._products([turn], [1.])[0]} if turn.grad is not None else {}
+            return {turn: self._products([turn], [1.0])[0]} if turn.grad is not None else {}
         present = [p for p in self.vectors if p.grad is not None]
         generator = torch.Generator().manual_seed(self.t)
         rows = [torch.zeros_like(p) for p in present]
@@ -163,19 +183,26 @@ class SGDPH(RuleOptimizer):
                 row += product * (sign / self.probes)
         return dict(zip(present, rows, strict=True))
 
-    def _products(self, params: Sequence[Tensor], signs: Sequence[float],
-                  keep: bool = False) -> list[Tensor]:
+    def _products(
+        self, params: Sequence[Tensor], signs: Sequence[float], keep: bool = False
+    ) -> list[Tensor]:
         """Gradients by the parameters of sum of sign * <g, 1> over them."""
-        used: list[tuple[Any, float]] = [(p.grad, sign) for p, sign in
-                                         zip(params, signs, strict=True) if p not in self._filled]
+        used: list[tuple[Any, float]] = [
+            (p.grad, sign) for p, sign in zip(params, signs, strict=True) if p not in self._filled
+        ]
         if not all(g.requires_grad for g, _ in used):
-            raise ValueError('the gradients have no graph; call loss.backward(create_graph=True) '
-                             'where optimizer.needs_graph is true')
+            raise ValueError(
+                'the gradients have no graph; call loss.backward(create_graph=True) '
+                'where optimizer.needs_graph is true'
+            )
         if not used:
             return [torch.zeros_like(p) for p in params]
         ones = [torch.full_like(g, sign) for g, sign in used]
         with torch.enable_grad():
-            products = torch.autograd.grad([g for g, _ in used], list(params), ones,
-                                           retain_graph=keep, allow_unused=True)
-        return [torch.zeros_like(p) if product is None else product
-                for p, product in zip(params, products, strict=True)]
+            products = torch.autograd.grad(
+                [g for g, _ in used], list(params), ones, retain_graph=keep, allow_unused=True
+            )
+        return [
+            torch.zeros_like(p) if product is None else product
+            for p, product in zip(params, products, strict=True)
+        ]

@@ -66,13 +66,25 @@ class SOAA(RuleOptimizer):
     needs = 'loss'
 
     published: ClassVar[dict[str, Any]] = dict(
-        betas=(0.9, 0.999), eps=1e-8, gamma=0.1, radius=10., sums='global')
+        betas=(0.9, 0.999), eps=1e-8, gamma=0.1, radius=10.0, sums='global'
+    )
 
     @takes_settings
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0., *, model: nn.Module | None = None,
-                 gamma: float = 0.1, radius: float = 10., total_steps: int | None = None,
-                 sums: str = 'global', **unexpected: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        gamma: float = 0.1,
+        radius: float = 10.0,
+        total_steps: int | None = None,
+        sums: str = 'global',
+        **unexpected: Any,
+    ) -> None:
         reject_unexpected('SOAA', unexpected, argument_names(SOAA))
         if isinstance(params, nn.Module):
             params = params.parameters()
@@ -81,8 +93,11 @@ class SOAA(RuleOptimizer):
         self._given_steps = total_steps
         self._planned_steps: int | None = None
         self._loss: Tensor | float | None = None
-        super().__init__(params, TrustRegionAdam(gamma, radius, sums),
-                         dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(
+            params,
+            TrustRegionAdam(gamma, radius, sums),
+            dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+        )
         self.rule.move_to(next(p.device for group in self.param_groups for p in group['params']))
 
     @property
@@ -116,8 +131,10 @@ class SOAA(RuleOptimizer):
         """
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
-                raise ValueError(f'loss has the shape {tuple(loss.shape)}; give its mean, a number '
-                                 'or a tensor of one')
+                raise ValueError(
+                    f'loss has the shape {tuple(loss.shape)}; give its mean, a number '
+                    'or a tensor of one'
+                )
             loss = loss.detach().reshape(())
         elif loss is not None and not isinstance(loss, (int, float)):
             raise ValueError(f'loss={loss!r} is no number; give the loss of the step')
@@ -132,9 +149,11 @@ class SOAA(RuleOptimizer):
         missing = {'steps', *self.rule.region} - set(state_dict.get(REGION_KEY, self.rule.region))
         if REGION_KEY not in state_dict or missing:
             lacking = ', '.join(sorted(missing)) if REGION_KEY in state_dict else REGION_KEY
-            raise ValueError(f'the state was saved by another optimizer than SOAA: it has no '
-                             f'{lacking}; start afresh from the weights alone (load_from without '
-                             'resume)')
+            raise ValueError(
+                f'the state was saved by another optimizer than SOAA: it has no '
+                f'{lacking}; start afresh from the weights alone (load_from without '
+                'resume)'
+            )
         super().check_state_dict(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -157,12 +176,16 @@ class SOAA(RuleOptimizer):
 
     def _update_curvature(self) -> None:
         if self._loss is None:
-            raise ValueError('SOAA needs the loss of each step; write `optimizer.loss = loss` '
-                             'before `optimizer.step()`, give step a closure that returns the loss,'
-                             " or in a config set constructor='PrecondOptimWrapperConstructor'")
+            raise ValueError(
+                'SOAA needs the loss of each step; write `optimizer.loss = loss` '
+                'before `optimizer.step()`, give step a closure that returns the loss,'
+                " or in a config set constructor='PrecondOptimWrapperConstructor'"
+            )
         if self.total_steps is None:
-            raise ValueError('SOAA needs the length of the run; give total_steps=..., the number '
-                             'of optimizer steps')
+            raise ValueError(
+                'SOAA needs the length of the run; give total_steps=..., the number '
+                'of optimizer steps'
+            )
         loss = torch.as_tensor(self._loss, dtype=torch.float64).to(self.radius.device, copy=True)
         self._loss = None
         sum_over_ranks([loss])  # to their mean

@@ -59,10 +59,16 @@ def _rows_and_scores(heads: Heads) -> Tensor:
     return torch.cat([heads.values_in.sum(0), attended[:, None]], 1)
 
 
-VALUE_PRODUCT_MEAN = Statistic(ProductMeanSide(
-    VALUE_MEAN.side.name, size=counted_row, measure=_rows_and_scores,
-    flops=lambda layer, queries, keys: keys * layer.columns), CountedMean(),
-    key='value_product_mean')
+VALUE_PRODUCT_MEAN = Statistic(
+    ProductMeanSide(
+        VALUE_MEAN.side.name,
+        size=counted_row,
+        measure=_rows_and_scores,
+        flops=lambda layer, queries, keys: keys * layer.columns,
+    ),
+    CountedMean(),
+    key='value_product_mean',
+)
 
 
 @register_preconditioner
@@ -102,7 +108,7 @@ class ActivationMean(Preconditioner):
     stat_interval: int = 5
     refresh_interval: int = 50
     stat_decay: float = 0.95
-    damping: float = 1.
+    damping: float = 1.0
     output: bool = False
     gradient_scale: str = 'rows'
     attention: bool = True
@@ -113,8 +119,17 @@ class ActivationMean(Preconditioner):
 
     #: The authors' code.
     published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=5, refresh_interval=50, stat_decay=0.95, damping=1., output=False,
-        gradient_scale='none', attention=True, max_windows=256, compat='official', **WHOLE_LAYERS)
+        stat_interval=5,
+        refresh_interval=50,
+        stat_decay=0.95,
+        damping=1.0,
+        output=False,
+        gradient_scale='none',
+        attention=True,
+        max_windows=256,
+        compat='official',
+        **WHOLE_LAYERS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,8 +187,9 @@ class ActivationMean(Preconditioner):
         scaled = math.prod(layer.shape) if GRADIENT.name in self.outline(layer) else 0
         return super().apply_flops(layer) + scaled
 
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
+    ) -> tuple[Operators, Tensor]:
         """``u = a / sqrt(rho + a'a)``, with which V = G (I - u u'), and Z (see the base class)."""
         operators: Operators = {}
         finite = []
@@ -194,8 +210,13 @@ class ActivationMean(Preconditioner):
         projections = [statistic.side.name for statistic in (QUERY_MEAN, KEY_MEAN, VALUE_MEAN)]
         if projections[0] in operators:
             parts = gradients.chunk(3, dim=1)
-            return torch.cat([operators[slot].right(part) for slot, part
-                              in zip(projections, parts, strict=True)], 1)
+            return torch.cat(
+                [
+                    operators[slot].right(part)
+                    for slot, part in zip(projections, parts, strict=True)
+                ],
+                1,
+            )
         directions = operators[INPUT.name].right(gradients)
         if GRADIENT.name in operators:
             directions = operators[GRADIENT.name].left(directions)

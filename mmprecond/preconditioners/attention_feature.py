@@ -79,15 +79,18 @@ class AttentionFeature(InputFeature):
     max_windows: int = 256
 
     published: ClassVar[dict[str, Any]] = dict(
-        **InputFeature.published, variant='thesis', max_windows=256)
+        **InputFeature.published, variant='thesis', max_windows=256
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice('variant', self.variant, VARIANTS)
         check_count('max_windows', self.max_windows)
         if self.exponent != 1:
-            raise ValueError(f'exponent={self.exponent!r} is not for attention, whose operators '
-                             'are inverses; leave it at 1')
+            raise ValueError(
+                f'exponent={self.exponent!r} is not for attention, whose operators '
+                'are inverses; leave it at 1'
+            )
 
     @property
     def attention_reading(self) -> AttentionReading:
@@ -115,7 +118,8 @@ class AttentionFeature(InputFeature):
             return super().note(layer) or 'input side'
         partial = self.variant == 'thesis' and not layer.has_side(KEY_CURVATURE.side)
         return f'{self.variant}, {layer.blocks // 3} heads' + (
-            '; W_K by G R^-1, as keys and queries may differ in number' if partial else '')
+            '; W_K by G R^-1, as keys and queries may differ in number' if partial else ''
+        )
 
     def must_be_nonzero(self, layer: Layer) -> tuple[Statistic, ...]:
         """The input's: W_Q and W_K of saturated heads have no curvature, and no gradient."""
@@ -140,8 +144,12 @@ class AttentionFeature(InputFeature):
         shapes['value_right'] = (heads if exact else 1, columns, columns)
         return {slot: ProjectionMatrix.outline(shape) for slot, shape in shapes.items()}
 
-    def refresh(self, factors: Factors, previous: Operators | None = None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self,
+        factors: Factors,
+        previous: Operators | None = None,
+        damping: Tensor | float | None = None,
+    ) -> tuple[Operators, Tensor]:
         """Inverts what the table shows (see the base class)."""
         if QUERY_CURVATURE.side not in factors:
             return super().refresh(factors, previous, damping)
@@ -173,12 +181,15 @@ class AttentionFeature(InputFeature):
         directions = [
             operators['query_right'].right(operators['query_left'].left(query)),
             operators.get('key_right', operators['query_right']).right(key),
-            operators['value_right'].right(value)]
+            operators['value_right'].right(value),
+        ]
         if 'key_left' in operators:
             directions[1] = operators['key_left'].left(directions[1])
         if self.norm_recovery:
-            directions = [recover_norm(direction, gradient) for direction, gradient
-                          in zip(directions, (query, key, value), strict=True)]
+            directions = [
+                recover_norm(direction, gradient)
+                for direction, gradient in zip(directions, (query, key, value), strict=True)
+            ]
         return torch.cat(directions, dim=1)
 
 
@@ -187,8 +198,9 @@ def _is_attention(layer: Layer) -> bool:
     return layer.has_side(QUERY_CURVATURE.side)
 
 
-def value_operator(weight: Tensor, moment: Tensor, damping: Tensor | float = 0.01,
-                   shift: float = 1e-4) -> tuple[Tensor, Tensor]:
+def value_operator(
+    weight: Tensor, moment: Tensor, damping: Tensor | float = 0.01, shift: float = 1e-4
+) -> tuple[Tensor, Tensor]:
     """The thesis's operator of W_V: ``D = S (W'P W + damping lambda_max I)^-1 S``.
 
     S = W'W + shift I. It stands for the inverse second moment of the rows s_i X, which the thesis

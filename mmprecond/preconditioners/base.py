@@ -99,11 +99,15 @@ class Preconditioner(ABC):
                 check_count(name, getattr(self, name))
         check_choice('oversize', self.oversize, OVERSIZE)
         if self.rotates and self._oversize_form is not None:
-            raise ValueError(f"oversize={self.oversize!r} is for inverses; {type(self).__name__} "
-                             "turns gradients, and takes 'skip' or 'one_sided'")
+            raise ValueError(
+                f'oversize={self.oversize!r} is for inverses; {type(self).__name__} '
+                "turns gradients, and takes 'skip' or 'one_sided'"
+            )
         if self.refresh_interval % self.stat_interval:
-            raise ValueError(f'refresh_interval={self.refresh_interval} must be a multiple of '
-                             f'stat_interval={self.stat_interval}')
+            raise ValueError(
+                f'refresh_interval={self.refresh_interval} must be a multiple of '
+                f'stat_interval={self.stat_interval}'
+            )
 
     @classmethod
     def options(cls) -> list[str]:
@@ -133,14 +137,19 @@ class Preconditioner(ABC):
 
     def selected_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The statistics kept of a layer; none leaves it to the rule."""
-        candidates = tuple(self._over_drawn_rows(layer, statistic)
-                           for statistic in self.candidate_statistics(layer))
+        candidates = tuple(
+            self._over_drawn_rows(layer, statistic)
+            for statistic in self.candidate_statistics(layer)
+        )
         large = {statistic for statistic in candidates if self._is_large(layer, statistic)}
         form = self._oversize_form
         if form and (layer.compressible or not large):
-            return tuple(statistic.in_form(form) if statistic in large
-                         and isinstance(statistic.form, Moment) else statistic
-                         for statistic in candidates)
+            return tuple(
+                statistic.in_form(form)
+                if statistic in large and isinstance(statistic.form, Moment)
+                else statistic
+                for statistic in candidates
+            )
         kept = tuple(statistic for statistic in candidates if statistic not in large)
         return kept if not large or self.oversize == 'one_sided' else ()
 
@@ -153,7 +162,7 @@ class Preconditioner(ABC):
 
         The rows are those of the gradient of the step's mean loss.
         """
-        return 1.
+        return 1.0
 
     def reads_weight(self, layer: Layer) -> bool:
         """True if `refresh` also takes the layers' weights (k, b, o, i), as side `WEIGHT`."""
@@ -162,15 +171,22 @@ class Preconditioner(ABC):
     @property
     def _oversize_form(self) -> Form | None:
         """Replacement for moments above max_dim; None: none."""
-        forms: dict[str, Form] = {'block': Blocks(self.max_dim),
-                                  'lowrank': Sketch(self.max_rank or Sketch.rank)}
+        forms: dict[str, Form] = {
+            'block': Blocks(self.max_dim),
+            'lowrank': Sketch(self.max_rank or Sketch.rank),
+        }
         return forms.get(self.oversize)
 
     def _over_drawn_rows(self, layer: Layer, statistic: Statistic) -> Statistic:
         """The statistic over `max_rows` rows, where the layer can draw some."""
         drawn = SampledRows(most_rows=self.max_rows)
-        if (self.max_rows is None or statistic.rows != ALL or statistic.form.is_bounded
-                or not statistic.form.is_product or not isinstance(drawn, layer.row_kinds)):
+        if (
+            self.max_rows is None
+            or statistic.rows != ALL
+            or statistic.form.is_bounded
+            or not statistic.form.is_product
+            or not isinstance(drawn, layer.row_kinds)
+        ):
             return statistic
         return statistic.over(drawn)
 
@@ -182,21 +198,27 @@ class Preconditioner(ABC):
 
     def outline(self, layer: Layer) -> Operators:
         """The operators of one layer in likely shapes, on the meta device."""
-        return {statistic.side.name: statistic.form.outline(
-            *layer.size_of(statistic.side), layer, self.rank_search)
-            for statistic in self.selected_statistics(layer)}
+        return {
+            statistic.side.name: statistic.form.outline(
+                *layer.size_of(statistic.side), layer, self.rank_search
+            )
+            for statistic in self.selected_statistics(layer)
+        }
 
     def apply_flops(self, layer: Layer) -> float:
         """Floating-point operations of one step's products with a layer's gradient."""
         gradient = torch.empty(1, *layer.shape, device='meta')
         operators = self.outline(layer)
         total = count_flops(self.apply, operators, gradient)
-        return total + (count_flops(self.restore, operators, gradient) if self.rotates else 0.)
+        return total + (count_flops(self.restore, operators, gradient) if self.rotates else 0.0)
 
     def refresh_flops(self, layer: Layer) -> float:
         """About the operations of one refresh: n^3 for each factor."""
-        return sum(float(b * n * m * m) for statistic in self.selected_statistics(layer)
-                   for b, n, m in layer.shapes(statistic).values())
+        return sum(
+            float(b * n * m * m)
+            for statistic in self.selected_statistics(layer)
+            for b, n, m in layer.shapes(statistic).values()
+        )
 
     @property
     def moves_moments(self) -> bool:
@@ -213,8 +235,10 @@ class Preconditioner(ABC):
         selected = self.selected_statistics(layer)
         if len(selected) < len(self.candidate_statistics(layer)):
             return f'one side: the other is over max_dim={self.max_dim}'
-        notes = ((statistic.side.name, statistic.form.note(layer.size_of(statistic.side)[1]))
-                 for statistic in selected)
+        notes = (
+            (statistic.side.name, statistic.form.note(layer.size_of(statistic.side)[1]))
+            for statistic in selected
+        )
         return ', '.join(f'{side} side {note}' for side, note in notes if note)
 
     # ---------------------------------------------------------------- the method itself
@@ -228,8 +252,9 @@ class Preconditioner(ABC):
         """Rule by which samples merge into the running statistics."""
 
     @abstractmethod
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None
+    ) -> tuple[Operators, Tensor]:
         """Turns statistics into operators.
 
         Args:
@@ -300,19 +325,26 @@ def check_statistics(owner: str, statistics: Any) -> None:
         statistics: A tuple of statistics: of different sides, over the same rows.
     """
     if not isinstance(statistics, (tuple, list)):
-        raise TypeError(f'{owner}: statistics={statistics!r} is no tuple; write '
-                        '(Statistic(INPUT, Moment()),)')
+        raise TypeError(
+            f'{owner}: statistics={statistics!r} is no tuple; write (Statistic(INPUT, Moment()),)'
+        )
     wrong = [one for one in statistics if not isinstance(one, Statistic)]
     if wrong:
-        raise TypeError(f'{owner} asks for {wrong[0]!r}, which is no Statistic; write '
-                        'Statistic(INPUT, Moment()) or alike')
+        raise TypeError(
+            f'{owner} asks for {wrong[0]!r}, which is no Statistic; write '
+            'Statistic(INPUT, Moment()) or alike'
+        )
     sides = [one.side for one in statistics]
     if len(set(sides)) < len(sides) or len({one.key for one in statistics}) < len(sides):
-        raise ValueError(f'{owner} asks for two statistics of one side or name: '
-                         f'{", ".join(one.key for one in statistics)}')
+        raise ValueError(
+            f'{owner} asks for two statistics of one side or name: '
+            f'{", ".join(one.key for one in statistics)}'
+        )
     if len({one.rows for one in statistics if one.form.is_product}) > 1:
-        raise ValueError(f'{owner} asks for statistics over different rows: '
-                         f'{", ".join(one.key for one in statistics)}')
+        raise ValueError(
+            f'{owner} asks for statistics over different rows: '
+            f'{", ".join(one.key for one in statistics)}'
+        )
 
 
 def damping_like(value: Tensor | float, like: Tensor) -> Tensor:

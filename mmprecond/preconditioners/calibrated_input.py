@@ -27,7 +27,7 @@ class CalibratedInput(Preconditioner):
         compat: 'paper' or 'official'.
     """
 
-    damping: float = 1.
+    damping: float = 1.0
     compat: str = 'paper'
 
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)
@@ -37,8 +37,9 @@ class CalibratedInput(Preconditioner):
         """The one sample."""
         return RunningAverage(decay=None)
 
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
+    ) -> tuple[Operators, Tensor]:
         """The exact inverse (see the base class)."""
         moment = factors[INPUT].tensor
         rho = damping_like(self.damping if damping is None else damping, moment)

@@ -46,8 +46,10 @@ class EigenRotation(Preconditioner):
     basis_solver: str = 'eigh'
     rotate_moments: bool = True
 
-    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
-                                                   Statistic(GRADIENT, Moment()))
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic(INPUT, Moment()),
+        Statistic(GRADIENT, Moment()),
+    )
     phase: ClassVar[int] = 1
     refresh_on_first_sample: ClassVar[bool] = False
     rotates: ClassVar[bool] = True
@@ -55,8 +57,13 @@ class EigenRotation(Preconditioner):
 
     #: Thesis chapter 4, where moments stay as they are.
     published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=100, refresh_interval=1000, basis_eps=0.01, basis_solver='eigh',
-        rotate_moments=False, **WHOLE_LAYERS)
+        stat_interval=100,
+        refresh_interval=1000,
+        basis_eps=0.01,
+        basis_solver='eigh',
+        rotate_moments=False,
+        **WHOLE_LAYERS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +84,9 @@ class EigenRotation(Preconditioner):
         """The plain mean of all captures (4.25)."""
         return RunningAverage(decay=None)
 
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
+    ) -> tuple[Operators, Tensor]:
         """Bases of the moments; `damping` means nothing here (see the base class)."""
         operators: Operators = {}
         outcomes = []
@@ -94,6 +102,7 @@ class EigenRotation(Preconditioner):
 
     def align(self, operators: Operators, previous: Operators | None) -> Operators:
         """Orders and signs the bases by the previous ones, the first by the identity."""
+
         def aligned(slot: str, basis: Tensor) -> Dense:
             return Dense(assign_columns(basis, _reference_basis(_basis_of(previous, slot), basis)))
 
@@ -118,7 +127,7 @@ def _basis_of(operators: Operators | None, slot: str) -> Tensor | None:
     """The matrix of a slot's operator, or None where there is none."""
     if not operators or slot not in operators:
         return None
-    basis, = operators[slot].tensors
+    (basis,) = operators[slot].tensors
     return basis
 
 

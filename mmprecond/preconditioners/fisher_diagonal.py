@@ -45,15 +45,22 @@ class FisherDiagonal(Preconditioner):
     damping: float = 1e-3
     ema: str = 'paper'
 
-    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Square()),
-                                                   Statistic(GRADIENT, Square()))
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic(INPUT, Square()),
+        Statistic(GRADIENT, Square()),
+    )
     rules: ClassVar[tuple[str, ...]] = ('EMASGD',)
     acts_after_rule: ClassVar[bool] = True
 
     #: The authors' code.
     published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=100, refresh_interval=100, stat_decay=0.8, damping=1e-3, ema='code',
-        **WHOLE_LAYERS)
+        stat_interval=100,
+        refresh_interval=100,
+        stat_decay=0.8,
+        damping=1e-3,
+        ema='code',
+        **WHOLE_LAYERS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,29 +70,37 @@ class FisherDiagonal(Preconditioner):
 
     def average(self) -> RunningAverage:
         """Moving average from ones, of samples that reach from 0 to 1."""
-        old, new = {'paper': (self.stat_decay, 1 - self.stat_decay),
-                    'code': (0.1 * self.stat_decay, 0.01 * self.stat_decay)}[self.ema]
-        return RunningAverage(old, new_weight=new, start=1., normalise='range')
+        old, new = {
+            'paper': (self.stat_decay, 1 - self.stat_decay),
+            'code': (0.1 * self.stat_decay, 0.01 * self.stat_decay),
+        }[self.ema]
+        return RunningAverage(old, new_weight=new, start=1.0, normalise='range')
 
     def outline(self, layer: Layer) -> Operators:
         """s, h' and lambda."""
         blocks, rows, columns = layer.shape
-        return {GRADIENT.name: Diagonal.outline((blocks, rows, 1)),
-                INPUT.name: Diagonal.outline((blocks, 1, columns)),
-                'damping': Diagonal.outline((1, 1, 1))}
+        return {
+            GRADIENT.name: Diagonal.outline((blocks, rows, 1)),
+            INPUT.name: Diagonal.outline((blocks, 1, columns)),
+            'damping': Diagonal.outline((1, 1, 1)),
+        }
 
     def apply_flops(self, layer: Layer) -> float:
         """Operations of one step (see the base class)."""
-        return 3. * math.prod(layer.shape)
+        return 3.0 * math.prod(layer.shape)
 
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
+    ) -> tuple[Operators, Tensor]:
         """The two vectors and lambda (see the base class)."""
         left, right = factors[GRADIENT].tensor, factors[INPUT].tensor.mT
         amount = damping_like(self.damping if damping is None else damping, left)
         finite = left.isfinite().flatten(1).all(1) & right.isfinite().flatten(1).all(1)
-        return {GRADIENT.name: Diagonal(left.clone()), INPUT.name: Diagonal(right.clone()),
-                'damping': Diagonal(amount.expand(len(left), 1, 1, 1).clone())}, finite
+        return {
+            GRADIENT.name: Diagonal(left.clone()),
+            INPUT.name: Diagonal(right.clone()),
+            'damping': Diagonal(amount.expand(len(left), 1, 1, 1).clone()),
+        }, finite
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """The gradients as they are: the rule averages them first."""
@@ -93,6 +108,7 @@ class FisherDiagonal(Preconditioner):
 
     def restore(self, operators: Operators, updates: Tensor) -> Tensor:
         """``D / (s h' + lambda)``."""
-        (damping,), (left,), (right,) = (operators[slot].tensors for slot in (
-            'damping', GRADIENT.name, INPUT.name))
+        (damping,), (left,), (right,) = (
+            operators[slot].tensors for slot in ('damping', GRADIENT.name, INPUT.name)
+        )
         return updates / torch.addcmul(damping, left, right)

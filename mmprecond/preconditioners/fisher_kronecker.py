@@ -89,14 +89,26 @@ class FisherKronecker(Preconditioner):
     scaling: str = 'kl_clip'
     kl_clip: float = 1e-3
 
-    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
-                                                   Statistic(GRADIENT, Moment()))
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic(INPUT, Moment()),
+        Statistic(GRADIENT, Moment()),
+    )
 
     #: The baseline of the thesis's tables.
     published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=20, refresh_interval=200, stat_decay=0.95, damping=0.03, damping_form='pi',
-        reduction='expand', positions=8, solver='inverse', max_columns=256, scaling='kl_clip',
-        kl_clip=1e-3, **WHOLE_LAYERS)
+        stat_interval=20,
+        refresh_interval=200,
+        stat_decay=0.95,
+        damping=0.03,
+        damping_form='pi',
+        reduction='expand',
+        positions=8,
+        solver='inverse',
+        max_columns=256,
+        scaling='kl_clip',
+        kl_clip=1e-3,
+        **WHOLE_LAYERS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,9 +122,11 @@ class FisherKronecker(Preconditioner):
         check_count('max_columns', self.max_columns)
         check_choice('scaling', self.scaling, SCALINGS)
         if self.solver == 'woodbury' and (self.stat_decay or self.reduction == 'expand'):
-            raise ValueError(f"solver='woodbury' keeps few rows of one batch: set stat_decay=0 and "
-                             f"reduction='sample' or 'reduce', not stat_decay={self.stat_decay} "
-                             f'and reduction={self.reduction!r}')
+            raise ValueError(
+                f"solver='woodbury' keeps few rows of one batch: set stat_decay=0 and "
+                f"reduction='sample' or 'reduce', not stat_decay={self.stat_decay} "
+                f'and reduction={self.reduction!r}'
+            )
 
     @property
     def capture_interval(self) -> int:
@@ -124,8 +138,9 @@ class FisherKronecker(Preconditioner):
         return tuple(self._factor_of(statistic.side, layer) for statistic in self.statistics)
 
     def _factor_of(self, side: Side, layer: Layer) -> Statistic:
-        rows: Rows = {'expand': ALL, 'reduce': REDUCED,
-                      'sample': SampledRows(self.positions)}[self.reduction]
+        rows: Rows = {'expand': ALL, 'reduce': REDUCED, 'sample': SampledRows(self.positions)}[
+            self.reduction
+        ]
         tall = layer.size_of(side)[1] > self.max_columns
         if self.solver == 'woodbury' and tall:
             return Statistic(side, Columns(self.max_columns), rows)
@@ -149,30 +164,34 @@ class FisherKronecker(Preconditioner):
         """Moving average that starts from the first sample."""
         return RunningAverage(self.stat_decay, from_first=True)
 
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
+    ) -> tuple[Operators, Tensor]:
         """Inverts the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
         amounts = self._dampings(factors, damping)
-        return damped_powers(factors, lambda side, _: amounts[side],
-                             Power(lambda damped, last: cholesky_inverse(damped)))
+        return damped_powers(
+            factors,
+            lambda side, _: amounts[side],
+            Power(lambda damped, last: cholesky_inverse(damped)),
+        )
 
     def _dampings(self, factors: Factors, damping: Tensor | float) -> dict[Side, Tensor]:
         """Amounts added to each factor's diagonal (k, b)."""
         if self.damping_form == 'relative':
             return {side: relative_damping(factor, damping) for side, factor in factors.items()}
-        means = {side: factor.trace() / factor.tensor.shape[-2]
-                 for side, factor in factors.items()}
+        means = {side: factor.trace() / factor.tensor.shape[-2] for side, factor in factors.items()}
         if any(isinstance(factor.form, Blocks) for factor in factors.values()):  # of whole sides
             means = {side: mean.mean(-1, keepdim=True) for side, mean in means.items()}
         root = damping**0.5
         if len(means) < 2:
             return {side: root + torch.zeros_like(mean) for side, mean in means.items()}
         pi = (means[INPUT] / means[GRADIENT]).sqrt()
-        pi = pi.nan_to_num(nan=1.).clamp(1 / LARGEST_PI, LARGEST_PI)
+        pi = pi.nan_to_num(nan=1.0).clamp(1 / LARGEST_PI, LARGEST_PI)
         amounts = {INPUT: root * pi, GRADIENT: root / pi}
-        return {side: amounts[side].expand(factor.tensor.shape[:2])
-                for side, factor in factors.items()}
+        return {
+            side: amounts[side].expand(factor.tensor.shape[:2]) for side, factor in factors.items()
+        }
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1``; the KL clip comes after, over all layers."""

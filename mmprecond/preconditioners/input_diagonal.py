@@ -49,7 +49,8 @@ class InputDiagonal(Preconditioner):
 
     #: The authors' code.
     published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=1, refresh_interval=1, stat_decay=0.999, eps=1e-8, **WHOLE_LAYERS)
+        stat_interval=1, refresh_interval=1, stat_decay=0.999, eps=1e-8, **WHOLE_LAYERS
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,8 +70,9 @@ class InputDiagonal(Preconditioner):
         """Operations of one step (see the base class)."""
         return float(math.prod(layer.shape))
 
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
+    ) -> tuple[Operators, Tensor]:
         """Roots; `damping` means nothing here (see the base class)."""
         square = factors[INPUT].tensor.mT
         least = self.FLOOR * square.mean((-3, -1), keepdim=True)

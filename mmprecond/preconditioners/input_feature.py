@@ -42,7 +42,7 @@ class InputFeature(InversePreconditioner):
     refresh_interval: int = 500
     stat_decay: float = 0.95
     damping: float = 0.01
-    exponent: float = 1.
+    exponent: float = 1.0
     norm_recovery: bool = True
     solver: str = 'exact'
 
@@ -51,8 +51,15 @@ class InputFeature(InversePreconditioner):
 
     #: Thesis chapter 5.
     published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=50, refresh_interval=500, stat_decay=0.95, damping=0.01, exponent=1.,
-        norm_recovery=True, solver='exact', **WHOLE_LAYERS)
+        stat_interval=50,
+        refresh_interval=500,
+        stat_decay=0.95,
+        damping=0.01,
+        exponent=1.0,
+        norm_recovery=True,
+        solver='exact',
+        **WHOLE_LAYERS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,8 +67,10 @@ class InputFeature(InversePreconditioner):
         check_damping('damping', self.damping)
         check_number('exponent', self.exponent, open_low=True)
         if self.solver == 'lowrank' and self.exponent > 1:
-            raise ValueError(f"exponent={self.exponent} amplifies the errors of solver='lowrank'; "
-                             "set solver='exact'")
+            raise ValueError(
+                f"exponent={self.exponent} amplifies the errors of solver='lowrank'; "
+                "set solver='exact'"
+            )
         check_flag('norm_recovery', self.norm_recovery)
 
     @property
@@ -73,14 +82,22 @@ class InputFeature(InversePreconditioner):
         """Moving average of the captures as they are."""
         return RunningAverage(self.stat_decay)
 
-    def refresh(self, factors: Factors, previous: Operators | None = None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self,
+        factors: Factors,
+        previous: Operators | None = None,
+        damping: Tensor | float | None = None,
+    ) -> tuple[Operators, Tensor]:
         """Inverts the damped moments (see the base class)."""
         damping = self.damping if damping is None else damping
-        power = Power(lambda damped, last: inverse_power(damped, self.exponent), self.exponent,
-                      self.rank_search)
-        return damped_powers(factors, lambda _, factor: relative_damping(factor, damping), power,
-                             previous)
+        power = Power(
+            lambda damped, last: inverse_power(damped, self.exponent),
+            self.exponent,
+            self.rank_search,
+        )
+        return damped_powers(
+            factors, lambda _, factor: relative_damping(factor, damping), power, previous
+        )
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``G R^-p`` with norm recovery."""

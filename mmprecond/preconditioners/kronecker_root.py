@@ -50,13 +50,21 @@ class KroneckerRoot(InversePreconditioner):
     root_steps: int = 10
 
     dense_solvers: ClassVar[tuple[str, ...]] = ('newton_schulz', 'eigh')
-    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
-                                                   Statistic(GRADIENT, Moment()))
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic(INPUT, Moment()),
+        Statistic(GRADIENT, Moment()),
+    )
 
     #: AdaBK's code.
     published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=200, refresh_interval=2000, stat_decay=0.9, damping=1e-5,
-        solver='newton_schulz', root_steps=10, **WHOLE_LAYERS)
+        stat_interval=200,
+        refresh_interval=2000,
+        stat_decay=0.9,
+        damping=1e-5,
+        solver='newton_schulz',
+        root_steps=10,
+        **WHOLE_LAYERS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,16 +73,19 @@ class KroneckerRoot(InversePreconditioner):
         check_count('root_steps', self.root_steps)
         for setting, other in (('oversize', 'block'), ('solver', 'eigh')):
             if getattr(self, setting) == 'lowrank' and self.damping < LEAST_LOWRANK_DAMPING:
-                raise ValueError(f"{setting}='lowrank' leaves out eigenvalues that damping="
-                                 f'{self.damping} would not hide: set damping of at least '
-                                 f'{LEAST_LOWRANK_DAMPING}, or {setting}={other!r}')
+                raise ValueError(
+                    f"{setting}='lowrank' leaves out eigenvalues that damping="
+                    f'{self.damping} would not hide: set damping of at least '
+                    f'{LEAST_LOWRANK_DAMPING}, or {setting}={other!r}'
+                )
 
     def average(self) -> RunningAverage:
         """Moving average of the captures as they are."""
         return RunningAverage(self.stat_decay)
 
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
+    ) -> tuple[Operators, Tensor]:
         """Inverse roots of the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
 
@@ -83,9 +94,12 @@ class KroneckerRoot(InversePreconditioner):
                 return newton_schulz_inverse_root(damped, self.root_steps)
             return inverse_power(damped, 0.5)
 
-        return damped_powers(factors,
-                             lambda _, factor: exact_relative_damping(factor, damping),
-                             Power(root, exponent=0.5, search=self.rank_search), previous)
+        return damped_powers(
+            factors,
+            lambda _, factor: exact_relative_damping(factor, damping),
+            Power(root, exponent=0.5, search=self.rank_search),
+            previous,
+        )
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``L^-1/2 G R^-1/2`` with norm recovery; a side without an operator is left alone."""

@@ -50,13 +50,23 @@ class NewtonKronecker(InversePreconditioner):
     solver: str = 'newton'
 
     dense_solvers: ClassVar[tuple[str, ...]] = ('newton', 'cholesky')
-    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),
-                                                   Statistic(GRADIENT, Moment()))
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic(INPUT, Moment()),
+        Statistic(GRADIENT, Moment()),
+    )
 
     #: Thesis chapter 3 and its code.
     published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=20, refresh_interval=200, stat_decay=0.95, damping=0.01, damping_floor=1e-4,
-        newton_steps=1, exact_interval=500, solver='newton', **WHOLE_LAYERS)
+        stat_interval=20,
+        refresh_interval=200,
+        stat_decay=0.95,
+        damping=0.01,
+        damping_floor=1e-4,
+        newton_steps=1,
+        exact_interval=500,
+        solver='newton',
+        **WHOLE_LAYERS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,8 +91,9 @@ class NewtonKronecker(InversePreconditioner):
         """Moving average of normalised captures."""
         return RunningAverage(self.stat_decay, normalise='norm')
 
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
+    ) -> tuple[Operators, Tensor]:
         """Inverts the damped factors (see the base class)."""
         damping = self.damping if damping is None else damping
 

@@ -52,14 +52,20 @@ class NystromFeature(Preconditioner):
     stat_interval: int = 5
     refresh_interval: int = 50
     stat_decay: float = 0.95
-    damping: float = 1.
+    damping: float = 1.0
     rank: int = 10
     sketch: str = 'gaussian'
 
     #: The authors' code.
     published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=5, refresh_interval=50, stat_decay=0.95, damping=1., rank=10,
-        sketch='gaussian', **WHOLE_LAYERS)
+        stat_interval=5,
+        refresh_interval=50,
+        stat_decay=0.95,
+        damping=1.0,
+        rank=10,
+        sketch='gaussian',
+        **WHOLE_LAYERS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,8 +88,9 @@ class NystromFeature(Preconditioner):
         """Moving average with bias correction."""
         return RunningAverage(self.stat_decay, corrected=True)
 
-    def refresh(self, factors: Factors, previous: Operators | None,
-                damping: Tensor | float | None = None) -> tuple[Operators, Tensor]:
+    def refresh(
+        self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
+    ) -> tuple[Operators, Tensor]:
         """Inverts; of columns their small side (see the base class)."""
         rho = self.damping if damping is None else damping
 

@@ -34,35 +34,43 @@ def register_preconditioner(method: Method, name: str | None = None) -> Method:
             published settings.
     """
     if not (isinstance(method, type) and issubclass(method, Preconditioner)):
-        raise TypeError(f'register_preconditioner takes a subclass of Preconditioner, not '
-                        f'{method!r}')
+        raise TypeError(
+            f'register_preconditioner takes a subclass of Preconditioner, not {method!r}'
+        )
     missing = sorted(getattr(method, '__abstractmethods__', ()))
     if missing:
         raise TypeError(f'{method.__name__} must define {", ".join(missing)}')
     if '__dataclass_fields__' not in vars(method):
-        raise TypeError(f'{method.__name__} is no dataclass of its own; write '
-                        '@dataclass(frozen=True, kw_only=True) above it')
+        raise TypeError(
+            f'{method.__name__} is no dataclass of its own; write '
+            '@dataclass(frozen=True, kw_only=True) above it'
+        )
     check_statistics(method.__name__, method.statistics)
-    open_settings = [field.name for field in fields(method)
-                     if field.default is MISSING and field.default_factory is MISSING]
+    open_settings = [
+        field.name
+        for field in fields(method)
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
     if open_settings:
         raise ValueError(f'{method.__name__} has no default for {", ".join(open_settings)}')
     unknown = sorted(set(method.published) - set(method.options()))
     if unknown:
-        raise ValueError(f'{method.__name__}.published names {", ".join(unknown)}, which are no '
-                         'settings of it')
+        raise ValueError(
+            f'{method.__name__}.published names {", ".join(unknown)}, which are no settings of it'
+        )
     name = method.__name__ if name is None else name
     if not isinstance(name, str) or not name:
         raise TypeError(f'name={name!r} is no name')
     if METHODS.get(name, method) is not method:
-        raise ValueError(f'the name {name!r} belongs to {METHODS[name].__module__}.'
-                         f'{METHODS[name].__qualname__}; give another by name=...')
+        raise ValueError(
+            f'the name {name!r} belongs to {METHODS[name].__module__}.'
+            f'{METHODS[name].__qualname__}; give another by name=...'
+        )
     METHODS[name] = method
     return method
 
 
-def build_preconditioner(method: type[Preconditioner],
-                         settings: dict[str, Any]) -> Preconditioner:
+def build_preconditioner(method: type[Preconditioner], settings: dict[str, Any]) -> Preconditioner:
     """A method from its settings, which may start from a named set by ``settings='published'``."""
     given = dict(settings)
     named = given.pop('settings', 'default')

@@ -12,8 +12,12 @@ from ..linalg import Operator, Operators
 from .base import Factors
 
 
-def damped_powers(factors: Factors, amount: Callable[[Side, Factor], Tensor], power: Power,
-                  previous: Operators | None = None) -> tuple[Operators, Tensor]:
+def damped_powers(
+    factors: Factors,
+    amount: Callable[[Side, Factor], Tensor],
+    power: Power,
+    previous: Operators | None = None,
+) -> tuple[Operators, Tensor]:
     """Negative powers of all sides' damped moments.
 
     Args:
@@ -28,6 +32,7 @@ def damped_powers(factors: Factors, amount: Callable[[Side, Factor], Tensor], po
     operators: Operators = {}
     outcomes = []
     for side, factor in factors.items():
+
         def side_amount(factor: Factor, side: Side = side) -> Tensor:
             return amount(side, factor)
 

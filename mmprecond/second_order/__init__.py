@@ -8,5 +8,12 @@ from .double_backward import (
 )
 from .weight_norm import WeightNormConv2d, is_vector, weight_norm
 
-__all__ = ['WeightNormConv2d', 'detach_gradients', 'fill_missing', 'is_vector', 'mean_over_ranks',
-           'refuse_single_backward', 'weight_norm']
+__all__ = [
+    'WeightNormConv2d',
+    'detach_gradients',
+    'fill_missing',
+    'is_vector',
+    'mean_over_ranks',
+    'refuse_single_backward',
+    'weight_norm',
+]

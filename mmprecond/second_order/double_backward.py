@@ -26,7 +26,7 @@ _ONCE = {
 _ONCE_ON_CUDA = {
     'mmcv.ops.focal_loss.': 'use_sigmoid=True with a loss in plain torch',
     'mmdet.models.losses.focal_loss.FocalLoss': 'a loss in plain torch, such as '
-                                                'CrossEntropyLoss(use_sigmoid=True)',
+    'CrossEntropyLoss(use_sigmoid=True)',
 }
 
 
@@ -42,11 +42,15 @@ def refuse_single_backward(model: nn.Module, owner: str) -> None:
         kind: Any = type(module)
         for beginning, instead in once.items():
             if qualified_name(kind).startswith(beginning):
-                raise ValueError(f'{name} is a {kind.__name__}, which cannot be differentiated '
-                                 f'twice as {owner} needs; use {instead}, or another optimizer')
+                raise ValueError(
+                    f'{name} is a {kind.__name__}, which cannot be differentiated '
+                    f'twice as {owner} needs; use {instead}, or another optimizer'
+                )
         if getattr(module, 'with_cp', False):
-            raise ValueError(f'{name} has with_cp=True, whose recomputation cannot be '
-                             f'differentiated twice as {owner} needs; set with_cp=False')
+            raise ValueError(
+                f'{name} has with_cp=True, whose recomputation cannot be '
+                f'differentiated twice as {owner} needs; set with_cp=False'
+            )
 
 
 def fill_missing(groups: Sequence[dict[str, Any]]) -> set[Tensor]:

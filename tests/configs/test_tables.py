@@ -33,22 +33,38 @@ def test_every_row_of_the_tables_has_one_config() -> None:
     content = json.loads(verify.paper.ROWS.read_text())
     keys = ('table', 'detector', 'backbone', 'schedule', 'optimizer')
     papers = [launch.load_config(str(path)).get('paper') for path in CONFIGS]
-    assert sorted(tuple(paper[key] for key in keys) for paper in papers
-                  if paper and 'table' in paper) == sorted(
-        tuple(row[key] for key in keys) for row in content['coco']
-        if not row['is_toolbox_default'] or row['schedule'] == '2x')  # which MMDetection has not
-    cifar, imagenet, mini = (content['classification'][key] for key in (
-        'cifar', 'imagenet', 'mini_imagenet'))
-    tables = [*(('CIFAR-100', cifar[f'chapter{number}']['cifar100']) for number in (2, 3, 4)),
-              ('ImageNet', imagenet['top1']), ('ImageNet', imagenet['swin']['top1']),
-              ('Mini-ImageNet', mini['top1'])]
-    assert sorted((paper['data'], paper['model'], paper['optimizer'], paper['result']['top1'])
-                  for paper in papers if paper and 'data' in paper and 'result' in paper) == sorted(
-        (data, model, name, top1) for data, table in tables for model, scores in table.items()
-        for name, top1 in scores.items() if name in OURS)
-    assert [path.stem for path, paper in zip(CONFIGS, papers, strict=True)
-            if paper and 'result' not in paper] == ['resnet18_b128_cifar10_nkfac',
-                                                    'resnet50_b128_cifar10_nkfac']
+    assert sorted(
+        tuple(paper[key] for key in keys) for paper in papers if paper and 'table' in paper
+    ) == sorted(
+        tuple(row[key] for key in keys)
+        for row in content['coco']
+        if not row['is_toolbox_default'] or row['schedule'] == '2x'
+    )  # which MMDetection has not
+    cifar, imagenet, mini = (
+        content['classification'][key] for key in ('cifar', 'imagenet', 'mini_imagenet')
+    )
+    tables = [
+        *(('CIFAR-100', cifar[f'chapter{number}']['cifar100']) for number in (2, 3, 4)),
+        ('ImageNet', imagenet['top1']),
+        ('ImageNet', imagenet['swin']['top1']),
+        ('Mini-ImageNet', mini['top1']),
+    ]
+    assert sorted(
+        (paper['data'], paper['model'], paper['optimizer'], paper['result']['top1'])
+        for paper in papers
+        if paper and 'data' in paper and 'result' in paper
+    ) == sorted(
+        (data, model, name, top1)
+        for data, table in tables
+        for model, scores in table.items()
+        for name, top1 in scores.items()
+        if name in OURS
+    )
+    assert [
+        path.stem
+        for path, paper in zip(CONFIGS, papers, strict=True)
+        if paper and 'result' not in paper
+    ] == ['resnet18_b128_cifar10_nkfac', 'resnet50_b128_cifar10_nkfac']
     hybrids = [path.stem for path, paper in zip(CONFIGS, papers, strict=True) if not paper]
     assert len(hybrids) == 5 and all('coco_afopt' in name for name in hybrids)
 
@@ -69,37 +85,79 @@ def test_baselines_are_configs_with_another_optimizer() -> None:
         assert [one for one in wrong if ' is nan' not in one] == []
 
 
-@pytest.mark.parametrize('name, before, after, words', [
-    (DETECTOR, 'lr=0.02', 'lr=0.01', 'lr is 0.01, the paper has 0.02'),
-    (DETECTOR, 'refresh_interval=1000', 'refresh_interval=500', 'refresh_interval is 500'),
-    (DETECTOR, "_1x_coco.py'\n", "_2x_coco.py'\n", 'max_epochs is 24'),
-    (DETECTOR, 'AP=39.7', 'AP=39.8', 'result is'),
-    (DETECTOR, 'momentum=0.9', 'momentum=0.5', 'momentum is 0.5'),
-    (DETECTOR, 'momentum=0.9', 'momentum=0.9, damping=10.',
-     'damping is 10.0, the paper has nothing'),
-    (DETECTOR, "constructor='Precond", "accumulative_counts=4,\n    constructor='Precond",
-     'optim_wrapper.accumulative_counts differs'),
-    (DETECTOR, "table='3.7'", "table='3.8'", '0 rows'),
-    (DETECTOR, 'optim_wrapper = ', 'model = dict(backbone=dict(depth=101))\noptim_wrapper = ',
-     'model.backbone.depth differs'),
-    (CLASSIFIER, 'weight_decay=0.001', 'weight_decay=0.01', 'weight_decay is 0.01'),
-    (CLASSIFIER, ',\n                   stat_interval=20', '', 'stat_interval is None'),
-    (CLASSIFIER, 'T_max=200', 'T_max=100', "schedule is [{'type': 'CosineAnnealingLR', 'T_max': 1"),
-    (CLASSIFIER, 'eta_min_ratio=1e-3', 'eta_min_ratio=1e-3, begin=5', "'begin': 5"),
-    (CLASSIFIER, 'optim_wrapper = ', 'train_cfg = dict(max_epochs=100)\noptim_wrapper = ',
-     'max_epochs is 100'),
-    (CLASSIFIER, 'optim_wrapper = ', 'train_dataloader = dict(batch_size=64)\noptim_wrapper = ',
-     'batch of a GPU, and of all is [64, 64], the paper has [128, 128]'),
-    (CLASSIFIER, 'optim_wrapper = ', "load_from = 'other.pth'\noptim_wrapper = ",
-     "pretrained weights is ['other.pth', False]"),
-    (CLASSIFIER, 'resnet18_cifar100.py', 'resnet50_cifar100.py',
-     "backbone is {'type': 'ResNet_CIFAR', 'depth': 50}"),
-    (CLASSIFIER, "data='CIFAR-100'", "data='CIFAR-10'", 'data is CIFAR100, the paper has CIFAR10'),
-    (CLASSIFIER, "model='ResNet18'", "model='VGG11'", '0 rows'),
-    (CLASSIFIER, 'top1=80.23', 'top1=80.24', 'result is'),
-])
-def test_a_wrong_config_is_found(name: str, before: str, after: str, words: str,
-                                 tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    'name, before, after, words',
+    [
+        (DETECTOR, 'lr=0.02', 'lr=0.01', 'lr is 0.01, the paper has 0.02'),
+        (DETECTOR, 'refresh_interval=1000', 'refresh_interval=500', 'refresh_interval is 500'),
+        (DETECTOR, "_1x_coco.py'\n", "_2x_coco.py'\n", 'max_epochs is 24'),
+        (DETECTOR, 'AP=39.7', 'AP=39.8', 'result is'),
+        (DETECTOR, 'momentum=0.9', 'momentum=0.5', 'momentum is 0.5'),
+        (
+            DETECTOR,
+            'momentum=0.9',
+            'momentum=0.9, damping=10.',
+            'damping is 10.0, the paper has nothing',
+        ),
+        (
+            DETECTOR,
+            "constructor='Precond",
+            "accumulative_counts=4,\n    constructor='Precond",
+            'optim_wrapper.accumulative_counts differs',
+        ),
+        (DETECTOR, "table='3.7'", "table='3.8'", '0 rows'),
+        (
+            DETECTOR,
+            'optim_wrapper = ',
+            'model = dict(backbone=dict(depth=101))\noptim_wrapper = ',
+            'model.backbone.depth differs',
+        ),
+        (CLASSIFIER, 'weight_decay=0.001', 'weight_decay=0.01', 'weight_decay is 0.01'),
+        (CLASSIFIER, ',\n                   stat_interval=20', '', 'stat_interval is None'),
+        (
+            CLASSIFIER,
+            'T_max=200',
+            'T_max=100',
+            "schedule is [{'type': 'CosineAnnealingLR', 'T_max': 1",
+        ),
+        (CLASSIFIER, 'eta_min_ratio=1e-3', 'eta_min_ratio=1e-3, begin=5', "'begin': 5"),
+        (
+            CLASSIFIER,
+            'optim_wrapper = ',
+            'train_cfg = dict(max_epochs=100)\noptim_wrapper = ',
+            'max_epochs is 100',
+        ),
+        (
+            CLASSIFIER,
+            'optim_wrapper = ',
+            'train_dataloader = dict(batch_size=64)\noptim_wrapper = ',
+            'batch of a GPU, and of all is [64, 64], the paper has [128, 128]',
+        ),
+        (
+            CLASSIFIER,
+            'optim_wrapper = ',
+            "load_from = 'other.pth'\noptim_wrapper = ",
+            "pretrained weights is ['other.pth', False]",
+        ),
+        (
+            CLASSIFIER,
+            'resnet18_cifar100.py',
+            'resnet50_cifar100.py',
+            "backbone is {'type': 'ResNet_CIFAR', 'depth': 50}",
+        ),
+        (
+            CLASSIFIER,
+            "data='CIFAR-100'",
+            "data='CIFAR-10'",
+            'data is CIFAR100, the paper has CIFAR10',
+        ),
+        (CLASSIFIER, "model='ResNet18'", "model='VGG11'", '0 rows'),
+        (CLASSIFIER, 'top1=80.23', 'top1=80.24', 'result is'),
+    ],
+)
+def test_a_wrong_config_is_found(
+    name: str, before: str, after: str, words: str, tmp_path: Path
+) -> None:
     path = ROOT / f'configs/{name}.py'
     source = path.read_text()
     assert source.count(before) == 1
@@ -109,15 +167,20 @@ def test_a_wrong_config_is_found(name: str, before: str, after: str, words: str,
     assert words in '; '.join(verify.differences(wrong))
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'configs/_base_').glob('*_cifar100.py')),
-                         ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path', sorted((ROOT / 'configs/_base_').glob('*_cifar100.py')), ids=lambda path: path.stem
+)
 def test_shared_parts_of_cifar_change_network_schedule_and_size_alone(path: Path) -> None:
     base = 'mmpretrain::resnet/resnet50_8xb16_cifar100.py'
-    theirs, ours = (verify.flat(verify.paper.plain(launch.load_config(name).to_dict()))
-                    for name in (base, str(path)))
-    changed = [key for key in sorted(theirs.keys() | ours.keys())
-               if ours.get(key) != theirs.get(key)
-               and not key.startswith(('model.', 'param_scheduler.'))]
+    theirs, ours = (
+        verify.flat(verify.paper.plain(launch.load_config(name).to_dict()))
+        for name in (base, str(path))
+    )
+    changed = [
+        key
+        for key in sorted(theirs.keys() | ours.keys())
+        if ours.get(key) != theirs.get(key) and not key.startswith(('model.', 'param_scheduler.'))
+    ]
     enlarged = [key for key in changed if key.endswith('pipeline')]
     assert [key for key in changed if key not in enlarged] == ['train_dataloader.batch_size']
     assert len(enlarged) == (5 if 'dense' in path.stem or 'google' in path.stem else 0)
@@ -133,10 +196,16 @@ def test_a_detector_builds_and_steps_at_its_real_size(tmp_path: Path) -> None:
     assert outcome.problems == [] and len(outcome.seconds) == 1
 
 
-@pytest.mark.parametrize('name, layers', [('vgg/vgg11bn_b128_cifar100_sgdph', '3 of 24'),
-                                          ('resnet/resnet18_b128_cifar100_skfac', '21 of 21')])
-def test_a_classifier_builds_and_steps_at_its_real_size(name: str, layers: str,
-                                                        tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    'name, layers',
+    [
+        ('vgg/vgg11bn_b128_cifar100_sgdph', '3 of 24'),
+        ('resnet/resnet18_b128_cifar100_skfac', '21 of 21'),
+    ],
+)
+def test_a_classifier_builds_and_steps_at_its_real_size(
+    name: str, layers: str, tmp_path: Path
+) -> None:
     data = verify.make_data(tmp_path, 3, 64)
     outcome = verify.take_steps(ROOT / f'configs/{name}.py', data, 3)
     assert outcome.problems == [] and outcome.layers == layers
@@ -144,8 +213,9 @@ def test_a_classifier_builds_and_steps_at_its_real_size(name: str, layers: str,
 
 def test_a_process_that_dies_costs_its_own_row_alone(tmp_path: Path) -> None:
     deadly = tmp_path / 'deadly.py'
-    deadly.write_text('import os\n_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"\n'
-                      'os._exit(9)\n')
+    deadly.write_text(
+        'import os\n_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"\nos._exit(9)\n'
+    )
     outcome = verify.prove_alone(deadly, None, 1)
     assert outcome.problems == ['the process was killed: is there too little memory?']
     assert '| deadly | the process was killed' in verify.table({deadly: outcome})
@@ -159,8 +229,11 @@ def test_the_index_is_up_to_date() -> None:
 
 
 def test_the_full_run_is_in_the_docs() -> None:
-    rows = re.findall(r'^\| (\S+_\S+) \| ([^|]+) \|', (ROOT / 'docs/reproducing.md').read_text(),
-                      flags=re.MULTILINE)
+    rows = re.findall(
+        r'^\| (\S+_\S+) \| ([^|]+) \|',
+        (ROOT / 'docs/reproducing.md').read_text(),
+        flags=re.MULTILINE,
+    )
     assert [name for name, _ in rows] == [path.stem for path in CONFIGS]
     assert {settings for _, settings in rows} == {'as they must be'}
 
@@ -181,16 +254,25 @@ def test_the_index_as_mim_reads_it() -> None:
     run = make_index.metafile('mask_rcnn', [(CONFIGS[0], {}, dict(APb=40.2, APm=36.5))])
     assert yaml.safe_load(run)['Models'][0]['Results'] == [
         {'Task': 'Object Detection', 'Dataset': 'COCO', 'Metrics': {'box AP': 40.2}},
-        {'Task': 'Instance Segmentation', 'Dataset': 'COCO', 'Metrics': {'mask AP': 36.5}}]
+        {'Task': 'Instance Segmentation', 'Dataset': 'COCO', 'Metrics': {'mask AP': 36.5}},
+    ]
     run = make_index.metafile('vgg', [(CONFIGS[0], dict(data='CIFAR-100'), dict(top1=70.1))])
     assert yaml.safe_load(run)['Models'][0]['Results'] == [
-        {'Task': 'Image Classification', 'Dataset': 'CIFAR-100',
-         'Metrics': {'Top 1 Accuracy': 70.1}}]
+        {
+            'Task': 'Image Classification',
+            'Dataset': 'CIFAR-100',
+            'Metrics': {'Top 1 Accuracy': 70.1},
+        }
+    ]
 
 
 def test_configs_travel_with_the_package(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', str(tmp_path)],
-                   cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     shipped = tmp_path / 'mmprecond/.mim'
     assert (shipped / 'model-index.yml').is_file()
     (hybrid,) = shipped.glob('configs/mask_rcnn/*_afopt-nkfac_adamw.py')

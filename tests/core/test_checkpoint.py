@@ -18,15 +18,16 @@ from tests.support.states import differences, everything, saved, walk
 
 KINDS: dict[str, tuple[type[PreconditionedOptimizer], dict[str, Any]]] = {
     'NKFAC': (NKFAC, dict(lr=0.05, momentum=0.9, weight_decay=0.01)),
-    'no momentum': (NKFAC, dict(lr=0.05, momentum=0.)),
+    'no momentum': (NKFAC, dict(lr=0.05, momentum=0.0)),
     'cholesky': (NKFAC, dict(lr=0.05, solver='cholesky')),
     'AdaNKFAC': (AdaNKFAC, dict(lr=0.01, weight_decay=0.1)),
     'one-sided': (NKFAC, dict(lr=0.05, max_dim=8)),
 }
 
 
-def make(kind: str = 'NKFAC', model: nn.Module | None = None,
-         **options: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
+def make(
+    kind: str = 'NKFAC', model: nn.Module | None = None, **options: Any
+) -> tuple[nn.Module, PreconditionedOptimizer]:
     model = Net() if model is None else model
     cls, settings = KINDS[kind]
     return model, cls(model, **{**settings, 'stat_interval': 1, 'refresh_interval': 2, **options})
@@ -78,7 +79,7 @@ def test_loading_drops_what_was_staged_and_arms_for_the_loaded_step() -> None:
     kept = saved(optimizer.state_dict())
     twin, resumed = make(model=copy.deepcopy(model), stat_interval=2, refresh_interval=2)
     twin.eval()
-    (twin(torch.randn(6, 2, 5, 5), late=True)**2).mean().backward()
+    (twin(torch.randn(6, 2, 5, 5), late=True) ** 2).mean().backward()
     twin.train()
     assert resumed.curvature.capture.staged
     resumed.load_state_dict(kept)
@@ -91,7 +92,8 @@ def test_loading_drops_what_was_staged_and_arms_for_the_loaded_step() -> None:
 
 @pytest.mark.parametrize('why', ['missing', 'not saved'])
 def test_without_saved_curvature_it_is_measured_at_the_next_step(
-        why: str, caplog: pytest.LogCaptureFixture) -> None:
+    why: str, caplog: pytest.LogCaptureFixture
+) -> None:
     options = dict(stat_interval=5, refresh_interval=10)
     model, optimizer = make(save_curvature=why == 'missing', **options)
     train(model, optimizer, range(7))
@@ -158,6 +160,7 @@ def test_a_state_of_another_number_of_parameters_is_torchs_error() -> None:
 def set_nan(kind: str) -> Callable[[dict[str, Any]], None]:
     def corrupt(entry: dict[str, Any]) -> None:
         entry[kind]['input_moment'][0, 0, 0] = float('nan')
+
     return corrupt
 
 
@@ -174,7 +177,7 @@ CORRUPTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     'unknown operator': lambda e: e['operator'].update(other=torch.zeros(1, 5, 5)),
     'shape': lambda e: e['statistics'].update(input_moment=torch.zeros(1, 4, 4)),
     'shape of the operator': lambda e: e['operator'].update(gradient_moment=torch.zeros(4, 4)),
-    'no tensor': lambda e: e['statistics'].update(input_moment=[1.]),
+    'no tensor': lambda e: e['statistics'].update(input_moment=[1.0]),
     'statistics is a list': lambda e: e.update(statistics=[]),
     'one operator': lambda e: e['operator'].popitem(),
     'empty operator': lambda e: e['operator'].clear(),
@@ -185,7 +188,8 @@ CORRUPTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize('name', CORRUPTIONS)
 def test_a_corrupt_entry_is_named_and_measured_anew(
-        name: str, caplog: pytest.LogCaptureFixture) -> None:
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model, optimizer = make()
     train(model, optimizer, range(6))
     state = saved(optimizer.state_dict())
@@ -214,7 +218,8 @@ WHOLES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize('name', WHOLES)
 def test_a_corrupt_state_is_reported_and_measured_anew(
-        name: str, caplog: pytest.LogCaptureFixture) -> None:
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model, optimizer = make()
     train(model, optimizer, range(6))
     state = saved(optimizer.state_dict())

@@ -42,7 +42,7 @@ def train(model: nn.Module, optimizer: NKFAC, steps: range) -> None:
     for step in steps:
         x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        (model(x)**2).mean().backward()
+        (model(x) ** 2).mean().backward()
         optimizer.step()
 
 
@@ -61,14 +61,19 @@ class Sabotage:
         self.seen: list[tuple[torch.dtype, bool]] = []
         real = NewtonKronecker.refresh
 
-        def refresh(method: NewtonKronecker, factors: dict[Side, Factor],
-                    previous: Operators | None, damping: Any = None) -> Any:
+        def refresh(
+            method: NewtonKronecker,
+            factors: dict[Side, Factor],
+            previous: Operators | None,
+            damping: Any = None,
+        ) -> Any:
             operators, good = real(method, factors, previous, damping)
             moments = factors[INPUT].tensor
             self.seen.append((moments.dtype, previous is None))
             bad = torch.tensor([moments.dtype in self.dtypes and self.only(m) for m in moments])
             broken = map_tensors(
-                operators, lambda o: torch.where(bad[:, None, None, None], float('nan'), o))
+                operators, lambda o: torch.where(bad[:, None, None, None], float('nan'), o)
+            )
             return broken, good & ~bad
 
         patch.setattr(NewtonKronecker, 'refresh', refresh)
@@ -87,6 +92,7 @@ def second_of(optimizer: NKFAC) -> Fails:
         layers = optimizer.state_dict()['precond']['layers']
         own = layers[name]['statistics']['input_moment']
         return own.shape == statistic.shape and torch.equal(own.to(statistic.dtype), statistic)
+
     return fails
 
 
@@ -105,7 +111,8 @@ def counters(optimizer: NKFAC, name: str = 'second.weight') -> tuple[int, int]:
 
 @pytest.mark.parametrize('steps_before', [1, 5])
 def test_the_last_good_operator_stays_and_others_go_on(
-        steps_before: int, sabotage: Sabotage, caplog: pytest.LogCaptureFixture) -> None:
+    steps_before: int, sabotage: Sabotage, caplog: pytest.LogCaptureFixture
+) -> None:
     model, optimizer = make()
     train(model, optimizer, range(steps_before))
     before = operators(optimizer)
@@ -124,7 +131,8 @@ def test_the_last_good_operator_stays_and_others_go_on(
 
 
 def test_a_failure_is_retried_exactly_in_float64(
-        sabotage: Sabotage, caplog: pytest.LogCaptureFixture) -> None:
+    sabotage: Sabotage, caplog: pytest.LogCaptureFixture
+) -> None:
     """The retry succeeds here: no failure is left, and the inverse is that of float64."""
     model, optimizer = make()
     train(model, optimizer, range(5))
@@ -183,7 +191,7 @@ def test_after_a_failure_the_next_refresh_is_exact(sabotage: Sabotage) -> None:
 def test_a_layer_without_an_operator_takes_the_plain_rule(sabotage: Sabotage) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
-    optimizer = NKFAC(model, lr=1., momentum=0., stat_interval=1, refresh_interval=1)
+    optimizer = NKFAC(model, lr=1.0, momentum=0.0, stat_interval=1, refresh_interval=1)
     before = model.weight.detach().clone()
     sabotage.only = lambda statistic: True
     train(model, optimizer, range(1))
@@ -203,14 +211,15 @@ def test_a_failed_first_refresh_waits_for_new_statistics(sabotage: Sabotage) -> 
 
 @pytest.mark.parametrize('solver', ['cholesky', 'newton'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_an_indefinite_statistic_is_a_failure(solver: str, dtype: torch.dtype,
-                                              caplog: pytest.LogCaptureFixture) -> None:
+def test_an_indefinite_statistic_is_a_failure(
+    solver: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
     """Nothing is patched here: a saved statistic is not positive definite."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2).to(dtype)
     optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, solver=solver)
     x = torch.randn(6, 4).to(dtype)
-    (model(x)**2).mean().backward()
+    (model(x) ** 2).mean().backward()
     optimizer.step()
     before = operators(optimizer)
     state = optimizer.state_dict()
@@ -219,7 +228,7 @@ def test_an_indefinite_statistic_is_a_failure(solver: str, dtype: torch.dtype,
     optimizer.load_state_dict(state)
     with caplog.at_level(logging.WARNING, 'mmprecond'):
         optimizer.zero_grad()
-        (model(x)**2).mean().backward()
+        (model(x) ** 2).mean().backward()
         optimizer.step()
     assert same(operators(optimizer), before)
     assert counters(optimizer, 'weight') == (1, 1)
@@ -244,8 +253,8 @@ def test_a_singular_factor_is_a_failure_and_no_crash(caplog: pytest.LogCaptureFi
     """Too little damping for float32: a pivot is exactly zero. Float64 may still succeed."""
     torch.manual_seed(0)
     model = nn.Linear(64, 64)
-    optimizer = NKFAC(model, lr=0.1, damping=1e-12, damping_floor=0.)
-    (model(torch.ones(1, 64))**2).sum().backward()
+    optimizer = NKFAC(model, lr=0.1, damping=1e-12, damping_floor=0.0)
+    (model(torch.ones(1, 64)) ** 2).sum().backward()
     optimizer.step()
     refreshes, failures = counters(optimizer, 'weight')
     assert refreshes + failures == 1

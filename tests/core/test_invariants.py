@@ -31,6 +31,7 @@ def make(**options: Any) -> tuple[Net, NKFAC]:
 
 # ------------------------------------------------------------------- 1: off a statistics step
 
+
 def test_hooks_exist_on_statistics_steps_alone() -> None:
     model, optimizer = make(stat_interval=3, refresh_interval=3)
     for step in range(7):
@@ -64,6 +65,7 @@ def test_an_optimizer_that_does_not_arm_itself_leaves_the_model_alone() -> None:
 
 # ------------------------------------------------------------------- 2: staged, merged, dropped
 
+
 def set_to_zero(model: nn.Module, optimizer: NKFAC) -> None:
     model.zero_grad(set_to_none=False)
 
@@ -91,7 +93,7 @@ def test_a_cleared_backward_pass_leaves_no_trace(clear: Callable[..., None]) -> 
         train(model, optimizer, range(1))
         clear(model, optimizer)
         for k in range(abandoned):
-            backward(model, step=10 + k, factor=3.)
+            backward(model, step=10 + k, factor=3.0)
             clear(model, optimizer)
         backward(model, step=1)
         optimizer.step()
@@ -100,17 +102,16 @@ def test_a_cleared_backward_pass_leaves_no_trace(clear: Callable[..., None]) -> 
 
 
 @pytest.mark.parametrize('clear', CLEARINGS)
-def test_gradients_may_be_cleared_between_forward_and_backward(
-        clear: Callable[..., None]) -> None:
+def test_gradients_may_be_cleared_between_forward_and_backward(clear: Callable[..., None]) -> None:
     """Forward, zero_grad, backward, step: a common order, here after a pass that was left."""
     found = []
     for abandoned in (0, 1):
         model, optimizer = make()
         for step in range(10, 10 + abandoned):
-            loss = (model(images(step))**2).mean()
+            loss = (model(images(step)) ** 2).mean()
             clear(model, optimizer)
             loss.backward()
-        loss = (model(images(1))**2).mean()
+        loss = (model(images(1)) ** 2).mean()
         clear(model, optimizer)
         loss.backward()
         optimizer.step()
@@ -120,7 +121,8 @@ def test_gradients_may_be_cleared_between_forward_and_backward(
 
 @pytest.mark.parametrize('bad', [float('inf'), float('nan')])
 def test_non_finite_captures_never_reach_the_statistics(
-        bad: float, caplog: pytest.LogCaptureFixture) -> None:
+    bad: float, caplog: pytest.LogCaptureFixture
+) -> None:
     model, optimizer = make()
     train(model, optimizer, range(2))
     before, weights = curvature(optimizer), copy.deepcopy(model.state_dict())
@@ -156,18 +158,20 @@ def test_an_overflow_step_under_a_scaler_does_not_happen_for_us() -> None:
     found = []
     for overflow in (False, True):
         model, optimizer = make()
-        optimizer.loss_scale = scaler = torch.amp.GradScaler('cpu', 4., growth_interval=1000)
-        steps = [(0, 1.), (9, float('inf')), (1, 1.)] if overflow else [(0, 1.), (1, 1.)]
+        optimizer.loss_scale = scaler = torch.amp.GradScaler('cpu', 4.0, growth_interval=1000)
+        steps = [(0, 1.0), (9, float('inf')), (1, 1.0)] if overflow else [(0, 1.0), (1, 1.0)]
         for step, factor in steps:
             optimizer.zero_grad()
-            scaler.scale(factor * (model(images(step))**2).mean()).backward()
+            scaler.scale(factor * (model(images(step)) ** 2).mean()).backward()
             scaler.step(optimizer)
             scaler.update()
         assert optimizer.t == 2
         found.append(curvature(optimizer))
     assert found[0].keys() == found[1].keys()
-    assert all(torch.allclose(v, found[1][k], rtol=1e-4, atol=1e-6 * float(v.abs().max()))
-               for k, v in found[0].items())
+    assert all(
+        torch.allclose(v, found[1][k], rtol=1e-4, atol=1e-6 * float(v.abs().max()))
+        for k, v in found[0].items()
+    )
 
 
 def test_nothing_is_merged_before_the_step() -> None:
@@ -182,6 +186,7 @@ def test_nothing_is_merged_before_the_step() -> None:
 
 
 # ------------------------------------------------------------------- 3: hooks of the right kind
+
 
 def test_full_backward_hooks_are_never_used() -> None:
     for path in Path(mmprecond.__file__).parent.rglob('*.py'):
@@ -200,6 +205,7 @@ def test_inplace_activations_change_nothing() -> None:
 
 # ------------------------------------------------------------------- 6: exact types
 
+
 class OwnLinear(nn.Linear):
     pass
 
@@ -210,47 +216,63 @@ class OwnConv(nn.Conv2d):
 
 @pytest.mark.parametrize('kind', [NKFAC, AdaNKFAC])
 def test_other_types_take_the_plain_rule_and_the_table_says_so(
-        kind: type[PreconditionedOptimizer]) -> None:
+    kind: type[PreconditionedOptimizer],
+) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(OwnConv(2, 3, 3), nn.Flatten(), OwnLinear(27, 4), nn.LayerNorm(4),
-                          nn.Linear(4, 2)).double()
+    model = nn.Sequential(
+        OwnConv(2, 3, 3), nn.Flatten(), OwnLinear(27, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+    ).double()
     plain = plain_copy(model)
     optimizer = kind(model, lr=0.1, weight_decay=0.01)
     others = list(plain[:4].parameters())
-    rule = (torch.optim.SGD(others, lr=0.1, momentum=0.9, weight_decay=0.01) if kind is NKFAC
-            else torch.optim.AdamW(others, lr=0.1, weight_decay=0.1))  # published: 10 x at step 1
+    rule = (
+        torch.optim.SGD(others, lr=0.1, momentum=0.9, weight_decay=0.01)
+        if kind is NKFAC
+        else torch.optim.AdamW(others, lr=0.1, weight_decay=0.1)
+    )  # published: 10 x at step 1
     x = torch.randn(4, 2, 5, 5).double()
     for net, stepper in ((model, optimizer), (plain, rule)):
-        (net(x)**2).mean().backward()
+        (net(x) ** 2).mean().backward()
         stepper.step()
     assert [layer.name for layer in optimizer.curvature.layers] == ['4.weight']
     for ours, theirs in zip(model[:4].parameters(), others, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
     left_out = {left.name: (left.kind, left.reason) for left in optimizer.curvature.left_out}
     assert {name: kind for name, (kind, _) in left_out.items()} == {
-        '0': 'OwnConv', '2': 'OwnLinear', '3': 'LayerNorm'}
+        '0': 'OwnConv',
+        '2': 'OwnLinear',
+        '3': 'LayerNorm',
+    }
     lines = optimizer.table().splitlines()
     for name, (kind_name, reason) in left_out.items():
-        assert reason and any(line.split()[0] == name and kind_name in line and reason in line
-                              for line in lines)
+        assert reason and any(
+            line.split()[0] == name and kind_name in line and reason in line for line in lines
+        )
 
 
-@pytest.mark.parametrize('replace', [
-    nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm,
-    nn.utils.spectral_norm])
+@pytest.mark.parametrize(
+    'replace',
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.spectral_norm,
+    ],
+)
 def test_a_parametrised_weight_takes_the_plain_rule(replace: Callable[..., nn.Module]) -> None:
     model = nn.Sequential(replace(nn.Linear(3, 3)), nn.Linear(3, 2))
     optimizer = NKFAC(model, lr=0.1)
     assert [layer.name for layer in optimizer.curvature.layers] == ['1.weight']
-    (model(torch.randn(4, 3))**2).mean().backward()
+    (model(torch.randn(4, 3)) ** 2).mean().backward()
     optimizer.step()
     assert any(left.name.startswith('0') for left in optimizer.curvature.left_out)
 
 
 # ------------------------------------------------------------------- copies and evaluation
 
-@pytest.mark.parametrize('duplicate', [
-    copy.deepcopy, lambda model: torch.load(_saved(model), weights_only=False)])
+
+@pytest.mark.parametrize(
+    'duplicate', [copy.deepcopy, lambda model: torch.load(_saved(model), weights_only=False)]
+)
 def test_a_copy_of_an_armed_model_works_and_is_not_measured(duplicate: Any) -> None:
     model, optimizer = make()
     model.outputs = []
@@ -270,6 +292,7 @@ def test_a_copy_of_an_armed_model_works_and_is_not_measured(duplicate: Any) -> N
 
 def test_a_copy_takes_no_curvature_along() -> None:
     """It holds no statistics of its own, and does not keep the optimizer alive."""
+
     def captures() -> int:
         gc.collect()
         return sum(type(o) is Capture for o in gc.get_objects())

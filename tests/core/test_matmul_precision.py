@@ -25,8 +25,12 @@ from mmprecond.optimizers import NKFAC, AdamR, AFOpt
 from mmprecond.preconditioners import EigenRotation, NewtonKronecker
 from mmprecond.preconditioners.two_sided import two_sided
 
-LEVELS = {('ieee', 'ieee'): 'highest', ('tf32', 'ieee'): 'high', ('tf32', 'bf16'): 'medium',
-          ('none', 'none'): 'default'}
+LEVELS = {
+    ('ieee', 'ieee'): 'highest',
+    ('tf32', 'ieee'): 'high',
+    ('tf32', 'bf16'): 'medium',
+    ('none', 'none'): 'default',
+}
 
 
 def level() -> str:
@@ -81,7 +85,7 @@ def test_the_setting_is_restored_after_an_error() -> None:
 def tf32(x: Tensor) -> Tensor:
     """Rounds to 10 bits after the point, as tensor cores do with their factors."""
     bits = x.float().contiguous().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1fff).view(torch.float32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def bf16(x: Tensor) -> Tensor:
@@ -92,12 +96,13 @@ def bf16(x: Tensor) -> Tensor:
 @pytest.mark.parametrize('rounding, error', [(tf32, 1e-4), (bf16, 3e-3)])
 @pytest.mark.parametrize('lowrank', [False, True])
 def test_rounded_factors_hardly_turn_a_direction(
-        lowrank: bool, rounding: Callable[[Tensor], Tensor], error: float) -> None:
+    lowrank: bool, rounding: Callable[[Tensor], Tensor], error: float
+) -> None:
     """Why applying may be 'high' or 'medium': rounded by hand, with a badly conditioned factor."""
     torch.manual_seed(0)
     n = 300
     basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
-    values = torch.arange(1, n + 1, dtype=torch.float64)**-2.
+    values = torch.arange(1, n + 1, dtype=torch.float64) ** -2.0
     moment = ((basis * values) @ basis.T).float()[None, None]
     damping = torch.full((1, 1), 0.01)
     if lowrank:
@@ -106,7 +111,7 @@ def test_rounded_factors_hardly_turn_a_direction(
     else:
         damped = moment + 0.01 * torch.eye(n)
         operators = {'input': Dense(cholesky_inverse(damped)[0])}
-    gradient = (torch.randn(20, n, dtype=torch.float64) @ (basis * values.sqrt()) @ basis.T)
+    gradient = torch.randn(20, n, dtype=torch.float64) @ (basis * values.sqrt()) @ basis.T
     gradient = gradient.float()[None, None]
     exact = two_sided(map_tensors(operators, Tensor.double), gradient.double())
     rounded = two_sided(map_tensors(operators, rounding), rounding(gradient))
@@ -114,15 +119,23 @@ def test_rounded_factors_hardly_turn_a_direction(
 
 
 @pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('make', [lambda bias: nn.Linear(700, 9, bias=bias),
-                                  lambda bias: nn.Conv2d(80, 9, 3, bias=bias)])
-def test_moments_of_rounded_rows_are_positive(make: Callable[[bool], nn.Module],
-                                              bias: bool) -> None:
+@pytest.mark.parametrize(
+    'make', [lambda bias: nn.Linear(700, 9, bias=bias), lambda bias: nn.Conv2d(80, 9, 3, bias=bias)]
+)
+def test_moments_of_rounded_rows_are_positive(
+    make: Callable[[bool], nn.Module], bias: bool
+) -> None:
     """Blocks and borders are of the same numbers, whichever way the CPU multiplies."""
     torch.manual_seed(0)
     model = make(bias)
-    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, solver='lowrank',
-                      matmul_precision='medium')
+    optimizer = NKFAC(
+        model,
+        lr=0.1,
+        stat_interval=1,
+        refresh_interval=1,
+        solver='lowrank',
+        matmul_precision='medium',
+    )
     x = torch.rand(16, 700) if isinstance(model, nn.Linear) else torch.rand(9, 80, 9, 9)
     model(x + 3).square().mean().backward()
     optimizer.step()
@@ -151,8 +164,7 @@ def test_an_older_torch_has_one_setting_for_all(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: named[-1])
     monkeypatch.setattr(torch, 'set_float32_matmul_precision', named.append)
     model = nn.Linear(4, 3)
-    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1,
-                      matmul_precision='medium')
+    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, matmul_precision='medium')
     model(torch.randn(5, 4)).square().mean().backward()
     optimizer.step()
     assert 'medium' in named and named[-1] == 'highest'
@@ -162,12 +174,14 @@ def test_an_older_torch_has_one_setting_for_all(monkeypatch: pytest.MonkeyPatch)
 def test_attention_is_measured_in_full() -> None:
     """Its terms cancel: in bfloat16 a saturated softmax has no positive curvature."""
     torch.manual_seed(0)
-    model = nn.ModuleDict(dict(attention=nn.MultiheadAttention(64, 2, batch_first=True),
-                               head=nn.Linear(64, 5)))
+    model = nn.ModuleDict(
+        dict(attention=nn.MultiheadAttention(64, 2, batch_first=True), head=nn.Linear(64, 5))
+    )
     with torch.no_grad():
         model['attention'].in_proj_weight[:128] *= 28
-    optimizer = AFOpt(model, lr=1e-3, stat_interval=1, refresh_interval=1,
-                      matmul_precision='medium')
+    optimizer = AFOpt(
+        model, lr=1e-3, stat_interval=1, refresh_interval=1, matmul_precision='medium'
+    )
     for _ in range(2):
         optimizer.zero_grad()
         x = torch.randn(16, 64, 64)
@@ -175,7 +189,11 @@ def test_attention_is_measured_in_full() -> None:
         optimizer.step()
     slots = {slot.layer.name: slot for stack in optimizer.curvature.stacks for slot in stack.slots}
     assert slots['attention.in_proj_weight'].refreshes == 2
-    for name, statistic in ((name, s) for stack in optimizer.curvature.stacks
-                            for name, s in stack.statistics.items() if 'curvature' in name):
+    for name, statistic in (
+        (name, s)
+        for stack in optimizer.curvature.stacks
+        for name, s in stack.statistics.items()
+        if 'curvature' in name
+    ):
         values = torch.linalg.eigvalsh(statistic.double())
         assert bool((values.amin(-1) > -1e-4 * values.amax(-1)).all()), name

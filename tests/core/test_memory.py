@@ -12,8 +12,11 @@ from mmprecond.core import memory
 from tests.support.every_optimizer import MEASURED, make, net, train
 
 
-@pytest.mark.parametrize('options', [{}, dict(max_dim=10, oversize='lowrank', max_rank=4),
-                                     dict(max_dim=10, oversize='block')], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [{}, dict(max_dim=10, oversize='lowrank', max_rank=4), dict(max_dim=10, oversize='block')],
+    ids=str,
+)
 @pytest.mark.parametrize('name', MEASURED)
 def test_it_is_what_will_be_kept(name: str, options: dict[str, Any]) -> None:
     if options and name in ('AdamR', 'AdamWBK', 'SGDMBK', 'Preconditioned', 'SKFAC'):
@@ -23,8 +26,12 @@ def test_it_is_what_will_be_kept(name: str, options: dict[str, Any]) -> None:
     ((device, (kept, more)),) = optimizer.curvature.forecast().items()
     assert device == torch.device('cpu') and more > 0
     train(name, model, optimizer, range(5))
-    tensors = [t for stack in optimizer.curvature.stacks
-               for kind in (stack.statistics, stack.operator_tensors) for t in kind.values()]
+    tensors = [
+        t
+        for stack in optimizer.curvature.stacks
+        for kind in (stack.statistics, stack.operator_tensors)
+        for t in kind.values()
+    ]
     assert sum(t.numel() * t.element_size() for t in tensors) / 2**20 == pytest.approx(kept)
 
 

@@ -64,8 +64,11 @@ def test_the_numbers_are_those_of_the_layer() -> None:
                 assert values[f'damping/{side}'] == pytest.approx(wanted, rel=1e-6)
                 assert values[f'residual/{side}'] < 1e-6
     assert report.failures == 0 and report.seconds > 0
-    held = sum(t.numel() * 8 for s in optimizer.curvature.stacks
-               for t in (*s.statistics.values(), *s.operator_tensors.values()))
+    held = sum(
+        t.numel() * 8
+        for s in optimizer.curvature.stacks
+        for t in (*s.statistics.values(), *s.operator_tensors.values())
+    )
     assert report.megabytes == pytest.approx(held / 2**20)
 
 
@@ -83,7 +86,8 @@ def test_the_cosine_is_that_of_the_step() -> None:
         g = torch.cat([p.grad.flatten() for p in module.parameters()])
         v = torch.cat([directions[p].flatten() for p in module.parameters()])
         assert report.layers[f'{name}.weight']['cosine'] == pytest.approx(
-            float(F.cosine_similarity(g, v, 0)))
+            float(F.cosine_similarity(g, v, 0))
+        )
     assert report.summary()['cosine/min'] == min(v['cosine'] for v in report.layers.values())
 
 
@@ -92,7 +96,7 @@ def test_ranks_are_counted() -> None:
     model = nn.Linear(400, 5).double()
     optimizer = NKFAC(model, lr=0.1, solver='lowrank')
     optimizer.curvature.watch_refreshes(Monitor())
-    (model(torch.randn(30, 400).double())**2).mean().backward()
+    (model(torch.randn(30, 400).double()) ** 2).mean().backward()
     optimizer.step()
     values = optimizer.curvature.monitor.report.layers['weight']
     columns = optimizer.curvature.stacks[0].operator_tensors['input_columns']
@@ -113,16 +117,16 @@ def test_methods_that_act_after_the_rule_have_no_cosine() -> None:
 
 def test_it_costs_nothing_between_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr('mmprecond.core.monitor.describe',
-                        lambda stack, k: calls.append(k) or {})
+    monkeypatch.setattr('mmprecond.core.monitor.describe', lambda stack, k: calls.append(k) or {})
     _, _, reports = run(NKFAC, 6, stat_interval=1, refresh_interval=3)
     assert [report is not None for report in reports] == [True, False, False] * 2
     assert len(calls) == 6  # three layers, two refreshes
 
 
 def test_watching_changes_nothing() -> None:
-    models = [run(NKFAC, 5, monitor, stat_interval=1, refresh_interval=2)[0]
-              for monitor in (True, False)]
+    models = [
+        run(NKFAC, 5, monitor, stat_interval=1, refresh_interval=2)[0] for monitor in (True, False)
+    ]
     assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
 
 
@@ -142,17 +146,25 @@ def test_failures_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------- MMEngine
 
+
 def trained(folder: Path, optimizer: dict[str, Any], backends: list[str]) -> Runner:
     torch.manual_seed(0)
     runner = Runner(
-        model=Classifier(), work_dir=str(folder), experiment_name=folder.name,
-        train_dataloader=dict(dataset=OneBatch(), batch_size=8, num_workers=0,
-                              collate_fn=dict(type='default_collate'),
-                              sampler=dict(type='DefaultSampler', shuffle=False)),
+        model=Classifier(),
+        work_dir=str(folder),
+        experiment_name=folder.name,
+        train_dataloader=dict(
+            dataset=OneBatch(),
+            batch_size=8,
+            num_workers=0,
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+        ),
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=7),
         optim_wrapper=dict(constructor='PrecondOptimWrapperConstructor', optimizer=optimizer),
         custom_hooks=[dict(type='CurvatureHook', map_interval=2)],
-        visualizer=dict(type='Visualizer', vis_backends=[dict(type=b) for b in backends]))
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type=b) for b in backends]),
+    )
     runner.train()
     return runner
 
@@ -161,18 +173,28 @@ def test_scalars_and_heat_maps_reach_all_backends(tmp_path: Path) -> None:
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trained(tmp_path, dict(type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2),
-            ['LocalVisBackend', 'TensorboardVisBackend'])
+    trained(
+        tmp_path,
+        dict(type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2),
+        ['LocalVisBackend', 'TensorboardVisBackend'],
+    )
     (scalars,) = tmp_path.glob('*/vis_data/scalars.json')
     lines = [json.loads(line) for line in scalars.read_text().splitlines()]
     shown = [line for line in lines if 'curvature/cosine/mean' in line]
     assert [line['step'] for line in shown] == [1, 3, 5, 7]
-    assert {'curvature/damping/input/max', 'curvature/largest/gradient/mean',
-            'curvature/residual/input/max', 'curvature/failures', 'curvature/seconds',
-            'curvature/megabytes'} <= set(shown[0])
+    assert {
+        'curvature/damping/input/max',
+        'curvature/largest/gradient/mean',
+        'curvature/residual/input/max',
+        'curvature/failures',
+        'curvature/seconds',
+        'curvature/megabytes',
+    } <= set(shown[0])
     images = sorted(path.name for path in tmp_path.glob('*/vis_data/vis_image/*'))
-    assert [name for name in images if 'cosine' in name] == ['curvature_cosine_3.png',
-                                                             'curvature_cosine_7.png']
+    assert [name for name in images if 'cosine' in name] == [
+        'curvature_cosine_3.png',
+        'curvature_cosine_7.png',
+    ]
     (events,) = tmp_path.glob('*/vis_data/events*')
     board = EventAccumulator(str(events)).Reload()
     assert len(board.Scalars('curvature/cosine/mean')) == 4
@@ -189,15 +211,20 @@ def test_methods_without_matrices_are_not_stored(tmp_path: Path) -> None:
 
 
 def test_a_heat_map_is_an_image_or_nothing() -> None:
-    history = [RefreshReport(step, {'a.weight': {'cosine': 0.1 * step}, 'b.weight': {}})
-               for step in range(3)]
+    history = [
+        RefreshReport(step, {'a.weight': {'cosine': 0.1 * step}, 'b.weight': {}})
+        for step in range(3)
+    ]
     image = heat_map(history, 'cosine', False)
     assert image.ndim == 3 and image.dtype == 'uint8' and image.std() > 0
     assert heat_map(history, 'rank', False) is None
 
 
 def test_it_is_for_optimizers_with_curvature() -> None:
-    runner = SimpleNamespace(optim_wrapper=SimpleNamespace(optimizer=torch.optim.SGD(
-        nn.Linear(2, 2).parameters(), lr=0.1)))
+    runner = SimpleNamespace(
+        optim_wrapper=SimpleNamespace(
+            optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+        )
+    )
     refused(ValueError, lambda: CurvatureHook().before_train(runner), 'SGD')
     refused(ValueError, lambda: CurvatureHook(map_interval=0), 'map_interval=0')

@@ -20,22 +20,34 @@ from tests.support.paths import GOLDEN
 
 RECORDED = GOLDEN / 'checkpoints.pt'
 OFTEN = dict(stat_interval=1, refresh_interval=2)
-HYBRID: dict[str, Any] = dict(rule=dict(type='AdamW', lr=1e-3, weight_decay=0.05), layers=[
-    dict(match=dict(module_type='MultiheadAttention'),
-         preconditioner=dict(type='AttentionFeature', **OFTEN)),
-    dict(match=dict(name='conv'), preconditioner=dict(type='EigenRotation', **OFTEN)),
-    dict(preconditioner=dict(type='NewtonKronecker', **OFTEN))])
+HYBRID: dict[str, Any] = dict(
+    rule=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    layers=[
+        dict(
+            match=dict(module_type='MultiheadAttention'),
+            preconditioner=dict(type='AttentionFeature', **OFTEN),
+        ),
+        dict(match=dict(name='conv'), preconditioner=dict(type='EigenRotation', **OFTEN)),
+        dict(preconditioner=dict(type='NewtonKronecker', **OFTEN)),
+    ],
+)
 CASES: dict[str, dict[str, Any]] = {
     'NKFAC': dict(lr=0.02, **OFTEN),
     'NKFAC lowrank': dict(lr=0.02, solver='lowrank', damping=0.3, **OFTEN),
     'NKFAC block': dict(lr=0.02, max_dim=8, oversize='block', **OFTEN),
     'NKFAC sketch': dict(lr=0.02, max_dim=8, oversize='lowrank', max_rank=4, **OFTEN),
-    'AdamR': dict(lr=1e-3, **OFTEN), 'AFOpt': dict(lr=0.01, **OFTEN),
-    'AdaAFOpt': dict(lr=1e-3, variant='gauss_newton', **OFTEN), 'MAC': dict(lr=0.02, **OFTEN),
-    'SMAC': dict(lr=0.02, **OFTEN), 'SKFAC': dict(lr=0.02, max_columns=10, **OFTEN),
-    'NysAct': dict(lr=0.02, rank=4, **OFTEN), 'AdaAct': dict(lr=1e-3),
-    'AdaFisher': dict(lr=1e-3, **OFTEN), 'SOAA': dict(lr=1e-3, total_steps=6),
-    'Preconditioned': HYBRID}
+    'AdamR': dict(lr=1e-3, **OFTEN),
+    'AFOpt': dict(lr=0.01, **OFTEN),
+    'AdaAFOpt': dict(lr=1e-3, variant='gauss_newton', **OFTEN),
+    'MAC': dict(lr=0.02, **OFTEN),
+    'SMAC': dict(lr=0.02, **OFTEN),
+    'SKFAC': dict(lr=0.02, max_columns=10, **OFTEN),
+    'NysAct': dict(lr=0.02, rank=4, **OFTEN),
+    'AdaAct': dict(lr=1e-3),
+    'AdaFisher': dict(lr=1e-3, **OFTEN),
+    'SOAA': dict(lr=1e-3, total_steps=6),
+    'Preconditioned': HYBRID,
+}
 
 
 class Net(nn.Module):
@@ -56,8 +68,10 @@ class Net(nn.Module):
 
 def inputs(step: int, width: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return (torch.randn(50, 2, 5, width, generator=generator, dtype=torch.float64),
-            torch.randint(4, (50,), generator=generator))
+    return (
+        torch.randn(50, 2, 5, width, generator=generator, dtype=torch.float64),
+        torch.randint(4, (50,), generator=generator),
+    )
 
 
 def width_of(case: str) -> int:
@@ -109,13 +123,22 @@ def differences(first: Any, second: Any, path: str = '') -> list[str]:
     """Where two states differ; the order of keys is of no importance."""
     if isinstance(first, dict):
         keys = [] if first.keys() == second.keys() else [f'{path}: other keys']
-        return keys + [d for key in first.keys() & second.keys()
-                       for d in differences(first[key], second[key], f'{path}/{key}')]
+        return keys + [
+            d
+            for key in first.keys() & second.keys()
+            for d in differences(first[key], second[key], f'{path}/{key}')
+        ]
     if isinstance(first, (list, tuple)):
-        return [d for k, pair in enumerate(zip(first, second, strict=True))
-                for d in differences(*pair, f'{path}[{k}]')]
-    same = (torch.equal(first, second) and first.dtype == second.dtype
-            if isinstance(first, Tensor) else first == second)
+        return [
+            d
+            for k, pair in enumerate(zip(first, second, strict=True))
+            for d in differences(*pair, f'{path}[{k}]')
+        ]
+    same = (
+        torch.equal(first, second) and first.dtype == second.dtype
+        if isinstance(first, Tensor)
+        else first == second
+    )
     return [] if same else [path]
 
 
@@ -128,7 +151,7 @@ def test_it_loads_to_the_bit_and_goes_on_as_it_did(case: str) -> None:
     if case != 'SMAC':  # whose calibrated layer is inverted anew
         assert differences(optimizer.state_dict(), recorded['optimizer']) == []
     train(case, model, optimizer, range(3, 6))
-    moved = 0.
+    moved = 0.0
     for name, p in model.state_dict().items():
         # To the bit on the machine that wrote it; others round otherwise.
         torch.testing.assert_close(p, recorded['after'][name], rtol=0, atol=1e-11)

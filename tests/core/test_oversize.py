@@ -40,18 +40,20 @@ STAR = dict(damping_form='relative', damping=0.01, scaling='norm_recovery')
 
 # ------------------------------------------------------------------- what is measured
 
+
 def pieces(matrix: Tensor, largest: int) -> list[Tensor]:
     """Diagonal blocks of at most `largest`, all but the last of one size."""
     n = len(matrix)
     size = math.ceil(n / math.ceil(n / largest))
-    return [matrix[at:at + size, at:at + size] for at in range(0, n, size)]
+    return [matrix[at : at + size, at : at + size] for at in range(0, n, size)]
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     'linear': (lambda: nn.Linear(7, 5), (6, 7)),
     'tokens': (lambda: nn.Linear(8, 7, bias=False), (3, 4, 8)),
     'conv': (lambda: nn.Conv2d(2, 5, 3, stride=2, padding=1), (3, 2, 6, 5)),
-    'dilated': (lambda: nn.Conv2d(3, 4, (2, 1), dilation=2, bias=False), (2, 3, 5, 4))}
+    'dilated': (lambda: nn.Conv2d(3, 4, (2, 1), dilation=2, bias=False), (2, 3, 5, 4)),
+}
 
 
 @pytest.mark.parametrize('reduction', ['expand', 'reduce'])
@@ -61,15 +63,24 @@ def test_statistics(case: str, reduction: str) -> None:
     torch.manual_seed(0)
     make, shape = CASES[case]
     model = nn.Sequential(make()).double()
-    losses = [lambda m, s=s: sum((m(normal(*shape, seed=k))**2).sum() for k in range(s, 3, 2))
-              for s in (0, 1)]
+    losses = [
+        lambda m, s=s: sum((m(normal(*shape, seed=k)) ** 2).sum() for k in range(s, 3, 2))
+        for s in (0, 1)
+    ]
     weight = '0.weight'
     joint = model[0].bias is not None
     plain = plain_copy(model)
     right, left, _ = kfac_factors(plain, losses, plain[0].weight, joint, reduction)
     for form in FORMS:
-        optimizer = KFAC(model, lr=0., max_dim=3, max_rank=2, oversize=form, reduction=reduction,
-                         capture_mb=1e-4)
+        optimizer = KFAC(
+            model,
+            lr=0.0,
+            max_dim=3,
+            max_rank=2,
+            oversize=form,
+            reduction=reduction,
+            capture_mb=1e-4,
+        )
         optimizer.zero_grad()
         for loss in losses:
             loss(model).backward()
@@ -138,38 +149,75 @@ class CutFisher(tests.reference.kfac.Block):
         self.inverses = []
         for factor in self.running:
             tops = [tests.reference.nkfac.power_iteration(p) for p in pieces(factor, self.largest)]
-            damped = [piece + damping * max(tops) * torch.eye(len(piece)).double()
-                      for piece in pieces(factor, self.largest)]
+            damped = [
+                piece + damping * max(tops) * torch.eye(len(piece)).double()
+                for piece in pieces(factor, self.largest)
+            ]
             self.inverses.append(torch.linalg.inv(torch.block_diag(*damped)))
         self.refreshes += 1
 
 
 #: Optimizer, its reference, the name of the reference's factor, rule, settings.
 METHODS: dict[str, tuple[Any, Any, Any, str, dict[str, Any], dict[str, Any]]] = {
-    'NKFAC': (NKFAC, tests.reference.nkfac.ReferenceNKFAC, tests.reference.nkfac, 'Factor', SGD,
-              dict(exact_interval=4)),
-    'AdaNKFAC': (AdaNKFAC, tests.reference.nkfac.ReferenceNKFAC, tests.reference.nkfac, 'Factor',
-                 ADAM, dict(solver='cholesky')),
-    'FSGD': (FSGD, None, tests.reference.feature, 'Feature', SGD, dict(exponent=1., damping=0.03)),
+    'NKFAC': (
+        NKFAC,
+        tests.reference.nkfac.ReferenceNKFAC,
+        tests.reference.nkfac,
+        'Factor',
+        SGD,
+        dict(exact_interval=4),
+    ),
+    'AdaNKFAC': (
+        AdaNKFAC,
+        tests.reference.nkfac.ReferenceNKFAC,
+        tests.reference.nkfac,
+        'Factor',
+        ADAM,
+        dict(solver='cholesky'),
+    ),
+    'FSGD': (FSGD, None, tests.reference.feature, 'Feature', SGD, dict(exponent=1.0, damping=0.03)),
     'FAdam': (FAdam, None, tests.reference.feature, 'Feature', ADAM, dict(exponent=0.5)),
-    'SGDMBK': (SGDMBK, tests.reference.root.ReferenceRoot, tests.reference.root, 'Root', SGD,
-               dict(solver='eigh', damping=1e-3)),
-    'AdamWBK': (AdamWBK, tests.reference.root.ReferenceRoot, tests.reference.root, 'Root', ADAM,
-                dict(solver='eigh', damping=0.01)),
+    'SGDMBK': (
+        SGDMBK,
+        tests.reference.root.ReferenceRoot,
+        tests.reference.root,
+        'Root',
+        SGD,
+        dict(solver='eigh', damping=1e-3),
+    ),
+    'AdamWBK': (
+        AdamWBK,
+        tests.reference.root.ReferenceRoot,
+        tests.reference.root,
+        'Root',
+        ADAM,
+        dict(solver='eigh', damping=0.01),
+    ),
     'KFAC': (KFAC, ReferenceKFAC, tests.reference.kfac, 'Block', SGD, dict(STAR)),
-    'KFAC reduce': (KFAC, ReferenceKFAC, tests.reference.kfac, 'Block', SGD,
-                    dict(STAR, reduction='reduce', scaling='none', damping=0.3)),
-    'KFAC pi': (KFAC, ReferenceKFAC, tests.reference.kfac, 'Block', SGD, dict(damping=0.0625))}
+    'KFAC reduce': (
+        KFAC,
+        ReferenceKFAC,
+        tests.reference.kfac,
+        'Block',
+        SGD,
+        dict(STAR, reduction='reduce', scaling='none', damping=0.3),
+    ),
+    'KFAC pi': (KFAC, ReferenceKFAC, tests.reference.kfac, 'Block', SGD, dict(damping=0.0625)),
+}
 
 
 def reference_of(method: str, model: nn.Module, settings: dict[str, Any]) -> Any:
     _, kind, _, _, rule, _ = METHODS[method]
     if kind is not None:
         return kind(plain_copy(model), **rule, **settings)
-    steps = (tests.reference.rules.ReferenceAdamW(rule['betas'], rule['eps']) if 'betas' in rule
-             else tests.reference.rules.ReferenceSGDM(rule['momentum']))
-    return tests.reference.feature.ReferenceFeature(plain_copy(model), steps, rule['lr'],
-                                              rule['weight_decay'], **settings)
+    steps = (
+        tests.reference.rules.ReferenceAdamW(rule['betas'], rule['eps'])
+        if 'betas' in rule
+        else tests.reference.rules.ReferenceSGDM(rule['momentum'])
+    )
+    return tests.reference.feature.ReferenceFeature(
+        plain_copy(model), steps, rule['lr'], rule['weight_decay'], **settings
+    )
 
 
 class Ungrouped(Convs):
@@ -185,7 +233,8 @@ class Ungrouped(Convs):
 NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     'even': (lambda: chain(24, 12, 3, bias=False), 24, 8),  # 3, 2 and 1 blocks without padding
     'padded': (lambda: chain(20, 18, 16, 3), 20, 7),
-    'convs': (Ungrouped, 0, 5)}
+    'convs': (Ungrouped, 0, 5),
+}
 
 
 def in_blocks(method: str, net: str, patch: pytest.MonkeyPatch) -> None:
@@ -195,18 +244,35 @@ def in_blocks(method: str, net: str, patch: pytest.MonkeyPatch) -> None:
     settings = dict(EVERY, **options)
     real = getattr(module, factor)
     patch.setattr(CutFisher, 'largest', largest)
-    patch.setattr(module, factor, CutFisher if module is tests.reference.kfac
-                  else lambda s: Cut(real, s, largest))
+    patch.setattr(
+        module,
+        factor,
+        CutFisher if module is tests.reference.kfac else lambda s: Cut(real, s, largest),
+    )
     optimizer = kind(model, **rule, **settings, oversize='block', max_dim=largest)
-    assert any(isinstance(statistic.form, Blocks) for stack in optimizer.curvature.stacks
-               for statistic in stack.kept)
-    follow(model, optimizer, reference_of(method, model, settings),
-           lambda t: [make_loss(rows(t, 4, features))], 7 if features else 3)
+    assert any(
+        isinstance(statistic.form, Blocks)
+        for stack in optimizer.curvature.stacks
+        for statistic in stack.kept
+    )
+    follow(
+        model,
+        optimizer,
+        reference_of(method, model, settings),
+        lambda t: [make_loss(rows(t, 4, features))],
+        7 if features else 3,
+    )
 
 
-@pytest.mark.parametrize('method, net', [
-    (m, n) for m in METHODS for n in NETS if (m, n) not in {
-        ('NKFAC', 'padded'), ('KFAC pi', 'padded'), ('KFAC pi', 'convs')}])
+@pytest.mark.parametrize(
+    'method, net',
+    [
+        (m, n)
+        for m in METHODS
+        for n in NETS
+        if (m, n) not in {('NKFAC', 'padded'), ('KFAC pi', 'padded'), ('KFAC pi', 'convs')}
+    ],
+)
 def test_trajectories_in_blocks(method: str, net: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_blocks(method, net, monkeypatch)
 
@@ -217,25 +283,48 @@ def test_pi_is_of_whole_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     in_blocks('KFAC pi', 'equal', monkeypatch)
 
 
-@pytest.mark.parametrize('method, net', [
-    (m, n) for m in METHODS for n in ('whole', 'low', 'convs') if 'NKFAC' not in m or n != 'convs'])
+@pytest.mark.parametrize(
+    'method, net',
+    [
+        (m, n)
+        for m in METHODS
+        for n in ('whole', 'low', 'convs')
+        if 'NKFAC' not in m or n != 'convs'
+    ],
+)
 def test_trajectories_at_full_rank(method: str, net: str) -> None:
     """Where the rank is enough for all rows so far, nothing is lost."""
     kind, _, _, _, rule, options = METHODS[method]
     settings = dict(EVERY, **options)
     if 'NKFAC' in method:  # captures are divided by the norm of a sketch, which then cancels
-        settings.update(stat_decay=0., solver='cholesky')
+        settings.update(stat_decay=0.0, solver='cholesky')
     make, features = (Ungrouped, 0) if net == 'convs' else (lambda: chain(22, 19, 17, 3), 22)
     model = make().double()
-    optimizer = kind(model, **rule, **settings, oversize='lowrank', max_dim=4,
-                     max_rank=16 if net == 'low' else 40)
-    assert any(isinstance(statistic.form, Sketch) for stack in optimizer.curvature.stacks
-               for statistic in stack.kept)
-    follow(model, optimizer, reference_of(method, model, settings),
-           lambda t: [make_loss(rows(t, 3, features))], 2 if net == 'convs' else 5, atol=1e-7)
+    optimizer = kind(
+        model,
+        **rule,
+        **settings,
+        oversize='lowrank',
+        max_dim=4,
+        max_rank=16 if net == 'low' else 40,
+    )
+    assert any(
+        isinstance(statistic.form, Sketch)
+        for stack in optimizer.curvature.stacks
+        for statistic in stack.kept
+    )
+    follow(
+        model,
+        optimizer,
+        reference_of(method, model, settings),
+        lambda t: [make_loss(rows(t, 3, features))],
+        2 if net == 'convs' else 5,
+        atol=1e-7,
+    )
 
 
 # ------------------------------------------------------------------- error and memory
+
 
 class Peak(TorchDispatchMode):
     """The most entries of any tensor that is made."""
@@ -252,7 +341,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize('kind', [FSGD, NKFAC, SGDMBK, KFAC])
 def test_more_rank_is_closer_to_the_dense_direction(kind: Any) -> None:
-    x = normal(400, 60) * 0.8**torch.arange(60).double()
+    x = normal(400, 60) * 0.8 ** torch.arange(60).double()
     start = nn.Linear(60, 4, bias=False).double()
 
     def direction(**options: Any) -> Tensor:
@@ -260,12 +349,14 @@ def test_more_rank_is_closer_to_the_dense_direction(kind: Any) -> None:
         star = dict(STAR, damping=0.01) if kind is KFAC else dict(damping=0.01)
         if kind is SGDMBK:
             star['solver'] = 'eigh'
-        optimizer = kind(model, lr=1., momentum=0., **star, **options)
+        optimizer = kind(model, lr=1.0, momentum=0.0, **star, **options)
         return one_step(model, optimizer, x)[0]
 
     dense = direction()
-    errors = [float((direction(max_dim=20, oversize='lowrank', max_rank=m) - dense).norm()
-                    / dense.norm()) for m in (2, 12, 24, 60)]
+    errors = [
+        float((direction(max_dim=20, oversize='lowrank', max_rank=m) - dense).norm() / dense.norm())
+        for m in (2, 12, 24, 60)
+    ]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.1
     assert errors[2] < 0.05 and errors[3] < 1e-6
 
@@ -275,8 +366,9 @@ def test_a_wide_layer_takes_memory_by_its_rank() -> None:
     model = nn.Sequential(nn.Linear(n, 20))
     x = torch.randn(16, n)
     for kind in (NKFAC, FSGD, KFAC, SGDMBK):
-        optimizer = kind(model, lr=0.01, max_dim=100, oversize='lowrank', max_rank=rank,
-                         damping=0.01)
+        optimizer = kind(
+            model, lr=0.01, max_dim=100, oversize='lowrank', max_rank=rank, damping=0.01
+        )
         with Peak() as peak:
             one_step(model, optimizer, x)
         assert peak.most <= 20 * (n + 1)

@@ -35,12 +35,17 @@ from tests.support.states import differences, everything, saved
 
 # ------------------------------------------------------------------- states and failures
 
-KINDS = {'NKFAC': NKFAC, 'FAdam': FAdam, 'KFAC': KFAC,
-         'AdamWBK': lambda *a, **s: AdamWBK(*a, **{'damping': 0.01, **s})}
+KINDS = {
+    'NKFAC': NKFAC,
+    'FAdam': FAdam,
+    'KFAC': KFAC,
+    'AdamWBK': lambda *a, **s: AdamWBK(*a, **{'damping': 0.01, **s}),
+}
 
 
-def wide(kind: str, form: str, dtype: torch.dtype = torch.float32, **options: Any
-         ) -> tuple[nn.Module, PreconditionedOptimizer]:
+def wide(
+    kind: str, form: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, PreconditionedOptimizer]:
     model = chain(11, 9, 9, 3).to(dtype)
     settings = dict(stat_interval=1, refresh_interval=2, max_dim=5, max_rank=4, oversize=form)
     return model, KINDS[kind](model, lr=0.01, **{**settings, **options})
@@ -65,11 +70,20 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, form: str, dtype: torch.
     assert differences(everything(model, optimizer), everything(twin, resumed)) == []
 
 
-@pytest.mark.parametrize('form, change', [
-    ('block', dict(max_dim=3)), ('lowrank', dict(max_rank=3)), ('lowrank', dict(max_dim=40)),
-    ('block', dict(oversize='lowrank')), ('lowrank', dict(oversize='block'))], ids=str)
-def test_changed_settings_are_measured_anew(form: str, change: dict[str, int],
-                                            caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    'form, change',
+    [
+        ('block', dict(max_dim=3)),
+        ('lowrank', dict(max_rank=3)),
+        ('lowrank', dict(max_dim=40)),
+        ('block', dict(oversize='lowrank')),
+        ('lowrank', dict(oversize='block')),
+    ],
+    ids=str,
+)
+def test_changed_settings_are_measured_anew(
+    form: str, change: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
     model, optimizer = wide('NKFAC', form)
     train(model, optimizer, range(2))
     twin, resumed = wide('NKFAC', form, **change)
@@ -87,11 +101,11 @@ def sabotage(patch: pytest.MonkeyPatch, dtypes: set[torch.dtype]) -> None:
 
     def columns(sketch: Tensor, test: Tensor) -> Tensor:
         bad = sketch.dtype in dtypes and sketch.shape[-2] == 12
-        return real(sketch, test) * (float('nan') if bad else 1.)
+        return real(sketch, test) * (float('nan') if bad else 1.0)
 
     def damped(matrix: Tensor, damping: Tensor) -> Tensor:
         bad = matrix.dtype in dtypes and matrix.shape[-3:] == (3, 4, 4)
-        return inverse(matrix, damping) * (-1. if bad else 1.)
+        return inverse(matrix, damping) * (-1.0 if bad else 1.0)
 
     patch.setattr(forms, 'nystrom_columns', columns)
     patch.setattr(forms, 'add_damping', damped)
@@ -99,8 +113,9 @@ def sabotage(patch: pytest.MonkeyPatch, dtypes: set[torch.dtype]) -> None:
 
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('kind', KINDS)
-def test_failures(kind: str, form: str, monkeypatch: pytest.MonkeyPatch,
-                  caplog: pytest.LogCaptureFixture) -> None:
+def test_failures(
+    kind: str, form: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Retried in float64; then the last good operator stays; the third failure stops."""
     options = dict(solver='cholesky') if kind == 'NKFAC' else {}
     model, optimizer = wide(kind, form, refresh_interval=1, **options)
@@ -115,8 +130,9 @@ def test_failures(kind: str, form: str, monkeypatch: pytest.MonkeyPatch,
         train(model, optimizer, range(2, 3))
         exact = entry()
         assert (exact['refreshes'], exact['failures']) == (3, 0) and not warnings_of(caplog)
-        assert all(o.dtype == torch.float32 and o.isfinite().all()
-                   for o in exact['operator'].values())
+        assert all(
+            o.dtype == torch.float32 and o.isfinite().all() for o in exact['operator'].values()
+        )
         dtypes.add(torch.float64)
         train(model, optimizer, range(3, 5))
         after = entry()
@@ -143,8 +159,9 @@ def attention_model() -> nn.Module:
 
 
 @pytest.mark.parametrize('form', FORMS)
-def test_attention_beside_oversized_layers_is_retried(form: str,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_beside_oversized_layers_is_retried(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The thesis's operator of W_V reads weights, in float64 too."""
     model = attention_model()
     real, seen = AttentionFeature.refresh, []
@@ -173,21 +190,23 @@ def test_oversized_attention_takes_the_plain_rule(form: str) -> None:
 
 
 def test_the_table_of_attention_optimizers_tells_of_blocks() -> None:
-    assert 'side in blocks of ' in AFOpt(attention_model(), lr=0.1, max_dim=6,
-                                          oversize='block').table()
+    assert (
+        'side in blocks of '
+        in AFOpt(attention_model(), lr=0.1, max_dim=6, oversize='block').table()
+    )
 
 
 # ------------------------------------------------------------------- adversity
 
+
 def test_blocks_of_small_inputs_do_not_drown_the_others() -> None:
-    """Blocks are closer to the dense direction than the gradient is, as a dense damping makes them.
-    """
+    """Blocks are closer to the dense direction than the gradient is, with a dense damping."""
     x = normal(400, 60) / torch.arange(1, 61).double()
     start = nn.Linear(60, 4, bias=False).double()
     found = []
     for options in ({}, dict(max_dim=20, oversize='block')):
         model = copy.deepcopy(start)
-        found.append(one_step(model, FSGD(model, lr=1., momentum=0., **options), x)[0])
+        found.append(one_step(model, FSGD(model, lr=1.0, momentum=0.0, **options), x)[0])
     dense, ours = found
     gradient = model.weight.grad
     assert (ours - dense).norm() < (gradient - dense).norm()
@@ -211,8 +230,9 @@ def test_a_dead_group() -> None:
         model(normal(2, 12, 3, 3).float())[:, :12].square().mean().backward()
         optimizer.step()
     assert model.weight.isfinite().all()
-    assert 'over max_dim=5' in str(refusal(lambda: SGDMBK(
-        model, lr=0.1, oversize='block', max_dim=5)))
+    assert 'over max_dim=5' in str(
+        refusal(lambda: SGDMBK(model, lr=0.1, oversize='block', max_dim=5))
+    )
 
 
 def refusal(call: Callable[[], Any]) -> ValueError:
@@ -230,33 +250,54 @@ def test_a_default_device() -> None:
 
 # ------------------------------------------------------------------- refusals
 
+
 def test_refusals() -> None:
     choices = 'choose one of skip, one_sided, block, lowrank'
     for kind in (*KINDS.values(), AdamR, AFOpt):
         refused(ValueError, lambda: kind(chain(4, 3), lr=0.1, oversize='crop'), choices)
-        refused(ValueError, lambda: kind(chain(4, 3), lr=0.1, max_rank=0), 'max_rank=0',
-                'give an integer of at least 1')
-    refused(ValueError, lambda: SGDMBK(chain(4, 3), lr=0.1, oversize='lowrank'), 'damping=1e-05',
-            'at least 0.001')
+        refused(
+            ValueError,
+            lambda: kind(chain(4, 3), lr=0.1, max_rank=0),
+            'max_rank=0',
+            'give an integer of at least 1',
+        )
+    refused(
+        ValueError,
+        lambda: SGDMBK(chain(4, 3), lr=0.1, oversize='lowrank'),
+        'damping=1e-05',
+        'at least 0.001',
+    )
     for form in FORMS:
         refused(ValueError, lambda: AdamR(chain(4, 3), lr=0.1, oversize=form), form, 'one_sided')
-        refused(ValueError, lambda: Preconditioned(
-            chain(4, 3), rule=dict(type='AdamW', lr=0.1),
-            layers=[dict(preconditioner=dict(type='EigenRotation', oversize=form))]), form)
+        refused(
+            ValueError,
+            lambda: Preconditioned(
+                chain(4, 3),
+                rule=dict(type='AdamW', lr=0.1),
+                layers=[dict(preconditioner=dict(type='EigenRotation', oversize=form))],
+            ),
+            form,
+        )
 
 
 # ------------------------------------------------------------------- clip_update
 
-def moved(clip: float | None, kind: Any = NKFAC, raw: float | None = None,
-          **options: Any) -> tuple[Tensor, Tensor]:
+
+def moved(
+    clip: float | None, kind: Any = NKFAC, raw: float | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """Direction and gradient of one step with a norm layer, which takes the plain rule."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
     if kind is Preconditioned:
-        optimizer = kind(model, rule=dict(type='SGDM', lr=1., momentum=0.), clip_update=clip,
-                         layers=[dict(preconditioner=dict(type='NewtonKronecker'))])
+        optimizer = kind(
+            model,
+            rule=dict(type='SGDM', lr=1.0, momentum=0.0),
+            clip_update=clip,
+            layers=[dict(preconditioner=dict(type='NewtonKronecker'))],
+        )
     else:
-        optimizer = kind(model, lr=1., momentum=0., clip_update=clip, **options)
+        optimizer = kind(model, lr=1.0, momentum=0.0, clip_update=clip, **options)
     before = nn.utils.parameters_to_vector(model.parameters()).detach()
     model(normal(9, 6)).square().mean().backward()
     if raw is not None:
@@ -286,27 +327,43 @@ def test_clip_update_composes_with_clipped_gradients() -> None:
 def test_clip_update_is_of_the_direction_alone() -> None:
     """Not of weight decay; and a gradient of zero stays."""
     model = nn.Linear(3, 2)
-    optimizer = NKFAC(model, lr=1., momentum=0., weight_decay=1., clip_update=1e-3)
+    optimizer = NKFAC(model, lr=1.0, momentum=0.0, weight_decay=1.0, clip_update=1e-3)
     (model(torch.zeros(4, 3)) * 0).sum().backward()
     optimizer.step()
     assert not model.weight.any() and not model.bias.any()
 
 
-@pytest.mark.parametrize('value', [0, -1., float('nan'), float('inf'), '1', True])
+@pytest.mark.parametrize('value', [0, -1.0, float('nan'), float('inf'), '1', True])
 def test_bad_clips(value: Any) -> None:
     for kind in (NKFAC, AdaNKFAC, KFAC, AdamR):
-        refused(ValueError, lambda: kind(chain(4, 3), lr=0.1, clip_update=value),
-                f'clip_update={value!r}', 'give a number greater than 0')
+        refused(
+            ValueError,
+            lambda: kind(chain(4, 3), lr=0.1, clip_update=value),
+            f'clip_update={value!r}',
+            'give a number greater than 0',
+        )
 
 
 def test_clip_update_from_a_config() -> None:
     torch.manual_seed(0)
     model = Classifier()
     before = copy.deepcopy(model.state_dict())
-    wrapper = build_optim_wrapper(model, dict(
-        constructor='PrecondOptimWrapperConstructor', clip_grad=dict(max_norm=0.1),
-        optimizer=dict(type='NKFAC', lr=1., momentum=0., clip_update=1e-3, oversize='lowrank',
-                       max_dim=4, max_rank=3)))
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            constructor='PrecondOptimWrapperConstructor',
+            clip_grad=dict(max_norm=0.1),
+            optimizer=dict(
+                type='NKFAC',
+                lr=1.0,
+                momentum=0.0,
+                clip_update=1e-3,
+                oversize='lowrank',
+                max_dim=4,
+                max_rank=3,
+            ),
+        ),
+    )
     model.train_step(batch(seed=0), wrapper)
     changes = [p.detach() - before[n] for n, p in model.named_parameters()]
     assert float(torch.cat([c.flatten() for c in changes]).norm()) == pytest.approx(1e-3, rel=1e-3)

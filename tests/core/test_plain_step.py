@@ -22,23 +22,35 @@ def test_a_plain_step_never_waits_for_the_device(kind: type[PreconditionedOptimi
 
 # ------------------------------------------------------------------- 11: large factors
 
+
 def wide() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 3), nn.Tanh(), nn.Linear(3, 50), nn.Tanh(),
-                         nn.Linear(50, 60), nn.Tanh(), nn.Linear(60, 2)).double()
+    return nn.Sequential(
+        nn.Linear(40, 3),
+        nn.Tanh(),
+        nn.Linear(3, 50),
+        nn.Tanh(),
+        nn.Linear(50, 60),
+        nn.Tanh(),
+        nn.Linear(60, 2),
+    ).double()
 
 
 def test_an_oversized_side_is_left_alone() -> None:
     model = wide()
-    optimizer = NKFAC(model, lr=1., momentum=0., max_dim=45, oversize='one_sided')
+    optimizer = NKFAC(model, lr=1.0, momentum=0.0, max_dim=45, oversize='one_sided')
     before = [p.detach().clone() for p in model.parameters()]
-    (model(torch.randn(30, 40).double())**2).mean().backward()
+    (model(torch.randn(30, 40).double()) ** 2).mean().backward()
     optimizer.step()
-    kept = {name: entry['statistics'] for name, entry
-            in optimizer.state_dict()['precond']['layers'].items()}
+    kept = {
+        name: entry['statistics']
+        for name, entry in optimizer.state_dict()['precond']['layers'].items()
+    }
     assert {name: sorted(s) for name, s in kept.items()} == {
-        '0.weight': ['gradient_moment', 'input_moment'], '2.weight': ['input_moment'],
-        '6.weight': ['gradient_moment']}
+        '0.weight': ['gradient_moment', 'input_moment'],
+        '2.weight': ['input_moment'],
+        '6.weight': ['gradient_moment'],
+    }
     lines = {line.split()[0]: line for line in optimizer.table().splitlines()}
     assert '41x41 + 3x3' in lines['0'] and 'max_dim=45' not in lines['0']
     assert '4x4' in lines['2'] and '50x50' not in lines['2'] and 'max_dim=45' in lines['2']
@@ -57,8 +69,8 @@ def test_an_oversized_side_is_left_alone() -> None:
 
 def test_an_oversized_layer_is_skipped() -> None:
     model = wide()
-    optimizer = NKFAC(model, lr=1., momentum=0., max_dim=45, oversize='skip')
-    (model(torch.randn(30, 40).double())**2).mean().backward()
+    optimizer = NKFAC(model, lr=1.0, momentum=0.0, max_dim=45, oversize='skip')
+    (model(torch.randn(30, 40).double()) ** 2).mean().backward()
     optimizer.step()
     assert [layer.name for layer in optimizer.curvature.layers] == ['0.weight']
     text = optimizer.table()

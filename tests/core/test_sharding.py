@@ -37,8 +37,9 @@ METHODS = {
     'AdaNKFAC': lambda model, **s: AdaNKFAC(model, lr=2e-3, **SOON, **s),
     'FSGD': lambda model, **s: FSGD(model, lr=0.05, **SOON, **s),
     'KFAC': lambda model, **s: KFAC(model, lr=0.05, **SOON, **s),
-    'SKFAC': lambda model, **s: SKFAC(model, lr=0.05, reduction='reduce', max_columns=12, **SOON,
-                                      **s),
+    'SKFAC': lambda model, **s: SKFAC(
+        model, lr=0.05, reduction='reduce', max_columns=12, **SOON, **s
+    ),
     'SGDMBK': lambda model, **s: SGDMBK(model, lr=0.05, **SOON, **s),
     'AdamR': lambda model, **s: AdamR(model, lr=2e-3, **SOON, **s),
     'clipped': lambda model, **s: NKFAC(model, lr=0.05, clip_update=0.1, **SOON, **s),
@@ -46,8 +47,15 @@ METHODS = {
 STEPS = 6
 
 
-def steps(optimizer: PreconditionedOptimizer, model: nn.Module, wrapped: nn.Module, first: int,
-          rank: int, ranks: int, last: int = STEPS) -> list[Tensor]:
+def steps(
+    optimizer: PreconditionedOptimizer,
+    model: nn.Module,
+    wrapped: nn.Module,
+    first: int,
+    rank: int,
+    ranks: int,
+    last: int = STEPS,
+) -> list[Tensor]:
     """Weights after each step from `first` on; each rank has its part of each batch."""
     weights = []
     for x, y in token_batches(STEPS)[first:last]:
@@ -68,8 +76,9 @@ def make(name: str = '') -> nn.Module:
 
 def worker(rank: int, ranks: int, folder: str, names: list[str], modes: list[str]) -> None:
     """For each method and mode: all steps; then the last two again, from a saved state."""
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet{ranks}', rank=rank,
-                            world_size=ranks)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/meet{ranks}', rank=rank, world_size=ranks
+    )
     torch.set_num_threads(1)
     found = {}
     for name in names:
@@ -123,13 +132,19 @@ def test_shared_work_gives_the_same_weights(tmp_path: Path, ranks: int, names: l
             for other in found[1:]:
                 assert torch.equal(weights[step], other[name, mode][0][step]), (name, mode, step)
             rounding = 1e-11 if weights[step].dtype == torch.float64 else 1e-5
-            torch.testing.assert_close(weights[step], plain[step], rtol=0, atol=rounding,
-                                       msg=f'{name} {mode} {step}')
+            torch.testing.assert_close(
+                weights[step], plain[step], rtol=0, atol=rounding, msg=f'{name} {mode} {step}'
+            )
         for step in range(2):
             for other in found:
                 assert torch.equal(other[name, mode][2][step], resumed[step])
-            torch.testing.assert_close(resumed[step], weights[STEPS - 2 + step], rtol=0,
-                                       atol=rounding, msg=f'{name} {mode} resumed')
+            torch.testing.assert_close(
+                resumed[step],
+                weights[STEPS - 2 + step],
+                rtol=0,
+                atol=rounding,
+                msg=f'{name} {mode} resumed',
+            )
         assert set(held) == {None} if mode == 'none' else len(held) >= 2  # of the three layers
         for rank, other in enumerate(found):
             for owner, operators in other[name, mode][1].items():
@@ -145,8 +160,9 @@ def test_a_state_of_two_ranks_serves_one(tmp_path: Path) -> None:
     values, state = torch.load(tmp_path / 'state2.pt')
     model.load_state_dict(values)
     optimizer.load_state_dict(state)
-    for ours, theirs in zip(steps(optimizer, model, model, STEPS - 2, 0, 1), found[0][-2:],
-                            strict=True):
+    for ours, theirs in zip(
+        steps(optimizer, model, model, STEPS - 2, 0, 1), found[0][-2:], strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
@@ -156,17 +172,21 @@ def test_no_rank_has_much_more_work(costs: list[float], ranks: int) -> None:
     owners = longest_first(costs, ranks)
     loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(ranks)]
     # Graham's argument: the last job of the fullest rank began when no other rank had less.
-    assert max(loads) <= sum(costs) / ranks + max([0., *costs]) * (1 - 1 / ranks) + 1e-6
+    assert max(loads) <= sum(costs) / ranks + max([0.0, *costs]) * (1 - 1 / ranks) + 1e-6
     assert owners == longest_first(costs, ranks) and all(0 <= o < ranks for o in owners)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 300)), max_size=40),
-       st.floats(1e-6, 1e-3))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 300)), max_size=40), st.floats(1e-6, 1e-3)
+)
 @settings(max_examples=100, deadline=None)
-def test_buckets_keep_every_tensor_with_its_owner(sizes: list[tuple[int, int]],
-                                                  bucket_mb: float) -> None:
-    tensors = [torch.full((n,), float(k), dtype=[torch.float32, torch.float64][k % 2])
-               for k, (_, n) in enumerate(sizes)]
+def test_buckets_keep_every_tensor_with_its_owner(
+    sizes: list[tuple[int, int]], bucket_mb: float
+) -> None:
+    tensors = [
+        torch.full((n,), float(k), dtype=[torch.float32, torch.float64][k % 2])
+        for k, (_, n) in enumerate(sizes)
+    ]
     owners = [owner for owner, _ in sizes]
     buckets = shard._buckets(owners, tensors, bucket_mb)
     placed = [id(t) for _, bucket in buckets for t in bucket]
@@ -179,10 +199,15 @@ def test_buckets_keep_every_tensor_with_its_owner(sizes: list[tuple[int, int]],
 
 
 def test_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(ValueError, lambda: NKFAC(nn.Linear(2, 2), lr=0.1, sharding='zero'), 'sharding',
-            'refresh')
-    refused(ValueError, lambda: AdamR(nn.Linear(2, 2), lr=0.1, sharding='apply'), 'EigenRotation',
-            "sharding='refresh'")
+    refused(
+        ValueError, lambda: NKFAC(nn.Linear(2, 2), lr=0.1, sharding='zero'), 'sharding', 'refresh'
+    )
+    refused(
+        ValueError,
+        lambda: AdamR(nn.Linear(2, 2), lr=0.1, sharding='apply'),
+        'EigenRotation',
+        "sharding='refresh'",
+    )
     model = nn.Linear(2, 2)
     early = NKFAC(model, lr=0.1, sharding='refresh')
     model(torch.randn(3, 2)).square().sum().backward()
@@ -197,6 +222,7 @@ def failing_worker(rank: int, folder: str) -> None:
     wrapped = DistributedDataParallel(model)
     optimizer = METHODS['NKFAC'](wrapped, sharding='refresh')
     if rank == 1:
+
         def start(stack: Any, positions: list[int]) -> Tensor:
             raise torch.linalg.LinAlgError('no convergence')
 
@@ -213,5 +239,6 @@ def failing_worker(rank: int, folder: str) -> None:
 def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     mp.spawn(failing_worker, args=(str(tmp_path),), nprocs=2)
     assert (tmp_path / 'told0').read_text() == (
-        'a refresh ended in an error on another rank, whose log has it')
+        'a refresh ended in an error on another rank, whose log has it'
+    )
     assert (tmp_path / 'told1').read_text() == 'no convergence'

@@ -18,8 +18,12 @@ KINDS: list[type[PreconditionedOptimizer]] = [NKFAC, FSGD, AdamR]
 def deep(layers: int = 5) -> nn.Module:
     torch.manual_seed(0)
     sizes = [6, *(3 + k % 2 for k in range(layers - 1)), 2]
-    return nn.Sequential(*(nn.Sequential(nn.Linear(i, o), nn.Tanh())
-                           for i, o in zip(sizes[:-1], sizes[1:], strict=True))).double()
+    return nn.Sequential(
+        *(
+            nn.Sequential(nn.Linear(i, o), nn.Tanh())
+            for i, o in zip(sizes[:-1], sizes[1:], strict=True)
+        )
+    ).double()
 
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> list[dict[str, tuple[int, int]]]:
@@ -30,22 +34,35 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> list[dict[str, tupl
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
-        counts.append({slot.layer.name: (slot.samples, slot.refreshes)
-                       for stack in optimizer.curvature.stacks for slot in stack.slots})
+        counts.append(
+            {
+                slot.layer.name: (slot.samples, slot.refreshes)
+                for stack in optimizer.curvature.stacks
+                for slot in stack.slots
+            }
+        )
     return counts
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_each_layer_keeps_its_intervals_and_no_step_does_all(
-        kind: type[PreconditionedOptimizer]) -> None:
+    kind: type[PreconditionedOptimizer],
+) -> None:
     model = deep()
     optimizer = kind(model, lr=0.01, stat_interval=4, refresh_interval=8, stagger=True)
     counts = train(model, optimizer, range(40))
     names = [f'{k}.0.weight' for k in range(5)]
     empty = dict.fromkeys(names, (0, 0))
-    steps = [{name: (now.get(name, (0, 0))[0] - before.get(name, (0, 0))[0],
-                     now.get(name, (0, 0))[1] - before.get(name, (0, 0))[1]) for name in names}
-             for before, now in zip([empty, *counts], counts, strict=False)]
+    steps = [
+        {
+            name: (
+                now.get(name, (0, 0))[0] - before.get(name, (0, 0))[0],
+                now.get(name, (0, 0))[1] - before.get(name, (0, 0))[1],
+            )
+            for name in names
+        }
+        for before, now in zip([empty, *counts], counts, strict=False)
+    ]
     assert max(sum(s for s, _ in step.values()) for step in steps) == 2  # five layers, four steps
     assert max(sum(r for _, r in step.values()) for step in steps[8:]) == 1  # and eight
     for name in names:
@@ -70,8 +87,7 @@ def test_one_layer_alone_is_as_without() -> None:
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('at', [1, 6, 13])
-def test_a_resumed_run_continues_bit_for_bit(kind: type[PreconditionedOptimizer],
-                                             at: int) -> None:
+def test_a_resumed_run_continues_bit_for_bit(kind: type[PreconditionedOptimizer], at: int) -> None:
     settings: dict[str, Any] = dict(lr=0.01, stat_interval=3, refresh_interval=6, stagger=True)
     model = deep()
     optimizer = kind(model, **settings)
@@ -87,9 +103,16 @@ def test_a_resumed_run_continues_bit_for_bit(kind: type[PreconditionedOptimizer]
 def test_settings() -> None:
     with pytest.raises(ValueError, match='stagger=1 is neither True nor False'):
         NKFAC(deep(), lr=0.1, stagger=1)
-    optimizer = Preconditioned(deep(), rule=dict(type='SGDM', lr=0.1), stagger=True, layers=[
-        dict(match=dict(name='0*'), preconditioner=dict(type='InputFeature')),
-        dict(preconditioner=dict(type='NewtonKronecker'))])
-    offsets = assign_offsets({layer: stack.method
-                              for layer, stack in optimizer.curvature.layers.items()})
+    optimizer = Preconditioned(
+        deep(),
+        rule=dict(type='SGDM', lr=0.1),
+        stagger=True,
+        layers=[
+            dict(match=dict(name='0*'), preconditioner=dict(type='InputFeature')),
+            dict(preconditioner=dict(type='NewtonKronecker')),
+        ],
+    )
+    offsets = assign_offsets(
+        {layer: stack.method for layer, stack in optimizer.curvature.layers.items()}
+    )
     assert len(set(offsets.values())) == 4  # each method's from zero

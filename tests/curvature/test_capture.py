@@ -82,7 +82,11 @@ def test_inplace_activations_and_a_shared_head(inplace: bool) -> None:
     loss: Loss = lambda m: loss_of(m(image()))
     against_oracle(model, loss)
     assert set(captured(model, lambda _: loss(model).backward())) == {
-        'conv.weight', 'grouped.weight', 'head.weight', 'extra.weight'}
+        'conv.weight',
+        'grouped.weight',
+        'head.weight',
+        'extra.weight',
+    }
 
 
 def test_an_unused_layer_leaves_nothing() -> None:
@@ -141,7 +145,7 @@ def test_norm_recovery_is_over_the_trained_parameters() -> None:
     module = nn.Linear(2, 3).double()
     module.bias.requires_grad_(False)
     before = module.weight.detach().clone()
-    optimizer = NKFAC(module, lr=1., momentum=0.)
+    optimizer = NKFAC(module, lr=1.0, momentum=0.0)
     loss_of(module(torch.randn(9, 2).double() + 1)).backward()
     optimizer.step()
     assert (module.weight - before).norm().item() == pytest.approx(module.weight.grad.norm().item())
@@ -160,9 +164,15 @@ class Tied(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-@pytest.mark.parametrize('make', [
-    lambda: nn.Linear(4, 4), lambda: nn.Linear(4, 4, bias=False),
-    lambda: nn.Conv2d(4, 4, 2), lambda: nn.Conv2d(4, 4, 2, groups=2, bias=False)])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: nn.Linear(4, 4),
+        lambda: nn.Linear(4, 4, bias=False),
+        lambda: nn.Conv2d(4, 4, 2),
+        lambda: nn.Conv2d(4, 4, 2, groups=2, bias=False),
+    ],
+)
 def test_modules_that_share_a_weight_are_one_layer(make: Callable[[], nn.Module]) -> None:
     model = Tied(make).double()
     x = torch.randn(2, 4, 5, 4).double()
@@ -175,11 +185,11 @@ def test_accumulated_micro_batches_equal_the_joint_batch() -> None:
     model, x = Net().double(), image(4)
 
     def joint(_: NKFAC) -> None:
-        (model(x)**3).mean().backward()
+        (model(x) ** 3).mean().backward()
 
     def micro(_: NKFAC) -> None:
         for part in x.split(2):
-            ((model(part)**3).mean() / 2).backward()
+            ((model(part) ** 3).mean() / 2).backward()
 
     same(captured(model, micro), captured(model, joint))
 
@@ -192,7 +202,7 @@ def test_accumulated_micro_batches_give_the_same_weights() -> None:
         for step in range(3):
             optimizer.zero_grad()
             for part in image(4, seed=step).split(4 // parts):
-                ((model(part)**3).mean() / parts).backward()
+                ((model(part) ** 3).mean() / parts).backward()
             optimizer.step()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.allclose(weights[1], weights[0], rtol=0, atol=1e-9)
@@ -201,22 +211,27 @@ def test_accumulated_micro_batches_give_the_same_weights() -> None:
 
 def test_unequal_micro_batches_equal_the_joint_batch() -> None:
     model, x = Net().double(), image(5)
-    same(captured(model, lambda _: [(model(part)**3).sum().div(5).backward()
-                                    for part in x.split([1, 3, 1])]),
-         captured(model, lambda _: (model(x)**3).sum().div(5).backward()))
+    same(
+        captured(
+            model,
+            lambda _: [(model(part) ** 3).sum().div(5).backward() for part in x.split([1, 3, 1])],
+        ),
+        captured(model, lambda _: (model(x) ** 3).sum().div(5).backward()),
+    )
 
 
-@pytest.mark.xfail(reason='known limit: zero gradients look like cleared ones',
-                   strict=True)
+@pytest.mark.xfail(reason='known limit: zero gradients look like cleared ones', strict=True)
 def test_a_micro_batch_without_gradient_counts_its_rows() -> None:
     linear, x = nn.Linear(3, 2).double(), torch.randn(6, 3).double()
     mask = (torch.arange(6) >= 3).double()[:, None]
-    loss: Callable[[slice], Tensor] = lambda part: (linear(x[part])**2 * mask[part]).sum() / 6
-    same(captured(linear, lambda _: [loss(slice(0, 3)).backward(), loss(slice(3, 6)).backward()]),
-         captured(linear, lambda _: loss(slice(0, 6)).backward()))
+    loss: Callable[[slice], Tensor] = lambda part: (linear(x[part]) ** 2 * mask[part]).sum() / 6
+    same(
+        captured(linear, lambda _: [loss(slice(0, 3)).backward(), loss(slice(3, 6)).backward()]),
+        captured(linear, lambda _: loss(slice(0, 6)).backward()),
+    )
 
 
-@pytest.mark.parametrize('scale', [1024., 2.**-40, torch.tensor(65536.)])
+@pytest.mark.parametrize('scale', [1024.0, 2.0**-40, torch.tensor(65536.0)])
 def test_the_loss_scale_is_divided_out(scale: Any) -> None:
     model = Net().double()
 
@@ -232,8 +247,8 @@ def test_the_loss_scale_is_divided_out_before_any_product() -> None:
     linear, x = nn.Linear(3, 2), torch.randn(4, 3)
 
     def scaled(optimizer: NKFAC) -> None:
-        optimizer.loss_scale = 2.**90
-        (linear(x).sum() * 2.**90).backward()
+        optimizer.loss_scale = 2.0**90
+        (linear(x).sum() * 2.0**90).backward()
 
     same(captured(linear, scaled), captured(linear, lambda _: linear(x).sum().backward()), 1e-6)
 
@@ -243,7 +258,7 @@ def test_a_grad_scaler_is_read(enabled: bool) -> None:
     model = Net().double()
 
     def scaled(optimizer: NKFAC) -> None:
-        optimizer.loss_scale = scaler = torch.amp.GradScaler('cpu', 512., enabled=enabled)
+        optimizer.loss_scale = scaler = torch.amp.GradScaler('cpu', 512.0, enabled=enabled)
         scaler.scale(loss_of(model(image()))).backward()
 
     same(captured(model, scaled), captured(model, lambda _: loss_of(model(image())).backward()))
@@ -275,8 +290,10 @@ class Deep(nn.Module):
 def test_checkpointing_does_not_change_what_is_captured(reentrant: bool) -> None:
     x = torch.randn(7, 5).double()
     ours, theirs = Deep(reentrant).double(), Deep(None).double()
-    same(captured(ours, lambda _: [loss_of(ours(part)).backward() for part in x.split(4)]),
-         captured(theirs, lambda _: [loss_of(theirs(part)).backward() for part in x.split(4)]))
+    same(
+        captured(ours, lambda _: [loss_of(ours(part)).backward() for part in x.split(4)]),
+        captured(theirs, lambda _: [loss_of(theirs(part)).backward() for part in x.split(4)]),
+    )
 
 
 @pytest.mark.parametrize('reentrant, kept', [(None, True), (True, False), (False, False)])
@@ -288,7 +305,10 @@ def test_a_checkpointed_input_is_not_kept(reentrant: bool | None, kept: bool) ->
     assert (not model.inner[0].expired()) == kept
     loss_of(out).backward()
     assert {layer.name for layer in optimizer.curvature.capture.staged} == {
-        'stem.weight', 'first.weight', 'second.weight'}
+        'stem.weight',
+        'first.weight',
+        'second.weight',
+    }
 
 
 def test_a_forward_pass_without_backward_frees_its_inputs() -> None:
@@ -317,9 +337,12 @@ def test_an_input_is_freed_after_backward(name: str, x: Tensor) -> None:
     assert optimizer.curvature.capture.staged
 
 
-CONVS = {'plain': dict(kernel_size=3, padding=1), 'strided': dict(kernel_size=3, stride=2),
-         'grouped': dict(kernel_size=3, groups=2, padding='same', padding_mode='reflect'),
-         'pointwise': dict(kernel_size=1)}
+CONVS = {
+    'plain': dict(kernel_size=3, padding=1),
+    'strided': dict(kernel_size=3, stride=2),
+    'grouped': dict(kernel_size=3, groups=2, padding='same', padding_mode='reflect'),
+    'pointwise': dict(kernel_size=1),
+}
 
 
 @pytest.mark.parametrize('name', CONVS)
@@ -328,9 +351,11 @@ def test_the_memory_limit_does_not_change_the_sums(name: str) -> None:
     module = nn.Conv2d(4, 4, **CONVS[name]).double()
     x = torch.randn(5, 4, 9, 8).double()
     line = module.weight[0].numel() * module.groups * 9 * 8  # bytes of one output row's patches
-    limits = [1e-12, 2.5 * line / 2**20, 21 * line / 2**20, 64.]
-    found = [captured(module, lambda _: loss_of(module(x)).backward(), capture_mb=limit)
-             for limit in limits]
+    limits = [1e-12, 2.5 * line / 2**20, 21 * line / 2**20, 64.0]
+    found = [
+        captured(module, lambda _: loss_of(module(x)).backward(), capture_mb=limit)
+        for limit in limits
+    ]
     for other in found[1:]:
         same(found[0], other)
 
@@ -366,17 +391,17 @@ def test_patches_are_never_laid_out_for_a_whole_map(batch: int, size: int) -> No
     module = nn.Conv2d(4, 4, 5, padding=2, padding_mode='reflect')
     x = torch.randn(batch, 4, size, size)
     unfolded = batch * size**2 * 4 * 25 * 4
-    assert largest_in_backward(module, x, 64.) >= unfolded
+    assert largest_in_backward(module, x, 64.0) >= unfolded
     largest = largest_in_backward(module, x, 0.05)
-    assert largest <= max(0.05 * 2**20, 1.1 * (size + 4)**2 * 4 * 4 * batch) < unfolded / 5
+    assert largest <= max(0.05 * 2**20, 1.1 * (size + 4) ** 2 * 4 * 4 * batch) < unfolded / 5
 
 
 @pytest.mark.parametrize('batch, size', [(8, 32), (1, 96)])
 def test_where_the_stride_is_one_they_are_not_laid_out_at_all(batch: int, size: int) -> None:
     module = nn.Conv2d(8, 4, 5, padding=2, bias=False)
     x = torch.randn(batch, 8, size, size)
-    padded = batch * (size + 4)**2 * 8 * 4
-    assert largest_in_backward(module, x, 64.) <= 1.1 * padded
+    padded = batch * (size + 4) ** 2 * 8 * 4
+    assert largest_in_backward(module, x, 64.0) <= 1.1 * padded
     assert largest_in_backward(module, x, 0.05) <= max(x.numel() * 4, 1.1 * padded / batch)
 
 
@@ -387,12 +412,16 @@ def test_hooked_and_recomputed_calls_of_many_levels_match() -> None:
 
     def run(mixed: bool) -> Captured:
         def backward(_: NKFAC) -> None:
-            total = 0.
+            total = 0.0
             for k, reentrant in zip(range(5), itertools.cycle([None, False, True]), strict=False):
-                out = (head(levels[k]) if reentrant is None or not mixed
-                       else checkpoint(head, levels[k], use_reentrant=reentrant))
+                out = (
+                    head(levels[k])
+                    if reentrant is None or not mixed
+                    else checkpoint(head, levels[k], use_reentrant=reentrant)
+                )
                 total = total + loss_of(out)
             total.backward()
+
         return captured(head, backward)
 
     same(run(True), run(False))

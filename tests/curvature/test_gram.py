@@ -11,8 +11,9 @@ from mmprecond.curvature.gram import BAND, MANY, gram
 @pytest.mark.parametrize('size', [1, 3, 7, 8, 9, 20, 23])
 @pytest.mark.parametrize('inner', [True, False])
 @pytest.mark.parametrize('many', [0, 4, 99])
-def test_a_product_in_bands(size: int, inner: bool, many: int,
-                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_in_bands(
+    size: int, inner: bool, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr('mmprecond.curvature.gram.BAND', 4)
     monkeypatch.setattr('mmprecond.curvature.gram.MANY', many)
     chunks = [torch.randn(2, size, rows, dtype=torch.float64) for rows in (5, 0, 3)]

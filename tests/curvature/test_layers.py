@@ -17,13 +17,14 @@ from tests.reference.factors import gradient_rows, input_rows, plain_copy, secon
 from tests.support.capture import CONVS, EMPTY, RawKronecker, compare, geometries, loss_of, staged
 
 
-def wanted(module: nn.Module, *inputs: Tensor,
-           joint: bool | None = None) -> tuple[Tensor, Tensor, int]:
+def wanted(
+    module: nn.Module, *inputs: Tensor, joint: bool | None = None
+) -> tuple[Tensor, Tensor, int]:
     """What `staged` should be after `loss_of` of each input."""
     joint = module.bias is not None if joint is None else joint
     right: Any
     left: Any
-    plain, right, left, count = plain_copy(module), 0., 0., 0
+    plain, right, left, count = plain_copy(module), 0.0, 0.0, 0
     for x in inputs:
         rows = input_rows(module, x, joint)
         out = plain(x.detach().double())
@@ -36,8 +37,14 @@ def wanted(module: nn.Module, *inputs: Tensor,
 
 def raw_optimizer(model: nn.Module, **options: Any) -> PreconditionedOptimizer:
     method = RawKronecker(stat_interval=1, refresh_interval=1)
-    return PreconditionedOptimizer(model, model=model, rule=SGDM(), method=method,
-                                   defaults=dict(lr=0.1, momentum=0., weight_decay=0.), **options)
+    return PreconditionedOptimizer(
+        model,
+        model=model,
+        rule=SGDM(),
+        method=method,
+        defaults=dict(lr=0.1, momentum=0.0, weight_decay=0.0),
+        **options,
+    )
 
 
 def running(optimizer: PreconditionedOptimizer, name: str = 'weight') -> tuple[Tensor, Tensor]:
@@ -54,7 +61,7 @@ def check(module: nn.Module, *inputs: Tensor, **options: Any) -> None:
     module, inputs = module.double(), tuple(x.double() for x in inputs)
     right, left, rows = wanted(module, *inputs)
     by_patches = isinstance(module, nn.Conv2d) and module.stride == (1, 1)
-    for few in (10**9, 1)[:1 + by_patches]:
+    for few in (10**9, 1)[: 1 + by_patches]:
         twin = copy.deepcopy(module)
         optimizer = raw_optimizer(twin, **options)
         with pytest.MonkeyPatch.context() as patch:
@@ -77,8 +84,10 @@ def test_linear(shape: tuple[int, ...], bias: bool) -> None:
 @pytest.mark.parametrize('name', CONVS)
 def test_conv(name: str, bias: bool) -> None:
     torch.manual_seed(0)
-    check(nn.Conv2d(**{'in_channels': 4, 'out_channels': 4, 'bias': bias, **CONVS[name]}),
-          torch.randn(2, 4, 5, 6))
+    check(
+        nn.Conv2d(**{'in_channels': 4, 'out_channels': 4, 'bias': bias, **CONVS[name]}),
+        torch.randn(2, 4, 5, 6),
+    )
 
 
 @pytest.mark.parametrize('name', ['stride', 'same even', 'reflect', 'groups'])
@@ -97,8 +106,9 @@ def test_conv_of_memory_in_other_orders(name: str) -> None:
     check(nn.Conv2d(4, 4, **CONVS[name]), torch.randn(1, 4, 1, 5).expand(2, 4, 4, 5))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(geometries())
 def test_conv_of_any_geometry(case: tuple[dict[str, Any], tuple[int, ...], float]) -> None:
     conv, shape, capture_mb = case
@@ -109,13 +119,19 @@ def test_conv_of_any_geometry(case: tuple[dict[str, Any], tuple[int, ...], float
     check(module, x, capture_mb=capture_mb)
 
 
-@pytest.mark.parametrize('module', [
-    nn.Linear(4, 3), nn.Conv2d(4, 3, 2, padding=1), nn.Conv2d(4, 4, 3, groups=2)])
+@pytest.mark.parametrize(
+    'module', [nn.Linear(4, 3), nn.Conv2d(4, 3, 2, padding=1), nn.Conv2d(4, 4, 3, groups=2)]
+)
 def test_calls_of_different_sizes_add_up(module: nn.Module) -> None:
     torch.manual_seed(0)
     sizes = [(2, 3), (1, 5), (3, 4), (1, 3), (2, 6)]
-    check(module, *(torch.randn(n, 4, s, s + 1) if isinstance(module, nn.Conv2d)
-                    else torch.randn(n, s, 4) for n, s in sizes))
+    check(
+        module,
+        *(
+            torch.randn(n, 4, s, s + 1) if isinstance(module, nn.Conv2d) else torch.randn(n, s, 4)
+            for n, s in sizes
+        ),
+    )
 
 
 @pytest.mark.parametrize('make, shape', EMPTY)
@@ -130,8 +146,8 @@ def test_nkfac_normalises_and_averages_captures() -> None:
     """Each block by its own Frobenius norm; weight 1 - stat_decay for the new one, from zero."""
     torch.manual_seed(0)
     module = nn.Conv2d(4, 4, 3, groups=2).double()
-    optimizer = NKFAC(module, lr=0., stat_decay=0.7, stat_interval=1, refresh_interval=1)
-    expected = [0., 0.]
+    optimizer = NKFAC(module, lr=0.0, stat_decay=0.7, stat_interval=1, refresh_interval=1)
+    expected = [0.0, 0.0]
     for _ in range(3):
         optimizer.zero_grad()
         x = torch.randn(2, 4, 5, 5).double()
@@ -140,8 +156,10 @@ def test_nkfac_normalises_and_averages_captures() -> None:
         for k, sample in enumerate(wanted(module, x)[:2]):
             size = torch.stack([matrix.norm() for matrix in sample])[:, None, None]
             expected[k] = 0.7 * expected[k] + 0.3 * sample / size
-        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-                   for a, b in zip(running(optimizer), expected, strict=True))
+        assert all(
+            torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+            for a, b in zip(running(optimizer), expected, strict=True)
+        )
 
 
 @pytest.mark.parametrize('make, shape', EMPTY)
@@ -200,11 +218,14 @@ def test_autocast_captures_in_the_weights_dtype() -> None:
     ones = torch.cat([x, torch.ones(8, 1)], 1)
     assert right.dtype == left.dtype == torch.float32
     assert torch.allclose(right[0], ones.t() @ ones / 8, rtol=1e-2, atol=1e-2)
-    assert torch.allclose(left[0], torch.full((4, 4), 8.))
+    assert torch.allclose(left[0], torch.full((4, 4), 8.0))
 
 
-@pytest.mark.parametrize('module, shape', [
-    (nn.Linear(4, 3), (5, 4)), (nn.Conv2d(4, 3, 3), (2, 4, 5, 5))], ids=['linear', 'conv'])
+@pytest.mark.parametrize(
+    'module, shape',
+    [(nn.Linear(4, 3), (5, 4)), (nn.Conv2d(4, 3, 3), (2, 4, 5, 5))],
+    ids=['linear', 'conv'],
+)
 def test_an_input_given_by_keyword(module: nn.Module, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     module, x = module.double(), torch.randn(shape).double()
@@ -219,12 +240,13 @@ def relu_of_a_view(out: Tensor) -> Tensor:
 
 
 def part_overwritten(out: Tensor) -> Tensor:
-    out[0] = 0.
+    out[0] = 0.0
     return out
 
 
-@pytest.mark.parametrize('change', [
-    torch.relu_, relu_of_a_view, part_overwritten, lambda out: out.mul_(3.).add_(1.)])
+@pytest.mark.parametrize(
+    'change', [torch.relu_, relu_of_a_view, part_overwritten, lambda out: out.mul_(3.0).add_(1.0)]
+)
 def test_an_output_changed_in_place_afterwards(change: Any) -> None:
     """g is the gradient of what the layer itself returned."""
     torch.manual_seed(0)
@@ -245,8 +267,10 @@ def test_a_hook_of_the_user_that_replaces_the_output_does_not_change_g() -> None
     loss_of(module(x)).backward()
     plain, probe = plain_copy(module), torch.zeros(5, 3).double().requires_grad_()
     loss_of(2 * (plain(x) + probe)).backward()
-    compare(staged(optimizer), (wanted(plain, x)[0],
-                                second_moment(gradient_rows(module, probe.grad)), 5))
+    compare(
+        staged(optimizer),
+        (wanted(plain, x)[0], second_moment(gradient_rows(module, probe.grad)), 5),
+    )
 
 
 def test_a_graph_that_is_walked_twice_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:

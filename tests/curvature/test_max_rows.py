@@ -15,17 +15,23 @@ from tests.support.attention import feature_map, shift_window
 from tests.support.capture import RawKronecker, loss_of
 from tests.support.forecasts import compare
 
-MODULES = {'conv': (nn.Conv2d(2, 4, 3, padding=1), (5, 2, 6, 6)),
-           'grouped, strided': (nn.Conv2d(4, 4, 3, stride=2, groups=2, bias=False), (5, 4, 9, 9)),
-           'tokens': (nn.Linear(3, 4), (5, 20, 3))}
+MODULES = {
+    'conv': (nn.Conv2d(2, 4, 3, padding=1), (5, 2, 6, 6)),
+    'grouped, strided': (nn.Conv2d(4, 4, 3, stride=2, groups=2, bias=False), (5, 4, 9, 9)),
+    'tokens': (nn.Linear(3, 4), (5, 20, 3)),
+}
 
 
 def statistics(module: nn.Module, x: Tensor, step: int = 0, **options: Any) -> dict[str, Tensor]:
     twin = copy.deepcopy(module).double()
     method = RawKronecker(stat_interval=1, refresh_interval=1, **options)
     optimizer = PreconditionedOptimizer(
-        twin, model=twin, rule=SGDM(), method=method,
-        defaults=dict(lr=0.1, momentum=0., weight_decay=0.))
+        twin,
+        model=twin,
+        rule=SGDM(),
+        method=method,
+        defaults=dict(lr=0.1, momentum=0.0, weight_decay=0.0),
+    )
     optimizer.t = step
     optimizer.arm()
     loss_of(twin(x.double())).backward()

@@ -1,4 +1,5 @@
 """The embedded shapes data set: contents, determinism, errors, command line."""
+
 from __future__ import annotations
 
 import contextlib
@@ -131,7 +132,7 @@ def test_a_hidden_shape_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_clipped_shape_stays_inside() -> None:
-    square = shapes._polygon(1, np.array([2.0, 32.0]), 20.0, 0., 64)
+    square = shapes._polygon(1, np.array([2.0, 32.0]), 20.0, 0.0, 64)
     annotation = shapes._annotation(1, square)
     check_annotation(annotation, 64)
     side = 20 / np.sqrt(2)
@@ -143,8 +144,9 @@ def test_a_clipped_shape_stays_inside() -> None:
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
-    first, second, other = (make(tmp_path / name, seed=seed)
-                            for name, seed in (('a', 3), ('b', 3), ('c', 4)))
+    first, second, other = (
+        make(tmp_path / name, seed=seed) for name, seed in (('a', 3), ('b', 3), ('c', 4))
+    )
     assert digests(first) == digests(second)
     a, c = digests(first), digests(other)
     assert a.keys() == c.keys() and all(a[name] != c[name] for name in a)
@@ -162,22 +164,25 @@ def test_image_k_does_not_depend_on_the_number(tmp_path: Path) -> None:
     a, b = digests(few / 'train'), digests(many / 'train')
     assert len(a) == 2 and a.items() <= b.items()
     annotations = read(few)['annotations']
-    assert annotations == read(many)['annotations'][:len(annotations)]
+    assert annotations == read(many)['annotations'][: len(annotations)]
 
 
 # Errors
 
 
-@pytest.mark.parametrize(('kwargs', 'message'), [
-    ({'images': 0}, 'images=0: write a whole number from 1 '),
-    ({'images': 2.5}, 'images=2.5: write a whole number'),
-    ({'size': 31}, 'size=31: write a whole number from 32 '),
-    ({'seed': -1}, 'seed=-1: write a whole number from 0 '),
-    ({'seed': 2**32}, 'seed=4294967296: write a whole number from 0 to 4294967295'),
-    ({'split': 'a/b'}, "split='a/b' cannot name a folder here: write a word such as 'train'"),
-    ({'split': ''}, "split='' cannot name"),
-    ({'split': 'annotations'}, "split='annotations' cannot name"),
-])
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'images': 0}, 'images=0: write a whole number from 1 '),
+        ({'images': 2.5}, 'images=2.5: write a whole number'),
+        ({'size': 31}, 'size=31: write a whole number from 32 '),
+        ({'seed': -1}, 'seed=-1: write a whole number from 0 '),
+        ({'seed': 2**32}, 'seed=4294967296: write a whole number from 0 to 4294967295'),
+        ({'split': 'a/b'}, "split='a/b' cannot name a folder here: write a word such as 'train'"),
+        ({'split': ''}, "split='' cannot name"),
+        ({'split': 'annotations'}, "split='annotations' cannot name"),
+    ],
+)
 def test_bad_arguments(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         make(tmp_path / 'a', **kwargs)
@@ -190,8 +195,9 @@ def test_folders_need_an_image_per_class(tmp_path: Path) -> None:
         make_folders(tmp_path, images=3)
 
 
-@pytest.mark.parametrize(('file', 'out'), [
-    ('a', 'a'), ('a', 'a/b'), ('a/train', 'a'), ('a/annotations', 'a')])
+@pytest.mark.parametrize(
+    ('file', 'out'), [('a', 'a'), ('a', 'a/b'), ('a/train', 'a'), ('a/annotations', 'a')]
+)
 def test_file_in_the_place_of_a_folder(tmp_path: Path, file: str, out: str) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text('')
@@ -214,8 +220,10 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_class_folders(tmp_path: Path) -> None:
     make_folders(tmp_path, images=10)
-    found = {name: sorted(path.name for path in (tmp_path / 'train' / name).iterdir())
-             for name in CLASSES}
+    found = {
+        name: sorted(path.name for path in (tmp_path / 'train' / name).iterdir())
+        for name in CLASSES
+    }
     assert [len(found[name]) for name in CLASSES] == [3, 3, 2, 2]
     assert found['star'] == ['000000.png', '000001.png']
     assert sorted(path.name for path in (tmp_path / 'train').iterdir()) == sorted(CLASSES)
@@ -225,8 +233,10 @@ def test_class_folders(tmp_path: Path) -> None:
 
 
 def test_class_folders_are_deterministic(tmp_path: Path) -> None:
-    a, b, few = (make_folders(tmp_path / name, images=images, seed=5)
-                 for name, images in (('a', 9), ('b', 9), ('few', 6)))
+    a, b, few = (
+        make_folders(tmp_path / name, images=images, seed=5)
+        for name, images in (('a', 9), ('b', 9), ('few', 6))
+    )
     other = make_folders(tmp_path / 'other', images=9, seed=6)
     assert digests(a) == digests(b)
     assert digests(few / 'train').items() < digests(a / 'train').items()
@@ -237,8 +247,14 @@ def test_class_folders_are_deterministic(tmp_path: Path) -> None:
 
 
 def run(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *args], cwd=cwd, capture_output=True,
-                          text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, str(TOOL), *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def test_command_makes_a_set_from_any_folder(tmp_path: Path) -> None:
@@ -256,8 +272,9 @@ def test_command_refuses_in_one_line(tmp_path: Path) -> None:
     assert failed.stderr == 'make_shapes.py: size=8: write a whole number from 32 to 8192\n'
 
 
-def test_command_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In this process, which saves the time to start another."""
     monkeypatch.syspath_prepend(str(TOOL.parent))
     main = importlib.import_module('make_shapes').main

@@ -1,4 +1,5 @@
 """The embedded shapes data set: reuse, refusal, interruption."""
+
 from __future__ import annotations
 
 import json
@@ -35,8 +36,9 @@ def test_other_arguments_are_refused_unless_overwrite(tmp_path: Path, maker: Any
     assert digests(tmp_path / 'a') == digests(maker(tmp_path / 'b', images=5))
 
 
-def test_older_render_version_is_another_set(tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_render_version_is_another_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path)
     monkeypatch.setattr(shapes, 'RENDER_VERSION', shapes.RENDER_VERSION + 1)
     with pytest.raises(ValueError, match=r'holds another set \(version=1'):
@@ -53,8 +55,9 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('images', [4, 2])
-def test_interrupted_set_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                       images: int) -> None:
+def test_interrupted_set_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int
+) -> None:
     calls = 0
 
     def stop(*args: Any) -> Any:
@@ -75,8 +78,9 @@ def test_interrupted_set_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert digests(tmp_path / 'a') == digests(make(tmp_path / 'b', images=images))
 
 
-def test_interrupted_overwrite_leaves_no_stale_labels(tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_overwrite_leaves_no_stale_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path)
 
     def stop(*args: Any) -> Any:
@@ -97,8 +101,9 @@ def test_set_with_a_lost_file_is_made_again(tmp_path: Path, lost: str) -> None:
     assert digests(tmp_path) == before
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / 'a.json'
     shapes._write_json(path, {'old': 1})
 
@@ -112,8 +117,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path,
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize('place', ['train/000000.png', 'annotations/train.json',
-                                   'train.meta.json'])
+@pytest.mark.parametrize('place', ['train/000000.png', 'annotations/train.json', 'train.meta.json'])
 @pytest.mark.parametrize('content', ['{}', '[1]', 'not json'])
 def test_files_of_others_are_never_touched(tmp_path: Path, place: str, content: str) -> None:
     (tmp_path / place).parent.mkdir(exist_ok=True)
@@ -130,4 +134,7 @@ def test_overwrite_keeps_added_files(tmp_path: Path) -> None:
     (tmp_path / 'train' / 'notes.txt').write_text('mine')
     make(tmp_path, images=2, overwrite=True)
     assert sorted(path.name for path in (tmp_path / 'train').iterdir()) == [
-        '000000.png', '000001.png', 'notes.txt']
+        '000000.png',
+        '000001.png',
+        'notes.txt',
+    ]

@@ -19,10 +19,12 @@ from tests.support.networks import TokenNet, squared_error, token_batches
 
 STEPS = 7
 SETTINGS = {
-    'NKFAC': lambda model: NKFAC(model, lr=0.05, weight_decay=1e-3, stat_interval=1,
-                                 refresh_interval=2),
-    'AdaNKFAC': lambda model: AdaNKFAC(model, lr=2e-3, weight_decay=0.1, stat_interval=1,
-                                       refresh_interval=2),
+    'NKFAC': lambda model: NKFAC(
+        model, lr=0.05, weight_decay=1e-3, stat_interval=1, refresh_interval=2
+    ),
+    'AdaNKFAC': lambda model: AdaNKFAC(
+        model, lr=2e-3, weight_decay=0.1, stat_interval=1, refresh_interval=2
+    ),
 }
 
 
@@ -46,8 +48,9 @@ def make(kind: Callable[[], nn.Module]) -> nn.Module:
 
 
 def worker(rank: int, folder: str, kind: Callable[[], nn.Module], name: str) -> None:
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
-                            world_size=2)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
+    )
     torch.set_num_threads(1)
     model = make(kind)
     # Built on the wrapped model, as MMEngine does.
@@ -103,10 +106,14 @@ def test_ranks_that_use_different_layers_stay_equal(tmp_path: Path) -> None:
 
 
 def buckets(rank: int, folder: str) -> None:
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
-                            world_size=2)
-    tensors = [torch.full((k + 1, 300), float(rank + k), dtype=dtype)
-               for k in range(5) for dtype in (torch.float32, torch.float64)]
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
+    )
+    tensors = [
+        torch.full((k + 1, 300), float(rank + k), dtype=dtype)
+        for k in range(5)
+        for dtype in (torch.float32, torch.float64)
+    ]
     sum_over_ranks(tensors, bucket_mb=0.003)
     for index, tensor in enumerate(tensors):
         assert (tensor == 2 * (index // 2) + 1).all()

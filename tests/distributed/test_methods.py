@@ -92,15 +92,19 @@ OWN = {
     'SKFAC overflow': (SKFAC, dict(RULE, max_columns=7, positions=3), 8),
     'SKFAC star': (SKFAC, dict(RULE, max_columns=9, positions=4, **STAR), 8),
 }
-BRANCHES = {f'branches {name}': (JOINT | OWN)[name]
-            for name in ('AdamR', 'KFAC reduce', 'SKFAC', 'SKFAC overflow', 'SMAC', 'AdaFisher')}
+BRANCHES = {
+    f'branches {name}': (JOINT | OWN)[name]
+    for name in ('AdamR', 'KFAC reduce', 'SKFAC', 'SKFAC overflow', 'SMAC', 'AdaFisher')
+}
 ALL = JOINT | OWN | BRANCHES
 
 
 def batch(step: int, size: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return (torch.randn(size, 2, 7, 9, generator=generator, dtype=torch.float64) + 0.2,
-            torch.randint(0, 6, (size,), generator=generator))
+    return (
+        torch.randn(size, 2, 7, 9, generator=generator, dtype=torch.float64) + 0.2,
+        torch.randint(0, 6, (size,), generator=generator),
+    )
 
 
 def run(name: str, rank: int | None = None) -> dict[str, Any]:
@@ -124,8 +128,9 @@ def run(name: str, rank: int | None = None) -> dict[str, Any]:
 
 
 def worker(rank: int, folder: str) -> None:
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
-                            world_size=2)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
+    )
     torch.set_num_threads(1)
     torch.save({name: run(name, rank) for name in ALL}, f'{folder}/{rank}.pt')
     leave()
@@ -143,13 +148,13 @@ def distance(a: Any, b: Any) -> float:
     """Largest difference of two nested states of the same keys."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
-        return max([distance(a[k], b[k]) for k in a], default=0.)
+        return max([distance(a[k], b[k]) for k in a], default=0.0)
     if isinstance(a, (list, tuple)):
-        return max([distance(x, y) for x, y in zip(a, b, strict=True)], default=0.)
+        return max([distance(x, y) for x, y in zip(a, b, strict=True)], default=0.0)
     if isinstance(a, Tensor):
         return float((a - b).abs().max())
     assert a == b
-    return 0.
+    return 0.0
 
 
 @pytest.mark.parametrize('name', sorted(ALL))
@@ -207,7 +212,7 @@ def test_half_the_batch_alone_moves_differently(ranks: list[dict[str, Any]]) -> 
         model = Mixed().double()
         optimizer = kind(model, **settings)
         x, y = batch(0, size)
-        squared_error(model(x[:size // 2]), y[:size // 2]).backward()
+        squared_error(model(x[: size // 2]), y[: size // 2]).backward()
         optimizer.step()
         alone = {n: p.detach() for n, p in model.named_parameters()}
         assert distance(alone, ranks[0][name]['weights'][0]) > 1e-6

@@ -33,8 +33,10 @@ from tests.support.classifier import Classifier, Labelled, batch, build
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-               for m in model.modules())
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        for m in model.modules()
+    )
 
 
 def test_one_parameter_a_group_equals_one_group() -> None:
@@ -42,7 +44,7 @@ def test_one_parameter_a_group_equals_one_group() -> None:
     model = Classifier()
     other = copy.deepcopy(model)
     plain = build(model)
-    paramwise = build(other, paramwise_cfg=dict(norm_decay_mult=0.))
+    paramwise = build(other, paramwise_cfg=dict(norm_decay_mult=0.0))
     assert len(plain.optimizer.param_groups) == 1
     assert len(paramwise.optimizer.param_groups) == 6
     for seed in range(5):
@@ -98,9 +100,12 @@ def test_any_wrapper_class_is_kept() -> None:
 def amp_statistics(model: nn.Module, **cfg: Any) -> dict[str, Any]:
     wrapper = build(model, **cfg)
     model.train_step(batch(), wrapper)
-    return {layer.name: {name: s[k] for name, s in stack.statistics.items()}
-            for stack in wrapper.optimizer.curvature.stacks for k, slot in enumerate(stack.slots)
-            for layer in [slot.layer]}
+    return {
+        layer.name: {name: s[k] for name, s in stack.statistics.items()}
+        for stack in wrapper.optimizer.curvature.stacks
+        for k, slot in enumerate(stack.slots)
+        for layer in [slot.layer]
+    }
 
 
 def test_amp_measures_unscaled_values(amp_on_cpu: None) -> None:
@@ -108,10 +113,11 @@ def test_amp_measures_unscaled_values(amp_on_cpu: None) -> None:
     model = Classifier()
     average = 'mmprecond.preconditioners.NewtonKronecker.average'
     with pytest.MonkeyPatch.context() as patch:  # raw sums, which feel the scale
-        patch.setattr(average, lambda self: mmprecond.curvature.RunningAverage(0.))
+        patch.setattr(average, lambda self: mmprecond.curvature.RunningAverage(0.0))
         plain = amp_statistics(copy.deepcopy(model))
-        scaled = amp_statistics(copy.deepcopy(model), type='AmpOptimWrapper', dtype='bfloat16',
-                                loss_scale=1024.)
+        scaled = amp_statistics(
+            copy.deepcopy(model), type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1024.0
+        )
     assert set(plain) == {'conv.weight', 'fc.weight'}
     for name, statistics in plain.items():
         for key, value in statistics.items():
@@ -221,33 +227,48 @@ def test_registered_in_the_root_once() -> None:
 
 
 def test_dotted_path_registers_everything() -> None:
-    code = ('import torch; from mmengine.optim import build_optim_wrapper as b; '
-            'w = b(torch.nn.Linear(2, 2), dict('
-            'constructor="mmprecond.PrecondOptimWrapperConstructor", '
-            'optimizer=dict(type="NKFAC", lr=0.1))); print(type(w.optimizer).__name__)')
+    code = (
+        'import torch; from mmengine.optim import build_optim_wrapper as b; '
+        'w = b(torch.nn.Linear(2, 2), dict('
+        'constructor="mmprecond.PrecondOptimWrapperConstructor", '
+        'optimizer=dict(type="NKFAC", lr=0.1))); print(type(w.optimizer).__name__)'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == 'NKFAC'
 
 
 def test_core_works_without_mmengine() -> None:
-    code = ('import sys, importlib.util as u; find = u.find_spec; '
-            'u.find_spec = lambda name, *a: None if name == "mmengine" else find(name, *a); '
-            'import torch, mmprecond; m = torch.nn.Linear(3, 2); o = mmprecond.NKFAC(m, lr=0.1); '
-            'm(torch.ones(4, 3)).square().mean().backward(); o.step(); '
-            'assert "mmengine" not in sys.modules; print(o.t)')
+    code = (
+        'import sys, importlib.util as u; find = u.find_spec; '
+        'u.find_spec = lambda name, *a: None if name == "mmengine" else find(name, *a); '
+        'import torch, mmprecond; m = torch.nn.Linear(3, 2); o = mmprecond.NKFAC(m, lr=0.1); '
+        'm(torch.ones(4, 3)).square().mean().backward(); o.step(); '
+        'assert "mmengine" not in sys.modules; print(o.t)'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '1'
 
 
-@pytest.mark.parametrize('name, kept', [
-    ('NKFAC', dict(lr=0.02, momentum=0.9, weight_decay=1e-4)),
-    ('AdaNKFAC', dict(lr=0.02, weight_decay=1e-4))])
+@pytest.mark.parametrize(
+    'name, kept',
+    [
+        ('NKFAC', dict(lr=0.02, momentum=0.9, weight_decay=1e-4)),
+        ('AdaNKFAC', dict(lr=0.02, weight_decay=1e-4)),
+    ],
+)
 def test_preset_keeps_what_fits(name: str, kept: dict[str, float]) -> None:
-    paramwise = dict(norm_decay_mult=0.)
-    cfg = Config(dict(optim_wrapper=dict(
-        type='OptimWrapper', clip_grad=dict(max_norm=5), paramwise_cfg=paramwise,
-        constructor='SomeConstructor',
-        optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4))))
+    paramwise = dict(norm_decay_mult=0.0)
+    cfg = Config(
+        dict(
+            optim_wrapper=dict(
+                type='OptimWrapper',
+                clip_grad=dict(max_norm=5),
+                paramwise_cfg=paramwise,
+                constructor='SomeConstructor',
+                optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
+            )
+        )
+    )
     use_optimizer(cfg, name)
     assert cfg.optim_wrapper.optimizer == dict(type=name, **kept)
     assert cfg.optim_wrapper.constructor == 'PrecondOptimWrapperConstructor'
@@ -308,8 +329,11 @@ def test_a_base_constructor_reads_its_config_as_it_is() -> None:
 
     OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=Reading, force=True)
     for kind in ('NKFAC', 'SGD'):
-        cfg = ConfigDict(optimizer=dict(type=kind, lr=0.1), base_constructor='Reading',
-                         constructor='PrecondOptimWrapperConstructor')
+        cfg = ConfigDict(
+            optimizer=dict(type=kind, lr=0.1),
+            base_constructor='Reading',
+            constructor='PrecondOptimWrapperConstructor',
+        )
         before = copy.deepcopy(cfg)
         assert build_optim_wrapper(Classifier(), cfg).optimizer.param_groups[0]['lr'] == 0.1
         assert cfg == before

@@ -22,10 +22,16 @@ from tests.support.paths import ROOT
 from tests.support.states import differences, everything
 
 RULE = dict(type='AdamW', lr=0.01, weight_decay=0.1)
-LAYERS = [dict(match=dict(name='fc'), preconditioner=dict(
-              type='NewtonKronecker', stat_interval=1, refresh_interval=2)),
-          dict(match=dict(module_type=['Conv2d']), preconditioner=dict(
-              type='InputFeature', stat_interval=2, refresh_interval=2))]
+LAYERS = [
+    dict(
+        match=dict(name='fc'),
+        preconditioner=dict(type='NewtonKronecker', stat_interval=1, refresh_interval=2),
+    ),
+    dict(
+        match=dict(module_type=['Conv2d']),
+        preconditioner=dict(type='InputFeature', stat_interval=2, refresh_interval=2),
+    ),
+]
 OPTIMIZER = dict(type='Preconditioned', rule=RULE, layers=LAYERS)
 
 
@@ -42,8 +48,9 @@ def build(built: Classifier, **cfg: Any) -> OptimWrapper:
 def rates(wrapper: OptimWrapper, built: Classifier, key: str = 'lr') -> dict[str, float]:
     """A setting of each parameter by name."""
     names = {p: name for name, p in built.named_parameters()}
-    return {names[p]: group[key] for group in wrapper.optimizer.param_groups
-            for p in group['params']}
+    return {
+        names[p]: group[key] for group in wrapper.optimizer.param_groups for p in group['params']
+    }
 
 
 def test_it_is_what_the_class_itself_makes() -> None:
@@ -52,27 +59,37 @@ def test_it_is_what_the_class_itself_makes() -> None:
     wrapper = build(ours)
     assert OPTIMIZER == before
     assert type(wrapper.optimizer) is Preconditioned is OPTIMIZERS.get('Preconditioned')
-    assert wrapper.optimizer.defaults == dict(lr=0.01, betas=(0.9, 0.999), eps=1e-8,
-                                              weight_decay=0.1)
+    assert wrapper.optimizer.defaults == dict(
+        lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1
+    )
     direct = OptimWrapper(Preconditioned(other, rule=RULE, layers=LAYERS))
     for seed in range(5):
         ours.train_step(batch(seed=seed), wrapper)
         other.train_step(batch(seed=seed), direct)
-    assert differences(everything(ours, wrapper.optimizer),
-                       everything(other, direct.optimizer)) == []
+    assert (
+        differences(everything(ours, wrapper.optimizer), everything(other, direct.optimizer)) == []
+    )
 
 
 MULTIPLIERS: dict[str, tuple[dict[str, Any], dict[str, float], dict[str, float]]] = {
-    'custom keys': (dict(custom_keys={'fc': dict(lr_mult=0.5, decay_mult=0.),
-                                      'conv.bias': dict(decay_mult=3.)}),
-                    {'fc.weight': 0.005, 'fc.bias': 0.005},
-                    {'fc.weight': 0., 'fc.bias': 0., 'conv.bias': 0.3}),
-    'norm': (dict(norm_decay_mult=0.), {}, {'norm.weight': 0., 'norm.bias': 0.}),
-    'bias': (dict(bias_lr_mult=2., bias_decay_mult=0.5),
-             {'fc.bias': 0.02, 'conv.bias': 0.02},
-             {'fc.bias': 0.05, 'conv.bias': 0.05, 'norm.bias': 0.05}),
-    'flat': (dict(flat_decay_mult=0.), {},
-             dict.fromkeys(('fc.bias', 'conv.bias', 'norm.weight', 'norm.bias'), 0.)),
+    'custom keys': (
+        dict(
+            custom_keys={'fc': dict(lr_mult=0.5, decay_mult=0.0), 'conv.bias': dict(decay_mult=3.0)}
+        ),
+        {'fc.weight': 0.005, 'fc.bias': 0.005},
+        {'fc.weight': 0.0, 'fc.bias': 0.0, 'conv.bias': 0.3},
+    ),
+    'norm': (dict(norm_decay_mult=0.0), {}, {'norm.weight': 0.0, 'norm.bias': 0.0}),
+    'bias': (
+        dict(bias_lr_mult=2.0, bias_decay_mult=0.5),
+        {'fc.bias': 0.02, 'conv.bias': 0.02},
+        {'fc.bias': 0.05, 'conv.bias': 0.05, 'norm.bias': 0.05},
+    ),
+    'flat': (
+        dict(flat_decay_mult=0.0),
+        {},
+        dict.fromkeys(('fc.bias', 'conv.bias', 'norm.weight', 'norm.bias'), 0.0),
+    ),
 }
 
 
@@ -84,12 +101,18 @@ def test_multipliers_reach_the_groups(name: str) -> None:
     names = [n for n, _ in ours.named_parameters()]
     assert rates(wrapper, ours) == pytest.approx({**dict.fromkeys(names, 0.01), **lrs})
     assert rates(wrapper, ours, 'weight_decay') == pytest.approx(
-        {**dict.fromkeys(names, 0.1), **decays})
+        {**dict.fromkeys(names, 0.1), **decays}
+    )
     # ... and the steps: as groups written by hand.
     other = model()
-    groups = [dict(params=[p], lr=rates(wrapper, ours)[n],
-                   weight_decay=rates(wrapper, ours, 'weight_decay')[n])
-              for n, p in other.named_parameters()]
+    groups = [
+        dict(
+            params=[p],
+            lr=rates(wrapper, ours)[n],
+            weight_decay=rates(wrapper, ours, 'weight_decay')[n],
+        )
+        for n, p in other.named_parameters()
+    ]
     direct = OptimWrapper(Preconditioned(groups, model=other, rule=RULE, layers=LAYERS))
     for seed in range(4):
         ours.train_step(batch(seed=seed), wrapper)
@@ -100,40 +123,58 @@ def test_multipliers_reach_the_groups(name: str) -> None:
 def test_a_rule_without_weight_decay_has_none() -> None:
     """MMEngine's constructor asks for a decay to scale."""
     ours = model()
-    wrapper = build(ours, paramwise_cfg=dict(norm_decay_mult=0., bias_lr_mult=2.), optimizer=dict(
-        OPTIMIZER, rule=dict(type='SGDM', lr=0.1)))
-    assert set(rates(wrapper, ours, 'weight_decay').values()) == {0.}
+    wrapper = build(
+        ours,
+        paramwise_cfg=dict(norm_decay_mult=0.0, bias_lr_mult=2.0),
+        optimizer=dict(OPTIMIZER, rule=dict(type='SGDM', lr=0.1)),
+    )
+    assert set(rates(wrapper, ours, 'weight_decay').values()) == {0.0}
     assert rates(wrapper, ours)['fc.bias'] == 0.2 and wrapper.optimizer.defaults['momentum'] == 0.9
 
 
 def test_custom_keys_of_ours() -> None:
     ours = model()
-    wrapper = build(ours, paramwise_cfg=dict(custom_keys={
-        'conv': dict(precondition=False), 'fc': dict(damping=0.5)}), optimizer=dict(
-        OPTIMIZER, layers=[dict(preconditioner=LAYERS[0]['preconditioner'])]))
+    wrapper = build(
+        ours,
+        paramwise_cfg=dict(custom_keys={'conv': dict(precondition=False), 'fc': dict(damping=0.5)}),
+        optimizer=dict(OPTIMIZER, layers=[dict(preconditioner=LAYERS[0]['preconditioner'])]),
+    )
     assert [layer.name for layer in wrapper.optimizer.curvature.layers] == ['fc.weight']
     assert next(iter(wrapper.optimizer.curvature.layers)).damping == 0.5
     assert 'precondition=False' in wrapper.optimizer.table()
 
 
-@pytest.mark.parametrize('make, factor', [
-    (lambda o: MultiStepLR(o, milestones=[2], by_epoch=False), lambda t: 0.1 if t >= 2 else 1.),
-    (lambda o: LinearLR(o, start_factor=0.25, end=3, by_epoch=False),
-     lambda t: 0.25 + 0.75 * min(t, 2) / 2),
-    (lambda o: CosineAnnealingLR(o, T_max=2, by_epoch=False), lambda t: (1., 0.5, 0.)[t]),
-], ids=['MultiStepLR', 'LinearLR', 'CosineAnnealingLR'])
-def test_schedulers_change_all_rates(make: Callable[[OptimWrapper], Any],
-                                     factor: Callable[[int], float]) -> None:
+@pytest.mark.parametrize(
+    'make, factor',
+    [
+        (
+            lambda o: MultiStepLR(o, milestones=[2], by_epoch=False),
+            lambda t: 0.1 if t >= 2 else 1.0,
+        ),
+        (
+            lambda o: LinearLR(o, start_factor=0.25, end=3, by_epoch=False),
+            lambda t: 0.25 + 0.75 * min(t, 2) / 2,
+        ),
+        (lambda o: CosineAnnealingLR(o, T_max=2, by_epoch=False), lambda t: (1.0, 0.5, 0.0)[t]),
+    ],
+    ids=['MultiStepLR', 'LinearLR', 'CosineAnnealingLR'],
+)
+def test_schedulers_change_all_rates(
+    make: Callable[[OptimWrapper], Any], factor: Callable[[int], float]
+) -> None:
     ours, other = model(), model()
     wrapper = build(ours, paramwise_cfg=dict(custom_keys={'fc': dict(lr_mult=0.5)}))
     by_hand = build(other, paramwise_cfg=dict(custom_keys={'fc': dict(lr_mult=0.5)}))
     scheduler = make(wrapper)
     for step in range(3):
-        expected = {name: 0.01 * factor(step) * (0.5 if 'fc' in name else 1)
-                    for name, _ in ours.named_parameters()}
+        expected = {
+            name: 0.01 * factor(step) * (0.5 if 'fc' in name else 1)
+            for name, _ in ours.named_parameters()
+        }
         assert rates(wrapper, ours) == pytest.approx(expected, abs=1e-12)
-        for mine, theirs in zip(wrapper.optimizer.param_groups, by_hand.optimizer.param_groups,
-                                strict=True):
+        for mine, theirs in zip(
+            wrapper.optimizer.param_groups, by_hand.optimizer.param_groups, strict=True
+        ):
             theirs['lr'] = mine['lr']
         ours.train_step(batch(seed=step), wrapper)
         other.train_step(batch(seed=step), by_hand)
@@ -143,21 +184,36 @@ def test_schedulers_change_all_rates(make: Callable[[OptimWrapper], Any],
 
 # ------------------------------------------------------------------- configs
 
+
 def config() -> Config:
-    return Config(dict(optim_wrapper=dict(
-        type='OptimWrapper', constructor='PrecondOptimWrapperConstructor',
-        paramwise_cfg=dict(norm_decay_mult=0.), optimizer=copy.deepcopy(OPTIMIZER))))
+    return Config(
+        dict(
+            optim_wrapper=dict(
+                type='OptimWrapper',
+                constructor='PrecondOptimWrapperConstructor',
+                paramwise_cfg=dict(norm_decay_mult=0.0),
+                optimizer=copy.deepcopy(OPTIMIZER),
+            )
+        )
+    )
 
 
 def test_options_of_the_command_line_reach_into_rule_and_layers() -> None:
     cfg = config()
-    cfg.merge_from_dict({'optim_wrapper.optimizer.rule.lr': 0.5,
-                         'optim_wrapper.optimizer.layers.1.preconditioner.damping': 0.25})
+    cfg.merge_from_dict(
+        {
+            'optim_wrapper.optimizer.rule.lr': 0.5,
+            'optim_wrapper.optimizer.layers.1.preconditioner.damping': 0.25,
+        }
+    )
     wrapper = build_optim_wrapper(ours := model(), cfg.optim_wrapper)
     assert set(rates(wrapper, ours).values()) == {0.5} == {wrapper.optimizer.defaults['lr']}
-    assert set(rates(wrapper, ours, 'weight_decay').values()) == {0., 0.1}
-    found = {stack.method.damping for layer, stack in wrapper.optimizer.curvature.layers.items()
-             if layer.name == 'conv.weight'}
+    assert set(rates(wrapper, ours, 'weight_decay').values()) == {0.0, 0.1}
+    found = {
+        stack.method.damping
+        for layer, stack in wrapper.optimizer.curvature.layers.items()
+        if layer.name == 'conv.weight'
+    }
     assert found == {0.25}
 
 
@@ -167,9 +223,8 @@ def test_a_config_goes_to_a_file_and_back(tmp_path: Path) -> None:
     again = Config.fromfile(str(tmp_path / 'config.py'))
     parsed = Config.fromstring(cfg.pretty_text, '.py')
     assert again.optim_wrapper == parsed.optim_wrapper == cfg.optim_wrapper
-    built = [build_optim_wrapper(model(), c.optim_wrapper).optimizer
-             for c in (cfg, again, parsed)]
-    plain = build(model(), paramwise_cfg=dict(norm_decay_mult=0.)).optimizer
+    built = [build_optim_wrapper(model(), c.optim_wrapper).optimizer for c in (cfg, again, parsed)]
+    plain = build(model(), paramwise_cfg=dict(norm_decay_mult=0.0)).optimizer
     for optimizer in built:
         assert optimizer.table() == plain.table()
         assert optimizer.defaults == plain.defaults
@@ -181,10 +236,14 @@ def test_a_config_goes_to_a_file_and_back(tmp_path: Path) -> None:
 
 
 def test_a_config_may_inherit_and_replace(tmp_path: Path) -> None:
-    (tmp_path / 'base.py').write_text("optim_wrapper = dict(type='OptimWrapper', optimizer=dict("
-                                      "type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4))")
-    text = ("_base_ = 'base.py'\noptim_wrapper = dict(constructor='PrecondOptimWrapperConstructor',"
-            f' optimizer=dict(DELETE**{OPTIMIZER!r}))')
+    (tmp_path / 'base.py').write_text(
+        "optim_wrapper = dict(type='OptimWrapper', optimizer=dict("
+        "type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4))"
+    )
+    text = (
+        "_base_ = 'base.py'\noptim_wrapper = dict(constructor='PrecondOptimWrapperConstructor',"
+        f' optimizer=dict(DELETE**{OPTIMIZER!r}))'
+    )
     (tmp_path / 'good.py').write_text(text.replace('DELETE', '_delete_=True, '))
     (tmp_path / 'bad.py').write_text(text.replace('DELETE', ''))
     wrapper = build_optim_wrapper(model(), Config.fromfile(tmp_path / 'good.py').optim_wrapper)
@@ -238,11 +297,18 @@ def test_a_preset_replaces_the_optimizer_of_a_toolbox(tmp_path: Path) -> None:
     file.write_text(
         f"_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '{folder}/thesis.py']\n"
         "optim_wrapper = dict(constructor='PrecondOptimWrapperConstructor',\n"
-        '                     optimizer={{_base_.coco_adamr_resnet}})\n')
+        '                     optimizer={{_base_.coco_adamr_resnet}})\n'
+    )
     optimizer = Config.fromfile(file).optim_wrapper.optimizer
     assert dict(optimizer, betas=None) == dict(
-        type='AdamR', settings='published', lr=1e-4, betas=None, weight_decay=0.2,
-        stat_interval=100, refresh_interval=1000)
+        type='AdamR',
+        settings='published',
+        lr=1e-4,
+        betas=None,
+        weight_decay=0.2,
+        stat_interval=100,
+        refresh_interval=1000,
+    )
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -251,13 +317,16 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     'rule is a name': (dict(rule='AdamW'), ["rule='AdamW'", 'write rule=dict(type=...']),
     'no layers': (dict(layers=None), ['layers=None', 'write layers=[']),
     'bad lr': (dict(rule=dict(RULE, lr=-1)), ['lr=-']),
-    'no match': (dict(layers=[dict(match=dict(name='head'), preconditioner=None), *LAYERS]),
-                 ["name='head'", 'hits nothing in Classifier']),
+    'no match': (
+        dict(layers=[dict(match=dict(name='head'), preconditioner=None), *LAYERS]),
+        ["name='head'", 'hits nothing in Classifier'],
+    ),
 }
 
 
-@pytest.mark.parametrize('paramwise', [None, dict(norm_decay_mult=0., bias_lr_mult=2.)],
-                         ids=['plain', 'paramwise'])
+@pytest.mark.parametrize(
+    'paramwise', [None, dict(norm_decay_mult=0.0, bias_lr_mult=2.0)], ids=['plain', 'paramwise']
+)
 @pytest.mark.parametrize('name', WRONG)
 def test_errors_are_one_line(name: str, paramwise: Any) -> None:
     change, fragments = WRONG[name]
@@ -276,6 +345,7 @@ def test_without_our_constructor_it_says_what_to_write() -> None:
 
 # ------------------------------------------------------------------- constructors and presets
 
+
 def test_base_constructor_makes_the_groups() -> None:
     """It finds lr and decay where constructors look for them."""
     ours = model()
@@ -283,23 +353,33 @@ def test_base_constructor_makes_the_groups() -> None:
     assert set(rates(wrapper, ours).values()) == {0.005}
     assert len(wrapper.optimizer.param_groups) == 6
     assert {type(stack.method).__name__ for stack in wrapper.optimizer.curvature.stacks} == {
-        'NewtonKronecker', 'InputFeature'}
+        'NewtonKronecker',
+        'InputFeature',
+    }
     ours.train_step(batch(), wrapper)
 
 
-@pytest.mark.parametrize('optimizer', [
-    dict(type='AdaAFOpt', lr=0.01, rule='Adan', weight_decay=0.1),
-    dict(type='AFOpt', lr=0.01, momentum=0.5), dict(type='FSGD', lr=0.01),
-    dict(type='FAdam', lr=0.01, betas=[0.9, 0.99])], ids=lambda o: o['type'])
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        dict(type='AdaAFOpt', lr=0.01, rule='Adan', weight_decay=0.1),
+        dict(type='AFOpt', lr=0.01, momentum=0.5),
+        dict(type='FSGD', lr=0.01),
+        dict(type='FAdam', lr=0.01, betas=[0.9, 0.99]),
+    ],
+    ids=lambda o: o['type'],
+)
 def test_the_other_optimizers(optimizer: dict[str, Any]) -> None:
     ours, other = model(), model()
-    wrapper = build(ours, optimizer=optimizer, paramwise_cfg=dict(
-        custom_keys={'fc': dict(lr_mult=0.5)}))
+    wrapper = build(
+        ours, optimizer=optimizer, paramwise_cfg=dict(custom_keys={'fc': dict(lr_mult=0.5)})
+    )
     assert rates(wrapper, ours)['fc.bias'] == 0.005 and rates(wrapper, ours)['conv.bias'] == 0.01
     settings = {key: value for key, value in optimizer.items() if key != 'type'}
     groups = [dict(params=[p], lr=rates(wrapper, ours)[n]) for n, p in other.named_parameters()]
-    direct = OptimWrapper(getattr(mmprecond.optimizers, optimizer['type'])(
-        groups, model=other, **settings))
+    direct = OptimWrapper(
+        getattr(mmprecond.optimizers, optimizer['type'])(groups, model=other, **settings)
+    )
     for seed in range(3):
         ours.train_step(batch(seed=seed), wrapper)
         other.train_step(batch(seed=seed), direct)
@@ -326,9 +406,14 @@ def test_a_preset_needs_a_list() -> None:
     assert cfg.to_dict() == before
 
 
-@pytest.mark.parametrize('old', [
-    dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
-    dict(type='AdamW', lr=1e-4, betas=(0.9, 0.99), weight_decay=0.05)], ids=lambda o: o['type'])
+@pytest.mark.parametrize(
+    'old',
+    [
+        dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
+        dict(type='AdamW', lr=1e-4, betas=(0.9, 0.99), weight_decay=0.05),
+    ],
+    ids=lambda o: o['type'],
+)
 @pytest.mark.parametrize('name', ['FSGD', 'FAdam', 'AFOpt', 'AdaAFOpt'])
 def test_presets_of_the_new_names(name: str, old: dict[str, Any]) -> None:
     cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper', optimizer=dict(old))))

@@ -22,8 +22,20 @@ from tests.support.classifier import Classifier, Labelled, batch, build
 from tests.support.distributed import leave
 from tests.support.errors import refused
 
-NAMES = ('AdaBelief', 'AdamP', 'Adan', 'DiffGrad', 'Kron', 'Muon', 'RAdam', 'Ranger',
-         'ScalableShampoo', 'SGDP', 'Shampoo', 'SOAP')
+NAMES = (
+    'AdaBelief',
+    'AdamP',
+    'Adan',
+    'DiffGrad',
+    'Kron',
+    'Muon',
+    'RAdam',
+    'Ranger',
+    'ScalableShampoo',
+    'SGDP',
+    'Shampoo',
+    'SOAP',
+)
 TWICE = ('AdaHessian', 'SophiaH')
 
 
@@ -66,13 +78,15 @@ def test_ours_and_mmengines_constructor(package: Any, name: str) -> None:
     plain = build_optim_wrapper(other, dict(optimizer=peer(name)))
     torch.manual_seed(1)
     trained(other, plain, steps)
-    assert all(torch.equal(p, q) for p, q in
-               zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_a_class_and_another_wrapper_serve_as_well(package: Any) -> None:
-    wrapper = build(Classifier(), type=Labelled, label='mine',
-                    optimizer=dict(type=package.AdaHessian, lr=0.01))
+    wrapper = build(
+        Classifier(), type=Labelled, label='mine', optimizer=dict(type=package.AdaHessian, lr=0.01)
+    )
     assert isinstance(wrapper, Labelled) and type(wrapper).__name__ == 'DoubleBackwardLabelled'
     trained(Classifier(), build(Classifier(), optimizer=dict(type=package.SOAP, lr=0.01)), 0)
 
@@ -80,15 +94,16 @@ def test_a_class_and_another_wrapper_serve_as_well(package: Any) -> None:
 def test_muon_gets_matrices_apart(package: Any) -> None:
     model = Classifier()
     settings = peer('Muon', lr=0.02, weight_decay=0.1, adamw_lr=1e-3, adamw_wd=0.01)
-    keys = {'norm': dict(lr_mult=0.5, decay_mult=0.), 'fc': dict(use_muon=False)}
+    keys = {'norm': dict(lr_mult=0.5, decay_mult=0.0), 'fc': dict(use_muon=False)}
     wrapper = build(model, optimizer=settings, paramwise_cfg=dict(custom_keys=keys))
     names = {id(p): name for name, p in model.named_parameters()}
-    found = {names[id(p)]: group for group in wrapper.optimizer.param_groups
-             for p in group['params']}
+    found = {
+        names[id(p)]: group for group in wrapper.optimizer.param_groups for p in group['params']
+    }
     assert {name for name, group in found.items() if group['use_muon']} == {'conv.weight'}
     assert found['conv.weight']['lr'] == 0.02
     assert found['norm.weight']['lr'] == pytest.approx(5e-4)
-    assert found['norm.weight']['weight_decay'] == 0.
+    assert found['norm.weight']['weight_decay'] == 0.0
     assert found['fc.weight']['lr'] == pytest.approx(1e-3)
     assert found['conv.bias']['weight_decay'] == 0.01
     schedule = LinearLR(wrapper, start_factor=0.5, begin=0, end=4, by_epoch=False)
@@ -130,9 +145,12 @@ def test_second_derivatives_are_the_packages_own(package: Any, name: str) -> Non
         gradients = torch.autograd.grad(loss, params, create_graph=True)
         hessian = None
         if seed % 2 == 0:
-            signs = [torch.randint_like(p, 0, 2) * 2. - 1. if name == 'AdaHessian' or
-                     optimizer.distribution == 'rademacher' else torch.randn_like(p)
-                     for p in params]
+            signs = [
+                torch.randint_like(p, 0, 2) * 2.0 - 1.0
+                if name == 'AdaHessian' or optimizer.distribution == 'rademacher'
+                else torch.randn_like(p)
+                for p in params
+            ]
             products = torch.autograd.grad(gradients, params, signs)
             hessian = [z * h for z, h in zip(signs, products, strict=True)]
             assert sum(float(h.abs().sum()) for h in hessian) > 0
@@ -148,8 +166,9 @@ def test_memory_stays_flat_over_200_steps(package: Any) -> None:
     model = Classifier()
     wrapper = build(model, optimizer=peer('AdaHessian'))
     graphs = []
-    wrapper.optimizer.register_step_pre_hook(lambda optimizer, *_: graphs.append(
-        any(p.grad.requires_grad for p in model.parameters())))
+    wrapper.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: graphs.append(any(p.grad.requires_grad for p in model.parameters()))
+    )
     counts = []
     gc.collect()
     gc.disable()
@@ -187,16 +206,25 @@ def test_resume(package: Any) -> None:
         torch.manual_seed(5)
         assert not used._twice.needs_graph
         trained(model, used, 5)
-    assert all(torch.equal(p, q) for p, q in
-               zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True)
+    )
 
 
 def test_what_cannot_be_differentiated_twice_is_refused(package: Any) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2))
-    refused(ValueError, lambda: build(model, optimizer=peer('AdaHessian')),
-            '1 is a SyncBatchNorm', 'as AdaHessian needs')
-    refused(ValueError, lambda: build(Classifier(), type='AmpOptimWrapper',
-                                      optimizer=peer('SophiaH')), 'SophiaH', 'without --amp')
+    refused(
+        ValueError,
+        lambda: build(model, optimizer=peer('AdaHessian')),
+        '1 is a SyncBatchNorm',
+        'as AdaHessian needs',
+    )
+    refused(
+        ValueError,
+        lambda: build(Classifier(), type='AmpOptimWrapper', optimizer=peer('SophiaH')),
+        'SophiaH',
+        'without --amp',
+    )
     build(model, optimizer=peer('SOAP'))
 
 
@@ -226,13 +254,17 @@ def hessians(rank: int, folder: str) -> None:
     torch.manual_seed(rank)  # other signs on each rank
     gradients: list[list[Tensor]] = []
     measure = wrapper._twice.measure
-    wrapper._twice.measure = lambda: (measure(), gradients.append(
-        [p.grad.clone() for p in model.parameters()]))
+    wrapper._twice.measure = lambda: (
+        measure(),
+        gradients.append([p.grad.clone() for p in model.parameters()]),
+    )
     for step in range(6):
         data = batch(8, step)
         half = slice(4 * rank, 4 * rank + 4)
-        wrapped.train_step(dict(inputs=data['inputs'][half].double(),
-                                data_samples=data['data_samples'][half]), wrapper)
+        wrapped.train_step(
+            dict(inputs=data['inputs'][half].double(), data_samples=data['data_samples'][half]),
+            wrapper,
+        )
     torch.save([model.state_dict(), wrapper.state_dict(), gradients], f'{folder}/{rank}.pt')
     leave()
 
@@ -263,20 +295,42 @@ def test_two_ranks_stay_equal(package: Any, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize('name, why', [
-    ('SAM', 'by a closure'), ('GSAM', 'by a closure'), ('WSAM', 'by a closure'),
-    ('BSAM', 'by a closure'), ('LBFGS', 'a closure'), ('AliG', 'a closure'),
-    ('LOMO', "takes 'model'"), ('AdamMini', "takes 'model'"), ('Lookahead', "takes 'optimizer'"),
-    ('PCGrad', "takes 'optimizer'"), ('ScheduleFreeAdamW', 'optimizer.eval()'),
-    ('MuonClip', 'attention logits'), ('DeMo', 'between ranks'), ('DistributedMuon', 'rank')])
+@pytest.mark.parametrize(
+    'name, why',
+    [
+        ('SAM', 'by a closure'),
+        ('GSAM', 'by a closure'),
+        ('WSAM', 'by a closure'),
+        ('BSAM', 'by a closure'),
+        ('LBFGS', 'a closure'),
+        ('AliG', 'a closure'),
+        ('LOMO', "takes 'model'"),
+        ('AdamMini', "takes 'model'"),
+        ('Lookahead', "takes 'optimizer'"),
+        ('PCGrad', "takes 'optimizer'"),
+        ('ScheduleFreeAdamW', 'optimizer.eval()'),
+        ('MuonClip', 'attention logits'),
+        ('DeMo', 'between ranks'),
+        ('DistributedMuon', 'rank'),
+    ],
+)
 def test_what_no_step_of_mmengine_serves_is_refused(package: Any, name: str, why: str) -> None:
-    refused(ValueError, lambda: build(Classifier(), optimizer=peer(name)),
-            f'pytorch_optimizer.{name} ', why, 'choose another')
+    refused(
+        ValueError,
+        lambda: build(Classifier(), optimizer=peer(name)),
+        f'pytorch_optimizer.{name} ',
+        why,
+        'choose another',
+    )
 
 
 def test_an_unknown_name_is_one_line(package: Any) -> None:
-    refused(ValueError, lambda: build(Classifier(), optimizer=peer('SAOP')),
-            "no optimizer 'SAOP'", 'SOAP')
+    refused(
+        ValueError,
+        lambda: build(Classifier(), optimizer=peer('SAOP')),
+        "no optimizer 'SAOP'",
+        'SOAP',
+    )
     refused(ValueError, lambda: build(Classifier(), optimizer=peer('adahesian')), 'AdaHessian')
     refused(ValueError, lambda: build(Classifier(), optimizer=peer('load_optimizer')), 'no optim')
 
@@ -284,18 +338,31 @@ def test_an_unknown_name_is_one_line(package: Any) -> None:
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'pytorch_optimizer', None)
     config = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1))))
-    for call in (lambda: build(Classifier(), optimizer=peer('SOAP')),
-                 lambda: use_optimizer(config, 'pytorch_optimizer.SOAP')):
-        refused(ImportError, call, 'pytorch_optimizer.SOAP', 'not installed',
-                '`pip install pytorch_optimizer`')
+    for call in (
+        lambda: build(Classifier(), optimizer=peer('SOAP')),
+        lambda: use_optimizer(config, 'pytorch_optimizer.SOAP'),
+    ):
+        refused(
+            ImportError,
+            call,
+            'pytorch_optimizer.SOAP',
+            'not installed',
+            '`pip install pytorch_optimizer`',
+        )
     with pytest.raises(SystemExit, match='pip install pytorch_optimizer'):
         MODELS['resnet-cls'].contestant('pytorch_optimizer.SOAP')
 
 
 def test_whose_a_type_is() -> None:
     assert peers.is_peer('pytorch_optimizer.SOAP')
-    for other in ('SOAP', 'torch.optim.SGD', 'pytorch_optimizers.SOAP', torch.optim.SGD, None,
-                  'pytorch_optimizer'):
+    for other in (
+        'SOAP',
+        'torch.optim.SGD',
+        'pytorch_optimizers.SOAP',
+        torch.optim.SGD,
+        None,
+        'pytorch_optimizer',
+    ):
         assert not peers.is_peer(other)
 
 

@@ -27,11 +27,13 @@ class PeakMemory(TorchDispatchMode):
         self.live = self.peak = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
-                           kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs))
-                 if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._enter(tensor.untyped_storage(), given)
@@ -52,15 +54,19 @@ class PeakMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('variant', ['thesis', 'gauss_newton'])
-@pytest.mark.parametrize(('width', 'heads', 'height', 'length'), [
-    (96, 3, 200, 334), (192, 6, 100, 167), (384, 12, 50, 84), (768, 24, 25, 42)])
-def test_a_capture_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch, width: int, heads: int,
-                                           height: int, length: int, variant: str) -> None:
+@pytest.mark.parametrize(
+    ('width', 'heads', 'height', 'length'),
+    [(96, 3, 200, 334), (192, 6, 100, 167), (384, 12, 50, 84), (768, 24, 25, 42)],
+)
+def test_a_capture_stays_within_its_memory(
+    monkeypatch: pytest.MonkeyPatch, width: int, heads: int, height: int, length: int, variant: str
+) -> None:
     """Beside activations: `capture_mb`, and the statistics twice."""
     from mmdet.models.backbones.swin import ShiftWindowMSA
 
-    block = ShiftWindowMSA(width, heads, 7, shift_size=3,
-                           dropout_layer=dict(type='DropPath', drop_prob=0.))
+    block = ShiftWindowMSA(
+        width, heads, 7, shift_size=3, dropout_layer=dict(type='DropPath', drop_prob=0.0)
+    )
     optimizer = AFOpt(block, lr=0.1, variant=variant)
     measure, peaks = AttentionLayer.measure, []
 
@@ -110,17 +116,26 @@ def batch(seed: int, height: int = 800, width: int = 1333, objects: int = 6) -> 
     masks = torch.zeros(objects, height, width, dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
         mask[top:bottom, left:right] = 1
-    sample = DetDataSample(metainfo=dict(
-        img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width),
-        batch_input_shape=(height, width), scale_factor=(1., 1.), img_id=seed))
+    sample = DetDataSample(
+        metainfo=dict(
+            img_shape=(height, width),
+            ori_shape=(height, width),
+            pad_shape=(height, width),
+            batch_input_shape=(height, width),
+            scale_factor=(1.0, 1.0),
+            img_id=seed,
+        )
+    )
     sample.gt_instances = InstanceData(
-        bboxes=boxes, labels=torch.randint(0, 80, (objects,), generator=random),
-        masks=BitmapMasks(masks.numpy(), height, width))
+        bboxes=boxes,
+        labels=torch.randint(0, 80, (objects,), generator=random),
+        masks=BitmapMasks(masks.numpy(), height, width),
+    )
     image = torch.randint(0, 255, (3, height, width), generator=random, dtype=torch.uint8)
     return dict(inputs=[image], data_samples=[sample])
 
 
-@pytest.mark.parametrize('drop_path_rate', [0., 0.2])
+@pytest.mark.parametrize('drop_path_rate', [0.0, 0.2])
 def test_mask_rcnn_swin_t_trains_at_its_real_size(drop_path_rate: float) -> None:
     """Two iterations, statistics and refresh included (about 6.5 GB)."""
     model, wrapper = build(drop_path_rate)
@@ -129,9 +144,17 @@ def test_mask_rcnn_swin_t_trains_at_its_real_size(drop_path_rate: float) -> None
         losses = model.train_step(batch(seed), wrapper)
         assert all(torch.isfinite(value) for value in losses.values())
     assert len(wrapper.optimizer.curvature.layers) > 60
-    assert all(stack.slots and all(slot.refreshes == 1 for slot in stack.slots)
-               for stack in wrapper.optimizer.curvature.stacks) or drop_path_rate
+    assert (
+        all(
+            stack.slots and all(slot.refreshes == 1 for slot in stack.slots)
+            for stack in wrapper.optimizer.curvature.stacks
+        )
+        or drop_path_rate
+    )
     assert all(p.isfinite().all() for p in model.parameters())
-    unchanged = [name for name, p in model.named_parameters()
-                 if p.requires_grad and torch.equal(p, before[name])]
+    unchanged = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and torch.equal(p, before[name])
+    ]
     assert drop_path_rate or not unchanged

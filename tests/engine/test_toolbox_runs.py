@@ -15,9 +15,13 @@ from tests.support.paths import ROOT
 
 CONFIGS = {'mmdet': 'faster-rcnn_r18_fpn_shapes_narrow.py', 'mmpretrain': 'resnet18_shapes-cls.py'}
 #: What the toolbox's own configs train with is SGD.
-ARGUMENTS = ['optim_wrapper.constructor=mmprecond.PrecondOptimWrapperConstructor',
-             'optim_wrapper.optimizer._delete_=True', 'optim_wrapper.optimizer.type=AdaNKFAC',
-             'optim_wrapper.optimizer.lr=1e-4', 'optim_wrapper.optimizer.weight_decay=0.2']
+ARGUMENTS = [
+    'optim_wrapper.constructor=mmprecond.PrecondOptimWrapperConstructor',
+    'optim_wrapper.optimizer._delete_=True',
+    'optim_wrapper.optimizer.type=AdaNKFAC',
+    'optim_wrapper.optimizer.lr=1e-4',
+    'optim_wrapper.optimizer.weight_decay=0.2',
+]
 FOUR_LINES = """
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(constructor='PrecondOptimWrapperConstructor', optimizer=dict(
@@ -32,16 +36,26 @@ def train(toolbox: str, folder: Path, config: Path, options: list[str]) -> dict:
     script = shutil.copy(package / '.mim/tools/train.py', folder / 'train.py')
     data, detects = folder / 'data', toolbox == 'mmdet'
     for split in ('train', 'val'):
-        (make_shapes if detects else make_shape_folders)(data, images=8, split=split,
-                                                         progress=False)
-    options = [*options, 'train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2',
-               f'train_dataloader.dataset.data_root={data}/',
-               f'val_dataloader.dataset.data_root={data}/']
+        (make_shapes if detects else make_shape_folders)(
+            data, images=8, split=split, progress=False
+        )
+    options = [
+        *options,
+        'train_cfg.max_iters=2',
+        'default_hooks.checkpoint.interval=2',
+        f'train_dataloader.dataset.data_root={data}/',
+        f'val_dataloader.dataset.data_root={data}/',
+    ]
     if detects:
         options += [f'val_evaluator.ann_file={data}/annotations/val.json']
     done = subprocess.run(
         [sys.executable, str(script), str(config), '--work-dir', 'out', '--cfg-options', *options],
-        cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(folder / 'out/iter_2.pth', weights_only=False)['optimizer']
 

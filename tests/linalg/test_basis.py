@@ -60,55 +60,73 @@ def slot_of(name: str) -> str:
 
 # ------------------------------------------------------------------- apply and restore
 
+
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 2), st.integers(1, 6), st.integers(1, 6), SEEDS,
-       st.sets(st.sampled_from(NAMES)))
-def test_a_rotation_keeps_the_norm_and_turns_back(k: int, b: int, o: int, i: int, seed: int,
-                                                  names: set[str]) -> None:
+@given(
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    SEEDS,
+    st.sets(st.sampled_from(NAMES)),
+)
+def test_a_rotation_keeps_the_norm_and_turns_back(
+    k: int, b: int, o: int, i: int, seed: int, names: set[str]
+) -> None:
     """Also with a basis on one side or on none."""
     gradients = normal(k, b, o, i, seed=seed)
-    both = {'gradient_moment': orthogonal(k, b, o, seed=seed + 1),
-            'input_moment': orthogonal(k, b, i, seed=seed + 2)}
+    both = {
+        'gradient_moment': orthogonal(k, b, o, seed=seed + 1),
+        'input_moment': orthogonal(k, b, i, seed=seed + 2),
+    }
     operator = {slot_of(name): Dense(both[name]) for name in names}
     method = EigenRotation()
     turned = method.apply(operator, gradients)
     torch.testing.assert_close(turned.norm(dim=(2, 3)), gradients.norm(dim=(2, 3)))
     torch.testing.assert_close(method.restore(operator, turned), gradients, rtol=0, atol=1e-12)
-    left, right = (both[n] if n in names else torch.eye(s).double()
-                   for n, s in zip(NAMES, (o, i), strict=True))
+    left, right = (
+        both[n] if n in names else torch.eye(s).double() for n, s in zip(NAMES, (o, i), strict=True)
+    )
     torch.testing.assert_close(turned, left.mT @ gradients @ right, rtol=0, atol=1e-12)
 
 
 # ------------------------------------------------------------------- eigenbases
 
+
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(1, 9), SEEDS, st.integers(-30, 30), st.sampled_from([0., 1e-6, 0.01, 1.]))
+@given(st.integers(1, 9), SEEDS, st.integers(-30, 30), st.sampled_from([0.0, 1e-6, 0.01, 1.0]))
 def test_an_eigenbasis_diagonalises(n: int, seed: int, power: int, shift: float) -> None:
     """At any scale; the shift changes no eigenvector."""
-    matrix = 10.**power * moment(n, seed=seed)
+    matrix = 10.0**power * moment(n, seed=seed)
     before = matrix.clone()
     basis, good = eigenbasis(matrix, shift)
     assert good.shape == () and bool(good) and torch.equal(matrix, before)
     assert is_orthogonal(basis, 1e-12)
-    turned = basis.mT @ (matrix / 10.**power) @ basis
+    turned = basis.mT @ (matrix / 10.0**power) @ basis
     values = turned.diagonal()
     assert torch.allclose(turned, values.diag(), atol=1e-10) and (values.diff() <= 1e-12).all()
 
 
 DEGENERATE = {
-    'zero': torch.zeros(5, 5), 'identity': torch.eye(5), 'one row': torch.ones(5, 5),
-    'tiny': torch.eye(5) * 1e-38, 'huge': torch.eye(5) * 1e37,
-    'two pairs': torch.diag(torch.tensor([2., 1., 2., 1., 0.])),
-    'dead input': torch.diag(torch.tensor([0., 0., 3., 0., 1.])),
-    'one dead row': torch.ones(5, 5).index_fill(0, torch.tensor([2]), 0.).index_fill(
-        1, torch.tensor([2]), 0.)}
+    'zero': torch.zeros(5, 5),
+    'identity': torch.eye(5),
+    'one row': torch.ones(5, 5),
+    'tiny': torch.eye(5) * 1e-38,
+    'huge': torch.eye(5) * 1e37,
+    'two pairs': torch.diag(torch.tensor([2.0, 1.0, 2.0, 1.0, 0.0])),
+    'dead input': torch.diag(torch.tensor([0.0, 0.0, 3.0, 0.0, 1.0])),
+    'one dead row': torch.ones(5, 5)
+    .index_fill(0, torch.tensor([2]), 0.0)
+    .index_fill(1, torch.tensor([2]), 0.0),
+}
 
 
 @pytest.mark.parametrize('solver', ['eigh', 'qr'])
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('name', DEGENERATE)
-def test_degenerate_spectra_give_orthogonal_bases(name: str, dtype: torch.dtype,
-                                                  solver: str) -> None:
+def test_degenerate_spectra_give_orthogonal_bases(
+    name: str, dtype: torch.dtype, solver: str
+) -> None:
     matrix = DEGENERATE[name].to(dtype)[None, None]
     operator = rotation(None, 'eigh', input_moment=matrix)
     for _ in range(3):
@@ -124,21 +142,24 @@ def test_degenerate_spectra_give_orthogonal_bases(name: str, dtype: torch.dtype,
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
 @pytest.mark.parametrize('solver', ['eigh', 'qr'])
-def test_a_bad_statistic_among_good_ones_is_reported(solver: str, value: float,
-                                                     dtype: torch.dtype) -> None:
+def test_a_bad_statistic_among_good_ones_is_reported(
+    solver: str, value: float, dtype: torch.dtype
+) -> None:
     stack = torch.stack([moment(4, seed=k) for k in range(3)]).to(dtype)[:, None].repeat(1, 2, 1, 1)
     previous = rotation(None, 'eigh', input_moment=stack)
     stack[1, 0, 2, 1] = value
     method = EigenRotation(basis_solver=solver)
     last = {'input': Dense(previous['input_moment'])}
-    operators, good = method.refresh(factors_of({'input_moment': stack}),
-                                     None if solver == 'eigh' else last)
+    operators, good = method.refresh(
+        factors_of({'input_moment': stack}), None if solver == 'eigh' else last
+    )
     assert good.tolist() == [True, False, True]
     aligned = method.align(operators, last)['input'].matrix
     assert is_orthogonal(aligned[[0, 2]], 1e-5)
 
 
 # ------------------------------------------------------------------- orthogonal iteration
+
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 7), SEEDS, SEEDS)
@@ -154,7 +175,7 @@ def test_an_iteration_is_gram_schmidt_from_the_largest_down(n: int, seed: int, o
 def test_eigenvectors_in_any_order_stay(n: int, seed: int) -> None:
     matrix = moment(n, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (n,), generator=generator) * 2. - 1
+    signs = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
     basis = eigenbasis(matrix)[0][:, torch.randperm(n, generator=generator)] * signs
     torch.testing.assert_close(orthogonal_iteration(matrix, basis)[0], basis, rtol=0, atol=1e-9)
 
@@ -179,17 +200,19 @@ def test_iterations_keep_the_basis_of_a_null_space() -> None:
 
 # ------------------------------------------------------------------- order and signs
 
+
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(1, 9), SEEDS, SEEDS, st.integers(1, 3))
-def test_columns_are_assigned_closest_pairs_first(n: int, seed: int, other: int,
-                                                  count: int) -> None:
+def test_columns_are_assigned_closest_pairs_first(
+    n: int, seed: int, other: int, count: int
+) -> None:
     """The same as one pair after another, whatever order and signs the new columns come in."""
     basis, old = orthogonal(count, n, seed=seed), orthogonal(count, n, seed=other)
     result = assign_columns(basis, old)
     for new, one, before in zip(result, basis, old, strict=True):
         torch.testing.assert_close(new, assigned(one, before), rtol=0, atol=1e-12)
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (n,), generator=generator) * 2. - 1
+    signs = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
     shuffled = basis[:, :, torch.randperm(n, generator=generator)] * signs
     torch.testing.assert_close(assign_columns(shuffled, old), result, rtol=0, atol=1e-12)
     assert (result * old).sum(-2).min() >= -1e-12
@@ -222,8 +245,10 @@ def test_ties_and_what_is_not_finite_come_to_an_end(dtype: torch.dtype) -> None:
 def test_slow_change_keeps_places_and_signs(solver: str, seed: int) -> None:
     """Also where the eigenvalues' order changes on the way, between two refreshes."""
     basis, turn = orthogonal(6, seed=seed), normal(6, 6, seed=seed + 9)
-    values, ends = (torch.tensor(v).double() for v in
-                    ([1., 2., 3., 4., 5., 6.], [6.05, 4.5, 3.2, 2.3, 1.4, 0.7]))
+    values, ends = (
+        torch.tensor(v).double()
+        for v in ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [6.05, 4.5, 3.2, 2.3, 1.4, 0.7])
+    )
     operator: dict[str, Tensor] | None = None
     first: Tensor | None = None
     for step in range(11):
@@ -231,8 +256,12 @@ def test_slow_change_keeps_places_and_signs(solver: str, seed: int) -> None:
         now = basis @ torch.linalg.matrix_exp(0.004 * step * (turn - turn.mT))
         spectrum = values + (ends - values) * step / 10
         left = (now * spectrum) @ now.mT
-        new = rotation(operator, solver, gradient_moment=left[None, None],
-                       input_moment=left.flip(0, 1)[None, None])
+        new = rotation(
+            operator,
+            solver,
+            gradient_moment=left[None, None],
+            input_moment=left.flip(0, 1)[None, None],
+        )
         if operator is not None:
             for name in NAMES:
                 assert kept(operator[name], new[name]) > (0.95 if solver == 'eigh' else 0.9)
@@ -244,7 +273,7 @@ def test_slow_change_keeps_places_and_signs(solver: str, seed: int) -> None:
 def test_the_first_basis_follows_the_identity() -> None:
     """A nearly diagonal moment turns nothing around."""
     noise = 1e-3 * normal(5, 5)
-    matrix = torch.diag(torch.tensor([3., 1., 5., 2., 4.]).double()) + noise + noise.mT
+    matrix = torch.diag(torch.tensor([3.0, 1.0, 5.0, 2.0, 4.0]).double()) + noise + noise.mT
     new = rotation(None, 'eigh', input_moment=matrix[None, None])['input_moment'][0, 0]
     assert torch.allclose(new, torch.eye(5).double(), atol=0.01)
 

@@ -35,12 +35,17 @@ def residual(matrix: Tensor, inverse: Tensor) -> Tensor:
 @st.composite
 def matrices(draw: st.DrawFn) -> Tensor:
     """One random symmetric positive definite matrix, well or badly conditioned, of any scale."""
-    scale = 10.**draw(st.integers(-6, 6))
-    return scale * spd(draw(st.integers(1, 8)), 10.**-draw(st.floats(0, 6)),
-                       draw(st.integers(0, 10**6)))[0]
+    scale = 10.0 ** draw(st.integers(-6, 6))
+    return (
+        scale
+        * spd(draw(st.integers(1, 8)), 10.0 ** -draw(st.floats(0, 6)), draw(st.integers(0, 10**6)))[
+            0
+        ]
+    )
 
 
 # ------------------------------------------------------------------- Cholesky
+
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(matrices())
@@ -63,16 +68,22 @@ def test_cholesky_of_a_batch_is_that_of_each(dtype: torch.dtype) -> None:
     for k in range(3):
         for b in range(4):
             one, fine = cholesky_inverse(stack[k, b])
-            assert fine and torch.allclose(inverse[k, b], one, rtol=1e-5 if dtype.itemsize == 4
-                                           else 1e-12, atol=1e-6)
+            assert fine and torch.allclose(
+                inverse[k, b], one, rtol=1e-5 if dtype.itemsize == 4 else 1e-12, atol=1e-6
+            )
 
 
-BAD = {'singular': torch.ones(3, 3), 'negative': -torch.eye(3),
-       'indefinite': torch.diag(torch.tensor([1., -1e-3, 2.])), 'zero': torch.zeros(3, 3),
-       'nan': torch.full((3, 3), float('nan')),
-       'infinite': torch.diag(torch.tensor([1., float('inf'), 1.])),
-       'one nan': torch.eye(3).index_put((torch.tensor(1), torch.tensor(0)),
-                                         torch.tensor(float('nan')))}
+BAD = {
+    'singular': torch.ones(3, 3),
+    'negative': -torch.eye(3),
+    'indefinite': torch.diag(torch.tensor([1.0, -1e-3, 2.0])),
+    'zero': torch.zeros(3, 3),
+    'nan': torch.full((3, 3), float('nan')),
+    'infinite': torch.diag(torch.tensor([1.0, float('inf'), 1.0])),
+    'one nan': torch.eye(3).index_put(
+        (torch.tensor(1), torch.tensor(0)), torch.tensor(float('nan'))
+    ),
+}
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -86,12 +97,13 @@ def test_cholesky_reports_a_bad_matrix_among_good_ones(name: str, dtype: torch.d
 
 # ------------------------------------------------------------------- Newton
 
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('steps', [1, 3])
 def test_newton_of_a_batch_is_that_of_each(steps: int, dtype: torch.dtype) -> None:
     """Matrices of both branches in one batch."""
     stack = spd(5, count=6).to(dtype).reshape(3, 2, 5, 5)
-    start = torch.linalg.inv(stack) * torch.tensor([1.01, 3.]).to(dtype)[:, None, None]
+    start = torch.linalg.inv(stack) * torch.tensor([1.01, 3.0]).to(dtype)[:, None, None]
     before = start.clone()
     refined, good = newton_inverse(stack, start, steps)
     assert good.shape == (3, 2) and good.all() and torch.equal(start, before)
@@ -106,8 +118,7 @@ def test_newton_of_a_batch_is_that_of_each(steps: int, dtype: torch.dtype) -> No
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 8), st.integers(0, 10**6), st.floats(1e-3, 0.9))
-def test_newton_from_a_near_inverse_converges_quadratically(n: int, seed: int,
-                                                            size: float) -> None:
+def test_newton_from_a_near_inverse_converges_quadratically(n: int, seed: int, size: float) -> None:
     """||I - B'A|| <= ||I - BA||^2, for any B, symmetric or not."""
     matrix = spd(n, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -127,7 +138,8 @@ def test_newton_from_a_near_inverse_converges_quadratically(n: int, seed: int,
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(2, 8), st.integers(0, 10**6), st.floats(0, 3), st.floats(-4, 6))
 def test_the_damped_branch_never_increases_the_residual_of_a_commuting_start(
-        n: int, seed: int, spread: float, scale: float) -> None:
+    n: int, seed: int, spread: float, scale: float
+) -> None:
     """I - B'A = (I - P)(I - P / ||P||), and 0 < P / ||P|| <= I where B commutes with A."""
     matrix = spd(n, seed=seed)
     values, basis = torch.linalg.eigh(matrix)
@@ -162,14 +174,14 @@ def test_a_damped_step_brings_every_direction_nearer(n: int, seed: int, scale: f
 
 def test_the_damped_branch_may_increase_the_frobenius_residual() -> None:
     """What cannot be claimed: for B that does not commute with A the norm may grow."""
-    matrix = torch.tensor([[1., 0.], [0., 1e-4]]).double()
-    start = torch.tensor([[0.01, 0.9], [0.9, 100.]]).double()
+    matrix = torch.tensor([[1.0, 0.0], [0.0, 1e-4]]).double()
+    start = torch.tensor([[0.01, 0.9], [0.9, 100.0]]).double()
     assert (torch.linalg.eigvalsh(start) > 0).all() and residual(matrix, start) >= 1
     refined, good = newton_inverse(matrix, start, 1)
     assert good and residual(matrix, refined) > 1.3 * residual(matrix, start)
 
 
-@pytest.mark.parametrize('spread', [1.5, 5., 100.])
+@pytest.mark.parametrize('spread', [1.5, 5.0, 100.0])
 def test_damped_steps_reach_the_inverse(spread: float) -> None:
     matrix = spd(6, 0.2)
     start = torch.eye(6).double()[None] * spread
@@ -183,7 +195,7 @@ def test_newton_steps_are_the_written_formula() -> None:
     for start in (1.1 * torch.linalg.inv(matrix), 4 * torch.linalg.inv(matrix)):
         product = start @ matrix
         size = torch.linalg.matrix_norm(product)
-        step = torch.tensor(1.) if residual(matrix, start) < 1 else 1 / size
+        step = torch.tensor(1.0) if residual(matrix, start) < 1 else 1 / size
         expected = ((1 + step) * eye - step * product) @ start
         assert torch.allclose(newton_inverse(matrix, start, 1)[0], expected, rtol=1e-12)
 
@@ -205,6 +217,7 @@ def test_newton_from_zero_is_reported() -> None:
 
 # ------------------------------------------------------------------- the largest eigenvalue
 
+
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(matrices())
 def test_the_estimate_is_a_lower_bound_and_not_far(matrix: Tensor) -> None:
@@ -218,8 +231,16 @@ def test_the_estimate_is_a_lower_bound_and_not_far(matrix: Tensor) -> None:
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_the_eigenvalue_of_a_batch_is_that_of_each(dtype: torch.dtype) -> None:
     centred = torch.eye(5).double() - 0.2
-    stack = torch.stack([spd(5)[0], centred, torch.zeros(5, 5).double(), 1e-6 * spd(5)[0],
-                         1e6 * spd(5, seed=2)[0], torch.eye(5).double()]).to(dtype)
+    stack = torch.stack(
+        [
+            spd(5)[0],
+            centred,
+            torch.zeros(5, 5).double(),
+            1e-6 * spd(5)[0],
+            1e6 * spd(5, seed=2)[0],
+            torch.eye(5).double(),
+        ]
+    ).to(dtype)
     together = largest_eigenvalue(stack.reshape(3, 2, 5, 5))
     assert together.shape == (3, 2) and together.dtype == dtype
     apart = torch.stack([largest_eigenvalue(matrix) for matrix in stack])
@@ -249,10 +270,16 @@ def softmax_fisher(classes: int, samples: int, spread: float, seed: int) -> Tens
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.integers(2, 40), st.integers(1, 30), st.floats(0, 4), st.integers(0, 10**6),
-       st.sampled_from(DTYPES))
+@given(
+    st.integers(2, 40),
+    st.integers(1, 30),
+    st.floats(0, 4),
+    st.integers(0, 10**6),
+    st.sampled_from(DTYPES),
+)
 def test_a_softmax_classifier_is_not_rounding_noise(
-        classes: int, samples: int, spread: float, seed: int, dtype: torch.dtype) -> None:
+    classes: int, samples: int, spread: float, seed: int, dtype: torch.dtype
+) -> None:
     matrix = softmax_fisher(classes, samples, spread, seed)
     true = float(torch.linalg.eigvalsh(matrix)[-1])
     assume(true > 1e-12)
@@ -271,12 +298,22 @@ def test_gradient_moments_of_a_softmax_classifier(dtype: torch.dtype) -> None:
     assert 0.75 * true <= float(largest_eigenvalue(moment)) <= true * (1 + 1e-5)
 
 
-@pytest.mark.parametrize('shapes', [((3, 2, 4, 5), (3, 2, 5, 6)), ((1, 4, 5), (1, 5, 6)),
-                                    ((4, 5), (5, 6)), ((3, 4, 5), (1, 5, 6)),
-                                    ((0, 4, 5), (0, 5, 6)), ((2, 4, 0), (2, 0, 6))], ids=str)
+@pytest.mark.parametrize(
+    'shapes',
+    [
+        ((3, 2, 4, 5), (3, 2, 5, 6)),
+        ((1, 4, 5), (1, 5, 6)),
+        ((4, 5), (5, 6)),
+        ((3, 4, 5), (1, 5, 6)),
+        ((0, 4, 5), (0, 5, 6)),
+        ((2, 4, 0), (2, 0, 6)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('large', [0, 10**9])
-def test_products_of_stacks(shapes: tuple[tuple[int, ...], ...], large: int,
-                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_stacks(
+    shapes: tuple[tuple[int, ...], ...], large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr('mmprecond.linalg.products.LARGE', large)
     first, second = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     torch.testing.assert_close(stacked_product(first, second), first @ second)
@@ -285,8 +322,9 @@ def test_products_of_stacks(shapes: tuple[tuple[int, ...], ...], large: int,
 
 @pytest.mark.parametrize('large', [0, 10**9])
 @pytest.mark.parametrize('inner', [False, True])
-def test_products_are_added_in_place(large: int, inner: bool,
-                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_added_in_place(
+    large: int, inner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr('mmprecond.linalg.products.LARGE', large)
     first, second = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 4, 5), (2, 5, 6)))
     around = torch.ones(2, 5, 8, dtype=torch.float64)

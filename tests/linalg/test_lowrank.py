@@ -32,58 +32,68 @@ from tests.support.states import differences, everything, saved
 def moment(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     """A symmetric matrix with these eigenvalues (..., n)."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(*eigenvalues.shape, eigenvalues.shape[-1], generator=generator,
-                        dtype=torch.float64)
+    drawn = torch.randn(
+        *eigenvalues.shape, eigenvalues.shape[-1], generator=generator, dtype=torch.float64
+    )
     basis = torch.linalg.qr(drawn)[0]
     return (basis * eigenvalues[..., None, :]) @ basis.mT
 
 
 def decay(n: int, power: float) -> Tensor:
-    return torch.arange(1, n + 1, dtype=torch.float64)**-power
+    return torch.arange(1, n + 1, dtype=torch.float64) ** -power
 
 
 def exact_power(matrix: Tensor, damping: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * (values + damping[..., None])[..., None, :]**-exponent) @ vectors.mT
+    return (vectors * (values + damping[..., None])[..., None, :] ** -exponent) @ vectors.mT
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.double().flatten(), b.double().flatten(), 0))
 
 
-@pytest.mark.parametrize('exponent', [1., 0.5])
+@pytest.mark.parametrize('exponent', [1.0, 0.5])
 @pytest.mark.parametrize('tolerance, least', [(0.1, 0.995), (0.01, 0.9999)])
-@pytest.mark.parametrize('power', [2., 3., 5.])
-def test_directions_are_those_of_the_exact_power(power: float, tolerance: float, least: float,
-                                                 exponent: float) -> None:
+@pytest.mark.parametrize('power', [2.0, 3.0, 5.0])
+def test_directions_are_those_of_the_exact_power(
+    power: float, tolerance: float, least: float, exponent: float
+) -> None:
     matrix = moment(decay(300, power))
     damping = torch.tensor(0.01, dtype=torch.float64)
     found = low_rank_power(matrix.float(), None, damping.float(), exponent, tolerance, 250)
     assert found is not None
     basis, scale, good = found
-    bound = 0.01 * (((1 + tolerance) / (1 - tolerance))**(1 / exponent) - 1)
+    bound = 0.01 * (((1 + tolerance) / (1 - tolerance)) ** (1 / exponent) - 1)
     wanted_rank = int((decay(300, power) > bound).sum())
     assert bool(good) and wanted_rank // 2 <= basis.shape[-1] <= wanted_rank + 1
     gradient = torch.randn(20, 300, generator=torch.Generator().manual_seed(1))
     wanted = gradient.double() @ exact_power(matrix, damping, exponent)
     assert cosine(apply_columns(gradient, basis, scale), wanted) > least
     laid_out = columns_to_matrix(basis.double(), scale.double())
-    torch.testing.assert_close(apply_columns(gradient.double(), basis.double(), scale.double()),
-                               gradient.double() @ laid_out)
+    torch.testing.assert_close(
+        apply_columns(gradient.double(), basis.double(), scale.double()),
+        gradient.double() @ laid_out,
+    )
     # Never more than the damping allows, never negative.
     values = torch.linalg.eigvalsh(laid_out)
     assert values[0] > 0 and values[-1] < 0.01**-exponent * 1.001
 
 
-@given(st.integers(20, 60), st.floats(1.2, 5.), st.floats(1e-3, 0.1), st.floats(1e-3, 0.5),
-       st.integers(0, 100))
+@given(
+    st.integers(20, 60),
+    st.floats(1.2, 5.0),
+    st.floats(1e-3, 0.1),
+    st.floats(1e-3, 0.5),
+    st.integers(0, 100),
+)
 @settings(max_examples=60, deadline=None)
 def test_no_direction_is_wrong_by_more_than_the_tolerance(
-        n: int, power: float, damping: float, tolerance: float, seed: int) -> None:
+    n: int, power: float, damping: float, tolerance: float, seed: int
+) -> None:
     """Relative error of the operator in the exact one's own scale."""
     matrix = moment(decay(n, power), seed)
     mu = torch.tensor(damping, dtype=torch.float64)
-    found = low_rank_power(matrix, None, mu, 1., tolerance, n)
+    found = low_rank_power(matrix, None, mu, 1.0, tolerance, n)
     assert found is not None
     basis, scale, good = found
     assert bool(good)
@@ -94,9 +104,9 @@ def test_no_direction_is_wrong_by_more_than_the_tolerance(
 
 
 def test_layers_of_different_ranks_and_a_zero_one() -> None:
-    spectra = torch.stack([decay(64, 1.), decay(64, 6.), torch.zeros(64).double()])[:, None]
+    spectra = torch.stack([decay(64, 1.0), decay(64, 6.0), torch.zeros(64).double()])[:, None]
     matrix = moment(spectra)
-    mu = torch.tensor([[0.1], [0.1], [1.]], dtype=torch.float64)
+    mu = torch.tensor([[0.1], [0.1], [1.0]], dtype=torch.float64)
     found = low_rank_power(matrix, None, mu, max_rank=64)
     assert found is not None
     basis, scale, good = found
@@ -106,7 +116,7 @@ def test_layers_of_different_ranks_and_a_zero_one() -> None:
     wanted = [int((s > 0.1 * 0.2 / 0.9).sum()) for s in spectra[:, 0]]
     assert all(w // 2 <= k <= w for k, w in zip(kept, wanted, strict=True)) and kept[2] == 0
     for k in range(3):
-        exact = exact_power(matrix[k, 0], mu[k, 0], 1.)
+        exact = exact_power(matrix[k, 0], mu[k, 0], 1.0)
         assert cosine(columns_to_matrix(basis, scale)[k, 0], exact) > 0.99
 
 
@@ -119,7 +129,7 @@ def test_what_is_not_low_rank_is_given_up(rank: int, warm: bool) -> None:
     found = low_rank_power(matrix, start, mu)
     assert (found is None) == (rank > 150)
     if found is not None:
-        exact = exact_power(matrix, mu, 1.)
+        exact = exact_power(matrix, mu, 1.0)
         error = torch.linalg.matrix_norm(columns_to_matrix(*found[:2]) - exact)
         assert error < 1e-3 * torch.linalg.matrix_norm(exact)
 
@@ -133,12 +143,12 @@ def test_a_moment_of_few_rows_that_was_summed_in_float32() -> None:
         mu = 0.01 * torch.linalg.eigvalsh(matrix)[-1]
         found = low_rank_power(matrix, None, mu)
         assert found is not None and bool(found[2])
-        assert cosine(columns_to_matrix(*found[:2]), exact_power(matrix, mu, 1.)) > 0.999
+        assert cosine(columns_to_matrix(*found[:2]), exact_power(matrix, mu, 1.0)) > 0.999
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_what_is_not_finite_is_a_failure(bad: float) -> None:
-    matrix = torch.stack([moment(decay(64, 3.)), moment(decay(64, 3.))])
+    matrix = torch.stack([moment(decay(64, 3.0)), moment(decay(64, 3.0))])
     matrix[1, 3, 3] = bad
     found = low_rank_power(matrix, None, torch.full((2,), 0.01).double())
     assert found is None or found[2].tolist() == [True, False]
@@ -150,15 +160,17 @@ def test_a_good_start_is_enough() -> None:
     mu = torch.tensor(0.01, dtype=torch.float64)
     cold = low_rank_power(matrix, None, mu)
     assert cold is not None
-    later = matrix + 1e-3 * moment(decay(400, 1.), 5)
+    later = matrix + 1e-3 * moment(decay(400, 1.0), 5)
     warm = low_rank_power(later, cold[0], mu)
     assert warm is not None
     gradient = torch.randn(9, 400).double()
-    assert cosine(apply_columns(gradient, warm[0], warm[1]),
-                  gradient @ exact_power(later, mu, 1.)) > 0.998
+    assert (
+        cosine(apply_columns(gradient, warm[0], warm[1]), gradient @ exact_power(later, mu, 1.0))
+        > 0.998
+    )
 
 
-@pytest.mark.parametrize('scale', [1., 1000.])
+@pytest.mark.parametrize('scale', [1.0, 1000.0])
 def test_the_damping_follows_features_that_moved(scale: float) -> None:
     """It is taken of the columns found, not of where the last ones pointed."""
     basis = torch.linalg.qr(torch.randn(400, 400, dtype=torch.float64))[0]
@@ -173,7 +185,7 @@ def test_the_damping_follows_features_that_moved(scale: float) -> None:
     found = low_rank_power(matrix, old, damping)
     assert found is not None and bool(found[2])
     assert float(seen[-1]) == pytest.approx(scale, rel=1e-3)
-    exact = exact_power(matrix, torch.tensor(0.01 * scale).double(), 1.)
+    exact = exact_power(matrix, torch.tensor(0.01 * scale).double(), 1.0)
     assert cosine(columns_to_matrix(*found[:2]), exact) > 0.999
 
 
@@ -184,8 +196,10 @@ def test_forms_are_made_alike() -> None:
     second = {'input': LowRank(narrow, scale.expand(2, 1, 1, 1)), 'gradient': Dense(torch.eye(4))}
     a, b = unify(first, second)
     assert a['input'].columns.shape[-1] == b['input'].columns.shape[-1] == 3
-    for a, b in (unify(first, {'input': Dense(dense), 'gradient': Dense(torch.eye(4))}),
-                 unify({'input': Dense(dense), 'gradient': Dense(torch.eye(4))}, first)[::-1]):
+    for a, b in (
+        unify(first, {'input': Dense(dense), 'gradient': Dense(torch.eye(4))}),
+        unify({'input': Dense(dense), 'gradient': Dense(torch.eye(4))}, first)[::-1],
+    ):
         assert all(type(o) is Dense for o in (*a.values(), *b.values()))
         torch.testing.assert_close(a['input'].matrix, columns_to_matrix(wide, scale))
 
@@ -208,8 +222,14 @@ class Wide(nn.Module):
         return self.head(torch.relu(self.second(torch.tanh(self.first(x)))))
 
 
-KINDS: dict[str, Any] = {'NKFAC': NKFAC, 'AdaNKFAC': AdaNKFAC, 'FSGD': FSGD, 'FAdam': FAdam,
-                         'AFOpt': AFOpt, 'SGDMBK': SGDMBK}
+KINDS: dict[str, Any] = {
+    'NKFAC': NKFAC,
+    'AdaNKFAC': AdaNKFAC,
+    'FSGD': FSGD,
+    'FAdam': FAdam,
+    'AFOpt': AFOpt,
+    'SGDMBK': SGDMBK,
+}
 #: With exact powers at every refresh.
 EXACT = {'NKFAC': 'cholesky', 'AdaNKFAC': 'cholesky', 'SGDMBK': 'eigh'}
 
@@ -221,7 +241,7 @@ def short_sides_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batch(step: int, count: int = 64) -> Tensor:
     generator = torch.Generator().manual_seed(step)
-    scales = decay(80, 1.)
+    scales = decay(80, 1.0)
     return torch.randn(count, 80, generator=generator, dtype=torch.float64) * scales + 0.3 * scales
 
 
@@ -266,8 +286,9 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, at: int, dtype: torch.dt
     model, optimizer = make(kind, dtype, solver='lowrank')
     train(model, optimizer, range(at))
     twin = copy.deepcopy(model)
-    other = KINDS[kind](twin, lr=1e-3, stat_interval=1, refresh_interval=2, damping=0.05,
-                        solver='lowrank')
+    other = KINDS[kind](
+        twin, lr=1e-3, stat_interval=1, refresh_interval=2, damping=0.05, solver='lowrank'
+    )
     other.load_state_dict(saved(optimizer.state_dict()))
     train(model, optimizer, range(at, 8)), train(twin, other, range(at, 8))
     assert differences(everything(model, optimizer), everything(twin, other)) == []
@@ -325,17 +346,32 @@ def test_fewer_columns_when_fewer_do() -> None:
 
 def test_mixed_with_other_methods_and_refusals() -> None:
     model, _ = make('NKFAC')
-    optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=1e-3), layers=[
-        dict(match=dict(name='stem'), preconditioner=dict(
-            type='InputFeature', solver='lowrank', stat_interval=1, refresh_interval=2)),
-        dict(preconditioner=dict(type='NewtonKronecker', solver='lowrank', stat_interval=1,
-                                 refresh_interval=2))])
+    optimizer = Preconditioned(
+        model,
+        rule=dict(type='SGDM', lr=1e-3),
+        layers=[
+            dict(
+                match=dict(name='stem'),
+                preconditioner=dict(
+                    type='InputFeature', solver='lowrank', stat_interval=1, refresh_interval=2
+                ),
+            ),
+            dict(
+                preconditioner=dict(
+                    type='NewtonKronecker', solver='lowrank', stat_interval=1, refresh_interval=2
+                )
+            ),
+        ],
+    )
     train(model, optimizer, range(5))
     assert all(p.isfinite().all() for p in model.parameters())
-    refused(ValueError, lambda: make('NKFAC', solver='lowrank', tolerance=0.), 'tolerance')
+    refused(ValueError, lambda: make('NKFAC', solver='lowrank', tolerance=0.0), 'tolerance')
     refused(ValueError, lambda: make('FSGD', solver='low'), 'exact, lowrank')
-    refused(ValueError, lambda: make('SGDMBK', solver='lowrank', damping=1e-4),
-            "set damping of at least 0.001, or solver='eigh'")
+    refused(
+        ValueError,
+        lambda: make('SGDMBK', solver='lowrank', damping=1e-4),
+        "set damping of at least 0.001, or solver='eigh'",
+    )
 
 
 def test_attention_stays_dense_beside_layers_of_low_rank() -> None:
@@ -344,7 +380,7 @@ def test_attention_stays_dense_beside_layers_of_low_rank() -> None:
     optimizer = AFOpt(model, lr=1e-2, stat_interval=1, refresh_interval=2, solver='lowrank')
     for step in range(5):
         optimizer.zero_grad()
-        x = model['embed'](torch.randn(2, 81, 30, dtype=torch.float64) * decay(30, 3.))
+        x = model['embed'](torch.randn(2, 81, 30, dtype=torch.float64) * decay(30, 3.0))
         block(x + feature_map((9, 9), seed=step), (9, 9)).square().mean().backward()
         optimizer.step()
     names = {name for stack in optimizer.curvature.stacks for name in stack.operator_tensors}
@@ -353,7 +389,7 @@ def test_attention_stays_dense_beside_layers_of_low_rank() -> None:
 
 
 def test_max_rank_keeps_the_largest() -> None:
-    matrix = moment(decay(300, 1.))
+    matrix = moment(decay(300, 1.0))
     mu = torch.tensor(0.01, dtype=torch.float64)
     assert low_rank_power(matrix, None, mu) is None  # half is not enough
     found = low_rank_power(matrix, None, mu, max_rank=20)
@@ -367,6 +403,10 @@ def test_max_rank_keeps_the_largest() -> None:
 def test_the_rank_kept_is_bounded_in_training() -> None:
     model, optimizer = make('NKFAC', solver='lowrank', max_rank=7)
     train(model, optimizer, range(4))
-    widths = {operator.shape[-1] for stack in optimizer.curvature.stacks
-              for name, operator in stack.operator_tensors.items() if 'columns' in name}
+    widths = {
+        operator.shape[-1]
+        for stack in optimizer.curvature.stacks
+        for name, operator in stack.operator_tensors.items()
+        if 'columns' in name
+    }
     assert max(widths) == 7

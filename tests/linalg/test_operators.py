@@ -82,15 +82,23 @@ def laid_out(operator: Operator, k: int, b: int, n: int) -> Tensor:
         return eye - operator.vector @ operator.vector.mT
     assert isinstance(operator, BlockDiagonal)
     blocks = operator.blocks.unflatten(1, (b, -1))
-    return torch.stack([torch.stack([torch.block_diag(*one)[:n, :n] for one in layer])
-                        for layer in blocks])
+    return torch.stack(
+        [torch.stack([torch.block_diag(*one)[:n, :n] for one in layer]) for layer in blocks]
+    )
 
 
 @few
-@given(st.sampled_from(KINDS), st.integers(0, 99), st.integers(1, 3), st.integers(1, 2),
-       st.integers(2, 7), st.integers(1, 4))
-def test_both_sides_are_the_matrix_products(kind: str, seed: int, k: int, b: int, n: int,
-                                            o: int) -> None:
+@given(
+    st.sampled_from(KINDS),
+    st.integers(0, 99),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(2, 7),
+    st.integers(1, 4),
+)
+def test_both_sides_are_the_matrix_products(
+    kind: str, seed: int, k: int, b: int, n: int, o: int
+) -> None:
     matrices = normal(seed + 5, k, b, o, n)
     right, left = make(kind, seed, k, b, n), make(kind, seed, k, b, n, left=True)
     torch.testing.assert_close(right.right(matrices), matrices @ laid_out(right, k, b, n))
@@ -101,8 +109,11 @@ def test_both_sides_are_the_matrix_products(kind: str, seed: int, k: int, b: int
 @given(st.sampled_from(KINDS), st.integers(0, 99), st.integers(1, 2), st.integers(2, 6))
 def test_saved_tensors_make_the_operator_again(kind: str, seed: int, b: int, n: int) -> None:
     operators = {'input': make(kind, seed, 1, b, n)}
-    outline = {'input': type(operators['input']).outline(
-        *(tuple(t.shape[1:]) for t in operators['input'].tensors))}
+    outline = {
+        'input': type(operators['input']).outline(
+            *(tuple(t.shape[1:]) for t in operators['input'].tensors)
+        )
+    }
     tensors = {name: tensor[0] for name, tensor in named_tensors(operators).items()}
     assert expected_shapes(outline, tensors) == {n: tuple(t.shape) for n, t in tensors.items()}
     again = from_tensors(outline, tensors)
@@ -126,13 +137,15 @@ def test_a_low_rank_outline_takes_other_ranks_and_dense_ones_but_no_others() -> 
 
 
 def test_stacks_join_forms_that_differ() -> None:
-    rows = [{'input': make('low rank', 1, 1, 1, 5)},
-            {'input': LowRank(normal(2, 1, 1, 5, 4), normal(3, 1, 1, 1, 1).abs())}, {}]
+    rows = [
+        {'input': make('low rank', 1, 1, 1, 5)},
+        {'input': LowRank(normal(2, 1, 1, 5, 4), normal(3, 1, 1, 1, 1).abs())},
+        {},
+    ]
     joined = join(rows)['input']
     assert isinstance(joined, LowRank) and joined.columns.shape == (3, 1, 5, 4)
     for k, row in enumerate(rows[:2]):
-        torch.testing.assert_close(laid_out(joined, 3, 1, 5)[k],
-                                   laid_out(row['input'], 1, 1, 5)[0])
+        torch.testing.assert_close(laid_out(joined, 3, 1, 5)[k], laid_out(row['input'], 1, 1, 5)[0])
     assert not joined.scale[2].any()
     dense = join([*rows, {'input': make('dense', 4, 1, 1, 5)}])['input']
     assert isinstance(dense, Dense) and dense.matrix.shape == (4, 1, 5, 5)
@@ -155,18 +168,24 @@ def test_writing_keeps_what_was_not_chosen(new: str) -> None:
 
 # ------------------------------------------------------------------- statistics
 
-@pytest.mark.parametrize('statistic, key, shape', [
-    (Statistic(INPUT, Moment()), 'input_moment', (2, 9, 9)),
-    (Statistic(GRADIENT, Moment(), REDUCED), 'gradient_moment_reduced', (2, 9, 9)),
-    (Statistic(INPUT, Columns(5), SampledRows(3)), 'input_columns_sampled', (2, 9, 5)),
-    (Statistic(INPUT, Sketch(4, 'columns'), ALL), 'input_sketch', (2, 9, 4)),
-    (Statistic(INPUT, Sketch(40)), 'input_sketch', (2, 9, 9)),
-    (Statistic(INPUT, Blocks(4)), 'input_blocks', (3, 3, 3)),
-    (Statistic(INPUT, Mean()), 'input_mean', (2, 9, 1)),
-    (Statistic(GRADIENT, Square()), 'gradient_square', (2, 9, 1)),
-    (Statistic(Side('query'), Moment(), key='other'), 'other', (2, 9, 9))])
-def test_a_statistic_names_its_tensors(statistic: Statistic, key: str,
-                                       shape: tuple[int, int, int]) -> None:
+
+@pytest.mark.parametrize(
+    'statistic, key, shape',
+    [
+        (Statistic(INPUT, Moment()), 'input_moment', (2, 9, 9)),
+        (Statistic(GRADIENT, Moment(), REDUCED), 'gradient_moment_reduced', (2, 9, 9)),
+        (Statistic(INPUT, Columns(5), SampledRows(3)), 'input_columns_sampled', (2, 9, 5)),
+        (Statistic(INPUT, Sketch(4, 'columns'), ALL), 'input_sketch', (2, 9, 4)),
+        (Statistic(INPUT, Sketch(40)), 'input_sketch', (2, 9, 9)),
+        (Statistic(INPUT, Blocks(4)), 'input_blocks', (3, 3, 3)),
+        (Statistic(INPUT, Mean()), 'input_mean', (2, 9, 1)),
+        (Statistic(GRADIENT, Square()), 'gradient_square', (2, 9, 1)),
+        (Statistic(Side('query'), Moment(), key='other'), 'other', (2, 9, 9)),
+    ],
+)
+def test_a_statistic_names_its_tensors(
+    statistic: Statistic, key: str, shape: tuple[int, int, int]
+) -> None:
     assert statistic.keys == (key,) and statistic.shapes(2, 9) == {key: shape}
     assert statistic == Statistic(statistic.side, statistic.form, statistic.rows, key)
     assert statistic.side.of_gradient == key.startswith('gradient')
@@ -174,8 +193,11 @@ def test_a_statistic_names_its_tensors(statistic: Statistic, key: str,
 
 def test_scaling_scales_what_is_stood_for() -> None:
     rows = normal(0, 1, 4, 3)
-    for form, total in ((Moment(), rows @ rows.mT), (Columns(3), rows.clone()),
-                        (Mean(), rows.sum(2, keepdim=True))):
+    for form, total in (
+        (Moment(), rows @ rows.mT),
+        (Columns(3), rows.clone()),
+        (Mean(), rows.sum(2, keepdim=True)),
+    ):
         before = total.clone()
         form.rescale(total, 0.25)
         if isinstance(form, Columns):
@@ -189,5 +211,6 @@ def test_layers_say_what_they_lack() -> None:
     assert linear.lacks(Statistic(INPUT, Moment(), SampledRows())) == ''
     assert "no side 'value'" in linear.lacks(Statistic(Side('value'), Mean()))
     assert Conv2dLayer.type_refusal(torch.nn.Conv1d) and not Conv2dLayer.type_refusal(
-        torch.nn.Conv2d)
+        torch.nn.Conv2d
+    )
     assert 'num_heads' in WindowAttention.refusal(torch.nn.Linear(3, 2))

@@ -36,6 +36,7 @@ VECTORS = (Statistic(INPUT, Mean()), Statistic(INPUT, Square()), Statistic(GRADI
 
 # ------------------------------------------------------------------- what is measured
 
+
 def check(module: nn.Module, *inputs: Tensor) -> None:
     """The three vectors of some calls, against rows one by one."""
     module = module.double()
@@ -53,8 +54,11 @@ def check(module: nn.Module, *inputs: Tensor) -> None:
         slopes.append(gradient_rows(module, torch.autograd.grad(loss_of(out), out)[0]))
     capture.disarm()
     right, left = torch.cat(rows, 1), torch.cat(slopes, 1)
-    wanted = {'input_mean': right.sum(1), 'input_square': right.square().sum(1),
-              'gradient_square': left.square().sum(1)}
+    wanted = {
+        'input_mean': right.sum(1),
+        'input_square': right.square().sum(1),
+        'gradient_square': left.square().sum(1),
+    }
     staged = capture.staged[layer]
     assert staged.rows == right.shape[1]
     shapes = {key: shape for one in VECTORS for key, shape in layer.shapes(one).items()}
@@ -74,8 +78,11 @@ def test_vectors_of_linear_layers(shape: tuple[int, ...], bias: bool) -> None:
 @pytest.mark.parametrize('name', CONVS)
 def test_vectors_of_convolutions(name: str, bias: bool) -> None:
     torch.manual_seed(0)
-    check(nn.Conv2d(**{'in_channels': 4, 'out_channels': 4, 'bias': bias, **CONVS[name]}),
-          torch.randn(2, 4, 5, 6), torch.randn(4, 6, 5))
+    check(
+        nn.Conv2d(**{'in_channels': 4, 'out_channels': 4, 'bias': bias, **CONVS[name]}),
+        torch.randn(2, 4, 5, 6),
+        torch.randn(4, 6, 5),
+    )
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -106,28 +113,51 @@ def test_a_capture_lays_out_no_patches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------- trajectories
 
+
 def alone(squares: list[Tensor], s: dict[str, Any]) -> Tensor:
     """AdaFisher's divisor of a parameter without inputs."""
-    ones = [torch.tensor([0., 1.]).double()] * len(squares)  # an average of ones: the larger entry
+    ones = [torch.tensor([0.0, 1.0]).double()] * len(
+        squares
+    )  # an average of ones: the larger entry
     return oracle.from_ones(squares, s) * oracle.from_ones(ones, s)[1] + s['damping']
 
 
-METHODS: dict[str, tuple[Callable[..., PreconditionedOptimizer], Any, dict[str, Any],
-                         dict[str, Any]]] = {
+METHODS: dict[
+    str, tuple[Callable[..., PreconditionedOptimizer], Any, dict[str, Any], dict[str, Any]]
+] = {
     'MAC': (MAC, oracle.mac, dict(damping=0.7, stat_decay=0.9), {}),
     'SMAC': (SMAC, oracle.mac, dict(damping=0.7, stat_decay=0.9), dict(output=True)),
-    'SMAC none': (SMAC, oracle.mac, dict(damping=0.5, stat_decay=0.9, gradient_scale='none'),
-                  dict(output=True)),
+    'SMAC none': (
+        SMAC,
+        oracle.mac,
+        dict(damping=0.5, stat_decay=0.9, gradient_scale='none'),
+        dict(output=True),
+    ),
     'NysAct': (NysAct, oracle.nysact, dict(damping=1.3, stat_decay=0.9, rank=1000), {}),
-    'AdaAct': (AdaAct, oracle.adaact, dict(betas=(0.8, 0.9), eps=1e-6),
-               dict(after=True, momentum=0.8, stat_decay=0.9, decay='decoupled')),
-    'AdaFisher': (AdaFisher, oracle.adafisher, dict(damping=0.05, momentum=0.8, stat_decay=0.7),
-                  dict(after=True, alone=alone)),
-    'AdaFisher code': (AdaFisher, oracle.adafisher,
-                       dict(damping=0.05, momentum=0.8, stat_decay=0.7, ema='code'),
-                       dict(after=True, alone=alone)),
-    'AdaFisherW': (AdaFisherW, oracle.adafisher, dict(damping=0.05, momentum=0.8, stat_decay=0.7),
-                   dict(after=True, alone=alone, decay='decoupled')),
+    'AdaAct': (
+        AdaAct,
+        oracle.adaact,
+        dict(betas=(0.8, 0.9), eps=1e-6),
+        dict(after=True, momentum=0.8, stat_decay=0.9, decay='decoupled'),
+    ),
+    'AdaFisher': (
+        AdaFisher,
+        oracle.adafisher,
+        dict(damping=0.05, momentum=0.8, stat_decay=0.7),
+        dict(after=True, alone=alone),
+    ),
+    'AdaFisher code': (
+        AdaFisher,
+        oracle.adafisher,
+        dict(damping=0.05, momentum=0.8, stat_decay=0.7, ema='code'),
+        dict(after=True, alone=alone),
+    ),
+    'AdaFisherW': (
+        AdaFisherW,
+        oracle.adafisher,
+        dict(damping=0.05, momentum=0.8, stat_decay=0.7),
+        dict(after=True, alone=alone, decay='decoupled'),
+    ),
 }
 
 
@@ -139,8 +169,9 @@ def test_trajectories(make: Any, name: str, intervals: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = make().double()
     plain = plain_copy(model)
-    common = dict(lr=0.03, weight_decay=0.02, stat_interval=intervals[0],
-                  refresh_interval=intervals[1])
+    common = dict(
+        lr=0.03, weight_decay=0.02, stat_interval=intervals[0], refresh_interval=intervals[1]
+    )
     optimizer = kind(model, **common, **given_settings)
     known = {k: v for k, v in given_settings.items() if k not in ('betas', 'rank')}
     reference = oracle.ReferenceActivation(plain, method, **common, **{**known, **more})
@@ -157,14 +188,15 @@ def test_trajectories(make: Any, name: str, intervals: tuple[int, int]) -> None:
 
 # ------------------------------------------------------------------- MAC
 
+
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.integers(1, 5), st.floats(0.01, 10.), st.floats(0., 100.), st.booleans())
+@given(st.integers(1, 5), st.floats(0.01, 10.0), st.floats(0.0, 100.0), st.booleans())
 def test_mac_is_a_scaled_inverse(size: int, rho: float, length: float, given_here: bool) -> None:
     """rho G (rho I + a a')^-1, with the setting's damping or a layer's own."""
     torch.manual_seed(size)
     vector = length * torch.randn(2, 1, size, 1).double()
     gradients = torch.randn(2, 1, 3, size).double()
-    method = ActivationMean(damping=7. if given_here else rho)
+    method = ActivationMean(damping=7.0 if given_here else rho)
     own = torch.full((2, 1), rho).double() if given_here else None
     operator, good = method.refresh(factors_of({'input_mean': vector}), None, own)
     inverse = torch.linalg.inv(vector @ vector.mT + rho * torch.eye(size).double())
@@ -189,6 +221,7 @@ def test_smac_needs_the_rows_scale() -> None:
 
 # ------------------------------------------------------------------- AdaAct, AdaFisher
 
+
 def test_a_dead_input_does_not_blow_up() -> None:
     """An input that was never on, and then is: its weight moves as the floor allows."""
     torch.manual_seed(0)
@@ -198,7 +231,7 @@ def test_a_dead_input_does_not_blow_up() -> None:
     x[:, 0] = 0
     for _ in range(3):
         optimizer.zero_grad()
-        (model(x)**2).mean().backward()
+        (model(x) ** 2).mean().backward()
         optimizer.step()
     factor = optimizer.curvature.stacks[0].operator_tensors['input'].flatten()
     assert factor[0] <= 1.01e6 * factor[1:].max() and model.weight.isfinite().all()
@@ -209,8 +242,9 @@ def test_a_plain_parameter_has_no_momentum_in_adaact() -> None:
     optimizer = AdaAct(model, lr=0.1)
     for step in range(2):
         optimizer.zero_grad()
-        model(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step)).double()
-              ).sum().backward()
+        model(
+            torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step)).double()
+        ).sum().backward()
         before = model.bn1.weight.detach().clone()
         optimizer.step()
         torch.testing.assert_close(model.bn1.weight, before - 0.1 * model.bn1.weight.grad)
@@ -225,17 +259,19 @@ def test_adafisher_as_its_code_is_momentum_sgd(ema: str) -> None:
     model = TokenNet().double()
     optimizer = AdaFisher(model, lr=1e-4, ema=ema, stat_interval=1, refresh_interval=1)
     train(model, optimizer, token_batches(4))
-    largest = max(float((s.operator_tensors['gradient'] @ s.operator_tensors['input']).max())
-                  for s in optimizer.curvature.stacks)
+    largest = max(
+        float((s.operator_tensors['gradient'] @ s.operator_tensors['input']).max())
+        for s in optimizer.curvature.stacks
+    )
     assert largest < 1e-4 if ema == 'code' else largest > 0.1
 
 
 def test_the_loss_scale_changes_no_divisor() -> None:
     found = []
-    for scale in (1., 1e-5):
+    for scale in (1.0, 1e-5):
         torch.manual_seed(0)
         model = TokenNet().double()
-        optimizer = AdaFisher(model, lr=0., stat_interval=1, refresh_interval=1)
+        optimizer = AdaFisher(model, lr=0.0, stat_interval=1, refresh_interval=1)
         train(model, optimizer, token_batches(2), lambda out, y: scale * (out**2).mean())
         found.append(
             torch.cat(
@@ -247,6 +283,7 @@ def test_the_loss_scale_changes_no_divisor() -> None:
 
 def test_what_has_one_entry_is_divided_by_one() -> None:
     """A scalar's range is nothing; its divisor stays, rather than fall to lambda."""
+
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -268,11 +305,13 @@ def test_what_has_one_entry_is_divided_by_one() -> None:
 
 def test_a_groups_damping_reaches_parameters_without_inputs() -> None:
     moved = []
-    for damping in (1e-3, 1.):
+    for damping in (1e-3, 1.0):
         torch.manual_seed(0)
         model = TokenNet().double()
-        groups = [dict(params=list(model.norm.parameters()), damping=damping),
-                  dict(params=[p for n, p in model.named_parameters() if 'norm' not in n])]
+        groups = [
+            dict(params=list(model.norm.parameters()), damping=damping),
+            dict(params=[p for n, p in model.named_parameters() if 'norm' not in n]),
+        ]
         optimizer = AdaFisher(groups, lr=1e-3, model=model)
         before = model.norm.weight.detach().clone()
         train(model, optimizer, token_batches(1))
@@ -298,28 +337,33 @@ def test_adafisher_resumes_in_half_precision(dtype: torch.dtype) -> None:
     for seed in range(1, 4):
         one(model, optimizer, seed)
         one(other, resumed, seed)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(),
-                                                 strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    )
     assert resumed.state[other.norm.weight]['fisher_gradient'].dtype == torch.float32
 
 
 # ------------------------------------------------------------------- settings
 
-@pytest.mark.parametrize('kind, options, words', [
-    (MAC, dict(damping=0), 'damping=0'),
-    (MAC, dict(stat_decay=1), 'stat_decay=1'),
-    (MAC, dict(compat='code'), "compat='code'"),
-    (SMAC, dict(gradient_scale='batch'), "gradient_scale='batch'"),
-    (NysAct, dict(rank=0), 'rank=0'),
-    (NysAct, dict(sketch='rows'), "sketch='rows'"),
-    (AdaAct, dict(betas=0.9), 'betas=0.9'),
-    (AdaAct, dict(betas=(0.9, 1.)), 'betas=1'),
-    (AdaAct, dict(eps=-1.), 'eps=-1'),
-    (AdaFisher, dict(ema='both'), "ema='both'"),
-    (AdaFisher, dict(damping=-1.), 'damping=-1'),
-    (AdaFisherW, dict(momentum=1.), 'momentum=1'),
-    (AdaAct, dict(sharding='apply'), "sharding='refresh' or 'none'"),
-])
+
+@pytest.mark.parametrize(
+    'kind, options, words',
+    [
+        (MAC, dict(damping=0), 'damping=0'),
+        (MAC, dict(stat_decay=1), 'stat_decay=1'),
+        (MAC, dict(compat='code'), "compat='code'"),
+        (SMAC, dict(gradient_scale='batch'), "gradient_scale='batch'"),
+        (NysAct, dict(rank=0), 'rank=0'),
+        (NysAct, dict(sketch='rows'), "sketch='rows'"),
+        (AdaAct, dict(betas=0.9), 'betas=0.9'),
+        (AdaAct, dict(betas=(0.9, 1.0)), 'betas=1'),
+        (AdaAct, dict(eps=-1.0), 'eps=-1'),
+        (AdaFisher, dict(ema='both'), "ema='both'"),
+        (AdaFisher, dict(damping=-1.0), 'damping=-1'),
+        (AdaFisherW, dict(momentum=1.0), 'momentum=1'),
+        (AdaAct, dict(sharding='apply'), "sharding='refresh' or 'none'"),
+    ],
+)
 def test_bad_settings(kind: Any, options: dict[str, Any], words: str) -> None:
     refused(ValueError, lambda: kind(TokenNet(), **{'lr': 0.1, **options}), words)
 
@@ -331,22 +375,30 @@ def test_left_over_keys_are_named() -> None:
 def test_methods_are_mixed_layer_by_layer() -> None:
     torch.manual_seed(0)
     model = ConvNet().double()
-    layers = [dict(match=dict(name='conv1'), preconditioner=dict(type='NystromFeature', rank=4)),
-              dict(match=dict(name='conv2'), preconditioner=dict(type='ActivationMean')),
-              dict(preconditioner=dict(type='NewtonKronecker'))]
+    layers = [
+        dict(match=dict(name='conv1'), preconditioner=dict(type='NystromFeature', rank=4)),
+        dict(match=dict(name='conv2'), preconditioner=dict(type='ActivationMean')),
+        dict(preconditioner=dict(type='NewtonKronecker')),
+    ]
     optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=0.05), layers=layers)
     loss = model(torch.randn(4, 3, 8, 8).double()).square().mean()
     loss.backward()
     optimizer.step()
     assert {type(stack.method).__name__ for stack in optimizer.curvature.stacks} == {
-        'NystromFeature', 'ActivationMean', 'NewtonKronecker'}
+        'NystromFeature',
+        'ActivationMean',
+        'NewtonKronecker',
+    }
     assert model(torch.randn(4, 3, 8, 8).double()).isfinite().all()
 
 
 def test_diagonals_need_their_rule() -> None:
     layers = [dict(preconditioner=dict(type='InputDiagonal'))]
-    refused(ValueError, lambda: Preconditioned(TokenNet(), rule=dict(type='AdamW', lr=0.1),
-                                               layers=layers), "type='EMASGD'")
+    refused(
+        ValueError,
+        lambda: Preconditioned(TokenNet(), rule=dict(type='AdamW', lr=0.1), layers=layers),
+        "type='EMASGD'",
+    )
     model = TokenNet().double()
     optimizer = Preconditioned(model, rule=dict(type='EMASGD', lr=0.1), layers=layers)
     train(model, optimizer, token_batches(3))

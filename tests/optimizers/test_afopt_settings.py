@@ -31,14 +31,14 @@ def test_a_compiled_model_is_measured_alike(kind: type[PreconditionedOptimizer])
     for compiled in (False, True):
         torch.manual_seed(0)
         torch._dynamo.reset()
-        model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True).double()
+        model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double()
         run = torch.compile(model, backend='aot_eager') if compiled else model
         optimizer = kind(run, lr=1e-2, stat_interval=2, refresh_interval=4)
         names.append([layer.name for layer in optimizer.curvature.layers])
         found = []
         for step in range(6):
             optimizer.zero_grad()
-            loss = (run(tokens(step))**2).mean()
+            loss = (run(tokens(step)) ** 2).mean()
             loss.backward()
             optimizer.step()
             found.append(loss.item())
@@ -51,9 +51,9 @@ def test_without_curvature_of_the_softmax_the_values_are_still_preconditioned() 
     """One key: the softmax is constant, W_Q and W_K have no gradient, W_V has."""
     torch.manual_seed(0)
     model = nn.MultiheadAttention(8, 2, batch_first=True).double()
-    optimizer = AFOpt(model, lr=0.1, momentum=0., stat_interval=1, refresh_interval=1)
+    optimizer = AFOpt(model, lr=0.1, momentum=0.0, stat_interval=1, refresh_interval=1)
     memory = tokens(1, count=1)
-    (model(tokens(0), memory, memory)[0]**3).mean().backward()
+    (model(tokens(0), memory, memory)[0] ** 3).mean().backward()
     gradient = model.in_proj_weight.grad.clone()
     before = model.in_proj_weight.detach().clone()
     optimizer.step()
@@ -99,8 +99,11 @@ def test_micro_batches_draw_different_windows(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(WindowAttention, 'read', spy)
     model = Model()
-    wrapper = build(model, accumulative_counts=4, optimizer=dict(
-        type='AFOpt', lr=0.1, stat_interval=1, refresh_interval=1, max_windows=3))
+    wrapper = build(
+        model,
+        accumulative_counts=4,
+        optimizer=dict(type='AFOpt', lr=0.1, stat_interval=1, refresh_interval=1, max_windows=3),
+    )
     for step in range(4):
         model.train_step(batch(8, step), wrapper)
     assert len(drawn) == 4 and len({tuple(one) for one in drawn}) > 1
@@ -120,8 +123,9 @@ class Renamed(nn.Module):
 def test_an_attention_class_that_does_not_fit_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ATTENTION_TYPES, qualified_name(Renamed), WindowAttention)
     optimizer = AFOpt(nn.Sequential(Renamed()), lr=0.1)
-    assert [left.reason for left in optimizer.curvature.left_out if left.kind == 'Renamed'][0] == \
-        'it has no submodule qkv'
+    assert [left.reason for left in optimizer.curvature.left_out if left.kind == 'Renamed'][
+        0
+    ] == 'it has no submodule qkv'
 
 
 def test_a_state_that_does_not_fit_is_measured_at_the_next_step() -> None:
@@ -145,15 +149,30 @@ def test_a_state_that_does_not_fit_is_measured_at_the_next_step() -> None:
 
 
 def test_whitening_is_not_for_attention() -> None:
-    refused(ValueError, lambda: AFOpt(nn.Linear(2, 2), lr=0.1, exponent=0.5), 'exponent=0.5',
-            'leave it at 1')
+    refused(
+        ValueError,
+        lambda: AFOpt(nn.Linear(2, 2), lr=0.1, exponent=0.5),
+        'exponent=0.5',
+        'leave it at 1',
+    )
 
 
 @pytest.mark.parametrize('name', ['NKFAC', 'AdamR'])
 def test_a_preset_replaces_adan(name: str) -> None:
     from mmengine.config import Config
 
-    cfg = Config(dict(optim_wrapper=dict(optimizer=dict(
-        type='AdaAFOpt', lr=1e-3, betas=(0.98, 0.92, 0.99), rule='Adan', weight_decay=0.1))))
+    cfg = Config(
+        dict(
+            optim_wrapper=dict(
+                optimizer=dict(
+                    type='AdaAFOpt',
+                    lr=1e-3,
+                    betas=(0.98, 0.92, 0.99),
+                    rule='Adan',
+                    weight_decay=0.1,
+                )
+            )
+        )
+    )
     use_optimizer(cfg, name)
     assert cfg.optim_wrapper.optimizer == dict(type=name, lr=1e-3, weight_decay=0.1)

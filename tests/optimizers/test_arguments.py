@@ -28,36 +28,70 @@ COUNT = 'give an integer of at least 1'
 
 
 @pytest.mark.parametrize('kind', [NKFAC, AdaNKFAC])
-@pytest.mark.parametrize('name, value, remedy', [
-    ('lr', -0.1, NUMBER + ' at least 0'), ('lr', float('nan'), NUMBER), ('lr', '0.1', NUMBER),
-    ('lr', None, NUMBER), ('lr', True, NUMBER),
-    ('weight_decay', -1e-4, NUMBER + ' at least 0'), ('weight_decay', None, NUMBER),
-    ('damping', 0., NUMBER + ' greater than 0'), ('damping', -1., NUMBER + ' greater than 0'),
-    ('damping', float('nan'), NUMBER), ('damping_floor', -1e-4, NUMBER + ' at least 0'),
-    ('stat_decay', 1., 'less than 1'), ('stat_decay', -0.1, 'at least 0'),
-    ('stat_interval', 0, COUNT), ('stat_interval', -5, COUNT), ('stat_interval', 2.0, COUNT),
-    ('stat_interval', '20', COUNT), ('stat_interval', True, COUNT), ('stat_interval', None, COUNT),
-    ('refresh_interval', 0, COUNT), ('refresh_interval', 200.5, COUNT),
-    ('exact_interval', 0, COUNT), ('newton_steps', 0, COUNT), ('newton_steps', 1.5, COUNT),
-    ('max_dim', 0, COUNT), ('max_dim', 1e3, COUNT),
-    ('capture_mb', 0., NUMBER + ' greater than 0'), ('capture_mb', -1, NUMBER),
-    ('solver', 'lu', 'newton, cholesky'), ('solver', None, 'newton, cholesky'),
-    ('oversize', 'crop', 'skip, one_sided'), ('oversize', None, 'skip, one_sided')])
+@pytest.mark.parametrize(
+    'name, value, remedy',
+    [
+        ('lr', -0.1, NUMBER + ' at least 0'),
+        ('lr', float('nan'), NUMBER),
+        ('lr', '0.1', NUMBER),
+        ('lr', None, NUMBER),
+        ('lr', True, NUMBER),
+        ('weight_decay', -1e-4, NUMBER + ' at least 0'),
+        ('weight_decay', None, NUMBER),
+        ('damping', 0.0, NUMBER + ' greater than 0'),
+        ('damping', -1.0, NUMBER + ' greater than 0'),
+        ('damping', float('nan'), NUMBER),
+        ('damping_floor', -1e-4, NUMBER + ' at least 0'),
+        ('stat_decay', 1.0, 'less than 1'),
+        ('stat_decay', -0.1, 'at least 0'),
+        ('stat_interval', 0, COUNT),
+        ('stat_interval', -5, COUNT),
+        ('stat_interval', 2.0, COUNT),
+        ('stat_interval', '20', COUNT),
+        ('stat_interval', True, COUNT),
+        ('stat_interval', None, COUNT),
+        ('refresh_interval', 0, COUNT),
+        ('refresh_interval', 200.5, COUNT),
+        ('exact_interval', 0, COUNT),
+        ('newton_steps', 0, COUNT),
+        ('newton_steps', 1.5, COUNT),
+        ('max_dim', 0, COUNT),
+        ('max_dim', 1e3, COUNT),
+        ('capture_mb', 0.0, NUMBER + ' greater than 0'),
+        ('capture_mb', -1, NUMBER),
+        ('solver', 'lu', 'newton, cholesky'),
+        ('solver', None, 'newton, cholesky'),
+        ('oversize', 'crop', 'skip, one_sided'),
+        ('oversize', None, 'skip, one_sided'),
+    ],
+)
 def test_values_out_of_range(kind: Kind, name: str, value: Any, remedy: str) -> None:
-    refused(ValueError, lambda: kind(net(), **{'lr': 0.1, name: value}), f'{name}={value!r}',
-            remedy)
+    refused(
+        ValueError, lambda: kind(net(), **{'lr': 0.1, name: value}), f'{name}={value!r}', remedy
+    )
 
 
-@pytest.mark.parametrize('momentum', [1., 1.5, -0.1, float('nan'), None])
+@pytest.mark.parametrize('momentum', [1.0, 1.5, -0.1, float('nan'), None])
 def test_momentum_out_of_range(momentum: Any) -> None:
-    refused(ValueError, lambda: NKFAC(net(), lr=0.1, momentum=momentum),
-            f'momentum={momentum!r}', 'at least 0 and less than 1')
+    refused(
+        ValueError,
+        lambda: NKFAC(net(), lr=0.1, momentum=momentum),
+        f'momentum={momentum!r}',
+        'at least 0 and less than 1',
+    )
 
 
-@pytest.mark.parametrize('betas, remedy', [
-    ((0.9, 1.), 'betas=1.0'), ((-0.1, 0.9), 'betas=-0.1'), ((0.9, float('nan')), 'betas=nan'),
-    ((0.9,), 'write betas=(0.9, 0.999)'), ((0.9, 0.99, 0.999), 'write betas=(0.9, 0.999)'),
-    (0.9, 'write betas=(0.9, 0.999)')])
+@pytest.mark.parametrize(
+    'betas, remedy',
+    [
+        ((0.9, 1.0), 'betas=1.0'),
+        ((-0.1, 0.9), 'betas=-0.1'),
+        ((0.9, float('nan')), 'betas=nan'),
+        ((0.9,), 'write betas=(0.9, 0.999)'),
+        ((0.9, 0.99, 0.999), 'write betas=(0.9, 0.999)'),
+        (0.9, 'write betas=(0.9, 0.999)'),
+    ],
+)
 def test_bad_betas(betas: Any, remedy: str) -> None:
     refused(ValueError, lambda: AdaNKFAC(net(), lr=0.1, betas=betas), remedy)
 
@@ -68,8 +102,13 @@ def test_a_negative_eps() -> None:
 
 @pytest.mark.parametrize('stat, refresh', [(20, 30), (20, 10), (3, 200)])
 def test_refreshes_that_fall_between_statistics(stat: int, refresh: int) -> None:
-    refused(ValueError, lambda: NKFAC(net(), 0.1, stat_interval=stat, refresh_interval=refresh),
-            f'refresh_interval={refresh}', 'multiple', f'stat_interval={stat}')
+    refused(
+        ValueError,
+        lambda: NKFAC(net(), 0.1, stat_interval=stat, refresh_interval=refresh),
+        f'refresh_interval={refresh}',
+        'multiple',
+        f'stat_interval={stat}',
+    )
 
 
 def test_one_interval_given_must_fit_the_others_default() -> None:
@@ -77,9 +116,15 @@ def test_one_interval_given_must_fit_the_others_default() -> None:
     refused(ValueError, lambda: AdaNKFAC(net(), lr=0.1, stat_interval=300), 'multiple')
 
 
-@pytest.mark.parametrize('key, value, where', [
-    ('lr', -1., 'lr=-1.0'), ('weight_decay', -1., 'weight_decay=-1.0'),
-    ('momentum', 1., 'momentum=1.0'), ('damping', 0., 'damping=0.0')])
+@pytest.mark.parametrize(
+    'key, value, where',
+    [
+        ('lr', -1.0, 'lr=-1.0'),
+        ('weight_decay', -1.0, 'weight_decay=-1.0'),
+        ('momentum', 1.0, 'momentum=1.0'),
+        ('damping', 0.0, 'damping=0.0'),
+    ],
+)
 @pytest.mark.parametrize('later', [False, True])
 def test_values_of_a_group_are_checked(key: str, value: float, where: str, later: bool) -> None:
     model = net()
@@ -92,17 +137,34 @@ def test_values_of_a_group_are_checked(key: str, value: float, where: str, later
 
 
 @pytest.mark.parametrize('kind', [NKFAC, AdaNKFAC])
-@pytest.mark.parametrize('params', [
-    lambda m: m.parameters(), lambda m: list(m.parameters()),
-    lambda m: [dict(params=list(m.parameters()))]], ids=['generator', 'list', 'groups'])
+@pytest.mark.parametrize(
+    'params',
+    [
+        lambda m: m.parameters(),
+        lambda m: list(m.parameters()),
+        lambda m: [dict(params=list(m.parameters()))],
+    ],
+    ids=['generator', 'list', 'groups'],
+)
 def test_a_missing_model(kind: Kind, params: Callable[[nn.Module], Any]) -> None:
-    refused(ValueError, lambda: kind(params(net()), lr=0.1), kind.__name__, 'model=',
-            "constructor='PrecondOptimWrapperConstructor'")
+    refused(
+        ValueError,
+        lambda: kind(params(net()), lr=0.1),
+        kind.__name__,
+        'model=',
+        "constructor='PrecondOptimWrapperConstructor'",
+    )
 
 
-@pytest.mark.parametrize('model', [
-    nn.Sequential(nn.LayerNorm(3), nn.Embedding(3, 3)), nn.ConvTranspose1d(2, 2, 3),
-    nn.EmbeddingBag(3, 2)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    'model',
+    [
+        nn.Sequential(nn.LayerNorm(3), nn.Embedding(3, 3)),
+        nn.ConvTranspose1d(2, 2, 3),
+        nn.EmbeddingBag(3, 2),
+    ],
+    ids=lambda m: type(m).__name__,
+)
 def test_a_model_without_a_supported_layer(model: nn.Module) -> None:
     kinds = {type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False))}
     refused(ValueError, lambda: NKFAC(model, lr=0.1), 'Linear or a convolution', 'NKFAC', *kinds)
@@ -123,17 +185,35 @@ def test_no_parameters_is_torchs_error() -> None:
     refused(ValueError, lambda: NKFAC(nn.ReLU(), lr=0.1), 'empty parameter list')
 
 
-@pytest.mark.parametrize('kind, key, value', [
-    (AdaNKFAC, 'momentum', 0.9), (NKFAC, 'betas', (0.9, 0.999)), (NKFAC, 'nesterov', True),
-    (AdaNKFAC, 'amsgrad', False), (NKFAC, 'TCov', 20)])
+@pytest.mark.parametrize(
+    'kind, key, value',
+    [
+        (AdaNKFAC, 'momentum', 0.9),
+        (NKFAC, 'betas', (0.9, 0.999)),
+        (NKFAC, 'nesterov', True),
+        (AdaNKFAC, 'amsgrad', False),
+        (NKFAC, 'TCov', 20),
+    ],
+)
 def test_a_left_over_key_says_delete(kind: Kind, key: str, value: Any) -> None:
-    refused(TypeError, lambda: kind(net(), lr=0.1, **{key: value}),
-            kind.__name__, key, '`_delete_=True`', 'stat_interval')
+    refused(
+        TypeError,
+        lambda: kind(net(), lr=0.1, **{key: value}),
+        kind.__name__,
+        key,
+        '`_delete_=True`',
+        'stat_interval',
+    )
 
 
 def test_several_left_over_keys_are_all_named() -> None:
-    refused(TypeError, lambda: AdaNKFAC(net(), lr=0.1, momentum=0.9, nesterov=True),
-            'momentum', 'nesterov', '`_delete_=True`')
+    refused(
+        TypeError,
+        lambda: AdaNKFAC(net(), lr=0.1, momentum=0.9, nesterov=True),
+        'momentum',
+        'nesterov',
+        '`_delete_=True`',
+    )
 
 
 def test_delete_itself_left_over_says_to_leave_it_out() -> None:
@@ -167,7 +247,7 @@ def test_any_positive_limit_of_memory_works(capture_mb: float) -> None:
 
 def test_wrong_settings_leave_no_hooks() -> None:
     model = net()
-    for wrong in (dict(lr=-1.), dict(lr=0.1, damping=0.), dict(lr=0.1, nesterov=True)):
+    for wrong in (dict(lr=-1.0), dict(lr=0.1, damping=0.0), dict(lr=0.1, nesterov=True)):
         with pytest.raises((ValueError, TypeError)):
             NKFAC(model, **wrong)
     assert not any(m._forward_hooks for m in model.modules())
@@ -185,14 +265,15 @@ class Functional(nn.Module):
 
 
 def test_a_weight_that_is_used_as_a_function_is_reported_once(
-        caplog: pytest.LogCaptureFixture) -> None:
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = Functional()
-    optimizer = NKFAC(model, lr=1., momentum=0., stat_interval=1, refresh_interval=1)
+    optimizer = NKFAC(model, lr=1.0, momentum=0.0, stat_interval=1, refresh_interval=1)
     with caplog.at_level(logging.WARNING, 'mmprecond'):
         for _ in range(3):
             before = model.used.weight.detach().clone()
             optimizer.zero_grad()
-            (model(torch.randn(5, 4))**2).mean().backward()
+            (model(torch.randn(5, 4)) ** 2).mean().backward()
             optimizer.step()
             assert torch.allclose(before - model.used.weight, model.used.weight.grad, atol=1e-6)
     messages = [r.getMessage() for r in caplog.records]
@@ -200,7 +281,8 @@ def test_a_weight_that_is_used_as_a_function_is_reported_once(
 
 
 def test_a_layer_that_is_called_but_not_trained_this_time_is_not_reported(
-        caplog: pytest.LogCaptureFixture) -> None:
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = net()
     optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
     with caplog.at_level(logging.WARNING, 'mmprecond'):
@@ -216,8 +298,12 @@ def test_wrapped_by_fsdp_is_refused() -> None:
             super().__init__()
             self.module = net()
 
-    refused(ValueError, lambda: NKFAC(FullyShardedDataParallel(), lr=0.1), 'FSDP',
-            'DistributedDataParallel')
+    refused(
+        ValueError,
+        lambda: NKFAC(FullyShardedDataParallel(), lr=0.1),
+        'FSDP',
+        'DistributedDataParallel',
+    )
 
 
 def test_valid_arguments_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,10 +24,12 @@ def test_trajectory(case: str) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.from_numpy(golden[f'init/{name}']))
-    hyper = {key: value for key, value in meta['hyper'].items()
-             if key not in ('note', 'first_layer')}
-    optimizer = getattr(mmprecond.optimizers, meta['optimizer'])(model, settings='published',
-                                                                 **hyper)
+    hyper = {
+        key: value for key, value in meta['hyper'].items() if key not in ('note', 'first_layer')
+    }
+    optimizer = getattr(mmprecond.optimizers, meta['optimizer'])(
+        model, settings='published', **hyper
+    )
     if 'first_layer' in meta['hyper']:
         optimizer.calibrate_first_layer(torch.from_numpy(x).double() for x in data['x'])
     compared = 0

@@ -36,10 +36,17 @@ def test_every_optimizer_is_here() -> None:
     assert {kind.__name__ for kind in optimizer_types()} == set(SETTINGS)
 
 
-@pytest.mark.parametrize('name, options', [
-    *((name, {}) for name in SETTINGS),
-    *((name, dict(momentum=0.)) for name in SETTINGS
-      if 'momentum' in inspect.signature(getattr(optimizers, name)).parameters)])
+@pytest.mark.parametrize(
+    'name, options',
+    [
+        *((name, {}) for name in SETTINGS),
+        *(
+            (name, dict(momentum=0.0))
+            for name in SETTINGS
+            if 'momentum' in inspect.signature(getattr(optimizers, name)).parameters
+        ),
+    ],
+)
 def test_a_step_leaves_the_gradients_alone(name: str, options: dict[str, float]) -> None:
     """Also those of layers that are alone in their stack, which are not copied."""
     model = net()
@@ -62,11 +69,13 @@ def test_accumulation_is_the_joint_batch(name: str, sizes: tuple[int, ...]) -> N
     assert_same(joint, parts, 1e-10)
 
 
-@pytest.mark.parametrize('options', [dict(checkpointed=False), dict(checkpointed=True),
-                                     dict(inplace=True)], ids=str)
+@pytest.mark.parametrize(
+    'options', [dict(checkpointed=False), dict(checkpointed=True), dict(inplace=True)], ids=str
+)
 @pytest.mark.parametrize('name', MEASURED)
-def test_checkpointing_and_in_place_activations_change_nothing(name: str,
-                                                               options: dict[str, bool]) -> None:
+def test_checkpointing_and_in_place_activations_change_nothing(
+    name: str, options: dict[str, bool]
+) -> None:
     plain, other = net(), net(**options)
     train(name, plain, make(name, plain), range(6))
     train(name, other, make(name, other), range(6))
@@ -76,8 +85,9 @@ def test_checkpointing_and_in_place_activations_change_nothing(name: str,
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('at', [1, 5])
 @pytest.mark.parametrize('name', SETTINGS)
-def test_a_resumed_run_continues_bit_for_bit(name: str, at: int, dtype: torch.dtype,
-                                             tmp_path: Any) -> None:
+def test_a_resumed_run_continues_bit_for_bit(
+    name: str, at: int, dtype: torch.dtype, tmp_path: Any
+) -> None:
     """Through a file that is read with `weights_only`, into a new model and optimizer."""
     whole = net()
     optimizer = make(name, whole)
@@ -102,16 +112,22 @@ def test_a_layer_may_be_frozen_and_thawed(name: str) -> None:
     before = copy.deepcopy(model.fc1.state_dict())
     train(name, model, optimizer, range(5))
     assert all(torch.equal(value, before[key]) for key, value in model.fc1.state_dict().items())
-    assert all(slot.layer.weight is not model.fc1.weight
-               for stack in optimizer.curvature.stacks for slot in stack.slots)
+    assert all(
+        slot.layer.weight is not model.fc1.weight
+        for stack in optimizer.curvature.stacks
+        for slot in stack.slots
+    )
     model.fc1.requires_grad_(True)
     model.stem.requires_grad_(False)
     stem = model.stem.weight.detach().clone()
     train(name, model, optimizer, range(5, 14))
     assert torch.equal(model.stem.weight, stem)
     assert not torch.equal(model.fc1.weight, before['weight'])
-    assert any(layer.weight is model.fc1.weight for stack in optimizer.curvature.stacks
-               for _, layer in stack.ready())
+    assert any(
+        layer.weight is model.fc1.weight
+        for stack in optimizer.curvature.stacks
+        for _, layer in stack.ready()
+    )
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -157,9 +173,12 @@ def test_autocast_measures_as_float32_does(name: str, dtype: torch.dtype) -> Non
     found = []
     for enabled in (False, True):
         model = net().float()
-        optimizer = make(name, model, **({} if name == 'Preconditioned' else dict(stat_interval=1,
-                                                                                 refresh_interval=1)))
-        scaler = torch.amp.GradScaler('cpu', init_scale=2.**12, enabled=enabled)
+        optimizer = make(
+            name,
+            model,
+            **({} if name == 'Preconditioned' else dict(stat_interval=1, refresh_interval=1)),
+        )
+        scaler = torch.amp.GradScaler('cpu', init_scale=2.0**12, enabled=enabled)
         optimizer.loss_scale = scaler
         x, y = (t.float() if t.is_floating_point() else t for t in images(0))
         with torch.autocast('cpu', dtype, enabled=enabled):
@@ -222,14 +241,15 @@ def test_clipping_after_preconditioning(name: str) -> None:
         if largest:
             loose = free
     assert all(torch.equal(direction, loose[p]) for p, direction in free.items())
-    refused(ValueError, lambda: make(name, model, clip_update=0.), 'clip_update')
+    refused(ValueError, lambda: make(name, model, clip_update=0.0), 'clip_update')
 
 
 def test_a_momentum_schedule_acts() -> None:
     model = Classifier()
     wrapper = build(model, optimizer=dict(type='NKFAC', lr=0.1))
-    schedule = LinearMomentum(wrapper, start_factor=1., end_factor=0.5, begin=0, end=6,
-                              by_epoch=False)
+    schedule = LinearMomentum(
+        wrapper, start_factor=1.0, end_factor=0.5, begin=0, end=6, by_epoch=False
+    )
     seen = []
     for seed in range(4):
         seen.append(wrapper.optimizer.param_groups[0]['momentum'])
@@ -240,8 +260,12 @@ def test_a_momentum_schedule_acts() -> None:
 
 def test_the_rate_is_scaled_to_the_batch() -> None:
     wrapper = build(Classifier(), optimizer=dict(type='KFAC', lr=0.1))
-    runner = SimpleNamespace(_train_dataloader=dict(batch_size=8), world_size=1,
-                             logger=logging.getLogger('test'), param_schedulers=None)
+    runner = SimpleNamespace(
+        _train_dataloader=dict(batch_size=8),
+        world_size=1,
+        logger=logging.getLogger('test'),
+        param_schedulers=None,
+    )
     Runner.scale_lr(runner, wrapper, dict(enable=True, base_batch_size=32))
     assert wrapper.optimizer.param_groups[0]['lr'] == pytest.approx(0.1 * 8 / 32)
 
@@ -257,8 +281,9 @@ def test_several_wrappers_in_one() -> None:
     """OptimWrapperDict: each part of a model with its own optimizer, ours and torch's."""
     torch.manual_seed(0)
     model = Classifier()
-    ours = build(model.conv, optimizer=dict(type='NKFAC', lr=0.05, stat_interval=1,
-                                            refresh_interval=2))
+    ours = build(
+        model.conv, optimizer=dict(type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2)
+    )
     plain = build_optim_wrapper(model.fc, dict(optimizer=dict(type='SGD', lr=0.05)))
     both = OptimWrapperDict(conv=ours, fc=plain)
     before = copy.deepcopy(model.state_dict())
@@ -277,9 +302,16 @@ def test_several_wrappers_in_one() -> None:
 
 def test_many_classes_and_wide_layers_are_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(300, 40), nn.Linear(40, 500))
-    monkeypatch.setattr('mmprecond.core.memory.available', lambda device: 1.)
-    refused(ValueError, lambda: NKFAC(model, lr=0.1), '3 MB', '1 MB are free', '1.weight',
-            "oversize='lowrank'", 'max_dim')
+    monkeypatch.setattr('mmprecond.core.memory.available', lambda device: 1.0)
+    refused(
+        ValueError,
+        lambda: NKFAC(model, lr=0.1),
+        '3 MB',
+        '1 MB are free',
+        '1.weight',
+        "oversize='lowrank'",
+        'max_dim',
+    )
     NKFAC(model, lr=0.1, max_dim=100, oversize='lowrank', max_rank=8)
 
 

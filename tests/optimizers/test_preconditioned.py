@@ -50,16 +50,17 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]
 pytestmark = pytest.mark.usefixtures('window_attention_is_known')
 
 
-def pair(name: str, settings: dict[str, Any]
-         ) -> list[tuple[nn.Module, PreconditionedOptimizer]]:
+def pair(name: str, settings: dict[str, Any]) -> list[tuple[nn.Module, PreconditionedOptimizer]]:
     """The named optimizer and its equivalent."""
     kind, more, rule, method, own = PAIRS[name]
     hyper = {key: value for key, value in rule.items() if key not in ('type', 'decay')}
     ours, theirs = net(), net()
     defaults = dict(stat_interval=100, refresh_interval=1000) if kind == 'AdaNKFAC' else {}
     layers = [dict(preconditioner=dict(type=method, **own, **{**defaults, **settings}))]
-    return [(ours, getattr(mmprecond.optimizers, kind)(ours, **hyper, **more, **own, **settings)),
-            (theirs, Preconditioned(theirs, rule=rule, layers=layers))]
+    return [
+        (ours, getattr(mmprecond.optimizers, kind)(ours, **hyper, **more, **own, **settings)),
+        (theirs, Preconditioned(theirs, rule=rule, layers=layers)),
+    ]
 
 
 @pytest.mark.parametrize('settings', [{}, SMALL, dict(SMALL, stat_interval=2)], ids=str)
@@ -77,7 +78,8 @@ def test_it_equals_the_named_optimizer(name: str, settings: dict[str, Any]) -> N
 
 @pytest.mark.parametrize('name', PAIRS)
 def test_their_checkpoints_load_into_each_other(
-        name: str, caplog: pytest.LogCaptureFixture) -> None:
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     for first, second in ((0, 1), (1, 0)):
         saver, loader = pair(name, SMALL)[first], pair(name, SMALL)[second]
         run(*saver, range(3))
@@ -91,6 +93,7 @@ def test_their_checkpoints_load_into_each_other(
 
 # ------------------------------------------------------------------- which layer takes what
 
+
 def kinds(**chosen: str | None) -> dict[str, str]:
     """Expected methods: by the layer's last part, or `rest`."""
     found = {name: chosen.get(name.split('.')[-1], chosen.get('rest')) for name in NAMES}
@@ -101,37 +104,61 @@ K, F, A = 'NewtonKronecker', 'InputFeature', 'AttentionFeature'
 ORDERS: dict[str, tuple[list[dict[str, Any]], dict[str, str]]] = {
     'all': ([entry(KRONECKER)], kinds(rest=K)),
     'own class': ([entry(FEATURE, module_type='Conv2d'), entry(KRONECKER)], kinds(patch=F, rest=K)),
-    'a class around': ([entry(FEATURE, module_type='FFN'), entry(KRONECKER)],
-                       kinds(up=F, down=F, rest=K)),
-    'two around': ([entry(FEATURE, module_type='Block'), entry(KRONECKER)],
-                   kinds(patch=K, head=K, rest=F)),
-    'a list of classes': ([entry(FEATURE, module_type=['FFN', 'Conv2d', 'Absent']),
-                           entry(KRONECKER)], kinds(up=F, down=F, patch=F, rest=K)),
+    'a class around': (
+        [entry(FEATURE, module_type='FFN'), entry(KRONECKER)],
+        kinds(up=F, down=F, rest=K),
+    ),
+    'two around': (
+        [entry(FEATURE, module_type='Block'), entry(KRONECKER)],
+        kinds(patch=K, head=K, rest=F),
+    ),
+    'a list of classes': (
+        [entry(FEATURE, module_type=['FFN', 'Conv2d', 'Absent']), entry(KRONECKER)],
+        kinds(up=F, down=F, patch=F, rest=K),
+    ),
     'a tuple of classes': ([entry(FEATURE, module_type=('FFN',))], kinds(up=F, down=F)),
     'the model': ([entry(FEATURE, module_type='Net')], kinds(rest=F)),
-    'a list alone': ([entry(FEATURE, module_type='ModuleList'), entry(KRONECKER)],
-                     kinds(patch=K, head=K, rest=F)),
+    'a list alone': (
+        [entry(FEATURE, module_type='ModuleList'), entry(KRONECKER)],
+        kinds(patch=K, head=K, rest=F),
+    ),
     'own name': ([entry(FEATURE, name='head'), entry(KRONECKER)], kinds(head=F, rest=K)),
-    'a name around': ([entry(FEATURE, name='blocks.?.ffn'), entry(KRONECKER)],
-                      kinds(up=F, down=F, rest=K)),
+    'a name around': (
+        [entry(FEATURE, name='blocks.?.ffn'), entry(KRONECKER)],
+        kinds(up=F, down=F, rest=K),
+    ),
     'pattern': ([entry(FEATURE, name='*.[pd]*'), entry(KRONECKER)], kinds(proj=F, down=F, rest=K)),
     'prefix': ([entry(FEATURE, name='blocks.*'), entry(KRONECKER)], kinds(patch=K, head=K, rest=F)),
     'everything by name': ([entry(FEATURE, name='*')], kinds(rest=F)),
-    'both keys': ([entry(FEATURE, module_type='Linear', name='blocks.*.ffn'), entry(KRONECKER)],
-                  kinds(up=F, down=F, rest=K)),
-    'first wins': ([entry(FEATURE, name='*.up'), entry(KRONECKER, module_type='FFN'),
-                    entry(ATTENTION)], kinds(up=F, down=K, rest=A)),
-    'special before general': ([entry(KRONECKER, name='*.qkv'), entry(FEATURE)],
-                               kinds(qkv=K, rest=F)),
-    'none first': ([entry(None, module_type='FFN'), entry(KRONECKER)],
-                   kinds(up=None, down=None, rest=K)),
+    'both keys': (
+        [entry(FEATURE, module_type='Linear', name='blocks.*.ffn'), entry(KRONECKER)],
+        kinds(up=F, down=F, rest=K),
+    ),
+    'first wins': (
+        [entry(FEATURE, name='*.up'), entry(KRONECKER, module_type='FFN'), entry(ATTENTION)],
+        kinds(up=F, down=K, rest=A),
+    ),
+    'special before general': (
+        [entry(KRONECKER, name='*.qkv'), entry(FEATURE)],
+        kinds(qkv=K, rest=F),
+    ),
+    'none first': (
+        [entry(None, module_type='FFN'), entry(KRONECKER)],
+        kinds(up=None, down=None, rest=K),
+    ),
     'none last': ([entry(KRONECKER, name='head'), entry(None)], kinds(head=K)),
-    'none between': ([entry(KRONECKER, name='*.up'), entry(None, module_type=['FFN', 'Conv2d']),
-                      entry(FEATURE)], kinds(up=K, down=None, patch=None, rest=F)),
-    'no match for some': ([entry(KRONECKER, name='blocks.*')], kinds(patch=None, head=None,
-                                                                     rest=K)),
-    'attention': ([entry(ATTENTION, module_type='WindowMSA'), entry(KRONECKER)],
-                  kinds(qkv=A, proj=A, rest=K)),
+    'none between': (
+        [entry(KRONECKER, name='*.up'), entry(None, module_type=['FFN', 'Conv2d']), entry(FEATURE)],
+        kinds(up=K, down=None, patch=None, rest=F),
+    ),
+    'no match for some': (
+        [entry(KRONECKER, name='blocks.*')],
+        kinds(patch=None, head=None, rest=K),
+    ),
+    'attention': (
+        [entry(ATTENTION, module_type='WindowMSA'), entry(KRONECKER)],
+        kinds(qkv=A, proj=A, rest=K),
+    ),
     'an empty match': ([dict(match={}, preconditioner=KRONECKER)], kinds(rest=K)),
     'match=None': ([dict(match=None, preconditioner=KRONECKER)], kinds(rest=K)),
 }
@@ -165,16 +192,25 @@ def test_the_model_may_be_a_single_layer() -> None:
 
 def test_names_are_those_of_the_users_model_inside_a_wrapper() -> None:
     model = nn.DataParallel(net())
-    assert methods(Preconditioned(model, rule=RULE, layers=[
-        entry(FEATURE, name='head'), entry(KRONECKER, module_type='Net')])) == kinds(head=F, rest=K)
+    assert methods(
+        Preconditioned(
+            model,
+            rule=RULE,
+            layers=[entry(FEATURE, name='head'), entry(KRONECKER, module_type='Net')],
+        )
+    ) == kinds(head=F, rest=K)
 
 
 def test_reasons_why_a_layer_takes_the_rule() -> None:
-    layers = [entry(None, module_type='FFN'), entry(dict(KRONECKER, max_dim=9), name='blocks.0'),
-              entry(FEATURE, name='patch')]
+    layers = [
+        entry(None, module_type='FFN'),
+        entry(dict(KRONECKER, max_dim=9), name='blocks.0'),
+        entry(FEATURE, name='patch'),
+    ]
     model = net()
-    groups = [dict(params=[p], precondition=name != 'head.weight')
-              for name, p in model.named_parameters()]
+    groups = [
+        dict(params=[p], precondition=name != 'head.weight') for name, p in model.named_parameters()
+    ]
     optimizer = Preconditioned(groups, model=model, rule=RULE, layers=layers)
     reasons = {left.name: left.reason for left in optimizer.curvature.left_out}
     assert reasons['blocks.0.ffn.up'] == reasons['blocks.1.ffn.down'] == 'preconditioner=None'
@@ -186,16 +222,20 @@ def test_reasons_why_a_layer_takes_the_rule() -> None:
 
 # ------------------------------------------------------------------- several methods in one model
 
+
 def test_each_layer_moves_as_its_method_moves_it_alone() -> None:
     """One step from equal weights: the layers of a mixed optimizer are those of pure ones."""
-    rule = dict(type='SGDM', lr=0.1, momentum=0., weight_decay=0.1)
+    rule = dict(type='SGDM', lr=0.1, momentum=0.0, weight_decay=0.1)
     mixed = net()
     run(mixed, Preconditioned(mixed, rule=rule, layers=MIXED), range(1))
     pure: dict[str, nn.Module] = {}
     for method in (KRONECKER, FEATURE, ATTENTION):
         pure[method['type']] = net()
-        run(pure[method['type']], Preconditioned(pure[method['type']], rule=rule,
-                                                 layers=[entry(method)]), range(1))
+        run(
+            pure[method['type']],
+            Preconditioned(pure[method['type']], rule=rule, layers=[entry(method)]),
+            range(1),
+        )
     plain = net()
     run(plain, torch.optim.SGD(plain.parameters(), lr=0.1, weight_decay=0.1), range(1))
     chosen = methods(Preconditioned(net(), rule=rule, layers=MIXED))
@@ -236,7 +276,7 @@ def test_each_method_keeps_its_own_intervals() -> None:
 
 def test_statistics_do_not_mix() -> None:
     """With lr=0 each layer's curvature is what its method measures alone, over eight steps."""
-    rule = dict(type='AdamW', lr=0.)
+    rule = dict(type='AdamW', lr=0.0)
     model = net()
     optimizer = Preconditioned(model, rule=rule, layers=MIXED)
     run(model, optimizer, range(8))
@@ -273,18 +313,21 @@ def test_one_parameter_a_group_equals_one_group(rule: dict[str, Any]) -> None:
     """A weight and its bias in two groups have one direction, whatever their method."""
     model, other = net(), net()
     whole = Preconditioned(model, rule=rule, layers=MIXED)
-    split = Preconditioned([dict(params=[p]) for p in other.parameters()], model=other, rule=rule,
-                           layers=MIXED)
+    split = Preconditioned(
+        [dict(params=[p]) for p in other.parameters()], model=other, rule=rule, layers=MIXED
+    )
     run(model, whole, range(7)), run(other, split, range(7))
     assert differences(model.state_dict(), other.state_dict()) == []
 
 
 # ------------------------------------------------------------------- checkpoints
 
+
 @pytest.mark.parametrize('rule', [RULE, SGDM, ADAN], ids=lambda rule: rule['type'])
 @pytest.mark.parametrize('at', [1, 2, 3, 5, 6])
-def test_mixed_methods_resume_bit_for_bit(at: int, rule: dict[str, Any],
-                                          caplog: pytest.LogCaptureFixture) -> None:
+def test_mixed_methods_resume_bit_for_bit(
+    at: int, rule: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     model = net()
     optimizer = Preconditioned(model, rule=rule, layers=MIXED)
     run(model, optimizer, range(at))

@@ -41,11 +41,15 @@ def test_it_says_all_that_its_source_says(name: str) -> None:
 @pytest.mark.parametrize('name', NAMED)
 def test_defaults_do_not_reach_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other defaults, the published settings are what they were."""
+
     def settings_of(optimizer: Any) -> Any:
         if isinstance(optimizer, PreconditionedOptimizer):
             return {stack.method for stack in optimizer.curvature.stacks}
-        rule = {key: value for key, value in vars(optimizer.rule).items()
-                if isinstance(value, (int, float, str))}
+        rule = {
+            key: value
+            for key, value in vars(optimizer.rule).items()
+            if isinstance(value, (int, float, str))
+        }
         return optimizer.defaults, rule
 
     before = settings_of(make(name, settings='published'))
@@ -53,8 +57,13 @@ def test_defaults_do_not_reach_it(name: str, monkeypatch: pytest.MonkeyPatch) ->
     method = getattr(kind, 'preconditioner', None)
     if method is not None:  # defaults of a dataclass are those of its constructor
         plain = method.__init__
-        monkeypatch.setattr(method, '__init__', lambda self, **given: plain(
-            self, **{'stat_interval': 7, 'refresh_interval': 21, 'max_dim': 99} | given))
+        monkeypatch.setattr(
+            method,
+            '__init__',
+            lambda self, **given: plain(
+                self, **{'stat_interval': 7, 'refresh_interval': 21, 'max_dim': 99} | given
+            ),
+        )
         monkeypatch.setattr(kind, 'preset', {})
         assert settings_of(make(name)) != before or name == 'SMAC'
     assert settings_of(make(name, settings='published')) == before
@@ -68,7 +77,8 @@ def test_single_keys_override_and_other_names_are_refused(name: str) -> None:
         (method,) = {stack.method for stack in published.curvature.stacks}
         other = make(name, settings='published', stat_interval=1, refresh_interval=3)
         assert {stack.method for stack in other.curvature.stacks} == {
-            replace(method, stat_interval=1, refresh_interval=3)}
+            replace(method, stat_interval=1, refresh_interval=3)
+        }
     else:
         assert 'eps' in kind.published
         other = make(name, settings='published', eps=0.25)
@@ -77,14 +87,22 @@ def test_single_keys_override_and_other_names_are_refused(name: str) -> None:
 
 
 def test_entries_of_layers_take_it() -> None:
-    optimizer = optimizers.Preconditioned(net(), rule=dict(type='SGDM', lr=0.1), layers=[
-        dict(match=dict(name='0'), preconditioner=dict(type='ActivationMean',
-                                                       settings='published')),
-        dict(preconditioner=dict(type='NewtonKronecker', settings='published', damping=0.5))])
+    optimizer = optimizers.Preconditioned(
+        net(),
+        rule=dict(type='SGDM', lr=0.1),
+        layers=[
+            dict(
+                match=dict(name='0'),
+                preconditioner=dict(type='ActivationMean', settings='published'),
+            ),
+            dict(preconditioner=dict(type='NewtonKronecker', settings='published', damping=0.5)),
+        ],
+    )
     first, second = (stack.method for stack in optimizer.curvature.stacks)
     assert (first.compat, first.gradient_scale) == ('official', 'none')
     assert second == METHODS['NewtonKronecker'](
-        **{**METHODS['NewtonKronecker'].published, 'damping': 0.5})
+        **{**METHODS['NewtonKronecker'].published, 'damping': 0.5}
+    )
 
 
 def test_positional_arguments_count_as_given() -> None:

@@ -33,54 +33,96 @@ from tests.support.states import differences, everything, saved
 
 pytestmark = pytest.mark.filterwarnings('ignore:Using padding=.same.:UserWarning')
 
-METHODS = {'NKFAC': 'NewtonKronecker', 'AdaNKFAC': 'NewtonKronecker', 'KFAC': 'FisherKronecker',
-           'FSGD': 'InputFeature', 'FAdam': 'InputFeature', 'AFOpt': 'AttentionFeature',
-           'AdaAFOpt': 'AttentionFeature', 'SGDMBK': 'KroneckerRoot', 'AdamWBK': 'KroneckerRoot'}
+METHODS = {
+    'NKFAC': 'NewtonKronecker',
+    'AdaNKFAC': 'NewtonKronecker',
+    'KFAC': 'FisherKronecker',
+    'FSGD': 'InputFeature',
+    'FAdam': 'InputFeature',
+    'AFOpt': 'AttentionFeature',
+    'AdaAFOpt': 'AttentionFeature',
+    'SGDMBK': 'KroneckerRoot',
+    'AdamWBK': 'KroneckerRoot',
+}
 SGD_KINDS = ('NKFAC', 'KFAC', 'FSGD', 'SGDMBK')
 INTERVALS = ((1, 1), (1, 2), (2, 2), (2, 4), (1, 3), (3, 3))
 
 
 # ------------------------------------------------------------------- strategies
 
+
 def settings_of(kind: str) -> st.SearchStrategy[dict[str, Any]]:
     """Settings of an optimizer's preconditioner, of which no step is so long that it diverges."""
     pick = st.sampled_from
     own: dict[str, st.SearchStrategy[Any]] = {
-        'NewtonKronecker': st.fixed_dictionaries(dict(
-            damping=pick([0.01, 0.3]), newton_steps=pick([1, 3]), exact_interval=pick([4, 500]),
-            solver=pick(['newton', 'newton', 'cholesky']))),
-        'FisherKronecker': st.fixed_dictionaries(dict(
-            reduction=pick(['expand', 'reduce']), kl_clip=pick([1e-3, 1e-6]))).flatmap(
-                lambda s: pick([dict(s, damping=0.0625), dict(s, damping=1., scaling='none'),
-                                dict(s, damping=0.0625, scaling='norm_recovery'),
-                                dict(s, damping=0.01, damping_form='relative'),
-                                dict(s, damping=0.1, damping_form='relative',
-                                     scaling='norm_recovery')])),
-        'InputFeature': pick([dict(damping=0.01), dict(exponent=0.5), dict(exponent=0.25),
-                              dict(exponent=2., damping=0.1),
-                              dict(norm_recovery=False, damping=0.3)]),
+        'NewtonKronecker': st.fixed_dictionaries(
+            dict(
+                damping=pick([0.01, 0.3]),
+                newton_steps=pick([1, 3]),
+                exact_interval=pick([4, 500]),
+                solver=pick(['newton', 'newton', 'cholesky']),
+            )
+        ),
+        'FisherKronecker': st.fixed_dictionaries(
+            dict(reduction=pick(['expand', 'reduce']), kl_clip=pick([1e-3, 1e-6]))
+        ).flatmap(
+            lambda s: pick(
+                [
+                    dict(s, damping=0.0625),
+                    dict(s, damping=1.0, scaling='none'),
+                    dict(s, damping=0.0625, scaling='norm_recovery'),
+                    dict(s, damping=0.01, damping_form='relative'),
+                    dict(s, damping=0.1, damping_form='relative', scaling='norm_recovery'),
+                ]
+            )
+        ),
+        'InputFeature': pick(
+            [
+                dict(damping=0.01),
+                dict(exponent=0.5),
+                dict(exponent=0.25),
+                dict(exponent=2.0, damping=0.1),
+                dict(norm_recovery=False, damping=0.3),
+            ]
+        ),
         'AttentionFeature': pick([dict(damping=0.01), dict(damping=0.3, norm_recovery=False)]),
-        'KroneckerRoot': st.fixed_dictionaries(dict(
-            damping=pick([1e-5, 0.3]), solver=pick(['newton_schulz', 'eigh']),
-            root_steps=pick([4, 10])))}
-    common = pick(INTERVALS).flatmap(lambda pair: st.fixed_dictionaries(dict(
-        stat_interval=st.just(pair[0]), refresh_interval=st.just(pair[1]),
-        stat_decay=pick([0., 0.5, 0.95]), max_dim=pick([8192, 8192, 8192, 6, 12]))))
+        'KroneckerRoot': st.fixed_dictionaries(
+            dict(
+                damping=pick([1e-5, 0.3]),
+                solver=pick(['newton_schulz', 'eigh']),
+                root_steps=pick([4, 10]),
+            )
+        ),
+    }
+    common = pick(INTERVALS).flatmap(
+        lambda pair: st.fixed_dictionaries(
+            dict(
+                stat_interval=st.just(pair[0]),
+                refresh_interval=st.just(pair[1]),
+                stat_decay=pick([0.0, 0.5, 0.95]),
+                max_dim=pick([8192, 8192, 8192, 6, 12]),
+            )
+        )
+    )
     return st.tuples(common, own[METHODS[kind]]).map(lambda both: both[0] | both[1])
 
 
 def rules_of(kind: str) -> st.SearchStrategy[dict[str, Any]]:
     if kind in ('NKFAC', 'KFAC', 'FSGD', 'SGDMBK', 'AFOpt'):
         fixed: dict[str, Any] = dict(type='SGDM', lr=0.02)
-        return st.fixed_dictionaries({name: st.just(value) for name, value in fixed.items()} | dict(
-            momentum=st.sampled_from([0., 0.9]), weight_decay=st.sampled_from([0., 0.05])))
+        return st.fixed_dictionaries(
+            {name: st.just(value) for name, value in fixed.items()}
+            | dict(momentum=st.sampled_from([0.0, 0.9]), weight_decay=st.sampled_from([0.0, 0.05]))
+        )
     fixed = dict(type='AdamW', lr=0.01, betas=(0.8, 0.95), eps=1e-6)
     if kind == 'AdaAFOpt':
         fixed.update(type='Adan', betas=(0.9, 0.8, 0.95))
     elif kind != 'FAdam':
         fixed.update(decay='published')
-    return st.fixed_dictionaries({name: st.just(value) for name, value in fixed.items()} | dict(
-        weight_decay=st.sampled_from([0., 0.05])))
+    return st.fixed_dictionaries(
+        {name: st.just(value) for name, value in fixed.items()}
+        | dict(weight_decay=st.sampled_from([0.0, 0.05]))
+    )
 
 
 @st.composite
@@ -88,13 +130,19 @@ def cases(draw: st.DrawFn, kind: str = '', mixed: bool = False) -> Case:
     """A case of one optimizer, or of any; `mixed` gives the head another method."""
     kind = kind or draw(st.sampled_from(SGD_KINDS if mixed else list(METHODS)))
     head = draw(st.sampled_from([k for k in SGD_KINDS if k != kind])) if mixed else ''
-    return Case(kind=kind, head=head, settings=draw(settings_of(kind)),
-                head_settings=draw(settings_of(head)) if head else {},
-                rule=draw(rules_of(kind)), **draw(networks()),
-                **{name: draw(strategy) for name, strategy in RUN.items()})
+    return Case(
+        kind=kind,
+        head=head,
+        settings=draw(settings_of(kind)),
+        head_settings=draw(settings_of(head)) if head else {},
+        rule=draw(rules_of(kind)),
+        **draw(networks()),
+        **{name: draw(strategy) for name, strategy in RUN.items()},
+    )
 
 
 # ------------------------------------------------------------------- the package
+
 
 def overrides_of(case: Case, net: Net) -> dict[str, dict[str, Any]]:
     """What the user sets for single parameters."""
@@ -131,7 +179,7 @@ class Run:
         self.case, self.odd, self.net = case, odd or {}, Net(case)
         freeze(case, self.net, 0)
         self.optimizer = optimizer_of(case, self.net)
-        self.scaler = torch.amp.GradScaler('cpu', 1024.) if case.amp == 'scaler' else None
+        self.scaler = torch.amp.GradScaler('cpu', 1024.0) if case.amp == 'scaler' else None
 
     def step(self, t: int) -> None:
         freeze(self.case, self.net, t)
@@ -157,8 +205,8 @@ class Run:
     def clear(self) -> None:
         (self.optimizer if self.case.cleared == 'optimizer' else self.net).zero_grad()
 
-    def backward(self, t: int, factor: float = 1.) -> float:
-        scale = 3. * 2.**t if self.case.amp == 'number' else 1.
+    def backward(self, t: int, factor: float = 1.0) -> float:
+        scale = 3.0 * 2.0**t if self.case.amp == 'number' else 1.0
         self.optimizer.loss_scale = self.scaler or (scale if self.case.amp else None)
         for k, loss in enumerate(losses(self.case, t)):
             value = factor * scale * loss(self.net)
@@ -195,6 +243,7 @@ class Run:
 
 # ------------------------------------------------------------------- the references
 
+
 def reference_overrides(case: Case, net: Net) -> dict[str, dict[str, Any]]:
     """What the user sets, and precondition=False for what the package leaves to the plain rule."""
     found = copy.deepcopy(overrides_of(case, net))
@@ -227,8 +276,13 @@ def reference_overrides(case: Case, net: Net) -> dict[str, dict[str, Any]]:
     return found
 
 
-def reference_of(kind: str, model: nn.Module, case: Case, overrides: dict[str, dict[str, Any]],
-                 settings: dict[str, Any]) -> ReferenceNKFAC:
+def reference_of(
+    kind: str,
+    model: nn.Module,
+    case: Case,
+    overrides: dict[str, dict[str, Any]],
+    settings: dict[str, Any],
+) -> ReferenceNKFAC:
     rule = {key: value for key, value in case.rule.items() if key not in ('type', 'decay')}
     settings = {key: value for key, value in settings.items() if key != 'max_dim'}
     if METHODS[kind].endswith('Feature'):
@@ -236,12 +290,15 @@ def reference_of(kind: str, model: nn.Module, case: Case, overrides: dict[str, d
         if rule.get('betas') is None:
             steps = ReferenceSGDM(rule['momentum'])
         else:
-            steps = {2: ReferenceAdamW, 3: ReferenceAdan}[len(rule['betas'])](rule['betas'],
-                                                                              rule['eps'])
-        return ReferenceFeature(model, steps, rule['lr'], rule['weight_decay'],
-                                overrides=overrides, **settings)
-    found = dict(NewtonKronecker=ReferenceNKFAC, FisherKronecker=ReferenceKFAC,
-                 KroneckerRoot=ReferenceRoot)[METHODS[kind]]
+            steps = {2: ReferenceAdamW, 3: ReferenceAdan}[len(rule['betas'])](
+                rule['betas'], rule['eps']
+            )
+        return ReferenceFeature(
+            model, steps, rule['lr'], rule['weight_decay'], overrides=overrides, **settings
+        )
+    found = dict(
+        NewtonKronecker=ReferenceNKFAC, FisherKronecker=ReferenceKFAC, KroneckerRoot=ReferenceRoot
+    )[METHODS[kind]]
     return found(model, **rule, overrides=overrides, **settings)
 
 
@@ -250,9 +307,16 @@ class Slow:
 
     def __init__(self, case: Case, net: Net) -> None:
         overrides = reference_overrides(case, net)
-        make = lambda kind, settings, others: reference_of(kind, self._copy(net), case, {
-            name: overrides.get(name, {}) | (dict(precondition=False) if name in others else {})
-            for name, _ in net.named_parameters()}, settings)
+        make = lambda kind, settings, others: reference_of(
+            kind,
+            self._copy(net),
+            case,
+            {
+                name: overrides.get(name, {}) | (dict(precondition=False) if name in others else {})
+                for name, _ in net.named_parameters()
+            },
+            settings,
+        )
         heads = {name for name, _ in net.named_parameters() if name.startswith('head')}
         rest = {name for name, _ in net.named_parameters()} - heads
         self.references = [make(case.kind, case.settings, heads if case.head else ())]
@@ -311,6 +375,7 @@ def against_references(case: Case) -> None:
 
 # ------------------------------------------------------------------- the tests
 
+
 @pytest.mark.parametrize('kind', METHODS)
 @given(data=st.data())
 def test_trajectories(kind: str, data: st.DataObject) -> None:
@@ -334,8 +399,9 @@ def runs(case: Case, *others: Case, odd: dict[str, int] | None = None) -> list[R
 @given(cases())
 def test_groups_and_the_named_optimizers_change_nothing(case: Case) -> None:
     change = lambda **new: Case(**{**vars(case), **new})
-    all_runs = runs(*(change(grouped=grouped, via=via) for grouped in (False, True)
-                      for via in (False, True)))
+    all_runs = runs(
+        *(change(grouped=grouped, via=via) for grouped in (False, True) for via in (False, True))
+    )
     for t in range(case.steps):
         for run in all_runs:
             run.step(t)
@@ -358,16 +424,23 @@ def test_a_resumed_run_continues_bit_for_bit(case: Case, at: int) -> None:
         run.step(t)
         if t >= at % case.steps:
             twin.step(t)
-    assert differences(everything(run.net, run.optimizer),
-                       everything(twin.net, twin.optimizer)) == []
+    assert (
+        differences(everything(run.net, run.optimizer), everything(twin.net, twin.optimizer)) == []
+    )
 
 
-@given(cases(), st.fixed_dictionaries({place: st.integers(0, 2**8 - 1) for place in
-                                       ('before', 'late', 'between', 'after')}))
+@given(
+    cases(),
+    st.fixed_dictionaries(
+        {place: st.integers(0, 2**8 - 1) for place in ('before', 'late', 'between', 'after')}
+    ),
+)
 def test_what_is_done_beside_training_changes_nothing(case: Case, odd: dict[str, int]) -> None:
     """Evaluation, copies, graphs that are not walked, gradients that are cleared."""
     run, other = runs(case, case, odd=odd)
     for t in range(case.steps):
         run.step(t), other.step(t)
-    assert differences(everything(run.net, run.optimizer),
-                       everything(other.net, other.optimizer)) == []
+    assert (
+        differences(everything(run.net, run.optimizer), everything(other.net, other.optimizer))
+        == []
+    )

@@ -43,10 +43,10 @@ def step(model: nn.Module, optimizer: MAC, seed: int) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize('compat, factor', [('paper', 3.), ('official', 1.)])
+@pytest.mark.parametrize('compat, factor', [('paper', 3.0), ('official', 1.0)])
 def test_the_first_layer_takes_the_inverse_of_its_inputs(compat: str, factor: float) -> None:
     model = network()
-    optimizer = MAC(model, lr=0.1, momentum=0., damping=3., compat=compat)
+    optimizer = MAC(model, lr=0.1, momentum=0.0, damping=3.0, compat=compat)
     optimizer.calibrate_first_layer(photos(seed) for seed in range(3))
     rows = torch.cat([input_rows(model.conv1, photos(seed), False)[0] for seed in range(3)])
     moment = rows.t() @ rows / len(rows)
@@ -83,8 +83,9 @@ def test_without_calibration_the_log_says_so(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.parametrize('calibrated', [True, False])
 @pytest.mark.parametrize('prepared', [True, False])
-def test_a_resumed_run_knows_its_first_layer(calibrated: bool, prepared: bool,
-                                             tmp_path: Path) -> None:
+def test_a_resumed_run_knows_its_first_layer(
+    calibrated: bool, prepared: bool, tmp_path: Path
+) -> None:
     """Bit for bit, whatever the new optimizer's own first layer was told."""
     model = network()
     optimizer = MAC(model, lr=0.05, stat_interval=1, refresh_interval=2)
@@ -113,11 +114,13 @@ def test_calibration_that_cannot_be() -> None:
     optimizer = MAC(model, lr=0.1)
     refused(ValueError, lambda: optimizer.calibrate_first_layer([]), '0 rows')
     refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0) * float('inf')), 'finite')
-    refused(ValueError, lambda: optimizer.calibrate_first_layer([(photos(0), 1)]),
-            'given a tuple; give tensors')
+    refused(
+        ValueError,
+        lambda: optimizer.calibrate_first_layer([(photos(0), 1)]),
+        'given a tuple; give tensors',
+    )
     weak = MAC(network().float(), lr=0.1, damping=1e-30)
-    refused(ValueError, lambda: weak.calibrate_first_layer(torch.ones(1, 3, 6, 7)),
-            'raise damping')
+    refused(ValueError, lambda: weak.calibrate_first_layer(torch.ones(1, 3, 6, 7)), 'raise damping')
     optimizer.calibrate_first_layer(photos(0))
     refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0)), 'calibrated already')
     other = MAC(network(), lr=0.1)
@@ -131,8 +134,10 @@ def test_calibration_that_cannot_be() -> None:
 def test_only_the_models_first_layer_is_calibrated() -> None:
     """Not the first that happens to be preconditioned, nor a frozen or shared one."""
     model = network()
-    groups = [dict(params=[model.conv1.weight], precondition=False),
-              dict(params=[p for p in model.parameters() if p is not model.conv1.weight])]
+    groups = [
+        dict(params=[model.conv1.weight], precondition=False),
+        dict(params=[p for p in model.parameters() if p is not model.conv1.weight]),
+    ]
     optimizer = MAC(groups, lr=0.1, model=model)
     assert optimizer.first_layer is None and not optimizer.calibrated
     refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0)), 'not preconditioned')
@@ -140,8 +145,11 @@ def test_only_the_models_first_layer_is_calibrated() -> None:
     refused(ValueError, lambda: MAC(model, lr=0.1).calibrate_first_layer(photos(0)), 'frozen')
     twice = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     twice[2].weight, twice[2].bias = twice[0].weight, twice[0].bias
-    refused(ValueError, lambda: MAC(twice, lr=0.1).calibrate_first_layer(torch.ones(2, 4)),
-            'several modules')
+    refused(
+        ValueError,
+        lambda: MAC(twice, lr=0.1).calibrate_first_layer(torch.ones(2, 4)),
+        'several modules',
+    )
 
 
 def calibrated(seed: int = 7, **options: Any) -> tuple[ConvNet, MAC]:
@@ -155,7 +163,7 @@ def test_a_refused_state_changes_nothing() -> None:
     model, optimizer = calibrated()
     step(model, optimizer, 0)
     wrong = optimizer.state_dict()
-    wrong['param_groups'][0]['momentum'] = 7.
+    wrong['param_groups'][0]['momentum'] = 7.0
     before = copy.deepcopy(optimizer.state_dict()['precond'])
     with pytest.raises(ValueError, match='momentum'):
         optimizer.load_state_dict(wrong)
@@ -190,7 +198,7 @@ def test_another_damping_reaches_a_calibrated_layer() -> None:
     model, optimizer = calibrated()
     step(model, optimizer, 0)
     other = network()
-    resumed = MAC(other, lr=0.05, damping=50., stat_interval=1, refresh_interval=2)
+    resumed = MAC(other, lr=0.05, damping=50.0, stat_interval=1, refresh_interval=2)
     resumed.load_state_dict(optimizer.state_dict())
     step(other, resumed, 1)
     stack = resumed.curvature.layers[resumed.first_layer]
@@ -222,8 +230,9 @@ def test_linear_first_layers_with_biases() -> None:
 
 
 def calibrate_half(rank: int, folder: str) -> None:
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
-                            world_size=2)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
+    )
     optimizer = MAC(network(), lr=0.1)
     optimizer.calibrate_first_layer(photos(rank, count=2 + rank))
     stack = optimizer.curvature.layers[optimizer.first_layer]
@@ -249,26 +258,44 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(index)
-        return dict(inputs=torch.randn(3, 8, 8, generator=generator) + index,
-                    data_samples=index % 4)
+        return dict(
+            inputs=torch.randn(3, 8, 8, generator=generator) + index, data_samples=index % 4
+        )
 
 
-def run(folder: Path, sampler: str, batches: int | None, steps: int = 4, resume: bool = False,
-        **options: Any) -> Runner:
+def run(
+    folder: Path,
+    sampler: str,
+    batches: int | None,
+    steps: int = 4,
+    resume: bool = False,
+    **options: Any,
+) -> Runner:
     """Trains by a real runner, with the hook unless `batches` is None."""
     torch.manual_seed(0)
     hooks = [dict(type='CalibrationHook', batches=batches)] if batches else []
     runner = Runner(
-        model=Classifier(), work_dir=str(folder), resume=resume, custom_hooks=hooks,
+        model=Classifier(),
+        work_dir=str(folder),
+        resume=resume,
+        custom_hooks=hooks,
         experiment_name=f'{folder.name}_{sampler}_{batches}_{steps}_{resume}',
-        train_dataloader=dict(dataset=Pictures(), batch_size=8, num_workers=0,
-                              collate_fn=dict(type='default_collate'),
-                              sampler=dict(type=sampler, shuffle=True)),
+        train_dataloader=dict(
+            dataset=Pictures(),
+            batch_size=8,
+            num_workers=0,
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type=sampler, shuffle=True),
+        ),
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=steps),
-        optim_wrapper=dict(constructor='PrecondOptimWrapperConstructor',
-                           optimizer=dict(type='MAC', lr=0.01), **options),
+        optim_wrapper=dict(
+            constructor='PrecondOptimWrapperConstructor',
+            optimizer=dict(type='MAC', lr=0.01),
+            **options,
+        ),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2)),
-        randomness=dict(seed=0))
+        randomness=dict(seed=0),
+    )
     runner.train()
     return runner
 
@@ -282,22 +309,25 @@ def test_the_hook_calibrates_before_the_first_step(sampler: str, tmp_path: Path)
     model = Classifier()
     by_hand = MAC(model, lr=0.01)
     by_hand.calibrate_first_layer(torch.stack([Pictures()[k]['inputs'] for k in range(24)]))
-    ours, theirs = (o.curvature.layers[o.first_layer].statistics['input_moment']
-                    for o in (optimizer, by_hand))
+    ours, theirs = (
+        o.curvature.layers[o.first_layer].statistics['input_moment'] for o in (optimizer, by_hand)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     assert all(not module._forward_pre_hooks for module in runner.model.modules())
 
 
 def test_a_resumed_run_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, 'InfiniteSampler', 1, steps=2)
-    monkeypatch.setattr('mmprecond.engine.hooks.calibration_hook._inputs_of',
-                        lambda *_: pytest.fail('read'))
+    monkeypatch.setattr(
+        'mmprecond.engine.hooks.calibration_hook._inputs_of', lambda *_: pytest.fail('read')
+    )
     runner = run(tmp_path, 'InfiniteSampler', 1, steps=4, resume=True)
     assert runner.optim_wrapper.optimizer.calibrated and runner.optim_wrapper.optimizer.t == 4
 
 
-def test_the_hook_leaves_a_frozen_stem_alone(tmp_path: Path,
-                                             caplog: pytest.LogCaptureFixture) -> None:
+def test_the_hook_leaves_a_frozen_stem_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     keys = dict(custom_keys={'conv': dict(precondition=False)})
     with caplog.at_level(logging.INFO, 'mmprecond'):
         runner = run(tmp_path, 'DefaultSampler', 1, steps=1, paramwise_cfg=keys)
@@ -306,8 +336,12 @@ def test_the_hook_leaves_a_frozen_stem_alone(tmp_path: Path,
 
 
 def test_choosing_mac_brings_its_hook() -> None:
-    cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
-                      custom_hooks=[dict(type='EMAHook')]))
+    cfg = Config(
+        dict(
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+            custom_hooks=[dict(type='EMAHook')],
+        )
+    )
     for name in ('MAC', 'SMAC'):
         use_optimizer(cfg, name)
         assert [hook['type'] for hook in cfg.custom_hooks] == ['EMAHook', 'CalibrationHook']
@@ -318,7 +352,8 @@ def test_choosing_mac_brings_its_hook() -> None:
 
 def test_the_hook_refuses_other_optimizers() -> None:
     runner = SimpleNamespace(
-        optim_wrapper=build(Classifier(), optimizer=dict(type='NKFAC', lr=0.05)))
+        optim_wrapper=build(Classifier(), optimizer=dict(type='NKFAC', lr=0.05))
+    )
     assert isinstance(runner.optim_wrapper.optimizer, NKFAC)
     refused(ValueError, lambda: CalibrationHook().before_train(runner), 'not NKFAC')
     refused(ValueError, lambda: CalibrationHook(batches=0), 'batches=0')

@@ -28,6 +28,7 @@ QKV = 'w_msa.qkv.weight'
 
 def slow_means(windows: Any) -> dict[str, Tensor]:
     """Sums of the rows that each projection multiplies, with a trailing 1, query by query."""
+
     def with_one(row: Tensor) -> Tensor:
         return torch.cat([row, row.new_ones(1)])
 
@@ -45,8 +46,9 @@ def slow_means(windows: Any) -> dict[str, Tensor]:
     return sums
 
 
-@pytest.mark.parametrize('toolbox, shift, shape', [
-    ('mmdet', 0, (6, 3)), ('mmdet', 1, (4, 5)), ('mmpretrain', 1, (5, 4))])
+@pytest.mark.parametrize(
+    'toolbox, shift, shape', [('mmdet', 0, (6, 3)), ('mmdet', 1, (4, 5)), ('mmpretrain', 1, (5, 4))]
+)
 def test_means_of_window_attention(toolbox: str, shift: int, shape: tuple[int, int]) -> None:
     model = shift_window(toolbox, shift)
     optimizer = MAC(model, lr=0.1)
@@ -64,7 +66,7 @@ def test_means_of_window_attention(toolbox: str, shift: int, shape: tuple[int, i
         torch.testing.assert_close(mean, vector / vector[-1])
 
 
-@pytest.mark.parametrize('capture_mb', [64., 1e-9])
+@pytest.mark.parametrize('capture_mb', [64.0, 1e-9])
 def test_the_official_form_multiplies_means(capture_mb: float) -> None:
     """Of a whole call, however it is cut."""
     model = shift_window()
@@ -81,7 +83,7 @@ def test_the_official_form_multiplies_means(capture_mb: float) -> None:
 def test_every_stage_splits_its_own_rows() -> None:
     """Rows of W_Q, W_K and W_V, by the width of their stage, each with its own mean."""
     model = swin()
-    optimizer = MAC(model, lr=0.1, momentum=0., damping=0.5)
+    optimizer = MAC(model, lr=0.1, momentum=0.0, damping=0.5)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     sum(loss_of(out) for out in model(images())).backward()
     names = [name for name in weights if name.endswith('qkv.weight')]
@@ -89,14 +91,21 @@ def test_every_stage_splits_its_own_rows() -> None:
     means = {}
     for name in names:
         staged = optimizer.curvature.capture.staged[layer_of(optimizer, name)]
-        means[name] = {key: (total / total[:, -1:])[0, :, 0]
-                       for key, total in staged.sums.items()}
+        means[name] = {key: (total / total[:, -1:])[0, :, 0] for key, total in staged.sums.items()}
     optimizer.step()
     params = dict(model.named_parameters())
     for name in names:
         bias = name.replace('weight', 'bias')
-        moved = torch.cat([(weights[n] - params[n]).detach().reshape(len(weights[n]), -1)
-                           for n in (name, bias)], 1) / 0.1
+        moved = (
+            torch.cat(
+                [
+                    (weights[n] - params[n]).detach().reshape(len(weights[n]), -1)
+                    for n in (name, bias)
+                ],
+                1,
+            )
+            / 0.1
+        )
         whole = torch.cat([params[n].grad.reshape(len(params[n]), -1) for n in (name, bias)], 1)
         for part, statistic in enumerate(('query_mean', 'key_mean', 'value_mean')):
             third = len(whole) // 3
@@ -113,7 +122,10 @@ def test_vision_transformers_and_cross_attention() -> None:
     loss_of(block(x)).backward()
     optimizer.step()
     assert set(optimizer.curvature.layers[layer_of(optimizer, 'qkv.weight')].operator_tensors) == {
-        'query', 'key', 'value'}
+        'query',
+        'key',
+        'value',
+    }
     cross = randomise(nn.MultiheadAttention(6, 2, batch_first=True).double())
     optimizer = MAC(cross, lr=0.1)
     out, _ = cross(x, torch.randn(3, 4, 6).double(), torch.randn(3, 4, 6).double())
@@ -128,7 +140,7 @@ def test_vision_transformers_and_cross_attention() -> None:
 
 def test_attention_without_biases() -> None:
     model = shift_window(qkv_bias=False)
-    optimizer = MAC(model, lr=0.1, momentum=0.)
+    optimizer = MAC(model, lr=0.1, momentum=0.0)
     weight = model.w_msa.qkv.weight.detach().clone()
     loss_of(model(feature_map((6, 3)), (6, 3))).backward()
     layer = layer_of(optimizer, QKV)
@@ -148,4 +160,5 @@ def test_attention_may_be_left_alone() -> None:
     optimizer.step()
     names = {layer.name: stack for layer, stack in optimizer.curvature.layers.items()}
     assert set(names[QKV].operator_tensors) == {'input'} and not any(
-        'attention' in reason for reason in reasons(optimizer).values())
+        'attention' in reason for reason in reasons(optimizer).values()
+    )

@@ -31,6 +31,7 @@ SHAPE = (5, 4)
 
 # ------------------------------------------------------------------- nothing to learn from
 
+
 class Residual(nn.Module):
     """A `SwinBlock` whose two branches may be dropped for every sample."""
 
@@ -44,15 +45,17 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, dropped: bool) -> Tensor:
         for module in self.block.modules():
             if type(module).__name__ == 'DropPath':
-                module.drop_prob = 1 - 1e-9 if dropped else 0.
+                module.drop_prob = 1 - 1e-9 if dropped else 0.0
         return self.head(self.block(self.stem(x), SHAPE))
 
 
-def drop_step(kind: type[PreconditionedOptimizer], **options: Any,
-              ) -> tuple[dict[str, Any], dict[str, Any], nn.Module, nn.Module]:
+def drop_step(
+    kind: type[PreconditionedOptimizer],
+    **options: Any,
+) -> tuple[dict[str, Any], dict[str, Any], nn.Module, nn.Module]:
     """Curvature and model before and after a step whose residual branches are all dropped."""
     model = Residual()
-    optimizer = kind(model, lr=0.01, momentum=0., stat_interval=1, refresh_interval=1, **options)
+    optimizer = kind(model, lr=0.01, momentum=0.0, stat_interval=1, refresh_interval=1, **options)
     torch.manual_seed(0)
     kept: list[Any] = []
     for step in range(2):
@@ -92,7 +95,7 @@ def test_zeros_tell_nothing(variant: str) -> None:
     model = shift_window('mmdet', 1)
     optimizer = AFOpt(model, lr=0.01, variant=variant, stat_interval=1, refresh_interval=1)
     layers = lambda: copy.deepcopy(optimizer.state_dict()['precond']['layers'])
-    for step, scale in enumerate((0., 1., 0.)):
+    for step, scale in enumerate((0.0, 1.0, 0.0)):
         before = layers()
         optimizer.zero_grad()
         loss_of(model(scale * feature_map(SHAPE, seed=step), SHAPE)).backward()
@@ -106,14 +109,22 @@ def test_zeros_tell_nothing(variant: str) -> None:
 
 # ------------------------------------------------------------------- a step, and resuming
 
+
 @pytest.mark.parametrize('toolbox', ['mmdet', 'mmpretrain'])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_step_is_the_reference_direction(variant: str, toolbox: str) -> None:
     """qkv by the attention's oracles, proj by G R^-1, everything else by its gradient."""
     model = shift_window(toolbox, 1)
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = AFOpt(model, lr=0.5, momentum=0., variant=variant, damping=0.03,
-                      stat_interval=1, refresh_interval=1)
+    optimizer = AFOpt(
+        model,
+        lr=0.5,
+        momentum=0.0,
+        variant=variant,
+        damping=0.03,
+        stat_interval=1,
+        refresh_interval=1,
+    )
     with noting(model.w_msa) as calls:
         loss_of(model(feature_map(SHAPE), SHAPE)).backward()
     gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -135,8 +146,10 @@ def test_a_step_is_the_reference_direction(variant: str, toolbox: str) -> None:
 
     outputs = calls[0].outputs.flatten(0, 1)
     rows = torch.cat([outputs, torch.ones(len(outputs), 1).double()], 1)
-    joint = [torch.cat([d['w_msa.proj.weight'], d['w_msa.proj.bias'][:, None]], 1)
-             for d in (gradient, step)]
+    joint = [
+        torch.cat([d['w_msa.proj.weight'], d['w_msa.proj.bias'][:, None]], 1)
+        for d in (gradient, step)
+    ]
     right = oracle.damped(rows.t() @ rows / len(rows), 0.03)
     wanted = torch.linalg.solve(right, joint[0].t()).t()
     wanted = wanted * joint[0].norm() / wanted.norm()
@@ -148,12 +161,15 @@ def test_a_step_is_the_reference_direction(variant: str, toolbox: str) -> None:
 @pytest.mark.parametrize('kind', [AFOpt, AdaAFOpt])
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('at', [1, 2, 5])
-def test_a_resumed_run_continues_bit_for_bit(kind: type[PreconditionedOptimizer], variant: str,
-                                             at: int) -> None:
+def test_a_resumed_run_continues_bit_for_bit(
+    kind: type[PreconditionedOptimizer], variant: str, at: int
+) -> None:
     """Drop path and sampled windows included."""
+
     def make(model: nn.Module) -> PreconditionedOptimizer:
-        return kind(model, lr=0.01, variant=variant, max_windows=3, stat_interval=1,
-                    refresh_interval=2)
+        return kind(
+            model, lr=0.01, variant=variant, max_windows=3, stat_interval=1, refresh_interval=2
+        )
 
     def train(model: nn.Module, optimizer: PreconditionedOptimizer, steps: range) -> None:
         for step in steps:
@@ -166,8 +182,10 @@ def test_a_resumed_run_continues_bit_for_bit(kind: type[PreconditionedOptimizer]
     optimizer = make(model)
     train(model, optimizer, range(at))
     kept = saved(optimizer.state_dict())
-    assert len([s for s in kept['precond']['layers'].values()
-                if 'query_curvature' in s['statistics']]) == 4
+    assert (
+        len([s for s in kept['precond']['layers'].values() if 'query_curvature' in s['statistics']])
+        == 4
+    )
     twin = copy.deepcopy(model)
     resumed = make(twin)
     resumed.load_state_dict(kept)

@@ -26,6 +26,7 @@ from tests.support.trajectories import batch as rows
 
 def batches(make: Any, size: int = 16) -> Callable[[int], list[Loss]]:
     """Batches so large that all second moments have full rank."""
+
     def losses(step: int) -> list[Loss]:
         generator = torch.Generator().manual_seed(step)
         shape = (size, 3, 5, 6) if make is ConvNet else (size, 4, 16)
@@ -38,17 +39,25 @@ def batches(make: Any, size: int = 16) -> Callable[[int], list[Loss]]:
 
 # ------------------------------------------------------------------- trajectories
 
+
 @pytest.mark.parametrize('rotate', [True, False], ids=['turned', 'thesis'])
 @pytest.mark.parametrize('solver', ['eigh', 'qr'])
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('intervals', [(1, 1), (2, 4), (3, 6)], ids=str)
 @pytest.mark.parametrize('make', [ConvNet, TokenNet])
-def test_trajectories(make: Any, intervals: tuple[int, int], rule: str, solver: str,
-                      rotate: bool) -> None:
+def test_trajectories(
+    make: Any, intervals: tuple[int, int], rule: str, solver: str, rotate: bool
+) -> None:
     """Through two bases at least."""
     stat, refresh = intervals
-    model, optimizer, reference = both(make, RULES[rule], stat_interval=stat, basis_solver=solver,
-                                       refresh_interval=refresh, rotate_moments=rotate)
+    model, optimizer, reference = both(
+        make,
+        RULES[rule],
+        stat_interval=stat,
+        basis_solver=solver,
+        refresh_interval=refresh,
+        rotate_moments=rotate,
+    )
     follow(model, optimizer, reference, batches(make), max(5, 2 * refresh + 1))
     assert all(e['refreshes'] >= 2 for e in optimizer.state_dict()['precond']['layers'].values())
 
@@ -74,8 +83,12 @@ def test_a_layer_used_now_and_then(solver: str) -> None:
 @pytest.mark.parametrize('rule', RULES)
 def test_settings_of_single_parameters(rule: str) -> None:
     """A bias with lr and decay of its own stays in its layer's basis."""
-    overrides = {'first.bias': dict(lr=0.08, weight_decay=0.), 'second.bias': dict(lr=0.),
-                 'third.bias': dict(precondition=False), 'last.weight': dict(precondition=False)}
+    overrides = {
+        'first.bias': dict(lr=0.08, weight_decay=0.0),
+        'second.bias': dict(lr=0.0),
+        'third.bias': dict(precondition=False),
+        'last.weight': dict(precondition=False),
+    }
     model, optimizer, reference = both(Tokens, RULES[rule], overrides, **SECOND)
     follow(model, optimizer, reference, tokens, 9)
 
@@ -85,8 +98,10 @@ def test_one_sided(max_dim: int) -> None:
     """A side over max_dim keeps the identity; with none left the layer takes the plain rule."""
     model, optimizer, reference = both(Tokens, max_dim=max_dim, oversize='one_sided', **SECOND)
     follow(model, optimizer, reference, tokens, 9)
-    assert set(entry(optimizer, 'last.weight')['operator']) == {
-        6: {'input_moment', 'gradient_moment'}, 3: {'gradient_moment'}}[max_dim]
+    assert (
+        set(entry(optimizer, 'last.weight')['operator'])
+        == {6: {'input_moment', 'gradient_moment'}, 3: {'gradient_moment'}}[max_dim]
+    )
     assert ('first.weight' in {layer.name for layer in optimizer.curvature.layers}) == (
         max_dim == 6
     )
@@ -131,11 +146,15 @@ def test_float32_follows_float64() -> None:
 
 def inject(patch: pytest.MonkeyPatch, choose: Callable[[str, Tensor], Tensor]) -> None:
     """Chooses the bases (k, b, n, n), by the statistics' name and value."""
-    def refresh(method: EigenRotation, factors: dict[Side, Factor], previous: Any,
-                damping: Any = None) -> Any:
+
+    def refresh(
+        method: EigenRotation, factors: dict[Side, Factor], previous: Any, damping: Any = None
+    ) -> Any:
         fine = torch.ones(len(next(iter(factors.values())).tensor), dtype=torch.bool)
-        return {side.name: Dense(choose(f'{side.name}_moment', factor.tensor))
-                for side, factor in factors.items()}, fine
+        return {
+            side.name: Dense(choose(f'{side.name}_moment', factor.tensor))
+            for side, factor in factors.items()
+        }, fine
 
     patch.setattr(EigenRotation, 'refresh', refresh)
     patch.setattr(EigenRotation, 'align', lambda method, operator, previous: operator)
@@ -155,13 +174,15 @@ def test_it_is_adamw_until_the_first_basis() -> None:
         assert not any(e['refreshes'] or e['operator'] for e in layers.values())
         run(model, optimizer, range(step, step + 1)), run(other, theirs, range(step, step + 1))
         assert equals(model, other) == (step < 5)
-    assert {(e['samples'], e['refreshes']) for e in
-            optimizer.state_dict()['precond']['layers'].values()} == {(2, 1)}
+    assert {
+        (e['samples'], e['refreshes']) for e in optimizer.state_dict()['precond']['layers'].values()
+    } == {(2, 1)}
 
 
 @pytest.mark.parametrize('settings', [EVERY, SECOND | dict(rotate_moments=False)], ids=str)
-def test_with_identity_bases_it_is_adamw(settings: dict[str, Any],
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_identity_bases_it_is_adamw(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     inject(monkeypatch, eyes)
     model, optimizer, _ = both(Tokens, **settings)
     other = plain_copy(model)
@@ -194,7 +215,8 @@ def orthogonal(n: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize('source', ['injected', 'measured', 'measured by qr'])
 def test_a_rotated_quadratic_is_adams_unrotated_one(
-        source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Adam alone takes another way on it."""
     o, i = (5, 7) if source == 'injected' else (5, 5)
     u1, u2 = orthogonal(o, 1), orthogonal(i, 2)
@@ -207,12 +229,17 @@ def test_a_rotated_quadratic_is_adams_unrotated_one(
         inject(monkeypatch, lambda name, s: bases[name].expand_as(s).clone())
     else:  # then L = A E B E' A has A's eigenvectors
         start = 2 * torch.eye(5).double()
-    rotated, plain, naive = (Quadratic(*parts) for parts in (
-        (u1 @ a.diag() @ u1.mT, u2 @ b.diag() @ u2.mT, u1 @ start @ u2.mT),
-        (a.diag(), b.diag(), start),
-        (u1 @ a.diag() @ u1.mT, u2 @ b.diag() @ u2.mT, u1 @ start @ u2.mT)))
-    ours = AdamR(rotated, lr=0.01, eps=eps, **EVERY,
-                 basis_solver='qr' if source.endswith('qr') else 'eigh')
+    rotated, plain, naive = (
+        Quadratic(*parts)
+        for parts in (
+            (u1 @ a.diag() @ u1.mT, u2 @ b.diag() @ u2.mT, u1 @ start @ u2.mT),
+            (a.diag(), b.diag(), start),
+            (u1 @ a.diag() @ u1.mT, u2 @ b.diag() @ u2.mT, u1 @ start @ u2.mT),
+        )
+    )
+    ours = AdamR(
+        rotated, lr=0.01, eps=eps, **EVERY, basis_solver='qr' if source.endswith('qr') else 'eigh'
+    )
     theirs, other = (torch.optim.Adam(m.parameters(), lr=0.01, eps=eps) for m in (plain, naive))
     losses: list[list[float]] = []
     for _ in range(100):
@@ -223,7 +250,11 @@ def test_a_rotated_quadratic_is_adams_unrotated_one(
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
-        torch.testing.assert_close(u1.mT @ rotated.layer.weight @ u2, plain.layer.weight, rtol=0,
-                                   atol=1e-9 if source == 'injected' else 1e-8)
+        torch.testing.assert_close(
+            u1.mT @ rotated.layer.weight @ u2,
+            plain.layer.weight,
+            rtol=0,
+            atol=1e-9 if source == 'injected' else 1e-8,
+        )
     assert losses[-1][0] == pytest.approx(losses[-1][1], rel=1e-6)
     assert losses[-1][0] < 0.5 * losses[0][0] and abs(losses[-1][2] / losses[-1][0] - 1) > 0.01

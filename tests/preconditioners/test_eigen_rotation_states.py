@@ -32,8 +32,10 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> di
 
 def joint(model: nn.Module, optimizer: PreconditionedOptimizer, key: str) -> Tensor:
     """One moment of `first` as the matrix [W | b]; its gradient for 'grad'."""
-    pieces = [p.grad if key == 'grad' else optimizer.state[p][key]
-              for p in (model.first.weight, model.first.bias)]
+    pieces = [
+        p.grad if key == 'grad' else optimizer.state[p][key]
+        for p in (model.first.weight, model.first.bias)
+    ]
     return torch.cat([pieces[0], pieces[1][:, None]], 1).clone()
 
 
@@ -43,6 +45,7 @@ def bases(optimizer: PreconditionedOptimizer, name: str = 'first.weight') -> tup
 
 
 # ------------------------------------------------------------------- moments at a new basis
+
 
 @pytest.mark.parametrize('rule', RULES)
 def test_moments_turn_into_a_new_basis(rule: str) -> None:
@@ -57,11 +60,16 @@ def test_moments_turn_into_a_new_basis(rule: str) -> None:
         v1, v2 = bases(optimizer)
         assert torch.equal(u1, v1) == (step % 2 == 0)
         gradient = joint(model, optimizer, 'grad')
-        torch.testing.assert_close(v1 @ joint(model, optimizer, 'exp_avg') @ v2.mT,
-                                   beta * raw + (1 - beta) * gradient, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            v1 @ joint(model, optimizer, 'exp_avg') @ v2.mT,
+            beta * raw + (1 - beta) * gradient,
+            rtol=0,
+            atol=1e-12,
+        )
         if rule == 'Adan':
-            torch.testing.assert_close(v1 @ joint(model, optimizer, 'previous') @ v2.mT, gradient,
-                                       rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                v1 @ joint(model, optimizer, 'previous') @ v2.mT, gradient, rtol=0, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize('rotate', [True, False])
@@ -75,11 +83,15 @@ def test_the_second_moment_at_the_first_and_later_bases(rotate: bool) -> None:
         before = joint(model, optimizer, 'exp_avg_sq')
         run(model, optimizer, range(step, step + 1))
         u1, u2 = bases(optimizer)
-        square = (u1.mT @ joint(model, optimizer, 'grad') @ u2)**2
+        square = (u1.mT @ joint(model, optimizer, 'grad') @ u2) ** 2
         if rotate:
-            before = ((old[0].mT @ u1)**2).mT @ before @ (old[1].mT @ u2)**2
-        torch.testing.assert_close(joint(model, optimizer, 'exp_avg_sq'),
-                                   beta * before + (1 - beta) * square, rtol=1e-10, atol=1e-18)
+            before = ((old[0].mT @ u1) ** 2).mT @ before @ (old[1].mT @ u2) ** 2
+        torch.testing.assert_close(
+            joint(model, optimizer, 'exp_avg_sq'),
+            beta * before + (1 - beta) * square,
+            rtol=1e-10,
+            atol=1e-18,
+        )
         old = u1, u2
 
 
@@ -93,8 +105,12 @@ def test_the_thesis_form_turns_nothing() -> None:
         run(model, optimizer, range(step, step + 1))
         u1, u2 = bases(optimizer)
         turned = u1.mT @ joint(model, optimizer, 'grad') @ u2
-        torch.testing.assert_close(joint(model, optimizer, 'exp_avg'),
-                                   beta * before + (1 - beta) * turned, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            joint(model, optimizer, 'exp_avg'),
+            beta * before + (1 - beta) * turned,
+            rtol=0,
+            atol=1e-12,
+        )
 
 
 @pytest.mark.parametrize('rotate', [True, False])
@@ -116,8 +132,12 @@ def test_the_first_basis_brings_no_jump(rotate: bool) -> None:
 # ------------------------------------------------------------------- resuming
 
 KINDS: dict[str, dict[str, Any]] = {
-    'eigh': {}, 'qr': dict(basis_solver='qr'), 'thesis': dict(rotate_moments=False),
-    'Adan': RULES['Adan'], 'one-sided': dict(max_dim=6, oversize='one_sided')}
+    'eigh': {},
+    'qr': dict(basis_solver='qr'),
+    'thesis': dict(rotate_moments=False),
+    'Adan': RULES['Adan'],
+    'one-sided': dict(max_dim=6, oversize='one_sided'),
+}
 
 
 def late(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -146,7 +166,8 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, at: int) -> None:
 
 
 def test_a_run_that_is_resumed_before_its_first_capture_keeps_its_schedule(
-        caplog: pytest.LogCaptureFixture) -> None:
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     settings = ADAMW | dict(stat_interval=3, refresh_interval=6)
     model = Tokens()
     optimizer = AdamR(model, **settings)
@@ -162,7 +183,7 @@ def test_a_run_that_is_resumed_before_its_first_capture_keeps_its_schedule(
 
 def test_moments_in_a_basis_that_was_not_saved_are_of_no_use() -> None:
     """A resumed run without curvature takes them for raw ones, which they are not."""
-    settings = ADAMW | SECOND | dict(weight_decay=0., save_curvature=False)
+    settings = ADAMW | SECOND | dict(weight_decay=0.0, save_curvature=False)
     model = Tokens().double()
     optimizer = AdamR(model, **settings)
     run(model, optimizer, range(6))
@@ -177,6 +198,7 @@ def test_moments_in_a_basis_that_was_not_saved_are_of_no_use() -> None:
 
 # ------------------------------------------------------------------- failures
 
+
 def spoil(optimizer: PreconditionedOptimizer, name: str, value: float = float('nan')) -> None:
     """Sets one entry of a layer's running statistic."""
     for stack in optimizer.curvature.stacks:
@@ -186,8 +208,9 @@ def spoil(optimizer: PreconditionedOptimizer, name: str, value: float = float('n
 
 
 @pytest.mark.parametrize('solver', ['eigh', 'qr'])
-def test_a_failed_refresh_keeps_the_last_basis(solver: str,
-                                               caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_refresh_keeps_the_last_basis(
+    solver: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The failed layer goes on as if no refresh had been due; others of its shape get theirs."""
     model, optimizer, reference = both(Tokens, basis_solver=solver, **SECOND)
     follow(model, optimizer, reference, tokens, 6)
@@ -198,8 +221,9 @@ def test_a_failed_refresh_keeps_the_last_basis(solver: str,
     with caplog.at_level(logging.WARNING, 'mmprecond'):
         follow(model, optimizer, reference, lambda t: tokens(6 + t), 5)
     assert all(torch.equal(a, b) for a, b in zip(old[0], bases(optimizer), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(old[1], bases(optimizer, 'third.weight'),
-                                                     strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(old[1], bases(optimizer, 'third.weight'), strict=True)
+    )
     (message,) = warnings_of(caplog)
     assert 'first.weight' in message and 'last good operator' in message
     state = entry(optimizer, 'first.weight')
@@ -216,13 +240,14 @@ def test_a_failed_first_refresh_leaves_adamw() -> None:
     run(model, optimizer, range(2, 7)), run(other, theirs, range(7))
     assert equals(model, other) and entry(optimizer, 'weight')['failures'] == 1
     for stack in optimizer.curvature.stacks:  # sound again: the next refresh is the first
-        stack.statistics['input_moment'][0, 0] = torch.diag(torch.arange(1., 8.).double())
+        stack.statistics['input_moment'][0, 0] = torch.diag(torch.arange(1.0, 8.0).double())
     run(model, optimizer, range(7, 8))
     assert entry(optimizer, 'weight')['refreshes'] == 1
 
 
 def test_a_basis_from_the_retry_in_float64_follows_the_old_one(
-        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As one from the first attempt does; the failing one would have been another."""
     settings = ADAMW | dict(stat_interval=1, refresh_interval=3)
     model = Tokens()
@@ -246,7 +271,8 @@ def test_a_basis_from_the_retry_in_float64_follows_the_old_one(
 
 @pytest.mark.parametrize('kind', [AdamR, AdamWBK])
 def test_an_eigh_that_does_not_converge_is_retried_in_float64(
-        kind: type[PreconditionedOptimizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: type[PreconditionedOptimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It raises of finite matrices with many equal eigenvalues, on GPUs above all."""
     model = Tokens()
     solver = dict(solver='eigh') if kind is AdamWBK else {}
@@ -284,10 +310,21 @@ def test_the_error_of_a_failure_names_settings_that_exist() -> None:
 
 # ------------------------------------------------------------------- layers and methods
 
-@pytest.mark.parametrize('frozen', [
-    pytest.param('third.bias', marks=pytest.mark.xfail(strict=True, reason=(
-        'the bias column of the rotated gradient has no moments and is dropped'))),
-    'first.weight', 'second'])
+
+@pytest.mark.parametrize(
+    'frozen',
+    [
+        pytest.param(
+            'third.bias',
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason=('the bias column of the rotated gradient has no moments and is dropped'),
+            ),
+        ),
+        'first.weight',
+        'second',
+    ],
+)
 def test_frozen_parameters(frozen: str) -> None:
     """With a frozen bias the direction of G = [G_W | 0], or that of G_W alone, is right."""
     model, optimizer, reference = both(Tokens, **SECOND)
@@ -303,13 +340,16 @@ def test_frozen_parameters(frozen: str) -> None:
 
 def mixed(rule: dict[str, Any]) -> list[dict[str, Any]]:
     settings = dict(stat_interval=2, refresh_interval=4)
-    return [dict(match=dict(name='first'), preconditioner=dict(type='EigenRotation', **settings)),
-            dict(match=dict(name='last'), preconditioner=None),
-            dict(preconditioner=dict(type=rule, **settings))]
+    return [
+        dict(match=dict(name='first'), preconditioner=dict(type='EigenRotation', **settings)),
+        dict(match=dict(name='last'), preconditioner=None),
+        dict(preconditioner=dict(type=rule, **settings)),
+    ]
 
 
-def preconditioned(model: nn.Module, layers: list[dict[str, Any]], **rule: Any
-                   ) -> PreconditionedOptimizer:
+def preconditioned(
+    model: nn.Module, layers: list[dict[str, Any]], **rule: Any
+) -> PreconditionedOptimizer:
     return Preconditioned(model, layers=layers, rule=dict(type='AdamW', **ADAMW) | rule)
 
 
@@ -318,7 +358,7 @@ def test_preconditioned_is_adamr() -> None:
     twin = plain_copy(model)
     other = preconditioned(twin, [dict(preconditioner=dict(type='EigenRotation', **SECOND))])
     run(model, optimizer, range(9)), run(twin, other, range(9))
-    assert equals(model, twin, 0.)
+    assert equals(model, twin, 0.0)
 
 
 def test_mixed_methods_each_keep_their_steps() -> None:
@@ -354,43 +394,80 @@ def test_mixed_methods_each_keep_their_steps() -> None:
 
 
 def test_it_does_not_work_with_sgdm() -> None:
-    refused(ValueError, lambda: Preconditioned(
-        Tokens(), rule=dict(type='SGDM', lr=0.1), layers=mixed('NewtonKronecker')),
-        'EigenRotation', 'SGDM', "rule=dict(type='AdamW'")
+    refused(
+        ValueError,
+        lambda: Preconditioned(
+            Tokens(), rule=dict(type='SGDM', lr=0.1), layers=mixed('NewtonKronecker')
+        ),
+        'EigenRotation',
+        'SGDM',
+        "rule=dict(type='AdamW'",
+    )
 
 
 # ------------------------------------------------------------------- settings
 
+
 def test_default_settings() -> None:
     optimizer = AdamR(nn.Linear(3, 2), lr=0.1)
     (method,) = {stack.method for stack in optimizer.curvature.stacks}
-    assert method == EigenRotation() == EigenRotation(
-        stat_interval=100, refresh_interval=1000, basis_eps=0.01, basis_solver='eigh',
-        rotate_moments=True)
+    assert (
+        method
+        == EigenRotation()
+        == EigenRotation(
+            stat_interval=100,
+            refresh_interval=1000,
+            basis_eps=0.01,
+            basis_solver='eigh',
+            rotate_moments=True,
+        )
+    )
     assert type(optimizer.rule) is AdamW and optimizer.rule.decay == 'decoupled'
-    assert optimizer.defaults == dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.)
+    assert optimizer.defaults == dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     adan = AdamR(nn.Linear(3, 2), lr=0.1, rule='Adan')
     assert type(adan.rule) is Adan and adan.defaults['betas'] == (0.98, 0.92, 0.99)
 
 
-@pytest.mark.parametrize('name, value, remedy', [
-    ('basis_eps', -0.1, 'at least 0'), ('basis_eps', float('nan'), 'give a number'),
-    ('basis_solver', 'svd', 'eigh, qr'), ('rotate_moments', 1, 'neither True nor False'),
-    ('rotate_moments', None, 'neither True nor False'), ('rule', 'SGDM', 'AdamW, Adan'),
-    ('rule', None, 'AdamW, Adan'), ('stat_interval', 0, 'at least 1'),
-    ('stat_interval', 300, 'multiple'), ('refresh_interval', 150, 'multiple'),
-    ('betas', (0.9,), 'betas=(0.9, 0.999)'), ('eps', -1., 'at least 0'),
-    ('max_dim', 0, 'at least 1'), ('oversize', 'crop', 'skip, one_sided')])
+@pytest.mark.parametrize(
+    'name, value, remedy',
+    [
+        ('basis_eps', -0.1, 'at least 0'),
+        ('basis_eps', float('nan'), 'give a number'),
+        ('basis_solver', 'svd', 'eigh, qr'),
+        ('rotate_moments', 1, 'neither True nor False'),
+        ('rotate_moments', None, 'neither True nor False'),
+        ('rule', 'SGDM', 'AdamW, Adan'),
+        ('rule', None, 'AdamW, Adan'),
+        ('stat_interval', 0, 'at least 1'),
+        ('stat_interval', 300, 'multiple'),
+        ('refresh_interval', 150, 'multiple'),
+        ('betas', (0.9,), 'betas=(0.9, 0.999)'),
+        ('eps', -1.0, 'at least 0'),
+        ('max_dim', 0, 'at least 1'),
+        ('oversize', 'crop', 'skip, one_sided'),
+    ],
+)
 def test_values_out_of_range(name: str, value: Any, remedy: str) -> None:
     refused(ValueError, lambda: AdamR(nn.Linear(2, 2), **{'lr': 0.1, name: value}), name, remedy)
 
 
 @pytest.mark.parametrize('key', ['momentum', 'damping', 'stat_decay', 'norm_recovery', 'decay'])
 def test_a_left_over_key_says_delete(key: str) -> None:
-    refused(TypeError, lambda: AdamR(nn.Linear(2, 2), lr=0.1, **{key: 0.9}), 'AdamR', key,
-            '`_delete_=True`', 'basis_eps')
+    refused(
+        TypeError,
+        lambda: AdamR(nn.Linear(2, 2), lr=0.1, **{key: 0.9}),
+        'AdamR',
+        key,
+        '`_delete_=True`',
+        'basis_eps',
+    )
 
 
 def test_a_model_and_its_parameters() -> None:
-    refused(ValueError, lambda: AdamR(nn.Linear(2, 2).parameters(), lr=0.1), 'AdamR', 'model=',
-            "constructor='PrecondOptimWrapperConstructor'")
+    refused(
+        ValueError,
+        lambda: AdamR(nn.Linear(2, 2).parameters(), lr=0.1),
+        'AdamR',
+        'model=',
+        "constructor='PrecondOptimWrapperConstructor'",
+    )

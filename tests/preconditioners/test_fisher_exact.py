@@ -20,7 +20,7 @@ from mmprecond.optimizers import KFAC, PreconditionedOptimizer
 
 def signs(outputs: int) -> Tensor:
     """Noises of mean e e' = I: all signs."""
-    return torch.tensor(list(itertools.product((-1., 1.), repeat=outputs))).double()
+    return torch.tensor(list(itertools.product((-1.0, 1.0), repeat=outputs))).double()
 
 
 def sampled_loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def sampled_loss(model: nn.Module, x: Tensor) -> Tensor:
     noise = signs(model(x).shape[-1])
     out = model(x.repeat_interleave(len(noise), 0))
     noise = noise.repeat(len(x), 1).reshape(len(out), *[1] * (out.dim() - 2), -1)
-    return ((out - (out + noise).detach())**2).sum() / 2 / out[..., 0].numel()
+    return ((out - (out + noise).detach()) ** 2).sum() / 2 / out[..., 0].numel()
 
 
 def fisher(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
@@ -51,14 +51,21 @@ def fisher(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
 def factors(optimizer: PreconditionedOptimizer, name: str) -> tuple[Tensor, Tensor]:
     """Running R and L (blocks, n, n) of a layer, over rows or samples."""
     statistics = optimizer.state_dict()['precond']['layers'][f'{name}.weight']['statistics']
-    return tuple(statistics[key if key in statistics else f'{key}_reduced']
-                 for key in ('input_moment', 'gradient_moment'))
+    return tuple(
+        statistics[key if key in statistics else f'{key}_reduced']
+        for key in ('input_moment', 'gradient_moment')
+    )
 
 
 def capture(model: nn.Module, x: Tensor, **settings: Any) -> KFAC:
     """The factors of one step on sampled targets, which lr=0 makes leave the weights alone."""
-    optimizer = KFAC(model, **{**dict(lr=0., momentum=0., scaling='none', stat_interval=2,
-                                      refresh_interval=2), **settings})
+    optimizer = KFAC(
+        model,
+        **{
+            **dict(lr=0.0, momentum=0.0, scaling='none', stat_interval=2, refresh_interval=2),
+            **settings,
+        },
+    )
     sampled_loss(model, x).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -66,8 +73,9 @@ def capture(model: nn.Module, x: Tensor, **settings: Any) -> KFAC:
 
 
 def deep(*widths: int, bias: bool = True) -> Callable[[], nn.Sequential]:
-    return lambda: nn.Sequential(*(nn.Linear(a, b, bias=bias)
-                                   for a, b in itertools.pairwise(widths)))
+    return lambda: nn.Sequential(
+        *(nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(widths))
+    )
 
 
 class Pooled(nn.Module):
@@ -80,8 +88,9 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
-        return self.head(x.mean((2, 3)) if isinstance(self.layer, nn.Conv2d) else x.flatten(
-            1, -2).mean(1))
+        return self.head(
+            x.mean((2, 3)) if isinstance(self.layer, nn.Conv2d) else x.flatten(1, -2).mean(1)
+        )
 
 
 class Dense(nn.Module):
@@ -107,16 +116,21 @@ def compare(model: nn.Module, optimizer: KFAC, name: str, x: Tensor) -> None:
     size = right.shape[1] * left.shape[1]
     assert len(exact) == len(right) * size
     for k in range(len(right)):
-        block = exact[k * size:(k + 1) * size, k * size:(k + 1) * size]
+        block = exact[k * size : (k + 1) * size, k * size : (k + 1) * size]
         torch.testing.assert_close(torch.kron(left[k], right[k]), block, rtol=1e-10, atol=1e-13)
 
 
 # Inputs (samples, [positions,] features); the loss is the mean over all rows.
 ROWS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    'one layer': (deep(3, 4), (6, 3)), 'one layer, no bias': (deep(3, 2, bias=False), (5, 3)),
-    'deep': (deep(3, 2, 2, 4), (7, 3)), 'deep, no bias': (deep(3, 2, 2, 3, bias=False), (5, 3)),
-    'wide': (deep(2, 5, 3), (4, 2)), 'tokens': (deep(3, 2, 3), (3, 4, 3)),
-    'tokens in two dimensions': (deep(2, 2, 2), (2, 2, 3, 2)), 'pixels': (Dense, (2, 3, 2, 3))}
+    'one layer': (deep(3, 4), (6, 3)),
+    'one layer, no bias': (deep(3, 2, bias=False), (5, 3)),
+    'deep': (deep(3, 2, 2, 4), (7, 3)),
+    'deep, no bias': (deep(3, 2, 2, 3, bias=False), (5, 3)),
+    'wide': (deep(2, 5, 3), (4, 2)),
+    'tokens': (deep(3, 2, 3), (3, 4, 3)),
+    'tokens in two dimensions': (deep(2, 2, 2), (2, 2, 3, 2)),
+    'pixels': (Dense, (2, 3, 2, 3)),
+}
 
 
 @pytest.mark.parametrize('case', ROWS)
@@ -142,12 +156,18 @@ POOLED = [
     pytest.param(lambda: nn.Linear(3, 2), (4, 3, 3), id='tokens'),
     pytest.param(lambda: nn.Linear(2, 3), (3, 2, 3, 2), id='tokens in two dimensions'),
     pytest.param(lambda: nn.Conv2d(2, 3, 2), (4, 2, 3, 4), id='conv'),
-    pytest.param(lambda: nn.Conv2d(2, 2, 3, stride=2, padding=1, dilation=1, bias=False),
-                 (5, 2, 4, 5), id='strided conv'),
-    pytest.param(lambda: nn.Conv2d(4, 4, 2, groups=2, dilation=2, padding=1), (3, 4, 4, 4),
-                 id='grouped conv'),
-    pytest.param(lambda: nn.Conv2d(3, 3, 3, groups=3, padding='same'), (3, 3, 4, 3),
-                 id='depthwise conv')]
+    pytest.param(
+        lambda: nn.Conv2d(2, 2, 3, stride=2, padding=1, dilation=1, bias=False),
+        (5, 2, 4, 5),
+        id='strided conv',
+    ),
+    pytest.param(
+        lambda: nn.Conv2d(4, 4, 2, groups=2, dilation=2, padding=1), (3, 4, 4, 4), id='grouped conv'
+    ),
+    pytest.param(
+        lambda: nn.Conv2d(3, 3, 3, groups=3, padding='same'), (3, 3, 4, 3), id='depthwise conv'
+    ),
+]
 
 
 @pytest.mark.parametrize('make, shape', POOLED)
@@ -183,9 +203,12 @@ def check_direction(model: nn.Module, x: Tensor, **settings: Any) -> None:
         gradient = torch.cat([p.grad.reshape(len(p), -1) for p in layer.parameters()], 1)
         pieces = gradient.chunk(blocks)
         size = pieces[0].numel()
-        solved = [torch.linalg.solve(exact[k * size:(k + 1) * size, k * size:(k + 1) * size],
-                                     piece.flatten()).reshape(piece.shape)
-                  for k, piece in enumerate(pieces)]
+        solved = [
+            torch.linalg.solve(
+                exact[k * size : (k + 1) * size, k * size : (k + 1) * size], piece.flatten()
+            ).reshape(piece.shape)
+            for k, piece in enumerate(pieces)
+        ]
         before = [p.detach().reshape(len(p), -1) for p in layer.parameters()]
         expected[layer] = torch.cat(before, 1) - 0.5 * torch.cat(solved)
     optimizer.step()
@@ -195,8 +218,9 @@ def check_direction(model: nn.Module, x: Tensor, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize('settings', TINY, ids=['pi', 'relative'])
-@pytest.mark.parametrize('case', ['one layer', 'one layer, no bias', 'deep', 'deep, no bias',
-                                  'tokens', 'pixels'])
+@pytest.mark.parametrize(
+    'case', ['one layer', 'one layer, no bias', 'deep', 'deep, no bias', 'tokens', 'pixels']
+)
 def test_undamped_the_step_is_the_natural_gradient(case: str, settings: dict[str, Any]) -> None:
     check_direction(*build(ROWS[case][0], *ROWS[case][1]), **settings)
 
@@ -212,11 +236,11 @@ def test_one_undamped_step_solves_least_squares() -> None:
     """The Fisher matrix of a linear model is its loss's Hessian: Newton's step."""
     model, x = build(deep(3, 4), 9, 3)
     optimizer = capture(model, x, damping=1e-24)
-    optimizer.param_groups[0]['lr'] = 1.
+    optimizer.param_groups[0]['lr'] = 1.0
     target = torch.randn(9, 4).double()
     for _ in range(2):
         model.zero_grad()
-        (((model(x) - target)**2).sum() / 2 / len(x)).backward()
+        (((model(x) - target) ** 2).sum() / 2 / len(x)).backward()
         if optimizer.t == 1:
             optimizer.step()
     assert model[0].weight.grad.norm() < 1e-10 and model[0].bias.grad.norm() < 1e-10
@@ -231,7 +255,9 @@ def test_the_clipped_step_changes_the_output_by_the_bound() -> None:
     optimizer.param_groups[0]['lr'] = 0.7
     model(x).square().sum().backward()
     optimizer.step()
-    moved = [(torch.cat([layer.weight, layer.bias[:, None]], 1).detach() - old).flatten()
-             for layer, old in zip(model, before, strict=True)]
+    moved = [
+        (torch.cat([layer.weight, layer.bias[:, None]], 1).detach() - old).flatten()
+        for layer, old in zip(model, before, strict=True)
+    ]
     change = sum(v @ block @ v for v, block in zip(moved, blocks, strict=True))
     assert float(change) == pytest.approx(1e-4, rel=1e-6)

@@ -34,16 +34,20 @@ class Unbiased(TokenNet):
         self.fc1.bias = self.fc2.bias = None
 
 
-def both(make: Callable[[], nn.Module], rule: dict[str, Any] = SGD,
-         overrides: dict[str, dict[str, Any]] | None = None, **settings: Any
-         ) -> tuple[nn.Module, KFAC, ReferenceKFAC]:
+def both(
+    make: Callable[[], nn.Module],
+    rule: dict[str, Any] = SGD,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    **settings: Any,
+) -> tuple[nn.Module, KFAC, ReferenceKFAC]:
     """KFAC and its reference; the root of the damping is exact in any dtype unless it is given."""
     torch.manual_seed(0)
     model = make().double()
     settings = dict(stat_interval=1, refresh_interval=1, damping=0.0625) | settings
     reference = ReferenceKFAC(plain_copy(model), **rule, overrides=overrides, **settings)
-    groups = [dict(params=[p], **(overrides or {}).get(name, {}))
-              for name, p in model.named_parameters()]
+    groups = [
+        dict(params=[p], **(overrides or {}).get(name, {})) for name, p in model.named_parameters()
+    ]
     return model, KFAC(groups, model=model, **rule, **settings), reference
 
 
@@ -53,33 +57,58 @@ def tokens(step: int) -> list[Loss]:
 
 @pytest.mark.parametrize('scaling', ['kl_clip', 'norm_recovery', 'none'])
 @pytest.mark.parametrize('form', ['pi', 'relative'])
-@pytest.mark.parametrize('make, reduction', [
-    (ConvNet, 'expand'), (ConvNet, 'reduce'), (TokenNet, 'expand'), (Unbiased, 'reduce'),
-    (TokenNet, 'reduce')])
+@pytest.mark.parametrize(
+    'make, reduction',
+    [
+        (ConvNet, 'expand'),
+        (ConvNet, 'reduce'),
+        (TokenNet, 'expand'),
+        (Unbiased, 'reduce'),
+        (TokenNet, 'reduce'),
+    ],
+)
 def test_trajectories(make: Any, reduction: str, form: str, scaling: str) -> None:
-    model, optimizer, reference = both(make, reduction=reduction, damping_form=form,
-                                       scaling=scaling)
-    follow(model, optimizer, reference, classification(ConvNet if make is ConvNet else TokenNet),
-           3)
+    model, optimizer, reference = both(
+        make, reduction=reduction, damping_form=form, scaling=scaling
+    )
+    follow(model, optimizer, reference, classification(ConvNet if make is ConvNet else TokenNet), 3)
     if scaling == 'kl_clip':
         assert reference.factor < 0.9
 
 
-@pytest.mark.parametrize('settings', [
-    dict(stat_interval=2, refresh_interval=4), dict(stat_interval=3, refresh_interval=3),
-    dict(refresh_interval=2), dict(stat_decay=0.), dict(stat_decay=0.5, damping=1.),
-    dict(damping=1 / 2**20, kl_clip=1e-6), dict(kl_clip=1e-5), dict(kl_clip=1e3), STAR,
-    dict(**STAR, stat_interval=2, refresh_interval=4), dict(STAR, scaling='none', lr=1e-5),
-], ids=str)
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(stat_interval=2, refresh_interval=4),
+        dict(stat_interval=3, refresh_interval=3),
+        dict(refresh_interval=2),
+        dict(stat_decay=0.0),
+        dict(stat_decay=0.5, damping=1.0),
+        dict(damping=1 / 2**20, kl_clip=1e-6),
+        dict(kl_clip=1e-5),
+        dict(kl_clip=1e3),
+        STAR,
+        dict(**STAR, stat_interval=2, refresh_interval=4),
+        dict(STAR, scaling='none', lr=1e-5),
+    ],
+    ids=str,
+)
 def test_settings(settings: dict[str, Any]) -> None:
     settings = dict(settings)
     rule = dict(SGD, lr=settings.pop('lr', 0.05))
     follow(*both(Tokens, rule, **settings), tokens, 9)
 
 
-@pytest.mark.parametrize('settings', [
-    dict(), dict(reduction='reduce'), dict(STAR, reduction='reduce'),
-    dict(reduction='reduce', stat_interval=2, refresh_interval=2)], ids=str)
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(),
+        dict(reduction='reduce'),
+        dict(STAR, reduction='reduce'),
+        dict(reduction='reduce', stat_interval=2, refresh_interval=2),
+    ],
+    ids=str,
+)
 def test_convolutions(settings: dict[str, Any]) -> None:
     """Grouped, strided and dilated ones, and one that is called three times a step."""
     follow(*both(Convs, **settings), lambda t: [make_loss(rows(t))], 3)
@@ -95,18 +124,27 @@ def test_accumulation() -> None:
 
     def losses(step: int) -> list[Loss]:
         x = rows(step, 5)
-        return [make_loss(part, 2.) for part in (x[:2], x[2:])]
+        return [make_loss(part, 2.0) for part in (x[:2], x[2:])]
 
     follow(model, optimizer, reference, losses, 3)
 
 
 @pytest.mark.parametrize('scaling', ['kl_clip', 'norm_recovery'])
-@pytest.mark.parametrize('overrides', [
-    {'second.weight': dict(damping=0.5)}, {'first.bias': dict(damping=9.)},
-    {f'{name}.weight': dict(damping=10.**-k) for k, name in enumerate(('first', 'second', 'last'))},
-    {'first.bias': dict(lr=0.08, weight_decay=0.), 'third.weight': dict(lr=0.3)},
-    {'second.weight': dict(precondition=False), 'second.bias': dict(precondition=False)},
-    {'third.bias': dict(precondition=False)}], ids=str)
+@pytest.mark.parametrize(
+    'overrides',
+    [
+        {'second.weight': dict(damping=0.5)},
+        {'first.bias': dict(damping=9.0)},
+        {
+            f'{name}.weight': dict(damping=10.0**-k)
+            for k, name in enumerate(('first', 'second', 'last'))
+        },
+        {'first.bias': dict(lr=0.08, weight_decay=0.0), 'third.weight': dict(lr=0.3)},
+        {'second.weight': dict(precondition=False), 'second.bias': dict(precondition=False)},
+        {'third.bias': dict(precondition=False)},
+    ],
+    ids=str,
+)
 def test_settings_of_single_parameters(overrides: dict[str, Any], scaling: str) -> None:
     """A damping of a layer's own, an lr of each parameter's own in the clip, the plain rule."""
     model, optimizer, reference = both(Tokens, overrides=overrides, scaling=scaling)
@@ -114,13 +152,21 @@ def test_settings_of_single_parameters(overrides: dict[str, Any], scaling: str) 
     assert scaling != 'kl_clip' or reference.factor < 1
 
 
-@pytest.mark.parametrize('used', [lambda t: t >= 1, lambda t: t % 3 == 0, lambda t: t % 2 == 1],
-                         ids=['from 1', '3rd', 'odd'])
+@pytest.mark.parametrize(
+    'used',
+    [lambda t: t >= 1, lambda t: t % 3 == 0, lambda t: t % 2 == 1],
+    ids=['from 1', '3rd', 'odd'],
+)
 def test_a_layer_without_statistics_is_not_clipped(used: Callable[[int], bool]) -> None:
     """Nor counted; measured and refreshed later, it is both."""
     model, optimizer, reference = both(Tokens, kl_clip=1e-4, stat_interval=2, refresh_interval=4)
-    follow(model, optimizer, reference,
-           lambda t: [make_loss(rows(t, features=6), use_second=used(t))], 9)
+    follow(
+        model,
+        optimizer,
+        reference,
+        lambda t: [make_loss(rows(t, features=6), use_second=used(t))],
+        9,
+    )
 
 
 def test_default_settings() -> None:
@@ -131,6 +177,7 @@ def test_default_settings() -> None:
 
 
 # ------------------------------------------------------------------- the KL clip
+
 
 def one_step(optimizer: torch.optim.Optimizer, model: nn.Module, step: int = 0) -> list[Tensor]:
     """Changes of the parameters by one step."""
@@ -154,7 +201,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 def test_where_it_bites_the_quadratic_form_is_the_bound(kl_clip: float) -> None:
     """With V = F^-1 G: sum of lr^2 <V, G> scale^2, over weights and biases of all layers."""
     clipped, free = twins()
-    settings = dict(momentum=0., lr=1.)
+    settings = dict(momentum=0.0, lr=1.0)
     ours = one_step(KFAC(groups_of(clipped), model=clipped, kl_clip=kl_clip, **settings), clipped)
     theirs = one_step(KFAC(groups_of(free), model=free, scaling='none', **settings), free)
     gradients = [p.grad for p in free.parameters()]
@@ -162,12 +209,13 @@ def test_where_it_bites_the_quadratic_form_is_the_bound(kl_clip: float) -> None:
     total = sum(-lr * (d * g).sum() for lr, d, g in zip(lrs, theirs, gradients, strict=True))
     scales = torch.cat([(a / b).flatten() for a, b in zip(ours, theirs, strict=True)])
     assert total > 2 * kl_clip
-    torch.testing.assert_close(scales, (kl_clip / total).sqrt().expand_as(scales), rtol=1e-9,
-                               atol=0)
-    assert float(scales[0]**2 * total) == pytest.approx(kl_clip, rel=1e-9)
+    torch.testing.assert_close(
+        scales, (kl_clip / total).sqrt().expand_as(scales), rtol=1e-9, atol=0
+    )
+    assert float(scales[0] ** 2 * total) == pytest.approx(kl_clip, rel=1e-9)
 
 
-@pytest.mark.parametrize('lr, kl_clip', [(0.1, 1e6), (1e-7, 1e-3), (0., 1e-3), (0.1, 1e300)])
+@pytest.mark.parametrize('lr, kl_clip', [(0.1, 1e6), (1e-7, 1e-3), (0.0, 1e-3), (0.1, 1e300)])
 def test_where_it_does_not_bite_nothing_changes(lr: float, kl_clip: float) -> None:
     clipped, free = twins()
     ours, theirs = KFAC(clipped, lr=lr, kl_clip=kl_clip), KFAC(free, lr=lr, scaling='none')
@@ -178,7 +226,7 @@ def test_where_it_does_not_bite_nothing_changes(lr: float, kl_clip: float) -> No
 
 def mixed(model: nn.Module, *layers: tuple[str, dict[str, Any] | None]) -> Preconditioned:
     entries = [dict(match=dict(name=name), preconditioner=p) for name, p in layers]
-    return Preconditioned(model, rule=dict(type='SGDM', lr=0.5, momentum=0.), layers=entries)
+    return Preconditioned(model, rule=dict(type='SGDM', lr=0.5, momentum=0.0), layers=entries)
 
 
 def test_other_methods_are_neither_clipped_nor_counted() -> None:
@@ -186,15 +234,19 @@ def test_other_methods_are_neither_clipped_nor_counted() -> None:
     rest = [('second', dict(type='NewtonKronecker')), ('last', None)]
     a, b, c = twins(3)
     clipped = one_step(mixed(a, ('first', fisher(kl_clip=1e-7)), ('third', fisher()), *rest), a)
-    free = one_step(mixed(b, ('first', fisher(scaling='none')),
-                          ('third', fisher(scaling='none')), *rest), b)
-    only = one_step(mixed(c, ('first', fisher(kl_clip=1e-7)), ('third', fisher(scaling='none')),
-                          *rest), c)
+    free = one_step(
+        mixed(b, ('first', fisher(scaling='none')), ('third', fisher(scaling='none')), *rest), b
+    )
+    only = one_step(
+        mixed(c, ('first', fisher(kl_clip=1e-7)), ('third', fisher(scaling='none')), *rest), c
+    )
     names = [name for name, _ in a.named_parameters()]
-    found = {name: (x / y, z / y) for name, x, y, z in zip(names, clipped, free, only,
-                                                           strict=True)}
-    total = sum(-0.5 * (d * p.grad).sum() for (name, p), d in
-                zip(b.named_parameters(), free, strict=True) if name[:5] in ('first', 'third'))
+    found = {name: (x / y, z / y) for name, x, y, z in zip(names, clipped, free, only, strict=True)}
+    total = sum(
+        -0.5 * (d * p.grad).sum()
+        for (name, p), d in zip(b.named_parameters(), free, strict=True)
+        if name[:5] in ('first', 'third')
+    )
     for name, (both_, alone) in found.items():
         theirs = name.startswith(('first', 'third'))  # the least bound counts for both
         wanted = (1e-7 / total).sqrt() if theirs else torch.ones(()).double()
@@ -229,37 +281,39 @@ def test_a_plain_step_never_waits_for_the_device() -> None:
 
 # ------------------------------------------------------------------- damping
 
+
 def test_pi_splits_the_damping_by_the_factors_mean_eigenvalues() -> None:
     """L and R get amounts whose product is rho, in the ratio of their mean eigenvalues."""
     torch.manual_seed(0)
     model = nn.Linear(5, 3).double()
-    optimizer = KFAC(model, lr=0., damping=0.25)
-    (model(torch.randn(9, 5).double())**2).sum().backward()
+    optimizer = KFAC(model, lr=0.0, damping=0.25)
+    (model(torch.randn(9, 5).double()) ** 2).sum().backward()
     optimizer.step()
     entry = optimizer.state_dict()['precond']['layers']['weight']
     added, means = {}, {}
     for name, factor in entry['statistics'].items():
         difference = torch.linalg.inv(entry['operator'][name][0]) - factor[0]
         added[name] = difference.diagonal().mean()
-        torch.testing.assert_close(difference, added[name] * torch.eye(len(difference)).double(),
-                                   rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            difference, added[name] * torch.eye(len(difference)).double(), rtol=1e-9, atol=1e-9
+        )
         means[name] = torch.linalg.eigvalsh(factor[0]).mean()
     right, left = 'input_moment', 'gradient_moment'
     assert float(added[right] * added[left]) == pytest.approx(0.25, rel=1e-9)
-    assert float(added[right] / added[left]) == pytest.approx(float(means[right] / means[left]),
-                                                              rel=1e-9)
+    assert float(added[right] / added[left]) == pytest.approx(
+        float(means[right] / means[left]), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('dead', ['input', 'gradient', 'both'])
-@pytest.mark.parametrize('settings', [
-    {}, dict(reduction='reduce'), STAR], ids=str)
+@pytest.mark.parametrize('settings', [{}, dict(reduction='reduce'), STAR], ids=str)
 def test_a_block_of_zeros(settings: dict[str, Any], dead: str, dtype: torch.dtype) -> None:
     """A dead channel of a depthwise convolution: the others are preconditioned as without it."""
     torch.manual_seed(0)
     model = nn.Conv2d(4, 4, 3, groups=4, bias=False).to(dtype)
     optimizer = KFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, **settings)
-    alive = torch.tensor([1., 0., 1., 1.], dtype=dtype)[:, None, None]
+    alive = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=dtype)[:, None, None]
     for _ in range(4):
         x = torch.randn(2, 4, 5, 5, dtype=dtype)
         optimizer.zero_grad()
@@ -281,13 +335,16 @@ def test_scales_of_loss_and_input(scale: float) -> None:
     """Scaled gradients or inputs, and rho by their square: V is scaled by their inverse."""
     x = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).double()
     moved = []
-    for loss, size, rho in ((1., 1., 0.25), (scale, 1., 0.25 * scale**2),
-                            (1., scale, 0.25 * scale**2)):
+    for loss, size, rho in (
+        (1.0, 1.0, 0.25),
+        (scale, 1.0, 0.25 * scale**2),
+        (1.0, scale, 0.25 * scale**2),
+    ):
         torch.manual_seed(1)
         model = nn.Linear(4, 3, bias=False).double()
         model.weight.data /= size
         start = model.weight.detach().clone()
-        optimizer = KFAC(model, lr=1., momentum=0., damping=rho, scaling='none')
+        optimizer = KFAC(model, lr=1.0, momentum=0.0, damping=rho, scaling='none')
         (loss * model(x * size).square().mean()).backward()
         optimizer.step()
         moved.append((model.weight.detach() - start) * loss * size)
@@ -297,13 +354,13 @@ def test_scales_of_loss_and_input(scale: float) -> None:
 
 def test_kfac_star_ignores_the_scale_of_loss_and_input() -> None:
     directions = []
-    for loss, size in ((1., 1.), (1e-5, 1.), (1e4, 1.), (1., 1e3)):
+    for loss, size in ((1.0, 1.0), (1e-5, 1.0), (1e4, 1.0), (1.0, 1e3)):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2)).double()
         model[0].weight.data /= size
         before = [p.detach().clone() for p in model.parameters()]
         x = size * torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).double()
-        optimizer = KFAC(model, lr=1., momentum=0., **STAR)
+        optimizer = KFAC(model, lr=1.0, momentum=0.0, **STAR)
         (loss * model(x).square().mean()).backward()
         optimizer.step()
         changes = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
@@ -318,28 +375,50 @@ def test_kfac_star_ignores_the_scale_of_loss_and_input() -> None:
 
 # ------------------------------------------------------------------- settings and state
 
-@pytest.mark.parametrize('name, value, remedy', [
-    ('damping', 0, 'greater than 0'), ('damping', float('nan'), 'give a number'),
-    ('kl_clip', 0, 'greater than 0'), ('kl_clip', -1e-3, 'greater than 0'),
-    ('kl_clip', None, 'give a number'), ('kl_clip', float('inf'), 'give a number'),
-    ('stat_decay', 1, 'less than 1'), ('stat_decay', -0.1, 'at least 0'),
-    ('damping_form', 'trace', 'pi, relative'), ('reduction', 'mean', 'expand, reduce'),
-    ('scaling', None, 'kl_clip, norm_recovery, none'), ('refresh_interval', 30, 'multiple'),
-    ('lr', -1., 'at least 0'), ('momentum', 1., 'less than 1')])
+
+@pytest.mark.parametrize(
+    'name, value, remedy',
+    [
+        ('damping', 0, 'greater than 0'),
+        ('damping', float('nan'), 'give a number'),
+        ('kl_clip', 0, 'greater than 0'),
+        ('kl_clip', -1e-3, 'greater than 0'),
+        ('kl_clip', None, 'give a number'),
+        ('kl_clip', float('inf'), 'give a number'),
+        ('stat_decay', 1, 'less than 1'),
+        ('stat_decay', -0.1, 'at least 0'),
+        ('damping_form', 'trace', 'pi, relative'),
+        ('reduction', 'mean', 'expand, reduce'),
+        ('scaling', None, 'kl_clip, norm_recovery, none'),
+        ('refresh_interval', 30, 'multiple'),
+        ('lr', -1.0, 'at least 0'),
+        ('momentum', 1.0, 'less than 1'),
+    ],
+)
 def test_values_out_of_range(name: str, value: Any, remedy: str) -> None:
     refused(ValueError, lambda: KFAC(nn.Linear(2, 2), **{'lr': 0.1, name: value}), name, remedy)
 
 
 def test_wrong_keys_and_a_missing_model() -> None:
     for key in ('betas', 'newton_steps', 'exponent', 'norm_recovery'):
-        refused(TypeError, lambda: KFAC(nn.Linear(2, 2), lr=0.1, **{key: 1}), 'KFAC', key,
-                '`_delete_=True`', 'damping_form')
+        refused(
+            TypeError,
+            lambda: KFAC(nn.Linear(2, 2), lr=0.1, **{key: 1}),
+            'KFAC',
+            key,
+            '`_delete_=True`',
+            'damping_form',
+        )
     refused(ValueError, lambda: KFAC(nn.Linear(2, 2).parameters(), lr=0.1), 'KFAC', 'model=')
     assert 'KFAC' in mmprecond.optimizers.__all__
 
 
-STATES: dict[str, dict[str, Any]] = {'expand': {}, 'reduce': dict(reduction='reduce'), 'star': STAR,
-                                     'one-sided': dict(max_dim=8, oversize='one_sided')}
+STATES: dict[str, dict[str, Any]] = {
+    'expand': {},
+    'reduce': dict(reduction='reduce'),
+    'star': STAR,
+    'one-sided': dict(max_dim=8, oversize='one_sided'),
+}
 
 
 def resumable(model: nn.Module, **settings: Any) -> KFAC:

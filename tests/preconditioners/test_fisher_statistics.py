@@ -22,14 +22,15 @@ REDUCTIONS = ['expand', 'reduce']
 def statistics(optimizer: PreconditionedOptimizer, name: str = 'weight') -> tuple[Tensor, Tensor]:
     """Running R and L of a layer; after its first sample that sample."""
     kept = optimizer.state_dict()['precond']['layers'][name]['statistics']
-    return tuple(kept[k if k in kept else f'{k}_reduced']
-                 for k in ('input_moment', 'gradient_moment'))
+    return tuple(
+        kept[k if k in kept else f'{k}_reduced'] for k in ('input_moment', 'gradient_moment')
+    )
 
 
 def check(module: nn.Module, reduction: str, *inputs: Tensor, **options: Any) -> None:
     module, inputs = module.double(), tuple(x.double() for x in inputs)
     expected = slow(module, reduction, *inputs)
-    optimizer = KFAC(module, lr=0., reduction=reduction, **options)
+    optimizer = KFAC(module, lr=0.0, reduction=reduction, **options)
     sum(loss_of(module(x)) for x in inputs).backward()
     optimizer.step()
     for ours, theirs in zip(statistics(optimizer), expected, strict=True):
@@ -49,8 +50,11 @@ def test_linear(shape: tuple[int, ...], bias: bool, reduction: str) -> None:
 @pytest.mark.parametrize('reduction', REDUCTIONS)
 def test_tokens_in_other_orders_of_memory(reduction: str, bias: bool) -> None:
     torch.manual_seed(0)
-    for x in (torch.randn(5, 2, 4).transpose(0, 1), torch.randn(4, 2, 5).permute(1, 2, 0),
-              torch.randn(2, 4, 3, 5).permute(0, 2, 3, 1)):
+    for x in (
+        torch.randn(5, 2, 4).transpose(0, 1),
+        torch.randn(4, 2, 5).permute(1, 2, 0),
+        torch.randn(2, 4, 3, 5).permute(0, 2, 3, 1),
+    ):
         check(nn.Linear(4, 3, bias=bias), reduction, x)
 
 
@@ -74,7 +78,7 @@ def test_reduced_inputs_are_padded_as_the_convolution_pads(mode: str) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode, stride=2).double()
     x = torch.randn(4, 2, 5, 6).double()
-    optimizer = KFAC(conv, lr=0., reduction='reduce')
+    optimizer = KFAC(conv, lr=0.0, reduction='reduce')
     loss_of(conv(x)).backward()
     optimizer.step()
     padded = F.unfold(F.pad(x, (1, 1, 1, 1), mode=mode), 3, stride=2).mean(2)
@@ -86,15 +90,26 @@ def test_reduced_inputs_are_padded_as_the_convolution_pads(mode: str) -> None:
 def test_calls_of_different_sizes_add_up(reduction: str) -> None:
     """Two calls of one module: every call's samples count."""
     torch.manual_seed(0)
-    check(nn.Conv2d(4, 4, 3, groups=2), reduction, torch.randn(2, 4, 5, 6),
-          torch.randn(3, 4, 3, 4), torch.randn(4, 4, 4))
+    check(
+        nn.Conv2d(4, 4, 3, groups=2),
+        reduction,
+        torch.randn(2, 4, 5, 6),
+        torch.randn(3, 4, 3, 4),
+        torch.randn(4, 4, 4),
+    )
     check(nn.Linear(4, 3, bias=False), reduction, torch.randn(2, 5, 4), torch.randn(3, 4))
 
 
 @pytest.mark.parametrize('reduction', REDUCTIONS)
-@pytest.mark.parametrize('make, shape', [
-    (lambda: nn.Linear(4, 3), (0, 4)), (lambda: nn.Linear(4, 3), (0, 7, 4)),
-    (lambda: nn.Conv2d(4, 4, 3, groups=2, padding=1), (0, 4, 5, 5))], ids=str)
+@pytest.mark.parametrize(
+    'make, shape',
+    [
+        (lambda: nn.Linear(4, 3), (0, 4)),
+        (lambda: nn.Linear(4, 3), (0, 7, 4)),
+        (lambda: nn.Conv2d(4, 4, 3, groups=2, padding=1), (0, 4, 5, 5)),
+    ],
+    ids=str,
+)
 def test_an_empty_batch(make: Any, shape: tuple[int, ...], reduction: str) -> None:
     """Alone it leaves no statistic, beside a full one it adds nothing."""
     torch.manual_seed(0)
@@ -112,14 +127,15 @@ def test_an_empty_batch(make: Any, shape: tuple[int, ...], reduction: str) -> No
 def test_samples_without_positions_beside_others(reduction: str) -> None:
     torch.manual_seed(0)
     module = nn.Linear(4, 3, bias=False).double()
-    optimizer = KFAC(module, lr=0., reduction=reduction)
+    optimizer = KFAC(module, lr=0.0, reduction=reduction)
     full = torch.randn(3, 4).double()
     (loss_of(module(full)) + module(torch.zeros(2, 0, 4).double()).sum()).backward()
     optimizer.step()
     right, _ = statistics(optimizer)
     assert right.isfinite().all()
-    torch.testing.assert_close(right[0] / right[0].norm(),
-                               full.t() @ full / (full.t() @ full).norm())
+    torch.testing.assert_close(
+        right[0] / right[0].norm(), full.t() @ full / (full.t() @ full).norm()
+    )
 
 
 @pytest.mark.parametrize('reduction', REDUCTIONS)
@@ -138,8 +154,9 @@ def test_accumulation_is_the_joint_batch(reduction: str) -> None:
         make_loss(x)(twin).backward()
         parts.step(), whole.step()
         for name in ('stem', 'depthwise', 'grouped', 'head'):
-            for a, b in zip(*(statistics(o, f'{name}.weight') for o in (parts, whole)),
-                            strict=True):
+            for a, b in zip(
+                *(statistics(o, f'{name}.weight') for o in (parts, whole)), strict=True
+            ):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
@@ -152,7 +169,7 @@ def test_two_ranks_are_the_joint_batch(reduction: str, monkeypatch: pytest.Monke
     for ranks in (1, 2):
         torch.manual_seed(0)
         module = nn.Conv2d(2, 3, 2).double()
-        optimizer = KFAC(module, lr=0., reduction=reduction)
+        optimizer = KFAC(module, lr=0.0, reduction=reduction)
         x = torch.randn(3, 2, 4, 5).double()
         if ranks == 2:
             monkeypatch.setattr(samples, 'world_size', lambda: 2)
@@ -167,16 +184,17 @@ def test_two_ranks_are_the_joint_batch(reduction: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize('reduction', ['expand', 'reduce'])
-@pytest.mark.parametrize('scale', [256., Scaler()], ids=['number', 'scaler'])
+@pytest.mark.parametrize('scale', [256.0, Scaler()], ids=['number', 'scaler'])
 def test_the_loss_scale_is_divided_out(scale: Any, reduction: str) -> None:
     found = []
     for given in (None, scale):
         torch.manual_seed(0)
         module = nn.Conv2d(2, 3, 2).double()
-        optimizer = KFAC(module, lr=0., reduction=reduction)
+        optimizer = KFAC(module, lr=0.0, reduction=reduction)
         optimizer.loss_scale = given
-        (loss_of(module(torch.randn(3, 2, 4, 4).double())) * (1. if given is None else 256.)
-         ).backward()
+        (
+            loss_of(module(torch.randn(3, 2, 4, 4).double())) * (1.0 if given is None else 256.0)
+        ).backward()
         optimizer.step()
         found.append(statistics(optimizer))
     for a, b in zip(*found, strict=True):
@@ -190,14 +208,15 @@ def test_products_are_at_least_float32(dtype: torch.dtype, reduction: str) -> No
     torch.manual_seed(0)
     module = nn.Linear(6, 4, bias=False).to(dtype)
     x = (100 * torch.randn(8, 3, 6)).to(dtype)
-    optimizer = KFAC(module, lr=0., reduction=reduction)
+    optimizer = KFAC(module, lr=0.0, reduction=reduction)
     (1e-4 * module(x)).sum().backward()
     optimizer.step()
     right, left = statistics(optimizer)
     assert right.dtype == left.dtype == torch.float32
     g = torch.full((24, 4), 1e-4, dtype=dtype).double()
-    g, a = (g[:8] * 3, x.double().mean(1)) if reduction == 'reduce' else (
-        g, x.double().reshape(24, 6))
+    g, a = (
+        (g[:8] * 3, x.double().mean(1)) if reduction == 'reduce' else (g, x.double().reshape(24, 6))
+    )
     torch.testing.assert_close(left[0].double(), len(g) * g.t() @ g, rtol=1e-5, atol=0)
     torch.testing.assert_close(right[0].double(), a.t() @ a / len(a), rtol=1e-5, atol=1e-2)
 
@@ -215,15 +234,16 @@ def test_recomputed_and_changed_in_place(kind: str, bias: bool, reduction: str) 
         plain = copy.deepcopy(module.double())
         out = plain(x)
         (g,) = torch.autograd.grad(loss_of(F.relu(out)), out)
-        left = 0.
+        left = 0.0
         for _, rows in positions(module, x, g):
             rows = rows.sum(1, keepdim=True) if reduction == 'reduce' else rows
             left = left + rows.mT @ rows
         count = 3 if reduction == 'reduce' else g.numel() // 3
-        optimizer = KFAC(module, lr=0., reduction=reduction)
+        optimizer = KFAC(module, lr=0.0, reduction=reduction)
         part = lambda x: F.relu(module(x), inplace=way == 'in place')
-        loss_of(checkpoint(part, x, use_reentrant=False) if way == 'checkpoint' else part(x)
-                ).backward()
+        loss_of(
+            checkpoint(part, x, use_reentrant=False) if way == 'checkpoint' else part(x)
+        ).backward()
         optimizer.step()
         right, found = statistics(optimizer)
         torch.testing.assert_close(right, slow(module, reduction, x.detach())[0])
@@ -239,7 +259,7 @@ def test_a_sample_is_a_row_of_the_first_dimension(bias: bool) -> None:
     for given in (x, x[:, torch.randperm(5)], x.repeat_interleave(2, 1)):
         torch.manual_seed(1)
         module = nn.Linear(6, 3, bias=bias).double()
-        optimizer = KFAC(module, lr=0., reduction='reduce')
+        optimizer = KFAC(module, lr=0.0, reduction='reduce')
         module(given).mean(1).square().sum().backward()
         optimizer.step()
         found.append(statistics(optimizer))

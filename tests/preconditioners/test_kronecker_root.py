@@ -33,8 +33,9 @@ DTYPES = [torch.float32, torch.float64]
 SEEDS = st.integers(0, 10**6)
 
 
-def both(make: Callable[[], nn.Module], rule: str, **settings: Any
-         ) -> tuple[nn.Module, PreconditionedOptimizer, ReferenceRoot]:
+def both(
+    make: Callable[[], nn.Module], rule: str, **settings: Any
+) -> tuple[nn.Module, PreconditionedOptimizer, ReferenceRoot]:
     torch.manual_seed(0)
     model = make().double()
     settings = EVERY | settings
@@ -48,6 +49,7 @@ def losses(make: Any) -> Callable[[int], list[Loss]]:
 
 # ------------------------------------------------------------------- trajectories
 
+
 @pytest.mark.parametrize('solver', ['newton_schulz', 'eigh'])
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('make', [Convs, Tokens])
@@ -57,11 +59,20 @@ def test_every_step_measures_and_refreshes(make: Any, rule: str, solver: str) ->
     follow(model, optimizer, reference, losses(make), 4 if make is Convs else 8)
 
 
-@pytest.mark.parametrize('options', [
-    dict(stat_interval=2, refresh_interval=4), dict(stat_interval=3, refresh_interval=3),
-    dict(refresh_interval=2, stat_decay=0.), dict(root_steps=1), dict(root_steps=4),
-    dict(root_steps=25), dict(damping=0.3, stat_decay=0.5),
-    dict(solver='eigh', damping=1e-8, refresh_interval=3)], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(stat_interval=2, refresh_interval=4),
+        dict(stat_interval=3, refresh_interval=3),
+        dict(refresh_interval=2, stat_decay=0.0),
+        dict(root_steps=1),
+        dict(root_steps=4),
+        dict(root_steps=25),
+        dict(damping=0.3, stat_decay=0.5),
+        dict(solver='eigh', damping=1e-8, refresh_interval=3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('rule', RULES)
 def test_settings(rule: str, options: dict[str, Any]) -> None:
     model, optimizer, reference = both(Tokens, rule, **options)
@@ -72,8 +83,13 @@ def test_settings(rule: str, options: dict[str, Any]) -> None:
 def test_a_layer_used_now_and_then(rule: str) -> None:
     """Zero rows are no capture, and a layer that joins late is refreshed at once."""
     model, optimizer, reference = both(Tokens, rule, stat_interval=2, refresh_interval=4)
-    follow(model, optimizer, reference,
-           lambda t: [make_loss(rows(t, features=6), use_second=t in (3, 6, 7, 9))], 11)
+    follow(
+        model,
+        optimizer,
+        reference,
+        lambda t: [make_loss(rows(t, features=6), use_second=t in (3, 6, 7, 9))],
+        11,
+    )
 
 
 @pytest.mark.parametrize('rule', RULES)
@@ -94,8 +110,12 @@ def test_accumulation(rule: str) -> None:
 
 @pytest.mark.parametrize('rule', RULES)
 def test_settings_of_single_parameters(rule: str) -> None:
-    overrides = {'first.bias': dict(lr=0.08, weight_decay=0.), 'last.weight': dict(damping=0.5),
-                 'second.weight': dict(precondition=False), 'third.bias': dict(precondition=False)}
+    overrides = {
+        'first.bias': dict(lr=0.08, weight_decay=0.0),
+        'last.weight': dict(damping=0.5),
+        'second.weight': dict(precondition=False),
+        'third.bias': dict(precondition=False),
+    }
     model = both(Tokens, rule)[0]
     reference = ReferenceRoot(plain_copy(model), **RULES[rule], overrides=overrides)
     groups = [dict(params=[p], **overrides.get(name, {})) for name, p in model.named_parameters()]
@@ -108,8 +128,11 @@ def test_preconditioned_is_adabk(rule: str) -> None:
     model, optimizer, _ = both(Tokens, rule)
     twin = plain_copy(model)
     kind = dict(type='SGDM') if rule == 'SGDMBK' else dict(type='AdamW', decay='published')
-    other = Preconditioned(twin, rule=kind | RULES[rule],
-                           layers=[dict(preconditioner=dict(type='KroneckerRoot', **EVERY))])
+    other = Preconditioned(
+        twin,
+        rule=kind | RULES[rule],
+        layers=[dict(preconditioner=dict(type='KroneckerRoot', **EVERY))],
+    )
     for step in range(5):
         for net, opt in ((model, optimizer), (twin, other)):
             opt.zero_grad()
@@ -142,12 +165,14 @@ def test_a_resumed_run_continues_bit_for_bit(solver: str, at: int) -> None:
 
 # ------------------------------------------------------------------- inverse roots
 
+
 def with_values(values: list[float] | Tensor, seed: int = 0) -> Tensor:
     """A symmetric matrix of these eigenvalues."""
     values = torch.as_tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator,
-                                        dtype=torch.float64))[0]
+    basis = torch.linalg.qr(
+        torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
+    )[0]
     return basis @ (values[:, None] * basis.mT)
 
 
@@ -162,7 +187,7 @@ def test_converged_roots_are_exact(n: int, seed: int, power: int) -> None:
     """Where no eigenvalue is below a hundredth of the trace, at any scale."""
     generator = torch.Generator().manual_seed(seed)
     values = 0.1 + torch.rand(n, generator=generator, dtype=torch.float64)
-    matrix = 10.**power * with_values(values, seed)
+    matrix = 10.0**power * with_values(values, seed)
     before = matrix.clone()
     root, good = newton_schulz_inverse_root(matrix)
     assert good.shape == () and bool(good) and torch.equal(matrix, before)
@@ -173,8 +198,7 @@ def test_converged_roots_are_exact(n: int, seed: int, power: int) -> None:
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(1, 8), SEEDS, st.integers(0, 12), st.floats(0, 8))
-def test_roots_follow_the_published_iteration(n: int, seed: int, steps: int,
-                                              spread: float) -> None:
+def test_roots_follow_the_published_iteration(n: int, seed: int, steps: int, spread: float) -> None:
     matrix = with_values(torch.logspace(-spread, 0, n), seed)
     root, good = newton_schulz_inverse_root(matrix, steps)
     wanted = newton_schulz(matrix, steps)
@@ -183,8 +207,9 @@ def test_roots_follow_the_published_iteration(n: int, seed: int, steps: int,
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('y, ratio', [(0.3, 1.), (1e-2, 1.), (1e-3, 0.976), (1e-4, 0.53),
-                                      (1e-5, 0.18)])
+@pytest.mark.parametrize(
+    'y, ratio', [(0.3, 1.0), (1e-2, 1.0), (1e-3, 0.976), (1e-4, 0.53), (1e-5, 0.18)]
+)
 def test_truncation_after_ten_steps(y: float, ratio: float, dtype: torch.dtype) -> None:
     """An eigenvalue of y times the trace, against its true root (spec 1.1)."""
     matrix = 7 * with_values([y, *[(1 - y) / 4] * 4])
@@ -206,16 +231,21 @@ def test_no_root_is_above_its_bound(n: int, seed: int, spread: float, steps: int
     assert torch.linalg.matrix_norm(root, 2) <= bound * (1 + 1e-6)
 
 
-BAD = {'zero': torch.zeros(3, 3), 'nan': torch.full((3, 3), float('nan')),
-       'infinite': torch.diag(torch.tensor([1., float('inf'), 1.])),
-       'negative': -torch.eye(3), 'no trace': torch.diag(torch.tensor([1., -1., 0.])),
-       'indefinite': torch.diag(torch.tensor([1., -0.5, 2.])),
-       'one nan': torch.eye(3).index_put((torch.tensor(1), torch.tensor(0)),
-                                         torch.tensor(float('nan')))}
+BAD = {
+    'zero': torch.zeros(3, 3),
+    'nan': torch.full((3, 3), float('nan')),
+    'infinite': torch.diag(torch.tensor([1.0, float('inf'), 1.0])),
+    'negative': -torch.eye(3),
+    'no trace': torch.diag(torch.tensor([1.0, -1.0, 0.0])),
+    'indefinite': torch.diag(torch.tensor([1.0, -0.5, 2.0])),
+    'one nan': torch.eye(3).index_put(
+        (torch.tensor(1), torch.tensor(0)), torch.tensor(float('nan'))
+    ),
+}
 
 
 def stack_with(bad: Tensor, dtype: torch.dtype) -> Tensor:
-    good = [with_values([1., 2., 3.], seed) for seed in (1, 2)]
+    good = [with_values([1.0, 2.0, 3.0], seed) for seed in (1, 2)]
     return torch.stack([good[0], bad.double(), good[1]]).to(dtype)[:, None]
 
 
@@ -226,15 +256,19 @@ def test_bad_matrices_among_good_ones_are_reported(name: str, dtype: torch.dtype
     for function in (newton_schulz_inverse_root, lambda m: inverse_power(m, 0.5)):
         roots, good = function(stack)
         assert good.tolist() == [[True], [False], [True]], function
-        torch.testing.assert_close(roots[[0, 2], 0].double(), torch.stack(
-            [exact_root(m) for m in stack[[0, 2], 0].double()]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            roots[[0, 2], 0].double(),
+            torch.stack([exact_root(m) for m in stack[[0, 2], 0].double()]),
+            rtol=1e-3,
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('negative', [0.01, 0.05])
 def test_a_somewhat_indefinite_matrix_is_reported(negative: float, dtype: torch.dtype) -> None:
     """Its iteration grows without bound, but ten steps are too few to overflow."""
-    roots, good = newton_schulz_inverse_root(with_values([1., -negative, 2.]).to(dtype))
+    roots, good = newton_schulz_inverse_root(with_values([1.0, -negative, 2.0]).to(dtype))
     assert not good or roots.abs().max() < 1.5**10
 
 
@@ -243,17 +277,24 @@ def test_a_somewhat_indefinite_matrix_is_reported(negative: float, dtype: torch.
 def test_a_refresh_reports_bad_statistics(name: str, solver: str) -> None:
     method = KroneckerRoot(solver=solver)
     fine = stack_with(torch.eye(3), torch.float64)
-    _, good = method.refresh(factors_of({'input_moment': stack_with(BAD[name], torch.float64),
-                                         'gradient_moment': fine}), None)
+    _, good = method.refresh(
+        factors_of({'input_moment': stack_with(BAD[name], torch.float64), 'gradient_moment': fine}),
+        None,
+    )
     assert good.tolist() == [True, False, True]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(1, 8), SEEDS, st.floats(0, 4), st.integers(-6, 6),
-       st.sampled_from([0.25, 0.5, 1., 1.5, 2.]))
+@given(
+    st.integers(1, 8),
+    SEEDS,
+    st.floats(0, 4),
+    st.integers(-6, 6),
+    st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0]),
+)
 def test_inverse_powers(n: int, seed: int, spread: float, power: int, exponent: float) -> None:
     """A^-p has A's eigenvectors and the powers of its eigenvalues."""
-    values = 10.**power * torch.logspace(-spread, 0, n, dtype=torch.float64)
+    values = 10.0**power * torch.logspace(-spread, 0, n, dtype=torch.float64)
     result, good = inverse_power(with_values(values, seed), exponent)
     wanted = with_values(values**-exponent, seed)
     assert bool(good) and result.shape == (n, n)
@@ -261,9 +302,9 @@ def test_inverse_powers(n: int, seed: int, spread: float, power: int, exponent: 
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('exponent', [0.25, 0.5, 1., 2.])
+@pytest.mark.parametrize('exponent', [0.25, 0.5, 1.0, 2.0])
 def test_inverse_powers_of_a_batch_are_those_of_each(exponent: float, dtype: torch.dtype) -> None:
-    stack = torch.stack([with_values([0.1, 1., 3., 4.], k) for k in range(6)]).to(dtype)
+    stack = torch.stack([with_values([0.1, 1.0, 3.0, 4.0], k) for k in range(6)]).to(dtype)
     stack = stack.reshape(3, 2, 4, 4)
     result, good = inverse_power(stack, exponent)
     roots, fine = newton_schulz_inverse_root(stack)
@@ -271,48 +312,91 @@ def test_inverse_powers_of_a_batch_are_those_of_each(exponent: float, dtype: tor
     assert result.dtype == roots.dtype == dtype
     for k in range(3):
         for b in range(2):
-            torch.testing.assert_close(result[k, b], inverse_power(stack[k, b], exponent)[0],
-                                       rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(roots[k, b], newton_schulz_inverse_root(stack[k, b])[0],
-                                       rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                result[k, b], inverse_power(stack[k, b], exponent)[0], rtol=1e-4, atol=1e-5
+            )
+            torch.testing.assert_close(
+                roots[k, b], newton_schulz_inverse_root(stack[k, b])[0], rtol=1e-4, atol=1e-5
+            )
 
 
 # ------------------------------------------------------------------- settings
+
 
 def test_default_settings() -> None:
     for kind in KINDS.values():
         optimizer = kind(nn.Linear(3, 2), lr=0.1)
         (method,) = {stack.method for stack in optimizer.curvature.stacks}
-        assert method == KroneckerRoot() == KroneckerRoot(
-            stat_interval=200, refresh_interval=2000, stat_decay=0.9, damping=1e-5,
-            solver='newton_schulz', root_steps=10)
+        assert (
+            method
+            == KroneckerRoot()
+            == KroneckerRoot(
+                stat_interval=200,
+                refresh_interval=2000,
+                stat_decay=0.9,
+                damping=1e-5,
+                solver='newton_schulz',
+                root_steps=10,
+            )
+        )
     assert optimizer.rule.decay == 'published'
-    assert optimizer.defaults == dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.)
+    assert optimizer.defaults == dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('name, value, remedy', [
-    ('solver', 'newton', 'newton_schulz, eigh'), ('solver', None, 'newton_schulz, eigh'),
-    ('root_steps', 0, 'at least 1'), ('root_steps', 10., 'at least 1'),
-    ('damping', 0., 'greater than 0'), ('damping', float('nan'), 'give a number'),
-    ('stat_decay', 1., 'less than 1'), ('stat_decay', -0.1, 'at least 0'),
-    ('stat_interval', 300, 'multiple'), ('refresh_interval', 100, 'stat_interval=200'),
-    ('max_dim', 0, 'at least 1'), ('oversize', 'crop', 'skip, one_sided'),
-    ('lr', -1., 'at least 0'), ('weight_decay', None, 'at least 0')])
+@pytest.mark.parametrize(
+    'name, value, remedy',
+    [
+        ('solver', 'newton', 'newton_schulz, eigh'),
+        ('solver', None, 'newton_schulz, eigh'),
+        ('root_steps', 0, 'at least 1'),
+        ('root_steps', 10.0, 'at least 1'),
+        ('damping', 0.0, 'greater than 0'),
+        ('damping', float('nan'), 'give a number'),
+        ('stat_decay', 1.0, 'less than 1'),
+        ('stat_decay', -0.1, 'at least 0'),
+        ('stat_interval', 300, 'multiple'),
+        ('refresh_interval', 100, 'stat_interval=200'),
+        ('max_dim', 0, 'at least 1'),
+        ('oversize', 'crop', 'skip, one_sided'),
+        ('lr', -1.0, 'at least 0'),
+        ('weight_decay', None, 'at least 0'),
+    ],
+)
 def test_values_out_of_range(kind: str, name: str, value: Any, remedy: str) -> None:
-    refused(ValueError, lambda: KINDS[kind](nn.Linear(2, 2), **{'lr': 0.1, name: value}), name,
-            remedy)
+    refused(
+        ValueError, lambda: KINDS[kind](nn.Linear(2, 2), **{'lr': 0.1, name: value}), name, remedy
+    )
 
 
-@pytest.mark.parametrize('kind, key', [
-    ('SGDMBK', 'betas'), ('AdamWBK', 'momentum'), ('SGDMBK', 'exponent'),
-    ('AdamWBK', 'newton_steps'), ('SGDMBK', 'damping_floor'), ('AdamWBK', 'decay')])
+@pytest.mark.parametrize(
+    'kind, key',
+    [
+        ('SGDMBK', 'betas'),
+        ('AdamWBK', 'momentum'),
+        ('SGDMBK', 'exponent'),
+        ('AdamWBK', 'newton_steps'),
+        ('SGDMBK', 'damping_floor'),
+        ('AdamWBK', 'decay'),
+    ],
+)
 def test_a_left_over_key_says_delete(kind: str, key: str) -> None:
-    refused(TypeError, lambda: KINDS[kind](nn.Linear(2, 2), lr=0.1, **{key: 1}), kind, key,
-            '`_delete_=True`', 'root_steps')
+    refused(
+        TypeError,
+        lambda: KINDS[kind](nn.Linear(2, 2), lr=0.1, **{key: 1}),
+        kind,
+        key,
+        '`_delete_=True`',
+        'root_steps',
+    )
 
 
 def test_a_model_and_its_parameters() -> None:
     for kind, cls in KINDS.items():
-        refused(ValueError, lambda: cls(nn.Linear(2, 2).parameters(), lr=0.1), kind, 'model=',
-                "constructor='PrecondOptimWrapperConstructor'")
+        refused(
+            ValueError,
+            lambda: cls(nn.Linear(2, 2).parameters(), lr=0.1),
+            kind,
+            'model=',
+            "constructor='PrecondOptimWrapperConstructor'",
+        )

@@ -16,7 +16,7 @@ from tests.support.networks import TokenNet, token_batches, train
 def moment_of(count: int, power: float, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(count, count, generator=generator).double())[0]
-    values = torch.arange(1, count + 1).double()**-power
+    values = torch.arange(1, count + 1).double() ** -power
     return (basis * values) @ basis.t()
 
 
@@ -36,7 +36,7 @@ def nystrom_inverse(moment: Tensor, test: Tensor, rho: float) -> Tensor:
 def official_inverse(captures: list[Tensor], tests: list[Tensor], rho: float) -> Tensor:
     """The published code's: sketches with different test matrices averaged, the last one's core,
     a shift in the core alone, the triangular solve on the wrong side, rho twice."""
-    decay, weight = 0.95, 0.
+    decay, weight = 0.95, 0.0
     sketch = torch.zeros_like(captures[0] @ tests[0])
     for capture, test in zip(captures, tests, strict=True):
         sketch = decay * sketch + (1 - decay) * capture @ test
@@ -47,8 +47,9 @@ def official_inverse(captures: list[Tensor], tests: list[Tensor], rho: float) ->
     shift = values.min().abs() + rho
     core = (vectors * (values + shift)) @ vectors.t()
     factor = torch.linalg.cholesky(core)
-    left, singular, _ = torch.linalg.svd(torch.linalg.solve(factor, shifted, left=False),
-                                         full_matrices=False)
+    left, singular, _ = torch.linalg.svd(
+        torch.linalg.solve(factor, shifted, left=False), full_matrices=False
+    )
     found = (singular**2 - shift).clamp_min(0)
     rest = torch.eye(len(left)).double() - left @ left.t()
     return (left / (found + rho)) @ left.t() + rest / rho
@@ -62,8 +63,9 @@ def test_the_error_falls_with_the_rank_and_the_published_forms_are_worse() -> No
         ours, theirs = [], []
         for seed in range(8):
             generator = torch.Generator().manual_seed(100 * rank + seed)
-            tests = [torch.randn(size, rank, generator=generator).double() / size**0.5
-                     for _ in range(6)]
+            tests = [
+                torch.randn(size, rank, generator=generator).double() / size**0.5 for _ in range(6)
+            ]
             ours.append(error(moment, nystrom_inverse(moment, tests[-1], rho), rho))
             theirs.append(error(moment, official_inverse([moment] * 6, tests, rho), rho))
         mean[rank] = [sum(ours) / 8, sum(theirs) / 8]
@@ -77,9 +79,9 @@ def test_the_error_falls_with_the_rank_and_the_published_forms_are_worse() -> No
 def test_the_trace_error_is_within_the_bound(rank: int) -> None:
     """Mean over draws: (1 + k / (m - k - 1)) times the eigenvalues after the k-th, any k."""
     size, draws = 40, 40
-    moment = moment_of(size, 1.)
+    moment = moment_of(size, 1.0)
     values = torch.linalg.eigvalsh(moment).flip(0)
-    total = 0.
+    total = 0.0
     for seed in range(draws):
         test = torch.randn(size, rank, generator=torch.Generator().manual_seed(seed)).double()
         columns = nystrom_columns((moment @ test)[None], test[None])[0]
@@ -95,8 +97,8 @@ def test_nysact_follows_its_sketch(sketch: str) -> None:
     model = TokenNet().double()
     dense, optimizer = copy.deepcopy(model), None
     options = dict(stat_interval=1, refresh_interval=1, damping=0.1)
-    optimizer = NysAct(model, lr=0., rank=6, sketch=sketch, **options)
-    whole = NysAct(dense, lr=0., rank=1000, **options)
+    optimizer = NysAct(model, lr=0.0, rank=6, sketch=sketch, **options)
+    whole = NysAct(dense, lr=0.0, rank=1000, **options)
     batches = token_batches(4)
     train(model, optimizer, batches)
     train(dense, whole, batches)

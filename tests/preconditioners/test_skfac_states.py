@@ -24,15 +24,27 @@ from tests.support.trajectories import make_loss
 
 # ------------------------------------------------------------------- state, odd batches
 
+
 def resumable(model: nn.Module, **settings: Any) -> SKFAC:
-    return SKFAC(model, lr=0.05, weight_decay=0.01,
-                 **dict(dict(stat_interval=1, refresh_interval=2, positions=3, max_columns=4),
-                        **settings))
+    return SKFAC(
+        model,
+        lr=0.05,
+        weight_decay=0.01,
+        **dict(dict(stat_interval=1, refresh_interval=2, positions=3, max_columns=4), **settings),
+    )
 
 
-@pytest.mark.parametrize('settings', [
-    {}, dict(reduction='reduce'), dict(max_columns=9), dict(damping_form='relative', damping=0.01),
-    dict(solver='inverse', stat_decay=0.9)], ids=str)
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        dict(reduction='reduce'),
+        dict(max_columns=9),
+        dict(damping_form='relative', damping=0.01),
+        dict(solver='inverse', stat_decay=0.9),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('at', [1, 4])
 def test_a_resumed_run_continues_bit_for_bit(at: int, settings: dict[str, Any]) -> None:
     """In float32, with more rows than slots, and a layer that is used from step 3 on."""
@@ -66,10 +78,12 @@ def test_a_state_loaded_after_draws_of_the_same_step_continues_bit_for_bit() -> 
     assert differences(everything(model, optimizer), everything(twin, again)) == []
 
 
-@pytest.mark.parametrize('settings', [dict(max_columns=3), dict(max_columns=300),
-                                      dict(reduction='reduce')], ids=str)
-def test_a_state_of_other_columns_is_measured_anew(settings: dict[str, Any],
-                                                   caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    'settings', [dict(max_columns=3), dict(max_columns=300), dict(reduction='reduce')], ids=str
+)
+def test_a_state_of_other_columns_is_measured_anew(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     model = Net()
     optimizer = resumable(model)
     train_net(model, optimizer, range(3))
@@ -104,24 +118,29 @@ def test_a_frozen_layer_costs_nothing_until_it_thaws() -> None:
     assert entry(optimizer, 'early.weight')['refreshes'] == 2
 
 
-EMPTY: list[Any] = [(lambda: nn.Linear(4, 3), (0, 4), (2, 4)),
-                    (lambda: nn.Linear(4, 3), (0, 7, 4), (2, 4)),
-                    (lambda: nn.Linear(4, 3), (2, 0, 4), (2, 3, 4)),
-                    (lambda: nn.Conv2d(4, 4, 3, groups=2), (0, 4, 5, 5), (2, 4, 3, 3))]
+EMPTY: list[Any] = [
+    (lambda: nn.Linear(4, 3), (0, 4), (2, 4)),
+    (lambda: nn.Linear(4, 3), (0, 7, 4), (2, 4)),
+    (lambda: nn.Linear(4, 3), (2, 0, 4), (2, 3, 4)),
+    (lambda: nn.Conv2d(4, 4, 3, groups=2), (0, 4, 5, 5), (2, 4, 3, 3)),
+]
 
 
 @pytest.mark.parametrize('make, shape, usual', EMPTY)
 @pytest.mark.parametrize('max_columns', [1, 100])
-def test_calls_without_rows(make: Any, shape: tuple[int, ...], usual: tuple[int, ...],
-                            max_columns: int) -> None:
+def test_calls_without_rows(
+    make: Any, shape: tuple[int, ...], usual: tuple[int, ...], max_columns: int
+) -> None:
     """Alone they leave no statistic, beside a full one they add nothing."""
     torch.manual_seed(0)
     module = make().double()
     empty, full = torch.zeros(shape).double(), torch.randn(usual).double()
     optimizer = measure(module, empty, make=SKFAC, max_columns=max_columns)
     assert optimizer.state_dict()['precond']['layers'] == {}
-    found = [factors(measure(copy.deepcopy(module), *inputs, make=SKFAC, max_columns=max_columns))
-             for inputs in ((full,), (empty, full), (full, empty))]
+    found = [
+        factors(measure(copy.deepcopy(module), *inputs, make=SKFAC, max_columns=max_columns))
+        for inputs in ((full,), (empty, full), (full, empty))
+    ]
     for other in found[1:]:
         close(other, found[0])
 
@@ -143,12 +162,18 @@ def test_a_sample_that_is_not_finite_is_dropped(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-@pytest.mark.parametrize('settings', [{}, dict(damping_form='relative'), dict(reduction='reduce'),
-                                      dict(scaling='norm_recovery')], ids=str)
+@pytest.mark.parametrize(
+    'settings',
+    [{}, dict(damping_form='relative'), dict(reduction='reduce'), dict(scaling='norm_recovery')],
+    ids=str,
+)
 def test_a_batch_of_one(settings: dict[str, Any], dtype: torch.dtype) -> None:
     """One row, with many more slots than rows; in a map of one position and of many."""
-    for module, shape in ((nn.Linear(30, 20), (1, 30)), (nn.Conv2d(8, 20, 3), (1, 8, 3, 3)),
-                          (nn.Conv2d(8, 40, 3, groups=2), (8, 4, 5))):
+    for module, shape in (
+        (nn.Linear(30, 20), (1, 30)),
+        (nn.Conv2d(8, 20, 3), (1, 8, 3, 3)),
+        (nn.Conv2d(8, 40, 3, groups=2), (8, 4, 5)),
+    ):
         module = module.to(dtype)
         optimizer = SKFAC(module, lr=0.1, max_columns=16, **EVERY, **settings)
         before = [p.detach().clone() for p in module.parameters()]
@@ -163,26 +188,41 @@ def test_a_batch_of_one(settings: dict[str, Any], dtype: torch.dtype) -> None:
 
 # ------------------------------------------------------------------- wrong settings
 
-@pytest.mark.parametrize('settings, fragments', [
-    (dict(stat_decay=0.5), ['stat_decay=0', "'woodbury'"]),
-    (dict(reduction='expand'), ["reduction='sample'", "'expand'"]),
-    (dict(positions=0), ['positions=0']), (dict(positions=2.), ['positions=2.0']),
-    (dict(max_columns=0), ['max_columns=0']), (dict(max_columns=True), ['max_columns=True']),
-    (dict(solver='lu'), ['inverse, woodbury'])], ids=str)
+
+@pytest.mark.parametrize(
+    'settings, fragments',
+    [
+        (dict(stat_decay=0.5), ['stat_decay=0', "'woodbury'"]),
+        (dict(reduction='expand'), ["reduction='sample'", "'expand'"]),
+        (dict(positions=0), ['positions=0']),
+        (dict(positions=2.0), ['positions=2.0']),
+        (dict(max_columns=0), ['max_columns=0']),
+        (dict(max_columns=True), ['max_columns=True']),
+        (dict(solver='lu'), ['inverse, woodbury']),
+    ],
+    ids=str,
+)
 def test_wrong_settings(settings: dict[str, Any], fragments: list[str]) -> None:
     refused(ValueError, lambda: SKFAC(nn.Linear(2, 2), lr=0.1, **settings), *fragments)
 
 
 def test_woodbury_needs_settings_of_its_own() -> None:
-    refused(ValueError, lambda: KFAC(nn.Linear(2, 2), lr=0.1, solver='woodbury'),
-            'stat_decay=0', "reduction='sample'", 'stat_decay=0.95', "reduction='expand'")
+    refused(
+        ValueError,
+        lambda: KFAC(nn.Linear(2, 2), lr=0.1, solver='woodbury'),
+        'stat_decay=0',
+        "reduction='sample'",
+        'stat_decay=0.95',
+        "reduction='expand'",
+    )
     for reduction in ('sample', 'reduce'):
-        KFAC(nn.Linear(2, 2), lr=0.1, solver='woodbury', stat_decay=0., reduction=reduction)
+        KFAC(nn.Linear(2, 2), lr=0.1, solver='woodbury', stat_decay=0.0, reduction=reduction)
 
 
 # ------------------------------------------------------------------- captures that serve
 
-@pytest.mark.parametrize('make', [SKFAC, lambda *a, **k: KFAC(*a, stat_decay=0., **k)])
+
+@pytest.mark.parametrize('make', [SKFAC, lambda *a, **k: KFAC(*a, stat_decay=0.0, **k)])
 def test_nothing_is_captured_between_refreshes(make: Any) -> None:
     model = Tall()
     optimizer = make(model, lr=0.01, stat_interval=1, refresh_interval=4)
@@ -196,6 +236,7 @@ def test_nothing_is_captured_between_refreshes(make: Any) -> None:
 
 # ------------------------------------------------------------------- precision, graphs
 
+
 @pytest.mark.parametrize('max_columns', [2, 100])
 @pytest.mark.parametrize('reduction', ['sample', 'reduce'])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -206,7 +247,7 @@ def test_statistics_are_float32(dtype: torch.dtype, reduction: str, max_columns:
         for module, shape in ((nn.Linear(6, 4), (3, 5, 6)), (nn.Conv2d(6, 4, 3), (3, 6, 5, 5))):
             module = module.to(dtype) if whole else module
             x = torch.randn(shape).to(dtype if whole else torch.float32)
-            optimizer = SKFAC(module, lr=0., reduction=reduction, max_columns=max_columns)
+            optimizer = SKFAC(module, lr=0.0, reduction=reduction, max_columns=max_columns)
             with torch.autocast('cpu', dtype, enabled=not whole):
                 out = module(x)
             assert out.dtype == dtype
@@ -217,16 +258,17 @@ def test_statistics_are_float32(dtype: torch.dtype, reduction: str, max_columns:
             assert all(f.isfinite().all() and f.norm() > 0 for f in factors(optimizer))
 
 
-@pytest.mark.parametrize('scale', [256., Scaler()], ids=['number', 'scaler'])
+@pytest.mark.parametrize('scale', [256.0, Scaler()], ids=['number', 'scaler'])
 def test_the_loss_scale_is_divided_out(scale: Any) -> None:
     found = []
     for given in (None, scale):
         torch.manual_seed(0)
         module = nn.Conv2d(2, 9, 3).double()
-        optimizer = SKFAC(module, lr=0., max_columns=5, positions=3)
+        optimizer = SKFAC(module, lr=0.0, max_columns=5, positions=3)
         optimizer.loss_scale = given
-        (loss_of(module(torch.randn(3, 2, 5, 5).double())) * (1. if given is None else 256.)
-         ).backward()
+        (
+            loss_of(module(torch.randn(3, 2, 5, 5).double())) * (1.0 if given is None else 256.0)
+        ).backward()
         optimizer.step()
         found.append(factors(optimizer))
     close(*found)
@@ -245,15 +287,26 @@ def test_layers_with_columns_of_their_own() -> None:
     """Several settings in one model, and the same for layers of one shape."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(20, 20) for _ in range(3)])
-    entries = [dict(match=dict(name=str(k)), preconditioner=dict(
-        type='FisherKronecker', solver='woodbury', stat_decay=0., reduction=reduction,
-        max_columns=columns)) for k, (reduction, columns) in enumerate(
-            [('sample', 4), ('reduce', 7), ('sample', 21)])]
+    entries = [
+        dict(
+            match=dict(name=str(k)),
+            preconditioner=dict(
+                type='FisherKronecker',
+                solver='woodbury',
+                stat_decay=0.0,
+                reduction=reduction,
+                max_columns=columns,
+            ),
+        )
+        for k, (reduction, columns) in enumerate([('sample', 4), ('reduce', 7), ('sample', 21)])
+    ]
     optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=0.1), layers=entries)
     loss_of(model(torch.randn(3, 5, 20))).backward()
     optimizer.step()
-    shapes = [[tuple(v.shape) for v in entry(optimizer, f'{k}.weight')['operator'].values()]
-              for k in range(3)]
+    shapes = [
+        [tuple(v.shape) for v in entry(optimizer, f'{k}.weight')['operator'].values()]
+        for k in range(3)
+    ]
     assert [sorted(s)[-1][-1] for s in shapes] == [4, 7, 21] and len(shapes[2]) == 2
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -270,7 +323,7 @@ def test_graphs_of_other_kinds(way: str) -> None:
             module = copy.deepcopy(module).double()
             for p in module.parameters():
                 nn.init.normal_(p)
-            optimizer = SKFAC(module, lr=0., max_columns=4, positions=3)
+            optimizer = SKFAC(module, lr=0.0, max_columns=4, positions=3)
             part = lambda x: F.relu(module(x), inplace=kind == 'in place')
             if kind == 'extra forward':
                 module(x)

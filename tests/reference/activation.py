@@ -25,9 +25,10 @@ def mac(inputs: list[Tensor], gradients: list[Tensor], s: dict[str, Any]) -> Ope
     inverse = s['damping'] * torch.linalg.inv(matrix)
     if not s.get('output'):
         return lambda g: g @ inverse
-    scale = [len(rows) if s.get('gradient_scale', 'rows') == 'rows' else 1. for rows in gradients]
-    squares = [(factor * rows).square().mean(0)
-               for factor, rows in zip(scale, gradients, strict=True)]
+    scale = [len(rows) if s.get('gradient_scale', 'rows') == 'rows' else 1.0 for rows in gradients]
+    squares = [
+        (factor * rows).square().mean(0) for factor, rows in zip(scale, gradients, strict=True)
+    ]
     z = torch.diag(1 / (weighted_mean(squares, s['stat_decay']) + s['damping']))
     return lambda g: z @ g @ inverse
 
@@ -35,21 +36,25 @@ def mac(inputs: list[Tensor], gradients: list[Tensor], s: dict[str, Any]) -> Ope
 def nysact(inputs: list[Tensor], gradients: list[Tensor], s: dict[str, Any]) -> Operator:
     """G (R + rho I)^-1 of the whole R."""
     moment = weighted_mean([rows.t() @ rows / len(rows) for rows in inputs], s['stat_decay'])
-    return lambda g: g @ torch.linalg.inv(moment + s['damping'] * torch.eye(len(moment),
-                                                                            dtype=moment.dtype))
+    return lambda g: (
+        g @ torch.linalg.inv(moment + s['damping'] * torch.eye(len(moment), dtype=moment.dtype))
+    )
 
 
 def adaact(inputs: list[Tensor], gradients: list[Tensor], s: dict[str, Any]) -> Operator:
     """D / sqrt(v), column by column."""
     square = weighted_mean([rows.square().mean(0) for rows in inputs], s['stat_decay'])
-    return lambda d: torch.stack([column / (v.sqrt() + s['eps'])
-                                  for column, v in zip(d.unbind(1), square, strict=True)], 1)
+    return lambda d: torch.stack(
+        [column / (v.sqrt() + s['eps']) for column, v in zip(d.unbind(1), square, strict=True)], 1
+    )
 
 
 def from_ones(samples: list[Tensor], s: dict[str, Any]) -> Tensor:
     """AdaFisher's averages: of samples between 0 and 1, from ones."""
     gamma = s['stat_decay']
-    old, new = (gamma, 1 - gamma) if s.get('ema', 'paper') == 'paper' else (.1 * gamma, .01 * gamma)
+    old, new = (
+        (gamma, 1 - gamma) if s.get('ema', 'paper') == 'paper' else (0.1 * gamma, 0.01 * gamma)
+    )
     value = torch.ones_like(samples[0])
     for sample in samples:
         spread = sample.max() - sample.min()
@@ -78,12 +83,19 @@ class ReferenceActivation:
         settings: lr, momentum, weight_decay, decay ('added' or 'decoupled') and the method's.
     """
 
-    def __init__(self, model: nn.Module, method: Callable[..., Operator], after: bool = False,
-                 alone: Callable[[list[Tensor], dict[str, Any]], Tensor] | None = None,
-                 **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Callable[..., Operator],
+        after: bool = False,
+        alone: Callable[[list[Tensor], dict[str, Any]], Tensor] | None = None,
+        **settings: Any,
+    ) -> None:
         self.model, self.method, self.after, self.alone = model, method, after, alone
-        self.settings = dict(momentum=0.9, weight_decay=0., stat_interval=1, refresh_interval=1,
-                             decay='added') | settings
+        self.settings = (
+            dict(momentum=0.9, weight_decay=0.0, stat_interval=1, refresh_interval=1, decay='added')
+            | settings
+        )
         self.t = 0
         self.inputs: dict[Tensor, list[Tensor]] = {}
         self.gradients: dict[Tensor, list[Tensor]] = {}
@@ -113,8 +125,9 @@ class ReferenceActivation:
             self._move(layers, joint, found)
         self.t += 1
 
-    def _move(self, layers: dict[Tensor, Any], joint: set[Tensor],
-              found: dict[Tensor, Tensor]) -> None:
+    def _move(
+        self, layers: dict[Tensor, Any], joint: set[Tensor], found: dict[Tensor, Tensor]
+    ) -> None:
         s = self.settings
         if not self.after:
             self._transform(layers, found)
@@ -124,8 +137,9 @@ class ReferenceActivation:
         for p, g in found.items():
             self.history.setdefault(p, []).append(g.clone())
             if not self.after:
-                steps[p] = sum(s['momentum']**age * old
-                               for age, old in enumerate(reversed(self.history[p])))
+                steps[p] = sum(
+                    s['momentum'] ** age * old for age, old in enumerate(reversed(self.history[p]))
+                )
             elif p in joint or self.alone is not None:
                 steps[p] = weighted_mean(self.history[p], s['momentum'])
             else:

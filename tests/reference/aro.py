@@ -9,7 +9,7 @@ from tests.reference.rules import ReferenceAdamW
 
 
 def unit(vector: Tensor) -> Tensor:
-    norm = sum(float(x)**2 for x in vector)**0.5
+    norm = sum(float(x) ** 2 for x in vector) ** 0.5
     return vector / norm if norm else vector
 
 
@@ -25,8 +25,11 @@ def sinkhorn(matrix: Tensor) -> Tensor:
     return matrix
 
 
-NORMS = {'sinkhorn': sinkhorn, 'row_norm': lambda x: rows_to(x, x.shape[1]**0.5),
-         'sign': lambda x: (x > 0).double() - (x < 0).double()}
+NORMS = {
+    'sinkhorn': sinkhorn,
+    'row_norm': lambda x: rows_to(x, x.shape[1] ** 0.5),
+    'sign': lambda x: (x > 0).double() - (x < 0).double(),
+}
 
 
 def without_noise(matrix: Tensor) -> Tensor:
@@ -71,8 +74,9 @@ def q_factor(m: Tensor, x: Tensor) -> Tensor:
 class ReferenceARO(ReferenceAdamW):
     """Matrices by ARO, all else by AdamW."""
 
-    def __init__(self, momentum: float, betas: tuple[float, float], eps: float, norm: str,
-                 side: str) -> None:
+    def __init__(
+        self, momentum: float, betas: tuple[float, float], eps: float, norm: str, side: str
+    ) -> None:
         super().__init__(betas, eps)
         self.momentum, self.norm, self.side = momentum, NORMS[norm], side
         self.rotations: dict[Tensor, Tensor] = {}
@@ -85,8 +89,9 @@ class ReferenceARO(ReferenceAdamW):
         seen = self.history.setdefault(parameter, [])
         seen.append(direction.double().clone())
         ages = reversed(range(len(seen)))
-        total = sum((1 - self.momentum) * self.momentum**age * g
-                    for age, g in zip(ages, seen, strict=True))
+        total = sum(
+            (1 - self.momentum) * self.momentum**age * g for age, g in zip(ages, seen, strict=True)
+        )
         move = self.matrix(parameter, total.reshape(len(total), -1))
         parameter.copy_((1 - lr * weight_decay) * parameter - lr * move.reshape(parameter.shape))
 

@@ -48,8 +48,9 @@ def slopes(row: Tensor, values: Tensor, along: Tensor) -> Tensor:
     return jacobian(lambda t: softmax(row + along @ t) @ values, along.new_zeros(along.shape[1]))
 
 
-def reduction(function: Callable[[Tensor], Tensor], weight: Tensor, target: Tensor,
-              direction: Tensor) -> float:
+def reduction(
+    function: Callable[[Tensor], Tensor], weight: Tensor, target: Tensor, direction: Tensor
+) -> float:
     """What the best step along a direction takes off ||J D - target||^2, over ||target||^2.
 
     J is the Jacobian of the function at the weight: the linearised objective, in which the
@@ -88,7 +89,7 @@ class Block:
 
     @property
     def scale(self) -> float:
-        return self.weight.shape[1]**-0.5
+        return self.weight.shape[1] ** -0.5
 
     def qkv(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Q, K and V, each (heads, windows, n, d)."""
@@ -119,8 +120,16 @@ class Block:
         return reduction(self.output, self.weight, self.target, direction)
 
 
-def draw_block(seed: int, heads: int = 2, d: int = 3, n: int = 6, windows: int = 5,
-               sharp: float = 1., bias: bool = True, mask: bool = True) -> Block:
+def draw_block(
+    seed: int,
+    heads: int = 2,
+    d: int = 3,
+    n: int = 6,
+    windows: int = 5,
+    sharp: float = 1.0,
+    bias: bool = True,
+    mask: bool = True,
+) -> Block:
     """A random block; sharper weights make attention less uniform."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -132,12 +141,15 @@ def draw_block(seed: int, heads: int = 2, d: int = 3, n: int = 6, windows: int =
     if mask:
         # As a shifted window: two groups of tokens that do not see each other.
         group = torch.arange(n) < n // 3
-        offset[windows // 2:] += -100. * (group[:, None] != group)
+        offset[windows // 2 :] += -100.0 * (group[:, None] != group)
     mixing = draw(channels, channels) / channels**0.5 + torch.eye(channels)
-    return Block(inputs=(draw(windows, n, channels) + 0.5 * draw(channels)) @ mixing,
-                 weight=sharp * draw(3 * heads, d, channels) / channels**0.5,
-                 bias=0.3 * draw(3 * heads, d) * bias, offset=offset,
-                 target=draw(windows, n, channels))
+    return Block(
+        inputs=(draw(windows, n, channels) + 0.5 * draw(channels)) @ mixing,
+        weight=sharp * draw(3 * heads, d, channels) / channels**0.5,
+        bias=0.3 * draw(3 * heads, d) * bias,
+        offset=offset,
+        target=draw(windows, n, channels),
+    )
 
 
 def moment(rows: Tensor) -> Tensor:
@@ -152,8 +164,11 @@ def head_factors(block: Block, head: int) -> dict[str, Tensor]:
     """The statistics of one head, token by token: sums over windows and tokens."""
     logits, (q, k, v) = block.logits(block.weight), block.qkv(block.weight)
     d = q.shape[-1]
-    grams: dict[str, list[Tensor]] = {'query_curvature': [], 'key_curvature': [],
-                                      'key_feature_moment': []}
+    grams: dict[str, list[Tensor]] = {
+        'query_curvature': [],
+        'key_curvature': [],
+        'key_feature_moment': [],
+    }
     rows: dict[str, list[Tensor]] = {'query_moment': [], 'value_feature_moment': []}
     for w, x in enumerate(block.inputs):
         along = torch.cat([k[head, w], q[head, w], x], 1)
@@ -163,8 +178,9 @@ def head_factors(block: Block, head: int) -> dict[str, Tensor]:
                 kept.append(part.t() @ part)
             rows['query_moment'].append(q[head, w, i])
             rows['value_feature_moment'].append(softmax(row) @ x)
-    return ({name: torch.stack(parts).sum(0) for name, parts in grams.items()}
-            | {name: moment(torch.stack(parts)) for name, parts in rows.items()})
+    return {name: torch.stack(parts).sum(0) for name, parts in grams.items()} | {
+        name: moment(torch.stack(parts)) for name, parts in rows.items()
+    }
 
 
 def statistics(block: Block) -> dict[str, Tensor]:
@@ -214,8 +230,9 @@ def value_right(weight: Tensor, moment: Tensor, damping: float, shift: float) ->
     return torch.linalg.solve(outer, torch.linalg.solve(outer, inner).t())
 
 
-def directions(found: dict[str, Tensor], gradient: Tensor, variant: str, damping: float,
-               shift: float = 1e-4) -> Tensor:
+def directions(
+    found: dict[str, Tensor], gradient: Tensor, variant: str, damping: float, shift: float = 1e-4
+) -> Tensor:
     """Preconditioned gradients of W_Q, W_K, W_V, without norm recovery."""
     heads = len(gradient) // 3
     thesis = variant == 'thesis'
@@ -230,7 +247,7 @@ def directions(found: dict[str, Tensor], gradient: Tensor, variant: str, damping
             left = damped(found['query_moment'][head], damping)
             right = damped(found['key_feature_moment'][head], damping)
         elif thesis:
-            weight = found['weight'][2 * heads:].flatten(0, 1)
+            weight = found['weight'][2 * heads :].flatten(0, 1)
             left, right = eye, value_right(weight, found['output_moment'][0], damping, shift)
         else:
             left, right = eye, damped(found['value_feature_moment'][head], damping)

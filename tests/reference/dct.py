@@ -12,10 +12,15 @@ from tests.reference.rules import ReferenceAdamW
 
 def cosines(size: int) -> Tensor:
     """The basis entry by entry."""
-    basis = torch.tensor([[math.cos(math.pi * i * (2 * j + 1) / (2 * size)) for j in range(size)]
-                          for i in range(size)], dtype=torch.float64)
+    basis = torch.tensor(
+        [
+            [math.cos(math.pi * i * (2 * j + 1) / (2 * size)) for j in range(size)]
+            for i in range(size)
+        ],
+        dtype=torch.float64,
+    )
     basis[0] /= 2**0.5
-    return (2 / size)**0.5 * basis
+    return (2 / size) ** 0.5 * basis
 
 
 class ReferenceDCT(ReferenceAdamW):
@@ -25,8 +30,16 @@ class ReferenceDCT(ReferenceAdamW):
     without `rotate` those of the first, second, ... chosen column.
     """
 
-    def __init__(self, betas: tuple[float, float], eps: float, rank: int, interval: int,
-                 rotate: bool, feedback: bool, norm: str) -> None:
+    def __init__(
+        self,
+        betas: tuple[float, float],
+        eps: float,
+        rank: int,
+        interval: int,
+        rotate: bool,
+        feedback: bool,
+        norm: str,
+    ) -> None:
         super().__init__(betas, eps)
         self.rank, self.interval, self.rotate = rank, interval, rotate
         self.feedback, self.power = feedback, int(norm[1])
@@ -49,7 +62,7 @@ class ReferenceDCT(ReferenceAdamW):
         kept = self.kept.setdefault(key, dict(t=0, error=0 * a, places=[], moments={}))
         a = a + kept['error']
         if kept['t'] % self.interval == 0:
-            lengths = [float(((a @ q).abs()**self.power).sum()) for q in basis.T]
+            lengths = [float(((a @ q).abs() ** self.power).sum()) for q in basis.T]
             chosen = sorted(range(size), key=lambda j: -lengths[j])[:rank]
             kept['columns'] = sorted(chosen)
         kept['t'] += 1
@@ -60,9 +73,9 @@ class ReferenceDCT(ReferenceAdamW):
             name = j if self.rotate else place
             q = basis[:, j]
             m, v = old.get(name, (0 * a[:, 0], 0 * a[:, 0]))
-            m, v = b1 * m + (1 - b1) * (a @ q), b2 * v + (1 - b2) * (a @ q)**2
+            m, v = b1 * m + (1 - b1) * (a @ q), b2 * v + (1 - b2) * (a @ q) ** 2
             kept['moments'][name] = m, v
-            u = (m / (1 - b1**kept['t'])) / ((v / (1 - b2**kept['t'])).sqrt() + self.eps)
+            u = (m / (1 - b1 ** kept['t'])) / ((v / (1 - b2 ** kept['t'])).sqrt() + self.eps)
             move += torch.outer(u, q)
             seen += torch.outer(a @ q, q)
         if self.feedback:

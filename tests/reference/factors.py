@@ -64,7 +64,7 @@ def gradient_rows(module: nn.Module, gradient: Tensor) -> Tensor:
     columns = channels_first(gradient.double(), is_conv(module))
     blocks = blocks_of(module)
     split = len(columns) // blocks
-    return torch.stack([columns[b * split:(b + 1) * split].t() for b in range(blocks)])
+    return torch.stack([columns[b * split : (b + 1) * split].t() for b in range(blocks)])
 
 
 def second_moment(rows: Tensor) -> Tensor:
@@ -91,8 +91,12 @@ class Recorder:
             module.forward = self._noting(module, type(module).forward)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for module in self.modules:
             del module.forward
 
@@ -102,11 +106,13 @@ class Recorder:
             probe = torch.zeros_like(out, requires_grad=True)
             self.calls.append((module, inputs.detach().clone(), probe))
             return out + probe
+
         return noting
 
 
-def all_rows(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
-             joint: bool) -> tuple[Tensor, Tensor]:
+def all_rows(
+    model: nn.Module, losses: list[Loss], weight: nn.Parameter, joint: bool
+) -> tuple[Tensor, Tensor]:
     """Input rows (blocks, rows, i) and gradient rows (blocks, rows, o) of one weight.
 
     Args:
@@ -133,8 +139,9 @@ def all_rows(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
     return torch.cat(right, 1).detach(), torch.cat(left, 1).detach()
 
 
-def measure(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
-            joint: bool) -> tuple[Tensor, Tensor, int]:
+def measure(
+    model: nn.Module, losses: list[Loss], weight: nn.Parameter, joint: bool
+) -> tuple[Tensor, Tensor, int]:
     """R = sum x'x / rows and L = sum g'g over `all_rows`, and the rows."""
     right, left = all_rows(model, losses, weight, joint)
     count = right.shape[1]

@@ -51,9 +51,16 @@ class ReferenceFeature(ReferenceNKFAC):
         settings: As the optimizer's, all intervals 1 by default; exponent 2, 1, 1/2 or 1/4.
     """
 
-    def __init__(self, model: nn.Module, rule: ReferenceRule, lr: float, weight_decay: float = 0.,
-                 overrides: dict[str, dict[str, Any]] | None = None, **settings: Any) -> None:
-        settings = dict(exponent=1., norm_recovery=True) | settings
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: ReferenceRule,
+        lr: float,
+        weight_decay: float = 0.0,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
+        settings = dict(exponent=1.0, norm_recovery=True) | settings
         super().__init__(model, lr, weight_decay=weight_decay, overrides=overrides, **settings)
         self.rule = rule
 
@@ -61,12 +68,14 @@ class ReferenceFeature(ReferenceNKFAC):
         right, _, rows = measure(self.model, losses, weight, joint)
         if rows:
             blocks, _ = self.factors.setdefault(
-                weight, ([Feature(self.settings) for _ in right], []))
+                weight, ([Feature(self.settings) for _ in right], [])
+            )
             for feature, sample in zip(blocks, right, strict=True):
                 feature.merge(sample)
 
-    def _precondition(self, weight: nn.Parameter, module: nn.Module,
-                      gradients: dict[nn.Parameter, Tensor]) -> None:
+    def _precondition(
+        self, weight: nn.Parameter, module: nn.Module, gradients: dict[nn.Parameter, Tensor]
+    ) -> None:
         """V = G R^-exponent block by block on [W | b], norm recovery over the whole layer."""
         joint = self.is_joint(module)
         matrix = gradients[weight].reshape(len(weight), -1)
@@ -74,11 +83,15 @@ class ReferenceFeature(ReferenceNKFAC):
             column = gradients.get(module.bias, torch.zeros(len(weight), dtype=matrix.dtype))
             matrix = torch.cat([matrix, column[:, None]], dim=1)
         blocks, _ = self.factors[weight]
-        direction = torch.cat([piece @ block.inverse for piece, block
-                               in zip(matrix.chunk(len(blocks)), blocks, strict=True)])
+        direction = torch.cat(
+            [
+                piece @ block.inverse
+                for piece, block in zip(matrix.chunk(len(blocks)), blocks, strict=True)
+            ]
+        )
         if self.settings['norm_recovery'] and direction.any():
             direction = direction * matrix.norm() / direction.norm()
-        gradients[weight] = direction[:, :weight[0].numel()].reshape(weight.shape)
+        gradients[weight] = direction[:, : weight[0].numel()].reshape(weight.shape)
         if joint and module.bias in gradients:
             gradients[module.bias] = direction[:, -1]
 

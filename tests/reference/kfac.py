@@ -28,8 +28,9 @@ def samples_of(module: nn.Module, tensor: Tensor) -> list[Tensor]:
     return [tensor[None]] if tensor.dim() == unbatched else list(tensor.split(1))
 
 
-def kfac_factors(model: nn.Module, losses: list[Loss], weight: nn.Parameter, joint: bool,
-                 reduction: str) -> tuple[Tensor, Tensor, int]:
+def kfac_factors(
+    model: nn.Module, losses: list[Loss], weight: nn.Parameter, joint: bool, reduction: str
+) -> tuple[Tensor, Tensor, int]:
     """R = mean of x x', L = rows * sum of g g' of one weight over several losses, and the rows.
 
     The rows are those of all positions ('expand'), or one a sample: the mean of its positions'
@@ -76,10 +77,12 @@ class Block:
             amounts = [damping * power_iteration(factor) for factor in self.running]
         else:
             right, left = (float(torch.linalg.eigvalsh(factor).mean()) for factor in self.running)
-            pi = (right / left)**0.5
+            pi = (right / left) ** 0.5
             amounts = [pi * damping**0.5, damping**0.5 / pi]
-        self.inverses = [torch.linalg.inv(factor + amount * torch.eye(len(factor)).double())
-                         for factor, amount in zip(self.running, amounts, strict=True)]
+        self.inverses = [
+            torch.linalg.inv(factor + amount * torch.eye(len(factor)).double())
+            for factor, amount in zip(self.running, amounts, strict=True)
+        ]
         self.refreshes += 1
 
 
@@ -93,14 +96,29 @@ class ReferenceKFAC(ReferenceNKFAC):
         settings: As the optimizer's, all intervals 1 by default.
     """
 
-    def __init__(self, model: nn.Module, lr: float, momentum: float = 0.9,
-                 weight_decay: float = 0., overrides: dict[str, dict[str, Any]] | None = None,
-                 **settings: Any) -> None:
-        settings = dict(stat_decay=0.95, damping=0.03, damping_form='pi', reduction='expand',
-                        scaling='kl_clip', kl_clip=1e-3) | settings
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
+        settings = (
+            dict(
+                stat_decay=0.95,
+                damping=0.03,
+                damping_form='pi',
+                reduction='expand',
+                scaling='kl_clip',
+                kl_clip=1e-3,
+            )
+            | settings
+        )
         super().__init__(model, lr, momentum, weight_decay, overrides=overrides, **settings)
         self.blocks: dict[nn.Parameter, list[Block]] = {}
-        self.total, self.factor = 0., 1.  # of the last KL clip: sum lr^2 <V, G> before it, scale
+        self.total, self.factor = 0.0, 1.0  # of the last KL clip: sum lr^2 <V, G> before it, scale
 
     def step(self, *losses: Loss) -> None:
         """One step on the sum of the losses (several: micro-batches)."""
@@ -113,8 +131,9 @@ class ReferenceKFAC(ReferenceNKFAC):
                 for block in blocks:
                     block.refresh(self.option(weight, 'damping') or self.settings['damping'])
         trained = [p for p in self.names if p.requires_grad]
-        slopes = torch.autograd.grad(sum(loss(self.model) for loss in losses), trained,
-                                     allow_unused=True)
+        slopes = torch.autograd.grad(
+            sum(loss(self.model) for loss in losses), trained, allow_unused=True
+        )
         raw = {p: g for p, g in zip(trained, slopes, strict=True) if g is not None}
         directions = {}
         for weight in self.blocks:
@@ -128,16 +147,18 @@ class ReferenceKFAC(ReferenceNKFAC):
         self.t += 1
 
     def _capture(self, weight: nn.Parameter, joint: bool, losses: list[Loss]) -> None:
-        right, left, rows = kfac_factors(self.model, losses, weight, joint,
-                                         self.settings['reduction'])
+        right, left, rows = kfac_factors(
+            self.model, losses, weight, joint, self.settings['reduction']
+        )
         if rows == 0 or left.norm() == 0:
             return
         blocks = self.blocks.setdefault(weight, [Block(self.settings) for _ in right])
         for block, *samples in zip(blocks, right, left, strict=True):
             block.merge(*samples)
 
-    def _direction(self, weight: nn.Parameter, module: nn.Module,
-                   raw: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    def _direction(
+        self, weight: nn.Parameter, module: nn.Module, raw: dict[nn.Parameter, Tensor]
+    ) -> dict[nn.Parameter, Tensor]:
         """V = L^-1 G R^-1 block by block on [W | b]."""
         joint = self.is_joint(module)
         matrix = raw[weight].reshape(len(weight), -1)
@@ -153,17 +174,18 @@ class ReferenceKFAC(ReferenceNKFAC):
         direction = torch.cat(pieces)
         if self.settings['scaling'] == 'norm_recovery' and direction.any():
             direction = direction * (matrix.norm() / direction.norm())
-        found = {weight: direction[:, :weight[0].numel()].reshape(weight.shape)}
+        found = {weight: direction[:, : weight[0].numel()].reshape(weight.shape)}
         if joint and module.bias in raw:
             found[module.bias] = direction[:, -1]
         return found
 
-    def _clip(self, directions: dict[nn.Parameter, Tensor],
-              raw: dict[nn.Parameter, Tensor]) -> None:
-        self.total, self.factor = 0., 1.
+    def _clip(
+        self, directions: dict[nn.Parameter, Tensor], raw: dict[nn.Parameter, Tensor]
+    ) -> None:
+        self.total, self.factor = 0.0, 1.0
         for p, direction in directions.items():
-            self.total += self.option(p, 'lr')**2 * float((direction * raw[p]).sum())
+            self.total += self.option(p, 'lr') ** 2 * float((direction * raw[p]).sum())
         if self.total > self.settings['kl_clip']:
-            self.factor = (self.settings['kl_clip'] / self.total)**0.5
+            self.factor = (self.settings['kl_clip'] / self.total) ** 0.5
         for p in directions:
             directions[p] = directions[p] * self.factor

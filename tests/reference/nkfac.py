@@ -40,7 +40,7 @@ class Factor:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        self.running: Tensor | float = 0.
+        self.running: Tensor | float = 0.0
         self.inverse: Tensor | None = None
         self.refreshes = 0
 
@@ -71,15 +71,32 @@ class ReferenceNKFAC:
         settings: As the optimizer's, all intervals 1 by default.
     """
 
-    def __init__(self, model: nn.Module, lr: float, momentum: float = 0.9,
-                 weight_decay: float = 0., betas: tuple[float, float] | None = None,
-                 eps: float = 1e-8, overrides: dict[str, dict[str, Any]] | None = None,
-                 **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
         self.model, self.momentum, self.betas, self.eps = model, momentum, betas, eps
         self.defaults = dict(lr=lr, weight_decay=weight_decay)
         self.overrides = overrides or {}
-        self.settings = dict(stat_decay=0.95, damping=0.01, stat_interval=1, refresh_interval=1,
-                             exact_interval=500, newton_steps=1, solver='newton') | settings
+        self.settings = (
+            dict(
+                stat_decay=0.95,
+                damping=0.01,
+                stat_interval=1,
+                refresh_interval=1,
+                exact_interval=500,
+                newton_steps=1,
+                solver='newton',
+            )
+            | settings
+        )
         self.t = 0
         self.names = {p: name for name, p in model.named_parameters()}
         self.layers: dict[nn.Parameter, nn.Module] = {}
@@ -113,8 +130,9 @@ class ReferenceNKFAC:
                 for factor in [*sides[0], *sides[1]]:
                     factor.refresh(damping)
         trained = [p for p in self.names if p.requires_grad]
-        slopes = torch.autograd.grad(sum(loss(self.model) for loss in losses), trained,
-                                     allow_unused=True)
+        slopes = torch.autograd.grad(
+            sum(loss(self.model) for loss in losses), trained, allow_unused=True
+        )
         gradients = {p: g for p, g in zip(trained, slopes, strict=True) if g is not None}
         for weight in self.factors:
             if weight in gradients:
@@ -129,14 +147,17 @@ class ReferenceNKFAC:
         if rows == 0 or left.norm() == 0:
             return
         if weight not in self.factors:
-            self.factors[weight] = ([Factor(self.settings) for _ in left],
-                                    [Factor(self.settings) for _ in right])
+            self.factors[weight] = (
+                [Factor(self.settings) for _ in left],
+                [Factor(self.settings) for _ in right],
+            )
         for factors, samples in zip(self.factors[weight], (left, right), strict=True):
             for factor, sample in zip(factors, samples, strict=True):
                 factor.merge(sample)
 
-    def _precondition(self, weight: nn.Parameter, module: nn.Module,
-                      gradients: dict[nn.Parameter, Tensor]) -> None:
+    def _precondition(
+        self, weight: nn.Parameter, module: nn.Module, gradients: dict[nn.Parameter, Tensor]
+    ) -> None:
         """V = L^-1 G R^-1 block by block on [W | b], norm recovery over the whole layer."""
         joint = self.is_joint(module)
         matrix = gradients[weight].reshape(len(weight), -1)
@@ -144,11 +165,13 @@ class ReferenceNKFAC:
             column = gradients.get(module.bias, torch.zeros(len(weight), dtype=matrix.dtype))
             matrix = torch.cat([matrix, column[:, None]], dim=1)
         left, right = self.factors[weight]
-        pieces = [a.inverse @ piece @ b.inverse for a, piece, b
-                  in zip(left, matrix.chunk(len(left)), right, strict=True)]
+        pieces = [
+            a.inverse @ piece @ b.inverse
+            for a, piece, b in zip(left, matrix.chunk(len(left)), right, strict=True)
+        ]
         direction = torch.cat(pieces)
         direction = direction * (matrix.norm() / (direction.norm() + 1e-12))
-        gradients[weight] = direction[:, :weight[0].numel()].reshape(weight.shape)
+        gradients[weight] = direction[:, : weight[0].numel()].reshape(weight.shape)
         if joint and module.bias in gradients:
             gradients[module.bias] = direction[:, -1]
 
@@ -165,7 +188,7 @@ class ReferenceNKFAC:
         state['step'] += 1
         state['m'] = beta1 * state['m'] + (1 - beta1) * direction
         state['v'] = beta2 * state['v'] + (1 - beta2) * direction**2
-        first, second = 1 - beta1**state['step'], 1 - beta2**state['step']
+        first, second = 1 - beta1 ** state['step'], 1 - beta2 ** state['step']
         ratio = state['m'] / ((state['v'] / second).sqrt() + self.eps)
         decay = self.option(p, 'weight_decay')
         p -= self.option(p, 'lr') / first * (ratio + decay * p)

@@ -48,8 +48,9 @@ class ReferenceRoot(ReferenceNKFAC):
         right, left, rows = measure(self.model, losses, weight, joint)
         if rows == 0 or left.norm() == 0:
             return
-        sides = self.factors.setdefault(weight, ([Root(self.settings) for _ in left],
-                                                 [Root(self.settings) for _ in right]))
+        sides = self.factors.setdefault(
+            weight, ([Root(self.settings) for _ in left], [Root(self.settings) for _ in right])
+        )
         for factors, samples in zip(sides, (left, right), strict=True):
             for factor, sample in zip(factors, samples, strict=True):
                 factor.merge(sample)

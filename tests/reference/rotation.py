@@ -44,8 +44,9 @@ def iterated(matrix: Tensor, basis: Tensor) -> Tensor:
     return result
 
 
-def moments(model: nn.Module, losses: list[Loss], weight: nn.Parameter,
-            joint: bool) -> tuple[Tensor, Tensor]:
+def moments(
+    model: nn.Module, losses: list[Loss], weight: nn.Parameter, joint: bool
+) -> tuple[Tensor, Tensor]:
     """R and L as `factors.measure`, but for many rows at once where the layer is one block."""
     modules = [m for m in model.modules() if getattr(m, 'weight', None) is weight]
     if blocks_of(modules[0]) > 1 or getattr(modules[0], 'padding_mode', 'zeros') != 'zeros':
@@ -82,8 +83,11 @@ class Side:
         if not self.kept:
             return
         mean = sum(self.captures) / len(self.captures)
-        new = (iterated(mean, self.basis) if self.solver == 'qr' and self.refreshes
-               else torch.linalg.svd(mean)[0])
+        new = (
+            iterated(mean, self.basis)
+            if self.solver == 'qr' and self.refreshes
+            else torch.linalg.svd(mean)[0]
+        )
         new = assigned(new, self.basis)
         self.turns.append(self.basis.t() @ new)
         self.basis = new
@@ -113,12 +117,27 @@ class ReferenceRotation(ReferenceNKFAC):
         settings: As the optimizer's, all intervals 1 by default.
     """
 
-    def __init__(self, model: nn.Module, lr: float, betas: tuple[float, ...], eps: float = 1e-8,
-                 weight_decay: float = 0., rule: str = 'AdamW',
-                 overrides: dict[str, dict[str, Any]] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        betas: tuple[float, ...],
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rule: str = 'AdamW',
+        overrides: dict[str, dict[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
         settings = dict(basis_solver='eigh', rotate_moments=True, max_dim=8192) | settings
-        super().__init__(model, lr, weight_decay=weight_decay, betas=betas, eps=eps,
-                         overrides=overrides, **settings)
+        super().__init__(
+            model,
+            lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            eps=eps,
+            overrides=overrides,
+            **settings,
+        )
         self.rule = rule
         self.sides: dict[nn.Parameter, tuple[list[Side], list[Side]]] = {}
         self.history: dict[nn.Parameter, list[Seen]] = {}
@@ -134,8 +153,9 @@ class ReferenceRotation(ReferenceNKFAC):
                 for side in (*sides[0], *sides[1]):
                     side.refresh()
         trained = [p for p in self.names if p.requires_grad]
-        slopes = torch.autograd.grad(sum(loss(self.model) for loss in losses), trained,
-                                     allow_unused=True)
+        slopes = torch.autograd.grad(
+            sum(loss(self.model) for loss in losses), trained, allow_unused=True
+        )
         gradients = {p: g for p, g in zip(trained, slopes, strict=True) if g is not None}
         with torch.no_grad():
             biases = {m.bias for w, m in self.layers.items() if self.is_joint(m) and w in gradients}
@@ -149,8 +169,10 @@ class ReferenceRotation(ReferenceNKFAC):
             return
         if weight not in self.sides:
             solver, most = self.settings['basis_solver'], self.settings['max_dim']
-            self.sides[weight] = tuple([Side(len(block), solver, len(block) <= most)
-                                        for block in sample] for sample in (left, right))
+            self.sides[weight] = tuple(
+                [Side(len(block), solver, len(block) <= most) for block in sample]
+                for sample in (left, right)
+            )
         for sides, sample in zip(self.sides[weight], (left, right), strict=True):
             for side, block in zip(sides, sample, strict=True):
                 side.captures.append(block)
@@ -168,8 +190,9 @@ class ReferenceRotation(ReferenceNKFAC):
             left, right = (torch.stack([s.basis for s in sides]) for sides in self.sides[p])
             turns = max(len(s.turns) for sides in self.sides[p] for s in sides)
         else:
-            left, right = (torch.eye(n).double().repeat(len(pieces), 1, 1)
-                           for n in pieces.shape[1:])
+            left, right = (
+                torch.eye(n).double().repeat(len(pieces), 1, 1) for n in pieces.shape[1:]
+            )
             turns = 0
         seen = self.history.setdefault(p, [])
         seen.append(Seen(pieces, left, right, turns))
@@ -184,8 +207,10 @@ class ReferenceRotation(ReferenceNKFAC):
         if self.settings['rotate_moments']:
             # Raw gradients in one basis; squares in that of their own step, spread since then.
             linear = [seen[-1].turn(s.gradient) for s in seen]
-            own = [(s.turn(s.gradient), s.turn(before.gradient))
-                   for s, before in zip(seen, [seen[0], *seen], strict=False)]
+            own = [
+                (s.turn(s.gradient), s.turn(before.gradient))
+                for s, before in zip(seen, [seen[0], *seen], strict=False)
+            ]
         else:
             linear = [s.turn(s.gradient) for s in seen]
             own = list(zip(linear, [linear[0], *linear], strict=False))
@@ -194,21 +219,26 @@ class ReferenceRotation(ReferenceNKFAC):
             _, beta, square_beta = self.betas
             changes = [new - old for new, old in zip(linear, [linear[0], *linear], strict=False)]
             mean = mean + beta * weighted_mean(changes, beta)
-            squares = [(new + beta * (new - old))**2 for new, old in own]
+            squares = [(new + beta * (new - old)) ** 2 for new, old in own]
         else:
             square_beta = self.betas[1]
             squares = [new**2 for new, _ in own]
         if self.settings['rotate_moments']:
-            squares = [self._spread(p, s.turns, square)
-                       for s, square in zip(seen, squares, strict=True)]
+            squares = [
+                self._spread(p, s.turns, square) for s, square in zip(seen, squares, strict=True)
+            ]
         return mean / (weighted_mean(squares, square_beta).sqrt() + self.eps)
 
     def _spread(self, p: nn.Parameter, since: int, square: Tensor) -> Tensor:
         """A square after all changes of the basis since then, as if entries were uncorrelated."""
-        for k in range(since, max((len(side.turns) for sides in self.sides.get(p, ())
-                                   for side in sides), default=0)):
-            left, right = (torch.stack([s.turns[k] if s.turns else s.basis for s in sides])**2
-                           for sides in self.sides[p])
+        for k in range(
+            since,
+            max((len(side.turns) for sides in self.sides.get(p, ()) for side in sides), default=0),
+        ):
+            left, right = (
+                torch.stack([s.turns[k] if s.turns else s.basis for s in sides]) ** 2
+                for sides in self.sides[p]
+            )
             square = left.mT @ square @ right
         return square
 

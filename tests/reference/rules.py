@@ -77,7 +77,8 @@ class ReferenceAdan(ReferenceRule):
     def moved(self, p: Tensor, seen: list[Tensor], lr: float, weight_decay: float) -> Tensor:
         b1, b2, b3 = self.news
         changes = [new - old for new, old in zip(seen, [seen[0], *seen], strict=False)]
-        ahead = [(g + (1 - b2) * change)**2 for g, change in zip(seen, changes, strict=True)]
-        m, v, n = (weighted_mean(values, 1 - b) for values, b
-                   in ((seen, b1), (changes, b2), (ahead, b3)))
+        ahead = [(g + (1 - b2) * change) ** 2 for g, change in zip(seen, changes, strict=True)]
+        m, v, n = (
+            weighted_mean(values, 1 - b) for values, b in ((seen, b1), (changes, b2), (ahead, b3))
+        )
         return (p - lr * (m + (1 - b2) * v) / (n.sqrt() + self.eps)) / (1 + lr * weight_decay)

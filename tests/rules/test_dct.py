@@ -37,12 +37,22 @@ def test_the_basis_is_accurate_in_float32() -> None:
 @pytest.mark.parametrize('feedback', [False, True])
 @pytest.mark.parametrize('interval, rotate', [(1, True), (3, True), (2, False)])
 @pytest.mark.parametrize('rank', [1, 3])
-def test_it_follows_its_reference(rank: int, interval: int, rotate: bool, feedback: bool,
-                                  norm: str) -> None:
+def test_it_follows_its_reference(
+    rank: int, interval: int, rotate: bool, feedback: bool, norm: str
+) -> None:
     ours, theirs = parameters(SHAPES), parameters(SHAPES)
-    optimizer = DCTAdamW(ours, lr=0.1, betas=(0.7, 0.9), eps=1e-6, weight_decay=0.3, rank=rank,
-                         refresh_interval=interval, rotate_subspace=rotate,
-                         error_feedback=feedback, norm=norm)
+    optimizer = DCTAdamW(
+        ours,
+        lr=0.1,
+        betas=(0.7, 0.9),
+        eps=1e-6,
+        weight_decay=0.3,
+        rank=rank,
+        refresh_interval=interval,
+        rotate_subspace=rotate,
+        error_feedback=feedback,
+        norm=norm,
+    )
     reference = ReferenceDCT((0.7, 0.9), 1e-6, rank, interval, rotate, feedback, norm)
     chosen = set()
     for t in range(9):
@@ -57,10 +67,16 @@ def test_it_follows_its_reference(rank: int, interval: int, rotate: bool, feedba
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 7), st.integers(1, 7), st.sampled_from([0., 0.2]), st.booleans(),
-       st.integers(0, 99))
-def test_at_full_rank_it_is_adamw_in_the_basis(m: int, n: int, weight_decay: float,
-                                               feedback: bool, seed: int) -> None:
+@given(
+    st.integers(1, 7),
+    st.integers(1, 7),
+    st.sampled_from([0.0, 0.2]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_at_full_rank_it_is_adamw_in_the_basis(
+    m: int, n: int, weight_decay: float, feedback: bool, seed: int
+) -> None:
     """torch's AdamW on the turned parameter, whatever the rank beyond the smaller side."""
     start, wide = draw(m, n, seed=seed), m < n
     basis = cosines(min(m, n))
@@ -95,19 +111,28 @@ def test_the_largest_columns_are_chosen() -> None:
 @pytest.mark.parametrize('feedback', [False, True])
 def test_the_state_is_small(feedback: bool) -> None:
     m, n, r = 48, 64, 5
-    model = nn.ModuleList([nn.Linear(m, n, bias=False), nn.Linear(n, m, bias=False),
-                           nn.Conv2d(n // 4, m, 2, bias=False)])
+    model = nn.ModuleList(
+        [
+            nn.Linear(m, n, bias=False),
+            nn.Linear(n, m, bias=False),
+            nn.Conv2d(n // 4, m, 2, bias=False),
+        ]
+    )
     optimizer = DCTAdamW(model, lr=0.1, rank=r, error_feedback=feedback)
     for t in range(2):
-        step(optimizer, list(model.parameters()), [draw(*p.shape, seed=t, dtype=torch.float32)
-                                                   for p in model.parameters()])
+        step(
+            optimizer,
+            list(model.parameters()),
+            [draw(*p.shape, seed=t, dtype=torch.float32) for p in model.parameters()],
+        )
     for p in model.parameters():
         state = optimizer.state[p]
         kept = [v for v in state.values() if torch.is_tensor(v)]
         assert state['exp_avg'].shape == state['exp_avg_sq'].shape == (n, r)
         assert sum(t.numel() for t in kept) == 2 * n * r + r + feedback * m * n
         assert sum(t.untyped_storage().nbytes() for t in kept) == (
-            4 * 2 * n * r + 8 * r + 4 * feedback * m * n)
+            4 * 2 * n * r + 8 * r + 4 * feedback * m * n
+        )
     assert sum(b.numel() for b in optimizer.rule._bases.values()) == m**2  # one for all three
 
 
@@ -133,12 +158,21 @@ def test_large_matrices_take_adamw() -> None:
     assert '0 matrices' in DCTAdamW([mine], lr=0.1, max_dim=8).table()
 
 
-@pytest.mark.parametrize('name, value, remedy', [
-    ('lr', -1., 'at least 0'), ('betas', 0.9, 'write betas=(0.9, 0.999)'),
-    ('eps', -1., 'at least 0'), ('weight_decay', None, 'give a number'),
-    ('rank', 0, 'integer of at least 1'), ('rank', 2., 'integer of at least 1'),
-    ('refresh_interval', 0, 'integer of at least 1'), ('max_dim', 0, 'integer of at least 1'),
-    ('rotate_subspace', 1, 'neither True nor False'), ('norm', 'l3', 'l1, l2'),
-    ('error_feedback', None, 'neither True nor False')])
+@pytest.mark.parametrize(
+    'name, value, remedy',
+    [
+        ('lr', -1.0, 'at least 0'),
+        ('betas', 0.9, 'write betas=(0.9, 0.999)'),
+        ('eps', -1.0, 'at least 0'),
+        ('weight_decay', None, 'give a number'),
+        ('rank', 0, 'integer of at least 1'),
+        ('rank', 2.0, 'integer of at least 1'),
+        ('refresh_interval', 0, 'integer of at least 1'),
+        ('max_dim', 0, 'integer of at least 1'),
+        ('rotate_subspace', 1, 'neither True nor False'),
+        ('norm', 'l3', 'l1, l2'),
+        ('error_feedback', None, 'neither True nor False'),
+    ],
+)
 def test_wrong_values(name: str, value: Any, remedy: str) -> None:
     refused(ValueError, lambda: DCTAdamW(parameters(), **{'lr': 0.1, name: value}), name, remedy)

@@ -31,14 +31,16 @@ class Bare(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.free = nn.ParameterList(
-            torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES)
+            torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES
+        )
         self.layer = nn.Linear(2, 2).double().requires_grad_(False)
 
 
-def gradients(step: int, scale: float = 1.) -> list[Tensor]:
+def gradients(step: int, scale: float = 1.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(50 + step)
-    return [scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-            for shape in SHAPES]
+    return [
+        scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES
+    ]
 
 
 def give(model: Bare, values: Sequence[Tensor | None]) -> None:
@@ -61,8 +63,9 @@ def compare(ours: Bare, theirs: Bare, atol: float = 1e-12) -> None:
 
 # ------------------------------------------------------------------- torch's own
 
-@pytest.mark.parametrize('momentum', [0., 0.9])
-@pytest.mark.parametrize('weight_decay', [0., 0.1])
+
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+@pytest.mark.parametrize('weight_decay', [0.0, 0.1])
 def test_sgdm_is_torchs(momentum: float, weight_decay: float) -> None:
     hyper = dict(lr=0.1, momentum=momentum, weight_decay=weight_decay)
     model, other = Bare(), Bare()
@@ -74,13 +77,21 @@ def test_sgdm_is_torchs(momentum: float, weight_decay: float) -> None:
         compare(model, other)
 
 
-@pytest.mark.parametrize('hyper', [
-    {}, dict(weight_decay=0.1), dict(betas=(0.5, 0.7), eps=1e-3, weight_decay=1.),
-    dict(betas=(0., 0.9)), dict(betas=(0.9, 0.))], ids=str)
+@pytest.mark.parametrize(
+    'hyper',
+    [
+        {},
+        dict(weight_decay=0.1),
+        dict(betas=(0.5, 0.7), eps=1e-3, weight_decay=1.0),
+        dict(betas=(0.0, 0.9)),
+        dict(betas=(0.9, 0.0)),
+    ],
+    ids=str,
+)
 def test_decoupled_adamw_is_torchs(hyper: dict[str, Any]) -> None:
     model, other = Bare(), Bare()
     ours = optimizer_of(model, type='AdamW', lr=0.03, **hyper)
-    theirs = torch.optim.AdamW(other.free, lr=0.03, **{'weight_decay': 0., **hyper})
+    theirs = torch.optim.AdamW(other.free, lr=0.03, **{'weight_decay': 0.0, **hyper})
     for step in range(12):
         give(model, gradients(step)), give(other, gradients(step))
         ours.step(), theirs.step()
@@ -93,12 +104,12 @@ def test_published_decay_is_larger_by_the_bias_correction() -> None:
         moved = {}
         for decay in ('decoupled', 'published'):
             model = Bare()
-            optimizer = optimizer_of(model, type='AdamW', lr=0., weight_decay=0.2, decay=decay)
+            optimizer = optimizer_of(model, type='AdamW', lr=0.0, weight_decay=0.2, decay=decay)
             for step in range(last + 1):
-                optimizer.param_groups[0]['lr'] = 0.01 if step == last else 0.
+                optimizer.param_groups[0]['lr'] = 0.01 if step == last else 0.0
                 give(model, gradients(step)), optimizer.step()
             moved[decay] = [p.detach() for p in model.free]
-        extra = 0.01 * 0.2 * (1 / (1 - 0.9**(last + 1)) - 1)
+        extra = 0.01 * 0.2 * (1 / (1 - 0.9 ** (last + 1)) - 1)
         for start, plain, more in zip(Bare().free, *moved.values(), strict=True):
             torch.testing.assert_close(plain - more, extra * start.detach(), rtol=1e-9, atol=1e-15)
 
@@ -108,19 +119,19 @@ def test_published_decay_is_larger_by_the_bias_correction() -> None:
 REFERENCES = {
     'SGDM': (dict(momentum=0.7), lambda: ReferenceSGDM(0.7)),
     'AdamW': (dict(betas=(0.8, 0.95), eps=1e-7), lambda: ReferenceAdamW((0.8, 0.95), 1e-7)),
-    'Adan': (dict(betas=(0.8, 0.7, 0.95), eps=1e-4),
-             lambda: ReferenceAdan((0.8, 0.7, 0.95), 1e-4)),
+    'Adan': (dict(betas=(0.8, 0.7, 0.95), eps=1e-4), lambda: ReferenceAdan((0.8, 0.7, 0.95), 1e-4)),
     'default Adan': ({}, lambda: ReferenceAdan((0.98, 0.92, 0.99), 1e-8)),
 }
 
 
-@pytest.mark.parametrize('weight_decay', [0., 0.3])
+@pytest.mark.parametrize('weight_decay', [0.0, 0.3])
 @pytest.mark.parametrize('name', REFERENCES)
 def test_rules_follow_their_references(name: str, weight_decay: float) -> None:
     hyper, make = REFERENCES[name]
     model, other, reference = Bare(), Bare(), make()
-    optimizer = optimizer_of(model, type=name.split()[-1], lr=0.05, weight_decay=weight_decay,
-                             **hyper)
+    optimizer = optimizer_of(
+        model, type=name.split()[-1], lr=0.05, weight_decay=weight_decay, **hyper
+    )
     for step in range(15):
         give(model, gradients(step, 1 + step))
         optimizer.step()
@@ -134,13 +145,17 @@ def test_each_parameter_has_steps_and_settings_of_its_own(name: str) -> None:
     """Batches of one: lr and decay by group, parameters that start late or pause."""
     hyper, make = REFERENCES[name]
     model, other, reference = Bare(), Bare(), make()
-    rates, decays = (0.1, 0.02, 0.1, 0.05, 0., 0.1), (0., 0.2, 0., 0.2, 0.1, 0.3)
-    groups = [dict(params=[p], lr=lr, weight_decay=decay)
-              for p, lr, decay in zip(model.free, rates, decays, strict=True)]
-    optimizer = optimizer_of(model, *groups, type=name.split()[-1], lr=1., **hyper)
+    rates, decays = (0.1, 0.02, 0.1, 0.05, 0.0, 0.1), (0.0, 0.2, 0.0, 0.2, 0.1, 0.3)
+    groups = [
+        dict(params=[p], lr=lr, weight_decay=decay)
+        for p, lr, decay in zip(model.free, rates, decays, strict=True)
+    ]
+    optimizer = optimizer_of(model, *groups, type=name.split()[-1], lr=1.0, **hyper)
     for step in range(10):
-        values = [None if (k == 3 and step < 4) or (k == 0 and step % 3 == 1) else g
-                  for k, g in enumerate(gradients(step))]
+        values = [
+            None if (k == 3 and step < 4) or (k == 0 and step % 3 == 1) else g
+            for k, g in enumerate(gradients(step))
+        ]
         give(model, values)
         optimizer.step()
         for p, g, lr, decay in zip(other.free, values, rates, decays, strict=True):
@@ -164,30 +179,38 @@ def test_a_rate_that_changes_scales_the_step_alone() -> None:
 
 # ------------------------------------------------------------------- Adan
 
+
 def test_adans_first_step_has_no_difference() -> None:
     """Whatever the betas, its direction is g / (|g| + eps): that of Adam."""
-    for betas in ((0.98, 0.92, 0.99), (0.1, 0.2, 0.3), (0., 0., 0.)):
+    for betas in ((0.98, 0.92, 0.99), (0.1, 0.2, 0.3), (0.0, 0.0, 0.0)):
         model, before = Bare(), Bare()
         give(model, gradients(0))
         optimizer_of(model, type='Adan', lr=0.1, betas=betas).step()
         for a, b, g in zip(before.free, model.free, gradients(0), strict=True):
-            torch.testing.assert_close((a - b).detach(), 0.1 * g / (g.abs() + 1e-8), rtol=1e-10,
-                                       atol=1e-12)
+            torch.testing.assert_close(
+                (a - b).detach(), 0.1 * g / (g.abs() + 1e-8), rtol=1e-10, atol=1e-12
+            )
 
 
 def test_adans_decay_is_proximal() -> None:
     """A division, so that no decay however large turns a parameter around."""
     model, before = Bare(), Bare()
     give(model, [torch.zeros_like(p) for p in model.free])
-    optimizer_of(model, type='Adan', lr=0.5, weight_decay=100.).step()
+    optimizer_of(model, type='Adan', lr=0.5, weight_decay=100.0).step()
     for a, b in zip(before.free, model.free, strict=True):
         torch.testing.assert_close(b, a / 51, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize('foreach', [True, False])
-@pytest.mark.parametrize('hyper', [
-    dict(weight_decay=0.1), dict(weight_decay=0.), dict(betas=(0.7, 0.8, 0.9), eps=1e-3,
-                                                        weight_decay=1.)], ids=str)
+@pytest.mark.parametrize(
+    'hyper',
+    [
+        dict(weight_decay=0.1),
+        dict(weight_decay=0.0),
+        dict(betas=(0.7, 0.8, 0.9), eps=1e-3, weight_decay=1.0),
+    ],
+    ids=str,
+)
 def test_adan_is_mmpretrains(foreach: bool, hyper: dict[str, Any]) -> None:
     theirs = pytest.importorskip('mmpretrain.engine.optimizers.adan_t').Adan
     model, other = Bare(), Bare()
@@ -202,8 +225,9 @@ def test_adan_is_mmpretrains(foreach: bool, hyper: dict[str, Any]) -> None:
 def preconditioned(rule: str) -> tuple[nn.Module, PreconditionedOptimizer, ReferenceFeature]:
     model = Tokens().double()
     hyper, make = REFERENCES[rule]
-    optimizer = Preconditioned(model, layers=FEATURE, rule=dict(
-        type=rule.split()[-1], lr=0.01, weight_decay=0.1, **hyper))
+    optimizer = Preconditioned(
+        model, layers=FEATURE, rule=dict(type=rule.split()[-1], lr=0.01, weight_decay=0.1, **hyper)
+    )
     return model, optimizer, ReferenceFeature(plain_copy(model), make(), 0.01, 0.1)
 
 
@@ -227,8 +251,11 @@ def test_a_resumed_run_continues_bit_for_bit(rule: str, at: int) -> None:
 
     run(model, optimizer, range(at))
     twin = copy.deepcopy(model)
-    resumed = Preconditioned(twin, layers=FEATURE, rule=dict(
-        type=rule.split()[-1], lr=0.01, weight_decay=0.1, **REFERENCES[rule][0]))
+    resumed = Preconditioned(
+        twin,
+        layers=FEATURE,
+        rule=dict(type=rule.split()[-1], lr=0.01, weight_decay=0.1, **REFERENCES[rule][0]),
+    )
     resumed.load_state_dict(saved(optimizer.state_dict()))
     run(model, optimizer, range(at, 9)), run(twin, resumed, range(at, 9))
     assert differences(everything(model, optimizer), everything(twin, resumed)) == []
@@ -242,7 +269,7 @@ def test_adans_state_is_its_own() -> None:
         give(model, gradients(step))
         optimizer.step()
         for p, g in zip(other.free, gradients(step), strict=True):
-            reference.step(p, g, 0.1, 0.)
+            reference.step(p, g, 0.1, 0.0)
         for p in model.free:
             p.grad.zero_()
     compare(model, other)
@@ -261,6 +288,7 @@ def test_adan_copies_no_gradient_once_it_has_one(monkeypatch: pytest.MonkeyPatch
 
 # ------------------------------------------------------------------- settings
 
+
 def test_settings_of_ada_afopt() -> None:
     net = lambda: nn.Linear(3, 2)
     adan, adamw = AdaAFOpt(net(), 0.1, rule='Adan'), AdaAFOpt(net(), 0.1)
@@ -277,23 +305,34 @@ def test_settings_of_ada_afopt() -> None:
 @pytest.mark.parametrize('betas', [(0.9, 0.999), (0.9,), (0.9, 0.9, 0.9, 0.9), 0.9, None])
 def test_adan_takes_three_betas(betas: Any) -> None:
     remedy = 'write betas=(0.98, 0.92, 0.99)'
-    refused(ValueError, lambda: Preconditioned(
-        nn.Linear(2, 2), rule=dict(type='Adan', lr=0.1, betas=betas), layers=FEATURE), remedy)
+    refused(
+        ValueError,
+        lambda: Preconditioned(
+            nn.Linear(2, 2), rule=dict(type='Adan', lr=0.1, betas=betas), layers=FEATURE
+        ),
+        remedy,
+    )
     if betas is not None:  # there it means the default
-        refused(ValueError, lambda: AdaAFOpt(nn.Linear(2, 2), 0.1, betas=betas, rule='Adan'),
-                remedy)
+        refused(
+            ValueError, lambda: AdaAFOpt(nn.Linear(2, 2), 0.1, betas=betas, rule='Adan'), remedy
+        )
     three = dict(lr=0.1, betas=(0.9, 0.9, 0.9))
     refused(ValueError, lambda: FAdam(nn.Linear(2, 2), **three), 'write betas=(0.9, 0.999)')
 
 
-@pytest.mark.parametrize('beta', [1., -0.1, float('nan'), '0.9'])
+@pytest.mark.parametrize('beta', [1.0, -0.1, float('nan'), '0.9'])
 @pytest.mark.parametrize('position', range(3))
 def test_betas_out_of_range(position: int, beta: Any) -> None:
     betas = [0.9, 0.9, 0.9]
     betas[position] = beta
-    refused(ValueError, lambda: Preconditioned(
-        nn.Linear(2, 2), rule=dict(type='Adan', lr=0.1, betas=betas), layers=FEATURE),
-        f'betas={beta!r}', 'less than 1')
+    refused(
+        ValueError,
+        lambda: Preconditioned(
+            nn.Linear(2, 2), rule=dict(type='Adan', lr=0.1, betas=betas), layers=FEATURE
+        ),
+        f'betas={beta!r}',
+        'less than 1',
+    )
 
 
 @pytest.mark.parametrize('name', RULES)
@@ -309,4 +348,4 @@ def test_build_rule(name: str) -> None:
     for m, hyper in ((model, defaults), (other, lists)):
         optimizer = optimizer_of(m, type=name, **hyper)
         give(m, gradients(0)), optimizer.step()
-    compare(model, other, 0.)
+    compare(model, other, 0.0)

@@ -19,15 +19,19 @@ from tests.support.networks import ConvNet
 
 SETTINGS: dict[type[MatrixOptimizer], dict[str, Any]] = {
     ARO: dict(lr=0.02, weight_decay=0.1),
-    DCTAdamW: dict(lr=0.02, weight_decay=0.1, rank=3, refresh_interval=3, error_feedback=True)}
+    DCTAdamW: dict(lr=0.02, weight_decay=0.1, rank=3, refresh_interval=3, error_feedback=True),
+}
 both = pytest.mark.parametrize('kind', SETTINGS)
 SHAPES = ((5, 3, 2, 2), (5, 12), (5, 12), (12, 5), (5,), (12, 5), ())
 
 
 def run(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: range) -> None:
     for t in steps:
-        step(optimizer, params, [draw(*p.shape, seed=100 * t + k).to(p.dtype)
-                                 for k, p in enumerate(params)])
+        step(
+            optimizer,
+            params,
+            [draw(*p.shape, seed=100 * t + k).to(p.dtype) for k, p in enumerate(params)],
+        )
 
 
 @both
@@ -37,16 +41,20 @@ def test_the_rest_takes_torchs_adamw(kind: type[MatrixOptimizer], group: dict[st
     ours, theirs = parameters(shapes), parameters(shapes)
     hyper = SETTINGS[kind] | dict(betas=(0.7, 0.9), eps=1e-5)
     run(kind([dict(params=ours, **group)], **hyper), ours, range(6))
-    run(torch.optim.AdamW(theirs, lr=0.02, betas=(0.7, 0.9), eps=1e-5, weight_decay=0.1), theirs,
-        range(6))
+    run(
+        torch.optim.AdamW(theirs, lr=0.02, betas=(0.7, 0.9), eps=1e-5, weight_decay=0.1),
+        theirs,
+        range(6),
+    )
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
 @both
 @pytest.mark.parametrize('most', [None, 70, 1])
-def test_a_batch_is_its_members(kind: type[MatrixOptimizer], most: int | None,
-                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_its_members(
+    kind: type[MatrixOptimizer], most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     together, alone = parameters(SHAPES), parameters(SHAPES)
     if most:
         monkeypatch.setattr(matrix_rule, 'STACKED', most)
@@ -74,8 +82,9 @@ def test_parameters_of_one_batch_may_pause(kind: type[MatrixOptimizer]) -> None:
 
 
 @both
-def test_equal_matrices_take_one_decomposition(kind: type[MatrixOptimizer],
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_matrices_take_one_decomposition(
+    kind: type[MatrixOptimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[Any] = []
     for owner, name in ((torch.linalg, 'qr'), (Tensor, 'topk')):
         known = getattr(owner, name)
@@ -88,9 +97,11 @@ def test_equal_matrices_take_one_decomposition(kind: type[MatrixOptimizer],
 @both
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('at', [1, 4])
-def test_a_resumed_run_continues_bit_for_bit(kind: type[MatrixOptimizer], at: int,
-                                             dtype: torch.dtype, tmp_path: Any) -> None:
+def test_a_resumed_run_continues_bit_for_bit(
+    kind: type[MatrixOptimizer], at: int, dtype: torch.dtype, tmp_path: Any
+) -> None:
     """Half precision too: torch's own loading would round rotations, and columns beyond 256."""
+
     def make() -> list[nn.Parameter]:
         return [nn.Parameter(p.detach().to(dtype)) for p in parameters([*SHAPES, (300, 290)])]
 
@@ -110,9 +121,15 @@ def test_a_resumed_run_continues_bit_for_bit(kind: type[MatrixOptimizer], at: in
             if torch.is_tensor(value):
                 assert value.dtype == other.state[q][name].dtype
                 assert torch.equal(value, other.state[q][name])
-    assert all(torch.equal(a, b) for a, b in zip(  # nor does the loaded state change with the run
-        state['state'][0].values(), torch.load(tmp_path / 'state.pt', weights_only=True)[1]
-        ['state'][0].values(), strict=True) if torch.is_tensor(a))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(  # nor does the loaded state change with the run
+            state['state'][0].values(),
+            torch.load(tmp_path / 'state.pt', weights_only=True)[1]['state'][0].values(),
+            strict=True,
+        )
+        if torch.is_tensor(a)
+    )
 
 
 @both
@@ -123,12 +140,20 @@ def test_states_that_do_not_fit(kind: type[MatrixOptimizer]) -> None:
     state = optimizer.state_dict()
     remedy = 'set them as they were, or start afresh from the weights alone'
     changed = dict(max_dim=4) if kind is ARO else dict(rank=4)
-    refused(ValueError, lambda: kind(params, **SETTINGS[kind] | changed).load_state_dict(state),
-            '(5, 12)', remedy)
+    refused(
+        ValueError,
+        lambda: kind(params, **SETTINGS[kind] | changed).load_state_dict(state),
+        '(5, 12)',
+        remedy,
+    )
     plain = torch.optim.AdamW(params, lr=0.1)
     run(plain, params, range(2))
-    refused(ValueError, lambda: kind(params, **SETTINGS[kind]).load_state_dict(plain.state_dict()),
-            'another rule', 'start afresh')
+    refused(
+        ValueError,
+        lambda: kind(params, **SETTINGS[kind]).load_state_dict(plain.state_dict()),
+        'another rule',
+        'start afresh',
+    )
     other = parameters([(5, 12)])
     with pytest.raises(ValueError, match='parameter groups'):
         kind(other, **SETTINGS[kind]).load_state_dict(state)
@@ -180,8 +205,11 @@ def test_as_a_rule_of_preconditioned(kind: type[MatrixOptimizer]) -> None:
     first, loss = problem()
     frozen = nn.ModuleDict(dict(net=first, other=nn.Linear(2, 2)))  # never called
     second, loss_of_second = problem()
-    ours = Preconditioned(frozen, rule=rule, layers=[
-        dict(match=dict(name='other'), preconditioner=method), dict(preconditioner=None)])
+    ours = Preconditioned(
+        frozen,
+        rule=rule,
+        layers=[dict(match=dict(name='other'), preconditioner=method), dict(preconditioner=None)],
+    )
     theirs = kind(second, **SETTINGS[kind])
     for _ in range(5):
         for optimizer, evaluate in ((ours, loss), (theirs, loss_of_second)):
@@ -191,8 +219,7 @@ def test_as_a_rule_of_preconditioned(kind: type[MatrixOptimizer]) -> None:
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(p, q)
     model, loss = problem()
-    ours = Preconditioned(model, rule=rule | dict(max_dim=11), layers=[
-        dict(preconditioner=method)])
+    ours = Preconditioned(model, rule=rule | dict(max_dim=11), layers=[dict(preconditioner=method)])
     assert 'over max_dim=11: ' in ours.table() and 'conv2.weight (12 x 8 x 3 x 3)' in ours.table()
     start = loss().item()
     for _ in range(20):
@@ -200,15 +227,24 @@ def test_as_a_rule_of_preconditioned(kind: type[MatrixOptimizer]) -> None:
         loss().backward()
         ours.step()
     assert loss().item() < 0.9 * start
-    refused(ValueError, lambda: Preconditioned(problem()[0], rule=rule, layers=[
-        dict(preconditioner=dict(type='EigenRotation'))]), 'EigenRotation', kind.__name__, 'AdamW')
+    refused(
+        ValueError,
+        lambda: Preconditioned(
+            problem()[0], rule=rule, layers=[dict(preconditioner=dict(type='EigenRotation'))]
+        ),
+        'EigenRotation',
+        kind.__name__,
+        'AdamW',
+    )
 
 
 @both
 def test_the_table(kind: type[MatrixOptimizer]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Linear(6, 5), nn.Linear(5, 6, bias=False))
-    groups = [dict(params=[*model[0].parameters(), *model[1].parameters()]),
-              dict(params=model[2].parameters(), precondition=False)]
+    groups = [
+        dict(params=[*model[0].parameters(), *model[1].parameters()]),
+        dict(params=model[2].parameters(), precondition=False),
+    ]
     name = kind.__name__
     numbers = {ARO: 4 * (12 + 4) + 5 * (6 + 5), DCTAdamW: 2 * 12 * 4 + 4 + 2 * 6 * 5 + 5}
     kept = 4 * numbers[kind]
@@ -216,17 +252,27 @@ def test_the_table(kind: type[MatrixOptimizer]) -> None:
     assert lines == [
         f'2 matrices (78 numbers) take {name}, with {kept / 2**20:.1f} MB of state; 2 vectors and '
         'scalars take AdamW',
-        '1 matrices take AdamW, as precondition=False: 2.weight (6 x 5)']
+        '1 matrices take AdamW, as precondition=False: 2.weight (6 x 5)',
+    ]
     assert kind(groups, lr=0.1).table().endswith('one of 6 x 5')
     many = nn.ModuleList(nn.Linear(3, 2, bias=False) for _ in range(7))
-    assert kind([dict(params=many.parameters(), precondition=False)], lr=0.1,
-                model=many).table().endswith('4.weight (2 x 3) and 2 more')
+    assert (
+        kind([dict(params=many.parameters(), precondition=False)], lr=0.1, model=many)
+        .table()
+        .endswith('4.weight (2 x 3) and 2 more')
+    )
 
 
 @both
 def test_left_over_keys_say_delete(kind: type[MatrixOptimizer]) -> None:
-    refused(TypeError, lambda: kind(parameters(), lr=0.1, nesterov=True, foo=1), kind.__name__,
-            'foo, nesterov', 'it takes lr, ', '`_delete_=True`')
+    refused(
+        TypeError,
+        lambda: kind(parameters(), lr=0.1, nesterov=True, foo=1),
+        kind.__name__,
+        'foo, nesterov',
+        'it takes lr, ',
+        '`_delete_=True`',
+    )
     refused(ValueError, lambda: kind([], lr=0.1), 'empty parameter list')
 
 

@@ -29,10 +29,11 @@ SHAPES = ((3, 4), (3,), (), (2, 3, 2, 2))
 HYPER: dict[str, Any] = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, gamma=0.3)
 
 
-def tensors(seed: int, scale: float = 1.) -> list[Tensor]:
+def tensors(seed: int, scale: float = 1.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-            for shape in SHAPES]
+    return [
+        scale * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES
+    ]
 
 
 def parameters() -> list[nn.Parameter]:
@@ -45,8 +46,7 @@ def losses(count: int, seed: int = 5) -> list[float]:
     return [2 * 0.9**t + 0.03 * float(x) for t, x in enumerate(noise)]
 
 
-def step(optimizer: SOAA, params: list[nn.Parameter], gradients: list[Tensor],
-         loss: Any) -> None:
+def step(optimizer: SOAA, params: list[nn.Parameter], gradients: list[Tensor], loss: Any) -> None:
     for p, g in zip(params, gradients, strict=True):
         p.grad = g.clone()
     optimizer.loss = loss
@@ -54,12 +54,12 @@ def step(optimizer: SOAA, params: list[nn.Parameter], gradients: list[Tensor],
 
 
 @pytest.mark.parametrize('sums', ['global', 'parameter'])
-@pytest.mark.parametrize('scale', [3., 0.3, 0.01])
+@pytest.mark.parametrize('scale', [3.0, 0.3, 0.01])
 def test_every_step_is_the_references(scale: float, sums: str) -> None:
     ours, theirs = parameters(), [p.detach().clone() for p in parameters()]
     half = [dict(params=ours[:2]), dict(params=ours[2:])]  # two groups, one optimizer
-    optimizer = SOAA(half, total_steps=15, radius=4., sums=sums, **HYPER)
-    reference = ReferenceSOAA(theirs, d=4., total=15, per_parameter=sums == 'parameter', **HYPER)
+    optimizer = SOAA(half, total_steps=15, radius=4.0, sums=sums, **HYPER)
+    reference = ReferenceSOAA(theirs, d=4.0, total=15, per_parameter=sums == 'parameter', **HYPER)
     radii = set()
     for t, loss in enumerate(losses(15)):
         gradients = tensors(10 + t, scale)
@@ -75,7 +75,7 @@ def test_every_step_is_the_references(scale: float, sums: str) -> None:
 
 def test_groups_have_their_own_rates() -> None:
     ours, theirs = parameters(), parameters()
-    one = SOAA([dict(params=ours[:2]), dict(params=ours[2:], lr=0.)], total_steps=9, **HYPER)
+    one = SOAA([dict(params=ours[:2]), dict(params=ours[2:], lr=0.0)], total_steps=9, **HYPER)
     two = SOAA([dict(params=theirs[:2]), dict(params=theirs[2:])], total_steps=9, **HYPER)
     for t, loss in enumerate(losses(2)):
         step(one, ours, tensors(t), loss)
@@ -103,18 +103,22 @@ def test_small_gradients_take_adamw_with_its_rate_times_the_radius() -> None:
         step(optimizer, ours, gradients, loss)
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
-    assert radii[:2] == [10., 1.] and len(set(radii)) > 3
+    assert radii[:2] == [10.0, 1.0] and len(set(radii)) > 3
 
 
 hypothesis = pytest.importorskip('hypothesis')
 st = hypothesis.strategies
 
 
-@hypothesis.given(gamma=st.floats(0.01, 0.9), total=st.integers(1, 12),
-                  radius=st.floats(1e-3, 1e3), values=st.lists(
-                      st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=16))
-def test_the_radius_keeps_its_bounds(gamma: float, total: int, radius: float,
-                                     values: list[float]) -> None:
+@hypothesis.given(
+    gamma=st.floats(0.01, 0.9),
+    total=st.integers(1, 12),
+    radius=st.floats(1e-3, 1e3),
+    values=st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=16),
+)
+def test_the_radius_keeps_its_bounds(
+    gamma: float, total: int, radius: float, values: list[float]
+) -> None:
     """Whatever the losses are, past the end of the run too."""
     p = nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = SOAA([p], lr=0.1, gamma=gamma, total_steps=total, radius=radius)
@@ -122,33 +126,37 @@ def test_the_radius_keeps_its_bounds(gamma: float, total: int, radius: float,
     for t, loss in enumerate(values):
         before = float(optimizer.radius)
         step(optimizer, [p], [torch.full((3,), 0.1, dtype=torch.float64)], loss)
-        q = min(t / total, 1.)
+        q = min(t / total, 1.0)
         d = float(optimizer.radius)
         if torch.tensor(loss).isfinite() and abs(loss) < 1e100:
             moved = True
         if d != before:
-            assert (1 - gamma)**q * (1 - 1e-12) <= d <= (1 + gamma**q) * (1 + 1e-12)
+            assert (1 - gamma) ** q * (1 - 1e-12) <= d <= (1 + gamma**q) * (1 + 1e-12)
     if moved and len(values) == 1:
-        assert float(optimizer.radius) == 1.
+        assert float(optimizer.radius) == 1.0
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), torch.tensor(float('nan'))], ids=str)
-def test_a_loss_that_is_not_finite_leaves_the_radius(bad: Any,
-                                                     caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loss_that_is_not_finite_leaves_the_radius(
+    bad: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     ours, theirs = parameters(), parameters()
     one, two = (SOAA(p, total_steps=20, **HYPER) for p in (ours, theirs))
     for t in range(3):
         step(one, ours, tensors(t), losses(3)[t])
         step(two, theirs, tensors(t), losses(3)[t])
-    kept = {k: v for k, v in one.state_dict()['trust_region'].items()
-            if k in ('radius', 'loss', 'weight')}
+    kept = {
+        k: v
+        for k, v in one.state_dict()['trust_region'].items()
+        if k in ('radius', 'loss', 'weight')
+    }
     with caplog.at_level(logging.WARNING, 'mmprecond'):
         for t in range(3, 6):
             step(one, ours, tensors(t), bad)
     assert caplog.text.count('is not finite') == 1
     assert kept.items() <= one.state_dict()['trust_region'].items()
     for t in range(6, 9):
-        step(one, ours, tensors(t), 1.)
+        step(one, ours, tensors(t), 1.0)
     assert all(p.isfinite().all() for p in ours) and one.radius.isfinite()
     assert float(one.state_dict()['trust_region']['skipped']) == 3
 
@@ -156,9 +164,9 @@ def test_a_loss_that_is_not_finite_leaves_the_radius(bad: Any,
 def test_gradients_that_are_not_finite_leave_the_radius_finite() -> None:
     params = parameters()
     optimizer = SOAA(params, total_steps=20, **HYPER)
-    step(optimizer, params, tensors(0), 1.)
-    step(optimizer, params, [g * float('inf') for g in tensors(1)], 1.)
-    step(optimizer, params, tensors(2), 1.)
+    step(optimizer, params, tensors(0), 1.0)
+    step(optimizer, params, [g * float('inf') for g in tensors(1)], 1.0)
+    step(optimizer, params, tensors(2), 1.0)
     assert all(value.isfinite() for value in optimizer.rule.region.values())
 
 
@@ -187,22 +195,27 @@ def test_a_closure_tells_its_loss() -> None:
 def test_a_missing_loss_is_one_line_and_changes_nothing() -> None:
     params = parameters()
     optimizer = SOAA(params, total_steps=20)
-    step(optimizer, params, tensors(0), 1.)
+    step(optimizer, params, tensors(0), 1.0)
     before = [p.detach().clone() for p in params]
-    refused(ValueError, optimizer.step, 'optimizer.loss = loss', 'closure',
-            "constructor='PrecondOptimWrapperConstructor'")
+    refused(
+        ValueError,
+        optimizer.step,
+        'optimizer.loss = loss',
+        'closure',
+        "constructor='PrecondOptimWrapperConstructor'",
+    )
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     assert optimizer.t == 1
-    for bad in (torch.ones(2), 'low', [1.]):
+    for bad in (torch.ones(2), 'low', [1.0]):
         refused(ValueError, lambda: setattr(optimizer, 'loss', bad), 'loss')
 
 
 def test_a_missing_length_is_one_line() -> None:
     params = parameters()
     optimizer = SOAA(params)
-    refused(ValueError, lambda: step(optimizer, params, tensors(0), 1.), 'total_steps=...')
+    refused(ValueError, lambda: step(optimizer, params, tensors(0), 1.0), 'total_steps=...')
     optimizer.plan_steps(7)
-    step(optimizer, params, tensors(0), 1.)
+    step(optimizer, params, tensors(0), 1.0)
     assert optimizer.total_steps == 7
 
 
@@ -213,10 +226,23 @@ def test_the_loss_keeps_no_graph() -> None:
     assert not optimizer.loss.requires_grad
 
 
-@pytest.mark.parametrize('setting', [
-    dict(lr=-1.), dict(betas=(0.9, 1.)), dict(betas=(0.9,)), dict(eps=0.), dict(weight_decay=-1.),
-    dict(gamma=0.), dict(gamma=1.), dict(radius=0.), dict(total_steps=0), dict(total_steps=1.5),
-    dict(sums='layer')], ids=str)
+@pytest.mark.parametrize(
+    'setting',
+    [
+        dict(lr=-1.0),
+        dict(betas=(0.9, 1.0)),
+        dict(betas=(0.9,)),
+        dict(eps=0.0),
+        dict(weight_decay=-1.0),
+        dict(gamma=0.0),
+        dict(gamma=1.0),
+        dict(radius=0.0),
+        dict(total_steps=0),
+        dict(total_steps=1.5),
+        dict(sums='layer'),
+    ],
+    ids=str,
+)
 def test_settings_out_of_range(setting: dict[str, Any]) -> None:
     refused(ValueError, lambda: SOAA(parameters(), **setting), next(iter(setting)))
 
@@ -243,8 +269,11 @@ def test_resume_through_a_file(at: int, tmp_path: Path) -> None:
 def test_the_state_of_another_optimizer_is_refused() -> None:
     model = nn.Linear(3, 2)
     optimizer = SOAA(model, total_steps=9)
-    refused(ValueError, lambda: optimizer.load_state_dict(
-        AdaNKFAC(nn.Linear(3, 2), lr=0.1).state_dict()), 'another optimizer than SOAA')
+    refused(
+        ValueError,
+        lambda: optimizer.load_state_dict(AdaNKFAC(nn.Linear(3, 2), lr=0.1).state_dict()),
+        'another optimizer than SOAA',
+    )
 
 
 # ---------------------------------------------------------------- MMEngine
@@ -261,8 +290,9 @@ class Smooth(Classifier):
         self.norm = nn.GroupNorm(2, 6)
 
 
-def run_classifier(parts: int, rank: int | None = None, steps: int = 6,
-                   **optimizer: Any) -> tuple[dict[str, Tensor], SOAA]:
+def run_classifier(
+    parts: int, rank: int | None = None, steps: int = 6, **optimizer: Any
+) -> tuple[dict[str, Tensor], SOAA]:
     """Steps on batches of eight, in micro-batches, all of them or a rank's half."""
     from mmengine.model import MMDistributedDataParallel
 
@@ -274,8 +304,11 @@ def run_classifier(parts: int, rank: int | None = None, steps: int = 6,
     for seed in range(steps):
         data = batch(8, seed)
         mine = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
-        for xs, ys in zip(data['inputs'][mine].double().chunk(parts),
-                          data['data_samples'][mine].chunk(parts), strict=True):
+        for xs, ys in zip(
+            data['inputs'][mine].double().chunk(parts),
+            data['data_samples'][mine].chunk(parts),
+            strict=True,
+        ):
             wrapped.train_step(dict(inputs=xs, data_samples=ys), wrapper)
     return {name: p.detach() for name, p in model.named_parameters()}, wrapper.optimizer
 
@@ -307,43 +340,56 @@ def test_the_length_of_the_run() -> None:
 
 
 def test_the_wrapper_takes_the_loss_before_it_is_scaled(
-        amp_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    amp_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[float] = []
     adapt = TrustRegionAdam.adapt
-    monkeypatch.setattr(TrustRegionAdam, 'adapt', lambda self, loss, predicted: (
-        seen.append(float(loss)), adapt(self, loss, predicted))[1])
-    for scaled in (dict(), dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1024.)):
+    monkeypatch.setattr(
+        TrustRegionAdam,
+        'adapt',
+        lambda self, loss, predicted: (seen.append(float(loss)), adapt(self, loss, predicted))[1],
+    )
+    for scaled in (dict(), dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1024.0)):
         torch.manual_seed(0)
         model = Classifier()
-        wrapper = build(model, optimizer=dict(CONFIG, total_steps=9), accumulative_counts=2,
-                        **scaled)
+        wrapper = build(
+            model, optimizer=dict(CONFIG, total_steps=9), accumulative_counts=2, **scaled
+        )
         for seed in range(2):
             model.train_step(batch(seed=seed), wrapper)
     assert len(seen) == 2 and seen[1] == pytest.approx(seen[0], rel=0.02)
-    assert 1. < seen[0] < 2.  # about log 4
+    assert 1.0 < seen[0] < 2.0  # about log 4
 
 
 def test_an_overflow_step_leaves_everything(amp_on_cpu: None) -> None:
     model = Classifier()
-    wrapper = build(model, type='AmpOptimWrapper', dtype='bfloat16', loss_scale='dynamic',
-                    optimizer=dict(CONFIG, total_steps=9))
+    wrapper = build(
+        model,
+        type='AmpOptimWrapper',
+        dtype='bfloat16',
+        loss_scale='dynamic',
+        optimizer=dict(CONFIG, total_steps=9),
+    )
     bad = batch()
     bad['inputs'][0, 0, 0, 0] = float('inf')
     model.train_step(bad, wrapper)
     optimizer = wrapper.optimizer
-    assert optimizer.t == 0 and float(optimizer.radius) == 10.
+    assert optimizer.t == 0 and float(optimizer.radius) == 10.0
     assert not float(optimizer.rule.region['skipped'])
     model.norm.reset_running_stats()
     model.train_step(batch(), wrapper)
-    assert optimizer.t == 1 and float(optimizer.radius) == 1.
+    assert optimizer.t == 1 and float(optimizer.radius) == 1.0
 
 
 def test_without_our_constructor_the_error_names_it() -> None:
     model = Classifier()
     wrapper = build_optim_wrapper(model, dict(optimizer=dict(CONFIG, total_steps=9)))
     assert type(wrapper) is OptimWrapper
-    refused(ValueError, lambda: model.train_step(batch(), wrapper),
-            "constructor='PrecondOptimWrapperConstructor'")
+    refused(
+        ValueError,
+        lambda: model.train_step(batch(), wrapper),
+        "constructor='PrecondOptimWrapperConstructor'",
+    )
 
 
 def worker(rank: int, folder: str) -> None:
@@ -373,7 +419,7 @@ def test_left_over_keys_and_odd_groups() -> None:
     with pytest.raises(TypeError, match='_delete_=True'):
         SOAA([p], lr=0.1, momentum=0.9)
     optimizer = SOAA([dict(params=[]), dict(params=[p])], lr=0.1, total_steps=3)
-    p.grad, optimizer.loss = torch.ones(2), 1.
+    p.grad, optimizer.loss = torch.ones(2), 1.0
     optimizer.step()
     assert (p < 1).all()
 
@@ -381,7 +427,7 @@ def test_left_over_keys_and_odd_groups() -> None:
 def test_a_state_that_lacks_something_is_refused_before_anything_changes() -> None:
     params = parameters()
     optimizer = SOAA(params, total_steps=9, **HYPER)
-    step(optimizer, params, tensors(0), 1.)
+    step(optimizer, params, tensors(0), 1.0)
     state = copy.deepcopy(optimizer.state_dict())
     del state['trust_region']['predicted']
     before = copy.deepcopy(optimizer.state_dict())

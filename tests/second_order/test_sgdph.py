@@ -25,8 +25,10 @@ OPTIMIZER = dict(type='SGDPH', lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 def images(seed: int, count: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(count, 3, 6, 6, generator=generator).double(),
-            torch.randint(0, 10, (count,), generator=generator))
+    return (
+        torch.randn(count, 3, 6, 6, generator=generator).double(),
+        torch.randint(0, 10, (count,), generator=generator),
+    )
 
 
 def conv_net() -> nn.Module:
@@ -40,8 +42,11 @@ def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
 
 
 def diagonals(optimizer: SGDPH, model: nn.Module) -> dict[str, Tensor]:
-    return {name: optimizer.state[p]['hessian'] for name, p in model.named_parameters()
-            if 'hessian' in optimizer.state[p]}
+    return {
+        name: optimizer.state[p]['hessian']
+        for name, p in model.named_parameters()
+        if 'hessian' in optimizer.state[p]
+    }
 
 
 def full_block(model: nn.Module, name: str) -> Tensor:
@@ -71,11 +76,11 @@ class Scales(nn.Module):
 
 def test_the_diagonal_is_exact_where_channels_do_not_meet_again() -> None:
     model, x = Scales().double(), torch.randn(7, 5).double()
-    optimizer = SGDPH(model, lr=0.1, hessian_decay=0., refresh='all', probes=1)
+    optimizer = SGDPH(model, lr=0.1, hessian_decay=0.0, refresh='all', probes=1)
 
     def loss(scale: Tensor) -> Tensor:
         values = {n: p.detach() for n, p in model.named_parameters()} | {'norm.weight': scale}
-        return (torch.func.functional_call(model, values, (x,))**4).mean()
+        return (torch.func.functional_call(model, values, (x,)) ** 4).mean()
 
     wanted = torch.autograd.functional.hessian(loss, model.norm.weight.detach())
     assert (wanted - wanted.diag().diag()).abs().max() < 1e-12  # the block is diagonal
@@ -84,7 +89,7 @@ def test_the_diagonal_is_exact_where_channels_do_not_meet_again() -> None:
         with torch.no_grad():
             before = {n: p.clone() for n, p in model.named_parameters()}
         optimizer.zero_grad()
-        (model(x)**4).mean().backward(create_graph=True)
+        (model(x) ** 4).mean().backward(create_graph=True)
         optimizer.step()
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -97,20 +102,21 @@ def test_the_diagonal_is_exact_where_channels_do_not_meet_again() -> None:
 def test_elsewhere_it_is_a_row_sum(name: str) -> None:
     model = conv_net()
     block = full_block(model, name)
-    optimizer = SGDPH(model, lr=0., hessian_decay=0., momentum=0.)
+    optimizer = SGDPH(model, lr=0.0, hessian_decay=0.0, momentum=0.0)
     for _ in range(4):
         optimizer.zero_grad()
         loss_of(model).backward(create_graph=True)
         optimizer.step()
-    torch.testing.assert_close(diagonals(optimizer, model)[name], block.sum(1).abs(),
-                               rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(
+        diagonals(optimizer, model)[name], block.sum(1).abs(), rtol=1e-8, atol=1e-12
+    )
     assert (block.diag().abs() - block.sum(1).abs()).abs().max() > 1e-3  # and not the diagonal
 
 
 def test_all_at_once_estimates_the_row_sums() -> None:
     model = conv_net()
     wanted = full_block(model, 'bn1.weight').sum(1).abs()
-    optimizer = SGDPH(model, lr=0., hessian_decay=0., refresh='all', probes=400)
+    optimizer = SGDPH(model, lr=0.0, hessian_decay=0.0, refresh='all', probes=400)
     loss_of(model).backward(create_graph=True)
     optimizer.step()
     found = diagonals(optimizer, model)['bn1.weight']
@@ -160,8 +166,9 @@ def test_resume_continues_bit_for_bit() -> None:
         resumed.zero_grad()
         loss_of(broken, step).backward(create_graph=True)
         resumed.step()
-    assert all(torch.equal(p, q) for p, q in
-               zip(whole.parameters(), broken.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(whole.parameters(), broken.parameters(), strict=True)
+    )
 
 
 def train_two(rank: int, folder: str) -> None:
@@ -169,8 +176,10 @@ def train_two(rank: int, folder: str) -> None:
 
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
     torch.set_num_threads(1)
-    torch.save(run_classifier(DistributedDataParallel, slice(4 * rank, 4 * rank + 4)),
-               f'{folder}/{rank}.pt')
+    torch.save(
+        run_classifier(DistributedDataParallel, slice(4 * rank, 4 * rank + 4)),
+        f'{folder}/{rank}.pt',
+    )
     leave()
 
 
@@ -191,8 +200,10 @@ def run_classifier(wrap: Any, half: slice) -> dict[str, Tensor]:
     wrapper = build(wrapped, optimizer=OPTIMIZER, accumulative_counts=2)
     for step in range(8):
         data = batch(8, step)
-        wrapped.train_step(dict(inputs=data['inputs'][half].double(),
-                                data_samples=data['data_samples'][half]), wrapper)
+        wrapped.train_step(
+            dict(inputs=data['inputs'][half].double(), data_samples=data['data_samples'][half]),
+            wrapper,
+        )
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -207,8 +218,13 @@ def test_two_ranks_equal_the_joint_batch(tmp_path: Path) -> None:
 
 def test_weight_norm_gives_lengths_that_count_as_vectors() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(),
-                          nn.Conv2d(4, 5, 3, bias=False), nn.Flatten(), nn.Linear(20, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(4, 5, 3, bias=False),
+        nn.Flatten(),
+        nn.Linear(20, 10),
+    )
     plain = model.double()(images(0)[0])
     refused(ValueError, lambda: SGDPH(model[:3], lr=0.1), 'no 1-D parameter', 'weight_norm(model)')
     torch.testing.assert_close(weight_norm(model)(images(0)[0]), plain)
@@ -228,9 +244,10 @@ def test_lengths_survive_copies_and_plain_checkpoints_load() -> None:
     """As EMA copies a model, and as a model trained without weight norm is taken over."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False))
-    for normed in (weight_norm(copy.deepcopy(plain)),
-                   nn.Sequential(WeightNormConv2d(3, 4, 3), nn.ReLU(),
-                                 WeightNormConv2d(4, 2, 3, bias=False))):
+    for normed in (
+        weight_norm(copy.deepcopy(plain)),
+        nn.Sequential(WeightNormConv2d(3, 4, 3), nn.ReLU(), WeightNormConv2d(4, 2, 3, bias=False)),
+    ):
         load_state_dict(normed, plain.state_dict(), strict=True)
         x = images(0)[0].float()
         torch.testing.assert_close(normed(x), plain(x))
@@ -248,13 +265,28 @@ def test_a_missing_graph_is_one_line() -> None:
 
 
 def test_mixed_precision_is_refused() -> None:
-    refused(ValueError, lambda: build(Classifier(), type='AmpOptimWrapper', optimizer=OPTIMIZER),
-            'float32', 'without --amp')
+    refused(
+        ValueError,
+        lambda: build(Classifier(), type='AmpOptimWrapper', optimizer=OPTIMIZER),
+        'float32',
+        'without --amp',
+    )
 
 
-@pytest.mark.parametrize('setting', [
-    dict(hessian_decay=1.), dict(hessian_lr=-1.), dict(eps=0.), dict(refresh='some'),
-    dict(interval=0), dict(probes=0), dict(momentum=1.), dict(lr=-1.)], ids=str)
+@pytest.mark.parametrize(
+    'setting',
+    [
+        dict(hessian_decay=1.0),
+        dict(hessian_lr=-1.0),
+        dict(eps=0.0),
+        dict(refresh='some'),
+        dict(interval=0),
+        dict(probes=0),
+        dict(momentum=1.0),
+        dict(lr=-1.0),
+    ],
+    ids=str,
+)
 def test_settings_out_of_range(setting: dict[str, Any]) -> None:
     refused(ValueError, lambda: SGDPH(conv_net(), **{'lr': 0.1, **setting}), next(iter(setting)))
 
@@ -263,8 +295,12 @@ def test_what_cannot_be_differentiated_twice_is_refused_at_start() -> None:
     ops = pytest.importorskip('mmcv.ops')
     model = nn.ModuleDict({'fc': nn.Linear(3, 3), 'pool': ops.RoIAlign(7)})
     refused(ValueError, lambda: SGDPH(model, lr=0.1), 'pool is a RoIAlign', 'one-stage detector')
-    refused(ValueError, lambda: SGDPH(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), lr=0.1),
-            'SyncBatchNorm', 'torch.nn.BatchNorm2d')
+    refused(
+        ValueError,
+        lambda: SGDPH(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), lr=0.1),
+        'SyncBatchNorm',
+        'torch.nn.BatchNorm2d',
+    )
     backbone = pytest.importorskip('mmdet.models.backbones').ResNet(18, with_cp=True)
     refused(ValueError, lambda: SGDPH(backbone, lr=0.1), 'with_cp=False')
 

@@ -28,7 +28,7 @@ def loss_of(out: Tensor) -> Tensor:
     return (out**2 * weights).mean() + (out * weights).mean()
 
 
-def randomise(module: nn.Module, seed: int = 0, spread: float = 1.) -> nn.Module:
+def randomise(module: nn.Module, seed: int = 0, spread: float = 1.0) -> nn.Module:
     """Draws all parameters, biases and tables too; matrices as wide as their fan-in asks."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -39,8 +39,9 @@ def randomise(module: nn.Module, seed: int = 0, spread: float = 1.) -> nn.Module
     return module
 
 
-def measured(model: nn.Module, run: Callable[[], Any], variant: str = 'thesis',
-             **options: Any) -> Measured:
+def measured(
+    model: nn.Module, run: Callable[[], Any], variant: str = 'thesis', **options: Any
+) -> Measured:
     """What a new AFOpt captures of `run`, by weight name."""
     optimizer = AFOpt(model, lr=0.1, variant=variant, **options)
     run()
@@ -94,8 +95,10 @@ def reasons(optimizer: PreconditionedOptimizer) -> dict[str, str]:
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-               for m in model.modules())
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        for m in model.modules()
+    )
 
 
 # ------------------------------------------------------------------- what was read
@@ -109,8 +112,9 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Reads:
     for kind in (WindowAttention, PackedAttention):
         original = kind.read
 
-        def read(self: Any, call: Any, kept: Any, chosen: Tensor,
-                 original: Callable = original) -> Heads:
+        def read(
+            self: Any, call: Any, kept: Any, chosen: Tensor, original: Callable = original
+        ) -> Heads:
             heads = original(self, call, kept, chosen)
             seen.append((self, heads, chosen))
             return heads
@@ -144,14 +148,25 @@ def noting(block: nn.Module) -> Iterator[list[Noted]]:
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             parts[name] = args[0].detach(), output.detach()
+
         return hook
 
     def finish(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
-        calls.append(Noted(args[0].detach(), kwargs.get('mask'), parts['qkv'][1],
-                           parts['proj'][0], parts['softmax'][1] if 'softmax' in parts else None))
+        calls.append(
+            Noted(
+                args[0].detach(),
+                kwargs.get('mask'),
+                parts['qkv'][1],
+                parts['proj'][0],
+                parts['softmax'][1] if 'softmax' in parts else None,
+            )
+        )
 
-    handles = [block.get_submodule(name).register_forward_hook(note(name))
-               for name in ('qkv', 'softmax', 'proj') if hasattr(block, name)]
+    handles = [
+        block.get_submodule(name).register_forward_hook(note(name))
+        for name in ('qkv', 'softmax', 'proj')
+        if hasattr(block, name)
+    ]
     handles.append(block.register_forward_hook(finish, with_kwargs=True))
     yield calls
     for handle in handles:
@@ -159,6 +174,7 @@ def noting(block: nn.Module) -> Iterator[list[Noted]]:
 
 
 # ------------------------------------------------------------------- sums by brute force
+
 
 @dataclass
 class Window:
@@ -177,9 +193,15 @@ class Window:
     real: Sequence[bool]
 
 
-def windows_of(rows: Sequence[Tensor], weight: Tensor, bias: Tensor | None, heads: int,
-               scale: float, offset: Callable[[int], Tensor | float],
-               real: Tensor | None = None) -> list[Window]:
+def windows_of(
+    rows: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    scale: float,
+    offset: Callable[[int], Tensor | float],
+    real: Tensor | None = None,
+) -> list[Window]:
     """Windows of self- or cross-attention from its rows (w, n, c) of W_Q, W_K and W_V.
 
     Args:
@@ -201,8 +223,16 @@ def windows_of(rows: Sequence[Tensor], weight: Tensor, bias: Tensor | None, head
             out = F.linear(x[w].detach(), weight[cut], None if bias is None else bias[cut])
             projections.append(torch.stack(out.chunk(heads, 1)))
         q, k, v = projections
-        found.append(Window(*(x[w].detach() for x in rows), q, k, v, scale * q @ k.mT + offset(w),
-                            [True] * q.shape[1] if real is None else real[w].tolist()))
+        found.append(
+            Window(
+                *(x[w].detach() for x in rows),
+                q,
+                k,
+                v,
+                scale * q @ k.mT + offset(w),
+                [True] * q.shape[1] if real is None else real[w].tolist(),
+            )
+        )
     return found
 
 
@@ -218,10 +248,15 @@ def slow_sums(windows: Sequence[Window], separate: bool = False) -> dict[str, Te
     heads, _, d = first.query.shape
     c = first.inputs.shape[1]
     zeros = first.inputs.new_zeros
-    sums = {'input_moment': zeros(1 + separate, c, c), 'query_curvature': zeros(heads, d, d),
-            'key_curvature': zeros(heads, d, d), 'output_moment': zeros(1, heads * d, heads * d),
-            'query_moment': zeros(heads, d, d), 'key_feature_moment': zeros(heads, c, c),
-            'value_feature_moment': zeros(heads, c, c)}
+    sums = {
+        'input_moment': zeros(1 + separate, c, c),
+        'query_curvature': zeros(heads, d, d),
+        'key_curvature': zeros(heads, d, d),
+        'output_moment': zeros(1, heads * d, heads * d),
+        'query_moment': zeros(heads, d, d),
+        'key_feature_moment': zeros(heads, c, c),
+        'value_feature_moment': zeros(heads, c, c),
+    }
     for window in windows:
         sums['input_moment'][0] += oracle.moment(window.inputs)
         if separate:
@@ -250,10 +285,13 @@ def slow_sums(windows: Sequence[Window], separate: bool = False) -> dict[str, Te
 
 # ------------------------------------------------------------------- window attention
 
+
 def shift_window(toolbox: str = 'mmdet', shift: int = 0, seed: int = 0, **options: Any) -> Any:
     """`ShiftWindowMSA` in float64: 6 channels, 2 heads, windows of 3 x 3."""
-    name = {'mmdet': 'mmdet.models.backbones.swin',
-            'mmpretrain': 'mmpretrain.models.utils.attention'}[toolbox]
+    name = {
+        'mmdet': 'mmdet.models.backbones.swin',
+        'mmpretrain': 'mmpretrain.models.utils.attention',
+    }[toolbox]
     kind = pytest.importorskip(name).ShiftWindowMSA
     return randomise(kind(6, 2, 3, shift_size=shift, **options).double(), seed)
 
@@ -263,13 +301,14 @@ def feature_map(shape: tuple[int, int], batch: int = 2, seed: int = 1) -> Tensor
 
 
 def position_bias(block: Any) -> Tensor:
-    """The bias (h, n, n) by the definition: of how far a query's row and column are from a key's.
-    """
+    """The bias (h, n, n) by definition: by the offset of a query's row and column from a key's."""
     height, width = block.window_size
     table = block.relative_position_bias_table.detach()
     places = [(y, x) for y in range(height) for x in range(width)]
-    rows = [[table[(yq - yk + height - 1) * (2 * width - 1) + xq - xk + width - 1]
-             for yk, xk in places] for yq, xq in places]
+    rows = [
+        [table[(yq - yk + height - 1) * (2 * width - 1) + xq - xk + width - 1] for yk, xk in places]
+        for yq, xq in places
+    ]
     return torch.stack([torch.stack(row) for row in rows]).movedim(2, 0)
 
 
@@ -288,16 +327,31 @@ def block_windows(model: Any, call: Noted, shape: tuple[int, int], batch: int = 
     def offset(w: int) -> Tensor:
         return bias if masks is None else bias + masks[w % len(masks)].double()
 
-    return windows_of([call.inputs] * 3, block.qkv.weight, block.qkv.bias, block.num_heads,
-                      block.scale, offset, real_queries(model, shape, batch))
+    return windows_of(
+        [call.inputs] * 3,
+        block.qkv.weight,
+        block.qkv.bias,
+        block.num_heads,
+        block.scale,
+        offset,
+        real_queries(model, shape, batch),
+    )
 
 
 def swin(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """A `SwinTransformer` of two stages with two blocks each, and maps that need padding."""
     kind = pytest.importorskip('mmdet.models.backbones.swin').SwinTransformer
-    model = kind(embed_dims=6, patch_size=2, window_size=3, mlp_ratio=2, depths=(2, 2),
-                 num_heads=(2, 3), strides=(2, 2), out_indices=(0, 1),
-                 **{'drop_path_rate': 0., **options})
+    model = kind(
+        embed_dims=6,
+        patch_size=2,
+        window_size=3,
+        mlp_ratio=2,
+        depths=(2, 2),
+        num_heads=(2, 3),
+        strides=(2, 2),
+        out_indices=(0, 1),
+        **{'drop_path_rate': 0.0, **options},
+    )
     return randomise(model.to(dtype), spread=0.7)
 
 
@@ -305,6 +359,6 @@ def images(batch: int = 2, seed: int = 0) -> Tensor:
     return oracle.normal(seed, batch, 3, 10, 14)
 
 
-def backward(model: nn.Module, x: Tensor, share: float = 1.) -> None:
+def backward(model: nn.Module, x: Tensor, share: float = 1.0) -> None:
     """Of `loss_of` over all stages."""
     (sum(loss_of(out) for out in model(x)) * share).backward()

@@ -28,8 +28,9 @@ def loss_of(out: Tensor) -> Tensor:
     return (out**2 * weights).sum() / 7 + (out * weights).sum()
 
 
-def compare(found: tuple[Tensor, Tensor, int], expected: tuple[Tensor, Tensor, int],
-            rtol: float = 1e-10) -> None:
+def compare(
+    found: tuple[Tensor, Tensor, int], expected: tuple[Tensor, Tensor, int], rtol: float = 1e-10
+) -> None:
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         assert ours.shape == theirs.shape
         assert (ours - theirs).norm() <= rtol * theirs.norm() + 1e-300
@@ -40,7 +41,7 @@ class RawKronecker(NewtonKronecker):
     """Keeps the last capture as it is, where NKFAC keeps an average of normalised ones."""
 
     def average(self) -> RunningAverage:
-        return RunningAverage(decay=0.)
+        return RunningAverage(decay=0.0)
 
 
 CONVS: dict[str, dict[str, Any]] = {
@@ -74,19 +75,27 @@ def geometries(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[int, ...], float]
     pair = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(2))
     groups = draw(st.integers(1, 3))
     padding = draw(st.sampled_from(['same', 'valid', pair(0, 2)]))
-    conv: dict[str, Any] = dict(in_channels=groups * draw(st.integers(1, 2)),
-                out_channels=groups * draw(st.integers(1, 2)), groups=groups,
-                kernel_size=pair(1, 3), dilation=pair(1, 2), padding=padding,
-                stride=1 if padding == 'same' else pair(1, 3),
-                padding_mode=draw(st.sampled_from(['zeros', 'reflect', 'replicate', 'circular'])),
-                bias=draw(st.booleans()))
+    conv: dict[str, Any] = dict(
+        in_channels=groups * draw(st.integers(1, 2)),
+        out_channels=groups * draw(st.integers(1, 2)),
+        groups=groups,
+        kernel_size=pair(1, 3),
+        dilation=pair(1, 2),
+        padding=padding,
+        stride=1 if padding == 'same' else pair(1, 3),
+        padding_mode=draw(st.sampled_from(['zeros', 'reflect', 'replicate', 'circular'])),
+        bias=draw(st.booleans()),
+    )
     needed = [d * (k - 1) + 1 for k, d in zip(conv['kernel_size'], conv['dilation'], strict=True)]
     height, width = (max(3, n) + draw(st.integers(0, 2)) for n in needed)
     shape = (draw(st.integers(1, 2)), conv['in_channels'], height, width)
-    return conv, shape, draw(st.sampled_from([1e-9, 1e-3, 64.]))
+    return conv, shape, draw(st.sampled_from([1e-9, 1e-3, 64.0]))
 
 
-EMPTY = [(lambda: nn.Linear(4, 3), (0, 4)), (lambda: nn.Linear(4, 3, bias=False), (0, 7, 4)),
-         (lambda: nn.Conv2d(4, 3, 3), (0, 4, 5, 5)),
-         (lambda: nn.Conv2d(4, 4, 3, groups=2, padding=1), (0, 4, 5, 5)),
-         (lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode='reflect'), (0, 4, 5, 5))]
+EMPTY = [
+    (lambda: nn.Linear(4, 3), (0, 4)),
+    (lambda: nn.Linear(4, 3, bias=False), (0, 7, 4)),
+    (lambda: nn.Conv2d(4, 3, 3), (0, 4, 5, 5)),
+    (lambda: nn.Conv2d(4, 4, 3, groups=2, padding=1), (0, 4, 5, 5)),
+    (lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode='reflect'), (0, 4, 5, 5)),
+]

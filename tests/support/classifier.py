@@ -28,15 +28,19 @@ class Classifier(BaseModel):
 
 
 def build(model: nn.Module, **cfg: Any) -> OptimWrapper:
-    cfg.setdefault('optimizer', dict(type='NKFAC', lr=0.1, weight_decay=0., stat_interval=2,
-                                     refresh_interval=4))
+    cfg.setdefault(
+        'optimizer',
+        dict(type='NKFAC', lr=0.1, weight_decay=0.0, stat_interval=2, refresh_interval=4),
+    )
     return build_optim_wrapper(model, dict(constructor='PrecondOptimWrapperConstructor', **cfg))
 
 
 def batch(size: int = 8, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return dict(inputs=torch.randn(size, 3, 8, 8, generator=generator),
-                data_samples=torch.randint(0, 4, (size,), generator=generator))
+    return dict(
+        inputs=torch.randn(size, 3, 8, 8, generator=generator),
+        data_samples=torch.randint(0, 4, (size,), generator=generator),
+    )
 
 
 class Labelled(OptimWrapper):

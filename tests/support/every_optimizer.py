@@ -14,18 +14,41 @@ from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
 
 #: Every optimizer of the package, with the settings under which nothing is drawn at random.
 SETTINGS: dict[str, dict[str, Any]] = {
-    'AFOpt': {}, 'ARO': {}, 'AdaAFOpt': {}, 'AdaAct': {}, 'AdaFisher': {}, 'AdaFisherW': {},
-    'AdaNKFAC': {}, 'AdamR': {}, 'AdamWBK': {}, 'DCTAdamW': dict(rank=4), 'FAdam': {}, 'FSGD': {},
-    'KFAC': {}, 'MAC': {}, 'NKFAC': {}, 'NysAct': dict(rank=4), 'SGDMBK': {},
-    'SGDPH': dict(refresh='all'), 'SMAC': {},
-    'SKFAC': dict(reduction='reduce', max_columns=12), 'SOAA': dict(total_steps=20),
-    'Preconditioned': dict(rule=dict(type='Adan', lr=1e-2), layers=[
-        dict(match=dict(module_type='Linear'),
-             preconditioner=dict(type='InputFeature', stat_interval=2, refresh_interval=4)),
-        dict(preconditioner=dict(type='NewtonKronecker', stat_interval=2, refresh_interval=4))]),
+    'AFOpt': {},
+    'ARO': {},
+    'AdaAFOpt': {},
+    'AdaAct': {},
+    'AdaFisher': {},
+    'AdaFisherW': {},
+    'AdaNKFAC': {},
+    'AdamR': {},
+    'AdamWBK': {},
+    'DCTAdamW': dict(rank=4),
+    'FAdam': {},
+    'FSGD': {},
+    'KFAC': {},
+    'MAC': {},
+    'NKFAC': {},
+    'NysAct': dict(rank=4),
+    'SGDMBK': {},
+    'SGDPH': dict(refresh='all'),
+    'SMAC': {},
+    'SKFAC': dict(reduction='reduce', max_columns=12),
+    'SOAA': dict(total_steps=20),
+    'Preconditioned': dict(
+        rule=dict(type='Adan', lr=1e-2),
+        layers=[
+            dict(
+                match=dict(module_type='Linear'),
+                preconditioner=dict(type='InputFeature', stat_interval=2, refresh_interval=4),
+            ),
+            dict(preconditioner=dict(type='NewtonKronecker', stat_interval=2, refresh_interval=4)),
+        ],
+    ),
 }
-MEASURED = [name for name in SETTINGS
-            if issubclass(getattr(optimizers, name), PreconditionedOptimizer)]
+MEASURED = [
+    name for name in SETTINGS if issubclass(getattr(optimizers, name), PreconditionedOptimizer)
+]
 
 
 class Net(nn.Module):
@@ -77,12 +100,19 @@ def backward(name: str, optimizer: Any, loss: Tensor) -> None:
 
 def images(seed: int, count: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64),
-            torch.randint(0, 4, (count,), generator=generator))
+    return (
+        torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64),
+        torch.randint(0, 4, (count,), generator=generator),
+    )
 
 
-def train(name: str, model: nn.Module, optimizer: RuleOptimizer, steps: range,
-          sizes: tuple[int, ...] = (6,)) -> None:
+def train(
+    name: str,
+    model: nn.Module,
+    optimizer: RuleOptimizer,
+    steps: range,
+    sizes: tuple[int, ...] = (6,),
+) -> None:
     """Steps on batches of six, in micro-batches of the given sizes."""
     for seed in steps:
         optimizer.zero_grad()

@@ -23,8 +23,11 @@ from mmprecond.curvature import (
 
 def factors_of(tensors: Mapping[str, Tensor]) -> dict[Side, Factor]:
     """Running statistics as a refresh takes them, from stacked tensors by their names."""
-    attention = {statistic.key: statistic for statistic in vars(curvature.attention).values()
-                 if isinstance(statistic, Statistic)}
+    attention = {
+        statistic.key: statistic
+        for statistic in vars(curvature.attention).values()
+        if isinstance(statistic, Statistic)
+    }
     forms = {'moment': Moment(), 'columns': Columns(), 'mean': Mean(), 'square': Square()}
     found: dict[Side, Factor] = {}
     for name, tensor in tensors.items():

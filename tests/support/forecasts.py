@@ -27,8 +27,11 @@ def counted(function: Any) -> float:
 
 
 def held(optimizer: PreconditionedOptimizer) -> float:
-    tensors = [t for stack in optimizer.curvature.stacks
-               for t in (*stack.statistics.values(), *stack.operator_tensors.values())]
+    tensors = [
+        t
+        for stack in optimizer.curvature.stacks
+        for t in (*stack.statistics.values(), *stack.operator_tensors.values())
+    ]
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
@@ -36,8 +39,9 @@ def total(costs: Any, name: str) -> float:
     return sum(getattr(cost, name) for cost in costs)
 
 
-def compare(kind: type[PreconditionedOptimizer], model: nn.Module, inputs: tuple[Any, ...],
-            **options: Any) -> None:
+def compare(
+    kind: type[PreconditionedOptimizer], model: nn.Module, inputs: tuple[Any, ...], **options: Any
+) -> None:
     """The forecast against what captures, steps and stacks then take."""
     optimizer = kind(model, lr=0.01, stat_interval=3, refresh_interval=3, **options)
     with (

@@ -27,7 +27,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor, bool], Tensor]] = {
     'tanh': lambda x, inplace: torch.tanh_(x) if inplace else torch.tanh(x),
     'relu': lambda x, inplace: F.relu(x, inplace),
     'leaky': lambda x, inplace: F.leaky_relu(x, 0.1, inplace),
-    'silu': lambda x, inplace: F.silu(x, inplace)}
+    'silu': lambda x, inplace: F.silu(x, inplace),
+}
 
 #: 'again': called on a second level of another size; 'twin': so is a module with its weight and
 #: bias (a convolution of another stride and dilation); 'own bias': one with its weight alone;
@@ -77,10 +78,17 @@ class Conv(Part):
                     k -= 1
             kernel.append(k)
             pads.append(pad)
-        return dict(in_channels=features, out_channels=self.out * groups, groups=groups,
-                    kernel_size=tuple(kernel), stride=stride, dilation=self.dilation,
-                    padding=self.padding if isinstance(self.padding, str) else tuple(pads),
-                    padding_mode=self.mode, bias=self.bias)
+        return dict(
+            in_channels=features,
+            out_channels=self.out * groups,
+            groups=groups,
+            kernel_size=tuple(kernel),
+            stride=stride,
+            dilation=self.dilation,
+            padding=self.padding if isinstance(self.padding, str) else tuple(pads),
+            padding_mode=self.mode,
+            bias=self.bias,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +141,16 @@ class Unit(nn.Module):
         super().__init__()
         self.part, self.plain = part, False
         conv = isinstance(part, Conv)
-        options = part.fitted(features, size) if conv else dict(
-            in_features=features, out_features=part.out, bias=part.bias)
+        options = (
+            part.fitted(features, size)
+            if conv
+            else dict(in_features=features, out_features=part.out, bias=part.bias)
+        )
         make = nn.Conv2d if conv else nn.Linear
         self.main = make(**options)
-        shape = self.main(torch.zeros(1, features, *size) if conv else torch.zeros(1, features)
-                          ).shape
+        shape = self.main(
+            torch.zeros(1, features, *size) if conv else torch.zeros(1, features)
+        ).shape
         if part.extra not in ('', 'again'):
             if conv and part.extra == 'twin' and part.padding != 'same':
                 options.update(dilation=1, stride=options['stride'][::-1])
@@ -200,11 +212,11 @@ class Net(nn.Module):
         generator = torch.Generator().manual_seed(case.seed)
         for tensor in (*self.parameters(), *self.buffers()):
             if tensor.is_floating_point():
-                spread = tensor[0].numel()**-0.5 if tensor.dim() > 1 else 0.3
-                nn.init.normal_(tensor.data, 0., spread, generator)
+                spread = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.3
+                nn.init.normal_(tensor.data, 0.0, spread, generator)
         for unit in self.units:
             if not isinstance(unit.norm, nn.Identity):
-                unit.norm.weight.data += 1.
+                unit.norm.weight.data += 1.0
             if isinstance(unit.norm, nn.BatchNorm2d):
                 unit.norm.running_var.abs_().add_(0.3)
         self.double().train()
@@ -228,8 +240,9 @@ class Net(nn.Module):
         return x.mean((2, 3)) if self.pool else x.flatten(2).mT
 
 
-def batch_loss(case: Case, seed: int, size: int, total: int, side: bool, model: nn.Module
-               ) -> Tensor:
+def batch_loss(
+    case: Case, seed: int, size: int, total: int, side: bool, model: nn.Module
+) -> Tensor:
     """A share of the mean squared error; its dropout masks are functions of the seed."""
     generator = torch.Generator().manual_seed(case.seed + 7 * seed)
     if case.vocabulary:
@@ -239,15 +252,19 @@ def batch_loss(case: Case, seed: int, size: int, total: int, side: bool, model: 
     torch.manual_seed(seed)
     out = model(x, side)
     target = 2 * torch.arange(1, out.numel() + 1, dtype=out.dtype).cos().reshape(out.shape)
-    return ((out - target)**2).flatten(1).mean(1).sum() / total
+    return ((out - target) ** 2).flatten(1).mean(1).sum() / total
 
 
 def losses(case: Case, step: int) -> list[Loss]:
     """The micro-batches of a step."""
     turn = step % len(case.batches)
     sizes = case.batches[turn:] + case.batches[:turn]
-    return [partial(batch_loss, case, 3 * step + k, size, sum(sizes),
-                    bool(case.sides >> (3 * step + k) & 1)) for k, size in enumerate(sizes)]
+    return [
+        partial(
+            batch_loss, case, 3 * step + k, size, sum(sizes), bool(case.sides >> (3 * step + k) & 1)
+        )
+        for k, size in enumerate(sizes)
+    ]
 
 
 def freeze(case: Case, net: Net, step: int) -> None:
@@ -262,28 +279,54 @@ def freeze(case: Case, net: Net, step: int) -> None:
 # ------------------------------------------------------------------- strategies
 
 COMMON: dict[str, Any] = dict(
-    out=st.integers(1, 4), bias=st.booleans(), act=st.sampled_from(list(ACTIVATIONS)),
-    inplace=st.booleans(), dropout=st.sampled_from([False, False, True]),
-    extra=st.sampled_from(EXTRAS), checkpoint=st.sampled_from([None, None, False, True]),
-    frozen=st.sampled_from(['', '', '', 'weight', 'bias']))
+    out=st.integers(1, 4),
+    bias=st.booleans(),
+    act=st.sampled_from(list(ACTIVATIONS)),
+    inplace=st.booleans(),
+    dropout=st.sampled_from([False, False, True]),
+    extra=st.sampled_from(EXTRAS),
+    checkpoint=st.sampled_from([None, None, False, True]),
+    frozen=st.sampled_from(['', '', '', 'weight', 'bias']),
+)
 PAIR = lambda low, high: st.tuples(*[st.integers(low, high)] * 2)
 LINEARS = st.builds(Part, norm=st.sampled_from(['', '', 'layer']), **COMMON)
 CONVS = st.builds(
-    Conv, kernel=PAIR(1, 3), stride=PAIR(1, 3), dilation=PAIR(1, 2),
-    padding=st.sampled_from(['same', 'valid']) | PAIR(0, 2), groups=st.integers(1, 4),
+    Conv,
+    kernel=PAIR(1, 3),
+    stride=PAIR(1, 3),
+    dilation=PAIR(1, 2),
+    padding=st.sampled_from(['same', 'valid']) | PAIR(0, 2),
+    groups=st.integers(1, 4),
     mode=st.sampled_from(['zeros', 'zeros', 'reflect', 'replicate', 'circular']),
-    norm=st.sampled_from(['', '', 'batch', 'group']), **COMMON)
-OPTIONS: dict[str, Options] = {'damping': dict(damping=0.25), 'plain': dict(precondition=False),
-                               'lr': dict(lr=0.03), 'decay': dict(weight_decay=0.2)}
+    norm=st.sampled_from(['', '', 'batch', 'group']),
+    **COMMON,
+)
+OPTIONS: dict[str, Options] = {
+    'damping': dict(damping=0.25),
+    'plain': dict(precondition=False),
+    'lr': dict(lr=0.03),
+    'decay': dict(weight_decay=0.2),
+}
 RUN: dict[str, Any] = dict(
-    features=st.integers(2, 4), size=PAIR(2, 4), tied=st.booleans(), pool=st.booleans(),
-    head_bias=st.booleans(), steps=st.integers(3, 6), sides=st.integers(0, 2**18 - 1),
+    features=st.integers(2, 4),
+    size=PAIR(2, 4),
+    tied=st.booleans(),
+    pool=st.booleans(),
+    head_bias=st.booleans(),
+    steps=st.integers(3, 6),
+    sides=st.integers(0, 2**18 - 1),
     batches=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
-    options=st.lists(st.tuples(st.integers(0, 20), st.sampled_from(list(OPTIONS))),
-                     max_size=3).map(tuple),
-    grouped=st.booleans(), via=st.booleans(), amp=st.sampled_from(['', 'number', 'scaler']),
-    overflow=st.none() | st.integers(0, 5), cleared=st.sampled_from(['optimizer', 'model']),
-    frozen=st.tuples(st.integers(0, 2), st.integers(2, 7)), seed=st.integers(0, 99))
+    options=st.lists(st.tuples(st.integers(0, 20), st.sampled_from(list(OPTIONS))), max_size=3).map(
+        tuple
+    ),
+    grouped=st.booleans(),
+    via=st.booleans(),
+    amp=st.sampled_from(['', 'number', 'scaler']),
+    overflow=st.none() | st.integers(0, 5),
+    cleared=st.sampled_from(['optimizer', 'model']),
+    frozen=st.tuples(st.integers(0, 2), st.integers(2, 7)),
+    seed=st.integers(0, 99),
+)
 
 
 @st.composite

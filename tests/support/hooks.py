@@ -34,8 +34,8 @@ def images(step: int = 0) -> Tensor:
     return torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(step))
 
 
-def backward(model: nn.Module, step: int = 0, factor: float = 1.) -> None:
-    (factor * (model(images(step))**2).mean()).backward()
+def backward(model: nn.Module, step: int = 0, factor: float = 1.0) -> None:
+    (factor * (model(images(step)) ** 2).mean()).backward()
 
 
 def train(model: nn.Module, optimizer: PreconditionedOptimizer, steps: range) -> None:
@@ -54,8 +54,19 @@ def hooks_of(model: nn.Module) -> int:
 
 
 #: Methods of a tensor that wait for its device.
-WAITING = {'item', 'tolist', 'cpu', 'numpy', 'nonzero', 'equal', 'unique', '__bool__', '__float__',
-           '__int__', '__index__'}
+WAITING = {
+    'item',
+    'tolist',
+    'cpu',
+    'numpy',
+    'nonzero',
+    'equal',
+    'unique',
+    '__bool__',
+    '__float__',
+    '__int__',
+    '__index__',
+}
 
 
 class Waits(TorchFunctionMode):

@@ -28,5 +28,5 @@ def train(model: nn.Module, optimizer: PreconditionedOptimizer, steps: range) ->
     for step in steps:
         x = torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        (model(x, late=step >= 3)**2).mean().backward()
+        (model(x, late=step >= 3) ** 2).mean().backward()
         optimizer.step()

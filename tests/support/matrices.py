@@ -18,8 +18,9 @@ def parameters(shapes: Any = SHAPES) -> list[nn.Parameter]:
     return [nn.Parameter(draw(*shape, seed=k)) for k, shape in enumerate(shapes)]
 
 
-def step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter],
-         gradients: list[Tensor]) -> None:
+def step(
+    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], gradients: list[Tensor]
+) -> None:
     for p, g in zip(params, gradients, strict=True):
         p.grad = g.clone()
     optimizer.step()

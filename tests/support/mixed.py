@@ -75,13 +75,20 @@ NAMES = ('patch', *(f'blocks.{k}.{part}' for k in (0, 1) for part in PARTS), 'he
 
 
 def entry(preconditioner: dict[str, Any] | None, **match: Any) -> dict[str, Any]:
-    return dict(match=match, preconditioner=preconditioner) if match else dict(
-        preconditioner=preconditioner)
+    return (
+        dict(match=match, preconditioner=preconditioner)
+        if match
+        else dict(preconditioner=preconditioner)
+    )
 
 
 #: AFOpt on the attention of the first block, nothing on the head, and two other methods.
-MIXED = [entry(None, name='head'), entry(ATTENTION, module_type='WindowMSA', name='blocks.0'),
-         entry(FEATURE, name='blocks.*'), entry(KRONECKER)]
+MIXED = [
+    entry(None, name='head'),
+    entry(ATTENTION, module_type='WindowMSA', name='blocks.0'),
+    entry(FEATURE, name='blocks.*'),
+    entry(KRONECKER),
+]
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:

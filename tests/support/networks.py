@@ -47,8 +47,12 @@ def squared_error(out: Tensor, y: Tensor) -> Tensor:
     return ((out - F.one_hot(y, out.shape[1]).to(out.dtype)) ** 2).sum() / len(out)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]],
-          loss: Callable[[Tensor, Tensor], Tensor] = squared_error) -> None:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor] = squared_error,
+) -> None:
     """One step a batch."""
     for x, y in batches:
         optimizer.zero_grad()
@@ -59,12 +63,18 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tupl
 def token_batches(count: int, size: int = 8, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Batches for `TokenNet`, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(size, 7, 16, generator=generator, dtype=torch.float64),
-             torch.randint(0, 10, (size,), generator=generator)) for _ in range(count)]
+    return [
+        (
+            torch.randn(size, 7, 16, generator=generator, dtype=torch.float64),
+            torch.randint(0, 10, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
 
 
 def classification(make: Any) -> Callable[[int], list[Loss]]:
     """Squared errors of ConvNet on small images, or of TokenNet on tokens."""
+
     def losses(step: int) -> list[Loss]:
         generator = torch.Generator().manual_seed(step)
         shape = (3, 3, 5, 6) if make is ConvNet else (3, 4, 16)

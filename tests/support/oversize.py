@@ -19,8 +19,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def chain(*sizes: int, bias: bool = True) -> nn.Module:
     """Linear layers with tanh between them."""
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(i, o, bias=bias), nn.Tanh())
-              for i, o in zip(sizes, sizes[1:], strict=False)]
+    layers = [
+        nn.Sequential(nn.Linear(i, o, bias=bias), nn.Tanh())
+        for i, o in zip(sizes, sizes[1:], strict=False)
+    ]
     layers[-1] = layers[-1][0]
     return nn.Sequential(*layers)
 
@@ -29,6 +31,6 @@ def one_step(model: nn.Module, optimizer: PreconditionedOptimizer, x: Tensor) ->
     """How far one step moves the parameters."""
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.zero_grad()
-    (torch.tanh(model(x))**2).mean().backward()
+    (torch.tanh(model(x)) ** 2).mean().backward()
     optimizer.step()
     return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]

@@ -22,15 +22,19 @@ EVERY = dict(stat_interval=1, refresh_interval=1)
 SECOND = dict(stat_interval=2, refresh_interval=4)
 
 
-def both(make: Callable[[], nn.Module], rule: dict[str, Any] = ADAMW,
-         overrides: dict[str, dict[str, Any]] | None = None, **settings: Any
-         ) -> tuple[nn.Module, PreconditionedOptimizer, ReferenceRotation]:
+def both(
+    make: Callable[[], nn.Module],
+    rule: dict[str, Any] = ADAMW,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    **settings: Any,
+) -> tuple[nn.Module, PreconditionedOptimizer, ReferenceRotation]:
     torch.manual_seed(0)
     model = make().double()
     settings = EVERY | settings
     reference = ReferenceRotation(plain_copy(model), **rule, **settings, overrides=overrides)
-    groups = [dict(params=[p], **(overrides or {}).get(name, {}))
-              for name, p in model.named_parameters()]
+    groups = [
+        dict(params=[p], **(overrides or {}).get(name, {})) for name, p in model.named_parameters()
+    ]
     return model, AdamR(groups, model=model, **rule, **settings), reference
 
 
@@ -51,5 +55,7 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Non
 
 
 def equals(model: nn.Module, other: nn.Module, atol: float = 1e-12) -> bool:
-    return all(torch.allclose(a, b, rtol=0, atol=atol)
-               for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    return all(
+        torch.allclose(a, b, rtol=0, atol=atol)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )

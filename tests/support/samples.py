@@ -24,13 +24,18 @@ def positions(module: nn.Module, x: Tensor, g: Tensor) -> Iterable[tuple[Tensor,
         padding = module.padding if isinstance(module.padding, tuple) else (0, 0)
         if padding == (0, 0) and module.padding == 'same':
             extra = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-            x = F.pad(x, (extra[1] // 2, extra[1] - extra[1] // 2,
-                          extra[0] // 2, extra[0] - extra[0] // 2))
+            x = F.pad(
+                x,
+                (extra[1] // 2, extra[1] - extra[1] // 2, extra[0] // 2, extra[0] - extra[0] // 2),
+            )
         for one, slope in zip(x, g, strict=True):
-            patches = F.unfold(one[None].contiguous(), module.kernel_size, module.dilation,
-                               padding, module.stride)[0]
-            yield (torch.stack(patches.chunk(module.groups)).mT,
-                   torch.stack(slope.flatten(1).chunk(module.groups)).mT)
+            patches = F.unfold(
+                one[None].contiguous(), module.kernel_size, module.dilation, padding, module.stride
+            )[0]
+            yield (
+                torch.stack(patches.chunk(module.groups)).mT,
+                torch.stack(slope.flatten(1).chunk(module.groups)).mT,
+            )
     elif x.dim() == 1:
         yield x[None, None], g[None, None]
     else:
@@ -45,7 +50,7 @@ def slow(module: nn.Module, reduction: str, *inputs: Tensor) -> tuple[Tensor, Te
         hooks.clear()
     right: Any
     left: Any
-    right, left, rows = 0., 0., 0
+    right, left, rows = 0.0, 0.0, 0
     for x in inputs:
         out = plain(x)
         (g,) = torch.autograd.grad(loss_of(out), out)
@@ -60,14 +65,18 @@ def slow(module: nn.Module, reduction: str, *inputs: Tensor) -> tuple[Tensor, Te
 
 
 CONVS: dict[str, dict[str, Any]] = {
-    'plain': dict(kernel_size=3), 'pointwise': dict(kernel_size=1),
-    'stride': dict(kernel_size=3, stride=2), 'stride over kernel': dict(kernel_size=1, stride=3),
-    'padding': dict(kernel_size=3, padding=1), 'valid': dict(kernel_size=3, padding='valid'),
+    'plain': dict(kernel_size=3),
+    'pointwise': dict(kernel_size=1),
+    'stride': dict(kernel_size=3, stride=2),
+    'stride over kernel': dict(kernel_size=1, stride=3),
+    'padding': dict(kernel_size=3, padding=1),
+    'valid': dict(kernel_size=3, padding='valid'),
     'same even': dict(kernel_size=(2, 4), padding='same'),
     'dilation': dict(kernel_size=2, dilation=2),
     'not square': dict(kernel_size=(2, 3), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
     'groups': dict(kernel_size=3, groups=2, padding=1, stride=(1, 2)),
-    'depthwise multiplied': dict(kernel_size=2, groups=4, out_channels=8)}
+    'depthwise multiplied': dict(kernel_size=2, groups=4, out_channels=8),
+}
 
 
 class Scaler:
@@ -77,4 +86,4 @@ class Scaler:
         return True
 
     def get_scale(self) -> float:
-        return 256.
+        return 256.0

@@ -19,5 +19,8 @@ def make_folders(out: Path, images: int = 4, **kwargs: Any) -> Path:
 
 def digests(root: Path) -> dict[str, str]:
     """Relative path of every file below ``root`` -> digest of its bytes."""
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(root.rglob('*')) if path.is_file()}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob('*'))
+        if path.is_file()
+    }

@@ -25,10 +25,11 @@ def factors(optimizer: PreconditionedOptimizer, name: str = 'weight') -> tuple[T
     return found['input'], found['gradient']
 
 
-def measure(module: nn.Module, *inputs: Tensor, make: Any = KFAC, **settings: Any
-            ) -> PreconditionedOptimizer:
+def measure(
+    module: nn.Module, *inputs: Tensor, make: Any = KFAC, **settings: Any
+) -> PreconditionedOptimizer:
     """One step with learning rate 0 on one call for each input."""
-    optimizer = make(module, lr=0., **settings)
+    optimizer = make(module, lr=0.0, **settings)
     sum(loss_of(module(x)) for x in inputs).backward()
     optimizer.step()
     return optimizer

@@ -42,8 +42,11 @@ def differences(ours: Any, theirs: Any, path: str = '') -> list[str]:
     if isinstance(ours, (list, tuple)):
         if len(ours) != len(theirs):
             return [path]
-        return [d for k, (a, b) in enumerate(zip(ours, theirs, strict=True))
-                for d in differences(a, b, f'{path}/{k}')]
+        return [
+            d
+            for k, (a, b) in enumerate(zip(ours, theirs, strict=True))
+            for d in differences(a, b, f'{path}/{k}')
+        ]
     if isinstance(ours, Tensor):
         return [] if ours.dtype == theirs.dtype and torch.equal(ours, theirs) else [path]
     return [] if ours == theirs else [path]
@@ -52,8 +55,12 @@ def differences(ours: Any, theirs: Any, path: str = '') -> list[str]:
 def curvature(optimizer: PreconditionedOptimizer) -> dict[str, Tensor]:
     """All statistics and operators, flat, copied."""
     layers = optimizer.state_dict()['precond']['layers']
-    return {f'{name}/{kind}/{key}': value.clone() for name, entry in layers.items()
-            for kind in ('statistics', 'operator') for key, value in entry[kind].items()}
+    return {
+        f'{name}/{kind}/{key}': value.clone()
+        for name, entry in layers.items()
+        for kind in ('statistics', 'operator')
+        for key, value in entry[kind].items()
+    }
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:

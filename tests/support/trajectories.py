@@ -65,14 +65,20 @@ class Tokens(nn.Module):
         return self.last(torch.tanh(self.tied(x)))
 
 
-def make_loss(x: Tensor, divisor: float = 1., **kwargs: Any) -> Loss:
+def make_loss(x: Tensor, divisor: float = 1.0, **kwargs: Any) -> Loss:
     """A squared error: no factor has the ones in its null space."""
     target = torch.arange(3, dtype=x.dtype) - 1.5
-    return lambda model: ((model(x, **kwargs) - target)**2).mean() / divisor
+    return lambda model: ((model(x, **kwargs) - target) ** 2).mean() / divisor
 
 
-def follow(model: nn.Module, optimizer: PreconditionedOptimizer, reference: ReferenceNKFAC,
-           losses: Callable[[int], list[Loss]], steps: int, atol: float = 1e-9) -> None:
+def follow(
+    model: nn.Module,
+    optimizer: PreconditionedOptimizer,
+    reference: ReferenceNKFAC,
+    losses: Callable[[int], list[Loss]],
+    steps: int,
+    atol: float = 1e-9,
+) -> None:
     """Trains both and compares all parameters after every step."""
     for step in range(steps):
         optimizer.zero_grad()

@@ -14,25 +14,56 @@ from tests.support.paths import ROOT
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, 'tools/analysis_tools/benchmark.py', *arguments],
-                          cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(
+        [sys.executable, 'tools/analysis_tools/benchmark.py', *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
 
 
 def test_a_small_classifier(tmp_path: Path) -> None:
     pytest.importorskip('mmpretrain')
-    specs = ['SGD', 'AdamW', 'NKFAC:solver=cholesky', 'NKFAC:solver=lowrank:tolerance=0.3',
-             'AdamR', 'AdaAct', 'SOAA', 'DCTAdamW', 'Muon']
-    done = run('--models', 'configs/quickstart/resnet18_shapes-cls.py', '--size', '32', '32',
-               '--batch', '4', '--cycles', '1', '--optimizers', ','.join(specs), '--memory',
-               '--intervals', '5/25', '--out', str(tmp_path))
+    specs = [
+        'SGD',
+        'AdamW',
+        'NKFAC:solver=cholesky',
+        'NKFAC:solver=lowrank:tolerance=0.3',
+        'AdamR',
+        'AdaAct',
+        'SOAA',
+        'DCTAdamW',
+        'Muon',
+    ]
+    done = run(
+        '--models',
+        'configs/quickstart/resnet18_shapes-cls.py',
+        '--size',
+        '32',
+        '32',
+        '--batch',
+        '4',
+        '--cycles',
+        '1',
+        '--optimizers',
+        ','.join(specs),
+        '--memory',
+        '--intervals',
+        '5/25',
+        '--out',
+        str(tmp_path),
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / 'resnet18_shapes-cls.json').read_text())
     found = {r['name']: r for r in record['results']}
     assert list(found) == specs
     for name, r in found.items():
         measured = name.startswith('NKFAC') or name == 'AdamR'
-        assert set(r['iteration']) == ({'plain', 'statistics', 'refresh'} if measured else
-                                       {'plain'})
+        assert set(r['iteration']) == (
+            {'plain', 'statistics', 'refresh'} if measured else {'plain'}
+        )
         assert r['state_mb'] > 0 and r['peak_mb'] > 100
     assert found['AdamR']['base'] == 'AdamW'
     dense = found['NKFAC:solver=cholesky']
@@ -40,8 +71,7 @@ def test_a_small_classifier(tmp_path: Path) -> None:
     assert found['SGD']['overhead']['5/25'] == 1
     plain, measured, refreshed = (dense['iteration'][kind] for kind in benchmark.KINDS)
     average = 0.8 * plain + 0.16 * measured + 0.04 * refreshed
-    assert dense['overhead']['5/25'] == pytest.approx(
-        average / found['SGD']['iteration']['plain'])
+    assert dense['overhead']['5/25'] == pytest.approx(average / found['SGD']['iteration']['plain'])
     assert found['NKFAC:solver=lowrank:tolerance=0.3']['ranks']
     table = (tmp_path / 'resnet18_shapes-cls.md').read_text()
     assert all(f'| {name} |' in table for name in specs)
@@ -59,12 +89,14 @@ def test_what_is_not_there_is_one_line() -> None:
 
 
 def test_the_percentile_counts_kinds_as_often_as_they_come() -> None:
-    seconds = dict(plain=[1., 1.1], statistics=[2.], refresh=[9.])
-    assert benchmark.p99(seconds, 20, 50) == 9.
-    assert benchmark.p99(seconds, 50, 1000) == 2.
+    seconds = dict(plain=[1.0, 1.1], statistics=[2.0], refresh=[9.0])
+    assert benchmark.p99(seconds, 20, 50) == 9.0
+    assert benchmark.p99(seconds, 50, 1000) == 2.0
     assert benchmark.p99(seconds, 1000, 2000) == 1.1
 
 
 def test_settings_in_a_name() -> None:
     assert benchmark.parse_spec('NKFAC:solver=lowrank:tolerance=0.3:stagger=true') == (
-        'NKFAC', dict(solver='lowrank', tolerance=0.3, stagger=True))
+        'NKFAC',
+        dict(solver='lowrank', tolerance=0.3, stagger=True),
+    )

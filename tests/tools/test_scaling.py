@@ -15,21 +15,39 @@ from tests.support.paths import ROOT
 
 
 def test_table_and_figure(tmp_path: Path) -> None:
-    arguments = ['--widths', '16,32,300', '--rows', '64,128', '--turns', '1', '--solvers',
-                 'cholesky', 'lowrank', '--out', str(tmp_path)]
-    done = subprocess.run([sys.executable, 'tools/analysis_tools/scaling.py', *arguments], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300, check=False)
+    arguments = [
+        '--widths',
+        '16,32,300',
+        '--rows',
+        '64,128',
+        '--turns',
+        '1',
+        '--solvers',
+        'cholesky',
+        'lowrank',
+        '--out',
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [sys.executable, 'tools/analysis_tools/scaling.py', *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / 'scaling.json').read_text())
     assert found['width'][0] == [16, 32, 300] and found['rows'][0] == [64, 128]
     for _, solvers in found.values():
         assert set(solvers) == {'cholesky', 'lowrank'}
-        assert all(seconds > 0 for times in solvers.values() for one in times
-                   for seconds in one.values())
+        assert all(
+            seconds > 0 for times in solvers.values() for one in times for seconds in one.values()
+        )
     assert re.search(r'\| refresh +\| lowrank +\|', (tmp_path / 'scaling.md').read_text())
     assert (tmp_path / 'scaling.png').stat().st_size > 1000
 
 
 def test_slopes_are_exponents_of_the_larger_half() -> None:
     sizes = [1, 2, 4, 8]
-    assert scaling.slope(sizes, [9., 9., 4.**3, 8.**3]) == pytest.approx(3)
+    assert scaling.slope(sizes, [9.0, 9.0, 4.0**3, 8.0**3]) == pytest.approx(3)

@@ -13,8 +13,22 @@ from tests.support.paths import TOOLS
 @pytest.mark.parametrize('optimizer, lr', [('NKFAC', 0.02), ('AdamR', 2e-3)])
 def test_faults_kills_and_resumption(optimizer: str, lr: float) -> None:
     soak = TOOLS / 'analysis_tools/soak.py'
-    done = subprocess.run([sys.executable, soak, '--optimizer', optimizer, '--lr', str(lr),
-                           '--steps', '100', '--kills', '2'], capture_output=True, text=True,
-                          timeout=600)
+    done = subprocess.run(
+        [
+            sys.executable,
+            soak,
+            '--optimizer',
+            optimizer,
+            '--lr',
+            str(lr),
+            '--steps',
+            '100',
+            '--kills',
+            '2',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert 'all as it must be' in done.stdout

@@ -24,18 +24,27 @@ QUICK = 'configs/quickstart/faster-rcnn_r18_fpn_shapes'
 def run(work_dir: Path, iterations: int, resume: bool = False, **wrapper: Any) -> Runner:
     torch.manual_seed(0)
     runner = Runner(
-        model=Classifier(), work_dir=str(work_dir), resume=resume,
+        model=Classifier(),
+        work_dir=str(work_dir),
+        resume=resume,
         experiment_name=f'{work_dir.name}_{iterations}_{resume}',
-        train_dataloader=dict(dataset=OneBatch(), batch_size=8, num_workers=0,
-                              collate_fn=dict(type='default_collate'),
-                              sampler=dict(type='InfiniteSampler', shuffle=False)),
+        train_dataloader=dict(
+            dataset=OneBatch(),
+            batch_size=8,
+            num_workers=0,
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type='InfiniteSampler', shuffle=False),
+        ),
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=iterations),
         optim_wrapper=dict(
             constructor='PrecondOptimWrapperConstructor',
-            optimizer=dict(type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2), **wrapper),
+            optimizer=dict(type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2),
+            **wrapper,
+        ),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=20),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=7)),
-        randomness=dict(seed=0))
+        randomness=dict(seed=0),
+    )
     runner.train()
     return runner
 
@@ -57,23 +66,34 @@ def test_resume_equals_uninterrupted(tmp_path: Path, wrapper: dict[str, Any]) ->
 
 
 def tool(*command: object, expect: int = 0, **environment: str) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, **environment}, timeout=500)
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=500,
+    )
     output = done.stdout + done.stderr
     assert done.returncode == expect, output[-4000:]
     return output
 
 
 def small(data: Path, iterations: int = 2) -> list[str]:
-    return [f'train_dataloader.dataset.data_root={data}/',
-            f'val_dataloader.dataset.data_root={data}/',
-            f'test_dataloader.dataset.data_root={data}/',
-            f'val_evaluator.ann_file={data}/annotations/val.json',
-            f'test_evaluator.ann_file={data}/annotations/val.json',
-            f'train_cfg.max_iters={iterations}', f'train_cfg.val_interval={iterations}',
-            'train_dataloader.batch_size=2', 'optim_wrapper.optimizer.lr=0.001',
-            'default_hooks.logger.interval=1',
-            'model.train_cfg.rpn_proposal.max_per_img=50', 'model.test_cfg.rpn.max_per_img=20']
+    return [
+        f'train_dataloader.dataset.data_root={data}/',
+        f'val_dataloader.dataset.data_root={data}/',
+        f'test_dataloader.dataset.data_root={data}/',
+        f'val_evaluator.ann_file={data}/annotations/val.json',
+        f'test_evaluator.ann_file={data}/annotations/val.json',
+        f'train_cfg.max_iters={iterations}',
+        f'train_cfg.val_interval={iterations}',
+        'train_dataloader.batch_size=2',
+        'optim_wrapper.optimizer.lr=0.001',
+        'default_hooks.logger.interval=1',
+        'model.train_cfg.rpn_proposal.max_per_img=50',
+        'model.test_cfg.rpn.max_per_img=20',
+    ]
 
 
 @pytest.fixture(scope='module')
@@ -84,19 +104,44 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(('model', 'names'), [
-    ('r18', ['SGD', 'NKFAC']), ('swin', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC', 'AFOpt+AdamR']),
-    ('resnet-cls', ['SGD', 'NKFAC']),
-    ('swin-cls', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC', 'AFOpt+AdamR'])])
+@pytest.mark.parametrize(
+    ('model', 'names'),
+    [
+        ('r18', ['SGD', 'NKFAC']),
+        ('swin', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC', 'AFOpt+AdamR']),
+        ('resnet-cls', ['SGD', 'NKFAC']),
+        ('swin-cls', ['AdamW', 'AdaAFOpt', 'AFOpt+NKFAC', 'AFOpt+AdamR']),
+    ],
+)
 def test_quickstart_end_to_end(tmp_path: Path, model: str, names: list[str]) -> None:
     options = ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
     if not model.endswith('cls'):
-        options += ['model.train_cfg.rpn_proposal.max_per_img=50',
-                    'model.test_cfg.rpn.max_per_img=20']
-    output = tool('bash', 'tools/quickstart.sh', '--model', model, '--iterations', 2,
-                  '--val-interval', 2, '--images', 16, '--data', tmp_path / 'data',
-                  '--work-dir', tmp_path / 'out', '--grid', '', '--lr', 0.001,
-                  '--options', *options)
+        options += [
+            'model.train_cfg.rpn_proposal.max_per_img=50',
+            'model.test_cfg.rpn.max_per_img=20',
+        ]
+    output = tool(
+        'bash',
+        'tools/quickstart.sh',
+        '--model',
+        model,
+        '--iterations',
+        2,
+        '--val-interval',
+        2,
+        '--images',
+        16,
+        '--data',
+        tmp_path / 'data',
+        '--work-dir',
+        tmp_path / 'out',
+        '--grid',
+        '',
+        '--lr',
+        0.001,
+        '--options',
+        *options,
+    )
     runs = json.loads((tmp_path / 'out/results.json').read_text())
     assert [run['optimizer'] for run in runs] == names
     assert all(f'| {name} | 0.001 |' in output for name in names)
@@ -111,16 +156,25 @@ def test_quickstart_end_to_end(tmp_path: Path, model: str, names: list[str]) -> 
     assert (tmp_path / 'out/quickstart.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('name', ['resnet18_shapes-cls', 'swin_shapes-cls', 'vgg11_shapes-cls',
-                                  'vgg11-wn_shapes-cls_sgdph'])
+@pytest.mark.parametrize(
+    'name',
+    ['resnet18_shapes-cls', 'swin_shapes-cls', 'vgg11_shapes-cls', 'vgg11-wn_shapes-cls_sgdph'],
+)
 def test_classifiers_train_with_the_partial_hessian(tmp_path: Path, name: str) -> None:
     """With normalisation and without; lengths of weights survive the checkpoint."""
     for split in ('train', 'val'):
         make_shape_folders(tmp_path / 'data', images=8, split=split, progress=False)
-    options = ['--cfg-options', 'train_cfg.max_iters=4', 'train_cfg.val_interval=4',
-               'train_dataloader.batch_size=4', 'optim_wrapper.optimizer.lr=0.01',
-               *(f'{part}_dataloader.dataset.data_root={tmp_path}/data/'
-                 for part in ('train', 'val', 'test'))]
+    options = [
+        '--cfg-options',
+        'train_cfg.max_iters=4',
+        'train_cfg.val_interval=4',
+        'train_dataloader.batch_size=4',
+        'optim_wrapper.optimizer.lr=0.01',
+        *(
+            f'{part}_dataloader.dataset.data_root={tmp_path}/data/'
+            for part in ('train', 'val', 'test')
+        ),
+    ]
     config = f'configs/quickstart/{name}.py'
     chosen = [] if name.endswith('sgdph') else ['--optimizer', 'SGDPH']
     work_dir = ['--work-dir', tmp_path / 'out']
@@ -139,32 +193,65 @@ def test_classifiers_train_with_the_partial_hessian(tmp_path: Path, name: str) -
 
 
 def test_two_processes_without_a_gpu(tmp_path: Path, shapes: Path) -> None:
-    output = tool('bash', 'tools/dist_train.sh', f'{QUICK}_nkfac.py', 2, '--work-dir', tmp_path,
-                  '--cfg-options', *small(shapes), PORT='29611')
+    output = tool(
+        'bash',
+        'tools/dist_train.sh',
+        f'{QUICK}_nkfac.py',
+        2,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        *small(shapes),
+        PORT='29611',
+    )
     assert 'layers preconditioned' in output and 'coco/bbox_mAP' in output
     checkpoint = torch.load(tmp_path / 'iter_2.pth', weights_only=False)
     assert checkpoint['optimizer']['precond']['steps'] == 2
 
 
 def test_train_resume_and_test(tmp_path: Path, shapes: Path) -> None:
-    train = [sys.executable, 'tools/train.py', f'{QUICK}.py', '--optimizer', 'NKFAC',
-             '--work-dir', tmp_path]
+    train = [
+        sys.executable,
+        'tools/train.py',
+        f'{QUICK}.py',
+        '--optimizer',
+        'NKFAC',
+        '--work-dir',
+        tmp_path,
+    ]
     tool(*train, '--cfg-options', *small(shapes, 1), 'default_hooks.checkpoint.interval=1')
     output = tool(*train, '--resume', '--cfg-options', *small(shapes, 2))
     assert 'resumed epoch: 0, iter: 1' in output
-    assert torch.load(tmp_path / 'iter_2.pth',
-                      weights_only=False)['optimizer']['precond']['steps'] == 2
-    output = tool(sys.executable, 'tools/test.py', f'{QUICK}.py', tmp_path / 'iter_2.pth',
-                  '--work-dir', tmp_path / 'test', '--cfg-options', *small(shapes))
+    assert (
+        torch.load(tmp_path / 'iter_2.pth', weights_only=False)['optimizer']['precond']['steps']
+        == 2
+    )
+    output = tool(
+        sys.executable,
+        'tools/test.py',
+        f'{QUICK}.py',
+        tmp_path / 'iter_2.pth',
+        '--work-dir',
+        tmp_path / 'test',
+        '--cfg-options',
+        *small(shapes),
+    )
     assert 'coco/bbox_mAP' in output
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['no/such.py'], 'there is no config no/such.py'),
-    ([f'{QUICK}.py', '--amp'], '--amp needs a GPU'),
-    ([f'{QUICK}.py', '--optimizer', 'KNFAC'], 'choose one of AFOpt'),
-    ([f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.damping=-1'], 'damping=-1'),
-    ([f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.dampnig=1'], 'dampnig')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['no/such.py'], 'there is no config no/such.py'),
+        ([f'{QUICK}.py', '--amp'], '--amp needs a GPU'),
+        ([f'{QUICK}.py', '--optimizer', 'KNFAC'], 'choose one of AFOpt'),
+        (
+            [f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.damping=-1'],
+            'damping=-1',
+        ),
+        ([f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.dampnig=1'], 'dampnig'),
+    ],
+)
 def test_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     if torch.cuda.is_available() and '--amp' in arguments:
         pytest.skip('there is a GPU')

@@ -50,8 +50,15 @@ def trained(args: argparse.Namespace) -> tuple[Any, NKFAC]:
     """A ResNet-18 after some steps, its gradients in place."""
     model: Any = build_model('resnet18')
     model.init_weights()
-    optimizer = NKFAC(model, lr=args.lr, momentum=0.9, weight_decay=1e-4, solver='lowrank',
-                      stat_interval=args.stat_interval, refresh_interval=args.refresh_interval)
+    optimizer = NKFAC(
+        model,
+        lr=args.lr,
+        momentum=0.9,
+        weight_decay=1e-4,
+        solver='lowrank',
+        stat_interval=args.stat_interval,
+        refresh_interval=args.refresh_interval,
+    )
     pixels, labels = images(args.data, 800, args.size)
     for _ in tqdm(range(args.steps + 1), unit='step'):
         chosen = torch.randint(len(pixels), (args.batch,))
@@ -67,8 +74,9 @@ def trained(args: argparse.Namespace) -> tuple[Any, NKFAC]:
 def exact(factors: Factors, gradient: Tensor) -> Tensor:
     """The direction by inverses in float64."""
     method = NewtonKronecker(solver='cholesky')
-    doubled = {side: Factor(factor.form, (factor.tensor.double(),))
-               for side, factor in factors.items()}
+    doubled = {
+        side: Factor(factor.form, (factor.tensor.double(),)) for side, factor in factors.items()
+    }
     operators, succeeded = method.refresh(doubled, None)
     if not bool(succeeded.all()):
         raise RuntimeError('an exact inverse failed')
@@ -95,27 +103,42 @@ def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[
     """Rows by way: a layer's name, its sides, columns kept, cosine, and numbers kept of dense."""
     method = NewtonKronecker(solver='lowrank')
     found: dict[str, list[tuple[Any, ...]]] = {}
-    jobs = [(stack, k, slot.layer) for stack in optimizer.curvature.stacks
-            for k, slot in enumerate(stack.slots)]
+    jobs = [
+        (stack, k, slot.layer)
+        for stack in optimizer.curvature.stacks
+        for k, slot in enumerate(stack.slots)
+    ]
     for stack, k, layer in tqdm(jobs, unit='layer'):
         factors = stack.factors([k])
         gradient = layer.join(*(p.grad for p in layer.parameters))[None]
         reference = exact(factors, gradient)
         ways: dict[str, tuple[Factors, NewtonKronecker]] = {
-            f'tolerance {t:g}': (factors, replace(method, tolerance=t))
-            for t in args.tolerances}
-        ways |= {f'sketch of {r}': (sketched(layer, factors, r),
-                                    NewtonKronecker(solver='cholesky')) for r in args.sketches}
+            f'tolerance {t:g}': (factors, replace(method, tolerance=t)) for t in args.tolerances
+        }
+        ways |= {
+            f'sketch of {r}': (sketched(layer, factors, r), NewtonKronecker(solver='cholesky'))
+            for r in args.sketches
+        }
         for way, (given, chosen) in ways.items():
             operators, _ = chosen.refresh(given, None)
             direction = chosen.apply(operators, gradient)
             cosine = F.cosine_similarity(direction.double().flatten(), reference.flatten(), 0)
-            columns = [operator.columns.shape[-1] for operator in operators.values()
-                       if isinstance(operator, LowRank)]
+            columns = [
+                operator.columns.shape[-1]
+                for operator in operators.values()
+                if isinstance(operator, LowRank)
+            ]
             held = sum(tensor.numel() for tensor in named_tensors(operators).values())
-            found.setdefault(way, []).append((
-                layer.name, f'{layer.rows} x {layer.columns}', columns, float(cosine),
-                size_of(given) + held, 2 * size_of(factors)))
+            found.setdefault(way, []).append(
+                (
+                    layer.name,
+                    f'{layer.rows} x {layer.columns}',
+                    columns,
+                    float(cosine),
+                    size_of(given) + held,
+                    2 * size_of(factors),
+                )
+            )
     return found
 
 
@@ -130,8 +153,10 @@ def report(found: dict[str, list[tuple[Any, ...]]]) -> str:
     lines = [markdown(('way', 'columns kept', 'least cosine', 'numbers kept of dense'), cells)]
     for way, rows in found.items():
         lines += ['', f'{way}: worst layers']
-        lines += [f'  {row[0]} ({row[1]}): {row[2]} columns, cosine {row[3]:.6f}'
-                  for row in sorted(rows, key=lambda row: row[3])[:3]]
+        lines += [
+            f'  {row[0]} ({row[1]}): {row[2]} columns, cosine {row[3]:.6f}'
+            for row in sorted(rows, key=lambda row: row[3])[:3]
+        ]
     return '\n'.join(lines)
 
 
@@ -146,8 +171,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--stat-interval', type=launch.count, default=20)
     parser.add_argument('--refresh-interval', type=launch.count, default=60)
     parser.add_argument('--tolerances', type=numbers, default=[0.1, 0.01])
-    parser.add_argument('--sketches', type=lambda text: [int(n) for n in numbers(text)],
-                        default=[256, 512])
+    parser.add_argument(
+        '--sketches', type=lambda text: [int(n) for n in numbers(text)], default=[256, 512]
+    )
     parser.add_argument('--batch', type=launch.count, default=16)
     parser.add_argument('--size', type=launch.count, default=112)
     parser.add_argument('--data', type=Path, default=ROOT / 'data/accuracy')
@@ -160,8 +186,7 @@ def main() -> None:
         start = now()
         _, optimizer = trained(args)
         print(report(compare(optimizer, args)))
-        print(f'\n{args.steps} steps at {args.size} px, batch {args.batch}; '
-              f'{now() - start:.0f} s')
+        print(f'\n{args.steps} steps at {args.size} px, batch {args.batch}; {now() - start:.0f} s')
 
 
 if __name__ == '__main__':

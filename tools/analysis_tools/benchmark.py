@@ -71,8 +71,10 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
     if name in timed():
         taken = sorted({'stat_interval', 'refresh_interval', 'stagger'} & set(options))
         if taken:
-            raise ValueError(f'{spec}: this tool sets the intervals, to tell steps apart by what '
-                             f'they do; leave out {", ".join(taken)} and see --intervals')
+            raise ValueError(
+                f'{spec}: this tool sets the intervals, to tell steps apart by what '
+                f'they do; leave out {", ".join(taken)} and see --intervals'
+            )
         kind = getattr(ours, name)
         if kind.needs == 'capture' and name not in EVERY_STEP:
             options = dict(stat_interval=CAPTURE, refresh_interval=REFRESH, **options)
@@ -83,16 +85,23 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
     if name in peers:
         return peers[name]([dict(params=list(model.parameters()))], lr=1e-5, **options)
     choices = ['SGD', 'AdamW', *timed(), *PEERS]
-    raise ValueError(f'cannot time {name!r} here; choose from {", ".join(choices)} (the last '
-                     f'{len(PEERS)} from the package pytorch_optimizer, if it is installed)')
+    raise ValueError(
+        f'cannot time {name!r} here; choose from {", ".join(choices)} (the last '
+        f'{len(PEERS)} from the package pytorch_optimizer, if it is installed)'
+    )
 
 
 def timed() -> list[str]:
     """Our optimizers that need no more than a learning rate, and no second derivatives."""
     kinds = {name: getattr(ours, name) for name in ours.__all__}
-    return [name for name, kind in kinds.items()
-            if isinstance(kind, type) and issubclass(kind, RuleOptimizer) and kind.needs != 'graph'
-            and 'lr' in inspect.signature(kind.__init__).parameters]
+    return [
+        name
+        for name, kind in kinds.items()
+        if isinstance(kind, type)
+        and issubclass(kind, RuleOptimizer)
+        and kind.needs != 'graph'
+        and 'lr' in inspect.signature(kind.__init__).parameters
+    ]
 
 
 def installed_peers() -> dict[str, Any]:
@@ -101,8 +110,11 @@ def installed_peers() -> dict[str, Any]:
         import pytorch_optimizer
     except ImportError:
         return {}
-    return {name: with_groups(getattr(pytorch_optimizer, name)) for name in PEERS
-            if hasattr(pytorch_optimizer, name)}
+    return {
+        name: with_groups(getattr(pytorch_optimizer, name))
+        for name in PEERS
+        if hasattr(pytorch_optimizer, name)
+    }
 
 
 def gemm_rate(device: str, size: int = 2048) -> float:
@@ -132,21 +144,36 @@ def measure(entries: list[Entry], batches: list[dict[str, Any]], cycles: int) ->
                 entry.steps[entry.kind(step)].append(alone)
 
 
-def summary(entry: Entry, bases: dict[str, Entry], batch: dict[str, Any], rate: float,
-            intervals: list[tuple[int, int]]) -> dict[str, Any]:
+def summary(
+    entry: Entry,
+    bases: dict[str, Entry],
+    batch: dict[str, Any],
+    rate: float,
+    intervals: list[tuple[int, int]],
+) -> dict[str, Any]:
     """One optimizer's numbers; times in seconds, memory in MB."""
     whole = {kind: median(times) for kind, times in entry.seconds.items() if times}
     plain = whole['plain']
     extra = {kind: whole.get(kind, plain) for kind in KINDS}
     base = bases.get(entry.base)
     result: dict[str, Any] = dict(
-        name=entry.name, base=entry.base, iteration=whole,
+        name=entry.name,
+        base=entry.base,
+        iteration=whole,
         step={kind: median(times) for kind, times in entry.steps.items() if times},
-        state_mb=entry.state_mb(), peak_mb=entry.peak_mb, amortised={}, p99={}, overhead={})
+        state_mb=entry.state_mb(),
+        peak_mb=entry.peak_mb,
+        amortised={},
+        p99={},
+        overhead={},
+    )
     for capture, refresh in intervals:
         key = f'{capture}/{refresh}'
-        result['amortised'][key] = (plain + (extra['statistics'] - plain) / capture
-                                    + (extra['refresh'] - extra['statistics']) / refresh)
+        result['amortised'][key] = (
+            plain
+            + (extra['statistics'] - plain) / capture
+            + (extra['refresh'] - extra['statistics']) / refresh
+        )
         result['p99'][key] = p99(entry.seconds, capture, refresh)
         if base is not None:
             result['overhead'][key] = result['amortised'][key] / median(base.seconds['plain'])
@@ -161,10 +188,14 @@ def p99(seconds: dict[str, list[float]], capture: int, refresh: int) -> float:
     shares = {'refresh': 1 / refresh, 'statistics': 1 / capture - 1 / refresh}
     shares['plain'] = 1 - 1 / capture
     if not seconds['refresh']:
-        shares = {'plain': 1.}
-    weighted = sorted((t, shares[kind] / len(times)) for kind, times in seconds.items()
-                      if times and kind in shares for t in times)
-    total = 0.
+        shares = {'plain': 1.0}
+    weighted = sorted(
+        (t, shares[kind] / len(times))
+        for kind, times in seconds.items()
+        if times and kind in shares
+        for t in times
+    )
+    total = 0.0
     for t, share in weighted:
         total += share
         if total >= 0.99 * sum(s for _, s in weighted):
@@ -186,38 +217,70 @@ def against_forecast(entry: Entry, batch: dict[str, Any], rate: float) -> dict[s
     forecast = sum(
         stack.method.apply_flops(layer) for layer, stack in optimizer.curvature.layers.items()
     )
-    ranks = [operator.shape[-1] for stack in optimizer.curvature.stacks
-             for name, operator in stack.operator_tensors.items() if 'columns' in name]
-    return dict(apply_gflop=done / 1e9, forecast_gflop=forecast / 1e9, limit=done / rate,
-                ranks=sorted(ranks))
+    ranks = [
+        operator.shape[-1]
+        for stack in optimizer.curvature.stacks
+        for name, operator in stack.operator_tensors.items()
+        if 'columns' in name
+    ]
+    return dict(
+        apply_gflop=done / 1e9,
+        forecast_gflop=forecast / 1e9,
+        limit=done / rate,
+        ranks=sorted(ranks),
+    )
 
 
-def report(model: str, results: list[dict[str, Any]], args: argparse.Namespace,
-             rate: float) -> str:
+def report(model: str, results: list[dict[str, Any]], args: argparse.Namespace, rate: float) -> str:
     """The table of one model."""
     keys = [f'{capture}/{refresh}' for capture, refresh in args.intervals]
-    head = (f'### {model}, {args.batch} x {args.size[0]} x {args.size[1]}, {describe(args)}\n\n'
-            f'Product of 2048 x 2048 in the same run: {rate / 1e9:,.0f} GFLOP/s. Seconds are '
-            'medians of whole iterations; times of all iterations at intervals of captures and '
-            "refreshes (first) are divided by the base optimizer's, p99 is in seconds.\n\n")
-    headers = ['optimizer', 'plain', 'measures', 'refreshes', 'step alone',
-               'its products at GEMM rate', *(part for key in keys for part in (
-                   f'x base, {key}', 'p99')), 'state MB', 'peak MB', 'ranks']
+    head = (
+        f'### {model}, {args.batch} x {args.size[0]} x {args.size[1]}, {describe(args)}\n\n'
+        f'Product of 2048 x 2048 in the same run: {rate / 1e9:,.0f} GFLOP/s. Seconds are '
+        'medians of whole iterations; times of all iterations at intervals of captures and '
+        "refreshes (first) are divided by the base optimizer's, p99 is in seconds.\n\n"
+    )
+    headers = [
+        'optimizer',
+        'plain',
+        'measures',
+        'refreshes',
+        'step alone',
+        'its products at GEMM rate',
+        *(part for key in keys for part in (f'x base, {key}', 'p99')),
+        'state MB',
+        'peak MB',
+        'ranks',
+    ]
     return head + markdown(headers, [row(result, keys) for result in results])
 
 
 def row(result: dict[str, Any], keys: list[str]) -> list[str]:
     """Cells of one optimizer."""
-    times = [f'{result["iteration"][kind]:.3f}' if kind in result['iteration'] else '-'
-             for kind in KINDS]
-    ratios = [cell for key in keys for cell in (
-        f'{result["overhead"][key]:.2f} ({result["base"]})' if key in result['overhead'] else '-',
-        f'{result["p99"][key]:.3f}')]
+    times = [
+        f'{result["iteration"][kind]:.3f}' if kind in result['iteration'] else '-' for kind in KINDS
+    ]
+    ratios = [
+        cell
+        for key in keys
+        for cell in (
+            f'{result["overhead"][key]:.2f} ({result["base"]})'
+            if key in result['overhead']
+            else '-',
+            f'{result["p99"][key]:.3f}',
+        )
+    ]
     ranks = result.get('ranks')
-    return [result['name'], *times, f'{result["step"]["plain"]:.3f}',
-            f'{result["limit"]:.3f}' if 'limit' in result else '-', *ratios,
-            f'{result["state_mb"]:.0f}', f'{result["peak_mb"]:.0f}' if result['peak_mb'] else '-',
-            f'{min(ranks)}-{max(ranks)}' if ranks else '-']
+    return [
+        result['name'],
+        *times,
+        f'{result["step"]["plain"]:.3f}',
+        f'{result["limit"]:.3f}' if 'limit' in result else '-',
+        *ratios,
+        f'{result["state_mb"]:.0f}',
+        f'{result["peak_mb"]:.0f}' if result['peak_mb'] else '-',
+        f'{min(ranks)}-{max(ranks)}' if ranks else '-',
+    ]
 
 
 def describe(args: argparse.Namespace) -> str:
@@ -246,8 +309,19 @@ def chart(model: str, results: list[dict[str, Any]], key: str, path: Path) -> No
 
 def peak_on_cpu(model: str, spec: str, args: argparse.Namespace) -> float:
     """Peak memory in MB of a process that trains with this optimizer alone."""
-    command = [sys.executable, __file__, '--models', model, '--optimizers', spec, '--batch',
-               str(args.batch), '--size', *map(str, args.size), '--child']
+    command = [
+        sys.executable,
+        __file__,
+        '--models',
+        model,
+        '--optimizers',
+        spec,
+        '--batch',
+        str(args.batch),
+        '--size',
+        *map(str, args.size),
+        '--child',
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f'{spec} on {model}: {done.stderr.strip().splitlines()[-1]}')
@@ -285,8 +359,14 @@ def run(name: str, args: argparse.Namespace, say: Callable[[str], None] = print)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / name.split('/')[-1].removesuffix('.py')
     stem.with_suffix('.md').write_text(text + '\n')
-    record = dict(model=name, batch=args.batch, size=list(args.size), hardware=describe(args),
-                  gemm_rate=rate, results=results)
+    record = dict(
+        model=name,
+        batch=args.batch,
+        size=list(args.size),
+        hardware=describe(args),
+        gemm_rate=rate,
+        results=results,
+    )
     stem.with_suffix('.json').write_text(json.dumps(record, indent=1))
     chart(name, results, '{}/{}'.format(*args.intervals[-1]), stem.with_suffix('.png'))
     say(text)
@@ -304,20 +384,42 @@ def intervals(text: str) -> list[tuple[int, int]]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = re.compile(',').split
-    parser.add_argument('--models', type=names, default=['resnet18'],
-                        help=f'of {", ".join(CONFIGS)}, or configs; default: resnet18')
-    parser.add_argument('--optimizers', type=names, default=USUAL.split(','),
-                        help=f'each as NAME or NAME:key=value:key=value; default: {USUAL}, and '
-                             f'{", ".join(PEERS)} where pytorch_optimizer is installed')
+    parser.add_argument(
+        '--models',
+        type=names,
+        default=['resnet18'],
+        help=f'of {", ".join(CONFIGS)}, or configs; default: resnet18',
+    )
+    parser.add_argument(
+        '--optimizers',
+        type=names,
+        default=USUAL.split(','),
+        help=f'each as NAME or NAME:key=value:key=value; default: {USUAL}, and '
+        f'{", ".join(PEERS)} where pytorch_optimizer is installed',
+    )
     parser.add_argument('--batch', type=launch.count, default=16, help='images; default: 16')
-    parser.add_argument('--size', type=launch.count, nargs=2, default=(112, 112),
-                        metavar=('HEIGHT', 'WIDTH'), help='default: 112 112')
-    parser.add_argument('--cycles', type=launch.count, default=3,
-                        help=f'of {REFRESH} steps; default: 3')
-    parser.add_argument('--intervals', type=intervals, default=[(20, 200), (100, 1000)],
-                        help='captures/refreshes to average over; default: 20/200,100/1000')
-    parser.add_argument('--memory', action='store_true',
-                        help='measure peak memory on CPU too, each optimizer in its own process')
+    parser.add_argument(
+        '--size',
+        type=launch.count,
+        nargs=2,
+        default=(112, 112),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='default: 112 112',
+    )
+    parser.add_argument(
+        '--cycles', type=launch.count, default=3, help=f'of {REFRESH} steps; default: 3'
+    )
+    parser.add_argument(
+        '--intervals',
+        type=intervals,
+        default=[(20, 200), (100, 1000)],
+        help='captures/refreshes to average over; default: 20/200,100/1000',
+    )
+    parser.add_argument(
+        '--memory',
+        action='store_true',
+        help='measure peak memory on CPU too, each optimizer in its own process',
+    )
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/benchmark')
     parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)

@@ -33,7 +33,7 @@ class Entry:
     optimizer: Any
     seconds: dict[str, list[float]] = field(default_factory=lambda: {k: [] for k in KINDS})
     steps: dict[str, list[float]] = field(default_factory=lambda: {k: [] for k in KINDS})
-    peak_mb: float = 0.
+    peak_mb: float = 0.0
 
     @property
     def base(self) -> str:

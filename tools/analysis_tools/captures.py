@@ -1,6 +1,6 @@
 """Times what a capture adds, layer by layer, against laying out all patches and multiplying them.
 
-    python tools/analysis_tools/captures.py --model resnet18 --size 112 112 --batch 16
+python tools/analysis_tools/captures.py --model resnet18 --size 112 112 --batch 16
 """
 
 from __future__ import annotations
@@ -48,8 +48,12 @@ def record(model: Any, batch: dict[str, Any], optimizer: NKFAC) -> list[Recorded
         output.register_hook(lambda g: found.append(Recorded(call, inputs, g.clone())))
 
     optimizer.disarm()
-    handles = [handle for layer in optimizer.curvature.layers if layer.blocks == 1
-               for handle in layer.watch(observe, lambda *_: None)]
+    handles = [
+        handle
+        for layer in optimizer.curvature.layers
+        if layer.blocks == 1
+        for handle in layer.watch(observe, lambda *_: None)
+    ]
     model.parse_losses(model(**batch, mode='loss'))[0].backward()
     for handle in handles:
         handle.remove()
@@ -74,12 +78,14 @@ def unfolded(one: Recorded) -> list[Tensor]:
 def measured(one: Recorded, statistics: Sequence[Statistic]) -> dict[str, Tensor]:
     """The same as the package does it."""
     kept = tuple(map(rounded, one.kept))
-    return one.call.layer.measure(one.call, kept, rounded(one.gradient), statistics,
-                                  torch.Generator())
+    return one.call.layer.measure(
+        one.call, kept, rounded(one.gradient), statistics, torch.Generator()
+    )
 
 
-def compare(calls: list[Recorded], optimizer: NKFAC, turns: int,
-            precision: str) -> dict[Layer, list[float]]:
+def compare(
+    calls: list[Recorded], optimizer: NKFAC, turns: int, precision: str
+) -> dict[Layer, list[float]]:
     """Seconds of ours and of laid-out rows by layer, each the least of some turns, in turns."""
     seconds: dict[Layer, list[float]] = {}
     for one in tqdm(calls, unit='call'):
@@ -89,28 +95,43 @@ def compare(calls: list[Recorded], optimizer: NKFAC, turns: int,
             with matmul_precision(precision):
                 pair[0] = min(pair[0], seconds_of(partial(measured, one, statistics)))
             pair[1] = min(pair[1], seconds_of(partial(unfolded, one)))
-        total = seconds.setdefault(one.call.layer, [0., 0.])
+        total = seconds.setdefault(one.call.layer, [0.0, 0.0])
         seconds[one.call.layer] = [a + b for a, b in zip(total, pair, strict=True)]
     return seconds
 
 
 def table(seconds: dict[Layer, list[float]]) -> str:
     """One row for each layer, and the sum, in Markdown."""
-    rows = [(layer.name.removesuffix('.weight'), f'{layer.rows} x {layer.columns}', ours, plain)
-            for layer, (ours, plain) in seconds.items()]
+    rows = [
+        (layer.name.removesuffix('.weight'), f'{layer.rows} x {layer.columns}', ours, plain)
+        for layer, (ours, plain) in seconds.items()
+    ]
     rows.append(('all', '', sum(row[2] for row in rows), sum(row[3] for row in rows)))
-    return markdown(('layer', 'o x i', 'ms', 'ms, laid out', 'ratio'), [
-        (name, shape, f'{1e3 * ours:.1f}', f'{1e3 * plain:.1f}', f'{ours / plain:.2f}')
-        for name, shape, ours, plain in rows])
+    return markdown(
+        ('layer', 'o x i', 'ms', 'ms, laid out', 'ratio'),
+        [
+            (name, shape, f'{1e3 * ours:.1f}', f'{1e3 * plain:.1f}', f'{ours / plain:.2f}')
+            for name, shape, ours, plain in rows
+        ],
+    )
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', default='resnet18',
-                        help=f'of {", ".join(CONFIGS)}, or a config; default: resnet18')
+    parser.add_argument(
+        '--model',
+        default='resnet18',
+        help=f'of {", ".join(CONFIGS)}, or a config; default: resnet18',
+    )
     parser.add_argument('--batch', type=launch.count, default=16, help='images; default: 16')
-    parser.add_argument('--size', type=launch.count, nargs=2, default=(112, 112),
-                        metavar=('HEIGHT', 'WIDTH'), help='default: 112 112')
+    parser.add_argument(
+        '--size',
+        type=launch.count,
+        nargs=2,
+        default=(112, 112),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='default: 112 112',
+    )
     parser.add_argument('--turns', type=launch.count, default=5)
     parser.add_argument('--precision', default='highest', help='of ours: matmul_precision')
     return parser.parse_args()

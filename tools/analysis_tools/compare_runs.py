@@ -25,15 +25,35 @@ from paper.rows import departures, plain, row_of
 
 TEMPLATES = Path(__file__).resolve().parent / 'templates'
 #: Scores in a table row of the paper, by their names in the log: of boxes alone, and of masks too.
-BOX = {'AP': 'coco/bbox_mAP', 'AP50': 'coco/bbox_mAP_50', 'AP75': 'coco/bbox_mAP_75',
-       'APs': 'coco/bbox_mAP_s', 'APm': 'coco/bbox_mAP_m', 'APl': 'coco/bbox_mAP_l'}
-MASK = {'APb': 'coco/bbox_mAP', 'APb50': 'coco/bbox_mAP_50', 'APb75': 'coco/bbox_mAP_75',
-        'APm': 'coco/segm_mAP', 'APm50': 'coco/segm_mAP_50', 'APm75': 'coco/segm_mAP_75'}
+BOX = {
+    'AP': 'coco/bbox_mAP',
+    'AP50': 'coco/bbox_mAP_50',
+    'AP75': 'coco/bbox_mAP_75',
+    'APs': 'coco/bbox_mAP_s',
+    'APm': 'coco/bbox_mAP_m',
+    'APl': 'coco/bbox_mAP_l',
+}
+MASK = {
+    'APb': 'coco/bbox_mAP',
+    'APb50': 'coco/bbox_mAP_50',
+    'APb75': 'coco/bbox_mAP_75',
+    'APm': 'coco/segm_mAP',
+    'APm50': 'coco/segm_mAP_50',
+    'APm75': 'coco/segm_mAP_75',
+}
 TOP_1 = {'top1': 'accuracy/top1'}  # in per cent already
 #: Scores that are drawn, if a run has them.
 HEADLINES = ('coco/bbox_mAP', 'coco/segm_mAP', 'accuracy/top1')
-MACHINE = ('Python', 'GPU 0', 'GPU 0,1,2,3,4,5,6,7', 'CUDA available', 'PyTorch', 'MMEngine',
-           'Distributed training', 'GPU number')
+MACHINE = (
+    'Python',
+    'GPU 0',
+    'GPU 0,1,2,3,4,5,6,7',
+    'CUDA available',
+    'PyTorch',
+    'MMEngine',
+    'Distributed training',
+    'GPU number',
+)
 #: Parts of a config that say nothing of the method.
 UNINTERESTING = ('work_dir', 'resume', 'load_from', 'launcher', 'visualizer', 'vis_backends')
 
@@ -64,16 +84,18 @@ class Run(Curves):
     @property
     def source(self) -> str:
         """The part of the thesis that it is compared with."""
-        return ' '.join(f'{key} {self.paper[key]}' for key in ('table', 'chapter')
-                        if key in self.paper)
+        return ' '.join(
+            f'{key} {self.paper[key]}' for key in ('table', 'chapter') if key in self.paper
+        )
 
     def against_paper(self) -> list[tuple[str, float, float]]:
         """Name, this run's value and the published one, in per cent."""
         result = self.paper.get('result', {})
         names = TOP_1 if 'top1' in result else MASK if 'APb' in result else BOX
         unit = 1 if names is TOP_1 else 100
-        found = [(name, self.last(names[name]), value) for name, value in result.items()
-                 if name in names]
+        found = [
+            (name, self.last(names[name]), value) for name, value in result.items() if name in names
+        ]
         return [(name, unit * ours, value) for name, ours, value in found if ours is not None]
 
 
@@ -85,8 +107,10 @@ def read_run(folder: Path) -> Run:
     """
     files = log_files(folder)
     if not files:
-        raise ValueError(f'{folder} has no */vis_data/scalars.json; give the work folder of a '
-                         'training by MMEngine')
+        raise ValueError(
+            f'{folder} has no */vis_data/scalars.json; give the work folder of a '
+            'training by MMEngine'
+        )
     run = Run(folder.name)
     for file in files:
         run.read(file)
@@ -114,7 +138,8 @@ def _read_config(run: Run, file: Path) -> None:
     if isinstance(window, int) and window < interval:
         run.notes.append(
             f'its seconds are those of {window} of every {interval} iterations, in which captures '
-            f'and refreshes may be missing: log with log_processor=dict(window_size={interval})')
+            f'and refreshes may be missing: log with log_processor=dict(window_size={interval})'
+        )
 
 
 def _unlike_the_paper(config: dict[str, Any], run: Run) -> list[str]:
@@ -122,13 +147,18 @@ def _unlike_the_paper(config: dict[str, Any], run: Run) -> list[str]:
     try:
         row = row_of(config)
         found = departures(plain(config), row, None)
-        batch = (config['train_dataloader']['batch_size'] * int(run.machine.get('GPU number', 0))
-                 * config['optim_wrapper'].get('accumulative_counts', 1))
+        batch = (
+            config['train_dataloader']['batch_size']
+            * int(run.machine.get('GPU number', 0))
+            * config['optim_wrapper'].get('accumulative_counts', 1)
+        )
     except (ValueError, KeyError) as error:
         return [f'whether it was trained as the row that it names is not known ({error})']
     if batch and batch != row.batch and not config['auto_scale_lr'].get('enable'):
-        found.append(f'batch of all GPUs is {batch}, the paper has {row.batch} (and the rates for '
-                     'it: --auto-scale-lr)')
+        found.append(
+            f'batch of all GPUs is {batch}, the paper has {row.batch} (and the rates for '
+            'it: --auto-scale-lr)'
+        )
     return [f'not trained as {run.source} of the thesis: {"; ".join(found)}'] if found else []
 
 
@@ -142,16 +172,23 @@ def _read_machine(log: Path) -> dict[str, str]:
 def flat(config: Any, prefix: str = '') -> dict[str, Any]:
     """A nested config as dotted keys."""
     if isinstance(config, dict) and config:
-        return {key: value for name, part in config.items() if name != '_scope_'
-                for key, value in flat(part, f'{prefix}{name}.').items()}
+        return {
+            key: value
+            for name, part in config.items()
+            if name != '_scope_'
+            for key, value in flat(part, f'{prefix}{name}.').items()
+        }
     return {prefix.rstrip('.'): config}
 
 
 def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Keys in which the configs differ, with each run's value."""
     keys = sorted({key for run in runs for key in run.config})
-    found = [(key, [repr(run.config.get(key, '-')) for run in runs]) for key in keys
-             if key.split('.')[0] not in (*UNINTERESTING, 'paper')]
+    found = [
+        (key, [repr(run.config.get(key, '-')) for run in runs])
+        for key in keys
+        if key.split('.')[0] not in (*UNINTERESTING, 'paper')
+    ]
     return [(key, values) for key, values in found if len(set(values)) > 1]
 
 
@@ -161,31 +198,43 @@ def draw(runs: list[Run], score: str | None) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout='constrained')
-    for position, (axes, label) in enumerate(zip(
-            figure.subplots(1, 2, sharey=True), ('iterations', 'seconds of training'),
-            strict=True)):
+    for position, (axes, label) in enumerate(
+        zip(figure.subplots(1, 2, sharey=True), ('iterations', 'seconds of training'), strict=True)
+    ):
         for run in runs:
             points = run.losses if score is None else run.scores.get(score, [])
-            axes.plot([point[position] for point in points], [point[2] for point in points],
-                      label=run.name, marker='' if score is None else '.')
+            axes.plot(
+                [point[position] for point in points],
+                [point[2] for point in points],
+                label=run.name,
+                marker='' if score is None else '.',
+            )
         axes.set(xlabel=label, ylabel='' if position else score or 'loss')
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
     text = io.StringIO()
     FigureCanvasSVG(figure).print_svg(text)
-    return text.getvalue()[text.getvalue().index('<svg'):]
+    return text.getvalue()[text.getvalue().index('<svg') :]
 
 
 def write(runs: list[Run], folder: Path, title: str) -> tuple[Path, Path]:
     """Writes report.md and report.html; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = [name for name in HEADLINES if any(name in run.scores for run in runs)]
-    known = dict(title=title, runs=runs, scores=scores, differences=config_differences(runs),
-                 pictures=[draw(runs, score) for score in (None, *scores)])
+    known = dict(
+        title=title,
+        runs=runs,
+        scores=scores,
+        differences=config_differences(runs),
+        pictures=[draw(runs, score) for score in (None, *scores)],
+    )
     paths = folder / 'report.md', folder / 'report.html'
     for path in paths:
-        environment = Environment(loader=FileSystemLoader(TEMPLATES),
-                                  autoescape=path.suffix == '.html', keep_trailing_newline=True)
+        environment = Environment(
+            loader=FileSystemLoader(TEMPLATES),
+            autoescape=path.suffix == '.html',
+            keep_trailing_newline=True,
+        )
         environment.filters['number'] = lambda value: '-' if value is None else f'{value:.3f}'
         path.write_text(environment.get_template(f'{path.name}.j2').render(known))
     return paths
@@ -194,8 +243,12 @@ def write(runs: list[Run], folder: Path, title: str) -> tuple[Path, Path]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folders', nargs='+', type=Path, metavar='WORK_DIR')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/report'),
-                        help='folder of the report; default: work_dirs/report')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('work_dirs/report'),
+        help='folder of the report; default: work_dirs/report',
+    )
     parser.add_argument('--title', default='Runs side by side')
     return parser.parse_args()
 

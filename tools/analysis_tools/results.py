@@ -23,9 +23,29 @@ from common.contestants import MODELS, Model
 from common.tables import markdown, spread
 from common.training import Run, RunError, add_options, train
 
-ANY = ('SGD', 'AdamW', 'SGDPH', 'NKFAC', 'AdaNKFAC', 'FSGD', 'FAdam', 'KFAC', 'SKFAC', 'SGDMBK',
-       'AdamWBK', 'AdamR', 'MAC', 'SMAC', 'AdaAct', 'NysAct', 'SOAA', 'AdaFisher', 'AdaFisherW',
-       'ARO', 'DCTAdamW')
+ANY = (
+    'SGD',
+    'AdamW',
+    'SGDPH',
+    'NKFAC',
+    'AdaNKFAC',
+    'FSGD',
+    'FAdam',
+    'KFAC',
+    'SKFAC',
+    'SGDMBK',
+    'AdamWBK',
+    'AdamR',
+    'MAC',
+    'SMAC',
+    'AdaAct',
+    'NysAct',
+    'SOAA',
+    'AdaFisher',
+    'AdaFisherW',
+    'ARO',
+    'DCTAdamW',
+)
 ATTENTION = ('AFOpt', 'AdaAFOpt')
 #: Of whom the seconds are, at which scores are compared.
 PACE = 'SGD'
@@ -71,8 +91,14 @@ def paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, float]
     """
     record = args.work_dir / 'seconds.json'
     known: dict[str, list[float]] = json.loads(record.read_text()) if record.exists() else {}
-    short = argparse.Namespace(**{**vars(args), 'iterations': args.timed, 'val_interval': 10**6,
-                                  'work_dir': args.work_dir / 'timing'})
+    short = argparse.Namespace(
+        **{
+            **vars(args),
+            'iterations': args.timed,
+            'val_interval': 10**6,
+            'work_dir': args.work_dir / 'timing',
+        }
+    )
     for turn in range(args.turns):
         for name, rate in rates.items():
             if len(known.setdefault(name, [])) <= turn:
@@ -85,7 +111,7 @@ def paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, float]
 
 def at(run: Run, iteration: float, metric: str) -> float:
     """A run's score between two evaluations, by linear interpolation; 0 before training."""
-    before = (0, 0.)
+    before = (0, 0.0)
     for step, _, value in run.scores.get(metric, []):
         if step >= iteration:
             share = (iteration - before[0]) / (step - before[0])
@@ -94,26 +120,42 @@ def at(run: Run, iteration: float, metric: str) -> float:
     return before[1]
 
 
-def table(tuned: dict[str, list[Run]], final: dict[str, list[Run]], seconds: dict[str, float],
-          args: argparse.Namespace) -> str:
+def table(
+    tuned: dict[str, list[Run]],
+    final: dict[str, list[Run]],
+    seconds: dict[str, float],
+    args: argparse.Namespace,
+) -> str:
     """The comparison as Markdown: means over seeds with their range."""
     metric, end = args.model.headline, args.iterations
     titles = {key: title for key, title in args.model.metrics.items() if not key.endswith('_50')}
     title = titles[metric]
-    heads = ['optimizer', 'lr', *(f'{one} after {end} iterations' for one in titles.values()),
-             'loss', f'time of {PACE}', f"{title} in {PACE}'s time", 'MB',
-             f'{title} of each rate, seed {args.seeds[0]}']
+    heads = [
+        'optimizer',
+        'lr',
+        *(f'{one} after {end} iterations' for one in titles.values()),
+        'loss',
+        f'time of {PACE}',
+        f"{title} in {PACE}'s time",
+        'MB',
+        f'{title} of each rate, seed {args.seeds[0]}',
+    ]
     lines = []
     form = '.1f' if metric.startswith('accuracy') else '.3f'
     for name, runs in final.items():
         ratio = seconds[name] / seconds[PACE] if {name, PACE} <= set(seconds) else float('nan')
         level = [at(run, min(end, end / ratio), metric) for run in runs] if ratio == ratio else []
         rates = ', '.join(f'{run.lr:g}: {run.score(metric):{form}}' for run in tuned[name])
-        cells = [name, f'{runs[0].lr:g}',
-                 *(spread([run.score(key) for run in runs], form) for key in titles),
-                 spread([run.losses[-1][2] for run in runs], '.2f'), f'{ratio:.2f}',
-                 spread(level, form) if level else '-',
-                 f'{mean([run.memory for run in runs if run.memory] or [float("nan")]):.0f}', rates]
+        cells = [
+            name,
+            f'{runs[0].lr:g}',
+            *(spread([run.score(key) for run in runs], form) for key in titles),
+            spread([run.losses[-1][2] for run in runs], '.2f'),
+            f'{ratio:.2f}',
+            spread(level, form) if level else '-',
+            f'{mean([run.memory for run in runs if run.memory] or [float("nan")]):.0f}',
+            rates,
+        ]
         lines.append(cells)
     return markdown(heads, lines)
 
@@ -121,21 +163,35 @@ def table(tuned: dict[str, list[Run]], final: dict[str, list[Run]], seconds: dic
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('model', choices=list(MODELS))
-    parser.add_argument('--optimizers', help='names, separated by commas; default: all that the '
-                        'model can be trained with')
+    parser.add_argument(
+        '--optimizers',
+        help='names, separated by commas; default: all that the model can be trained with',
+    )
     parser.add_argument('--iterations', type=int, help="default: the model's in the quickstart")
     parser.add_argument('--evaluations', type=int, default=8)
     parser.add_argument('--images', type=int, default=2000)
-    parser.add_argument('--seeds', type=lambda text: [int(k) for k in text.split(',')],
-                        default=[0, 1, 2])
+    parser.add_argument(
+        '--seeds', type=lambda text: [int(k) for k in text.split(',')], default=[0, 1, 2]
+    )
     for kind, rates in (('sgd', '0.01,0.03,0.1,0.3'), ('adam', '1e-4,3e-4,1e-3,3e-3')):
-        parser.add_argument(f'--{kind}-rates', default=[float(r) for r in rates.split(',')],
-                            type=lambda text: [float(r) for r in text.split(',')],
-                            help=f'default: {rates}')
-    parser.add_argument('--turns', type=int, default=0, help='short runs for the time of an '
-                        'iteration, in turns; on an otherwise idle machine')
-    parser.add_argument('--timed', type=int, default=50, help='iterations of those; default: 50, '
-                        'which are two refreshes')
+        parser.add_argument(
+            f'--{kind}-rates',
+            default=[float(r) for r in rates.split(',')],
+            type=lambda text: [float(r) for r in text.split(',')],
+            help=f'default: {rates}',
+        )
+    parser.add_argument(
+        '--turns',
+        type=int,
+        default=0,
+        help='short runs for the time of an iteration, in turns; on an otherwise idle machine',
+    )
+    parser.add_argument(
+        '--timed',
+        type=int,
+        default=50,
+        help='iterations of those; default: 50, which are two refreshes',
+    )
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/results_MODEL')
     add_options(parser)
     args = parser.parse_args()

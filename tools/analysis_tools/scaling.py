@@ -41,8 +41,9 @@ def measured(solver: str, width: int, rows: int, turns: int) -> dict[str, float]
     """Seconds of each part, the least of some."""
     torch.manual_seed(0)
     layer = nn.Linear(width, width, bias=False)
-    optimizer = NKFAC(layer, lr=1e-6, stat_interval=1, refresh_interval=1, solver=solver,
-                      max_dim=width)
+    optimizer = NKFAC(
+        layer, lr=1e-6, stat_interval=1, refresh_interval=1, solver=solver, max_dim=width
+    )
     best = dict.fromkeys((*PARTS, 'pass'), math.inf)
     for turn in range(WARM_UP + turns):
         inputs, gradients = falling(rows, width), falling(rows, width) / rows
@@ -59,8 +60,7 @@ def measured(solver: str, width: int, rows: int, turns: int) -> dict[str, float]
         times['capture'] = seconds_of(train) + seconds_of(partial(curvature.merge, 0))
         times['refresh'] = seconds_of(partial(curvature.refresh, 0))
         found: dict[Any, Any] = {layer.weight: layer.weight.grad}
-        times['step'] = seconds_of(partial(curvature.precondition, found,
-                                           optimizer.param_groups))
+        times['step'] = seconds_of(partial(curvature.precondition, found, optimizer.param_groups))
         if turn >= WARM_UP:
             best = {part: min(best[part], seconds) for part, seconds in times.items()}
     best['capture'] = max(best['capture'] - best['pass'], 1e-6)
@@ -85,13 +85,15 @@ def table(axis: str, sizes: list[int], found: dict[str, list[dict[str, float]]])
     for part in PARTS:
         for solver, times in found.items():
             seconds = [one[part] for one in times]
-            rows.append((part, solver, *(f'{s:.4f}' for s in seconds),
-                         f'{slope(sizes, seconds):.2f}'))
+            rows.append(
+                (part, solver, *(f'{s:.4f}' for s in seconds), f'{slope(sizes, seconds):.2f}')
+            )
     return markdown(('part', 'solver', *(f'{axis} {n}' for n in sizes), 'slope'), rows)
 
 
-def draw(results: dict[str, tuple[list[int], dict[str, list[dict[str, float]]]]],
-         path: Path) -> None:
+def draw(
+    results: dict[str, tuple[list[int], dict[str, list[dict[str, float]]]]], path: Path
+) -> None:
     """One panel for each part and axis."""
     from matplotlib.figure import Figure
 
@@ -101,8 +103,9 @@ def draw(results: dict[str, tuple[list[int], dict[str, list[dict[str, float]]]]]
         for panel, part in zip(row, PARTS, strict=True):
             for solver, times in found.items():
                 seconds = [one[part] for one in times]
-                panel.loglog(sizes, seconds, marker='o',
-                             label=f'{solver}, slope {slope(sizes, seconds):.1f}')
+                panel.loglog(
+                    sizes, seconds, marker='o', label=f'{solver}, slope {slope(sizes, seconds):.1f}'
+                )
             panel.set_title(f'{part}, seconds')
             panel.set_xlabel(axis)
             panel.minorticks_off()
@@ -118,9 +121,12 @@ def parse_args() -> argparse.Namespace:
         return [int(n) for n in re.split(',', text)]
 
     parser.add_argument('--widths', type=sizes, default=[256, 512, 1024, 2048, 4096, 8192])
-    parser.add_argument('--rows', type=sizes, default=[256, 1024, 4096, 16384],
-                        help='of a batch; widths are measured with the first, rows with the '
-                             'middle width')
+    parser.add_argument(
+        '--rows',
+        type=sizes,
+        default=[256, 1024, 4096, 16384],
+        help='of a batch; widths are measured with the first, rows with the middle width',
+    )
     parser.add_argument('--turns', type=int, default=3)
     parser.add_argument('--solvers', nargs='+', choices=SOLVERS, default=SOLVERS)
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/scaling')
@@ -130,8 +136,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     middle = args.widths[len(args.widths) // 2]
-    jobs = {'width': (args.widths, [(width, args.rows[0]) for width in args.widths]),
-            'rows': (args.rows, [(middle, rows) for rows in args.rows])}
+    jobs = {
+        'width': (args.widths, [(width, args.rows[0]) for width in args.widths]),
+        'rows': (args.rows, [(middle, rows) for rows in args.rows]),
+    }
     results = {}
     for axis, (sizes, pairs) in jobs.items():
         found: dict[str, list[dict[str, float]]] = {solver: [] for solver in args.solvers}

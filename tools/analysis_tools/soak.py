@@ -41,7 +41,7 @@ SAVE_EVERY = 20
 #: Shares of the run after which a decomposition fails: one, or all and their retries in float64.
 FAIL_ONCE, FAIL_TWICE = 0.2, 0.4
 #: Share of a run after which every fault has been met, and MB that the rest may add.
-SETTLED, GROWTH = 0.6, 1.
+SETTLED, GROWTH = 0.6, 1.0
 
 
 class Net(nn.Module):
@@ -96,9 +96,10 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Net()
-    optimizer = getattr(optimizers, args.optimizer)(model, lr=args.lr, stat_interval=5,
-                                                    refresh_interval=10)
-    scaler = torch.amp.GradScaler('cpu', init_scale=2.**10, growth_interval=200)
+    optimizer = getattr(optimizers, args.optimizer)(
+        model, lr=args.lr, stat_interval=5, refresh_interval=10
+    )
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10, growth_interval=200)
     optimizer.loss_scale = scaler
     path, log = args.folder / 'newest.pt', args.folder / 'memory.jsonl'
     first = 0
@@ -111,8 +112,15 @@ def run(args: argparse.Namespace) -> None:
     for step in range(first, args.steps):
         if step % SAVE_EVERY == 0:
             part = path.with_suffix('.part')
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), step=step), part)
+            torch.save(
+                dict(
+                    model=model.state_dict(),
+                    optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict(),
+                    step=step,
+                ),
+                part,
+            )
             part.replace(path)
             with log.open('a') as lines:
                 lines.write(json.dumps([step, memory()]) + '\n')
@@ -128,19 +136,21 @@ def run(args: argparse.Namespace) -> None:
             train_step(model, optimizer, scaler, step, overflow)
         if not all(p.isfinite().all() for p in model.parameters()):
             sys.exit(f'step {step}: a weight is not finite')
-    torch.save({name: p.detach() for name, p in model.named_parameters()},
-               args.folder / 'weights.pt')
+    torch.save(
+        {name: p.detach() for name, p in model.named_parameters()}, args.folder / 'weights.pt'
+    )
     (args.folder / 'end.json').write_text(json.dumps(accuracy(model)))
 
 
-def train_step(model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler, step: int,
-               overflow: bool) -> None:
+def train_step(
+    model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler, step: int, overflow: bool
+) -> None:
     """One step as AMP does it; an overflow spoils the loss's gradient, and nothing before it."""
     x, y = batch(step)
     statistics = {name: b.clone() for name, b in model.named_buffers()}
     optimizer.zero_grad()
     out = model(x)
-    loss = F.cross_entropy(out, y) * (float('inf') if overflow else 1.)
+    loss = F.cross_entropy(out, y) * (float('inf') if overflow else 1.0)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -158,9 +168,21 @@ def accuracy(model: nn.Module) -> float:
 class Allocated(ctypes.Structure):
     """The C library's `struct mallinfo2`."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        'arena', 'ordblks', 'smblks', 'hblks', 'hblkhd', 'usmblks', 'fsmblks', 'uordblks',
-        'fordblks', 'keepcost')]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            'arena',
+            'ordblks',
+            'smblks',
+            'hblks',
+            'hblkhd',
+            'usmblks',
+            'fsmblks',
+            'uordblks',
+            'fordblks',
+            'keepcost',
+        )
+    ]
 
 
 def memory() -> float:
@@ -173,8 +195,19 @@ def memory() -> float:
 
 def start(folder: Path, args: argparse.Namespace, *options: str) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, __file__, '--folder', str(folder), '--steps', str(args.steps),
-               '--optimizer', args.optimizer, '--lr', str(args.lr), *options]
+    command = [
+        sys.executable,
+        __file__,
+        '--folder',
+        str(folder),
+        '--steps',
+        str(args.steps),
+        '--optimizer',
+        args.optimizer,
+        '--lr',
+        str(args.lr),
+        *options,
+    ]
     return subprocess.Popen(command, stderr=(folder / 'log.txt').open('a'))
 
 
@@ -183,8 +216,11 @@ def supervise(args: argparse.Namespace) -> list[str]:
     wrong = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        for folder, options in (('whole', ['--fail']), ('clean', []),
-                                ('left_out', ['--leave-out'])):
+        for folder, options in (
+            ('whole', ['--fail']),
+            ('clean', []),
+            ('left_out', ['--leave-out']),
+        ):
             if start(root / folder, args, *options).wait():
                 return [f'{folder} failed: {(root / folder / "log.txt").read_text()[-1000:]}']
         draw = random.Random(args.seed)
@@ -198,21 +234,27 @@ def supervise(args: argparse.Namespace) -> list[str]:
             process.wait()
         if start(killed, args, '--fail').wait():
             return [f'killed failed: {(killed / "log.txt").read_text()[-1000:]}']
-        weights = {f: torch.load(root / f / 'weights.pt')
-                   for f in ('whole', 'clean', 'left_out', 'killed')}
+        weights = {
+            f: torch.load(root / f / 'weights.pt') for f in ('whole', 'clean', 'left_out', 'killed')
+        }
         wrong += differing('killed and resumed', weights['killed'], weights['whole'])
         wrong += differing('overflows', weights['clean'], weights['left_out'])
         log = (root / 'whole/log.txt').read_text()
         if 'its last good operator stays' not in log:
             wrong.append('a failed refresh was not logged')
-        usage = [json.loads(line) for line in (root / 'whole/memory.jsonl').read_text().split('\n')
-                 if line]
+        usage = [
+            json.loads(line)
+            for line in (root / 'whole/memory.jsonl').read_text().split('\n')
+            if line
+        ]
         settled = max(m for step, m in usage if step <= args.steps * SETTLED)
         if usage[-1][1] > settled + GROWTH:
             wrong.append(f'memory grew from {settled:.1f} to {usage[-1][1]:.1f} MB')
-        print(f'{args.optimizer}: {args.steps} steps, overflow every {OVERFLOW_EVERY}, killed '
-              f'after {", ".join(map(str, stops))}; allocated {settled:.1f} MB after the faults, '
-              f'{usage[-1][1]:.1f} MB at the end; accuracy {(root / "whole/end.json").read_text()}')
+        print(
+            f'{args.optimizer}: {args.steps} steps, overflow every {OVERFLOW_EVERY}, killed '
+            f'after {", ".join(map(str, stops))}; allocated {settled:.1f} MB after the faults, '
+            f'{usage[-1][1]:.1f} MB at the end; accuracy {(root / "whole/end.json").read_text()}'
+        )
     return wrong
 
 
@@ -224,8 +266,11 @@ def newest(folder: Path) -> int:
 
 def differing(what: str, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Says which weights differ at all."""
-    return [f'{what}: {name} differs by {float((a[name] - b[name]).abs().max()):.2g}'
-            for name in a if not torch.equal(a[name], b[name])]
+    return [
+        f'{what}: {name} differs by {float((a[name] - b[name]).abs().max()):.2g}'
+        for name in a
+        if not torch.equal(a[name], b[name])
+    ]
 
 
 def main() -> None:

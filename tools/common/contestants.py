@@ -14,8 +14,7 @@ RATE = 'optim_wrapper.optimizer.lr'
 RULE_RATE = 'optim_wrapper.optimizer.rule.lr'
 DECAY = 'optim_wrapper.optimizer.weight_decay'
 #: The default intervals suit runs of 10,000 iterations and more.
-OFTEN = {'optim_wrapper.optimizer.stat_interval': 5,
-             'optim_wrapper.optimizer.refresh_interval': 25}
+OFTEN = {'optim_wrapper.optimizer.stat_interval': 5, 'optim_wrapper.optimizer.refresh_interval': 25}
 #: Weight decay of SGD's kind, added to the gradient, and of Adam's, apart from it.
 DECAYS = (1e-4, 0.05)
 TORCH_OPTIMIZERS = ('SGD', 'AdamW')
@@ -93,16 +92,19 @@ class Model:
         from mmprecond.engine.registration import optimizer_types
         from mmprecond.optimizers import PreconditionedOptimizer
 
-        kinds: dict[str, type] = {kind.__name__: kind for kind in optimizer_types()
-                                  if kind.__name__ != 'Preconditioned'}
+        kinds: dict[str, type] = {
+            kind.__name__: kind for kind in optimizer_types() if kind.__name__ != 'Preconditioned'
+        }
         if is_peer(name):
             try:
                 kinds[name] = find_peer(name)
             except (ImportError, ValueError) as error:
                 sys.exit(str(error))
         if name not in (*kinds, *TORCH_OPTIMIZERS):
-            sys.exit(f'there is no optimizer {name}; choose from '
-                     f'{", ".join(sorted({*self.contestants, *kinds, *TORCH_OPTIMIZERS}))}')
+            sys.exit(
+                f'there is no optimizer {name}; choose from '
+                f'{", ".join(sorted({*self.contestants, *kinds, *TORCH_OPTIMIZERS}))}'
+            )
         taken = inspect.signature(kinds[name]).parameters if name in kinds else {}
         adaptive = KINDS.get(name, name == 'AdamW' or 'betas' in taken)
         measured = name in kinds and issubclass(kinds[name], PreconditionedOptimizer)
@@ -111,8 +113,13 @@ class Model:
             options = {key: value for key, value in options.items() if key not in OFTEN}
         if name in TORCH_OPTIMIZERS or 'weight_decay' in taken:
             options = {**options, DECAY: DECAYS[adaptive and name not in ADDED_DECAY]}
-        return Contestant(self.contestants[self.plain].config, self.rates[adaptive],
-                          ('--optimizer', name), options, adaptive=adaptive)
+        return Contestant(
+            self.contestants[self.plain].config,
+            self.rates[adaptive],
+            ('--optimizer', name),
+            options,
+            adaptive=adaptive,
+        )
 
 
 R18, SWIN = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes'
@@ -125,41 +132,96 @@ TOP_1 = {'accuracy/top1': 'top-1 %'}
 #: the first batch diverged: it takes the plain rule.
 _R18_OPTIONS = {**OFTEN, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
 #: Where every second counts; bfloat16 gains on CPUs with units for it.
-_CHEAP = {'optim_wrapper.optimizer.solver': 'lowrank',
-          'optim_wrapper.optimizer.matmul_precision': 'medium'}
+_CHEAP = {
+    'optim_wrapper.optimizer.solver': 'lowrank',
+    'optim_wrapper.optimizer.matmul_precision': 'medium',
+}
 MODELS = {
-    'r18': Model('Faster R-CNN R18-FPN', 'SGD',
-                 {'SGD': Contestant(R18, 0.01),
-                  'NKFAC': Contestant(R18, 0.01, ('--optimizer', 'NKFAC'),
-                                      _R18_OPTIONS | _CHEAP)},
-                 '0.02', 150, _R18_OPTIONS, (0.01, 1e-3), BOXES),
-    'r18-narrow': Model('Faster R-CNN R18-FPN at half width', 'SGD',
-                        {'SGD': Contestant(f'{R18}_narrow', 0.02)},
-                        '', 200, _R18_OPTIONS, (0.02, 1e-3), BOXES),
-    'swin': Model('Mask R-CNN, small Swin', 'AdamW',
-                  {'AdamW': Contestant(SWIN, 2.5e-4, adaptive=True),
-                   'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3, adaptive=True),
-                   'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac', 1e-3,
-                                             rate=RULE_RATE, adaptive=True),
-                   'AFOpt+AdamR': Contestant(f'{SWIN}_afopt-adamr', 1e-3,
-                                             rate=RULE_RATE, adaptive=True)},
-                  '', 300, OFTEN, (0.02, 1e-3), BOXES | MASKS),
-    'retinanet': Model('RetinaNet, small Swin', 'SGD',
-                       {'SGD': Contestant(RETINA, 0.01),
-                        'AFOpt+NKFAC': Contestant(f'{RETINA}_afopt-nkfac', 0.01, rate=RULE_RATE)},
-                       '', 300, OFTEN, (0.01, 1e-3), BOXES),
-    'resnet-cls': Model('ResNet-18 classifier', 'SGD',
-                        {'SGD': Contestant(RESNET_CLS, 0.05),
-                         'NKFAC': Contestant(RESNET_CLS, 0.05, ('--optimizer', 'NKFAC'),
-                                             OFTEN)},
-                        '0.02,0.1', 400, OFTEN, (0.05, 1e-3), TOP_1, 'shapes-cls'),
-    'swin-cls': Model('small Swin classifier', 'AdamW',
-                      {'AdamW': Contestant(SWIN_CLS, 1e-3, adaptive=True),
-                       'AdaAFOpt': Contestant(SWIN_CLS, 1e-3, ('--optimizer', 'AdaAFOpt'),
-                                              {**OFTEN, DECAY: 0.05}, adaptive=True),
-                       'AFOpt+NKFAC': Contestant(f'{SWIN_CLS}_afopt-nkfac', 1e-3,
-                                                 rate=RULE_RATE, adaptive=True),
-                       'AFOpt+AdamR': Contestant(f'{SWIN_CLS}_afopt-adamr', 1e-3,
-                                                 rate=RULE_RATE, adaptive=True)},
-                      '', 400, OFTEN, (0.05, 1e-3), TOP_1, 'shapes-cls'),
+    'r18': Model(
+        'Faster R-CNN R18-FPN',
+        'SGD',
+        {
+            'SGD': Contestant(R18, 0.01),
+            'NKFAC': Contestant(R18, 0.01, ('--optimizer', 'NKFAC'), _R18_OPTIONS | _CHEAP),
+        },
+        '0.02',
+        150,
+        _R18_OPTIONS,
+        (0.01, 1e-3),
+        BOXES,
+    ),
+    'r18-narrow': Model(
+        'Faster R-CNN R18-FPN at half width',
+        'SGD',
+        {'SGD': Contestant(f'{R18}_narrow', 0.02)},
+        '',
+        200,
+        _R18_OPTIONS,
+        (0.02, 1e-3),
+        BOXES,
+    ),
+    'swin': Model(
+        'Mask R-CNN, small Swin',
+        'AdamW',
+        {
+            'AdamW': Contestant(SWIN, 2.5e-4, adaptive=True),
+            'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3, adaptive=True),
+            'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac', 1e-3, rate=RULE_RATE, adaptive=True),
+            'AFOpt+AdamR': Contestant(f'{SWIN}_afopt-adamr', 1e-3, rate=RULE_RATE, adaptive=True),
+        },
+        '',
+        300,
+        OFTEN,
+        (0.02, 1e-3),
+        BOXES | MASKS,
+    ),
+    'retinanet': Model(
+        'RetinaNet, small Swin',
+        'SGD',
+        {
+            'SGD': Contestant(RETINA, 0.01),
+            'AFOpt+NKFAC': Contestant(f'{RETINA}_afopt-nkfac', 0.01, rate=RULE_RATE),
+        },
+        '',
+        300,
+        OFTEN,
+        (0.01, 1e-3),
+        BOXES,
+    ),
+    'resnet-cls': Model(
+        'ResNet-18 classifier',
+        'SGD',
+        {
+            'SGD': Contestant(RESNET_CLS, 0.05),
+            'NKFAC': Contestant(RESNET_CLS, 0.05, ('--optimizer', 'NKFAC'), OFTEN),
+        },
+        '0.02,0.1',
+        400,
+        OFTEN,
+        (0.05, 1e-3),
+        TOP_1,
+        'shapes-cls',
+    ),
+    'swin-cls': Model(
+        'small Swin classifier',
+        'AdamW',
+        {
+            'AdamW': Contestant(SWIN_CLS, 1e-3, adaptive=True),
+            'AdaAFOpt': Contestant(
+                SWIN_CLS, 1e-3, ('--optimizer', 'AdaAFOpt'), {**OFTEN, DECAY: 0.05}, adaptive=True
+            ),
+            'AFOpt+NKFAC': Contestant(
+                f'{SWIN_CLS}_afopt-nkfac', 1e-3, rate=RULE_RATE, adaptive=True
+            ),
+            'AFOpt+AdamR': Contestant(
+                f'{SWIN_CLS}_afopt-adamr', 1e-3, rate=RULE_RATE, adaptive=True
+            ),
+        },
+        '',
+        400,
+        OFTEN,
+        (0.05, 1e-3),
+        TOP_1,
+        'shapes-cls',
+    ),
 }

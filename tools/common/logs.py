@@ -11,7 +11,7 @@ from typing import Any
 Point = tuple[int, float, float]  # iteration, seconds of training so far, value
 
 
-def log_files(work_dir: Path, since: float = 0.) -> list[Path]:
+def log_files(work_dir: Path, since: float = 0.0) -> list[Path]:
     """Returns a work folder's logs, oldest first, that were written since a time."""
     files = sorted(work_dir.glob('*/vis_data/scalars.json'))
     return [file for file in files if file.stat().st_mtime >= since]
@@ -40,7 +40,7 @@ class Curves:
 
     losses: list[Point] = field(default_factory=list)
     scores: dict[str, list[Point]] = field(default_factory=dict)
-    memory: float = 0.
+    memory: float = 0.0
 
     @property
     def iterations(self) -> int:
@@ -50,7 +50,7 @@ class Curves:
     @property
     def seconds(self) -> float:
         """Seconds of training."""
-        return self.losses[-1][1] if self.losses else 0.
+        return self.losses[-1][1] if self.losses else 0.0
 
     def last(self, score: str) -> float | None:
         """Returns a score at the last evaluation that has it."""
@@ -66,7 +66,7 @@ class Curves:
                 if not begun:
                     self.cut(int(entry['iter']))
                     begun, iteration, seconds = True, self.iterations, self.seconds
-                seconds += entry.get('time', 0.) * (entry['iter'] - iteration)
+                seconds += entry.get('time', 0.0) * (entry['iter'] - iteration)
                 iteration = int(entry['iter'])
                 self.losses.append((iteration, seconds, entry['loss']))
                 self.memory = max(self.memory, entry.get('memory', 0))
@@ -78,5 +78,7 @@ class Curves:
     def cut(self, start: int) -> None:
         """Forgets entries from an iteration on."""
         self.losses = [point for point in self.losses if point[0] < start]
-        self.scores = {name: [point for point in points if point[0] < start]
-                       for name, points in self.scores.items()}
+        self.scores = {
+            name: [point for point in points if point[0] < start]
+            for name, points in self.scores.items()
+        }

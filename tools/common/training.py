@@ -41,7 +41,7 @@ class Run(Curves):
     def score(self, metric: str) -> float:
         """Returns a metric at the end; 0 where CocoMetric found no detection to rate."""
         points = self.scores.get(metric)
-        return points[-1][2] if points and points[-1][0] == self.iterations else 0.
+        return points[-1][2] if points and points[-1][0] == self.iterations else 0.0
 
 
 class RunError(RuntimeError):
@@ -58,21 +58,33 @@ def train(run: Run, args: argparse.Namespace) -> None:
     contestant = args.model.contestant(run.optimizer)
     options = dict(args.options or [])
     options |= {
-        'train_cfg.max_iters': args.iterations, 'train_cfg.val_interval': args.val_interval,
-        'default_hooks.checkpoint.interval': args.iterations, 'randomness.seed': run.seed,
-        contestant.rate: run.lr, 'train_dataloader.dataset.data_root': f'{args.data}/',
-        'val_dataloader.dataset.data_root': f'{args.data}/', **contestant.options}
+        'train_cfg.max_iters': args.iterations,
+        'train_cfg.val_interval': args.val_interval,
+        'default_hooks.checkpoint.interval': args.iterations,
+        'randomness.seed': run.seed,
+        contestant.rate: run.lr,
+        'train_dataloader.dataset.data_root': f'{args.data}/',
+        'val_dataloader.dataset.data_root': f'{args.data}/',
+        **contestant.options,
+    }
     if args.model.detects:
         options['val_evaluator.ann_file'] = f'{args.data}/annotations/val.json'
-    command = [sys.executable, 'tools/train.py', str(FOLDER / f'{contestant.config}.py'),
-               '--work-dir', str(work_dir), *contestant.arguments]
+    command = [
+        sys.executable,
+        'tools/train.py',
+        str(FOLDER / f'{contestant.config}.py'),
+        '--work-dir',
+        str(work_dir),
+        *contestant.arguments,
+    ]
     command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
     work_dir.mkdir(parents=True, exist_ok=True)
     log = work_dir / 'output.log'
     started = time.time()
     with log.open('w') as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
         usage = watch(process, work_dir, started, f'{run.label} seed {run.seed}', args.iterations)
     if process.returncode:
         tail = ''.join(log.read_text().splitlines(keepends=True)[-15:])
@@ -82,14 +94,22 @@ def train(run: Run, args: argparse.Namespace) -> None:
     run.memory = run.memory or usage
 
 
-def watch(process: subprocess.Popen[bytes], work_dir: Path, started: float, label: str,
-          iterations: int) -> float:
+def watch(
+    process: subprocess.Popen[bytes], work_dir: Path, started: float, label: str, iterations: int
+) -> float:
     """Shows a run's progress until it ends; returns the process's peak memory in MB."""
-    with tqdm(total=iterations, desc=label.ljust(24), unit='it', mininterval=5.) as bar:
+    with tqdm(total=iterations, desc=label.ljust(24), unit='it', mininterval=5.0) as bar:
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            done = max((int(entry['iter']) for file in log_files(work_dir, started - 1)[-1:]
-                        for entry in entries(file) if 'loss' in entry), default=0)
+            done = max(
+                (
+                    int(entry['iter'])
+                    for file in log_files(work_dir, started - 1)[-1:]
+                    for entry in entries(file)
+                    if 'loss' in entry
+                ),
+                default=0,
+            )
             bar.update(done - bar.n)
             if pid:
                 process.returncode = os.waitstatus_to_exitcode(status)
@@ -98,6 +118,11 @@ def watch(process: subprocess.Popen[bytes], work_dir: Path, started: float, labe
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--options', nargs='+', metavar='KEY=VALUE', default=[],
-                        type=lambda text: tuple(text.split('=', 1)),
-                        help='settings of every run, as for --cfg-options of tools/train.py')
+    parser.add_argument(
+        '--options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        default=[],
+        type=lambda text: tuple(text.split('=', 1)),
+        help='settings of every run, as for --cfg-options of tools/train.py',
+    )

@@ -25,11 +25,20 @@ from paper.rows import INTERVALS, ROWS, Row, baselines, toolbox_rows
 from paper.verify_configs import FOLDERS, all_configs, base_of
 
 RUNS = ROOT / 'configs/our_runs.json'
-TITLES = {'faster_rcnn': 'Faster R-CNN', 'mask_rcnn': 'Mask R-CNN', 'retinanet': 'RetinaNet',
-          'densenet': 'DenseNet', 'googlenet': 'GoogLeNet', 'resnet': 'ResNet',
-          'swin_transformer': 'Swin Transformer', 'vgg': 'VGG'}
-THESIS = dict(Title='Designing Effective Preconditioned Optimizers for Deep Neural Network '
-                    'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)')
+TITLES = {
+    'faster_rcnn': 'Faster R-CNN',
+    'mask_rcnn': 'Mask R-CNN',
+    'retinanet': 'RetinaNet',
+    'densenet': 'DenseNet',
+    'googlenet': 'GoogLeNet',
+    'resnet': 'ResNet',
+    'swin_transformer': 'Swin Transformer',
+    'vgg': 'VGG',
+}
+THESIS = dict(
+    Title='Designing Effective Preconditioned Optimizers for Deep Neural Network '
+    'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)'
+)
 #: The thesis's ablations: the config, and the settings that are varied.
 ABLATIONS = {
     'nkfac_damping': ('resnet50_b128_cifar100_nkfac', ('damping',)),
@@ -37,7 +46,8 @@ ABLATIONS = {
     'nkfac_newton_steps': ('resnet50_b128_cifar100_nkfac', ('newton_steps',)),
     'adamr_intervals': ('resnet50_b128_cifar100_adamr', INTERVALS),
     'afopt_damping': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', ('damping',)),
-    'afopt_intervals': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', INTERVALS)}
+    'afopt_intervals': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', INTERVALS),
+}
 ABOUT_DETECTORS = """\
 MMDetection's own configs, with what the thesis has for them. The AdamW rows of ResNet detectors and
 of Swin-T's 2x schedule are among ours, above."""
@@ -47,9 +57,12 @@ Classifiers: one of our configs with `--optimizer SGD` or `AdamW` for `tools/tra
 VGG19-noBN under SGDM takes `model.backbone.conv_cfg=None` too. The thesis has no rates for those of
 Mini-ImageNet. Its Swin Transformers' AdamW is that of the configs of MMPretrain that ours name."""
 #: Our names of scores, and MIM's.
-METRICS = {'AP': ('Object Detection', 'box AP'), 'APb': ('Object Detection', 'box AP'),
-           'APm': ('Instance Segmentation', 'mask AP'),
-           'top1': ('Image Classification', 'Top 1 Accuracy')}
+METRICS = {
+    'AP': ('Object Detection', 'box AP'),
+    'APb': ('Object Detection', 'box AP'),
+    'APm': ('Instance Segmentation', 'mask AP'),
+    'top1': ('Image Classification', 'Top 1 Accuracy'),
+}
 
 
 def rows() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
@@ -65,17 +78,33 @@ def metafile(folder: str, entries: list[tuple[Path, dict[str, Any], dict[str, An
     collection = f'{TITLES[folder]}, preconditioned'
     models = []
     for path, paper, run in entries:
-        model: dict[str, Any] = {'Name': path.stem, 'In Collection': collection,
-                                 'Config': str(path.relative_to(ROOT))}
+        model: dict[str, Any] = {
+            'Name': path.stem,
+            'In Collection': collection,
+            'Config': str(path.relative_to(ROOT)),
+        }
         if run:
-            model['Results'] = [{'Task': METRICS[key][0], 'Dataset': data_of(paper),
-                                 'Metrics': {METRICS[key][1]: value}}
-                                for key, value in run.items() if key in METRICS]
+            model['Results'] = [
+                {
+                    'Task': METRICS[key][0],
+                    'Dataset': data_of(paper),
+                    'Metrics': {METRICS[key][1]: value},
+                }
+                for key, value in run.items()
+                if key in METRICS
+            ]
         models.append(model)
     data = sorted({data_of(paper) for _, paper, _ in entries})
-    content = {'Collections': [{'Name': collection, 'Paper': THESIS,
-                                'Metadata': {'Training Data': data if data[1:] else data[0]}}],
-               'Models': models}
+    content = {
+        'Collections': [
+            {
+                'Name': collection,
+                'Paper': THESIS,
+                'Metadata': {'Training Data': data if data[1:] else data[0]},
+            }
+        ],
+        'Models': models,
+    }
     return str(yaml.safe_dump(content, sort_keys=False, width=100))
 
 
@@ -86,10 +115,14 @@ def data_of(paper: dict[str, Any]) -> str:
 
 def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
     """docs/configs.md."""
-    lines = ['# Configs', '',
-             'Made by `tools/paper/make_index.py`. Published figures are those of the thesis: COCO',
-             'val2017, and top-1 accuracy in per cent. Hybrids are ours and have none. "Ours" is',
-             'empty until someone has run the config.', '']
+    lines = [
+        '# Configs',
+        '',
+        'Made by `tools/paper/make_index.py`. Published figures are those of the thesis: COCO',
+        'val2017, and top-1 accuracy in per cent. Hybrids are ours and have none. "Ours" is',
+        'empty until someone has run the config.',
+        '',
+    ]
     for folder in FOLDERS:
         cells = []
         for path, paper, run in entries:
@@ -97,10 +130,22 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
                 continue
             optimizer = paper.get('optimizer') or path.stem.split('_coco_')[1].replace('_', ', ')
             source = ' '.join(f'{key} {paper[key]}' for key in ('table', 'chapter') if key in paper)
-            cells.append((f'[{path.stem}](../{path.relative_to(ROOT)})', data_of(paper), optimizer,
-                          source, scores(paper.get('result', {})), scores(run)))
-        lines += [f'## {TITLES[folder]}', '', markdown(
-            ('config', 'data', 'optimizer', 'thesis', 'published', 'ours'), cells), '']
+            cells.append(
+                (
+                    f'[{path.stem}](../{path.relative_to(ROOT)})',
+                    data_of(paper),
+                    optimizer,
+                    source,
+                    scores(paper.get('result', {})),
+                    scores(run),
+                )
+            )
+        lines += [
+            f'## {TITLES[folder]}',
+            '',
+            markdown(('config', 'data', 'optimizer', 'thesis', 'published', 'ours'), cells),
+            '',
+        ]
     lines += compared_with(entries)
     return '\n'.join(lines + ablations())
 
@@ -110,32 +155,60 @@ def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) ->
     keys = ('detector', 'backbone', 'schedule')
     detectors = []
     for one in toolbox_rows():
-        base = next(base_of(path) for path, paper, _ in entries
-                    if all(paper.get(key) == one[key] for key in keys))
-        detectors.append((base, one['optimizer'], f'{one["lr"]:g}, {one["weight_decay"]:g}',
-                          f'table {one["table"]}', scores(one['result'])))
+        base = next(
+            base_of(path)
+            for path, paper, _ in entries
+            if all(paper.get(key) == one[key] for key in keys)
+        )
+        detectors.append(
+            (
+                base,
+                one['optimizer'],
+                f'{one["lr"]:g}, {one["weight_decay"]:g}',
+                f'table {one["table"]}',
+                scores(one['result']),
+            )
+        )
     classifiers, seen = [], []
     for row in baselines():
         if (key := (row.name | {'chapter': None}, row.result)) in seen:
             continue  # chapters 2 and 4 share some
         seen.append(key)
         rate = ', '.join(f'{row.optimizer[key]:g}' for key in ('lr', 'weight_decay'))
-        classifiers.append((row.name['data'], row.name['model'], row.name['optimizer'],
-                            starting_point(row, entries).stem, '-' if 'nan' in rate else rate,
-                            scores(row.result or {})))
-    return ['## Baselines', '', ABOUT_DETECTORS, '',
-            markdown(('config', 'optimizer', 'lr, weight decay', 'thesis', 'published'),
-                     detectors), '',
-            ABOUT_CLASSIFIERS, '',
-            markdown(('data', 'network', 'optimizer', 'from', 'lr, weight decay', 'published'),
-                     classifiers), '']
+        classifiers.append(
+            (
+                row.name['data'],
+                row.name['model'],
+                row.name['optimizer'],
+                starting_point(row, entries).stem,
+                '-' if 'nan' in rate else rate,
+                scores(row.result or {}),
+            )
+        )
+    return [
+        '## Baselines',
+        '',
+        ABOUT_DETECTORS,
+        '',
+        markdown(('config', 'optimizer', 'lr, weight decay', 'thesis', 'published'), detectors),
+        '',
+        ABOUT_CLASSIFIERS,
+        '',
+        markdown(
+            ('data', 'network', 'optimizer', 'from', 'lr, weight decay', 'published'), classifiers
+        ),
+        '',
+    ]
 
 
 def starting_point(row: Row, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> Path:
     """The first config of the row's data, network and, if it has one, chapter."""
     wanted = {key: row.name[key] for key in ('data', 'model', 'chapter') if row.name[key]}
-    return next(path for path, paper, _ in entries
-                if all(paper.get(key) == value for key, value in wanted.items()))
+    return next(
+        path
+        for path, paper, _ in entries
+        if all(paper.get(key) == value for key, value in wanted.items())
+    )
 
 
 def ablations() -> list[str]:
@@ -144,14 +217,23 @@ def ablations() -> list[str]:
     cells = []
     for name, (config, keys) in ABLATIONS.items():
         entry = published[name]
-        rows = [' '.join(f'{key}={value}' for key, value
-                         in zip(keys, setting.split('/'), strict=True)) + f': {score}'
-                for setting, score in next(entry[k] for k in ('AP', 'acc') if k in entry).items()]
+        rows = [
+            ' '.join(f'{key}={value}' for key, value in zip(keys, setting.split('/'), strict=True))
+            + f': {score}'
+            for setting, score in next(entry[k] for k in ('AP', 'acc') if k in entry).items()
+        ]
         cells.append((entry['table'], config, ', '.join(rows)))
-    return ['## Ablations', '', "Settings of the thesis's ablations, for `--cfg-options` with "
-            '`optim_wrapper.optimizer.` before each,', 'and its scores. (Tables 3.14 and 3.15, '
-            'another step size of the Newton iteration, have no setting here.)', '',
-            markdown(('table', 'config', 'settings: score'), cells), '']
+    return [
+        '## Ablations',
+        '',
+        "Settings of the thesis's ablations, for `--cfg-options` with "
+        '`optim_wrapper.optimizer.` before each,',
+        'and its scores. (Tables 3.14 and 3.15, '
+        'another step size of the Newton iteration, have no setting here.)',
+        '',
+        markdown(('table', 'config', 'settings: score'), cells),
+        '',
+    ]
 
 
 def scores(result: dict[str, float]) -> str:
@@ -164,23 +246,32 @@ def scores(result: dict[str, float]) -> str:
 def files() -> dict[Path, str]:
     """Everything that is written, by path."""
     entries = list(rows())
-    found = {ROOT / 'configs' / folder / 'metafile.yml': metafile(
-        folder, [entry for entry in entries if entry[0].parent.name == folder])
-        for folder in FOLDERS}
+    found = {
+        ROOT / 'configs' / folder / 'metafile.yml': metafile(
+            folder, [entry for entry in entries if entry[0].parent.name == folder]
+        )
+        for folder in FOLDERS
+    }
     index = {'Import': [str(path.relative_to(ROOT)) for path in found]}
-    return {**found, ROOT / 'model-index.yml': str(yaml.safe_dump(index)),
-            ROOT / 'docs/configs.md': page(entries)}
+    return {
+        **found,
+        ROOT / 'model-index.yml': str(yaml.safe_dump(index)),
+        ROOT / 'docs/configs.md': page(entries),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--check', action='store_true', help='only say what is out of date')
     check = parser.parse_args().check
-    stale = [path for path, text in files().items()
-             if not path.exists() or path.read_text() != text]
+    stale = [
+        path for path, text in files().items() if not path.exists() or path.read_text() != text
+    ]
     if check and stale:
-        sys.exit('out of date, run python tools/paper/make_index.py: '
-                 + ', '.join(str(path.relative_to(ROOT)) for path in stale))
+        sys.exit(
+            'out of date, run python tools/paper/make_index.py: '
+            + ', '.join(str(path.relative_to(ROOT)) for path in stale)
+        )
     for path, text in files().items() if stale else ():
         path.write_text(text)
     print(f'{len(stale)} files written' if stale else 'all up to date')

@@ -25,27 +25,39 @@ COSINE = {'type': 'CosineAnnealingLR', 'T_max': 200, 'eta_min_ratio': 1e-3}
 INTERVALS = ('stat_interval', 'refresh_interval')
 CHAPTERS = {'SGDPH': 2, 'KFAC': 3, 'SKFAC': 3, 'NKFAC': 3, 'AdaNKFAC': 3, 'AdamWBK': 4, 'AdamR': 4}
 #: Rate and decay on ImageNet where the file has none; those of AdamR and AdamWBK are uncertain.
-OTHER_RATES = {'SKFAC': {'ResNet18': (5e-4, 0.02), 'ResNet50': (5e-4, 0.02)},
-               'AdamR': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)},
-               'AdamWBK': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)}}
+OTHER_RATES = {
+    'SKFAC': {'ResNet18': (5e-4, 0.02), 'ResNet50': (5e-4, 0.02)},
+    'AdamR': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)},
+    'AdamWBK': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)},
+}
 UNKNOWN = (math.nan, math.nan)
 #: Torch's, with which the thesis compares its own.
 FIRST_ORDER = ('SGDM', 'AdamW')
 #: Type and number of classes.
-DATA = {'CIFAR-10': ('CIFAR10', 10), 'CIFAR-100': ('CIFAR100', 100), 'ImageNet': ('ImageNet', 1000),
-        'Mini-ImageNet': ('CustomDataset', 100)}
+DATA = {
+    'CIFAR-10': ('CIFAR10', 10),
+    'CIFAR-100': ('CIFAR100', 100),
+    'ImageNet': ('ImageNet', 1000),
+    'Mini-ImageNet': ('CustomDataset', 100),
+}
 _BN = {'type': 'BN'}
 #: Of a backbone's config, what makes it the network of a row. CIFAR has ResNets of its own.
 NETWORKS: dict[str, dict[str, Any]] = {
-    'ResNet18': {'type': 'ResNet', 'depth': 18}, 'ResNet50': {'type': 'ResNet', 'depth': 50},
+    'ResNet18': {'type': 'ResNet', 'depth': 18},
+    'ResNet50': {'type': 'ResNet', 'depth': 50},
     'VGG11': {'type': 'VGG', 'depth': 11, 'norm_cfg': _BN},
     'VGG19': {'type': 'VGG', 'depth': 19, 'norm_cfg': _BN},
-    'VGG19-noBN': {'type': 'VGG', 'depth': 19, 'norm_cfg': None,
-                   'conv_cfg': {'type': 'WeightNormConv2d'}},
+    'VGG19-noBN': {
+        'type': 'VGG',
+        'depth': 19,
+        'norm_cfg': None,
+        'conv_cfg': {'type': 'WeightNormConv2d'},
+    },
     'DenseNet121': {'type': 'DenseNet', 'arch': '121'},
     'GoogLeNet': {'type': 'torchvision.models.GoogLeNet', 'aux_logits': False},
     'Swin-T': {'type': 'SwinTransformer', 'arch': 'tiny'},
-    'Swin-B': {'type': 'SwinTransformer', 'arch': 'base'}}
+    'Swin-B': {'type': 'SwinTransformer', 'arch': 'base'},
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,11 @@ class Row:
 def rows() -> list[Row]:
     """All rows that need a config: those of ours, and of COCO what MMDetection has not itself."""
     content = json.loads(ROWS.read_text())
-    return [*_coco(content['coco']), *_cifar(content['classification']['cifar'], _is_ours),
-            *_imagenet(content['classification'], _is_ours)]
+    return [
+        *_coco(content['coco']),
+        *_cifar(content['classification']['cifar'], _is_ours),
+        *_imagenet(content['classification'], _is_ours),
+    ]
 
 
 def toolbox_rows() -> list[dict[str, Any]]:
@@ -118,16 +133,21 @@ def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
     known = literal | row.optimizer
     wanted = known | {key: usual.get(key, 'nothing') for key in optimizer if key not in known}
     pairs = {key: (optimizer.get(key), value) for key, value in wanted.items()}
-    pairs |= {'result': (cfg['paper'].get('result'), row.result),
-              'batch': (cfg['auto_scale_lr']['base_batch_size'], row.batch)}
+    pairs |= {
+        'result': (cfg['paper'].get('result'), row.result),
+        'batch': (cfg['auto_scale_lr']['base_batch_size'], row.batch),
+    }
     if row.epochs is not None:
         pairs['max_epochs'] = (cfg['train_cfg']['max_epochs'], row.epochs)
     if row.decay is not None:
         pairs['schedule'] = (_decays(cfg), [row.decay])
     if 'data' in row.name:
         pairs |= _of_classifier(cfg, row, name)
-    return [f'{key} is {found}, the paper has {value}' for key, (found, value) in pairs.items()
-            if found != value]
+    return [
+        f'{key} is {found}, the paper has {value}'
+        for key, (found, value) in pairs.items()
+        if found != value
+    ]
 
 
 def plain(value: Any) -> Any:
@@ -146,8 +166,11 @@ def schedulers(cfg: Any) -> list[Any]:
 def _decays(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     """The schedulers but for warm-ups, without what is their usual."""
     usual = {'by_epoch': True, 'begin': 0, 'end': cfg['train_cfg']['max_epochs']}
-    return [{key: value for key, value in one.items() if key not in usual or usual[key] != value}
-            for one in schedulers(cfg) if one['type'] != 'LinearLR']
+    return [
+        {key: value for key, value in one.items() if key not in usual or usual[key] != value}
+        for one in schedulers(cfg)
+        if one['type'] != 'LinearLR'
+    ]
 
 
 def _of_classifier(cfg: dict[str, Any], row: Row, name: str | None) -> dict[str, tuple[Any, Any]]:
@@ -159,15 +182,22 @@ def _of_classifier(cfg: dict[str, Any], row: Row, name: str | None) -> dict[str,
     loader = cfg['train_dataloader']
     pairs: dict[str, tuple[Any, Any]] = {
         'backbone': ({key: backbone.get(key) for key in network}, network),
-        'classes': ([model['head'].get('num_classes') or backbone.get('num_classes'),
-                     cfg['data_preprocessor']['num_classes']], [classes, classes]),
+        'classes': (
+            [
+                model['head'].get('num_classes') or backbone.get('num_classes'),
+                cfg['data_preprocessor']['num_classes'],
+            ],
+            [classes, classes],
+        ),
         'data': (loader['dataset']['type'], kind),
-        'pretrained weights': ([cfg.get('load_from'), 'Pretrained' in str(model)], [None, False])}
+        'pretrained weights': ([cfg.get('load_from'), 'Pretrained' in str(model)], [None, False]),
+    }
     if name is not None:
         batch = re.search(r'_(?:(\d+)x)?b(\d+)_', name)
         pairs['batch of a GPU, and of all'] = (
             [loader['batch_size'], loader['batch_size'] * int(batch[1] or 1)] if batch else None,
-            [int(batch[2]), row.batch] if batch else 'in its name')
+            [int(batch[2]), row.batch] if batch else 'in its name',
+        )
     return pairs
 
 
@@ -177,48 +207,72 @@ def _coco(content: list[dict[str, Any]]) -> Iterator[Row]:
         if _is_shipped(row):
             continue
         epochs, drops = SCHEDULES[row['schedule']]
-        yield Row({key: row[key] for key in keys}, row['result'],
-                  _settings(row['optimizer'], row['lr'], row['weight_decay'], row), 16, epochs,
-                  _drops(drops),
-                  ('train_cfg.max_epochs', 'max_epochs', 'param_scheduler')
-                  if row['schedule'] == '2x' else ())
+        yield Row(
+            {key: row[key] for key in keys},
+            row['result'],
+            _settings(row['optimizer'], row['lr'], row['weight_decay'], row),
+            16,
+            epochs,
+            _drops(drops),
+            ('train_cfg.max_epochs', 'max_epochs', 'param_scheduler')
+            if row['schedule'] == '2x'
+            else (),
+        )
 
 
 def _cifar(content: dict[str, Any], wanted: Callable[[str], bool]) -> Iterator[Row]:
     for chapter in (2, 3, 4):
         part = content[f'chapter{chapter}']
-        decay = (COSINE if part['schedule'] == 'cosine'
-                 else _every(part['schedule'], content['epochs']))
+        decay = (
+            COSINE if part['schedule'] == 'cosine' else _every(part['schedule'], content['epochs'])
+        )
         for model, scores in part['cifar100'].items():
             for optimizer, top1 in scores.items():
                 if not wanted(optimizer):
                     continue
                 rates = part['settings'][_plain_name(optimizer)]
-                row = Row(_name('CIFAR-100', chapter, model, optimizer), {'top1': top1},
-                          _settings(optimizer, rates['lr'], rates['wd'], rates),
-                          content['batch_size'], content['epochs'], decay,
-                          ('param_scheduler', 'train_dataloader.batch_size'))
+                row = Row(
+                    _name('CIFAR-100', chapter, model, optimizer),
+                    {'top1': top1},
+                    _settings(optimizer, rates['lr'], rates['wd'], rates),
+                    content['batch_size'],
+                    content['epochs'],
+                    decay,
+                    ('param_scheduler', 'train_dataloader.batch_size'),
+                )
                 yield row
                 if optimizer == 'NKFAC' and model.startswith('ResNet'):  # same settings, no row
-                    yield replace(row, name=_name('CIFAR-10', chapter, model, optimizer),
-                                  result=None)
+                    yield replace(
+                        row, name=_name('CIFAR-10', chapter, model, optimizer), result=None
+                    )
 
 
 def _imagenet(content: dict[str, Any], wanted: Callable[[str], bool]) -> Iterator[Row]:
     swin = content['imagenet']['swin'] | {'batch_size': 1024, 'epochs': None}
-    for data, part in (('ImageNet', content['imagenet']), ('ImageNet', swin),
-                       ('Mini-ImageNet', content['mini_imagenet'])):
+    for data, part in (
+        ('ImageNet', content['imagenet']),
+        ('ImageNet', swin),
+        ('Mini-ImageNet', content['mini_imagenet']),
+    ):
         decay = _every(part['schedule'], part['epochs']) if part['epochs'] else None
         for model, scores in part['top1'].items():
             for optimizer, top1 in scores.items():
                 if not wanted(optimizer):
                     continue
                 rates = part['settings'].get(optimizer)
-                lr, wd = ((rates['lr'], rates['wd']) if rates
-                          else OTHER_RATES.get(optimizer, {}).get(model, UNKNOWN))
-                yield Row(_name(data, CHAPTERS.get(optimizer), model, optimizer), {'top1': top1},
-                          _settings(optimizer, lr, wd, rates or {}), part['batch_size'],
-                          part['epochs'], decay)
+                lr, wd = (
+                    (rates['lr'], rates['wd'])
+                    if rates
+                    else OTHER_RATES.get(optimizer, {}).get(model, UNKNOWN)
+                )
+                yield Row(
+                    _name(data, CHAPTERS.get(optimizer), model, optimizer),
+                    {'top1': top1},
+                    _settings(optimizer, lr, wd, rates or {}),
+                    part['batch_size'],
+                    part['epochs'],
+                    decay,
+                )
 
 
 def _name(data: str, chapter: int | None, model: str, optimizer: str) -> dict[str, Any]:
@@ -246,10 +300,17 @@ def _settings(optimizer: str, lr: float, decay: float, row: dict[str, Any]) -> d
     """Settings of an optimizer's config; intervals that the row has not are the method's own."""
     kind = getattr(optimizers, _plain_name(optimizer), None)
     method = getattr(kind, 'preconditioner', None)
-    own = {key: kind.preset.get(key, getattr(method, key))
-           for key in INTERVALS} if kind and method else {}
-    return {'type': _plain_name(optimizer), 'lr': lr, 'weight_decay': decay,
-            **{key: row.get(key, value) for key, value in own.items()}}
+    own = (
+        {key: kind.preset.get(key, getattr(method, key)) for key in INTERVALS}
+        if kind and method
+        else {}
+    )
+    return {
+        'type': _plain_name(optimizer),
+        'lr': lr,
+        'weight_decay': decay,
+        **{key: row.get(key, value) for key, value in own.items()},
+    }
 
 
 def _drops(epochs: list[int]) -> dict[str, Any]:

@@ -40,8 +40,14 @@ DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
 CLASSIFIERS = ('densenet', 'googlenet', 'resnet', 'swin_transformer', 'vgg')
 FOLDERS = DETECTORS + CLASSIFIERS
 #: What every config may change of the one it inherits, as beginnings of names.
-OURS = ('optim_wrapper.optimizer.', 'optim_wrapper.constructor', 'custom_imports.', 'paper.',
-        'optim_wrapper.paramwise_cfg.custom_keys.mask_head.upsample', 'afopt')  # of configs/_base_
+OURS = (
+    'optim_wrapper.optimizer.',
+    'optim_wrapper.constructor',
+    'custom_imports.',
+    'paper.',
+    'optim_wrapper.paramwise_cfg.custom_keys.mask_head.upsample',
+    'afopt',
+)  # of configs/_base_
 SMALL = 32  # pixels of CIFAR's images
 #: Of the shapes, in the order of their categories.
 NAMES = ('person', 'bicycle', 'car', 'motorcycle')
@@ -62,7 +68,7 @@ class Outcome:
 
     problems: list[str]
     seconds: list[float]
-    memory: float = 0.
+    memory: float = 0.0
     layers: str = '-'
     note: str = ''
 
@@ -84,8 +90,11 @@ def differences(path: Path) -> list[str]:
             return [str(error)]
     free = OURS + (row.free if row else ())
     ours, theirs = flat(cfg), flat(base)
-    found = [f'{key} differs from {base_of(path)}' for key in sorted(ours.keys() | theirs.keys())
-             if not key.startswith(free) and ours.get(key) != theirs.get(key)]
+    found = [
+        f'{key} differs from {base_of(path)}'
+        for key in sorted(ours.keys() | theirs.keys())
+        if not key.startswith(free) and ours.get(key) != theirs.get(key)
+    ]
     return found + (paper.departures(cfg, row, path.stem) if row else [])
 
 
@@ -141,8 +150,11 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     loader = Runner.build_dataloader(cfg.train_dataloader)
     outcome, batches = Outcome([], [], note=note), iter(loader)
-    warm_up = [PARAM_SCHEDULERS.build(dict(one, optimizer=wrapper))
-               for one in paper.schedulers(cfg) if not one.get('by_epoch', True)]
+    warm_up = [
+        PARAM_SCHEDULERS.build(dict(one, optimizer=wrapper))
+        for one in paper.schedulers(cfg)
+        if not one.get('by_epoch', True)
+    ]
     for _ in range(steps):
         start = time.perf_counter()
         losses = model.train_step(next(batches), wrapper)
@@ -180,7 +192,7 @@ def _adapt(cfg: Any, data: Path) -> str:
     if 'Pretrained' in str(cfg.model.backbone.get('init_cfg')):
         cfg.model.backbone.init_cfg = None
     if cfg.model.backbone.get('drop_path_rate'):  # of one image it may leave blocks out
-        cfg.model.backbone.drop_path_rate = 0.
+        cfg.model.backbone.drop_path_rate = 0.0
         notes.append('no stochastic depth')
     loader = cfg.train_dataloader
     loader.update(batch_size=1, num_workers=0, persistent_workers=False)
@@ -188,14 +200,19 @@ def _adapt(cfg: Any, data: Path) -> str:
         loader.batch_size = 2  # batch normalisation may see one position
         loader.dataset = _folders(loader.dataset, data)
     else:
-        loader.dataset.update(data_root=str(data / 'coco'), ann_file='annotations/train.json',
-                              data_prefix=dict(img='train/'))
+        loader.dataset.update(
+            data_root=str(data / 'coco'),
+            ann_file='annotations/train.json',
+            data_prefix=dict(img='train/'),
+        )
     if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
         cfg.optim_wrapper.type = 'OptimWrapper'
         notes.append('OptimWrapper in place of AmpOptimWrapper')
     optimizer = cfg.optim_wrapper.optimizer
-    entries = [optimizer, *(entry.get('preconditioner') or {} for entry
-                            in optimizer.get('layers', []))]
+    entries = [
+        optimizer,
+        *(entry.get('preconditioner') or {} for entry in optimizer.get('layers', [])),
+    ]
     # AdamR captures at step stat_interval first. A ResNet's branches begin at zero: no gradients.
     blind = cfg.default_scope == 'mmpretrain' and cfg.model.backbone.type.startswith('ResNet')
     for entry in entries:
@@ -210,8 +227,9 @@ def _folders(dataset: Any, data: Path) -> dict[str, Any]:
     pipeline, size = list(dataset.pipeline), 'large'
     if dataset.type.startswith('CIFAR'):  # holds its images in memory
         pipeline, size = [dict(type='LoadImageFromFile'), *pipeline], 'small'
-    return dict(type='CustomDataset', data_root=str(data / size), data_prefix='train',
-                pipeline=pipeline)
+    return dict(
+        type='CustomDataset', data_root=str(data / size), data_prefix='train', pipeline=pipeline
+    )
 
 
 def prove(path: Path, data: Path | None, steps: int) -> Outcome:
@@ -239,20 +257,33 @@ def prove_alone(path: Path, data: Path | None, steps: int) -> Outcome:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='*', type=Path, help='files; default: all')
-    parser.add_argument('--steps', type=launch.count, default=3,
-                        help='steps of each model; default: 3')
+    parser.add_argument(
+        '--steps', type=launch.count, default=3, help='steps of each model; default: 3'
+    )
     parser.add_argument('--no-steps', action='store_true', help='only compare settings')
-    parser.add_argument('--size', type=launch.count, default=640,
-                        help='size of the images before the pipeline; default: 640')
+    parser.add_argument(
+        '--size',
+        type=launch.count,
+        default=640,
+        help='size of the images before the pipeline; default: 640',
+    )
     parser.add_argument('--out', type=Path, help='file for the table')
     return parser.parse_args()
 
 
 def table(outcomes: dict[Path, Outcome]) -> str:
     """One row for each config, in Markdown."""
-    rows = [(path.stem, '; '.join(outcome.problems) or 'as they must be', outcome.layers,
-             ', '.join(f'{second:.1f}' for second in outcome.seconds) or '-',
-             f'{outcome.memory:.1f}', outcome.note) for path, outcome in outcomes.items()]
+    rows = [
+        (
+            path.stem,
+            '; '.join(outcome.problems) or 'as they must be',
+            outcome.layers,
+            ', '.join(f'{second:.1f}' for second in outcome.seconds) or '-',
+            f'{outcome.memory:.1f}',
+            outcome.note,
+        )
+        for path, outcome in outcomes.items()
+    ]
     return markdown(('config', 'settings', 'layers', 'seconds a step', 'peak GB', 'note'), rows)
 
 

@@ -25,7 +25,26 @@ from .sides import (
     weighted_sum,
 )
 
-__all__ = ['ATTENTION_TYPES', 'KEY_CURVATURE', 'KEY_FEATURE_MOMENT', 'KEY_MEAN', 'OUTPUT_MOMENT',
-           'QUERY_CURVATURE', 'QUERY_MEAN', 'QUERY_MOMENT', 'UNREADABLE', 'VALUE_FEATURE_MOMENT',
-           'VALUE_MEAN', 'AttentionLayer', 'AttentionSide', 'Heads', 'MeanSide', 'PackedAttention',
-           'TokenAttention', 'WindowAttention', 'counted_row', 'softmax_gram', 'weighted_sum']
+__all__ = [
+    'ATTENTION_TYPES',
+    'KEY_CURVATURE',
+    'KEY_FEATURE_MOMENT',
+    'KEY_MEAN',
+    'OUTPUT_MOMENT',
+    'QUERY_CURVATURE',
+    'QUERY_MEAN',
+    'QUERY_MOMENT',
+    'UNREADABLE',
+    'VALUE_FEATURE_MOMENT',
+    'VALUE_MEAN',
+    'AttentionLayer',
+    'AttentionSide',
+    'Heads',
+    'MeanSide',
+    'PackedAttention',
+    'TokenAttention',
+    'WindowAttention',
+    'counted_row',
+    'softmax_gram',
+    'weighted_sum',
+]

@@ -35,9 +35,16 @@ class AttentionLayer(Layer):
 
     needs_full_precision: ClassVar[bool] = True  # softmax_gram
 
-    def __init__(self, name: str, modules: list[nn.Module], weight: nn.Parameter,
-                 bias: nn.Parameter | None = None, *, max_windows: int = 256,
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        modules: list[nn.Module],
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        *,
+        max_windows: int = 256,
+        **options: Any,
+    ) -> None:
         block: Any = modules[0]
         self.heads = int(block.num_heads)
         self.max_windows = max_windows
@@ -90,25 +97,33 @@ class AttentionLayer(Layer):
         """Queries of one call."""
         return gradient.numel() // max(1, gradient.shape[-1])
 
-    def measure_flops(self, call: Call, kept: tuple[Tensor, ...], output: Tensor,
-                      statistic: Statistic) -> float:
+    def measure_flops(
+        self, call: Call, kept: tuple[Tensor, ...], output: Tensor, statistic: Statistic
+    ) -> float:
         """About the floating-point operations of one call's statistic (see the base class)."""
         windows, queries, keys = self.sizes(call, kept)
         side = self._declared(statistic.side)
         return min(windows, self.max_windows) * side.flops(self, queries, keys)
 
-    def measure(self, call: Call, kept: tuple[Tensor, ...], gradient: Tensor,
-                statistics: Sequence[Statistic],
-                generator: torch.Generator) -> dict[str, Tensor]:
+    def measure(
+        self,
+        call: Call,
+        kept: tuple[Tensor, ...],
+        gradient: Tensor,
+        statistics: Sequence[Statistic],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
         """Sums over all windows, estimated from at most `max_windows` of them."""
         windows, queries, keys = self.sizes(call, kept)
         chosen = torch.arange(windows if keys else 0, device='cpu')
         if windows > self.max_windows:
             drawn = torch.randperm(windows, generator=generator, device='cpu')
-            chosen = drawn[:self.max_windows].sort().values
+            chosen = drawn[: self.max_windows].sort().values
         sides = {statistic.key: self._declared(statistic.side) for statistic in statistics}
-        sums = {key: self.weight.new_zeros(side.sum_shape(self, keys), dtype=self.working_dtype)
-                for key, side in sides.items()}
+        sums = {
+            key: self.weight.new_zeros(side.sum_shape(self, keys), dtype=self.working_dtype)
+            for key, side in sides.items()
+        }
         lays_out = any(side.lays_out_rows for side in sides.values())
         for chunk in chosen.split(self._chunk(queries, keys, lays_out)):
             heads = self.read(call, kept, chunk.to(gradient.device))
@@ -121,7 +136,7 @@ class AttentionLayer(Layer):
 
     def read_flops(self, queries: int, keys: int) -> float:
         """About the operations by which `read` makes, of a window, what the module did not keep."""
-        return 0.
+        return 0.0
 
     def sizes(self, call: Call, kept: tuple[Tensor, ...]) -> tuple[int, int, int]:
         """Windows, queries and keys a window."""

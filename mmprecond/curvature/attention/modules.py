@@ -29,8 +29,9 @@ class WindowAttention(AttentionLayer):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str:
-        missing = [part for part in cls.parts
-                   if not isinstance(getattr(module, part, None), nn.Module)]
+        missing = [
+            part for part in cls.parts if not isinstance(getattr(module, part, None), nn.Module)
+        ]
         heads = getattr(module, 'num_heads', None)
         if not isinstance(heads, int):
             return 'it has no number num_heads'
@@ -38,17 +39,22 @@ class WindowAttention(AttentionLayer):
             return f'it has no submodule {", ".join(missing)}'
         return _projection_refusal(module, heads)
 
-    def watch(self, observe: Observer,
-              complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
+    def watch(
+        self, observe: Observer, complain: Callable[[Layer, str], None]
+    ) -> list[RemovableHandle]:
         """Installs hooks on the parts of each block (see the base class).
 
         None on the block, whose forward may be wrapped to run twice (activation checkpointing).
         """
-        return [handle for module in self.modules
-                for handle in self._watch_parts(module, observe, complain)]
+        return [
+            handle
+            for module in self.modules
+            for handle in self._watch_parts(module, observe, complain)
+        ]
 
-    def _watch_parts(self, block: nn.Module, observe: Observer,
-                     complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
+    def _watch_parts(
+        self, block: nn.Module, observe: Observer, complain: Callable[[Layer, str], None]
+    ) -> list[RemovableHandle]:
         first, last = self.parts[0], self.parts[-1]
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -69,7 +75,8 @@ class WindowAttention(AttentionLayer):
 
         return [
             block.get_submodule(part).register_forward_hook(Tap(partial(note, part)), prepend=True)
-            for part in self.parts]
+            for part in self.parts
+        ]
 
     def kept(self, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         """Tensors that are kept of a call: X, the projections, O, and S."""
@@ -80,15 +87,17 @@ class WindowAttention(AttentionLayer):
         split = projected.unflatten(2, (3, self.heads, self.rows)).permute(2, 0, 3, 1, 4)
         query, key, value = split.unbind()
         scores = self.scores(call, kept, chosen, query, key)
-        return Heads(inputs, inputs, inputs, query, key, value, scores, outputs,
-                     self.query_mask(inputs))
+        return Heads(
+            inputs, inputs, inputs, query, key, value, scores, outputs, self.query_mask(inputs)
+        )
 
     def query_mask(self, inputs: Tensor) -> Tensor:
         """1 for real queries (w, n): Swin pads its normalised map with zeros."""
         return (inputs != 0).any(-1).to(inputs.dtype)
 
-    def scores(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor,
-               key: Tensor) -> Tensor:
+    def scores(
+        self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor, key: Tensor
+    ) -> Tensor:
         """The softmax of some windows (w, h, n, n)."""
         return kept[3][chosen].to(self.working_dtype)
 
@@ -115,13 +124,14 @@ class TokenAttention(WindowAttention):
     def query_mask(self, inputs: Tensor) -> Tensor:
         return torch.ones_like(inputs[..., 0])
 
-    def scores(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor,
-               key: Tensor) -> Tensor:
-        return torch.softmax(query @ key.mT * (self._scale(call.module) or 1.), -1)
+    def scores(
+        self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor, key: Tensor
+    ) -> Tensor:
+        return torch.softmax(query @ key.mT * (self._scale(call.module) or 1.0), -1)
 
     def read_flops(self, queries: int, keys: int) -> float:
         """The logits."""
-        return 2. * self.heads * queries * keys * self.rows
+        return 2.0 * self.heads * queries * keys * self.rows
 
     @staticmethod
     def _scale(module: Any) -> float | None:
@@ -165,34 +175,44 @@ class PackedAttention(AttentionLayer):
         """Not known before it is called."""
         return False
 
-    def watch(self, observe: Observer,
-              complain: Callable[[Layer, str], None]) -> list[RemovableHandle]:
+    def watch(
+        self, observe: Observer, complain: Callable[[Layer, str], None]
+    ) -> list[RemovableHandle]:
         """Installs a hook on the module (see the base class)."""
         signature = inspect.signature(nn.MultiheadAttention.forward)
 
-        def report(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                   output: tuple[Tensor, Any]) -> None:
+        def report(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: tuple[Tensor, Any],
+        ) -> None:
             given = signature.bind(module, *args, **kwargs).arguments
             masks = given.get('attn_mask'), given.get('key_padding_mask')
-            observe(Call(self, module, masks), (given['query'], given['key'], given['value']),
-                    output[0])
+            observe(
+                Call(self, module, masks), (given['query'], given['key'], given['value']), output[0]
+            )
 
-        return [module.register_forward_hook(Tap(report), with_kwargs=True, prepend=True)
-                for module in self.modules]
+        return [
+            module.register_forward_hook(Tap(report), with_kwargs=True, prepend=True)
+            for module in self.modules
+        ]
 
     def sizes(self, call: Call, kept: tuple[Tensor, ...]) -> tuple[int, int, int]:
         query, key, _ = self._batch_first(call, kept)
         return query.shape[0], query.shape[1], key.shape[1]
 
     def read(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor) -> Heads:
-        inputs, memory, values_in = rows = [t[chosen].to(self.working_dtype)
-                                            for t in self._batch_first(call, kept)]
+        inputs, memory, values_in = rows = [
+            t[chosen].to(self.working_dtype) for t in self._batch_first(call, kept)
+        ]
         weights = self.weight.to(self.working_dtype).chunk(3)
         bias: Any = call.module.in_proj_bias
         biases = [None] * 3 if bias is None else bias.to(self.working_dtype).chunk(3)
         query, key, value = (
             F.linear(x, w, b).unflatten(2, (self.heads, self.rows)).transpose(1, 2)
-            for x, w, b in zip(rows, weights, biases, strict=True))
+            for x, w, b in zip(rows, weights, biases, strict=True)
+        )
         logits = query @ key.mT * self.rows**-0.5
         for mask in self._masks(call, chosen):
             logits = logits + mask
@@ -200,13 +220,22 @@ class PackedAttention(AttentionLayer):
         nothing = logits.amax(-1, keepdim=True) == float('-inf')
         scores = torch.softmax(logits, -1).masked_fill(nothing, 0)
         outputs = (scores @ value).transpose(1, 2).flatten(2)
-        return Heads(inputs, memory, values_in, query, key, value, scores, outputs,
-                     torch.ones_like(inputs[..., 0]))
+        return Heads(
+            inputs,
+            memory,
+            values_in,
+            query,
+            key,
+            value,
+            scores,
+            outputs,
+            torch.ones_like(inputs[..., 0]),
+        )
 
     def read_flops(self, queries: int, keys: int) -> float:
         """The projections, the logits and the outputs."""
         width = self.heads * self.rows
-        return 2. * (queries + 2 * keys) * width**2 + 4. * queries * keys * width
+        return 2.0 * (queries + 2 * keys) * width**2 + 4.0 * queries * keys * width
 
     @staticmethod
     def _batch_first(call: Call, kept: tuple[Tensor, ...]) -> list[Tensor]:
@@ -238,14 +267,17 @@ class PackedAttention(AttentionLayer):
 
 def _projection_refusal(module: Any, heads: int) -> str:
     """Reason why its qkv is not W_Q, W_K and W_V of as many heads each, or ''."""
-    weight, output = (getattr(module.get_submodule(part), 'weight', None)
-                      for part in ('qkv', 'proj'))
+    weight, output = (
+        getattr(module.get_submodule(part), 'weight', None) for part in ('qkv', 'proj')
+    )
     if not isinstance(weight, Tensor) or not isinstance(output, Tensor):
         return ''  # a parametrised weight is refused as any layer's
     rows, width = len(weight), output.shape[1]
     if rows != 3 * width or width % heads:
-        return (f'its qkv has {rows} rows where its proj takes {width} numbers of {heads} heads: '
-                'queries, keys and values must have as many heads (no grouped-query attention)')
+        return (
+            f'its qkv has {rows} rows where its proj takes {width} numbers of {heads} heads: '
+            'queries, keys and values must have as many heads (no grouped-query attention)'
+        )
     return ''
 
 
@@ -261,10 +293,12 @@ _FUNCTIONAL = 'it uses the weight of its qkv without calling it'
 
 #: Attention modules with a `qkv` that cannot be read, and why (or '').
 UNREADABLE: dict[str, Callable[[Any], str]] = {
-    'mmpretrain.models.utils.attention.WindowMSAV2': lambda block:
-        f'its attention is cosine, for which no statistic is known, and {_FUNCTIONAL}',
-    'mmpretrain.models.utils.attention.BEiTAttention': lambda block:
-        '' if block.q_bias is None else _FUNCTIONAL,
+    'mmpretrain.models.utils.attention.WindowMSAV2': lambda block: (
+        f'its attention is cosine, for which no statistic is known, and {_FUNCTIONAL}'
+    ),
+    'mmpretrain.models.utils.attention.BEiTAttention': lambda block: (
+        '' if block.q_bias is None else _FUNCTIONAL
+    ),
     'torchvision.models.swin_transformer.ShiftedWindowAttention': lambda block: _FUNCTIONAL,
     'torchvision.models.swin_transformer.ShiftedWindowAttentionV2': lambda block: _FUNCTIONAL,
 }

@@ -123,54 +123,114 @@ def _attended_rows(heads: Heads) -> Tensor:
 
 #: Sum of x'x: of W_Q's inputs, and of W_K's where they differ.
 _INPUT = AttentionSide(
-    'input', size=lambda layer: (layer.inputs, layer.columns), measure=_all_inputs,
-    flops=lambda layer, queries, keys: (2 * layer.inputs * keys * layer.columns**2
-                                        + layer.read_flops(queries, keys)))
+    'input',
+    size=lambda layer: (layer.inputs, layer.columns),
+    measure=_all_inputs,
+    flops=lambda layer, queries, keys: (
+        2 * layer.inputs * keys * layer.columns**2 + layer.read_flops(queries, keys)
+    ),
+)
 #: What attention makes of sides that all layers have.
 DECLARED: dict[Side, AttentionSide] = {INPUT: _INPUT}
 
 #: Sum of M_i'M_i with M_i = V' J_i K: the exact left factor of W_Q.
-QUERY_CURVATURE = Statistic(AttentionSide(
-    'query_curvature', measure=lambda heads: (heads.key.mT @ heads.gram @ heads.key).sum(0),
-    flops=_curvature_flops), Moment(), key='query_curvature')
+QUERY_CURVATURE = Statistic(
+    AttentionSide(
+        'query_curvature',
+        measure=lambda heads: (heads.key.mT @ heads.gram @ heads.key).sum(0),
+        flops=_curvature_flops,
+    ),
+    Moment(),
+    key='query_curvature',
+)
 #: The same with Q in the place of K.
-KEY_CURVATURE = Statistic(AttentionSide(
-    'key_curvature', measure=lambda heads: (heads.query.mT @ heads.gram @ heads.query).sum(0),
-    flops=_curvature_flops), Moment(), key='key_curvature')
+KEY_CURVATURE = Statistic(
+    AttentionSide(
+        'key_curvature',
+        measure=lambda heads: (heads.query.mT @ heads.gram @ heads.query).sum(0),
+        flops=_curvature_flops,
+    ),
+    Moment(),
+    key='key_curvature',
+)
 #: Sum of o'o of the output projection's input. Its operations: of the thesis's form, which without
 #: W_K's curvature has all of T for W_Q's.
-OUTPUT_MOMENT = Statistic(AttentionSide(
-    'output', size=lambda layer: (1, layer.heads * layer.rows),
-    measure=lambda heads: _moment(heads.outputs * heads.keep[..., None]),
-    flops=lambda layer, queries, keys: (
-        2 * queries * (layer.heads * layer.rows)**2
-        + (0 if layer.is_square else _gram_flops(layer, queries, keys)))), Moment())
+OUTPUT_MOMENT = Statistic(
+    AttentionSide(
+        'output',
+        size=lambda layer: (1, layer.heads * layer.rows),
+        measure=lambda heads: _moment(heads.outputs * heads.keep[..., None]),
+        flops=lambda layer, queries, keys: (
+            2 * queries * (layer.heads * layer.rows) ** 2
+            + (0 if layer.is_square else _gram_flops(layer, queries, keys))
+        ),
+    ),
+    Moment(),
+)
 #: Sum of q'q.
-QUERY_MOMENT = Statistic(AttentionSide(
-    'query', measure=lambda heads: _head_moment(heads.query * heads.keep[:, None, :, None]),
-    flops=lambda layer, queries, keys: 2 * layer.heads * queries * layer.rows**2), Moment())
+QUERY_MOMENT = Statistic(
+    AttentionSide(
+        'query',
+        measure=lambda heads: _head_moment(heads.query * heads.keep[:, None, :, None]),
+        flops=lambda layer, queries, keys: 2 * layer.heads * queries * layer.rows**2,
+    ),
+    Moment(),
+)
 #: Sum of Y_i'Y_i with Y_i = V' J_i X.
-KEY_FEATURE_MOMENT = Statistic(AttentionSide(
-    'key_feature', size=lambda layer: (layer.heads, layer.columns), measure=_key_features,
-    flops=lambda layer, queries, keys: (
-        _gram_flops(layer, queries, keys)
-        + 2 * layer.heads * (keys * keys * layer.columns + keys * layer.columns**2)),
-    lays_out_rows=True), Moment())
+KEY_FEATURE_MOMENT = Statistic(
+    AttentionSide(
+        'key_feature',
+        size=lambda layer: (layer.heads, layer.columns),
+        measure=_key_features,
+        flops=lambda layer, queries, keys: (
+            _gram_flops(layer, queries, keys)
+            + 2 * layer.heads * (keys * keys * layer.columns + keys * layer.columns**2)
+        ),
+        lays_out_rows=True,
+    ),
+    Moment(),
+)
 #: Sum of (s_i X)'(s_i X), the exact features of W_V.
-VALUE_FEATURE_MOMENT = Statistic(AttentionSide(
-    'value_feature', size=lambda layer: (layer.heads, layer.columns), measure=_value_features,
-    flops=lambda layer, queries, keys: 2 * layer.heads * (
-        queries * keys * layer.columns + queries * layer.columns**2),
-    lays_out_rows=True), Moment())
+VALUE_FEATURE_MOMENT = Statistic(
+    AttentionSide(
+        'value_feature',
+        size=lambda layer: (layer.heads, layer.columns),
+        measure=_value_features,
+        flops=lambda layer, queries, keys: (
+            2 * layer.heads * (queries * keys * layer.columns + queries * layer.columns**2)
+        ),
+        lays_out_rows=True,
+    ),
+    Moment(),
+)
 
 #: Sums of the rows that W_Q and W_K multiply, and of the s_i X.
-QUERY_MEAN = Statistic(MeanSide(
-    'query', size=counted_row, measure=lambda heads: weighted_sum(heads.inputs, heads.keep),
-    flops=lambda layer, queries, keys: (2 * queries * layer.columns
-                                        + layer.read_flops(queries, keys))), CountedMean())
-KEY_MEAN = Statistic(MeanSide(
-    'key', size=counted_row, measure=_key_rows,
-    flops=lambda layer, queries, keys: 2 * keys * layer.columns), CountedMean())
-VALUE_MEAN = Statistic(MeanSide(
-    'value', size=counted_row, measure=_attended_rows,
-    flops=lambda layer, queries, keys: 2 * keys * layer.columns), CountedMean())
+QUERY_MEAN = Statistic(
+    MeanSide(
+        'query',
+        size=counted_row,
+        measure=lambda heads: weighted_sum(heads.inputs, heads.keep),
+        flops=lambda layer, queries, keys: (
+            2 * queries * layer.columns + layer.read_flops(queries, keys)
+        ),
+    ),
+    CountedMean(),
+)
+KEY_MEAN = Statistic(
+    MeanSide(
+        'key',
+        size=counted_row,
+        measure=_key_rows,
+        flops=lambda layer, queries, keys: 2 * keys * layer.columns,
+    ),
+    CountedMean(),
+)
+VALUE_MEAN = Statistic(
+    MeanSide(
+        'value',
+        size=counted_row,
+        measure=_attended_rows,
+        flops=lambda layer, queries, keys: 2 * keys * layer.columns,
+    ),
+    CountedMean(),
+)

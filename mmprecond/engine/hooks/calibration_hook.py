@@ -40,8 +40,10 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         """Reads the batches; raises ValueError with another optimizer."""
         optimizer = getattr(runner.optim_wrapper, 'optimizer', runner.optim_wrapper)
         if not isinstance(optimizer, MAC):
-            raise ValueError(f'CalibrationHook is for MAC and SMAC, not {type(optimizer).__name__};'
-                             ' take it out of custom_hooks')
+            raise ValueError(
+                f'CalibrationHook is for MAC and SMAC, not {type(optimizer).__name__};'
+                ' take it out of custom_hooks'
+            )
         if optimizer.t or optimizer.calibrated:
             return
         if optimizer.first_layer is None or optimizer.calibration_blocker:
@@ -50,14 +52,20 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         module = optimizer.first_layer.modules[0]
         batches = islice(_fresh_loader(runner.train_dataloader), self.batches)
         optimizer.calibrate_first_layer(
-            _inputs_of(module, unwrap(runner.model), data) for data in batches)
+            _inputs_of(module, unwrap(runner.model), data) for data in batches
+        )
 
 
 def _fresh_loader(loader: Any) -> DataLoader[Any]:
     """Batches in an order of its own, as an abandoned iterator would end an infinite sampler."""
     size = loader.batch_size or loader.batch_sampler.batch_size
-    return DataLoader(loader.dataset, size, sampler=DefaultSampler(loader.dataset, seed=0),
-                      num_workers=loader.num_workers, collate_fn=loader.collate_fn)
+    return DataLoader(
+        loader.dataset,
+        size,
+        sampler=DefaultSampler(loader.dataset, seed=0),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+    )
 
 
 class _ReachedError(Exception):
@@ -81,6 +89,8 @@ def _inputs_of(module: nn.Module, model: Any, data: Any) -> Tensor:
     finally:
         handle.remove()
     if not found:
-        raise ValueError(f'{type(module).__name__} is the first layer by its place in the model, '
-                         "but mode='tensor' never calls it; train without CalibrationHook")
+        raise ValueError(
+            f'{type(module).__name__} is the first layer by its place in the model, '
+            "but mode='tensor' never calls it; train without CalibrationHook"
+        )
     return found[0]

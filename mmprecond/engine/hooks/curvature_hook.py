@@ -45,13 +45,16 @@ class CurvatureHook(Hook):  # type: ignore[misc]
         """Gives the optimizer its monitor; raises ValueError for one that has no curvature."""
         optimizer = getattr(runner.optim_wrapper, 'optimizer', runner.optim_wrapper)
         if not isinstance(optimizer, PreconditionedOptimizer):
-            raise ValueError(f'CurvatureHook has nothing to show of {type(optimizer).__name__}; '
-                             'take it out of custom_hooks')
+            raise ValueError(
+                f'CurvatureHook has nothing to show of {type(optimizer).__name__}; '
+                'take it out of custom_hooks'
+            )
         if is_main_process():
             optimizer.curvature.watch_refreshes(Monitor())
 
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
-                         outputs: Any = None) -> None:
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
         """Logs the step's refreshes, if there were any."""
         curvature = runner.optim_wrapper.optimizer.curvature
         # Shown once, though several iterations may make a step.
@@ -62,7 +65,8 @@ class CurvatureHook(Hook):  # type: ignore[misc]
             return  # of methods whose operators are vectors, at every step
         step = runner.iter + 1
         runner.visualizer.add_scalars(
-            {f'curvature/{name}': value for name, value in report.summary().items()}, step=step)
+            {f'curvature/{name}': value for name, value in report.summary().items()}, step=step
+        )
         self.history.append(report)
         self._refreshed += len(report.layers)
         layers = len(curvature.layers)
@@ -85,20 +89,34 @@ def heat_map(history: list[RefreshReport], name: str, logarithm: bool) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = sorted({(layer, key) for report in history for layer, values in report.layers.items()
-                   for key in values if key.split('/')[0] == name})
+    rows = sorted(
+        {
+            (layer, key)
+            for report in history
+            for layer, values in report.layers.items()
+            for key in values
+            if key.split('/')[0] == name
+        }
+    )
     if not rows:
         return None
-    table = np.array([[report.layers.get(layer, {}).get(key, np.nan) for report in history]
-                      for layer, key in rows])
+    table = np.array(
+        [
+            [report.layers.get(layer, {}).get(key, np.nan) for report in history]
+            for layer, key in rows
+        ]
+    )
     if logarithm:
         table = np.log10(np.maximum(table, 1e-30))
     figure = Figure(figsize=(8, 1.5 + 0.2 * len(rows)), layout='constrained')
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     picture = axes.imshow(table, aspect='auto', interpolation='nearest')
-    axes.set_yticks(range(len(rows)), [f'{layer.removesuffix(".weight")} {key[len(name) + 1:]}'
-                                       for layer, key in rows], fontsize=6)
+    axes.set_yticks(
+        range(len(rows)),
+        [f'{layer.removesuffix(".weight")} {key[len(name) + 1 :]}' for layer, key in rows],
+        fontsize=6,
+    )
     ticks = range(0, len(history), max(1, len(history) // 10))
     axes.set_xticks(ticks, [str(history[k].step) for k in ticks], fontsize=6)
     axes.set_xlabel('step')

@@ -35,8 +35,12 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.flatten(), b.flatten(), 0))
 
 
-def direct(preconditioner: InputFeature, statistics: dict[str, Tensor], gradients: Tensor,
-           damping: Tensor | float | None = None) -> Tensor:
+def direct(
+    preconditioner: InputFeature,
+    statistics: dict[str, Tensor],
+    gradients: Tensor,
+    damping: Tensor | float | None = None,
+) -> Tensor:
     """Preconditioned gradients (k, b, o, i)."""
     operator, fine = preconditioner.refresh(factors_of(statistics), None, damping)
     assert fine.shape == (len(gradients),) and fine.dtype == torch.bool and fine.all()
@@ -44,6 +48,7 @@ def direct(preconditioner: InputFeature, statistics: dict[str, Tensor], gradient
 
 
 # ------------------------------------------------------------------- the factors
+
 
 @pytest.mark.parametrize('setup', [{}, {'heads': 3}, {'mask': False}, {'heads': 1, 'd': 4, 'n': 8}])
 def test_factors_are_sums_over_tokens(setup: dict[str, int]) -> None:
@@ -71,8 +76,9 @@ def test_a_token_is_one_kronecker_product(seed: int) -> None:
         expected = [
             block.scale**2 * torch.kron(k[h, w].t() @ t @ k[h, w], torch.outer(x[w, i], x[w, i])),
             block.scale**2 * torch.kron(torch.outer(q[h, w, i], q[h, w, i]), x[w].t() @ t @ x[w]),
-            torch.kron(torch.eye(d).double(), torch.outer(features, features))]
-        own = jacobian[w, i, h * d:(h + 1) * d].flatten(-2)
+            torch.kron(torch.eye(d).double(), torch.outer(features, features)),
+        ]
+        own = jacobian[w, i, h * d : (h + 1) * d].flatten(-2)
         for number, matrix in enumerate(expected):
             rows = own[:, number * heads + h]
             assert distance(rows.t() @ rows, matrix) < 1e-10
@@ -81,8 +87,12 @@ def test_a_token_is_one_kronecker_product(seed: int) -> None:
 
 # ------------------------------------------------------------------- operators
 
-@pytest.mark.parametrize('damping', [None, 0., torch.tensor([[0.3], [0.001]]).double()],
-                         ids=['setting', 'none', 'each layer its own'])
+
+@pytest.mark.parametrize(
+    'damping',
+    [None, 0.0, torch.tensor([[0.3], [0.001]]).double()],
+    ids=['setting', 'none', 'each layer its own'],
+)
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_directions_solve_the_damped_systems(variant: str, damping: Tensor | float | None) -> None:
     """Two layers together, without norm recovery."""
@@ -95,8 +105,12 @@ def test_directions_solve_the_damped_systems(variant: str, damping: Tensor | flo
     assert all(torch.equal(statistics[name], matrix) for name, matrix in before.items())
     for layer, gradient in enumerate(gradients):
         own = float(damping[layer]) if isinstance(damping, Tensor) else damping
-        expected = oracle.directions({name: matrix[layer] for name, matrix in before.items()},
-                                     gradient, variant, 0.02 if own is None else own)
+        expected = oracle.directions(
+            {name: matrix[layer] for name, matrix in before.items()},
+            gradient,
+            variant,
+            0.02 if own is None else own,
+        )
         for number in range(3):
             assert distance(part(found[layer], number), part(expected, number)) < 1e-7
 
@@ -126,8 +140,10 @@ def test_a_layer_that_fails_is_reported_among_good_ones(variant: str) -> None:
     good = stacked(draw_block(0), draw_block(1), draw_block(2))
     _, fine = method.refresh(factors_of(good), None, None)
     assert fine.tolist() == [True, True, True]
-    own = {'thesis': ['query_curvature', 'key_curvature', 'output_moment', 'weight'],
-           'gauss_newton': ['query_moment', 'key_feature_moment', 'value_feature_moment']}
+    own = {
+        'thesis': ['query_curvature', 'key_curvature', 'output_moment', 'weight'],
+        'gauss_newton': ['query_moment', 'key_feature_moment', 'value_feature_moment'],
+    }
     for name in (*own[variant], 'input_moment'):
         bad = dict(good, **{name: good[name].clone()})
         bad[name][1, -1, 0, 0] = float('nan')
@@ -136,10 +152,16 @@ def test_a_layer_that_fails_is_reported_among_good_ones(variant: str) -> None:
 
 
 @few
-@given(seeds, st.integers(1, 5), st.integers(1, 5), st.sampled_from([1e-4, 0.01, 1.]),
-       st.sampled_from([1e-4, 0.1]))
-def test_the_value_operator_is_the_written_formula(seed: int, out: int, channels: int,
-                                                   damping: float, shift: float) -> None:
+@given(
+    seeds,
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from([1e-4, 0.01, 1.0]),
+    st.sampled_from([1e-4, 0.1]),
+)
+def test_the_value_operator_is_the_written_formula(
+    seed: int, out: int, channels: int, damping: float, shift: float
+) -> None:
     """(5.15), for any shape of W_V; checked as D X = I."""
     weight, moment = normal(seed, 2, 3, out, channels), spd(seed + 1, 2, 3, out)
     before = weight.clone(), moment.clone()
@@ -155,12 +177,12 @@ def test_the_value_operator_is_the_written_formula(seed: int, out: int, channels
 def test_the_value_operator_reports_what_it_cannot_invert() -> None:
     weight, moment = normal(0, 3, 4, 4), spd(1, 3, 4)
     moment[1] = -moment[1]
-    assert value_operator(weight, moment, 0., 0.)[1].tolist() == [True, False, True]
+    assert value_operator(weight, moment, 0.0, 0.0)[1].tolist() == [True, False, True]
     moment[2, 0, 0] = float('nan')
     assert value_operator(weight, moment)[1].tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize('noise', [0., 1e-7])
+@pytest.mark.parametrize('noise', [0.0, 1e-7])
 def test_a_saturated_head_keeps_a_usable_operator(noise: float) -> None:
     """Nothing, or indefinite rounding noise, beside the layer's other head."""
     statistics = {name: s.float() for name, s in stacked(draw_block(0), draw_block(1)).items()}
@@ -187,7 +209,7 @@ def test_the_thesis_value_form_is_exact_in_its_own_case(record_property: Callabl
         found, gradient = oracle.statistics(block), block.gradient()[2]
         rows = block.jacobian()[..., 2, :, :].flatten(-2).flatten(0, 2)
         exact = torch.linalg.lstsq(rows, block.target.flatten()[:, None])[0].view(4, 4)
-        operator, fine = value_operator(block.weight[2], found['output_moment'][0], 0., 0.)
+        operator, fine = value_operator(block.weight[2], found['output_moment'][0], 0.0, 0.0)
         assert fine and distance(gradient @ operator / block.tokens, exact) < 1e-8
         default, fine = value_operator(block.weight[2], found['output_moment'][0])
         assert fine and distance(gradient @ default / block.tokens, exact) > 1e-3
@@ -196,12 +218,14 @@ def test_the_thesis_value_form_is_exact_in_its_own_case(record_property: Callabl
         same_damping.append(cosine(gradient @ default, damped))
     for name, values in (('exact, same damping', same_damping), ('exact, undamped', undamped)):
         record_property(f'cosine to {name}', median(values))
-        print(f'thesis W_V at its defaults, cosine to {name}: median {median(values):.3f}, '
-              f'from {min(values):.3f} to {max(values):.3f}')
+        print(
+            f'thesis W_V at its defaults, cosine to {name}: median {median(values):.3f}, '
+            f'from {min(values):.3f} to {max(values):.3f}'
+        )
     assert 0.5 < median(same_damping) < 0.95
 
 
-@pytest.mark.parametrize('exponent', [1., 0.5, 0.25])
+@pytest.mark.parametrize('exponent', [1.0, 0.5, 0.25])
 def test_input_feature_is_a_power_by_eigendecomposition(exponent: float) -> None:
     """Two layers of three blocks; the norm is recovered over a layer's blocks together."""
     statistics, gradients = {'input_moment': spd(0, 2, 3, 4)}, normal(1, 2, 3, 5, 4)
@@ -222,9 +246,10 @@ def test_input_feature_is_a_power_by_eigendecomposition(exponent: float) -> None
 
 # ------------------------------------------------------------------- what the directions achieve
 
+
 def linear_problem(seed: int, spread: float) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Inputs (n x i), gradient by the outputs (n x o), gradient of W and statistics, of a loss."""
-    inputs = normal(seed, 12, 5) * 10**(spread * normal(seed + 1, 5)) @ normal(seed + 2, 5, 5)
+    inputs = normal(seed, 12, 5) * 10 ** (spread * normal(seed + 1, 5)) @ normal(seed + 2, 5, 5)
     weight = normal(seed + 3, 3, 5).requires_grad_(True)
     outputs = F.linear(inputs, weight)
     loss = F.cross_entropy(outputs, torch.arange(12) % 3) + 0.1 * outputs.sin().sum()
@@ -238,7 +263,7 @@ def test_undamped_fsgd_solves_the_normal_equations(seed: int) -> None:
     """(5.1): the change of W whose outputs are nearest to a gradient step on the outputs."""
     inputs, target, gradient, statistics = linear_problem(seed, 0.2)
     method = InputFeature(norm_recovery=False)
-    step = direct(method, statistics, gradient[None, None], 0.)[0, 0] / len(inputs)
+    step = direct(method, statistics, gradient[None, None], 0.0)[0, 0] / len(inputs)
     assert distance(inputs.t() @ inputs @ step.t(), inputs.t() @ target) < 1e-8
     assert distance(step, torch.linalg.lstsq(inputs, target)[0].t()) < 1e-6
 
@@ -249,8 +274,8 @@ def test_the_undamped_exact_value_form_solves_the_normal_equations(heads: int) -
     for seed in range(8):
         block = draw_block(seed, heads=heads, windows=4 + heads)
         method = AttentionFeature(variant='gauss_newton', norm_recovery=False)
-        step = direct(method, stacked(block), block.gradient()[None], 0.)[0, 2 * heads:]
-        rows = block.jacobian()[..., 2 * heads:, :, :].flatten(-3).flatten(0, 2)
+        step = direct(method, stacked(block), block.gradient()[None], 0.0)[0, 2 * heads :]
+        rows = block.jacobian()[..., 2 * heads :, :, :].flatten(-3).flatten(0, 2)
         target = block.target.flatten()
         step = step.flatten() / block.tokens
         assert distance(rows.t() @ (rows @ step), rows.t() @ target) < 1e-8
@@ -269,21 +294,32 @@ def never_less(reductions: list[float]) -> None:
 def test_damped_fsgd_reduces_at_least_as_much_as_the_gradient(seed: int, spread: float) -> None:
     """With an exact line search, on every draw; and the more, the less it is damped."""
     inputs, target, gradient, statistics = linear_problem(seed, spread)
-    steps = [direct(InputFeature(damping=damping), statistics, gradient[None, None])[0, 0]
-             for damping in (1e-4, 0.01, 1.)]
-    never_less([oracle.reduction(lambda w: F.linear(inputs, w), gradient, target, step)
-                for step in (*steps, gradient)])
+    steps = [
+        direct(InputFeature(damping=damping), statistics, gradient[None, None])[0, 0]
+        for damping in (1e-4, 0.01, 1.0)
+    ]
+    never_less(
+        [
+            oracle.reduction(lambda w: F.linear(inputs, w), gradient, target, step)
+            for step in (*steps, gradient)
+        ]
+    )
 
 
 @few
 @given(seeds, st.integers(1, 2), st.integers(5, 7), st.floats(0.2, 3), st.booleans())
 def test_the_damped_exact_value_form_reduces_at_least_as_much(
-        seed: int, heads: int, n: int, sharp: float, mask: bool) -> None:
+    seed: int, heads: int, n: int, sharp: float, mask: bool
+) -> None:
     """Likewise, for each head by itself."""
     block = draw_block(seed, heads=heads, n=n, windows=2, sharp=sharp, mask=mask)
     statistics, gradient = stacked(block), block.gradient()
-    steps = [direct(AttentionFeature(variant='gauss_newton', damping=damping), statistics,
-                    gradient[None])[0] for damping in (1e-4, 0.01, 1.)]
+    steps = [
+        direct(
+            AttentionFeature(variant='gauss_newton', damping=damping), statistics, gradient[None]
+        )[0]
+        for damping in (1e-4, 0.01, 1.0)
+    ]
     for head in range(2 * heads, 3 * heads):
         never_less([block.reduction(only(step, head)) for step in (*steps, gradient)])
 
@@ -291,13 +327,13 @@ def test_the_damped_exact_value_form_reduces_at_least_as_much(
 def test_one_step_for_unlike_heads_has_no_such_bound() -> None:
     """What cannot be claimed: each head is damped by its own eigenvalue."""
     block = draw_block(0, heads=2, d=1)
-    moments = torch.stack([torch.diag(torch.tensor([100., 1e-3])), 0.01 * torch.eye(2)]).double()
+    moments = torch.stack([torch.diag(torch.tensor([100.0, 1e-3])), 0.01 * torch.eye(2)]).double()
     statistics = stacked(block) | {'value_feature_moment': moments[None]}
     gradient = torch.zeros(1, 6, 1, 2).double()
-    gradient[0, 4, 0, 1], gradient[0, 5, 0, 0] = 1., 0.03
+    gradient[0, 4, 0, 1], gradient[0, 5, 0, 0] = 1.0, 0.03
     step = direct(AttentionFeature(variant='gauss_newton'), statistics, gradient)[0, 4:]
     gradient = gradient[0, 4:]
-    taken = [float((gradient * d).sum()**2 / (d @ moments * d).sum()) for d in (step, gradient)]
+    taken = [float((gradient * d).sum() ** 2 / (d @ moments * d).sum()) for d in (step, gradient)]
     assert taken[0] < 0.1 * taken[1]
 
 
@@ -322,15 +358,18 @@ def wins() -> Wins:
 
 @pytest.mark.parametrize('number', range(3), ids=oracle.PARTS)
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_directions_reduce_more_than_the_gradient(wins: Wins, variant: str, number: int,
-                                                  record_property: Callable) -> None:
+def test_directions_reduce_more_than_the_gradient(
+    wins: Wins, variant: str, number: int, record_property: Callable
+) -> None:
     """The median over 50 draws; the thesis's W_K and W_V are reported only."""
     pairs, name = wins[variant, number], oracle.PARTS[number]
     won = sum(taken > plain for taken, plain in pairs) / len(pairs)
     taken, plain = (median(values) for values in zip(*pairs, strict=True))
     record_property('wins', won)
-    print(f'{variant} W_{name[0].upper()}: more than the gradient on {won:.0%} of draws, '
-          f'median {taken:.4f} against {plain:.4f} of the objective')
+    print(
+        f'{variant} W_{name[0].upper()}: more than the gradient on {won:.0%} of draws, '
+        f'median {taken:.4f} against {plain:.4f} of the objective'
+    )
     assert len(pairs) == 50 and all(0 < a <= 1 and 0 < b <= 1 for a, b in pairs)
     if variant == 'gauss_newton' or name == 'query':
         assert taken > 1.2 * plain and won >= 0.8

@@ -44,28 +44,36 @@ def _reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 # ------------------------------------------------------------------- ViT
 
+
 def vit(seed: int = 0, **options: Any) -> Any:
     """MMPretrain's attention in float64: 6 channels, 2 heads of 3."""
     return randomise(pretrain('MultiheadAttention')(6, 2, **options).double(), seed)
 
 
-@pytest.mark.parametrize('options, scale', [
-    ({}, 3**-0.5), (dict(qkv_bias=False), 3**-0.5), (dict(input_dims=4), 3**-0.5),
-    (dict(layer_scale_init_value=0.1, proj_drop=0.5), 3**-0.5),
-    (dict(qk_scale=0.2), 3**0.5)])  # whatever its value: MMPretrain divides by d^-1/2
-def test_the_softmax_of_vit_is_recomputed(options: dict[str, Any], scale: float,
-                                          reads: Reads) -> None:
+@pytest.mark.parametrize(
+    'options, scale',
+    [
+        ({}, 3**-0.5),
+        (dict(qkv_bias=False), 3**-0.5),
+        (dict(input_dims=4), 3**-0.5),
+        (dict(layer_scale_init_value=0.1, proj_drop=0.5), 3**-0.5),
+        (dict(qk_scale=0.2), 3**0.5),
+    ],
+)  # whatever its value: MMPretrain divides by d^-1/2
+def test_the_softmax_of_vit_is_recomputed(
+    options: dict[str, Any], scale: float, reads: Reads
+) -> None:
     model = vit(**options)
     x = normal(1, 3, 5, options.get('input_dims', 6))
     with noting(model) as calls:
         found = measured_whole(model, lambda: loss_of(model(x)).backward())
-    del reads[len(reads) // 2:]  # those of the second variant
+    del reads[len(reads) // 2 :]  # those of the second variant
     assert torch.equal(whole(reads, 'inputs'), x)
     assert torch.equal(whole(reads, 'outputs'), calls[0].outputs)
     # What the module really computed: S V is the projection's input.
     joined = (whole(reads, 'scores') @ whole(reads, 'value')).transpose(1, 2).flatten(2)
     assert torch.allclose(joined, calls[0].outputs, rtol=1e-12, atol=1e-12)
-    windows = windows_of([x] * 3, model.qkv.weight, model.qkv.bias, 2, scale, lambda w: 0.)
+    windows = windows_of([x] * 3, model.qkv.weight, model.qkv.bias, 2, scale, lambda w: 0.0)
     explicit = torch.stack([window.logits.softmax(-1) for window in windows])
     assert torch.allclose(whole(reads, 'scores'), explicit, rtol=1e-12)
     close(found['qkv.weight'].sums, slow_sums(windows), 1e-11)
@@ -104,6 +112,7 @@ def test_a_vision_transformer_is_found_and_measured() -> None:
 
 # ------------------------------------------------------------------- torch's own
 
+
 def packed(batch_first: bool, **options: Any) -> nn.MultiheadAttention:
     model = nn.MultiheadAttention(6, 2, batch_first=batch_first, **options).double()
     randomise(model)
@@ -114,8 +123,12 @@ def rows_of(kind: str, queries: int = 4, keys: int = 5) -> tuple[Tensor, Tensor,
     """Queries, keys and values of a batch of 3, batch first."""
     x, memory = normal(1, 3, queries, 6), normal(2, 3, keys, 6)
     placed = x + normal(3, 3, queries, 6)
-    return {'self': (x, x, x), 'cross': (x, memory, memory), 'detr': (placed, placed, x),
-            'all': (x, memory, normal(4, 3, keys, 6))}[kind]
+    return {
+        'self': (x, x, x),
+        'cross': (x, memory, memory),
+        'detr': (placed, placed, x),
+        'all': (x, memory, normal(4, 3, keys, 6)),
+    }[kind]
 
 
 def masks_of(kind: str, queries: int, keys: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -125,15 +138,21 @@ def masks_of(kind: str, queries: int, keys: int) -> tuple[dict[str, Tensor], Ten
     late = torch.zeros(3, keys, dtype=torch.bool)
     late[1, -2:] = late[2, -1] = True
     added = normal(6, 6, queries, keys)
-    bool_as_number = lambda mask: torch.where(mask, float('-inf'), 0.).double()
-    attention = {'bool 2-D': forbidden[0], 'float 2-D': added[0], 'bool 3-D': forbidden,
-                 'float 3-D': added, 'infinite': bool_as_number(forbidden[1])}
+    bool_as_number = lambda mask: torch.where(mask, float('-inf'), 0.0).double()
+    attention = {
+        'bool 2-D': forbidden[0],
+        'float 2-D': added[0],
+        'bool 3-D': forbidden,
+        'float 3-D': added,
+        'infinite': bool_as_number(forbidden[1]),
+    }
     arguments: dict[str, Tensor] = {}
     total = torch.zeros(3, 2, queries, keys).double()
     for part in filter(None, kind.split(' + ')):
         if part.startswith('padding'):
-            arguments['key_padding_mask'] = (late if part == 'padding'
-                                             else torch.where(late, -2.5, 0.).double())
+            arguments['key_padding_mask'] = (
+                late if part == 'padding' else torch.where(late, -2.5, 0.0).double()
+            )
             mask = arguments['key_padding_mask'][:, None, None]
         else:
             arguments['attn_mask'] = mask = attention[part]
@@ -142,17 +161,32 @@ def masks_of(kind: str, queries: int, keys: int) -> tuple[dict[str, Tensor], Ten
     return arguments, total
 
 
-@pytest.mark.parametrize('kind, masks, options', [
-    ('self', '', {}), ('self', 'bool 2-D', {}), ('self', 'bool 3-D + padding', {}),
-    ('cross', '', {}), ('cross', 'float 3-D', {}), ('cross', 'padding', {}),
-    ('cross', 'float 2-D + padding as numbers', {}), ('detr', '', {}),
-    ('detr', 'infinite', dict(bias=False)), ('all', 'bool 2-D + padding', {}),
-    ('self', 'float 3-D', dict(dropout=0.4))])
+@pytest.mark.parametrize(
+    'kind, masks, options',
+    [
+        ('self', '', {}),
+        ('self', 'bool 2-D', {}),
+        ('self', 'bool 3-D + padding', {}),
+        ('cross', '', {}),
+        ('cross', 'float 3-D', {}),
+        ('cross', 'padding', {}),
+        ('cross', 'float 2-D + padding as numbers', {}),
+        ('detr', '', {}),
+        ('detr', 'infinite', dict(bias=False)),
+        ('all', 'bool 2-D + padding', {}),
+        ('self', 'float 3-D', dict(dropout=0.4)),
+    ],
+)
 @pytest.mark.parametrize('batch_first', [True, False])
 @pytest.mark.parametrize('need_weights', [True, False])
 def test_torch_attention_is_recomputed(
-        kind: str, masks: str, options: dict[str, Any], batch_first: bool, need_weights: bool,
-        reads: Reads) -> None:
+    kind: str,
+    masks: str,
+    options: dict[str, Any],
+    batch_first: bool,
+    need_weights: bool,
+    reads: Reads,
+) -> None:
     """S is what the module returns, with all masks; different rows for queries, keys and values."""
     model, rows = packed(batch_first, **options), rows_of(kind)
     queries, keys = rows[0].shape[1], rows[1].shape[1]
@@ -170,7 +204,7 @@ def test_torch_attention_is_recomputed(
         loss_of(out[-1]).backward()
 
     found = measured_whole(model, run)
-    del reads[len(reads) // 2:]
+    del reads[len(reads) // 2 :]
     assert torch.allclose(whole(reads, 'scores'), expected[1], rtol=1e-12, atol=1e-15)
     for name, x in zip(('inputs', 'memory', 'values_in'), rows, strict=True):
         assert torch.equal(whole(reads, name), x)
@@ -178,8 +212,9 @@ def test_torch_attention_is_recomputed(
     projected = projected if batch_first else projected.transpose(0, 1)
     assert torch.allclose(projected, expected[0], rtol=1e-10, atol=1e-12)
     assert options.get('dropout') or torch.allclose(out[0], expected[0], rtol=1e-10, atol=1e-12)
-    windows = windows_of(rows, model.in_proj_weight, model.in_proj_bias, 2, 3**-0.5,
-                         lambda w: added[w])
+    windows = windows_of(
+        rows, model.in_proj_weight, model.in_proj_bias, 2, 3**-0.5, lambda w: added[w]
+    )
     close(found['in_proj_weight'].sums, slow_sums(windows, separate=True), 1e-11)
     assert found['in_proj_weight'].rows == 3 * queries
 
@@ -200,7 +235,8 @@ def test_torch_attention_without_a_batch(batch_first: bool, reads: Reads) -> Non
 def test_torch_attention_by_keyword(reads: Reads) -> None:
     model, (q, k, v) = packed(True), rows_of('all')
     by_name = measured_whole(
-        model, lambda: loss_of(model(value=v, key=k, query=q, need_weights=False)[0]).backward())
+        model, lambda: loss_of(model(value=v, key=k, query=q, need_weights=False)[0]).backward()
+    )
     same(by_name, measured_whole(model, lambda: loss_of(model(q, k, v)[0]).backward()))
 
 
@@ -209,9 +245,13 @@ def test_sampled_images_take_their_own_masks(reads: Reads) -> None:
     arguments, _ = masks_of('bool 3-D + padding', 4, 5)
     given = tuple(x.transpose(0, 1) for x in rows)
     expected = model(*given, **arguments, average_attn_weights=False)[1]
-    for limit in (64., 1e-9):
-        measured(model, lambda: loss_of(model(*given, **arguments)[0]).backward(), max_windows=2,
-                 capture_mb=limit)
+    for limit in (64.0, 1e-9):
+        measured(
+            model,
+            lambda: loss_of(model(*given, **arguments)[0]).backward(),
+            max_windows=2,
+            capture_mb=limit,
+        )
     chosen = torch.cat([chosen for _, _, chosen in reads])
     assert len(chosen) == 4 and chosen[:2].tolist() == chosen[2:].tolist()
     assert torch.allclose(whole(reads, 'scores'), expected[chosen], rtol=1e-12, atol=1e-15)
@@ -261,14 +301,23 @@ def test_mmcv_attention_is_its_inner_one(batch_first: bool, reads: Reads) -> Non
     padding[1, 3:] = True
 
     def run() -> None:
-        loss_of(model(turned[0], turned[1], turned[1], query_pos=turned[2], key_pos=turned[3],
-                      key_padding_mask=padding)).backward()
+        loss_of(
+            model(
+                turned[0],
+                turned[1],
+                turned[1],
+                query_pos=turned[2],
+                key_pos=turned[3],
+                key_padding_mask=padding,
+            )
+        ).backward()
 
     found = measured_whole(model, run)
     rows = x + position, memory + place, memory
-    offset = torch.where(padding, float('-inf'), 0.).double()
-    windows = windows_of(rows, model.attn.in_proj_weight, model.attn.in_proj_bias, 2, 3**-0.5,
-                         lambda w: offset[w])
+    offset = torch.where(padding, float('-inf'), 0.0).double()
+    windows = windows_of(
+        rows, model.attn.in_proj_weight, model.attn.in_proj_bias, 2, 3**-0.5, lambda w: offset[w]
+    )
     assert set(found) == {'attn.in_proj_weight'}
     close(found['attn.in_proj_weight'].sums, slow_sums(windows, separate=True), 1e-11)
     assert type(layer_of(AFOpt(model, lr=0.1), 'attn.in_proj_weight')) is PackedAttention
@@ -289,8 +338,9 @@ def test_training_with_cross_attention(variant: str) -> None:
 
 # ------------------------------------------------------------------- two ranks
 
+
 def encoder() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0., batch_first=True)
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
     return randomise(nn.Sequential(layer, nn.Linear(6, 3)).double())
 
 
@@ -304,14 +354,16 @@ def steps(model: nn.Module, wrapped: nn.Module, variant: str, part: slice) -> di
 
 
 def worker(rank: int, folder: str) -> None:
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
-                            world_size=2)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
+    )
     torch.set_num_threads(1)
     results = {}
     for variant in VARIANTS:
         model = encoder()
-        results[variant] = steps(model, DistributedDataParallel(model), variant,
-                                 slice(2 * rank, 2 * rank + 2))
+        results[variant] = steps(
+            model, DistributedDataParallel(model), variant, slice(2 * rank, 2 * rank + 2)
+        )
     torch.save(results, f'{folder}/{rank}.pt')
     leave()
 

@@ -30,23 +30,39 @@ def beside(**modules: nn.Module) -> nn.Module:
     return nn.ModuleDict({**modules, 'other': nn.Linear(2, 2)}).double()
 
 
-@pytest.mark.parametrize('make, name, reason', [
-    (lambda: pretrain('MultiheadAttention')(6, 2, v_shortcut=True), 'attn.qkv',
-     'v_shortcut=True passes the values around the attention'),
-    (lambda: nn.MultiheadAttention(6, 2, kdim=4, vdim=4), 'attn', 'weights of their own'),
-    (lambda: nn.MultiheadAttention(6, 2, vdim=4), 'attn', 'weights of their own'),
-    (lambda: nn.MultiheadAttention(6, 2, add_bias_kv=True), 'attn', 'keys of its own'),
-    (lambda: nn.MultiheadAttention(6, 2, add_zero_attn=True), 'attn', 'keys of its own'),
-    (lambda: pretrain('WindowMSAV2')(6, (3, 3), 2), 'attn.qkv', 'its attention is cosine'),
-    (lambda: pretrain('BEiTAttention')(6, 2, None, False), 'attn.qkv', 'without calling it'),
-    (lambda: pytest.importorskip('torchvision.models.swin_transformer').ShiftedWindowAttention(
-        6, [3, 3], [0, 0], 2), 'attn.qkv', 'without calling it')])
-def test_what_cannot_be_read_is_left_out_with_a_reason(make: Callable[[], nn.Module], name: str,
-                                                       reason: str) -> None:
+@pytest.mark.parametrize(
+    'make, name, reason',
+    [
+        (
+            lambda: pretrain('MultiheadAttention')(6, 2, v_shortcut=True),
+            'attn.qkv',
+            'v_shortcut=True passes the values around the attention',
+        ),
+        (lambda: nn.MultiheadAttention(6, 2, kdim=4, vdim=4), 'attn', 'weights of their own'),
+        (lambda: nn.MultiheadAttention(6, 2, vdim=4), 'attn', 'weights of their own'),
+        (lambda: nn.MultiheadAttention(6, 2, add_bias_kv=True), 'attn', 'keys of its own'),
+        (lambda: nn.MultiheadAttention(6, 2, add_zero_attn=True), 'attn', 'keys of its own'),
+        (lambda: pretrain('WindowMSAV2')(6, (3, 3), 2), 'attn.qkv', 'its attention is cosine'),
+        (lambda: pretrain('BEiTAttention')(6, 2, None, False), 'attn.qkv', 'without calling it'),
+        (
+            lambda: pytest.importorskip(
+                'torchvision.models.swin_transformer'
+            ).ShiftedWindowAttention(6, [3, 3], [0, 0], 2),
+            'attn.qkv',
+            'without calling it',
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_left_out_with_a_reason(
+    make: Callable[[], nn.Module], name: str, reason: str
+) -> None:
     optimizer = AFOpt(beside(attn=make()), lr=0.1)
     assert reason in reasons(optimizer)[name] and reason in optimizer.table()
-    assert [layer.name for layer in optimizer.curvature.layers if 'qkv' in layer.name
-            or 'in_proj' in layer.name] == []
+    assert [
+        layer.name
+        for layer in optimizer.curvature.layers
+        if 'qkv' in layer.name or 'in_proj' in layer.name
+    ] == []
     # Once, and everything else by its own rule.
     assert [left.name for left in optimizer.curvature.left_out].count(name) == 1
     assert ('attn.proj.weight' in {layer.name for layer in optimizer.curvature.layers}) == (
@@ -69,19 +85,24 @@ def test_subclasses_are_not_read_as_what_they_derive_from() -> None:
 
 
 def test_swin_v2_trains_with_its_projection_preconditioned(
-        caplog: pytest.LogCaptureFixture) -> None:
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     v2 = pretrain('WindowMSAV2')
     model = shift_window('mmpretrain', 1, window_msa=v2, cpb_mlp_hidden_dims=4)
     with caplog.at_level(logging.WARNING, 'mmprecond'):
-        optimizer = AFOpt(model, lr=0.01, momentum=0., stat_interval=1, refresh_interval=1)
+        optimizer = AFOpt(model, lr=0.01, momentum=0.0, stat_interval=1, refresh_interval=1)
         loss_of(model(feature_map((5, 4)), (5, 4))).backward()
         old = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.step()
     assert not caplog.records and {layer.name for layer in optimizer.curvature.layers} == {
-        'w_msa.proj.weight', 'w_msa.cpb_mlp.0.weight', 'w_msa.cpb_mlp.2.weight'}
+        'w_msa.proj.weight',
+        'w_msa.cpb_mlp.0.weight',
+        'w_msa.cpb_mlp.2.weight',
+    }
     # Not the first layer of cpb_mlp: see test_an_in_place_change_of_the_output.
     assert {'w_msa.proj.weight', 'w_msa.cpb_mlp.2.weight'} <= set(
-        optimizer.state_dict()['precond']['layers'])
+        optimizer.state_dict()['precond']['layers']
+    )
     step = (old['w_msa.qkv.weight'] - model.w_msa.qkv.weight) / 0.01
     assert torch.allclose(step, model.w_msa.qkv.weight.grad, rtol=1e-8, atol=1e-12)
 
@@ -91,7 +112,9 @@ def test_other_methods_take_the_linear_layers(toolbox: str) -> None:
     model = shift_window(toolbox, 1)
     optimizer = NKFAC(model, lr=0.1)
     assert {layer.name: type(layer) for layer in optimizer.curvature.layers} == {
-        'w_msa.qkv.weight': LinearLayer, 'w_msa.proj.weight': LinearLayer}
+        'w_msa.qkv.weight': LinearLayer,
+        'w_msa.proj.weight': LinearLayer,
+    }
     loss_of(model(feature_map((5, 4)), (5, 4))).backward()
     rows = {layer.name: kept.rows for layer, kept in optimizer.curvature.capture.staged.items()}
     assert rows == {'w_msa.qkv.weight': 72, 'w_msa.proj.weight': 72}
@@ -102,26 +125,42 @@ def test_other_methods_take_the_linear_layers(toolbox: str) -> None:
 def test_attention_features_on_some_blocks_alone() -> None:
     """The others' qkv is an ordinary linear layer."""
     model = nn.ModuleDict({name: shift_window('mmdet') for name in ('first', 'second')})
-    optimizer = Preconditioned(model, rule=dict(type='AdamW', lr=1e-3), layers=[
-        dict(match=dict(name='first', module_type='WindowMSA'),
-             preconditioner=dict(type='AttentionFeature')),
-        dict(preconditioner=dict(type='NewtonKronecker'))])
-    taken = {layer.name: (type(layer).__name__, type(stack.method).__name__)
-             for layer, stack in optimizer.curvature.layers.items()}
+    optimizer = Preconditioned(
+        model,
+        rule=dict(type='AdamW', lr=1e-3),
+        layers=[
+            dict(
+                match=dict(name='first', module_type='WindowMSA'),
+                preconditioner=dict(type='AttentionFeature'),
+            ),
+            dict(preconditioner=dict(type='NewtonKronecker')),
+        ],
+    )
+    taken = {
+        layer.name: (type(layer).__name__, type(stack.method).__name__)
+        for layer, stack in optimizer.curvature.layers.items()
+    }
     assert taken == {
         'first.w_msa.qkv.weight': ('WindowAttention', 'AttentionFeature'),
         'first.w_msa.proj.weight': ('LinearLayer', 'AttentionFeature'),
         'second.w_msa.qkv.weight': ('LinearLayer', 'NewtonKronecker'),
-        'second.w_msa.proj.weight': ('LinearLayer', 'NewtonKronecker')}
+        'second.w_msa.proj.weight': ('LinearLayer', 'NewtonKronecker'),
+    }
 
 
 def test_groups_reach_attention() -> None:
     """`precondition=False`, `damping`, and a weight that is not in the optimizer."""
     model = beside(**{name: shift_window('mmdet').w_msa for name in 'abc'})
-    chosen = {'a.qkv.weight': dict(precondition=False), 'b.qkv.weight': dict(damping=0.5),
-              'c.qkv.weight': None}
-    groups = [{'params': [p], **(chosen.get(name) or {})}
-              for name, p in model.named_parameters() if chosen.get(name, {}) is not None]
+    chosen = {
+        'a.qkv.weight': dict(precondition=False),
+        'b.qkv.weight': dict(damping=0.5),
+        'c.qkv.weight': None,
+    }
+    groups = [
+        {'params': [p], **(chosen.get(name) or {})}
+        for name, p in model.named_parameters()
+        if chosen.get(name, {}) is not None
+    ]
     optimizer = AFOpt(groups, lr=0.1, model=model)
     assert reasons(optimizer)['a.qkv'] == 'WindowMSA: precondition=False'
     assert reasons(optimizer)['c.qkv'] == 'WindowMSA: weight is not in the optimizer'
@@ -145,7 +184,10 @@ def test_a_shared_weight_is_left_out() -> None:
     optimizer = AFOpt(model, lr=0.1)
     assert all('shared with another module' in reasons(optimizer)[f'{name}.qkv'] for name in 'ab')
     assert {layer.name for layer in optimizer.curvature.layers} == {
-        'a.proj.weight', 'b.proj.weight', 'other.weight'}
+        'a.proj.weight',
+        'b.proj.weight',
+        'other.weight',
+    }
 
 
 def test_a_shared_projection_is_one_layer_or_none() -> None:
@@ -188,9 +230,9 @@ def test_a_projection_that_is_not_called_is_reported(caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize('kind', [NKFAC, AFOpt])
-@pytest.mark.parametrize('shape, bias', [
-    ((8, 6), True), ((2, 4, 6), True), ((2, 4, 6), False),
-    ((2, 2, 4, 6), True)])
+@pytest.mark.parametrize(
+    'shape, bias', [((8, 6), True), ((2, 4, 6), True), ((2, 4, 6), False), ((2, 2, 4, 6), True)]
+)
 def test_an_in_place_change_of_the_output(kind: Any, shape: tuple[int, ...], bias: bool) -> None:
     """ReLU(inplace=True), mmcv's default in an FFN."""
     found = []

@@ -13,14 +13,21 @@ from tests.support.properties import distance, few, seeds
 
 
 @few
-@given(seeds, st.integers(1, 7), st.integers(1, 9), st.integers(1, 4), st.floats(0, 5),
-       st.sampled_from(['all', 'some', 'masked']))
-def test_gram_is_the_sum_over_explicit_jacobians(seed: int, queries: int, keys: int, d: int,
-                                                 spread: float, kind: str) -> None:
+@given(
+    seeds,
+    st.integers(1, 7),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.floats(0, 5),
+    st.sampled_from(['all', 'some', 'masked']),
+)
+def test_gram_is_the_sum_over_explicit_jacobians(
+    seed: int, queries: int, keys: int, d: int, spread: float, kind: str
+) -> None:
     logits, values = spread * normal(seed, queries, keys), normal(seed + 1, keys, d)
     keep = (normal(seed + 2, queries) > 0).double() if kind == 'some' else None
     if kind == 'masked':
-        logits = logits - 100. * (normal(seed + 3, queries, keys) > 0)
+        logits = logits - 100.0 * (normal(seed + 3, queries, keys) > 0)
     expected = oracle.gram(logits, values, keep)
     found = softmax_gram(logits.softmax(-1), values, keep)
     assert found.shape == (keys, keys) and found.dtype == torch.float64
@@ -44,7 +51,7 @@ def test_gram_of_uniform_attention_is_the_centred_values() -> None:
 
 def test_gram_of_a_batch_is_that_of_each() -> None:
     scores, values = normal(0, 2, 3, 4, 5).softmax(-1), normal(1, 2, 3, 5, 2)
-    keep = torch.tensor([1., 0., 1., 1.]).double()
+    keep = torch.tensor([1.0, 0.0, 1.0, 1.0]).double()
     together = softmax_gram(scores, values, keep.expand(2, 3, 4))
     assert together.shape == (2, 3, 5, 5)
     for w in range(2):
@@ -56,7 +63,7 @@ def test_gram_of_a_batch_is_that_of_each() -> None:
 def test_keep_leaves_queries_out() -> None:
     """As if their rows were not there; one mask of a window serves all of its heads."""
     scores, values = normal(0, 2, 3, 6, 5).softmax(-1), normal(1, 2, 3, 5, 2)
-    keep = torch.tensor([[1., 0., 1., 1., 0., 1.], [0., 0., 1., 1., 1., 0.]]).double()
+    keep = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0, 1.0, 0.0]]).double()
     found = softmax_gram(scores, values, keep[:, None])
     for w in range(2):
         assert distance(found[w], softmax_gram(scores[w][:, keep[w] > 0], values[w])) < 1e-13
@@ -69,7 +76,7 @@ def test_masked_groups_of_tokens_do_not_meet() -> None:
     """-100 in the logits: T has a block for each group, that of the group alone."""
     logits, values = normal(0, 6, 6), normal(1, 6, 3)
     group = torch.tensor([0, 1, 0, 0, 1, 1])
-    masked = logits - 100. * (group[:, None] != group)
+    masked = logits - 100.0 * (group[:, None] != group)
     found = softmax_gram(masked.softmax(-1), values)
     assert found[group == 0][:, group == 1].abs().max() < 1e-14
     for g in range(2):

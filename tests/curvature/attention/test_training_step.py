@@ -68,6 +68,7 @@ class Watch:
 
 # ------------------------------------------------------------------- memory
 
+
 def test_a_forward_pass_without_backward_frees_everything(no_collector: None) -> None:
     model = shift_window('mmdet', 1)
     watch = Watch(model)
@@ -120,8 +121,9 @@ def test_hooks_exist_on_statistics_steps_alone() -> None:
     assert hooks(model) == 0
 
 
-@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
-                         ids=['deepcopy', 'pickle'])
+@pytest.mark.parametrize(
+    'clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle']
+)
 def test_a_copy_of_an_armed_model_is_not_observed(clone: Callable[[Any], Any]) -> None:
     """Copied before, between and after calls; the model itself still is."""
     model = shift_window('mmdet', 1)
@@ -133,20 +135,23 @@ def test_a_copy_of_an_armed_model_is_not_observed(clone: Callable[[Any], Any]) -
     run(model)
     alone = {layer.name: kept.rows for layer, kept in optimizer.curvature.capture.staged.items()}
     run(clone(model))
-    assert {layer.name: kept.rows
-            for layer, kept in optimizer.curvature.capture.staged.items()} == alone
+    assert {
+        layer.name: kept.rows for layer, kept in optimizer.curvature.capture.staged.items()
+    } == alone
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
 
 
 # ------------------------------------------------------------------- checkpointing
 
+
 @pytest.mark.filterwarnings('ignore:torch.utils.checkpoint')
 def test_checkpointed_blocks_of_swin_are_measured_alike(no_collector: None) -> None:
     """MMDetection's `with_cp`, which is reentrant; no softmax is kept between the passes."""
     plain, checkpointed = swin(), swin(with_cp=True)
-    found, expected = (measured_whole(m, lambda m=m: backward(m, images()))
-                       for m in (checkpointed, plain))
+    found, expected = (
+        measured_whole(m, lambda m=m: backward(m, images())) for m in (checkpointed, plain)
+    )
     assert len(attention(found)) == 4
     same(found, expected)
     watch, optimizer = Watch(checkpointed), AFOpt(checkpointed, lr=0.1)
@@ -174,8 +179,11 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        x = (self.inner(x) if self.reentrant is None
-             else checkpoint(self.inner, x, use_reentrant=self.reentrant))
+        x = (
+            self.inner(x)
+            if self.reentrant is None
+            else checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        )
         return x if len(self.parts) > 1 else self.after(x)
 
 
@@ -184,17 +192,20 @@ class Checkpointed(nn.Module):
 def test_checkpointing_does_not_change_the_statistics(reentrant: bool, after: bool) -> None:
     def found(kind: bool | None) -> Measured:
         model = Checkpointed(kind, after)
-        return measured_whole(model, lambda: [loss_of(model(feature_map(SHAPE, seed=s))).backward()
-                                              for s in range(2)])
+        return measured_whole(
+            model, lambda: [loss_of(model(feature_map(SHAPE, seed=s))).backward() for s in range(2)]
+        )
 
     same(found(reentrant), found(None))
     assert attention(found(reentrant)) == {'block.w_msa.qkv.weight'}
 
 
-@pytest.mark.parametrize('reentrant, after', [
-    (True, True), (True, False), (False, True), (False, False)])
-def test_a_checkpointed_block_keeps_nothing(reentrant: bool, after: bool,
-                                            no_collector: None) -> None:
+@pytest.mark.parametrize(
+    'reentrant, after', [(True, True), (True, False), (False, True), (False, False)]
+)
+def test_a_checkpointed_block_keeps_nothing(
+    reentrant: bool, after: bool, no_collector: None
+) -> None:
     model = Checkpointed(reentrant, after)
     watch, optimizer = Watch(model), AFOpt(model, lr=0.1)
     out = model(feature_map(SHAPE))
@@ -206,8 +217,7 @@ def test_a_checkpointed_block_keeps_nothing(reentrant: bool, after: bool,
 
 
 @pytest.mark.filterwarnings('ignore:torch.utils.checkpoint')
-def test_a_block_that_is_checkpointed_itself_is_measured(
-        caplog: pytest.LogCaptureFixture) -> None:
+def test_a_block_that_is_checkpointed_itself_is_measured(caplog: pytest.LogCaptureFixture) -> None:
     """MMEngine's ``activation_checkpointing=['backbone.layers.0.attn']`` replaces `forward`."""
     module = pytest.importorskip('mmpretrain.models.utils.attention')
     turn_on = pytest.importorskip('mmengine.runner.activation_checkpointing')
@@ -226,6 +236,7 @@ def test_a_block_that_is_checkpointed_itself_is_measured(
 
 # ------------------------------------------------------------------- sums over calls and scales
 
+
 def test_accumulated_micro_batches_equal_the_joint_batch() -> None:
     model, x = swin(), images(4)
     split = measured_whole(model, lambda: [backward(model, part, 0.5) for part in x.split([1, 3])])
@@ -235,8 +246,9 @@ def test_accumulated_micro_batches_equal_the_joint_batch() -> None:
 
 @pytest.mark.parametrize('kind', [AFOpt, AdaAFOpt])
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_accumulated_micro_batches_give_the_same_weights(kind: type[PreconditionedOptimizer],
-                                                         variant: str) -> None:
+def test_accumulated_micro_batches_give_the_same_weights(
+    kind: type[PreconditionedOptimizer], variant: str
+) -> None:
     weights = []
     for parts in (1, 2):
         model = shift_window('mmpretrain', 1)
@@ -244,17 +256,17 @@ def test_accumulated_micro_batches_give_the_same_weights(kind: type[Precondition
         for step in range(4):
             optimizer.zero_grad()
             for x in feature_map(SHAPE, batch=4, seed=step).split(4 // parts):
-                (model(x, SHAPE)**3).mean().div(parts).backward()
+                (model(x, SHAPE) ** 3).mean().div(parts).backward()
             optimizer.step()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.allclose(*weights, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize('scale', [1024., 'scaler'])
+@pytest.mark.parametrize('scale', [1024.0, 'scaler'])
 def test_the_loss_scale_does_not_touch_attention(scale: Any) -> None:
     model = swin(torch.float32)
     plain = measured_whole(model, lambda: backward(model, images().float()))
-    scaler = torch.amp.GradScaler('cpu', 2.**20) if scale == 'scaler' else None
+    scaler = torch.amp.GradScaler('cpu', 2.0**20) if scale == 'scaler' else None
     for variant in VARIANTS:
         optimizer = AFOpt(model, lr=0.1, variant=variant)
         optimizer.loss_scale = scaler or scale

@@ -72,10 +72,11 @@ def test_the_cases_are_what_they_seem() -> None:
 
 # ------------------------------------------------------------------- what is read
 
+
 @cases
 def test_the_block_is_read_to_the_last_bit(
-        toolbox: str, shift: int, shape: tuple[int, int], options: dict[str, Any],
-        reads: Reads) -> None:
+    toolbox: str, shift: int, shape: tuple[int, int], options: dict[str, Any], reads: Reads
+) -> None:
     """Softmax with bias table and mask, X, Q, K, V and O are the block's own tensors."""
     model = shift_window(toolbox, shift, **options)
     with noting(model.w_msa) as calls:
@@ -92,12 +93,14 @@ def test_the_block_is_read_to_the_last_bit(
     expected = torch.stack([w.logits.softmax(-1) for w in block_windows(model, call, shape)])
     assert torch.allclose(call.scores, expected, rtol=1e-12, atol=1e-300)
     assert torch.equal(whole(reads, 'keep') == 1, real_queries(model, shape, 2))
-    assert all(heads.memory is heads.inputs and heads.values_in is heads.inputs
-               for _, heads, _ in reads)
+    assert all(
+        heads.memory is heads.inputs and heads.values_in is heads.inputs for _, heads, _ in reads
+    )
 
 
-@pytest.mark.parametrize('toolbox, option', [('mmdet', 'attn_drop_rate'),
-                                             ('mmpretrain', 'attn_drop')])
+@pytest.mark.parametrize(
+    'toolbox, option', [('mmdet', 'attn_drop_rate'), ('mmpretrain', 'attn_drop')]
+)
 def test_the_softmax_is_read_before_dropout(toolbox: str, option: str, reads: Reads) -> None:
     """And O as the projection multiplies it, dropout included."""
     model = shift_window(toolbox, 1, **{option: 0.5})
@@ -113,9 +116,11 @@ def test_the_softmax_is_read_before_dropout(toolbox: str, option: str, reads: Re
 
 # ------------------------------------------------------------------- what is summed
 
+
 @cases
-def test_sums_are_those_over_real_queries(toolbox: str, shift: int, shape: tuple[int, int],
-                                          options: dict[str, Any]) -> None:
+def test_sums_are_those_over_real_queries(
+    toolbox: str, shift: int, shape: tuple[int, int], options: dict[str, Any]
+) -> None:
     """Padding asks nothing, answers as a key, and counts as a token."""
     model = shift_window(toolbox, shift, **options)
     with noting(model.w_msa) as calls:
@@ -136,9 +141,13 @@ def test_calls_of_one_block_add_up() -> None:
     model, shapes = shift_window('mmdet', 1), [(6, 3), (4, 4)]
     with noting(model.w_msa) as calls:
         found = measured_whole(
-            model, lambda: sum(loss_of(model(feature_map(s), s)) for s in shapes).backward())
-    windows = [window for call, shape in zip(calls, shapes, strict=False)
-               for window in block_windows(model, call, shape)]
+            model, lambda: sum(loss_of(model(feature_map(s), s)) for s in shapes).backward()
+        )
+    windows = [
+        window
+        for call, shape in zip(calls, shapes, strict=False)
+        for window in block_windows(model, call, shape)
+    ]
     close(found[QKV].sums, slow_sums(windows), 1e-11)
     assert found[QKV].rows == 9 * len(windows) == 9 * (4 + 8)
 
@@ -153,15 +162,17 @@ def test_a_call_that_does_not_reach_the_loss_is_not_counted() -> None:
             model(feature_map((3, 3), seed=6), (3, 3))
         loss_of(out).backward()
 
-    same(measured_whole(model, run),
-         measured_whole(model, lambda: loss_of(model(x, (6, 3))).backward()))
+    same(
+        measured_whole(model, run),
+        measured_whole(model, lambda: loss_of(model(x, (6, 3))).backward()),
+    )
 
 
 def test_the_memory_limit_does_not_change_the_sums(reads: Reads) -> None:
     model, shape = shift_window('mmdet', 1), (8, 8)
     run = lambda: loss_of(model(feature_map(shape, batch=3), shape)).backward()
     found, counts = [], []
-    for limit in (64., 0.1, 1e-9):
+    for limit in (64.0, 0.1, 1e-9):
         reads.clear()
         found.append(measured_whole(model, run, capture_mb=limit))
         counts.append(len(reads) // 2)
@@ -188,6 +199,7 @@ def test_the_memory_limit_bounds_what_is_read(variant: str, reads: Reads) -> Non
 
 # ------------------------------------------------------------------- what is sampled
 
+
 class Sampler:
     """A block of five windows, of which two are measured a call."""
 
@@ -195,8 +207,7 @@ class Sampler:
         self.model = shift_window('mmdet', 1)
         self.x = feature_map((3, 15), batch=1)
         self.reads = reads
-        self.optimizer = AFOpt(self.model, lr=0.1, variant=variant,
-                               **{'max_windows': 2, **options})
+        self.optimizer = AFOpt(self.model, lr=0.1, variant=variant, **{'max_windows': 2, **options})
         self.capture = self.optimizer.curvature.capture
         self.layer = layer_of(self.optimizer, QKV)
 
@@ -225,15 +236,18 @@ def test_sampled_windows_estimate_the_sums_without_bias(variant: str, reads: Rea
         found.setdefault(tuple(windows), []).append(sums)
     assert set(found) == set(itertools.combinations(range(5), 2))
     counts = [len(draws) for draws in found.values()]
-    assert sum((count - 20)**2 / 20 for count in counts) < 22  # chi-square, 9 degrees: 99 %
-    means = {name: torch.stack([draws[0][name] for draws in found.values()]).mean(0)
-             for name in found[0, 1][0]}
+    assert sum((count - 20) ** 2 / 20 for count in counts) < 22  # chi-square, 9 degrees: 99 %
+    means = {
+        name: torch.stack([draws[0][name] for draws in found.values()]).mean(0)
+        for name in found[0, 1][0]
+    }
     everything, sums = Sampler(reads, variant, max_windows=256).draw(0)
     assert everything == list(range(5))
     close(means, sums)
     # As a user sees it: the mean over seeds comes near.
-    near = {name: sum(sums[name] for draws in found.values() for sums in draws) / 200
-            for name in means}
+    near = {
+        name: sum(sums[name] for draws in found.values() for sums in draws) / 200 for name in means
+    }
     close(near, sums, 0.2)
     with pytest.raises(AssertionError):
         close(found[0, 1][0], sums, 0.2)
@@ -281,15 +295,18 @@ def test_each_step_draws_its_own_windows(reads: Reads) -> None:
             loss_of(sampler.model(sampler.x, (3, 15))).backward()
             drawn.append([w for _, _, chosen in reads for w in chosen.tolist()])
             sampler.optimizer.step()
-        assert all(len(windows) == (2 if step % 2 == 0 else 0)
-                   for step, windows in enumerate(drawn))
+        assert all(
+            len(windows) == (2 if step % 2 == 0 else 0) for step, windows in enumerate(drawn)
+        )
         runs.append(drawn)
     assert runs[0] == runs[1] and len({tuple(windows) for windows in runs[0][::2]}) > 1
 
 
 def test_sampled_chunks_are_those_of_one_read(reads: Reads) -> None:
-    sums = [Sampler(reads, 'gauss_newton', max_windows=4, capture_mb=limit).draw(3)[1]
-            for limit in (64., 1e-9)]
+    sums = [
+        Sampler(reads, 'gauss_newton', max_windows=4, capture_mb=limit).draw(3)[1]
+        for limit in (64.0, 1e-9)
+    ]
     close(*sums)
 
 
