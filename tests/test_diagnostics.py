@@ -100,6 +100,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     config = 'configs/quickstart/faster-rcnn_r18_fpn_shapes_narrow.py'
     done = run(config, '--optimizer', 'NKFAC', '--size', '96', '128', '--batch', '2')

@@ -4,69 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmprecond.curvature import (
-    GRADIENT,
-    INPUT,
     LAYER_TYPES,
-    REDUCED,
-    AttentionLayer,
-    AttentionReading,
-    Blocks,
-    Columns,
     Conv2dLayer,
-    CountedMean,
     Layer,
     LinearLayer,
     Mean,
-    Moment,
-    PackedAttention,
-    RunningAverage,
     Side,
-    Sketch,
     Statistic,
     WindowAttention,
     qualified_name,
     register_attention,
     register_layer,
 )
-from mmprecond.curvature.attention import QUERY_MOMENT
-from mmprecond.curvature.statistic import ReducedRows
-from mmprecond.linalg import Diagonal, Operators
-from mmprecond.optimizers import KFAC, NKFAC, SGDPH, AdamR, AFOpt, Preconditioned
+from mmprecond.optimizers import KFAC, NKFAC, AdamR, AFOpt, Preconditioned
 from mmprecond.preconditioners import (
     METHODS,
-    CalibratedInput,
     Preconditioner,
     register_preconditioner,
 )
 from mmprecond.rules import RULES, AdamW, Rule, register_rule
 from tests.support.errors import refused
+from tests.support.registered import Grouped, InputScale, MyLinear, SignSGD, method
 
 pytestmark = pytest.mark.usefixtures('registries_as_they_were')
 
 
 # ------------------------------------------------------------------- rules
-
-
-class SignSGD(Rule):
-    hyper = ('lr', 'weight_decay')
-    defaults = dict(weight_decay=0.0)
-
-    def compute_updates(
-        self, params: Any, directions: list[Tensor], states: Any, group: Any
-    ) -> list[Tensor]:
-        return [direction.sign() for direction in directions]
-
-    def apply_updates(
-        self, params: list[Tensor], updates: list[Tensor], states: Any, group: Any
-    ) -> None:
-        torch._foreach_add_(params, updates, alpha=-group['lr'])
 
 
 class RAdamLike(AdamW):
@@ -147,27 +117,6 @@ def test_rules_that_are_refused(
 # ------------------------------------------------------------------- preconditioners
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputScale(Preconditioner):
-    """G times the diagonal of R."""
-
-    statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)
-
-    def average(self) -> RunningAverage:
-        return RunningAverage(0.0)
-
-    def outline(self, layer: Layer) -> Operators:
-        blocks, _, columns = layer.shape
-        return {'input': Diagonal.outline((blocks, 1, columns))}
-
-    def refresh(self, factors: Any, previous: Any, damping: Any) -> Any:
-        diagonal = factors[INPUT].tensor.diagonal(dim1=-2, dim2=-1)[:, :, None]
-        return {'input': Diagonal(diagonal.clone())}, diagonal.isfinite().flatten(1).all(1)
-
-    def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        return operators['input'].right(gradients)
-
-
 def test_a_preconditioner_of_others() -> None:
     register_preconditioner(InputScale)
     model = nn.Linear(4, 3, bias=False)
@@ -187,10 +136,6 @@ def test_a_preconditioner_of_others() -> None:
     )
     again.load_state_dict(optimizer.state_dict())
     assert again.state_dict()['precond']['layers'].keys() == {'weight'}
-
-
-def method(name: str = 'Other', **members: Any) -> type:
-    return dataclass(frozen=True, kw_only=True)(type(name, (InputScale,), members))
 
 
 @pytest.mark.parametrize(
@@ -237,10 +182,6 @@ def test_a_statistic_that_no_layer_has_is_refused_at_construction() -> None:
 
 
 # ------------------------------------------------------------------- layers
-
-
-class MyLinear(nn.Linear):
-    """Computes what its base class does."""
 
 
 class AllRowsAlone(LinearLayer):
@@ -294,23 +235,6 @@ def test_a_class_that_is_named_is_refused_where_it_is_met() -> None:
 # ------------------------------------------------------------------- attention
 
 
-class Grouped(nn.Module):
-    """Grouped-query attention: two heads of queries share one of keys and values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_heads = 2
-        self.qkv = nn.Linear(8, 8 + 2 * 4)
-        self.softmax = nn.Softmax(-1)
-        self.proj = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).split([8, 4, 4], -1)
-        q = q.unflatten(-1, (2, 4)).transpose(1, 2)
-        out = self.softmax(q @ k[:, None].mT) @ v[:, None]
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
 def test_grouped_queries_are_refused_at_construction() -> None:
     register_attention(Grouped, WindowAttention)
     model = Grouped()
@@ -328,122 +252,3 @@ def test_grouped_queries_are_refused_at_construction() -> None:
 
 def test_a_rotation_keeps_its_rules_by_name() -> None:
     refused(ValueError, lambda: AdamR(nn.Linear(4, 3), lr=0.1, rule='SGDM'), 'AdamW', 'Adan')
-
-
-# ------------------------------------------------------------------- what does not go together
-
-
-@pytest.mark.parametrize(
-    'make, words',
-    [
-        (lambda: Statistic(INPUT, Moment), 'form=Moment is a class; write form=Moment()'),
-        (lambda: Statistic(INPUT, Moment(), ReducedRows), 'rows=ReducedRows is a class'),
-        (lambda: Statistic('input', Moment()), 'takes a Side, such as INPUT'),
-    ],
-)
-def test_statistics_that_cannot_be_written(make: Callable[[], Any], words: str) -> None:
-    refused(TypeError, make, words)
-
-
-@pytest.mark.parametrize(
-    'make', [lambda: Columns(0), lambda: Blocks(0), lambda: Sketch(0), lambda: Sketch(3, 'other')]
-)
-def test_forms_that_cannot_be_written(make: Callable[[], Any]) -> None:
-    refused(ValueError, make, '=')
-
-
-@pytest.mark.parametrize(
-    'statistics, error, words',
-    [
-        (Statistic(INPUT, Mean()), TypeError, 'is no tuple'),
-        (
-            (Statistic(INPUT, Moment()), Statistic(INPUT, Mean())),
-            ValueError,
-            'two statistics of one',
-        ),
-        (
-            (Statistic(INPUT, Moment()), Statistic(GRADIENT, Moment(), REDUCED)),
-            ValueError,
-            'over different rows',
-        ),
-        ((), ValueError, 'measures nothing of a LinearLayer'),
-        ((Statistic(INPUT, Mean(), REDUCED),), ValueError, 'Mean is taken of all rows'),
-        ((Statistic(INPUT, CountedMean()),), ValueError, 'CountedMean is not a form of input'),
-        ((QUERY_MOMENT,), ValueError, "no side 'query'"),
-    ],
-)
-def test_statistics_that_do_not_go_together(
-    statistics: Any, error: type[Exception], words: str
-) -> None:
-    entry = dict(preconditioner=dict(type=method(statistics=statistics)))
-    refused(
-        error,
-        lambda: Preconditioned(nn.Linear(4, 3), rule=dict(type='SGDM', lr=0.1), layers=[entry]),
-        words,
-    )
-
-
-def test_attention_has_the_forms_that_its_sides_are_declared_with() -> None:
-    class Whole(method(statistics=())):  # type: ignore[misc]
-        attention_reading = AttentionReading()
-
-        def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
-            return (Statistic(QUERY_MOMENT.side, Sketch(1)),)
-
-    entry = dict(preconditioner=dict(type=Whole))
-    refused(
-        ValueError,
-        lambda: Preconditioned(
-            nn.MultiheadAttention(8, 2), rule=dict(type='SGDM', lr=0.1), layers=[entry]
-        ),
-        "its side 'query' has the form Moment alone",
-    )
-
-
-class NoRows(Layer):
-    """Says nothing."""
-
-
-class NoSamples(Layer):
-    """Promises samples and does not tell them."""
-
-    row_kinds = LinearLayer.row_kinds
-    input_rows, gradient_rows = LinearLayer.input_rows, LinearLayer.gradient_rows
-
-
-@pytest.mark.parametrize(
-    'kind, layer, words',
-    [
-        (MyLinear, NoRows, 'must define input_rows, gradient_rows'),
-        (MyLinear, NoSamples, 'must define reduced_input, reduced_gradient, sample_count'),
-        (None, LinearLayer, 'None is no nn.Module'),
-        (5, LinearLayer, '5 is no nn.Module'),
-        (nn.Linear(3, 2), LinearLayer, 'is no nn.Module'),
-        ('Linear', LinearLayer, "'Linear' is no"),
-    ],
-)
-def test_layers_that_are_incomplete(kind: Any, layer: Any, words: str) -> None:
-    refused(TypeError, lambda: register_layer(kind, layer), words)
-
-
-def test_attention_that_is_incomplete() -> None:
-    refused(TypeError, lambda: register_attention(5, WindowAttention), '5 is no nn.Module')
-    refused(TypeError, lambda: register_attention(Grouped, AttentionLayer), 'must define read')
-    register_attention(MyLinear, PackedAttention)
-    optimizer = AFOpt(nn.Sequential(MyLinear(4, 3), nn.Linear(3, 2)), lr=0.1)
-    assert 'MyLinear is no MultiheadAttention' in optimizer.table()
-
-
-def test_names_that_are_none() -> None:
-    refused(TypeError, lambda: register_rule(SignSGD, name=5), 'name=5 is no name')
-    refused(TypeError, lambda: register_preconditioner(InputScale, name=''), "name='' is no name")
-    refused(TypeError, lambda: SGDPH(nn.BatchNorm1d(3), lr=0.1, foo=1), 'foo', '_delete_=True')
-    refused(
-        ValueError,
-        lambda: Preconditioned(
-            nn.Linear(4, 3),
-            rule=dict(type='SGDM', lr=0.1),
-            layers=[dict(preconditioner=dict(type=CalibratedInput))],
-        ),
-        'is never measured',
-    )

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs every check: ruff, mypy, then pytest. Sets the environment up first, if need be.
 #
-# Usage: bash tools/test.sh                 everything
+# Usage: bash tools/test.sh                 everything, at most 20 minutes on two cores
+#        bash tools/test.sh --fast          without the tests that are marked as slow, 6 minutes
 #        bash tools/test.sh PYTEST-ARGS...  pytest alone, from the project's root, with these arguments
 #
 # MMPRECOND_VENV names another environment than .venv; its stack (onedl or openmmlab) is kept.
@@ -25,15 +26,23 @@ export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
 unset PYTHONHOME
 python=$venv/bin/python
 
+selection=()
+if [ "${1-}" = --fast ]; then
+  selection=(-m 'not slow')
+  shift
+fi
 if [ $# -gt 0 ]; then
-  exec "$python" -m pytest "$@"
+  exec "$python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
 fi
 
 code=0
-printf '== ruff\n'
-"$python" -m ruff check . || { code=1; printf 'test.sh: ruff FAILED\n' >&2; }
-printf '== mypy\n'
-"$python" -m mypy mmprecond || { code=1; printf 'test.sh: mypy FAILED\n' >&2; }
-printf '== pytest\n'
-"$python" -m pytest || code=$?
+check() {
+  printf '== %s\n' "$1"
+  shift
+  "$python" -m "$@" || { code=1; printf 'test.sh: FAILED: %s\n' "$*" >&2; }
+}
+check 'ruff check' ruff check .
+check 'ruff format' ruff format --check .
+check mypy mypy
+check pytest pytest ${selection[@]+"${selection[@]}"}
 exit "$code"

@@ -8,10 +8,11 @@ from .attention import (
     softmax_gram,
 )
 from .average import RunningAverage
+from .calls import Call
 from .capture import Capture, Staged
 from .conv import Conv2dLayer
 from .form import Factor, Form, Power, add_damping
-from .layer import Call, Layer
+from .layer import Layer
 from .linear import LinearLayer
 from .moments import SKETCH_KINDS, Blocks, Columns, Moment, Sketch
 from .registry import (

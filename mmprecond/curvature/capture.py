@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..linalg import matmul_precision, rounded
+from .calls import Call
 from .form import Slots
-from .layer import Call, Layer
+from .layer import Layer
 from .statistic import Statistic
 
 logger = logging.getLogger('mmprecond')

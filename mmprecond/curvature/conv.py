@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layer import EVERY_ROW_KIND, Call, Layer
+from .calls import Call
+from .layer import EVERY_ROW_KIND, Layer
 from .moments import Moment
 from .patches import Axis, PatchMoment
 from .statistic import INPUT, REDUCED, Rows, Statistic

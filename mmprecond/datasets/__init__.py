@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .shapes import CLASSES, PALETTE, make_shape_folders, make_shapes, render_image
+from .render import CLASSES, PALETTE, render_image
+from .shapes import make_shape_folders, make_shapes
 
 __all__ = ['CLASSES', 'PALETTE', 'make_shape_folders', 'make_shapes', 'render_image']

@@ -69,6 +69,7 @@ def test_every_row_of_the_tables_has_one_config() -> None:
     assert len(hybrids) == 5 and all('coco_afopt' in name for name in hybrids)
 
 
+@pytest.mark.slow
 def test_baselines_are_configs_with_another_optimizer() -> None:
     from mmprecond.engine import use_optimizer
     from paper import make_index
@@ -188,6 +189,7 @@ def test_shared_parts_of_cifar_change_network_schedule_and_size_alone(path: Path
         assert [step for step in ours[key] if step['type'] != 'Resize'] == theirs[key]
 
 
+@pytest.mark.slow
 def test_a_detector_builds_and_steps_at_its_real_size(tmp_path: Path) -> None:
     """The cheapest; `tools/paper/verify_configs.py` does all."""
     (path,) = (path for path in CONFIGS if path.stem == 'retinanet_swin-t-p4-w7_fpn_1x_coco_afopt')

@@ -169,6 +169,7 @@ def trained(folder: Path, optimizer: dict[str, Any], backends: list[str]) -> Run
     return runner
 
 
+@pytest.mark.slow
 def test_scalars_and_heat_maps_reach_all_backends(tmp_path: Path) -> None:
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -201,6 +202,7 @@ def test_scalars_and_heat_maps_reach_all_backends(tmp_path: Path) -> None:
     assert 'curvature_cosine' in board.Tags()['images']
 
 
+@pytest.mark.slow
 def test_methods_without_matrices_are_not_stored(tmp_path: Path) -> None:
     """AdaAct refreshes at every step, and there is nothing to show of it."""
     runner = trained(tmp_path, dict(type='AdaAct', lr=0.05), ['LocalVisBackend'])

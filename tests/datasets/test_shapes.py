@@ -29,8 +29,8 @@ from mmprecond.datasets import (  # noqa: E402
     CLASSES,
     PALETTE,
     make_shapes,
+    render,
     render_image,
-    shapes,
 )
 
 TOOL = TOOLS / 'make_shapes.py'
@@ -77,7 +77,7 @@ def test_opens_in_pycocotools_and_masks_agree(tmp_path: Path) -> None:
         edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
         assert np.abs(np.subtract(edges, [x, y, x + width, y + height])).max() <= 2
         # What was painted is what the polygon says.
-        painted = shapes._coverage(flat, size) >= 0.5
+        painted = render._coverage(flat, size) >= 0.5
         assert (painted & mask).sum() >= 0.85 * (painted | mask).sum()
 
 
@@ -122,18 +122,18 @@ def test_sizes_classes_and_counts_are_spread() -> None:
 def test_a_hidden_shape_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paint every shape at one place: only the last one can be seen."""
     square = np.array([[10.0, 10.0], [40.0, 10.0], [40.0, 40.0], [10.0, 40.0]])
-    monkeypatch.setattr(shapes, '_polygon', lambda *args: square)
+    monkeypatch.setattr(render, '_polygon', lambda *args: square)
     assert len(render_image(np.random.default_rng(0), 64)[1]) == 1
     # Each one shifted by 30 % of its side: 30 % of each stays in sight, so all are kept.
     polygons = iter(square - 9 + [9.0 * k, 0.0] for k in range(9))
-    monkeypatch.setattr(shapes, '_polygon', lambda *args: next(polygons))
+    monkeypatch.setattr(render, '_polygon', lambda *args: next(polygons))
     _, annotations = render_image(np.random.default_rng(0), 128)
     assert len(annotations) == 9 - len(list(polygons)) > 1
 
 
 def test_a_clipped_shape_stays_inside() -> None:
-    square = shapes._polygon(1, np.array([2.0, 32.0]), 20.0, 0.0, 64)
-    annotation = shapes._annotation(1, square)
+    square = render._polygon(1, np.array([2.0, 32.0]), 20.0, 0.0, 64)
+    annotation = render._annotation(1, square)
     check_annotation(annotation, 64)
     side = 20 / np.sqrt(2)
     assert annotation['bbox'] == pytest.approx([0, 32 - side / 2, 2 + side / 2, side], abs=0.1)

@@ -19,7 +19,7 @@ from mmengine.optim import (
     OptimWrapper,
     build_optim_wrapper,
 )
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
+from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS, Registry
 from torch import nn
 
 import mmprecond
@@ -29,7 +29,7 @@ from mmprecond.engine.registration import _register, optimizer_types, register_a
 from mmprecond.engine.wrapper import MIXINS, mixed_wrapper
 from mmprecond.optimizers import NKFAC, AdaNKFAC, RuleOptimizer
 from mmprecond.rules import AdamW
-from tests.support.classifier import Classifier, Labelled, batch, build
+from tests.support.classifier import Classifier, HalfRateConstructor, Labelled, batch, build
 
 
 def hooks(model: nn.Module) -> int:
@@ -186,22 +186,10 @@ def test_another_optimizer_is_left_to_the_base_constructor() -> None:
     assert type(wrapper) is OptimWrapper and type(wrapper.optimizer) is torch.optim.SGD
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class HalfRateConstructor:
-    """A user's constructor, with `add_params` of its own."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        from mmengine.optim import DefaultOptimWrapperConstructor
-
-        class Halved(DefaultOptimWrapperConstructor):
-            def add_params(self, params: list, module: nn.Module, **kwargs: Any) -> None:
-                params += [dict(params=[p], lr=self.base_lr / 2) for p in module.parameters()]
-
-        return Halved(*args, **kwargs)
-
-
 def test_base_constructor_makes_the_groups() -> None:
-    wrapper = build(Classifier(), base_constructor='HalfRateConstructor', paramwise_cfg=dict(a=1))
+    wrapper = build(
+        Classifier(), base_constructor=HalfRateConstructor.__name__, paramwise_cfg=dict(a=1)
+    )
     assert {group['lr'] for group in wrapper.optimizer.param_groups} == {0.05}
     assert len(wrapper.optimizer.curvature.layers) == 2
 

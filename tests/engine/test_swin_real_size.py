@@ -135,6 +135,7 @@ def batch(seed: int, height: int = 800, width: int = 1333, objects: int = 6) -> 
     return dict(inputs=[image], data_samples=[sample])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('drop_path_rate', [0.0, 0.2])
 def test_mask_rcnn_swin_t_trains_at_its_real_size(drop_path_rate: float) -> None:
     """Two iterations, statistics and refresh included (about 6.5 GB)."""

@@ -108,7 +108,6 @@ def test_calls_of_different_sizes_add_up(reduction: str) -> None:
         (lambda: nn.Linear(4, 3), (0, 7, 4)),
         (lambda: nn.Conv2d(4, 4, 3, groups=2, padding=1), (0, 4, 5, 5)),
     ],
-    ids=str,
 )
 def test_an_empty_batch(make: Any, shape: tuple[int, ...], reduction: str) -> None:
     """Alone it leaves no statistic, beside a full one it adds nothing."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -63,3 +64,17 @@ class OneBatch(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return dict(inputs=self.images[index], data_samples=index % 4)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class HalfRateConstructor:
+    """A user's constructor, with `add_params` of its own."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        from mmengine.optim import DefaultOptimWrapperConstructor
+
+        class Halved(DefaultOptimWrapperConstructor):
+            def add_params(self, params: list, module: nn.Module, **kwargs: Any) -> None:
+                params += [dict(params=[p], lr=self.base_lr / 2) for p in module.parameters()]
+
+        return Halved(*args, **kwargs)

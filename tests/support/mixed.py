@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmprecond.optimizers import PreconditionedOptimizer
+from mmprecond.optimizers import Preconditioned, PreconditionedOptimizer
 
 KRONECKER = dict(type='NewtonKronecker', stat_interval=1, refresh_interval=2)
 FEATURE = dict(type='InputFeature', stat_interval=2, refresh_interval=4)
@@ -110,3 +110,12 @@ def methods(optimizer: PreconditionedOptimizer) -> dict[str, str]:
 
 def curvature(optimizer: PreconditionedOptimizer) -> dict[str, Any]:
     return copy.deepcopy(optimizer.state_dict()['precond']['layers'])
+
+
+ALL = [entry(KRONECKER)]
+
+
+def build(
+    layers: Any = ALL, rule: Any = RULE, model: nn.Module | None = None, **more: Any
+) -> PreconditionedOptimizer:
+    return Preconditioned(net() if model is None else model, rule=rule, layers=layers, **more)

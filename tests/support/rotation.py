@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmprecond.optimizers import AdamR, PreconditionedOptimizer
 from tests.reference.factors import Loss, plain_copy
@@ -59,3 +59,10 @@ def equals(model: nn.Module, other: nn.Module, atol: float = 1e-12) -> bool:
         torch.allclose(a, b, rtol=0, atol=atol)
         for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
+    """By how much one step moves each parameter."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run(model, optimizer, range(step, step + 1))
+    return {name: p.detach() - before[name] for name, p in model.named_parameters()}

@@ -24,6 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_small_classifier(tmp_path: Path) -> None:
     pytest.importorskip('mmpretrain')
     specs = [

@@ -10,6 +10,7 @@ import pytest
 from tests.support.paths import TOOLS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer, lr', [('NKFAC', 0.02), ('AdamR', 2e-3)])
 def test_faults_kills_and_resumption(optimizer: str, lr: float) -> None:
     soak = TOOLS / 'analysis_tools/soak.py'

@@ -104,6 +104,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('model', 'names'),
     [
@@ -156,6 +157,7 @@ def test_quickstart_end_to_end(tmp_path: Path, model: str, names: list[str]) -> 
     assert (tmp_path / 'out/quickstart.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name',
     ['resnet18_shapes-cls', 'swin_shapes-cls', 'vgg11_shapes-cls', 'vgg11-wn_shapes-cls_sgdph'],
@@ -192,6 +194,7 @@ def test_classifiers_train_with_the_partial_hessian(tmp_path: Path, name: str) -
     assert 'accuracy/top1' in output and 'unexpected key' not in output
 
 
+@pytest.mark.slow
 def test_two_processes_without_a_gpu(tmp_path: Path, shapes: Path) -> None:
     output = tool(
         'bash',
@@ -209,6 +212,7 @@ def test_two_processes_without_a_gpu(tmp_path: Path, shapes: Path) -> None:
     assert checkpoint['optimizer']['precond']['steps'] == 2
 
 
+@pytest.mark.slow
 def test_train_resume_and_test(tmp_path: Path, shapes: Path) -> None:
     train = [
         sys.executable,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import json
 import re
 import subprocess
@@ -23,98 +22,32 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import mmprecond.optimizers as ours
 from mmprecond.engine import launch
-from mmprecond.engine.peers import with_groups
-from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
+from mmprecond.optimizers import PreconditionedOptimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis_tools.benchmark_entry import CAPTURE, KINDS, REFRESH, Entry
+from analysis_tools.benchmark_entry import (
+    KINDS,
+    PEERS,
+    REFRESH,
+    Entry,
+    build_optimizer,
+    installed_peers,
+)
+from analysis_tools.benchmark_report import chart, describe, report
 from common import ROOT
-from common.contestants import EVERY_STEP
 from common.models import CONFIGS, build_model, noise
-from common.tables import markdown
 from common.timing import now
 
 USUAL = 'SGD,AdamW,NKFAC:solver=cholesky,NKFAC:solver=lowrank,AdamR,FSGD,FAdam:solver=lowrank'
-PEERS = ('SOAP', 'Shampoo', 'Muon')
 #: Cycles of `REFRESH` steps that are not counted: Newton's first three refreshes are exact.
 WARM_UP = 3
 #: Different batches, taken in turns: those of one alone would have few directions.
 BATCHES = 8
-
-
-def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """A name and its settings from NAME:key=value:key=value."""
-    name, *settings = spec.split(':')
-    options: dict[str, Any] = {}
-    for setting in settings:
-        key, _, value = setting.partition('=')
-        try:
-            options[key] = json.loads(value)
-        except ValueError:
-            options[key] = value
-    return name, options
-
-
-def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
-    """One of torch's, ours or the package pytorch_optimizer's, at a rate that changes little."""
-    name, options = parse_spec(spec)
-    if name in ('SGD', 'AdamW'):
-        extra = dict(momentum=0.9) if name == 'SGD' else {}
-        return getattr(torch.optim, name)(model.parameters(), lr=1e-5, **extra, **options)
-    if name in timed():
-        taken = sorted({'stat_interval', 'refresh_interval', 'stagger'} & set(options))
-        if taken:
-            raise ValueError(
-                f'{spec}: this tool sets the intervals, to tell steps apart by what '
-                f'they do; leave out {", ".join(taken)} and see --intervals'
-            )
-        kind = getattr(ours, name)
-        if kind.needs == 'capture' and name not in EVERY_STEP:
-            options = dict(stat_interval=CAPTURE, refresh_interval=REFRESH, **options)
-        elif kind.needs == 'loss':
-            options = dict(total_steps=10**6, **options)
-        return kind(model, lr=1e-5, **options)
-    peers = installed_peers()
-    if name in peers:
-        return peers[name]([dict(params=list(model.parameters()))], lr=1e-5, **options)
-    choices = ['SGD', 'AdamW', *timed(), *PEERS]
-    raise ValueError(
-        f'cannot time {name!r} here; choose from {", ".join(choices)} (the last '
-        f'{len(PEERS)} from the package pytorch_optimizer, if it is installed)'
-    )
-
-
-def timed() -> list[str]:
-    """Our optimizers that need no more than a learning rate, and no second derivatives."""
-    kinds = {name: getattr(ours, name) for name in ours.__all__}
-    return [
-        name
-        for name, kind in kinds.items()
-        if isinstance(kind, type)
-        and issubclass(kind, RuleOptimizer)
-        and kind.needs != 'graph'
-        and 'lr' in inspect.signature(kind.__init__).parameters
-    ]
-
-
-def installed_peers() -> dict[str, Any]:
-    """Other preconditioned optimizers, of the optional package pytorch_optimizer."""
-    try:
-        import pytorch_optimizer
-    except ImportError:
-        return {}
-    return {
-        name: with_groups(getattr(pytorch_optimizer, name))
-        for name in PEERS
-        if hasattr(pytorch_optimizer, name)
-    }
 
 
 def gemm_rate(device: str, size: int = 2048) -> float:
@@ -229,82 +162,6 @@ def against_forecast(entry: Entry, batch: dict[str, Any], rate: float) -> dict[s
         limit=done / rate,
         ranks=sorted(ranks),
     )
-
-
-def report(model: str, results: list[dict[str, Any]], args: argparse.Namespace, rate: float) -> str:
-    """The table of one model."""
-    keys = [f'{capture}/{refresh}' for capture, refresh in args.intervals]
-    head = (
-        f'### {model}, {args.batch} x {args.size[0]} x {args.size[1]}, {describe(args)}\n\n'
-        f'Product of 2048 x 2048 in the same run: {rate / 1e9:,.0f} GFLOP/s. Seconds are '
-        'medians of whole iterations; times of all iterations at intervals of captures and '
-        "refreshes (first) are divided by the base optimizer's, p99 is in seconds.\n\n"
-    )
-    headers = [
-        'optimizer',
-        'plain',
-        'measures',
-        'refreshes',
-        'step alone',
-        'its products at GEMM rate',
-        *(part for key in keys for part in (f'x base, {key}', 'p99')),
-        'state MB',
-        'peak MB',
-        'ranks',
-    ]
-    return head + markdown(headers, [row(result, keys) for result in results])
-
-
-def row(result: dict[str, Any], keys: list[str]) -> list[str]:
-    """Cells of one optimizer."""
-    times = [
-        f'{result["iteration"][kind]:.3f}' if kind in result['iteration'] else '-' for kind in KINDS
-    ]
-    ratios = [
-        cell
-        for key in keys
-        for cell in (
-            f'{result["overhead"][key]:.2f} ({result["base"]})'
-            if key in result['overhead']
-            else '-',
-            f'{result["p99"][key]:.3f}',
-        )
-    ]
-    ranks = result.get('ranks')
-    return [
-        result['name'],
-        *times,
-        f'{result["step"]["plain"]:.3f}',
-        f'{result["limit"]:.3f}' if 'limit' in result else '-',
-        *ratios,
-        f'{result["state_mb"]:.0f}',
-        f'{result["peak_mb"]:.0f}' if result['peak_mb'] else '-',
-        f'{min(ranks)}-{max(ranks)}' if ranks else '-',
-    ]
-
-
-def describe(args: argparse.Namespace) -> str:
-    """The hardware."""
-    if args.device.startswith('cuda'):
-        return torch.cuda.get_device_name()
-    return f'{torch.get_num_threads()} CPU threads, torch {torch.__version__}'
-
-
-def chart(model: str, results: list[dict[str, Any]], key: str, path: Path) -> None:
-    """Bars: iterations as many times the base optimizer's."""
-    from matplotlib.figure import Figure
-
-    shown = [r for r in results if key in r['overhead']]
-    figure = Figure(figsize=(7, 0.5 + 0.4 * len(shown)), layout='constrained')
-    axes = figure.subplots()
-    bars = axes.barh([r['name'] for r in shown], [r['overhead'][key] for r in shown])
-    axes.bar_label(bars, fmt='%.2f', padding=3)
-    axes.axvline(1, color='grey', linewidth=0.8)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("time of an iteration / the base optimizer's")
-    axes.set_title(f'{model}, intervals {key}')
-    figure.savefig(path, dpi=120)
 
 
 def peak_on_cpu(model: str, spec: str, args: argparse.Namespace) -> float:

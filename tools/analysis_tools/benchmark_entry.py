@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
+import mmprecond.optimizers as ours
+from common.contestants import EVERY_STEP
 from common.timing import now
-from mmprecond.optimizers import PreconditionedOptimizer
+from mmprecond.engine.peers import with_groups
+from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
 
 #: Steps between captures and between refreshes while the clock runs.
 CAPTURE, REFRESH = 2, 4
 KINDS = ('plain', 'statistics', 'refresh')
+PEERS = ('SOAP', 'Shampoo', 'Muon')
 
 
 @dataclass
@@ -78,3 +85,71 @@ def flat(state: Any) -> list[torch.Tensor]:
         return [state]
     values = state.values() if isinstance(state, dict) else state
     return [t for v in values for t in flat(v)] if isinstance(state, (dict, list, tuple)) else []
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """A name and its settings from NAME:key=value:key=value."""
+    name, *settings = spec.split(':')
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, _, value = setting.partition('=')
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return name, options
+
+
+def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
+    """One of torch's, ours or the package pytorch_optimizer's, at a rate that changes little."""
+    name, options = parse_spec(spec)
+    if name in ('SGD', 'AdamW'):
+        extra = dict(momentum=0.9) if name == 'SGD' else {}
+        return getattr(torch.optim, name)(model.parameters(), lr=1e-5, **extra, **options)
+    if name in timed():
+        taken = sorted({'stat_interval', 'refresh_interval', 'stagger'} & set(options))
+        if taken:
+            raise ValueError(
+                f'{spec}: this tool sets the intervals, to tell steps apart by what '
+                f'they do; leave out {", ".join(taken)} and see --intervals'
+            )
+        kind = getattr(ours, name)
+        if kind.needs == 'capture' and name not in EVERY_STEP:
+            options = dict(stat_interval=CAPTURE, refresh_interval=REFRESH, **options)
+        elif kind.needs == 'loss':
+            options = dict(total_steps=10**6, **options)
+        return kind(model, lr=1e-5, **options)
+    peers = installed_peers()
+    if name in peers:
+        return peers[name]([dict(params=list(model.parameters()))], lr=1e-5, **options)
+    choices = ['SGD', 'AdamW', *timed(), *PEERS]
+    raise ValueError(
+        f'cannot time {name!r} here; choose from {", ".join(choices)} (the last '
+        f'{len(PEERS)} from the package pytorch_optimizer, if it is installed)'
+    )
+
+
+def timed() -> list[str]:
+    """Our optimizers that need no more than a learning rate, and no second derivatives."""
+    kinds = {name: getattr(ours, name) for name in ours.__all__}
+    return [
+        name
+        for name, kind in kinds.items()
+        if isinstance(kind, type)
+        and issubclass(kind, RuleOptimizer)
+        and kind.needs != 'graph'
+        and 'lr' in inspect.signature(kind.__init__).parameters
+    ]
+
+
+def installed_peers() -> dict[str, Any]:
+    """Other preconditioned optimizers, of the optional package pytorch_optimizer."""
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        return {}
+    return {
+        name: with_groups(getattr(pytorch_optimizer, name))
+        for name in PEERS
+        if hasattr(pytorch_optimizer, name)
+    }

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..layer import Call, Layer
+from ..calls import Call
+from ..layer import Layer
 from ..statistic import ALL, INPUT, Side, Statistic
 from .heads import Heads
 from .sides import DECLARED, KEY_CURVATURE, AttentionSide

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..layer import Call, Layer, Observer, Tap
+from ..calls import Call, Observer, Tap
+from ..layer import Layer
 from .heads import Heads
 from .layer import AttentionLayer
 
