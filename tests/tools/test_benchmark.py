@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis_tools import benchmark
+from analysis_tools import benchmark, benchmark_entry
 from tests.support.paths import ROOT
 
 
@@ -79,6 +79,7 @@ def test_a_small_classifier(tmp_path: Path) -> None:
     assert (tmp_path / 'resnet18_shapes-cls.png').stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_one_line() -> None:
     done = run('--optimizers', 'SDG')
     assert done.returncode == 2 and "cannot time 'SDG'" in done.stderr.splitlines()[-2]
@@ -97,7 +98,7 @@ def test_the_percentile_counts_kinds_as_often_as_they_come() -> None:
 
 
 def test_settings_in_a_name() -> None:
-    assert benchmark.parse_spec('NKFAC:solver=lowrank:tolerance=0.3:stagger=true') == (
+    assert benchmark_entry.parse_spec('NKFAC:solver=lowrank:tolerance=0.3:stagger=true') == (
         'NKFAC',
         dict(solver='lowrank', tolerance=0.3, stagger=True),
     )
