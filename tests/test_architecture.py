@@ -202,6 +202,11 @@ BORROWED = {
     '_base',
     '_get_scale_async',
     '_ext',
+    '_execution_engine',
+    '_autograd',
+    '_are_functorch_transforms_active',
+    '_get_current_graph_task_keep_graph',
+    '_version',
     '_accumulative_counts',
     '_scope_',
 }

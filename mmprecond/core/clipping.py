@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..curvature import Layer
+
 
 def kl_clip(
     bound: float,
-    clipped: Sequence[Tensor],
+    layers: Sequence[Layer],
     rates: Mapping[Tensor, float],
     raw: Mapping[Tensor, Tensor],
     directions: dict[Tensor, Tensor],
@@ -24,11 +26,18 @@ def kl_clip(
 
     Args:
         bound: The bound.
-        clipped: The parameters that are summed over and scaled.
+        layers: The layers whose parameters are summed over and scaled, where they are trained.
         rates: Learning rates by parameter.
         raw: Gradients G by parameter.
-        directions: Preconditioned gradients V by parameter; those of `clipped` are replaced.
+        directions: Preconditioned gradients V by parameter; those of the layers are replaced.
     """
+    clipped = [
+        p
+        for layer in layers
+        if layer.weight in directions
+        for p in layer.parameters
+        if p in directions
+    ]
     if not clipped:
         return
     products = [rates[p] ** 2 * (directions[p].double() * raw[p].double()).sum() for p in clipped]

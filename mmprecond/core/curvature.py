@@ -184,11 +184,19 @@ class Curvature:
             if self._schedule.captures(stack, layer, step)
         }
 
-    def arm(self, step: int) -> None:
-        """Puts hooks on the layers whose statistics a step measures, if it does."""
-        self.capture.arm(
-            self.due(step), seed=step * world_size() + rank(), share=(rank(), world_size())
-        )
+    def arm(self, step: int, *, at_forward: bool = False) -> None:
+        """Puts hooks on the layers whose statistics a step measures, if it does.
+
+        Args:
+            step: The step.
+            at_forward: True to put them there when the step's forward pass begins.
+        """
+        seed, share = step * world_size() + rank(), (rank(), world_size())
+        self.capture.arm(self.due(step), seed, share, at_forward=at_forward)
+
+    def expect(self, step: int) -> None:
+        """Prepares compiled models for a step that is armed later (see `Capture.expect`)."""
+        self.capture.expect(self.due(step))
 
     def disarm(self) -> None:
         """Takes the hooks off; what was measured stays until the step."""
@@ -292,21 +300,13 @@ class Curvature:
         directions: dict[Tensor, Tensor],
         groups: Iterable[Mapping[str, Any]],
     ) -> None:
-        """Where methods of several KL bounds are mixed, the least counts."""
-        bounds = [
-            (stack.method.clip, stack) for stack in self.stacks if stack.method.clip is not None
-        ]
-        if bounds:
+        """Clips by the methods' KL bound, then by `clip_update`."""
+        methods = {stack: stack.method.clip for stack in self.stacks if stack.method.clip}
+        if methods:
+            layers = [layer for stack in methods for _, layer in stack.ready()]
             rates = {p: float(group['lr']) for group in groups for p in group['params']}
-            clipped = [
-                p
-                for _, stack in bounds
-                for _, layer in stack.ready()
-                if layer.weight in directions
-                for p in layer.parameters
-                if p in directions
-            ]
-            kl_clip(min(bound for bound, _ in bounds), clipped, rates, gradients, directions)
+            # Where methods of several bounds are mixed, the least counts.
+            kl_clip(min(methods.values()), layers, rates, gradients, directions)
         if self.options.clip_update is not None:
             clip_norm(directions, self.options.clip_update)
 

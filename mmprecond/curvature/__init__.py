@@ -9,7 +9,8 @@ from .attention import (
 )
 from .average import RunningAverage
 from .calls import Call
-from .capture import Capture, Staged
+from .capture import Capture
+from .eager import Eager
 from .conv import Conv2dLayer
 from .form import Factor, Form, Power, add_damping
 from .layer import Layer
@@ -24,6 +25,7 @@ from .registry import (
     register_layer,
 )
 from .selection import AttentionReading, LeftOut, find_layers, unwrap
+from .staging import Staged
 from .statistic import (
     ALL,
     GRADIENT,
@@ -45,6 +47,7 @@ __all__ = [
     'Blocks',
     'Call',
     'Capture',
+    'Eager',
     'Columns',
     'Conv2dLayer',
     'CountedMean',

@@ -1,53 +1,32 @@
 """Capture: sums over a step's input rows and output-gradient rows, read by hooks.
 
-Hooks exist between `arm` and `disarm` alone. A call is counted when its output's gradient
-arrives, so a recomputed forward pass (activation checkpointing), a forward pass without backward,
-and validation leave nothing behind.
+Hooks exist between `arm` and `disarm` alone. A call is measured when its output's gradient
+arrives, and counts once the same backward pass has accumulated into the weight's ``.grad``. So a
+recomputed forward pass (activation checkpointing), a forward pass without backward, validation,
+and backward passes that are not the step's leave nothing behind.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..linalg import matmul_precision, rounded
-from .calls import Call
-from .form import Slots
+from .calls import Call, Tap
+from .eager import Eager
 from .layer import Layer
-from .statistic import Statistic
+from .staging import Staged, Staging, Visit
+from .statistic import SampledRows, Statistic
 
 logger = logging.getLogger('mmprecond')
-
-
-@dataclass
-class Staged:
-    """Sums over the calls of one layer since the last step.
-
-    Attributes:
-        sums: By tensor name, shaped as the layer's `shapes`.
-        rows: Number of input rows.
-        slots: Where columns were placed, by tensor name.
-    """
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    rows: int = 0
-    slots: dict[str, Slots] = field(default_factory=dict)
-
-    def add(self, sums: Mapping[str, Tensor], rows: int) -> None:
-        """Adds the sums of a call over so many rows."""
-        for key, total in sums.items():
-            if key in self.sums:
-                self.sums[key] += total
-            else:
-                self.sums[key] = total
-        self.rows += rows
 
 
 class Capture:
@@ -57,7 +36,6 @@ class Capture:
         around: Makes the context in which products are formed.
 
     Attributes:
-        staged: What was measured since the last `drop`.
         loss_scale: By what the loss was multiplied before backward: None, a number, or a
             `torch.amp.GradScaler`.
         seen: Layers whose module was called while armed.
@@ -66,44 +44,59 @@ class Capture:
     def __init__(self, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._statistics: Mapping[Layer, Sequence[Statistic]] = {}
         self._around = around
-        self.staged: dict[Layer, Staged] = {}
+        self._staging = Staging()
         self.loss_scale: Any = None
         self.seen: set[Layer] = set()
         self._handles: list[RemovableHandle] = []
-        self._generator = torch.Generator()
-        self._signs = torch.Generator()
-        self._seed: int | None = None
-        self._share = (0, 1)
+        self._eager = Eager()
         self._forward_is_new = False
         self._warned: set[Layer] = set()
+
+    @property
+    def staged(self) -> dict[Layer, Staged]:
+        """Sums of each layer since the last `drop`."""
+        return self._staging.staged
 
     def arm(
         self,
         statistics: Mapping[Layer, Sequence[Statistic]],
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
+        *,
+        at_forward: bool = False,
     ) -> None:
         """Installs forward hooks on the modules of these layers, in place of earlier ones.
+
+        Until they are taken off again, compiled models run eagerly: their code knows no hooks.
 
         Args:
             statistics: The layers to measure, and what of them.
             seed: Seeds what is sampled, apart from the user's own random numbers.
             share: Rank and number of ranks, each of which fills other slots with columns first.
+            at_forward: True to install them when a module is next called with gradients enabled,
+                so that until then the model may be copied, saved or scripted as it is.
         """
         self.disarm()
         self._statistics = statistics
-        self._share = share
-        if seed != self._seed:  # the micro-batches of one step draw on
-            self._seed = seed
-            self._generator.manual_seed(seed)
-            self._signs.manual_seed(seed ^ 0x5BD1E995)  # other numbers than the positions'
-        self._watch()
+        self._staging.seed(seed, share)
+        if statistics:
+            self._eager.enter()
+            self._watch(at_forward)
+
+    def expect(self, statistics: Mapping[Layer, Sequence[Statistic]]) -> None:
+        """Lets compiled models run eagerly from now on if there is something to measure.
+
+        For callers who arm inside a function that may be compiled itself.
+        """
+        if statistics:
+            self._eager.enter()
 
     def disarm(self) -> None:
         """Removes the hooks; what was measured stays."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._eager.leave()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -114,11 +107,26 @@ class Capture:
             yield
         finally:
             if armed:
+                self._eager.enter()
                 self._watch()
 
-    def _watch(self) -> None:
+    def _watch(self, at_forward: bool = False) -> None:
+        if at_forward:
+            begin = weakref.WeakMethod(self._begin)  # the registry is global
+            hook = register_module_forward_pre_hook(Tap(lambda *_: _call(begin)))
+            self._handles.append(hook)
+            weakref.finalize(self, hook.remove)
+            return
         for layer in self._statistics:
             self._handles += layer.watch(self.observe, self._warn_lost)
+
+    def _begin(self) -> None:
+        """Installs the hooks, at the first call of a module whose graph is recorded."""
+        if torch.is_grad_enabled() and not _is_traced():
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            self._watch()
 
     def scale_by(self, scale: Any) -> None:
         """Says by what the loss is multiplied (see `loss_scale`)."""
@@ -126,15 +134,16 @@ class Capture:
 
     def restart(self) -> None:
         """Forgets what was measured and drawn, so that a loaded step draws as it did before."""
-        self._seed = None
-        self.drop()
+        self._staging.restart()
 
     def drop(self) -> None:
         """Forgets what was measured."""
-        self.staged.clear()
+        self._staging.drop()
 
     def observe(self, call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
         """Prepares the measurement of one call, to be done when its output's gradient arrives."""
+        if _is_traced():
+            return
         layer = call.layer
         self.seen.add(layer)
         if torch._C._current_graph_task_id() == -1:  # not a recomputation inside backward
@@ -143,20 +152,23 @@ class Capture:
         if not (torch.is_grad_enabled() and trained):
             return
         shape, statistics = output.shape, self._statistics[layer]
-        pending = [_Saved.apply(layer.weight, *(tensor.detach() for tensor in kept))]
+        visit = Visit(_Saved.apply(layer.weight, *(tensor.detach() for tensor in kept)))
 
         def measure(gradient: Tensor) -> None:
-            self._drop_abandoned()
-            if not pending:
+            if self._forward_is_new:  # once, when the first gradient after a forward pass arrives
+                self._forward_is_new = False
+                self._staging.drop_cleared()
+            self._staging.listen(layer)
+            saved: Any = visit.take()  # its node lives as long as it does
+            if saved is None:
                 self._warn_lost(layer, 'its graph was walked backward twice')
                 return
-            saved = pending.pop()  # its node lives as long as it does
             try:
                 held = saved.grad_fn.saved_tensors
             except RuntimeError:
                 self._warn_lost(layer, 'its input was changed in place after the forward pass')
                 return
-            self._stage(call, held, gradient.reshape(shape), statistics)
+            self._stage(visit, call, held, gradient.reshape(shape), statistics)
 
         self._source(output, statistics).register_hook(measure)
 
@@ -176,13 +188,15 @@ class Capture:
     @torch.no_grad()
     def _stage(
         self,
+        visit: Visit,
         call: Call,
         kept: tuple[Tensor, ...],
         gradient: Tensor,
         statistics: Sequence[Statistic],
     ) -> None:
         layer = call.layer
-        staged = self.staged.setdefault(layer, Staged())
+        if visit.counted:  # another loss of the same forward pass: its rows are counted
+            statistics = [statistic for statistic in statistics if statistic.side.of_gradient]
         full = layer.needs_full_precision
         around = matmul_precision('highest') if full else self._around()
         with torch.autocast(gradient.device.type, enabled=False), around:
@@ -190,21 +204,11 @@ class Capture:
                 gradient = self._unscaled(layer, gradient)
             if any(statistic.form.is_product for statistic in statistics):
                 gradient, kept = rounded(gradient), tuple(map(rounded, kept))
-            measured = layer.measure(call, kept, gradient, statistics, self._generator)
-            for statistic in statistics:
-                if statistic.form.is_placed:
-                    measured |= {
-                        key: statistic.form.stage(measured[key], self._slots(staged, key, width))
-                        for key, (_, _, width) in layer.shapes(statistic).items()
-                    }
-            staged.add(measured, layer.count_rows(call, gradient, statistics))
-
-    def _slots(self, staged: Staged, key: str, width: int) -> Slots:
-        """Slots for the columns of a statistic, from this rank's share of them on."""
-        if key not in staged.slots:
-            rank, ranks = self._share
-            staged.slots[key] = Slots(width, rank * width // ranks, self._signs)
-        return staged.slots[key]
+            self._staging.begin(any(isinstance(s.rows, SampledRows) for s in statistics))
+            positions = self._staging.positions
+            sums = layer.measure(call, kept, gradient, statistics, positions)
+            rows = 0 if visit.counted else layer.count_rows(call, gradient, statistics)
+            self._staging.add(visit, layer, sums, rows, statistics)
 
     def _unscaled(self, layer: Layer, gradient: Tensor) -> Tensor:
         """The gradient of the loss itself; divided before any product, so that none overflows."""
@@ -216,23 +220,22 @@ class Capture:
             scale = read() if scale.is_enabled() else None
         return gradient if scale is None else gradient / scale
 
-    def _drop_abandoned(self) -> None:
-        """Drops the staging of an earlier backward pass whose gradients were cleared since.
-
-        Looks once, when the first gradient after a forward pass arrives.
-        """
-        if not self._forward_is_new:
-            return
-        self._forward_is_new = False
-        gradients = [layer.weight.grad for layer in self.staged]
-        if gradients and not any(g is not None and bool(g.any()) for g in gradients):
-            self.drop()
-
     def _warn_lost(self, layer: Layer, reason: str) -> None:
         self.seen.add(layer)
         if layer not in self._warned:
             logger.warning('%s: a call was not measured, %s', layer.name, reason)
         self._warned.add(layer)
+
+
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    bound = method()
+    if bound is not None:
+        bound()
+
+
+def _is_traced() -> bool:
+    """True while a module is traced or transformed, where nothing of a step is measured."""
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _needs_gradient(statistics: Sequence[Statistic]) -> bool:

@@ -12,42 +12,67 @@ from typing import Any
 import torch
 from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapper
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..optimizers import SOAA, PreconditionedOptimizer, RuleOptimizer
 from .peers import PeerHessian
 
 
-class PrecondMixin:
+class CompiledMixin:
+    """Keeps what is around the model's forward pass out of a compiled training step.
+
+    MMEngine's ``compile=`` compiles `train_step` as a whole; the forward pass stays compiled.
+    """
+
+    @_disable_dynamo
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """The base class's, outside of compiled code."""
+        with super().optim_context(model):  # type: ignore[misc]
+            yield
+
+    @_disable_dynamo
+    def update_params(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's, outside of compiled code."""
+        super().update_params(*args, **kwargs)  # type: ignore[misc]
+
+
+class PrecondMixin(CompiledMixin):
     """Brackets capture by MMEngine's own training step, and tells the loss scale.
 
     Hooks are on the model from the start of a training forward pass to the end of its backward
     pass (a checkpointed forward runs again in there), so that validation, EMA copies and saving
-    never see them.
+    never see them. A loop that does without `optim_context` is measured as plain PyTorch is: the
+    optimizer arms itself until the first `optim_context`.
     """
 
     optimizer: PreconditionedOptimizer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.optimizer.arm_by_hand(getattr(self, 'loss_scaler', None))
+        self.optimizer.loss_scale = getattr(self, 'loss_scaler', None)
 
+    @_disable_dynamo
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Arms the capture for one training step."""
+        if self.optimizer.auto_arm:
+            self.optimizer.arm_by_hand(self.optimizer.loss_scale)
         self.optimizer.arm()
-        with super().optim_context(model):  # type: ignore[misc]
+        with super().optim_context(model):
             yield
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
-        """Disarms the capture after the backward pass."""
+        """Disarms the capture after the backward pass, if `optim_context` armed it."""
         try:
             super().backward(loss, **kwargs)  # type: ignore[misc]
         finally:
-            self.optimizer.disarm()
+            if not self.optimizer.auto_arm:
+                self.optimizer.disarm()
 
 
-class DoubleBackwardMixin:
+class DoubleBackwardMixin(CompiledMixin):
     """Makes backward passes differentiable where the optimizer asks for it.
 
     Under DistributedDataParallel, whose own synchronisation has no second derivative, every
@@ -61,6 +86,7 @@ class DoubleBackwardMixin:
         ours = isinstance(self.optimizer, RuleOptimizer)
         self._twice: Any = self.optimizer if ours else PeerHessian(self.optimizer)
 
+    @_disable_dynamo
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """One training step: attention in its differentiable form, gradients not synchronised."""
@@ -69,7 +95,7 @@ class DoubleBackwardMixin:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if isinstance(model, nn.parallel.DistributedDataParallel):
                 stack.enter_context(model.no_sync())
-            stack.enter_context(super().optim_context(model))  # type: ignore[misc]
+            stack.enter_context(super().optim_context(model))
             yield
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
@@ -84,7 +110,7 @@ class DoubleBackwardMixin:
             self._twice.measure()
 
 
-class LossMixin:
+class LossMixin(CompiledMixin):
     """Tells the optimizer the loss of each step, and the number of steps.
 
     The loss is the unscaled mean over the micro-batches of the step.
@@ -96,6 +122,7 @@ class LossMixin:
         super().__init__(*args, **kwargs)
         self._losses: list[torch.Tensor] = []
 
+    @_disable_dynamo
     def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Takes the loss as the model gave it."""
         if loss.numel() != 1:
@@ -106,7 +133,7 @@ class LossMixin:
         self._losses.append(loss.detach().double().reshape(()))
         self.optimizer.take_loss(torch.stack(self._losses).mean())
         try:
-            super().update_params(loss, *args, **kwargs)  # type: ignore[misc]
+            super().update_params(loss, *args, **kwargs)
         finally:
             if self.should_update():  # type: ignore[attr-defined]
                 self._losses = []

@@ -176,7 +176,9 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def _prepare_next_step(self) -> None:
         if self._arms_itself:
-            self.arm()
+            self.curvature.arm(self.t, at_forward=True)
+        else:
+            self.curvature.expect(self.t)
 
     # ---------------------------------------------------------------- state and report
 

@@ -15,6 +15,7 @@ from ..checks import (
     check_number,
     reject_unexpected,
 )
+from ..curvature import Eager
 from ..rules.partial_hessian import PartialHessianSGDM
 from ..second_order import (
     detach_gradients,
@@ -107,17 +108,22 @@ class SGDPH(RuleOptimizer):
             PartialHessianSGDM(hessian_lr, eps),
             dict(lr=lr, momentum=momentum, weight_decay=weight_decay),
         )
-        self.vectors = [p for group in self.param_groups for p in group['params'] if is_vector(p)]
+        self.vectors = [
+            p
+            for group in self.param_groups
+            for p in group['params']
+            if is_vector(p) and p.requires_grad and p.numel()
+        ]
         if not self.vectors:
             raise ValueError(
-                'SGDPH found no 1-D parameter; for a network without normalisation '
+                'SGDPH found no 1-D parameter that is trained; for a network without normalisation '
                 'call mmprecond.optimizers.weight_norm(model) before, or in a config '
                 "give the backbone conv_cfg=dict(type='WeightNormConv2d')"
             )
-        for p in self.vectors[:-1]:
-            self.state[p]['hessian'] = torch.zeros_like(p, memory_format=torch.preserve_format)
         self._measured = False
+        self._eager = Eager()
         self._filled: set[Tensor] = set()
+        self._prepare_next_step()
 
     @property
     def needs_graph(self) -> bool:
@@ -137,6 +143,7 @@ class SGDPH(RuleOptimizer):
         """
         if self._measured:
             return
+        self._prepare_hessians()
         self._filled = fill_missing(self.param_groups)
         rows = self._row_sums() if self.needs_graph else {}
         mean_over_ranks([*detach_gradients(self.param_groups), *rows.values()])
@@ -144,6 +151,14 @@ class SGDPH(RuleOptimizer):
             if 'hessian' in self.state[p]:
                 self.state[p]['hessian'].lerp_(row.abs(), 1 - self.hessian_decay)
         self._measured = True
+
+    def _prepare_hessians(self) -> None:
+        """Every 1-D parameter but the last one has a Hessian, of its own dtype and device."""
+        for p in self.vectors[:-1]:
+            state = self.state[p]
+            if 'hessian' not in state:
+                state['hessian'] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state['hessian'] = state['hessian'].to(p.device, p.dtype)
 
     def table(self) -> str:
         """Preconditioned parameters, in one line."""
@@ -159,9 +174,17 @@ class SGDPH(RuleOptimizer):
         return {**super().state_dict(), 'steps': self.t}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state."""
+        """Loads a state; a Hessian that it lacks, as torch's own SGD's does, starts anew."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != 'steps'})
         self.t = int(state_dict.get('steps', 0))
+        self._prepare_next_step()
+
+    def _prepare_next_step(self) -> None:
+        """Compiled code has no second derivatives: a model runs eagerly where they are needed."""
+        if self.needs_graph:
+            self._eager.enter()
+        else:
+            self._eager.leave()
 
     def _update_curvature(self) -> None:
         self.measure()
@@ -193,7 +216,7 @@ class SGDPH(RuleOptimizer):
         if not all(g.requires_grad for g, _ in used):
             raise ValueError(
                 'the gradients have no graph; call loss.backward(create_graph=True) '
-                'where optimizer.needs_graph is true'
+                'where optimizer.needs_graph is true, and checkpoint with use_reentrant=False'
             )
         if not used:
             return [torch.zeros_like(p) for p in params]

@@ -36,8 +36,9 @@ def test_hooks_exist_on_statistics_steps_alone() -> None:
     model, optimizer = make(stat_interval=3, refresh_interval=3)
     for step in range(7):
         due = step % 3 == 0
-        assert bool(hooks_of(model)) == due
+        assert hooks_of(model) == 0  # between steps
         backward(model, step)
+        assert bool(hooks_of(model)) == due
         carrying = [bool(out._backward_hooks) for out in model.outputs]
         assert carrying == [due, due]
         assert bool(optimizer.curvature.capture.staged) == due
@@ -47,8 +48,9 @@ def test_hooks_exist_on_statistics_steps_alone() -> None:
 
 def test_disarm_takes_all_hooks_off_and_arm_puts_each_on_once() -> None:
     model, optimizer = make()
-    once = hooks_of(model)
+    assert hooks_of(model) == 0  # before the first forward pass
     optimizer.arm()
+    once = hooks_of(model)
     optimizer.arm()
     assert hooks_of(model) == once > 0
     optimizer.disarm()

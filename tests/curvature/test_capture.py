@@ -190,7 +190,6 @@ def test_unequal_micro_batches_equal_the_joint_batch() -> None:
     )
 
 
-@pytest.mark.xfail(reason='known limit: zero gradients look like cleared ones', strict=True)
 def test_a_micro_batch_without_gradient_counts_its_rows() -> None:
     linear, x = nn.Linear(3, 2).double(), torch.randn(6, 3).double()
     mask = (torch.arange(6) >= 3).double()[:, None]

@@ -80,6 +80,7 @@ def test_an_excluded_layer_is_in_the_table_and_costs_nothing() -> None:
     optimizer, _ = grouped(model, SGD, OVERRIDES['excluded layer'])
     (line,) = [line for line in optimizer.table().splitlines() if line.startswith('second ')]
     assert 'plain rule' in line and 'precondition=False' in line
+    optimizer.arm()
     assert not model.second._forward_hooks and model.third._forward_hooks
     assert 'second.weight' not in [layer.name for layer in optimizer.curvature.layers]
 

@@ -259,6 +259,7 @@ def test_each_method_keeps_its_own_intervals() -> None:
     before: dict[str, Any] = {}
     for step in range(13):
         due = {kind for kind, (stat, _) in intervals.items() if step % stat == 0}
+        optimizer.arm()
         assert due_layers(model) == due
         run(model, optimizer, range(step, step + 1))
         now = curvature(optimizer)
