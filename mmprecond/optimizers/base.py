@@ -161,12 +161,12 @@ class PreconditionedOptimizer(RuleOptimizer):
     # ---------------------------------------------------------------- step
 
     def _update_curvature(self) -> None:
-        turned = self.curvature.update(self.t)
-        if not turned:
+        snapshots = self.curvature.update(self.t)
+        if not snapshots:
             return
         with matmul_precision('highest'):
-            for before in turned:
-                rotate(before, self.state, self.rule.linear_moments, self.rule.quadratic_moments)
+            for snapshot in snapshots:
+                rotate(snapshot, self.state, self.rule.linear_moments, self.rule.quadratic_moments)
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         return self.curvature.precondition(gradients, self.param_groups)
