@@ -65,7 +65,7 @@ class Capture:
 
     def __init__(self, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._statistics: Mapping[Layer, Sequence[Statistic]] = {}
-        self._around = around
+        self._product_context = around
         self.staged: dict[Layer, Staged] = {}
         self.loss_scale: Any = None
         self.seen: set[Layer] = set()
@@ -97,7 +97,7 @@ class Capture:
             self._seed = seed
             self._generator.manual_seed(seed)
             self._signs.manual_seed(seed ^ 0x5BD1E995)  # other numbers than the positions'
-        self._watch()
+        self._install_hooks()
 
     def disarm(self) -> None:
         """Removes the hooks; what was measured stays."""
@@ -114,11 +114,11 @@ class Capture:
             yield
         finally:
             if armed:
-                self._watch()
+                self._install_hooks()
 
-    def _watch(self) -> None:
+    def _install_hooks(self) -> None:
         for layer in self._statistics:
-            self._handles += layer.watch(self.observe, self._warn_lost)
+            self._handles += layer.watch(self.observe, self._warn_unmeasured)
 
     def scale_by(self, scale: Any) -> None:
         """Says by what the loss is multiplied (see `loss_scale`)."""
@@ -143,25 +143,27 @@ class Capture:
         if not (torch.is_grad_enabled() and trained):
             return
         shape, statistics = output.shape, self._statistics[layer]
-        pending = [_Saved.apply(layer.weight, *(tensor.detach() for tensor in kept))]
+        pending = [_SavedTensors.apply(layer.weight, *(tensor.detach() for tensor in kept))]
 
         def measure(gradient: Tensor) -> None:
-            self._drop_abandoned()
+            self._drop_stale()
             if not pending:
-                self._warn_lost(layer, 'its graph was walked backward twice')
+                self._warn_unmeasured(layer, 'its graph was walked backward twice')
                 return
-            saved = pending.pop()  # its node lives as long as it does
+            anchor = pending.pop()  # its node lives as long as it does
             try:
-                held = saved.grad_fn.saved_tensors
+                saved_tensors = anchor.grad_fn.saved_tensors
             except RuntimeError:
-                self._warn_lost(layer, 'its input was changed in place after the forward pass')
+                self._warn_unmeasured(
+                    layer, 'its input was changed in place after the forward pass'
+                )
                 return
-            self._stage(call, held, gradient.reshape(shape), statistics)
+            self._measure_call(call, saved_tensors, gradient.reshape(shape), statistics)
 
-        self._source(output, statistics).register_hook(measure)
+        self._hooked_tensor(output, statistics).register_hook(measure)
 
     @staticmethod
-    def _source(output: Tensor, statistics: Sequence[Statistic]) -> Tensor:
+    def _hooked_tensor(output: Tensor, statistics: Sequence[Statistic]) -> Tensor:
         """The tensor whose gradient is the output's, before anything changes it in place.
 
         An in-place operation on a view (a linear layer's output of more than two dimensions) would
@@ -174,7 +176,7 @@ class Capture:
         return base if ordered or not _needs_gradient(statistics) else output
 
     @torch.no_grad()
-    def _stage(
+    def _measure_call(
         self,
         call: Call,
         kept: tuple[Tensor, ...],
@@ -183,30 +185,32 @@ class Capture:
     ) -> None:
         layer = call.layer
         staged = self.staged.setdefault(layer, Staged())
-        full = layer.needs_full_precision
-        around = matmul_precision('highest') if full else self._around()
-        with torch.autocast(gradient.device.type, enabled=False), around:
+        needs_full = layer.needs_full_precision
+        context = matmul_precision('highest') if needs_full else self._product_context()
+        with torch.autocast(gradient.device.type, enabled=False), context:
             if _needs_gradient(statistics):
-                gradient = self._unscaled(layer, gradient)
+                gradient = self._unscale(layer, gradient)
             if any(statistic.form.is_product for statistic in statistics):
                 gradient, kept = rounded(gradient), tuple(map(rounded, kept))
             measured = layer.measure(call, kept, gradient, statistics, self._generator)
             for statistic in statistics:
                 if statistic.form.is_placed:
                     measured |= {
-                        key: statistic.form.stage(measured[key], self._slots(staged, key, width))
+                        key: statistic.form.stage(
+                            measured[key], self._column_slots(staged, key, width)
+                        )
                         for key, (_, _, width) in layer.shapes(statistic).items()
                     }
             staged.add(measured, layer.count_rows(call, gradient, statistics))
 
-    def _slots(self, staged: Staged, key: str, width: int) -> Slots:
+    def _column_slots(self, staged: Staged, key: str, width: int) -> Slots:
         """Slots for the columns of a statistic, from this rank's share of them on."""
         if key not in staged.slots:
             rank, ranks = self._share
             staged.slots[key] = Slots(width, rank * width // ranks, self._signs)
         return staged.slots[key]
 
-    def _unscaled(self, layer: Layer, gradient: Tensor) -> Tensor:
+    def _unscale(self, layer: Layer, gradient: Tensor) -> Tensor:
         """The gradient of the loss itself; divided before any product, so that none overflows."""
         gradient = gradient.to(layer.working_dtype)
         scale = self.loss_scale
@@ -216,7 +220,7 @@ class Capture:
             scale = read() if scale.is_enabled() else None
         return gradient if scale is None else gradient / scale
 
-    def _drop_abandoned(self) -> None:
+    def _drop_stale(self) -> None:
         """Drops the staging of an earlier backward pass whose gradients were cleared since.
 
         Looks once, when the first gradient after a forward pass arrives.
@@ -228,7 +232,7 @@ class Capture:
         if gradients and not any(g is not None and bool(g.any()) for g in gradients):
             self.drop()
 
-    def _warn_lost(self, layer: Layer, reason: str) -> None:
+    def _warn_unmeasured(self, layer: Layer, reason: str) -> None:
         self.seen.add(layer)
         if layer not in self._warned:
             logger.warning('%s: a call was not measured, %s', layer.name, reason)
@@ -239,7 +243,7 @@ def _needs_gradient(statistics: Sequence[Statistic]) -> bool:
     return any(statistic.side.of_gradient for statistic in statistics)
 
 
-class _Saved(torch.autograd.Function):
+class _SavedTensors(torch.autograd.Function):
     """Holds tensors as autograd holds them: under checkpointing they are recomputed, not kept.
 
     The anchor makes the node exist; the tensors come detached, as a node that leads to the output
