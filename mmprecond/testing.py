@@ -51,9 +51,9 @@ def check_layer(module: nn.Module, *inputs: Tensor, seed: int = 0) -> None:
     """
     module = copy.deepcopy(module).double()
     batches = [batch.detach().double() for batch in inputs]
-    found, left_out = find_layers(module, [dict(params=list(module.parameters()))])
-    assert found, f'no layer was found: {[left.reason for left in left_out]}'
-    (layer,) = found.values()
+    layers, left_out = find_layers(module, [dict(params=list(module.parameters()))])
+    assert layers, f'no layer was found: {[left.reason for left in left_out]}'
+    (layer,) = layers.values()
     generator = torch.Generator().manual_seed(seed)
     _check_matrix_form(layer, generator)
     for batch in batches:
@@ -62,18 +62,18 @@ def check_layer(module: nn.Module, *inputs: Tensor, seed: int = 0) -> None:
     _check_moments(layer, module, batches, generator)
 
 
-def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
+def _random_like(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
 
-def _close(found: Tensor, expected: Tensor, what: str) -> None:
+def _assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
     torch.testing.assert_close(
-        found, expected, rtol=1e-9, atol=1e-11, msg=lambda text: f'{what}: {text}'
+        actual, expected, rtol=1e-9, atol=1e-11, msg=lambda text: f'{name}: {text}'
     )
 
 
 def _check_matrix_form(layer: Layer, generator: torch.Generator) -> None:
-    tensors = [_drawn(p, generator) for p in layer.parameters]
+    tensors = [_random_like(p, generator) for p in layer.parameters]
     matrix = layer.join(*tensors)
     assert tuple(matrix.shape) == layer.shape, (
         f'join makes {tuple(matrix.shape)}, shape says {layer.shape}'
@@ -82,7 +82,7 @@ def _check_matrix_form(layer: Layer, generator: torch.Generator) -> None:
         assert torch.equal(tensor, piece), 'split is not the inverse of join'
 
 
-def _rows(
+def _paired_rows(
     layer: Layer, module: nn.Module, inputs: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
     """All input rows (b, i, n), with the 1 of a joint bias, and gradient rows (b, o, n)."""
@@ -99,11 +99,11 @@ def _check_pairs(
         gradient = torch.zeros_like(output)
         gradient.view(-1)[element] = 1
         expected = torch.autograd.grad(output, layer.parameters, gradient, retain_graph=True)
-        right, left = _rows(layer, module, inputs, gradient)
+        right, left = _paired_rows(layer, module, inputs, gradient)
         assert right.shape[2] == left.shape[2], (
             f'{right.shape[2]} input rows and {left.shape[2]} gradient rows'
         )
-        _close(
+        _assert_close(
             left @ right.mT,
             layer.join(*expected),
             f'the gradient of output element {element} by the weight',
@@ -114,7 +114,7 @@ def _check_samples(
     layer: Layer, module: nn.Module, inputs: Tensor, generator: torch.Generator
 ) -> None:
     """Reduced rows are means and sums of all rows, and all positions drawn are all rows."""
-    gradient = _drawn(module(inputs), generator)
+    gradient = _random_like(module(inputs), generator)
     samples = positions = 0
     if len(layer.row_kinds) > 1:
         samples = layer.sample_count(module, gradient)
@@ -130,16 +130,18 @@ def _check_samples(
     )
     by_sample = [rows.unflatten(2, (samples, positions)) for rows in (right, left)]
     if ReducedRows in layer.row_kinds:
-        _close(layer.reduced_input(module, inputs), by_sample[0].mean(3), 'reduced input')
-        _close(layer.reduced_gradient(module, gradient), by_sample[1].sum(3), 'reduced gradient')
+        _assert_close(layer.reduced_input(module, inputs), by_sample[0].mean(3), 'reduced input')
+        _assert_close(
+            layer.reduced_gradient(module, gradient), by_sample[1].sum(3), 'reduced gradient'
+        )
     if SampledRows in layer.row_kinds:
         drawn = torch.randperm(positions, generator=generator)
-        _close(
+        _assert_close(
             layer.sampled_input(module, inputs, drawn),
             by_sample[0][..., drawn].flatten(2),
             'sampled input',
         )
-        _close(
+        _assert_close(
             layer.sampled_gradient(module, gradient, drawn),
             by_sample[1][..., drawn].flatten(2),
             'sampled gradient',
@@ -153,12 +155,12 @@ def _check_moments(
     statistics = (Statistic(INPUT, Moment(), ALL), Statistic(GRADIENT, Moment(), ALL))
     capture.arm({layer: statistics})
     outputs = [module(batch) for batch in batches]
-    gradients = [_drawn(output, generator) for output in outputs]
+    gradients = [_random_like(output, generator) for output in outputs]
     torch.autograd.backward(outputs, gradients)
     capture.disarm()
     staged = capture.staged[layer]
     pairs = [
-        _rows(layer, module, batch, gradient)
+        _paired_rows(layer, module, batch, gradient)
         for batch, gradient in zip(batches, gradients, strict=True)
     ]
     assert staged.rows == sum(right.shape[2] for right, _ in pairs), (
@@ -166,7 +168,7 @@ def _check_moments(
     )
     for statistic, k in zip(statistics, (0, 1), strict=True):
         total = torch.stack([pair[k] @ pair[k].mT for pair in pairs]).sum(0)
-        _close(staged.sums[statistic.key], total, statistic.key)
+        _assert_close(staged.sums[statistic.key], total, statistic.key)
 
 
 class _Branches(nn.Module):
@@ -179,13 +181,13 @@ class _Branches(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.stack(
             [
-                torch.tanh(layer(one)).square().mean()
-                for layer, one in zip(self.layers, inputs, strict=True)
+                torch.tanh(layer(rows)).square().mean()
+                for layer, rows in zip(self.layers, inputs, strict=True)
             ]
         ).sum()
 
 
-def _batch(step: int, count: int, width: int) -> Tensor:
+def _random_batch(step: int, count: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     scales = torch.linspace(0.5, 2, count, dtype=torch.float64)[:, None, None]
     return scales * torch.randn(count, 3 * width, width, generator=generator, dtype=torch.float64)
@@ -223,7 +225,7 @@ def check_preconditioner(method: Preconditioner, size: tuple[int, int] = (4, 5))
     ) -> None:
         for step in range(first, last):
             optimizer.zero_grad()
-            model(_batch(step, 3, size[1])[part]).backward()
+            model(_random_batch(step, 3, size[1])[part]).backward()
             optimizer.step()
 
     torch.manual_seed(0)
@@ -238,11 +240,17 @@ def check_preconditioner(method: Preconditioner, size: tuple[int, int] = (4, 5))
     if method.clip is None:  # a clip is over all layers
         for k, single in enumerate(alone):
             train(single, make(single), 0, steps, slice(k, k + 1))
-            for ours, own in zip(together.layers[k].parameters(), single.parameters(), strict=True):
-                _close(ours.detach(), own.detach(), f'layer {k} in a stack of three and by itself')
+            for stacked, expected in zip(
+                together.layers[k].parameters(), single.parameters(), strict=True
+            ):
+                _assert_close(
+                    stacked.detach(),
+                    expected.detach(),
+                    f'layer {k} in a stack of three and by itself',
+                )
     _check_outline(optimizer)
     _check_resume(together, optimizer, make, train, steps)
-    _check_report(optimizer)
+    _check_failure_report(optimizer)
 
 
 def _check_outline(optimizer: PreconditionedOptimizer) -> None:
@@ -257,13 +265,13 @@ def _check_resume(model: nn.Module, optimizer: Any, make: Any, train: Any, steps
     twin = copy.deepcopy(model)
     resumed = make(twin)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for net, own in ((model, optimizer), (twin, resumed)):
-        train(net, own, steps, 2 * steps)
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(ours, theirs), 'a resumed run departs'
+    for net, net_optimizer in ((model, optimizer), (twin, resumed)):
+        train(net, net_optimizer, steps, 2 * steps)
+    for weight, resumed_weight in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(weight, resumed_weight), 'a resumed run departs'
 
 
-def _check_report(optimizer: PreconditionedOptimizer) -> None:
+def _check_failure_report(optimizer: PreconditionedOptimizer) -> None:
     (stack,) = optimizer.curvature.stacks
     for name in list(stack.statistics):
         before = stack.statistics[name].clone()
@@ -315,15 +323,17 @@ def check_rule(rule: Rule, **hyper: Any) -> None:
     for k in range(4):
         single = [nn.Parameter(draw(0)[k])]
         train(single, make(single), 0, 4, [k])
-        _close(single[0].detach(), together[k].detach(), f'parameter {k} by itself and in a batch')
+        _assert_close(
+            single[0].detach(), together[k].detach(), f'parameter {k} by itself and in a batch'
+        )
     twins = [nn.Parameter(p.detach().clone()) for p in together]
     resumed = make(twins)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(together, optimizer, 4, 7)
     train(twins, resumed, 4, 7)
-    for ours, theirs in zip(together, twins, strict=True):
-        assert torch.equal(ours, theirs), 'a resumed run departs'
+    for weight, resumed_weight in zip(together, twins, strict=True):
+        assert torch.equal(weight, resumed_weight), 'a resumed run departs'
     still = [nn.Parameter(p) for p in draw(0)]
     train(still, make(still, lr=0.0), 0, 2)
     for p, before in zip(still, draw(0), strict=True):
-        _close(p.detach(), before, 'at lr=0 a weight')
+        _assert_close(p.detach(), before, 'at lr=0 a weight')

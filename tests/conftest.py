@@ -66,3 +66,19 @@ def window_attention_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.support.mixed import WindowMSA
 
     monkeypatch.setitem(ATTENTION_TYPES, qualified_name(WindowMSA), WindowAttention)
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is compiled yet, and no optimizer that another test left keeps models eager."""
+    from torch._dynamo.utils import counters
+
+    from mmprecond.curvature import Eager
+
+    monkeypatch.setattr(Eager, '_entered', set())
+    monkeypatch.setattr(Eager, '_stance', [])
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.compiler.set_stance('default'):
+        yield
+    torch._dynamo.reset()

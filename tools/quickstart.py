@@ -64,10 +64,10 @@ def verdict(runs: list[Run], model: Model) -> str:
             (other, 'the same rate') for other in plains if groups[other][0].lr == group[0].lr
         ]
         compared.append((max(plains, key=lambda other: score[other]), 'its best rate'))
-        for other, what in compared:
+        for other, rate_kind in compared:
             lines.append(
                 f'{label}: {score[label] / score[other]:.2f} x the {what_counts} of '
-                f'{plain} with {what} (lr {groups[other][0].lr:g}), at '
+                f'{plain} with {rate_kind} (lr {groups[other][0].lr:g}), at '
                 f'{seconds[label] / seconds[other]:.2f} x its training time'
             )
     return '\n'.join(lines)

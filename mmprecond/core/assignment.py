@@ -47,8 +47,8 @@ class Entry:
         """The conditions as a config has them."""
         types = self.module_types
         parts = {'module_type': types[0] if types and len(types) == 1 else types, 'name': self.name}
-        given = (f'{key}={value!r}' for key, value in parts.items() if value is not None)
-        return f'dict({", ".join(given)})'
+        conditions = (f'{key}={value!r}' for key, value in parts.items() if value is not None)
+        return f'dict({", ".join(conditions)})'
 
 
 class Assignment:
@@ -89,8 +89,9 @@ class BoundAssignment:
                 kinds = sorted({type(m).__name__ for m in self.modules.values()})
                 raise ValueError(
                     f'layers[{position}]: match={entry.match} hits nothing in '
-                    f'{type(model).__name__}; its module types are {_some(kinds)}, its names begin '
-                    f'with {_some([n for n in self.modules if n and "." not in n])}'
+                    f'{type(model).__name__}; its module types are {_join_names(kinds)}, its '
+                    'names begin with '
+                    f'{_join_names([n for n in self.modules if n and "." not in n])}'
                 )
 
     def entry(self, name: str) -> Entry | None:
@@ -109,10 +110,10 @@ class BoundAssignment:
         Args:
             names: Names of the layers that can be preconditioned.
         """
-        taken = [self.entry(name) for name in names]
+        used_entries = [self.entry(name) for name in names]
         for position, entry in enumerate(self.entries):
             met = any(entry.meets(self._path(name)) for name in names)
-            used = any(other is entry for other in taken)
+            used = any(other is entry for other in used_entries)
             shadowed = (
                 any(earlier.is_open for earlier in self.entries[:position])
                 or met
@@ -213,12 +214,12 @@ def _parse_method(where: str, config: Any) -> Preconditioner | None:
         raise ValueError(f'{where}: {error}') from error
 
 
-def _reject_keys(where: str, given: dict[str, Any], known: Sequence[str]) -> None:
-    unknown = sorted(set(map(str, given)) - set(known))
+def _reject_keys(where: str, config: dict[str, Any], known: Sequence[str]) -> None:
+    unknown = sorted(set(map(str, config)) - set(known))
     if unknown:
         raise ValueError(f'{where} does not take {", ".join(unknown)}; it takes {", ".join(known)}')
 
 
-def _some(names: list[str], most: int = 12) -> str:
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more
+def _join_names(names: list[str], limit: int = 12) -> str:
+    suffix = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + suffix

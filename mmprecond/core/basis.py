@@ -56,28 +56,28 @@ def rotate(
         if slot.refreshes == before.refreshes[k]:
             continue
         new = stack.operators_of([k])
-        turn = new if before.refreshes[k] == 0 else _turn(before.operators, new, k)
-        found = [states[p] for p in slot.layer.parameters]
+        rotation = new if before.refreshes[k] == 0 else _basis_change(before.operators, new, k)
+        param_states = [states[p] for p in slot.layer.parameters]
         for name in linear:
-            if name in found[0]:
-                _rotate_one(name, found, stack, slot.layer, turn)
-        spread = map_tensors(turn, torch.square)
+            if name in param_states[0]:
+                _rotate_moment(name, param_states, stack, slot.layer, rotation)
+        squared_rotation = map_tensors(rotation, torch.square)
         for name in quadratic:
-            if name in found[0]:
-                _rotate_one(name, found, stack, slot.layer, spread)
+            if name in param_states[0]:
+                _rotate_moment(name, param_states, stack, slot.layer, squared_rotation)
 
 
-def _turn(old: Operators, new: Operators, position: int) -> Operators:
+def _basis_change(old: Operators, new: Operators, position: int) -> Operators:
     """``U_old' U_new`` by slot."""
 
-    def turned(slot: str, basis: Tensor) -> Dense:
-        (before,) = old[slot].tensors
-        return Dense(before[position : position + 1].mT @ basis)
+    def overlap(slot: str, new_basis: Tensor) -> Dense:
+        (old_basis,) = old[slot].tensors
+        return Dense(old_basis[position : position + 1].mT @ new_basis)
 
-    return {slot: turned(slot, *operator.tensors) for slot, operator in new.items()}
+    return {slot: overlap(slot, *operator.tensors) for slot, operator in new.items()}
 
 
-def _rotate_one(
+def _rotate_moment(
     name: str,
     states: Sequence[dict[str, Any]],
     stack: LayerStack,
@@ -86,7 +86,7 @@ def _rotate_one(
 ) -> None:
     tensors: list[Any] = [state.get(name) for state in states]
     matrix = layer.join(*tensors)[None]
-    turned = stack.method.apply(operators, matrix)[0]
-    for state, piece in zip(states, layer.split(turned), strict=True):
+    rotated = stack.method.apply(operators, matrix)[0]
+    for state, piece in zip(states, layer.split(rotated), strict=True):
         if name in state:
             state[name].copy_(piece)

@@ -94,7 +94,7 @@ def restore(
     saved = saved or {}
     entries = saved.get('layers') or {}
     steps = saved.get('steps')
-    fitting, unfit, complaints = _sort_out(layers, entries)
+    fitting, unfit, complaints = _match_states(layers, entries)
     # Saved with its curvature, of which there was none yet.
     whole = saved.get('layers') == {} and bool(saved.get('complete'))
     if entries and not isinstance(steps, int):
@@ -123,7 +123,7 @@ def restore(
     return Restored(resumed, unfit, lost)
 
 
-def _sort_out(
+def _match_states(
     layers: Mapping[Layer, LayerStack],
     entries: Mapping[str, Any],
 ) -> tuple[dict[Layer, dict[str, Any]], list[Layer], list[str]]:
@@ -136,7 +136,7 @@ def _sort_out(
         layer = by_name.get(name)
         if layer is None:
             continue
-        problem = _problem(entry, layer, layers[layer])
+        problem = _entry_misfit(entry, layer, layers[layer])
         if problem:
             complaints.append(f'{name}: {problem}')
             unfit.append(layer)
@@ -145,7 +145,7 @@ def _sort_out(
     return fitting, unfit, complaints
 
 
-def _problem(entry: Any, layer: Layer, stack: LayerStack) -> str:
+def _entry_misfit(entry: Any, layer: Layer, stack: LayerStack) -> str:
     """Reason why one layer's saved state cannot be used, or ''."""
     try:
         if entry['method'] != type(stack.method).__name__:
@@ -154,16 +154,16 @@ def _problem(entry: Any, layer: Layer, stack: LayerStack) -> str:
         statistics = {
             key: shape for statistic in stack.kept for key, shape in layer.shapes(statistic).items()
         }
-        problem = _misfit('statistic', entry['statistics'], statistics)
+        problem = _tensor_misfit('statistic', entry['statistics'], statistics)
         if entry['refreshes'] or entry['operator']:
             shapes = expected_shapes(stack.outline, entry['operator'])
-            problem = problem or _misfit('operator', entry['operator'], shapes)
+            problem = problem or _tensor_misfit('operator', entry['operator'], shapes)
         return problem
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f'it is corrupt ({type(error).__name__}: {error})'
 
 
-def _misfit(kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> str:
+def _tensor_misfit(kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> str:
     """Reason why saved tensors are not of the expected names and shapes, or ''."""
     if set(tensors) != set(shapes):
         return f'its {kind} has {", ".join(tensors) or "nothing"}, not {", ".join(shapes)}'

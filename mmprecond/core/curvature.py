@@ -95,12 +95,12 @@ class Curvature:
         self.left_out: list[LeftOut] = []
         self.monitor: Monitor | None = None
         self._failures = FailurePolicy()
-        methods = self._choose(unwrap(model), groups, method, owner)
+        methods = self._assign_methods(unwrap(model), groups, method, owner)
         self._owners = self.sharding.assign(methods)
         self.layers: dict[Layer, LayerStack] = {}
         self.stacks: list[LayerStack] = []
         for layer, chosen in methods.items():
-            self._put(layer, chosen)
+            self._add_layer(layer, chosen)
         self._schedule = Schedule(methods, options.stagger)
         if options.check_memory:
             check_memory_budget(self.layers, self.sharding, owner)
@@ -114,7 +114,7 @@ class Curvature:
 
     # ---------------------------------------------------------------- construction
 
-    def _choose(
+    def _assign_methods(
         self,
         model: nn.Module,
         groups: Sequence[dict[str, Any]],
@@ -132,21 +132,21 @@ class Curvature:
             model, groups, capture_mb=self.options.capture_mb, attention=reading
         )
         bound.check_use(list(layers))
-        taken: dict[Layer, Preconditioner] = {}
+        methods: dict[Layer, Preconditioner] = {}
         for name, layer in layers.items():
             chosen = bound.method(name)
             reason = _fallback_reason(name, layer, bound)
             if chosen is None or reason:
                 self.left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
             else:
-                taken[layer] = chosen
-        if not taken:
+                methods[layer] = chosen
+        if not methods:
             raise ValueError(
-                f'{owner} found no layer to precondition: {_why_none(layers, self.left_out)}'
+                f'{owner} found no layer to precondition: {_no_layer_reason(layers, self.left_out)}'
             )
-        return taken
+        return methods
 
-    def _put(self, layer: Layer, method: Preconditioner) -> None:
+    def _add_layer(self, layer: Layer, method: Preconditioner) -> None:
         """Puts a layer into the stack of those that are like it, or into one of its own."""
         stack = LayerStack(method, layer, self._owners[layer])
         self.layers[layer] = next((known for known in self.stacks if known.key == stack.key), stack)
@@ -155,7 +155,7 @@ class Curvature:
     def reassign(self, layer: Layer, method: Preconditioner) -> None:
         """Gives a layer another preconditioner; its statistics start anew."""
         self.layers[layer].leave(layer)
-        self._put(layer, method)
+        self._add_layer(layer, method)
 
     def precompute(
         self, layer: Layer, method: Preconditioner, statistics: dict[str, Tensor]
@@ -234,12 +234,12 @@ class Curvature:
         if not due:
             return []
         self.sharding.check_ranks()
-        before = [found for stack, _ in due if (found := snapshot(stack)) is not None]
+        snapshots = [saved for stack, _ in due if (saved := snapshot(stack)) is not None]
         error: Exception | None = None
         outcomes = [[False] * len(positions) for _, positions in due]
         try:
             with matmul_precision('highest'):
-                outcomes = self._compute(due)
+                outcomes = self._refresh_own_stacks(due)
         except Exception as raised:  # the other ranks must hear of it first
             error = raised
         device = next(iter(self.layers)).weight.device
@@ -248,10 +248,10 @@ class Curvature:
             self._failures.count(stack, positions, succeeded)
         self.sharding.exchange_operators([stack for stack, _ in due])
         if self.monitor is not None:
-            self.monitor.refreshed(step, due, self._held())
-        return before
+            self.monitor.refreshed(step, due, self._held_megabytes())
+        return snapshots
 
-    def _compute(self, due: Sequence[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
+    def _refresh_own_stacks(self, due: Sequence[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
         """Refreshes this rank's stacks, waiting for the device once; says what succeeded."""
         started = [
             start_refresh(stack, positions) if self.sharding.mine(stack) else None
@@ -338,7 +338,7 @@ class Curvature:
         """Megabytes by device that will be kept, and more at a refresh."""
         return forecast(self.layers, self.sharding)
 
-    def _held(self) -> float:
+    def _held_megabytes(self) -> float:
         """Megabytes of what is held now."""
         return sum(
             megabytes(slot.layer, stack, self.sharding.holds(stack))
@@ -388,13 +388,13 @@ def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
     return ''
 
 
-def _why_none(layers: Mapping[str, Layer], left_out: Sequence[LeftOut]) -> str:
+def _no_layer_reason(layers: Mapping[str, Layer], left_out: Sequence[LeftOut]) -> str:
     """Reason why a model has nothing to precondition."""
     if layers:
         reasons = sorted({left.reason for left in left_out if left.name in layers})
         return f'all {len(layers)} are left to the plain rule ({"; ".join(reasons)})'
-    found = sorted({f'{left.kind}: {left.reason}' for left in left_out})
+    refusals = sorted({f'{left.kind}: {left.reason}' for left in left_out})
     return (
-        f'its modules with parameters are {"; ".join(found) or "none"}; it needs a Linear or a '
+        f'its modules with parameters are {"; ".join(refusals) or "none"}; it needs a Linear or a '
         'convolution whose weight is in params'
     )

@@ -32,9 +32,11 @@ class FailurePolicy:
             slot.count_refresh(outcome)
             if outcome:
                 continue
-            kept = 'its last good operator stays' if slot.refreshes else 'it takes the plain rule'
+            consequence = (
+                'its last good operator stays' if slot.refreshes else 'it takes the plain rule'
+            )
             logger.warning(
-                '%s: refresh failed (%d in a row), %s', slot.layer.name, slot.failures, kept
+                '%s: refresh failed (%d in a row), %s', slot.layer.name, slot.failures, consequence
             )
             if slot.failures >= self.tolerated:
                 advice = 'raise `damping`, ' if hasattr(stack.method, 'damping') else ''

@@ -35,7 +35,7 @@ def forecast(
     The latter are additional and for the largest stack alone. Activations and the rule's moments
     are not in it.
     """
-    kept: dict[torch.device, float] = {}
+    persistent: dict[torch.device, float] = {}
     working: dict[torch.device, float] = {}
     statistics: dict[LayerStack, float] = {}
     for layer, stack in layers.items():
@@ -43,13 +43,13 @@ def forecast(
             continue
         device = layer.weight.device
         held = megabytes(layer, stack, sharding.holds(stack))
-        kept[device] = kept.get(device, 0.0) + held
+        persistent[device] = persistent.get(device, 0.0) + held
         if sharding.mine(stack):
             own = megabytes(layer, stack, False)
             statistics[stack] = statistics.get(stack, 0.0) + own
             size = REFRESH_COPIES * min(statistics[stack], max(CHUNK_BYTES / 2**20, own))
             working[device] = max(working.get(device, 0.0), size)
-    return {device: (size, working.get(device, 0.0)) for device, size in kept.items()}
+    return {device: (size, working.get(device, 0.0)) for device, size in persistent.items()}
 
 
 def available(device: torch.device) -> float:
@@ -62,8 +62,8 @@ def available(device: torch.device) -> float:
         return float('inf')
     try:
         with open('/proc/meminfo', encoding='ascii') as lines:
-            found = dict(line.split(':') for line in lines)
-        return int(found['MemAvailable'].split()[0]) / 2**10
+            meminfo = dict(line.split(':') for line in lines)
+        return int(meminfo['MemAvailable'].split()[0]) / 2**10
     except (OSError, KeyError, ValueError):
         return float('inf')
 
@@ -76,9 +76,9 @@ def check_memory_budget(layers: Mapping[Layer, LayerStack], sharding: Sharding, 
         sharding: Who holds what.
         owner: The optimizer's name.
     """
-    for device, (kept, working) in forecast(layers, sharding).items():
+    for device, (persistent, working) in forecast(layers, sharding).items():
         free = available(device)
-        if kept + working <= free:
+        if persistent + working <= free:
             continue
         sizes = sorted(
             (
@@ -90,13 +90,13 @@ def check_memory_budget(layers: Mapping[Layer, LayerStack], sharding: Sharding, 
         )
         largest = ', '.join(f'{name} {size:,.0f} MB' for size, name in sizes[:3])
         raise ValueError(
-            f'{owner} would keep {kept:,.0f} MB of statistics and operators on '
+            f'{owner} would keep {persistent:,.0f} MB of statistics and operators on '
             f'{device} and take {working:,.0f} MB more at a refresh, but {free:,.0f} MB are free '
-            f'(the largest: {largest}); {_advice(layers, sharding)}'
+            f'(the largest: {largest}); {_memory_advice(layers, sharding)}'
         )
 
 
-def _advice(layers: Mapping[Layer, LayerStack], sharding: Sharding) -> str:
+def _memory_advice(layers: Mapping[Layer, LayerStack], sharding: Sharding) -> str:
     """Advice on what may help with these methods."""
     methods = {stack.method for stack in layers.values()}
     advice = ['lower max_dim']

@@ -37,7 +37,7 @@ class RefreshReport:
 
     def summary(self) -> Values:
         """Over the layers: the mean of each value, its largest, and the least cosine."""
-        found: Values = {
+        summary: Values = {
             'failures': float(self.failures),
             'seconds': self.seconds,
             'megabytes': self.megabytes,
@@ -45,12 +45,12 @@ class RefreshReport:
         names = sorted({name for values in self.layers.values() for name in values})
         for name in names:
             values = [values[name] for values in self.layers.values() if name in values]
-            found[f'{name}/mean'] = sum(values) / len(values)
+            summary[f'{name}/mean'] = sum(values) / len(values)
             if name == 'cosine':
-                found[f'{name}/min'] = min(values)
+                summary[f'{name}/min'] = min(values)
             else:
-                found[f'{name}/max'] = max(values)
-        return found
+                summary[f'{name}/max'] = max(values)
+        return summary
 
 
 class Monitor:
@@ -99,20 +99,25 @@ class Monitor:
         """After directions were found; waits for the device once."""
         if self.report is None:
             return
-        found: dict[str, dict[str, Tensor]] = {}
+        measurements: dict[str, dict[str, Tensor]] = {}
         for stack, k in self._layers:
             layer = stack.slots[k].layer
             if stack.slots[k].refreshes:
-                found[layer.name] = describe(stack, k)
+                measurements[layer.name] = describe(stack, k)
                 if layer.weight in directions and not stack.method.acts_after_rule:
-                    found[layer.name]['cosine'] = _cosine(layer, gradients, directions)
+                    measurements[layer.name]['cosine'] = _cosine(layer, gradients, directions)
         flat = [
-            value.double().reshape(()) for values in found.values() for value in values.values()
+            value.double().reshape(())
+            for values in measurements.values()
+            for value in values.values()
         ]
         numbers = iter(torch.stack([v.to(flat[0].device) for v in flat]).tolist() if flat else [])
         self.report = replace(
             self.report,
-            layers={name: {key: next(numbers) for key in values} for name, values in found.items()},
+            layers={
+                name: {key: next(numbers) for key in values}
+                for name, values in measurements.items()
+            },
         )
 
 
@@ -130,7 +135,7 @@ def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
     Returns:
         Scalars by ``<value>/<side>``.
     """
-    found: dict[str, Tensor] = {}
+    scalars: dict[str, Tensor] = {}
     moments = {
         statistic.side: stack.statistics[statistic.key][position]
         for statistic in stack.kept
@@ -139,16 +144,16 @@ def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
     for side in (GRADIENT, INPUT):
         moment, operator = moments.get(side), stack.operators.get(side.name)
         if moment is not None:
-            found[f'largest/{side.name}'] = largest_eigenvalue(moment).amax()
+            scalars[f'largest/{side.name}'] = largest_eigenvalue(moment).amax()
         if isinstance(operator, Dense) and moment is not None and stack.method.is_inverse:
-            found[f'damping/{side.name}'], found[f'residual/{side.name}'] = fit_damping(
+            scalars[f'damping/{side.name}'], scalars[f'residual/{side.name}'] = fit_damping(
                 moment, operator.matrix[position]
             )
         if isinstance(operator, LowRank):
             used = torch.linalg.vector_norm(operator.columns[position], dim=-2) > 0
-            found[f'rank/{side.name}'] = used.sum().double()
-            found[f'damping/{side.name}'] = 1 / operator.scale[position].amax()
-    return found
+            scalars[f'rank/{side.name}'] = used.sum().double()
+            scalars[f'damping/{side.name}'] = 1 / operator.scale[position].amax()
+    return scalars
 
 
 def fit_damping(moment: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:

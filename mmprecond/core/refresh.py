@@ -57,13 +57,13 @@ def _retry(stack: LayerStack, position: int) -> bool:
 
 def _chunks(stack: LayerStack, positions: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
     """Positions to refresh together, and whether exactly."""
-    one = sum(s[0].numel() * s.element_size() for s in stack.statistics.values())
-    size = max(1, CHUNK_BYTES // one)
-    parts: dict[bool, list[int]] = {}
+    layer_bytes = sum(s[0].numel() * s.element_size() for s in stack.statistics.values())
+    size = max(1, CHUNK_BYTES // layer_bytes)
+    positions_by_mode: dict[bool, list[int]] = {}
     for k in positions:
         slot = stack.slots[k]
         exact = slot.failures > 0 or stack.method.is_exact(slot.refreshes)
-        parts.setdefault(exact, []).append(k)
-    for exact, members in parts.items():
+        positions_by_mode.setdefault(exact, []).append(k)
+    for exact, members in positions_by_mode.items():
         for start in range(0, len(members), size):
             yield members[start : start + size], exact

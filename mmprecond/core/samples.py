@@ -43,12 +43,12 @@ class SampleCollector:
             layers: The stack of each layer.
             step: The step.
         """
-        samples = self._joint_samples(due, layers)
+        samples = self._reduce_samples(due, layers)
         sums = [s for sample in samples.values() for s in sample.values()]
         norms = iter(to_host(torch._foreach_norm(sums) if sums else []))
         sizes = {layer: {name: next(norms) for name in sample} for layer, sample in samples.items()}
         for layer in list(samples):
-            if not self._is_sound(layer, layers[layer], sizes[layer], step):
+            if not self._is_valid(layer, layers[layer], sizes[layer], step):
                 del samples[layer]
         for stack in dict.fromkeys(layers.values()):
             stack.merge(
@@ -56,7 +56,7 @@ class SampleCollector:
                 sizes,
             )
 
-    def _is_sound(
+    def _is_valid(
         self, layer: Layer, stack: LayerStack, sizes: Mapping[str, float], step: int
     ) -> bool:
         """True if a sample counts, given the norms of its tensors; says why not."""
@@ -82,7 +82,7 @@ class SampleCollector:
         self._zero_reported.add(layer)
         return False
 
-    def _joint_samples(
+    def _reduce_samples(
         self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack]
     ) -> dict[Layer, Sample]:
         """Joint statistics of all ranks: L = sum g'g of the joint loss, all others means."""
@@ -97,9 +97,9 @@ class SampleCollector:
         for layer, count in zip(due, rows, strict=True):
             if count:
                 sums = staged.pop(layer).sums if layer in staged else {}
-                samples[layer] = _complete(layer, layers[layer], sums)
+                samples[layer] = _fill_missing(layer, layers[layer], sums)
             else:
-                self._warn_unseen(layer)
+                self._warn_uncalled(layer)
         self._capture.drop()
         sum_over_ranks([s for sample in samples.values() for s in sample.values()])
         counted = dict(zip(due, rows, strict=True))
@@ -113,7 +113,7 @@ class SampleCollector:
                     statistic.form.rescale(sample[key], factor)
         return samples
 
-    def _warn_unseen(self, layer: Layer) -> None:
+    def _warn_uncalled(self, layer: Layer) -> None:
         """Says once that a weight is trained although its module is never called."""
         seen = self._capture.seen
         if seen and layer not in seen and layer.weight.grad is not None:
@@ -125,13 +125,13 @@ class SampleCollector:
             )
 
 
-def _complete(layer: Layer, stack: LayerStack, sums: Mapping[str, Tensor]) -> Sample:
+def _fill_missing(layer: Layer, stack: LayerStack, sums: Mapping[str, Tensor]) -> Sample:
     """A layer's sums on this rank, with zeros for what it did not measure."""
     sample: Sample = {}
     for statistic in stack.kept:
         known = all(key in sums for key in statistic.keys)
-        found = sums if known else layer.empty(statistic)
-        sample.update((key, found[key]) for key in statistic.keys)
+        tensors = sums if known else layer.empty(statistic)
+        sample.update((key, tensors[key]) for key in statistic.keys)
     return sample
 
 

@@ -59,7 +59,7 @@ class Sharding:
                 )
         if self.mode == 'none':
             return dict.fromkeys(chosen)
-        costs = [self._cost(layer, method) for layer, method in chosen.items()]
+        costs = [self._layer_cost(layer, method) for layer, method in chosen.items()]
         return dict(zip(chosen, longest_first(costs, world_size()), strict=True))
 
     def check_ranks(self) -> None:
@@ -90,9 +90,12 @@ class Sharding:
         if self.mode == 'none':
             if error is not None:
                 raise error
-            return [list(one) for one in outcomes]
+            return [list(stack_outcomes) for stack_outcomes in outcomes]
         flags = torch.tensor(
-            [float(error is not None), *(float(good) for one in outcomes for good in one)],
+            [
+                float(error is not None),
+                *(float(succeeded) for stack_outcomes in outcomes for succeeded in stack_outcomes),
+            ],
             device=device,
         )
         sum_over_ranks([flags])
@@ -102,19 +105,19 @@ class Sharding:
         if failed:
             raise RuntimeError('a refresh ended in an error on another rank, whose log has it')
         flag = iter(known)
-        return [[next(flag) > 0 for _ in one] for one in outcomes]
+        return [[next(flag) > 0 for _ in stack_outcomes] for stack_outcomes in outcomes]
 
     def exchange_operators(self, stacks: Sequence[LayerStack]) -> None:
         """Hands the operators of refreshed stacks on: to all ranks, or to the first's archive."""
         if self.mode == 'none' or self.mode == 'apply' and not self.archive:
             return
         forms = share_objects(
-            [_forms(stack.operators) if self.mine(stack) else None for stack in stacks],
+            [_operator_layouts(stack.operators) if self.mine(stack) else None for stack in stacks],
             [stack.owner or 0 for stack in stacks],
         )
         for stack, known in zip(stacks, forms, strict=True):
             if self.mode == 'apply':
-                self._file(stack, known)
+                self._archive_operators(stack, known)
                 continue
             if not self.mine(stack):
                 stack.receive(
@@ -156,7 +159,7 @@ class Sharding:
         """True if this rank's state dict has all operators."""
         return self.mode != 'apply' or rank() == 0 and self.archive
 
-    def _cost(self, layer: Layer, method: Preconditioner) -> float:
+    def _layer_cost(self, layer: Layer, method: Preconditioner) -> float:
         """About the FLOPs of a step, with its share of a refresh."""
         if not layer.weight.requires_grad:
             return 0.0
@@ -166,7 +169,7 @@ class Sharding:
         return method.apply_flops(layer) + refresh / method.refresh_interval
 
     @staticmethod
-    def _file(stack: LayerStack, forms: dict[str, Any]) -> None:
+    def _archive_operators(stack: LayerStack, forms: dict[str, Any]) -> None:
         """Puts a copy of another rank's operators into the first rank's archive."""
         if not stack.owner:
             return
@@ -184,7 +187,7 @@ class Sharding:
         stack.receive(archive, archive=True)
 
 
-def _forms(operators: Operators) -> dict[str, Any]:
+def _operator_layouts(operators: Operators) -> dict[str, Any]:
     """Form and shapes of each operator."""
     return {
         slot: (type(operator), [tuple(tensor.shape) for tensor in operator.tensors])

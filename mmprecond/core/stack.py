@@ -155,12 +155,12 @@ class LayerStack:
         """
         newcomers = [layer for layer in samples if layer not in self._index]
         if newcomers:
-            self._join(newcomers, samples[newcomers[0]])
+            self._add_slots(newcomers, samples[newcomers[0]])
         average = self.method.average()
         for layer in list(samples):
-            self._merge_one(layer, samples.pop(layer), sizes.get(layer, {}), average)
+            self._merge_sample(layer, samples.pop(layer), sizes.get(layer, {}), average)
 
-    def _merge_one(
+    def _merge_sample(
         self,
         layer: Layer,
         sample: dict[str, Tensor],
@@ -179,7 +179,7 @@ class LayerStack:
                 average.merge(self.statistics[key][position], tensor, slot.samples, norm)
         slot.count_sample()
 
-    def _join(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
+    def _add_slots(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
         for layer in layers:
             self._index[layer] = len(self.slots)
             self.slots.append(Slot(layer))
@@ -291,11 +291,11 @@ class LayerStack:
                 )
             saved = from_tensors(self.outline, state['operator'])
             place = layer.weight.device if hold else torch.device('cpu')
-            rows.append(map_tensors(saved, _mover(place, layer.working_dtype)))
+            rows.append(map_tensors(saved, _move_to(place, layer.working_dtype)))
         self.statistics = {name: torch.cat(parts) for name, parts in statistics.items()}
         if hold or archive:
             self.receive(join(rows), archive=not hold)
 
 
-def _mover(device: torch.device, dtype: torch.dtype) -> Any:
+def _move_to(device: torch.device, dtype: torch.dtype) -> Any:
     return lambda tensor: tensor.to(device, dtype)

@@ -10,8 +10,8 @@ from .attention import (
 from .average import RunningAverage
 from .calls import Call
 from .capture import Capture
-from .eager import Eager
 from .conv import Conv2dLayer
+from .eager import Eager
 from .form import Factor, Form, Power, add_damping
 from .layer import Layer
 from .linear import LinearLayer

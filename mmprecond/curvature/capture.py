@@ -9,6 +9,7 @@ and backward passes that are not the step's leave nothing behind.
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,7 +44,7 @@ class Capture:
 
     def __init__(self, around: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._statistics: Mapping[Layer, Sequence[Statistic]] = {}
-        self._around = around
+        self._product_context = around
         self._staging = Staging()
         self.loss_scale: Any = None
         self.seen: set[Layer] = set()
@@ -81,7 +82,7 @@ class Capture:
         self._staging.seed(seed, share)
         if statistics:
             self._eager.enter()
-            self._watch(at_forward)
+            self._install_hooks(at_forward)
 
     def expect(self, statistics: Mapping[Layer, Sequence[Statistic]]) -> None:
         """Lets compiled models run eagerly from now on if there is something to measure.
@@ -108,17 +109,19 @@ class Capture:
         finally:
             if armed:
                 self._eager.enter()
-                self._watch()
+                self._install_hooks()
 
-    def _watch(self, at_forward: bool = False) -> None:
+    def _install_hooks(self, at_forward: bool = False) -> None:
         if at_forward:
+            # Once a module is called they are gone: torch.compile need not warn of global hooks.
+            warnings.filterwarnings('ignore', message='Using .torch.compile.* global hooks')
             begin = weakref.WeakMethod(self._begin)  # the registry is global
             hook = register_module_forward_pre_hook(Tap(lambda *_: _call(begin)))
             self._handles.append(hook)
             weakref.finalize(self, hook.remove)
             return
         for layer in self._statistics:
-            self._handles += layer.watch(self.observe, self._warn_lost)
+            self._handles += layer.watch(self.observe, self._warn_unmeasured)
 
     def _begin(self) -> None:
         """Installs the hooks, at the first call of a module whose graph is recorded."""
@@ -126,7 +129,7 @@ class Capture:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
-            self._watch()
+            self._install_hooks()
 
     def scale_by(self, scale: Any) -> None:
         """Says by what the loss is multiplied (see `loss_scale`)."""
@@ -152,28 +155,30 @@ class Capture:
         if not (torch.is_grad_enabled() and trained):
             return
         shape, statistics = output.shape, self._statistics[layer]
-        visit = Visit(_Saved.apply(layer.weight, *(tensor.detach() for tensor in kept)))
+        visit = Visit(_SavedTensors.apply(layer.weight, *(tensor.detach() for tensor in kept)))
 
         def measure(gradient: Tensor) -> None:
             if self._forward_is_new:  # once, when the first gradient after a forward pass arrives
                 self._forward_is_new = False
                 self._staging.drop_cleared()
             self._staging.listen(layer)
-            saved: Any = visit.take()  # its node lives as long as it does
-            if saved is None:
-                self._warn_lost(layer, 'its graph was walked backward twice')
+            anchor: Any = visit.take()  # its node lives as long as it does
+            if anchor is None:
+                self._warn_unmeasured(layer, 'its graph was walked backward twice')
                 return
             try:
-                held = saved.grad_fn.saved_tensors
+                saved_tensors = anchor.grad_fn.saved_tensors
             except RuntimeError:
-                self._warn_lost(layer, 'its input was changed in place after the forward pass')
+                self._warn_unmeasured(
+                    layer, 'its input was changed in place after the forward pass'
+                )
                 return
-            self._stage(visit, call, held, gradient.reshape(shape), statistics)
+            self._measure_call(visit, call, saved_tensors, gradient.reshape(shape), statistics)
 
-        self._source(output, statistics).register_hook(measure)
+        self._hooked_tensor(output, statistics).register_hook(measure)
 
     @staticmethod
-    def _source(output: Tensor, statistics: Sequence[Statistic]) -> Tensor:
+    def _hooked_tensor(output: Tensor, statistics: Sequence[Statistic]) -> Tensor:
         """The tensor whose gradient is the output's, before anything changes it in place.
 
         An in-place operation on a view (a linear layer's output of more than two dimensions) would
@@ -186,7 +191,7 @@ class Capture:
         return base if ordered or not _needs_gradient(statistics) else output
 
     @torch.no_grad()
-    def _stage(
+    def _measure_call(
         self,
         visit: Visit,
         call: Call,
@@ -198,10 +203,10 @@ class Capture:
         if visit.counted:  # another loss of the same forward pass: its rows are counted
             statistics = [statistic for statistic in statistics if statistic.side.of_gradient]
         full = layer.needs_full_precision
-        around = matmul_precision('highest') if full else self._around()
+        around = matmul_precision('highest') if full else self._product_context()
         with torch.autocast(gradient.device.type, enabled=False), around:
             if _needs_gradient(statistics):
-                gradient = self._unscaled(layer, gradient)
+                gradient = self._unscale(layer, gradient)
             if any(statistic.form.is_product for statistic in statistics):
                 gradient, kept = rounded(gradient), tuple(map(rounded, kept))
             self._staging.begin(any(isinstance(s.rows, SampledRows) for s in statistics))
@@ -210,7 +215,7 @@ class Capture:
             rows = 0 if visit.counted else layer.count_rows(call, gradient, statistics)
             self._staging.add(visit, layer, sums, rows, statistics)
 
-    def _unscaled(self, layer: Layer, gradient: Tensor) -> Tensor:
+    def _unscale(self, layer: Layer, gradient: Tensor) -> Tensor:
         """The gradient of the loss itself; divided before any product, so that none overflows."""
         gradient = gradient.to(layer.working_dtype)
         scale = self.loss_scale
@@ -220,7 +225,7 @@ class Capture:
             scale = read() if scale.is_enabled() else None
         return gradient if scale is None else gradient / scale
 
-    def _warn_lost(self, layer: Layer, reason: str) -> None:
+    def _warn_unmeasured(self, layer: Layer, reason: str) -> None:
         self.seen.add(layer)
         if layer not in self._warned:
             logger.warning('%s: a call was not measured, %s', layer.name, reason)
@@ -242,7 +247,7 @@ def _needs_gradient(statistics: Sequence[Statistic]) -> bool:
     return any(statistic.side.of_gradient for statistic in statistics)
 
 
-class _Saved(torch.autograd.Function):
+class _SavedTensors(torch.autograd.Function):
     """Holds tensors as autograd holds them: under checkpointing they are recomputed, not kept.
 
     The anchor makes the node exist; the tensors come detached, as a node that leads to the output

@@ -35,16 +35,16 @@ class ConvLayer(Layer):
         return module.groups
 
     def input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
-        inputs = self._batched(inputs)
+        inputs = self._add_batch_axis(inputs)
         size = self._output_size(module, inputs)
         line = size[1:].numel()
         row_bytes = self.working_dtype.itemsize * self.weight[0].numel() * self.blocks * line
-        most = max(1, len(inputs) * size[0])
-        budget = int(min(max(1.0, self.capture_mb * 2**20 / max(1, row_bytes)), most))
+        total_lines = max(1, len(inputs) * size[0])
+        budget = int(min(max(1.0, self.capture_mb * 2**20 / max(1, row_bytes)), total_lines))
         images = max(1, budget // max(1, size[0]))
         strip = min(size[0], budget)
         for batch in inputs.split(images):
-            padded = self._padded(module, batch.to(self.working_dtype))
+            padded = self._pad(module, batch.to(self.working_dtype))
             for top in range(0, size[0], max(1, strip)):
                 lines = min(strip, size[0] - top)
                 view = self._patch_view(module, padded, torch.Size((lines, *size[1:])), top)
@@ -54,22 +54,22 @@ class ConvLayer(Layer):
 
     def input_power_sum(self, module: Any, inputs: Tensor, power: int) -> tuple[Tensor, int]:
         # The sum over images comes first: patches are laid out of one image alone.
-        inputs = self._batched(inputs)
+        inputs = self._add_batch_axis(inputs)
         size = self._output_size(module, inputs)
         image = inputs.to(self.working_dtype).pow(power).sum(0, keepdim=True)
-        view = self._patch_view(module, self._padded(module, image), size)
+        view = self._patch_view(module, self._pad(module, image), size)
         places = tuple(range(-1 - self.axes, 0))
         return view.sum(places).reshape(self.blocks, -1, 1), len(inputs) * size.numel()
 
     def gradient_rows(self, module: nn.Module, gradient: Tensor) -> Tensor:
-        return self._by_blocks(self._batched(gradient).flatten(2))
+        return self._maps_to_rows(self._add_batch_axis(gradient).flatten(2))
 
     def reduced_input(self, module: Any, inputs: Tensor) -> Tensor:
-        patches = self._all_patches(module, inputs)
+        patches = self._extract_patches(module, inputs)
         return patches.mean(tuple(range(-self.axes, 0))).flatten(1, 1 + self.axes)
 
     def reduced_gradient(self, module: nn.Module, gradient: Tensor) -> Tensor:
-        return self._by_blocks(self._batched(gradient).flatten(2).sum(2, keepdim=True))
+        return self._maps_to_rows(self._add_batch_axis(gradient).flatten(2).sum(2, keepdim=True))
 
     def sample_count(self, module: nn.Module, gradient: Tensor) -> int:
         return len(gradient) if gradient.dim() == 2 + self.axes else 1
@@ -78,28 +78,28 @@ class ConvLayer(Layer):
         return gradient.shape[-self.axes :].numel()
 
     def sampled_input(self, module: Any, inputs: Tensor, drawn: Tensor) -> Tensor:
-        view = self._all_patches(module, inputs)
+        view = self._extract_patches(module, inputs)
         size = view.shape[-self.axes :]
         places = torch.unravel_index(drawn, size) if size.numel() else [drawn] * self.axes
         return view[(..., *places)].flatten(1, 1 + self.axes).flatten(2)
 
     def sampled_gradient(self, module: nn.Module, gradient: Tensor, drawn: Tensor) -> Tensor:
-        return self._by_blocks(self._batched(gradient).flatten(2)[..., drawn])
+        return self._maps_to_rows(self._add_batch_axis(gradient).flatten(2)[..., drawn])
 
-    def _batched(self, tensor: Tensor) -> Tensor:
+    def _add_batch_axis(self, tensor: Tensor) -> Tensor:
         """The tensor with a leading axis of images."""
         return tensor if tensor.dim() == 2 + self.axes else tensor[None]
 
-    def _by_blocks(self, maps: Tensor) -> Tensor:
+    def _maps_to_rows(self, maps: Tensor) -> Tensor:
         """Maps (images, channels, positions) as rows (blocks, channels a block, rows)."""
         images, channels, positions = maps.shape
         rows = maps.reshape(images, self.blocks, channels // self.blocks, positions)
         return rows.permute(1, 2, 0, 3).flatten(2)
 
-    def _all_patches(self, module: Any, inputs: Tensor) -> Tensor:
+    def _extract_patches(self, module: Any, inputs: Tensor) -> Tensor:
         """The patches of all output positions, as a view (see `_patch_view`)."""
-        inputs = self._batched(inputs)
-        padded = self._padded(module, inputs.to(self.working_dtype))
+        inputs = self._add_batch_axis(inputs)
+        padded = self._pad(module, inputs.to(self.working_dtype))
         return self._patch_view(module, padded, self._output_size(module, inputs))
 
     def _patch_view(self, module: Any, padded: Tensor, size: torch.Size, top: int = 0) -> Tensor:
@@ -118,7 +118,7 @@ class ConvLayer(Layer):
             padded.storage_offset() + top * across[0],
         )
 
-    def _pads(self, module: Any) -> list[int]:
+    def _padding(self, module: Any) -> list[int]:
         """Padding as `F.pad` takes it: before and after, from the last axis to the first."""
         pads: list[int] = []
         for axis in reversed(range(self.axes)):
@@ -131,8 +131,8 @@ class ConvLayer(Layer):
                 pads += [module.padding[axis]] * 2
         return pads
 
-    def _padded(self, module: Any, inputs: Tensor) -> Tensor:
-        pads = self._pads(module)
+    def _pad(self, module: Any, inputs: Tensor) -> Tensor:
+        pads = self._padding(module)
         if not any(pads):
             return inputs
         if module.padding_mode == 'zeros':
@@ -140,7 +140,7 @@ class ConvLayer(Layer):
         return F.pad(inputs, pads, mode=module.padding_mode)
 
     def _output_size(self, module: Any, inputs: Tensor) -> torch.Size:
-        pads = self._pads(module)
+        pads = self._padding(module)
         totals = [before + after for before, after in zip(pads[::2], pads[1::2], strict=True)]
         sizes = zip(inputs.shape[-self.axes :], reversed(totals), strict=True)
         return torch.Size(
@@ -179,10 +179,10 @@ class Conv2dLayer(ConvLayer):
 
     def input_moment(self, module: Any, inputs: Tensor) -> Tensor:
         """Sum of x'x over all rows x of one call (see the base class)."""
-        inputs = self._batched(inputs)
+        inputs = self._add_batch_axis(inputs)
         size = self._output_size(module, inputs)
         count = len(inputs) * size.numel()
-        if not self._by_shifts(module, count):
+        if not self._uses_patch_moment(module, count):
             return super().input_moment(module, inputs)
         products = PatchMoment(*self._axes(module, inputs, size))
         image_bytes = self.working_dtype.itemsize * inputs[0].numel()
@@ -192,7 +192,7 @@ class Conv2dLayer(ConvLayer):
             batch = batch.to(self.working_dtype)
             products.add(batch.transpose(0, 1).unflatten(0, (self.blocks, -1)).transpose(2, 3))
             if self.bias is not None:
-                view = self._patch_view(module, self._padded(module, batch), size)
+                view = self._patch_view(module, self._pad(module, batch), size)
                 sums += view.sum((-3, -2, -1)).flatten(1)
         if self.bias is None:
             return products.result()
@@ -206,7 +206,7 @@ class Conv2dLayer(ConvLayer):
         """About the floating-point operations of one call's statistic (see the base class)."""
         module: Any = call.module
         rows = self.sample_count(module, output) * self.position_count(module, output)
-        if statistic != Statistic(INPUT, Moment()) or not self._by_shifts(module, rows):
+        if statistic != Statistic(INPUT, Moment()) or not self._uses_patch_moment(module, rows):
             return super().measure_flops(call, kept, output, statistic)
         high, wide = module.kernel_size
         shifts = ((2 * high - 1) * (2 * wide - 1) + 1) / 2
@@ -214,14 +214,14 @@ class Conv2dLayer(ConvLayer):
         margin = 1 + module.dilation[1] * (wide - 1) / output.shape[-1]
         return 2 * self.blocks * channels**2 * rows * shifts * margin
 
-    def _by_shifts(self, module: Any, rows: int) -> bool:
+    def _uses_patch_moment(self, module: Any, rows: int) -> bool:
         """True if `PatchMoment` makes the input's moment."""
         sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
         enough = rows >= self.few_rows and module.in_channels >= self.few_channels * self.blocks
         return sliding and module.padding_mode == 'zeros' and enough
 
     def _axes(self, module: Any, inputs: Tensor, positions: torch.Size) -> Iterator[Axis]:
-        left, _, top, _ = self._pads(module)
+        left, _, top, _ = self._padding(module)
         for size, count, kernel, step, pad in zip(
             inputs.shape[2:],
             positions,
@@ -269,20 +269,20 @@ class ConvTranspose2dLayer(ConvLayer):
         return Layer.input_power_sum(self, module, inputs, power)
 
     def reduced_input(self, module: Any, inputs: Tensor) -> Tensor:
-        inputs = self._batched(inputs).to(self.working_dtype)
-        return self._by_blocks(inputs.flatten(2).mean(2, keepdim=True))
+        inputs = self._add_batch_axis(inputs).to(self.working_dtype)
+        return self._maps_to_rows(inputs.flatten(2).mean(2, keepdim=True))
 
     def sampled_input(self, module: Any, inputs: Tensor, drawn: Tensor) -> Tensor:
         return super().sampled_gradient(module, inputs.to(self.working_dtype), drawn)
 
     def gradient_rows(self, module: Any, gradient: Tensor) -> Tensor:
-        return self._all_patches(module, gradient).flatten(1, 3).flatten(2)
+        return self._extract_patches(module, gradient).flatten(1, 3).flatten(2)
 
     def reduced_gradient(self, module: Any, gradient: Tensor) -> Tensor:
-        return self._all_patches(module, gradient).sum((-2, -1)).flatten(1, 3)
+        return self._extract_patches(module, gradient).sum((-2, -1)).flatten(1, 3)
 
     def sampled_gradient(self, module: Any, gradient: Tensor, drawn: Tensor) -> Tensor:
         return super().sampled_input(module, gradient, drawn)
 
     def position_count(self, module: Any, gradient: Tensor) -> int:
-        return self._output_size(module, self._batched(gradient)).numel()
+        return self._output_size(module, self._add_batch_axis(gradient)).numel()

@@ -17,7 +17,7 @@ MANY = 512
 
 def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:
     """Writes the sum of ``X X'`` over chunks X (blocks, n, r) to total (blocks, n, n)."""
-    height = _band(total.shape[-1])
+    height = _band_height(total.shape[-1])
     bands = total.split(height, 1)
     written = halved = False
     for rows in chunks:
@@ -44,10 +44,10 @@ def gram_flops(size: int, rows: int) -> float:
     """Floating-point operations of one such product of n x n over r rows."""
     if rows < MANY:
         return 2.0 * size**2 * rows
-    bands = -(-size // _band(size))
+    bands = -(-size // _band_height(size))
     return size**2 * rows * (1 + 1 / bands)
 
 
-def _band(size: int) -> int:
+def _band_height(size: int) -> int:
     """Height of the bands of an n x n product: equal but for the last."""
     return -(-size // max(1, round(size / BAND)))

@@ -24,25 +24,25 @@ class LinearLayer(Layer):
         return gradient.reshape(-1, gradient.shape[-1]).t()[None]
 
     def reduced_input(self, module: nn.Module, inputs: Tensor) -> Tensor:
-        return _by_sample(inputs.to(self.working_dtype)).mean(1).t()[None]
+        return _split_samples(inputs.to(self.working_dtype)).mean(1).t()[None]
 
     def reduced_gradient(self, module: nn.Module, gradient: Tensor) -> Tensor:
-        return _by_sample(gradient).sum(1).t()[None]
+        return _split_samples(gradient).sum(1).t()[None]
 
     def sample_count(self, module: nn.Module, gradient: Tensor) -> int:
-        return len(_by_sample(gradient))
+        return len(_split_samples(gradient))
 
     def position_count(self, module: nn.Module, gradient: Tensor) -> int:
-        return _by_sample(gradient).shape[1]
+        return _split_samples(gradient).shape[1]
 
     def sampled_input(self, module: nn.Module, inputs: Tensor, drawn: Tensor) -> Tensor:
         return self.sampled_gradient(module, inputs, drawn).to(self.working_dtype)
 
     def sampled_gradient(self, module: nn.Module, gradient: Tensor, drawn: Tensor) -> Tensor:
-        return _by_sample(gradient)[:, drawn].flatten(0, 1).t()[None]
+        return _split_samples(gradient)[:, drawn].flatten(0, 1).t()[None]
 
 
-def _by_sample(tensor: Tensor) -> Tensor:
+def _split_samples(tensor: Tensor) -> Tensor:
     """(samples, positions, features) of what a linear layer takes or gives."""
     if tensor.dim() <= 2:
         return tensor.reshape(-1, 1, tensor.shape[-1])

@@ -75,7 +75,7 @@ class Moment(Form):
         search = power.search
         if search is not None and search.takes(factor.tensor.shape[-1]) and dense is None:
             start = previous.columns if isinstance(previous, LowRank) else None
-            found = low_rank_power(
+            low_rank = low_rank_power(
                 factor.tensor,
                 start,
                 lambda columns: amount(Factor(_COLUMNS, (columns,))),
@@ -83,8 +83,8 @@ class Moment(Form):
                 search.tolerance,
                 search.max_rank,
             )
-            if found is not None:
-                return LowRank(*found[:2]), found[2]
+            if low_rank is not None:
+                return LowRank(*low_rank[:2]), low_rank[2]
         matrix, succeeded = power.solve(
             add_damping(factor.tensor, amount(factor)), dense.matrix if dense else None
         )
@@ -112,7 +112,7 @@ class Blocks(Form):
 
     def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
         total = rows.unwritten(self)
-        return (gram((_in_blocks(chunk, total) for chunk in rows.chunks()), total),)
+        return (gram((_pad_to_blocks(chunk, total) for chunk in rows.chunks()), total),)
 
     def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
         return blocks * gram_flops(size, rows)
@@ -274,7 +274,7 @@ class Sketch(_ColumnForm):
         return f'of rank {min(self.rank, size)}'
 
 
-def _in_blocks(rows: Tensor, like: Tensor) -> Tensor:
+def _pad_to_blocks(rows: Tensor, like: Tensor) -> Tensor:
     """Rows (1, n, r) cut into the blocks of `like`, the last filled up with zeros."""
     count, size, _ = like.shape
     padded = F.pad(rows, (0, 0, 0, count * size - rows.shape[1]))

@@ -92,46 +92,46 @@ class PatchMoment:
         whole = flat[..., margin : margin + height * line]
         whole = whole.view(groups, channels, height, count, width + margin)
         whole[..., :width] = images
-        for dy, pairs in self._pairs(self.rows).items():
-            for span in _segments([self.rows.met(*pair) for pair in pairs]):
-                sums = self._of_rows(flat, whole, span, dy)
+        for dy, pairs in self._pairs_by_shift(self.rows).items():
+            for span in _split_spans([self.rows.met(*pair) for pair in pairs]):
+                sums = self._row_products(flat, whole, span, dy)
                 for first, second in pairs:
                     low, high = self.rows.met(first, second)
                     if low <= span[0] and span[1] <= high:
-                        self._count(first, second, sums)
+                        self._accumulate(first, second, sums)
 
-    def _count(self, first: int, second: int, sums: dict[tuple[int, int], Tensor]) -> None:
+    def _accumulate(self, first: int, second: int, sums: dict[tuple[int, int], Tensor]) -> None:
         for (left, right), value in sums.items():
             key = first, second, left, right
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
-    def _of_rows(
+    def _row_products(
         self, flat: Tensor, whole: Tensor, span: Span, dy: int
     ) -> dict[tuple[int, int], Tensor]:
         """The blocks of all pairs of columns, over some rows and those dy below."""
         line = whole.shape[3] * whole.shape[4]
         start = self.columns.reach + span[0] * line
         length = (span[1] - span[0]) * line
-        here = flat[..., start : start + length]
+        window = flat[..., start : start + length]
         upper, lower = whole[:, :, span[0] : span[1]], whole[:, :, span[0] + dy : span[1] + dy]
         sums = {}
-        for dx, pairs in self._pairs(self.columns, both=dy != 0).items():
-            there = start + dy * line + dx
-            product = stacked_product(here, flat[..., there : there + length].mT)
+        for dx, pairs in self._pairs_by_shift(self.columns, both=dy != 0).items():
+            shifted = start + dy * line + dx
+            product = stacked_product(window, flat[..., shifted : shifted + length].mT)
             for pair in pairs:
                 low, high = self.columns.met(*pair)
                 if low == high:
                     sums[pair] = torch.zeros_like(product)  # not a difference that rounds
                     continue
                 sums[pair] = product
-                for low, high in self._missed(*pair):
+                for low, high in self._skipped_columns(*pair):
                     sums[pair] = sums[pair] - (
                         upper[..., low:high].flatten(2)
                         @ lower[..., low + dx : high + dx].flatten(2).mT
                     )
         return sums
 
-    def _missed(self, first: int, second: int) -> Iterator[Span]:
+    def _skipped_columns(self, first: int, second: int) -> Iterator[Span]:
         """The columns that the first entry meets at no position."""
         low, high = self.columns.whole(self.columns.shift(first, second))
         start, end = self.columns.met(first, second)
@@ -140,7 +140,7 @@ class PatchMoment:
                 yield span
 
     @staticmethod
-    def _pairs(axis: Axis, both: bool = False) -> dict[int, list[tuple[int, int]]]:
+    def _pairs_by_shift(axis: Axis, both: bool = False) -> dict[int, list[tuple[int, int]]]:
         """Pairs of entries by their shift; each but once, the second not before the first."""
         pairs: dict[int, list[tuple[int, int]]] = {}
         for first in range(axis.entries):
@@ -165,7 +165,7 @@ class PatchMoment:
         return self._sums.get((bottom, top, right, left), self._zero).mT if known is None else known
 
 
-def _segments(spans: list[Span]) -> list[Span]:
+def _split_spans(spans: list[Span]) -> list[Span]:
     """Cuts some spans where any of them begins or ends; empty ones are left out."""
     edges = sorted({edge for low, high in spans for edge in (low, high) if low < high})
     return [

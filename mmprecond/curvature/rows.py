@@ -72,7 +72,7 @@ class LayerRows:
                 yield layer.with_ones(layer.reduced_input(self.module, self.inputs))
             elif isinstance(rows, SampledRows):
                 sampled = layer.sampled_input(self.module, self.inputs, self.drawn)
-                yield layer.with_ones(sampled) * self._scale()
+                yield layer.with_ones(sampled) * self._sampling_scale()
             else:
                 yield from map(layer.with_ones, layer.input_rows(self.module, self.inputs))
             return
@@ -80,11 +80,11 @@ class LayerRows:
         if rows == REDUCED:
             yield layer.reduced_gradient(self.module, gradient)
         elif isinstance(rows, SampledRows):
-            yield layer.sampled_gradient(self.module, gradient, self.drawn) * self._scale()
+            yield layer.sampled_gradient(self.module, gradient, self.drawn) * self._sampling_scale()
         else:
             yield layer.gradient_rows(self.module, gradient)
 
-    def _scale(self) -> float:
+    def _sampling_scale(self) -> float:
         """Factor of drawn rows by which their products stand for those of all."""
         positions: int = self.layer.position_count(self.module, self.gradient)
         return (positions / max(1, len(self.drawn))) ** 0.5

@@ -122,22 +122,22 @@ class _Search:
         sharing = self.users.get(id(weight), [module])
         kind = layer_type(module)
         reason = (
-            _reason_against_type(module)
+            _type_refusal(module)
             if kind is None
-            else _reason_against(weight, self.owned)
+            else _weight_refusal(weight, self.owned)
             or kind.refusal(module)
-            or _reason_against_sharing(sharing, kind)
+            or _sharing_refusal(sharing, kind)
         )
         if kind is None or reason:
             self.left_out.append(LeftOut(name, type(module).__name__, reason))
         elif module is sharing[0]:
-            joint = kind.joins_bias and bias is not None and self._joins(bias, weight)
+            joint = kind.joins_bias and bias is not None and self._is_joint_bias(bias, weight)
             self.layers[name] = kind(
                 self.names[id(weight)],
                 sharing,
                 weight,
                 bias if joint else None,
-                **self._options(weight),
+                **self._layer_options(weight),
             )
 
     def _visit_attention(self, name: str, block: nn.Module) -> None:
@@ -154,7 +154,7 @@ class _Search:
         weight: Any = module._parameters.get(key) if isinstance(module, nn.Module) else None
         if not reason and (module in self.claimed or len(self.users.get(id(weight), [])) > 1):
             reason = 'its weight is shared with another module'
-        reason = reason or _reason_against(weight, self.owned)
+        reason = reason or _weight_refusal(weight, self.owned)
         if module is not None:
             before = self.claimed.setdefault(module, owner)
             if self.layers.pop(before, None):
@@ -163,35 +163,35 @@ class _Search:
             self.left_out.append(LeftOut(owner, type(block).__name__, reason))
         elif kind:
             bias = module._parameters.get(key.replace('weight', 'bias'))
-            joint = reading.bias and bias is not None and self._joins(bias, weight)
+            joint = reading.bias and bias is not None and self._is_joint_bias(bias, weight)
             self.layers[owner] = kind(
                 self.names[id(weight)],
                 [block],
                 weight,
                 bias if joint else None,
                 max_windows=reading.windows,
-                **self._options(weight),
+                **self._layer_options(weight),
             )
 
-    def _joins(self, bias: Tensor, weight: Tensor) -> bool:
+    def _is_joint_bias(self, bias: Tensor, weight: Tensor) -> bool:
         """True if a bias is preconditioned with its weight: trained with it, and with no other."""
         trained = bias.requires_grad or not weight.requires_grad
         return (
             trained
-            and _takes_part(bias, self.owned)
+            and _is_preconditioned(bias, self.owned)
             and self.users[id(bias)] == self.users[id(weight)]
         )
 
-    def _options(self, weight: Tensor) -> dict[str, Any]:
+    def _layer_options(self, weight: Tensor) -> dict[str, Any]:
         return dict(capture_mb=self.capture_mb, damping=self.owned[id(weight)].get('damping'))
 
 
-def _takes_part(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> bool:
+def _is_preconditioned(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> bool:
     group = owned.get(id(parameter))
     return group is not None and bool(group.get('precondition', True))
 
 
-def _reason_against_type(module: nn.Module) -> str:
+def _type_refusal(module: nn.Module) -> str:
     """Reason why a module's own parameters are none of a layer's."""
     if qualified_name(type(module)) in ATTENTION_TYPES:
         names = ', '.join(name for name, _ in module.named_parameters(recurse=False))
@@ -201,20 +201,20 @@ def _reason_against_type(module: nn.Module) -> str:
     return 'type is not supported'
 
 
-def _reason_against(weight: Tensor | None, owned: dict[int, dict[str, Any]]) -> str:
+def _weight_refusal(weight: Tensor | None, owned: dict[int, dict[str, Any]]) -> str:
     """Reason why a weight cannot be preconditioned, or ''."""
     if weight is None:
         return 'weight is not a plain parameter (parametrised or replaced)'
     if id(weight) not in owned:
         return 'weight is not in the optimizer'
-    if not _takes_part(weight, owned):
+    if not _is_preconditioned(weight, owned):
         return 'precondition=False'
     if not weight.is_floating_point():
         return f'weight is {weight.dtype}'
     return ''
 
 
-def _reason_against_sharing(modules: list[nn.Module], kind: type[Layer]) -> str:
+def _sharing_refusal(modules: list[nn.Module], kind: type[Layer]) -> str:
     """Reason why modules that use one weight cannot share its statistics, or ''."""
     first = modules[0]
     for module in modules[1:]:

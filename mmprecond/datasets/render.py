@@ -54,7 +54,7 @@ def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Recor
         covered = _paint(rng, canvas, polygon) >= 0.5
         owner[covered] = index
         drawn.append((label, polygon, int(covered.sum())))
-    return _finish(rng, canvas), [
+    return _add_noise(rng, canvas), [
         _annotation(label, polygon)
         for index, (label, polygon, pixels) in enumerate(drawn)
         if np.count_nonzero(owner == index) >= _MIN_VISIBLE * pixels
@@ -72,7 +72,7 @@ def render_single(rng: np.random.Generator, size: int, label: int) -> Array:
     diameter = size * rng.uniform(0.5, 0.85)
     centre = size * rng.uniform(0.42, 0.58, 2)
     _paint(rng, canvas, _polygon(label, centre, diameter, _angle(rng), size))
-    return _finish(rng, canvas)
+    return _add_noise(rng, canvas)
 
 
 def _annotation(label: int, polygon: Array) -> Record:
@@ -107,20 +107,20 @@ def _polygon(label: int, centre: Array, diameter: float, angle: float, size: int
 
 def _clip(points: Points, axis: int, bound: float, sign: float) -> Points:
     """One side of Sutherland-Hodgman clipping: keep ``sign * (p[axis] - bound) >= 0``."""
-    kept: Points = []
+    clipped: Points = []
     for before, point in zip(points[-1:] + points[:-1], points, strict=True):
         inside, outside = sign * (point[axis] - bound), sign * (before[axis] - bound)
         if (inside >= 0) != (outside >= 0):
             part = outside / (outside - inside)
-            kept.append(
+            clipped.append(
                 (
                     before[0] + part * (point[0] - before[0]),
                     before[1] + part * (point[1] - before[1]),
                 )
             )
         if inside >= 0:
-            kept.append(point)
-    return kept
+            clipped.append(point)
+    return clipped
 
 
 def _coverage(polygon: Array, size: int) -> Array:
@@ -159,8 +159,8 @@ def _paint(rng: np.random.Generator, canvas: Array, polygon: Array) -> Array:
 def _background(rng: np.random.Generator, size: int) -> Array:
     """Colour gradient, low-frequency noise and often stripes: float64 (size, size, 3)."""
     # Plain arithmetic alone: the rounding of np.sin or BLAS depends on the processor.
-    canvas = rng.uniform(80, 175) + rng.uniform(-20, 20, 3) + _field(rng, size, 1, 30.0)
-    canvas += _field(rng, size, int(rng.integers(3, 9)), rng.uniform(8, 28))
+    canvas = rng.uniform(80, 175) + rng.uniform(-20, 20, 3) + _smooth_noise(rng, size, 1, 30.0)
+    canvas += _smooth_noise(rng, size, int(rng.integers(3, 9)), rng.uniform(8, 28))
     if rng.random() < 0.6:
         angle, period = rng.uniform(0, math.pi), size * rng.uniform(0.05, 0.25)
         at = np.arange(size) / period
@@ -170,7 +170,7 @@ def _background(rng: np.random.Generator, size: int) -> Array:
     return canvas
 
 
-def _field(rng: np.random.Generator, size: int, cells: int, spread: float) -> Array:
+def _smooth_noise(rng: np.random.Generator, size: int, cells: int, spread: float) -> Array:
     """Smooth noise from a grid of ``cells`` x ``cells``: (size, size, 3), about +-spread."""
     grid = rng.uniform(-spread, spread, (cells + 1, cells + 1, 3))
     at = (np.arange(size) + 0.5) * cells / size
@@ -182,7 +182,7 @@ def _field(rng: np.random.Generator, size: int, cells: int, spread: float) -> Ar
     return field
 
 
-def _finish(rng: np.random.Generator, canvas: Array) -> Array:
+def _add_noise(rng: np.random.Generator, canvas: Array) -> Array:
     """Add pixel noise and round to uint8."""
     noisy: Array = canvas + rng.uniform(3, 10) * rng.standard_normal(canvas.shape)
     return noisy.round().clip(0, 255).astype(np.uint8)

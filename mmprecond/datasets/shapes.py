@@ -62,9 +62,9 @@ def make_shapes(
     pil = need('PIL.Image', 'pillow')
     names = [f'{index:06d}.png' for index in range(stamp['images'])]
     records: list[Record] = []
-    if not _begin(root, stamp, names, overwrite):
+    if not _prepare_folders(root, stamp, names, overwrite):
         return root
-    for index in _bar(len(names), progress, split):
+    for index in _progress_bar(len(names), progress, split):
         pixels, shapes = render_image(_generator(stamp, index), stamp['size'])
         pil.fromarray(pixels).save(root / split / names[index], compress_level=1)
         for shape in shapes:
@@ -127,9 +127,9 @@ def make_shape_folders(
         f'{CLASSES[index % len(CLASSES)]}/{index // len(CLASSES):06d}.png'
         for index in range(stamp['images'])
     ]
-    if not _begin(root, stamp, names, overwrite):
+    if not _prepare_folders(root, stamp, names, overwrite):
         return root
-    for index in _bar(len(names), progress, split):
+    for index in _progress_bar(len(names), progress, split):
         pixels = render_single(_generator(stamp, index), stamp['size'], index % len(CLASSES))
         pil.fromarray(pixels).save(root / split / names[index], compress_level=1)
     _write_json(root / f'{split}.meta.json', {**stamp, 'complete': True})
@@ -163,7 +163,7 @@ def _generator(stamp: Record, index: int) -> np.random.Generator:
     return np.random.default_rng((stamp['seed'], origin, index))
 
 
-def _begin(root: Path, stamp: Record, names: list[str], overwrite: bool) -> bool:
+def _prepare_folders(root: Path, stamp: Record, names: list[str], overwrite: bool) -> bool:
     """Prepare the folders; False if the set is already there and complete."""
     folder, path = root / stamp['split'], root / f'{stamp["split"]}.meta.json'
     labels = root / 'annotations' / f'{stamp["split"]}.json'
@@ -172,31 +172,34 @@ def _begin(root: Path, stamp: Record, names: list[str], overwrite: bool) -> bool
         if place.exists() and not place.is_dir():
             raise ValueError(f'{place} is a file: write the path of a folder as out')
     try:
-        found = json.loads(path.read_text('utf-8')) if path.exists() else {}
-        complete, ours = found.pop('complete', False), found.get('generator') == _GENERATOR
+        existing = json.loads(path.read_text('utf-8')) if path.exists() else {}
+        complete, is_generated = (
+            existing.pop('complete', False),
+            existing.get('generator') == _GENERATOR,
+        )
     except (ValueError, AttributeError, TypeError, OSError):
-        found, complete, ours = {}, False, False
+        existing, complete, is_generated = {}, False, False
     # What other hands made is never replaced, whatever overwrite says.
     taken = [place for place in (path, *coco) if place.exists()]
     taken += list(folder.iterdir())[:1] if folder.is_dir() else []
-    if taken and not ours:
+    if taken and not is_generated:
         raise ValueError(
             f'{taken[0]} was not written by make_shapes: write another folder as out'
             ' or another split'
         )
-    if complete and found != stamp and not overwrite:
-        made = ', '.join(f'{key}={found.get(key)}' for key in stamp if key != 'generator')
+    if complete and existing != stamp and not overwrite:
+        made = ', '.join(f'{key}={existing.get(key)}' for key in stamp if key != 'generator')
         raise ValueError(
             f'{folder} holds another set ({made}): write another folder as out, or'
             ' overwrite=True (--overwrite) to replace it'
         )
     if (
         complete
-        and found == stamp
+        and existing == stamp
         and all(place.exists() for place in (*coco, *(folder / name for name in names)))
     ):
         return False
-    if found.get('kind') == 'coco':
+    if existing.get('kind') == 'coco':
         labels.unlink(missing_ok=True)
     root.mkdir(parents=True, exist_ok=True)
     _write_json(path, {**stamp, 'complete': False})
@@ -217,7 +220,7 @@ def _write_json(path: Path, content: Record) -> None:
         part.unlink(missing_ok=True)
 
 
-def _bar(count: int, progress: bool, title: str) -> Any:
+def _progress_bar(count: int, progress: bool, title: str) -> Any:
     """``range(count)`` under a progress bar, or bare where tqdm is missing."""
     try:
         tqdm = importlib.import_module('tqdm').tqdm

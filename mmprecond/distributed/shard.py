@@ -46,11 +46,11 @@ def broadcast_from(
     """
     if world_size() == 1:
         return
-    under_way = []
+    pending = []
     for owner, bucket in _buckets(owners, tensors, bucket_mb):
         message = _flatten_dense_tensors(bucket)
-        under_way.append((owner, bucket, message, dist.broadcast(message, owner, async_op=True)))
-    for owner, bucket, message, work in under_way:
+        pending.append((owner, bucket, message, dist.broadcast(message, owner, async_op=True)))
+    for owner, bucket, message, work in pending:
         work.wait()
         if owner != rank():
             torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(message, bucket)))
@@ -58,15 +58,16 @@ def broadcast_from(
 
 def share_objects(objects: Sequence[Any], owners: Sequence[int]) -> list[Any]:
     """Small picklable objects, each from its owner; the other ranks give None."""
-    found = list(objects)
+    shared = list(objects)
     for owner in sorted(set(owners)):
-        message = [[found[k] for k, other in enumerate(owners) if other == owner]]
+        message = [[shared[k] for k, other in enumerate(owners) if other == owner]]
         dist.broadcast_object_list(message, owner)
-        mine = iter(message[0])
-        found = [
-            next(mine) if other == owner else one for one, other in zip(found, owners, strict=True)
+        received = iter(message[0])
+        shared = [
+            next(received) if other == owner else item
+            for item, other in zip(shared, owners, strict=True)
         ]
-    return found
+    return shared
 
 
 def send_to_first(

@@ -38,7 +38,7 @@ class PrecondOptimWrapperConstructor:
     ) -> None:
         cfg = optim_wrapper_cfg.copy()
         base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
-        hoisted = _of_rule(cfg.get('optimizer'))
+        hoisted = _rule_defaults(cfg.get('optimizer'))
         if isinstance(cfg.get('optimizer'), dict):  # a copy of its kind, which is completed below
             cfg['optimizer'] = cfg['optimizer'].copy()
             cfg['optimizer'].update(hoisted)
@@ -56,7 +56,7 @@ class PrecondOptimWrapperConstructor:
         kind = _resolve(OPTIMIZERS, kind)
         if not (inspect.isclass(kind) and issubclass(kind, RuleOptimizer)):
             return self.base(model)
-        self._mix(kind.needs, kind.__name__)
+        self._mix_wrapper(kind.needs, kind.__name__)
         if 'model' in inspect.signature(kind.__init__).parameters:
             self.base.optimizer_cfg['model'] = unwrap(model)
         built = self.base(model)
@@ -70,11 +70,11 @@ class PrecondOptimWrapperConstructor:
         needs = needs_of(kind)
         if needs:
             refuse_single_backward(unwrap(model), kind.__name__)
-            self._mix(needs, kind.__name__)
+            self._mix_wrapper(needs, kind.__name__)
         self.base.optimizer_cfg['type'] = with_groups(kind)
         return self.base(model)
 
-    def _mix(self, needs: str, owner: str) -> None:
+    def _mix_wrapper(self, needs: str, owner: str) -> None:
         """Gives the wrapper what the optimizer needs."""
         cfg = self.base.optim_wrapper_cfg
         wrapper = _resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper'))
@@ -82,7 +82,7 @@ class PrecondOptimWrapperConstructor:
         cfg['type'] = mixed_wrapper(wrapper, needs, owner)
 
 
-def _of_rule(optimizer: Any) -> dict[str, Any]:
+def _rule_defaults(optimizer: Any) -> dict[str, Any]:
     """Rate and decay of a `Preconditioned` config, where constructors look for what they scale."""
     if not isinstance(optimizer, dict) or optimizer.get('type') not in (
         'Preconditioned',
@@ -98,10 +98,10 @@ def _resolve(registry: Registry, kind: Any) -> Any:
     if not isinstance(kind, str):
         return kind
     with registry.switch_scope_and_registry(None) as scoped:
-        found = scoped.get(kind)
-    if found is None:
+        resolved = scoped.get(kind)
+    if resolved is None:
         raise KeyError(
             f'{kind} is not registered as {registry.name}; is the package that defines '
             'it named in custom_imports?'
         )
-    return found
+    return resolved

@@ -19,7 +19,7 @@ from ..second_order import detach_gradients, fill_missing, mean_over_ranks
 PACKAGE = 'pytorch_optimizer'
 
 #: What no signature tells.
-_UNFIT = {
+_UNFIT_REASONS = {
     'AliG': 'needs a closure in each step',
     'DeMo': 'exchanges gradients between ranks itself',
     'DistributedMuon': 'keeps a state of its own on each rank, of which checkpoints hold one',
@@ -43,15 +43,15 @@ def find_peer(kind: Any) -> type[torch.optim.Optimizer]:
         ValueError: For an unknown name, or an optimizer that MMEngine's loop cannot step.
     """
     if isinstance(kind, str):
-        kind = _by_name(kind)
-    reason = _why_unfit(kind)
+        kind = _load_peer(kind)
+    reason = _unfit_reason(kind)
     if reason:
         raise ValueError(
             f"{PACKAGE}.{kind.__name__} {reason}, which MMEngine's training loop does "
             'not do; choose another optimizer'
         )
-    found: type[torch.optim.Optimizer] = kind
-    return found
+    optimizer_type: type[torch.optim.Optimizer] = kind
+    return optimizer_type
 
 
 def needs_of(kind: type[torch.optim.Optimizer]) -> str:
@@ -72,7 +72,7 @@ def with_groups(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.
 
     def build(params: Iterable[Any], **settings: Any) -> torch.optim.Optimizer:
         chosen = defaults | settings
-        groups = [part for group in params for part in _split(group, chosen)]
+        groups = [part for group in params for part in _split_group(group, chosen)]
         built: Any = kind(groups, **settings)
         # Its own lack it, and MMEngine's schedulers look there.
         built.defaults.setdefault('lr', chosen['lr'])
@@ -94,7 +94,7 @@ class PeerHessian:
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         self._hessian: list[Tensor] | None = None
-        optimizer.register_step_pre_hook(self._hand_over)
+        optimizer.register_step_pre_hook(self._pass_hessian)
 
     @property
     def needs_graph(self) -> bool:
@@ -106,11 +106,11 @@ class PeerHessian:
         """Takes the Hessian from the gradients' graph and frees it; both become means of ranks."""
         groups = self.optimizer.param_groups
         filled = fill_missing(groups)
-        diagonal = self._estimate(filled) if self.needs_graph else {}
+        diagonal = self._estimate_diagonal(filled) if self.needs_graph else {}
         mean_over_ranks([*detach_gradients(groups), *diagonal.values()])
         self._hessian = list(diagonal.values()) if diagonal else None
 
-    def _estimate(self, filled: set[Tensor]) -> dict[Tensor, Tensor]:
+    def _estimate_diagonal(self, filled: set[Tensor]) -> dict[Tensor, Tensor]:
         """The diagonal of each parameter; zeros where the gradient is constant or missing."""
         optimizer = self.optimizer
         everything = [p for group in optimizer.param_groups for p in group['params']]
@@ -128,17 +128,17 @@ class PeerHessian:
             num_samples=optimizer.num_samples,
             distribution=optimizer.distribution,
         )
-        found = {p: optimizer.state[p]['hessian'] for p in curved['params']}
-        return {p: found[p] if p in found else torch.zeros_like(p) for p in everything}
+        diagonals = {p: optimizer.state[p]['hessian'] for p in curved['params']}
+        return {p: diagonals[p] if p in diagonals else torch.zeros_like(p) for p in everything}
 
-    def _hand_over(
+    def _pass_hessian(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         hessian, self._hessian = self._hessian, None
         return None if hessian is None else (args, {**kwargs, 'hessian': hessian})
 
 
-def _by_name(name: str) -> Any:
+def _load_peer(name: str) -> Any:
     try:
         package = importlib.import_module(PACKAGE)
     except ModuleNotFoundError as error:
@@ -164,7 +164,7 @@ def _is_optimizer(kind: Any) -> bool:
     return inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
 
 
-def _why_unfit(kind: Any) -> str:
+def _unfit_reason(kind: Any) -> str:
     """Needs of a peer that neither gradients nor our wrapper meet, or ''."""
     arguments = list(inspect.signature(kind).parameters)
     step = inspect.signature(kind.step).parameters
@@ -178,10 +178,10 @@ def _why_unfit(kind: Any) -> str:
         return 'must be told optimizer.train() and optimizer.eval() around each validation'
     if 'attention_max_logits' in step:
         return 'needs the largest attention logits in each step'
-    return _UNFIT.get(kind.__name__, '')
+    return _UNFIT_REASONS.get(kind.__name__, '')
 
 
-def _split(group: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _split_group(group: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """A parameter or a group of them, as groups of matrices and of others."""
     group = dict(group) if isinstance(group, dict) else dict(params=[group])
     params = group.pop('params')
@@ -189,11 +189,11 @@ def _split(group: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
     parts: dict[bool, list[Tensor]] = {}
     for p in params:
         parts.setdefault(bool(group.get('use_muon', p.ndim >= 2)), []).append(p)
-    found = []
+    groups = []
     for matrices, members in parts.items():
         part = {**group, 'params': members, 'use_muon': matrices}
         for key, own in (('lr', 'adamw_lr'), ('weight_decay', 'adamw_wd')):
             if not matrices and key in part and settings[key]:  # a multiple of the matrices' own
                 part[key] *= settings[own] / settings[key]
-        found.append(part)
-    return found
+        groups.append(part)
+    return groups

@@ -69,12 +69,12 @@ def use_optimizer(cfg: Config, name: str) -> None:
     if isinstance(rule, dict):  # of `Preconditioned`
         old.update(rule)
     kind, new = BASELINES.get(name) or (peer or getattr(optimizers, name), {})
-    taken = inspect.signature(kind.__init__).parameters
-    usual = getattr(taken.get('betas'), 'default', None) or (0.9, 0.999)
+    parameters = inspect.signature(kind.__init__).parameters
+    usual = getattr(parameters.get('betas'), 'default', None) or (0.9, 0.999)
     if len(old.get('betas', usual)) != len(usual):
         del old['betas']  # Adan's, which are three
-    new = new | {key: old[key] for key in CARRIED if key in old and key in taken}
-    adaptive = 'betas' in taken
+    new = new | {key: old[key] for key in CARRIED if key in old and key in parameters}
+    adaptive = 'betas' in parameters
     was_adaptive = str(old['type']).startswith('Ada') or 'Adam' in str(old['type'])
     if adaptive != was_adaptive and ('momentum' in old or was_adaptive):
         print_log(

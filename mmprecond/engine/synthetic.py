@@ -38,13 +38,13 @@ def synthetic_batch(model: nn.Module, images: int, size: tuple[int, int]) -> dic
             images,
             [(3, *size)] * images,
             num_items=[8] * images,
-            num_classes=_classes(model),
+            num_classes=_count_classes(model),
             with_mask=masks,
         )
     elif 'mmpretrain' in kinds:
         from mmpretrain.structures import DataSample
 
-        classes = _classes(model)
+        classes = _count_classes(model)
         drawn = torch.randint(classes, (images,)).tolist()
         packed = dict(
             inputs=list(torch.randint(256, (images, 3, *size), dtype=torch.uint8)),
@@ -59,7 +59,7 @@ def synthetic_batch(model: nn.Module, images: int, size: tuple[int, int]) -> dic
     return dict(preprocess(packed, True))
 
 
-def _classes(model: nn.Module) -> int:
+def _count_classes(model: nn.Module) -> int:
     """The largest number of classes of its heads (a proposal head has one)."""
-    found = [getattr(module, 'num_classes', None) for module in model.modules()]
-    return max((count for count in found if isinstance(count, int)), default=10)
+    counts = [getattr(module, 'num_classes', None) for module in model.modules()]
+    return max((count for count in counts if isinstance(count, int)), default=10)

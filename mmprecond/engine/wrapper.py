@@ -51,14 +51,14 @@ class PrecondMixin(CompiledMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.optimizer.loss_scale = getattr(self, 'loss_scaler', None)
+        self.optimizer.take_loss_scale(getattr(self, 'loss_scaler', None))
 
     @_disable_dynamo
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Arms the capture for one training step."""
         if self.optimizer.auto_arm:
-            self.optimizer.arm_by_hand(self.optimizer.loss_scale)
+            self.optimizer.arm_by_hand()
         self.optimizer.arm()
         with super().optim_context(model):
             yield
@@ -83,8 +83,8 @@ class DoubleBackwardMixin(CompiledMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        ours = isinstance(self.optimizer, RuleOptimizer)
-        self._twice: Any = self.optimizer if ours else PeerHessian(self.optimizer)
+        is_rule_optimizer = isinstance(self.optimizer, RuleOptimizer)
+        self._twice: Any = self.optimizer if is_rule_optimizer else PeerHessian(self.optimizer)
 
     @_disable_dynamo
     @contextmanager
@@ -178,11 +178,11 @@ def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[Opti
             'without --amp)'
         )
     kind: Any = base
-    return _mixed(kind, needs)
+    return _build_mixed_type(kind, needs)
 
 
 @cache
-def _mixed(base: Any, needs: str) -> Any:
+def _build_mixed_type(base: Any, needs: str) -> Any:
     mixin = MIXINS[needs]
     name = f'{mixin.__name__.removesuffix("Mixin")}{base.__name__}'
     mixed = type(name, (mixin, base), {'__module__': __name__})

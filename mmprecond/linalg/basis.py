@@ -23,8 +23,8 @@ def eigenbasis(matrix: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     scaled = matrix / torch.where(scale > 0, scale, 1) + shift * identity
-    _, vectors, good = checked_eigh(scaled)
-    return vectors.flip(-1), good
+    _, vectors, succeeded = checked_eigh(scaled)
+    return vectors.flip(-1), succeeded
 
 
 def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

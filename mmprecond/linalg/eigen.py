@@ -27,10 +27,10 @@ def checked_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if matrix.dim() == 2:
             return identity.diagonal(), identity, torch.zeros_like(finite)
-        parts = [checked_eigh(one) for one in safe.reshape(-1, *matrix.shape[-2:])]
-        values, vectors, good = (torch.stack(part) for part in zip(*parts, strict=True))
+        parts = [checked_eigh(single) for single in safe.reshape(-1, *matrix.shape[-2:])]
+        values, vectors, succeeded = (torch.stack(part) for part in zip(*parts, strict=True))
         return (
             values.reshape(matrix.shape[:-1]),
             vectors.reshape(matrix.shape),
-            finite & good.reshape(finite.shape),
+            finite & succeeded.reshape(finite.shape),
         )

@@ -70,7 +70,7 @@ def power_of_columns(
     """
     gram = columns.mT @ columns
     scale = damping[..., None, None].pow(-exponent)
-    sound = (damping > 0) & scale.isfinite()[..., 0, 0]
+    valid = (damping > 0) & scale.isfinite()[..., 0, 0]
     if exponent == 1:
         damped = gram.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
@@ -78,14 +78,14 @@ def power_of_columns(
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor = torch.where((info == 0)[..., None, None], factor, identity)
         basis = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
-        return basis, scale, sound & (info == 0) & all_finite(basis)
-    values, vectors, good = checked_eigh(gram)
+        return basis, scale, valid & (info == 0) & all_finite(basis)
+    values, vectors, succeeded = checked_eigh(gram)
     values = values.clamp_min(0)
     floor = torch.finfo(values.dtype).eps * values.amax(-1, keepdim=True)
-    taken = -torch.expm1(-exponent * torch.log1p(values / damping[..., None]))
-    weights = torch.where(values > floor, taken / values.clamp_min(floor), 0)
+    removed = -torch.expm1(-exponent * torch.log1p(values / damping[..., None]))
+    weights = torch.where(values > floor, removed / values.clamp_min(floor), 0)
     basis = columns @ (vectors * weights.nan_to_num(posinf=0).sqrt()[..., None, :])
-    return basis, scale, sound & good & all_finite(basis)
+    return basis, scale, valid & succeeded & all_finite(basis)
 
 
 def apply_columns(matrix: Tensor, basis: Tensor, scale: Tensor) -> Tensor:
@@ -111,12 +111,12 @@ def nystrom_columns(sketch: Tensor, test: Tensor) -> Tensor:
         B (..., n, m); NaN where it failed.
     """
     core = test.mT @ sketch
-    values, vectors, good = checked_eigh((core + core.mT) / 2)
+    values, vectors, succeeded = checked_eigh((core + core.mT) / 2)
     smallest = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:]
-    kept = values > smallest.clamp_min(0)
-    weights = torch.where(kept, values, 1).rsqrt() * kept
+    significant = values > smallest.clamp_min(0)
+    weights = torch.where(significant, values, 1).rsqrt() * significant
     columns = sketch @ (vectors * weights[..., None, :])
-    return torch.where(good[..., None, None], columns, torch.nan)
+    return torch.where(succeeded[..., None, None], columns, torch.nan)
 
 
 def columns_to_matrix(basis: Tensor, scale: Tensor) -> Tensor:
@@ -160,73 +160,75 @@ def low_rank_power(
         scale (I - U U'), and a bool tensor (...) that is False where it is meaningless; or None if
         more columns are needed than n / 2.
     """
-    most = matrix.shape[-1] // 2 if max_rank is None else max_rank
-    factor = _dispensable(exponent, tolerance)
-    columns, outside, damping = _standing_out(matrix, start, damping, factor, most)
-    bound = factor * damping
-    if max_rank is None and bool((outside > SLACK * bound).any()):
+    rank_limit = matrix.shape[-1] // 2 if max_rank is None else max_rank
+    bound_ratio = _negligible_ratio(exponent, tolerance)
+    columns, residual, damping = _dominant_columns(matrix, start, damping, bound_ratio, rank_limit)
+    bound = bound_ratio * damping
+    if max_rank is None and bool((residual > SLACK * bound).any()):
         return None
-    values, vectors, good = checked_eigh(columns.mT @ columns)
+    values, vectors, succeeded = checked_eigh(columns.mT @ columns)
     values, vectors = values.flip(-1), vectors.flip(-1)
     counts = (values > bound[..., None]).sum(-1)
-    standing = int(counts.amax()) if values.numel() else 0
-    if max_rank is None and standing > most:
+    needed_rank = int(counts.amax()) if values.numel() else 0
+    if max_rank is None and needed_rank > rank_limit:
         return None
-    rank = max(1, min(standing, most))
-    kept = torch.where(values > bound[..., None], values, 0)[..., :rank]
-    rest = (matrix.diagonal(dim1=-2, dim2=-1).sum(-1) - kept.sum(-1)).clamp_min(0)
-    rest = rest / (matrix.shape[-1] - (kept > 0).sum(-1)).clamp_min(1)
-    largest = torch.maximum(outside, torch.where(values > bound[..., None], 0, values).amax(-1))
-    cut = (counts > rank) | (outside > SLACK * bound)
-    outer = _outer_value(rest, largest, damping, exponent, tolerance, cut)
+    rank = max(1, min(needed_rank, rank_limit))
+    kept_values = torch.where(values > bound[..., None], values, 0)[..., :rank]
+    rest = (matrix.diagonal(dim1=-2, dim2=-1).sum(-1) - kept_values.sum(-1)).clamp_min(0)
+    rest = rest / (matrix.shape[-1] - (kept_values > 0).sum(-1)).clamp_min(1)
+    largest = torch.maximum(residual, torch.where(values > bound[..., None], 0, values).amax(-1))
+    bound_exceeded = (counts > rank) | (residual > SLACK * bound)
+    tail = _tail_eigenvalue(rest, largest, damping, exponent, tolerance, bound_exceeded)
     basis, scale = _power_of_eigenvectors(
-        columns, kept, vectors[..., :rank], damping, outer, exponent
+        columns, kept_values, vectors[..., :rank], damping, tail, exponent
     )
-    good = good & (damping > 0) & scale.isfinite()[..., 0, 0] & all_finite(basis)
-    return basis, scale, good
+    succeeded = succeeded & (damping > 0) & scale.isfinite()[..., 0, 0] & all_finite(basis)
+    return basis, scale, succeeded
 
 
-def _standing_out(
+def _dominant_columns(
     matrix: Tensor,
     start: Tensor | None,
     damping: Tensor | Callable[[Tensor], Tensor],
-    factor: float,
-    most: int,
+    bound_ratio: float,
+    rank_limit: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """B with ``A - B B' >= 0`` below `SLACK` bounds, if `most` columns are enough.
+    """B with ``A - B B' >= 0`` below `SLACK` bounds, if `rank_limit` columns are enough.
 
     Returns:
         B (..., n, m), about the largest eigenvalue of A - B B' (...), and the damping (...), of
-        which the bound is `factor` times as much.
+        which the bound is `bound_ratio` times as much.
     """
     size = matrix.shape[-1]
     if start is None:
-        vectors = _range(matrix, size // 16)
+        vectors = _range_basis(matrix, size // 16)
     else:
-        vectors = _refilled(start, _margin(start.shape[-1], size))
-    probes = _drawn(matrix, PROBES).expand(*matrix.shape[:-1], -1)
-    image, probed = _product(matrix, torch.cat([vectors.mT, probes.mT], -2).mT).split(
+        vectors = _warm_start_columns(start, _oversampling(start.shape[-1], size))
+    probes = _random_columns(matrix, PROBES).expand(*matrix.shape[:-1], -1)
+    image, probed = _symmetric_product(matrix, torch.cat([vectors.mT, probes.mT], -2).mT).split(
         [vectors.shape[-1], PROBES], -1
     )
     while True:
         columns = _nystrom_of_image(image, vectors.mT @ image)
         amount = damping(columns) if callable(damping) else damping
-        outside = _largest_outside(matrix, columns, probes, probed)
+        residual = _residual_eigenvalue(matrix, columns, probes, probed)
         width = vectors.shape[-1]
         # NaN compares false: a matrix that is not finite is reported, not searched.
-        if not bool((outside > SLACK * factor * amount).any()) or width >= min(most + MARGIN, size):
-            return columns, outside, amount
-        added = _range(matrix, min(max(MARGIN, width // 2), size - width), columns)
+        if not bool((residual > SLACK * bound_ratio * amount).any()) or width >= min(
+            rank_limit + MARGIN, size
+        ):
+            return columns, residual, amount
+        added = _range_basis(matrix, min(max(MARGIN, width // 2), size - width), columns)
         vectors = torch.cat([vectors, added], -1)
-        image = torch.cat([image, _product(matrix, added)], -1)
+        image = torch.cat([image, _symmetric_product(matrix, added)], -1)
 
 
-def _product(matrix: Tensor, columns: Tensor) -> Tensor:
+def _symmetric_product(matrix: Tensor, columns: Tensor) -> Tensor:
     """``A V`` for symmetric A, as ``(V' A)'``: faster where V is narrow, on CPU by up to half."""
     return stacked_product(columns.mT, matrix).mT
 
 
-def _margin(rank: int, size: int) -> int:
+def _oversampling(rank: int, size: int) -> int:
     """Random columns beside those of an earlier result."""
     return min(max(MARGIN, rank // 8), size - min(rank, size))
 
@@ -242,15 +244,15 @@ def _nystrom_of_image(image: Tensor, core: Tensor) -> Tensor:
     for dtype in dict.fromkeys((core.dtype, torch.float32)):
         damped = core.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(dtype).eps * shift[..., None])
-        found, info = torch.linalg.cholesky_ex(damped)
-        good = ((info == 0) & all_finite(found))[..., None, None]
-        factor = torch.where(good & failed, found, factor)
-        failed = failed & ~good
+        candidate, info = torch.linalg.cholesky_ex(damped)
+        succeeded = ((info == 0) & all_finite(candidate))[..., None, None]
+        factor = torch.where(succeeded & failed, candidate, factor)
+        failed = failed & ~succeeded
     columns = torch.linalg.solve_triangular(factor, image.mT, upper=False).mT
     return columns.mul_(torch.where(failed, torch.nan, 1))
 
 
-def _drawn(like: Tensor, width: int, seed: int = 0) -> Tensor:
+def _random_columns(like: Tensor, width: int, seed: int = 0) -> Tensor:
     """Random normal columns (n, width) of about unit length for matrices (..., n, m)."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(
@@ -259,49 +261,54 @@ def _drawn(like: Tensor, width: int, seed: int = 0) -> Tensor:
     return (drawn / like.shape[-2] ** 0.5).to(like)
 
 
-def _refilled(start: Tensor, margin: int) -> Tensor:
+def _warm_start_columns(start: Tensor, oversampling: int) -> Tensor:
     """The columns of an earlier result at unit length, and random ones beside them.
 
     Columns of zero, by which ranks of layers differ, are drawn too.
     """
     norms = torch.linalg.vector_norm(start, dim=-2, keepdim=True)
     width = start.shape[-1]
-    drawn = _drawn(start, width + margin, seed=width).expand(*start.shape[:-1], -1)
+    drawn = _random_columns(start, width + oversampling, seed=width).expand(*start.shape[:-1], -1)
     vectors = torch.cat([start.mT, drawn[..., width:].mT], -2).mT  # columns are contiguous
     vectors[..., :width].div_(torch.where(norms > 0, norms, 1))
     vectors[..., :width].addcmul_(drawn[..., :width], (norms == 0).to(norms))
     return vectors
 
 
-def _range(matrix: Tensor, width: int, columns: Tensor | None = None) -> Tensor:
+def _range_basis(matrix: Tensor, width: int, columns: Tensor | None = None) -> Tensor:
     """Orthonormal columns (..., n, width) in the range of A, or of ``A - B B'``."""
     seed = matrix.shape[-1] if columns is None else columns.shape[-1]  # not the check's numbers
-    drawn = _drawn(matrix, max(width, MARGIN), seed)
-    image = _product(matrix, drawn.expand(*matrix.shape[:-1], -1))
+    drawn = _random_columns(matrix, max(width, MARGIN), seed)
+    image = _symmetric_product(matrix, drawn.expand(*matrix.shape[:-1], -1))
     if columns is not None:
         image -= columns @ (columns.mT @ drawn)
     return torch.linalg.qr(image)[0]
 
 
-def _largest_outside(matrix: Tensor, columns: Tensor, probes: Tensor, probed: Tensor) -> Tensor:
+def _residual_eigenvalue(matrix: Tensor, columns: Tensor, probes: Tensor, probed: Tensor) -> Tensor:
     """Estimate of the largest eigenvalue of ``A - B B'`` (...), from vectors P and A P."""
     tiny = torch.finfo(matrix.dtype).tiny
     vector = probed - columns @ (columns.mT @ probes)
     norms = torch.linalg.vector_norm(vector, dim=-2)
     for _ in range(CHECKS - 1):
         vector = vector / norms.clamp_min(tiny)[..., None, :]
-        vector = _product(matrix, vector) - columns @ (columns.mT @ vector)
+        vector = _symmetric_product(matrix, vector) - columns @ (columns.mT @ vector)
         norms = torch.linalg.vector_norm(vector, dim=-2)
     return norms.amax(-1)
 
 
-def _dispensable(exponent: float, tolerance: float) -> float:
+def _negligible_ratio(exponent: float, tolerance: float) -> float:
     """The largest e / mu for which one tau makes powers of all 0 ... e right to the tolerance."""
     return ((1 + tolerance) / (1 - tolerance)) ** (1 / exponent) - 1
 
 
-def _outer_value(
-    rest: Tensor, largest: Tensor, damping: Tensor, exponent: float, tolerance: float, cut: Tensor
+def _tail_eigenvalue(
+    rest: Tensor,
+    largest: Tensor,
+    damping: Tensor,
+    exponent: float,
+    tolerance: float,
+    bound_exceeded: Tensor,
 ) -> Tensor:
     """The sum of mu and tau, which stands for all eigenvalues that are not kept (...).
 
@@ -311,12 +318,13 @@ def _outer_value(
         damping: mu (...).
         exponent: p.
         tolerance: t.
-        cut: Whether eigenvalues above the bound are among them (...): then tau is their mean.
+        bound_exceeded: Whether eigenvalues above the bound are among them (...): then tau is their
+            mean.
     """
     mean = damping + rest
-    least = (damping + largest) * (1 + tolerance) ** (-1 / exponent)
-    most = damping * (1 - tolerance) ** (-1 / exponent)
-    return torch.where(cut, mean, torch.minimum(torch.maximum(mean, least), most))
+    lowest = (damping + largest) * (1 + tolerance) ** (-1 / exponent)
+    highest = damping * (1 - tolerance) ** (-1 / exponent)
+    return torch.where(bound_exceeded, mean, torch.minimum(torch.maximum(mean, lowest), highest))
 
 
 def _power_of_eigenvectors(
@@ -324,13 +332,13 @@ def _power_of_eigenvectors(
     values: Tensor,
     vectors: Tensor,
     damping: Tensor,
-    outer: Tensor,
+    tail: Tensor,
     exponent: float,
 ) -> tuple[Tensor, Tensor]:
-    """The damped power of B B' from eigenvalues and eigenvectors of B'B; of all else outer^-p."""
-    weights = 1 - (outer[..., None] / (values + damping[..., None])).pow(exponent)
+    """The damped power of B B' from eigenvalues and eigenvectors of B'B; of all else tail^-p."""
+    weights = 1 - (tail[..., None] / (values + damping[..., None])).pow(exponent)
     factors = torch.where(values > 0, weights.clamp_min(0) / torch.where(values > 0, values, 1), 0)
     return (
         columns @ (vectors * factors.sqrt()[..., None, :]),
-        outer[..., None, None].pow(-exponent),
+        tail[..., None, None].pow(-exponent),
     )

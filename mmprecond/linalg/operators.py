@@ -67,7 +67,7 @@ class Operator(ABC):
 
     def shape_in(self, form: type[Operator], tensors: Sequence[Tensor]) -> list[Shape]:
         """Shapes that a saved operator must have, given its form and its tensors (b, n, m)."""
-        return [_shape(tensor) for tensor in self.tensors]
+        return [_layer_shape(tensor) for tensor in self.tensors]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,11 +152,11 @@ class LowRank(Operator):
 
     def shape_in(self, form: type[Operator], tensors: Sequence[Tensor]) -> list[Shape]:
         """Any number of columns up to n (see the base class)."""
-        blocks, size, _ = _shape(self.columns)
+        blocks, size, _ = _layer_shape(self.columns)
         if form is Dense:
             return [(blocks, size, size)]
         width = tensors[0].shape[-1] if tensors[0].dim() == 3 else self.columns.shape[-1]
-        return [(blocks, size, min(width, size)), _shape(self.scale)]
+        return [(blocks, size, min(width, size)), _layer_shape(self.scale)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +198,7 @@ def named_tensors(operators: Operators) -> dict[str, Tensor]:
     return {
         name: tensor
         for slot, operator in operators.items()
-        for name, tensor in zip(_names(slot, type(operator)), operator.tensors, strict=True)
+        for name, tensor in zip(_tensor_names(slot, type(operator)), operator.tensors, strict=True)
     }
 
 
@@ -253,7 +253,7 @@ def write(
     return {
         slot: type(operator)(
             *(
-                _written(old, tensor, positions, chosen)
+                _write_rows(old, tensor, positions, chosen)
                 for old, tensor in zip(held[slot].tensors, operator.tensors, strict=True)
             )
         )
@@ -266,20 +266,20 @@ def from_tensors(outline: Operators, tensors: Mapping[str, Tensor]) -> Operators
     if not tensors:
         return {}
     return {
-        slot: form(*(tensors[name][None] for name in _names(slot, form)))
+        slot: form(*(tensors[name][None] for name in _tensor_names(slot, form)))
         for slot, form in _saved_forms(outline, tensors).items()
     }
 
 
 def expected_shapes(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     """Shapes that saved tensors must have to be operators like the outline, by name."""
-    found: dict[str, Shape] = {}
+    shapes: dict[str, Shape] = {}
     for slot, form in _saved_forms(outline, tensors).items():
-        names = _names(slot, form)
+        names = _tensor_names(slot, form)
         missing = any(name not in tensors for name in names)
-        given = outline[slot].tensors if missing else [tensors[name] for name in names]
-        found.update(zip(names, outline[slot].shape_in(form, given), strict=True))
-    return found
+        slot_tensors = outline[slot].tensors if missing else [tensors[name] for name in names]
+        shapes.update(zip(names, outline[slot].shape_in(form, slot_tensors), strict=True))
+    return shapes
 
 
 def count_flops(function: Callable[..., object], *arguments: object) -> float:
@@ -294,7 +294,7 @@ def take(stacked: Tensor, positions: Sequence[int]) -> Tensor:
     return stacked if len(positions) == len(stacked) else stacked[list(positions)]
 
 
-def _names(slot: str, form: type[Operator]) -> list[str]:
+def _tensor_names(slot: str, form: type[Operator]) -> list[str]:
     return ['_'.join(filter(None, (slot, suffix))) for suffix in form.suffixes]
 
 
@@ -305,7 +305,7 @@ def _saved_forms(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[str,
             (
                 form
                 for form in operator.alternatives
-                if all(name in tensors for name in _names(slot, form))
+                if all(name in tensors for name in _tensor_names(slot, form))
             ),
             type(operator),
         )
@@ -313,7 +313,7 @@ def _saved_forms(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[str,
     }
 
 
-def _written(old: Tensor, new: Tensor, positions: Sequence[int], chosen: Tensor) -> Tensor:
+def _write_rows(old: Tensor, new: Tensor, positions: Sequence[int], chosen: Tensor) -> Tensor:
     mask = chosen.reshape(-1, *[1] * (new.dim() - 1))
     # Row-major, as a loaded state is: products round alike before and after a resume.
     merged = torch.where(mask, new, take(old, positions)).contiguous()
@@ -323,6 +323,6 @@ def _written(old: Tensor, new: Tensor, positions: Sequence[int], chosen: Tensor)
     return old
 
 
-def _shape(stacked: Tensor) -> Shape:
+def _layer_shape(stacked: Tensor) -> Shape:
     blocks, height, width = stacked.shape[1:]
     return blocks, height, width

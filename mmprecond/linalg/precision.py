@@ -33,17 +33,17 @@ def matmul_precision(level: str) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
         return
     backends: Any = torch.backends
-    wanted = {
+    precisions = {
         backends.cuda.matmul: 'ieee' if level == 'highest' else 'tf32',
         backends.mkldnn.matmul: 'bf16' if level == 'medium' else 'ieee',
     }
-    settings = {backend: backend.fp32_precision for backend in wanted}
+    previous = {backend: backend.fp32_precision for backend in precisions}
     try:
-        for backend, value in wanted.items():
+        for backend, value in precisions.items():
             backend.fp32_precision = value
         yield
     finally:
-        for backend, value in settings.items():
+        for backend, value in previous.items():
             backend.fp32_precision = value
 
 

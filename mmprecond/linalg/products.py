@@ -15,10 +15,10 @@ def stacked_product(first: Tensor, second: Tensor) -> Tensor:
     A batched product gives each thread of a CPU whole matrices, and some wait for the last: large
     ones are multiplied one after the other instead, without a graph for autograd.
     """
-    if not _one_by_one(first, second):
+    if not _should_loop(first, second):
         return first @ second
     result = first.new_empty(*first.shape[:-1], second.shape[-1])
-    for left, right, out in _pairs(first, second, result):
+    for left, right, out in _zip_matrices(first, second, result):
         torch.mm(left, right, out=out)
     return result
 
@@ -28,21 +28,21 @@ def add_product(total: Tensor, first: Tensor, second: Tensor, old: bool = True) 
 
     Without `old`, T is written alone: ``T = A B``.
     """
-    if not _one_by_one(first, second):
+    if not _should_loop(first, second):
         total.baddbmm_(first, second, beta=int(old))
         return
-    for left, right, out in _pairs(first, second, total):
+    for left, right, out in _zip_matrices(first, second, total):
         out.addmm_(left, right, beta=int(old))
 
 
-def _one_by_one(first: Tensor, second: Tensor) -> bool:
+def _should_loop(first: Tensor, second: Tensor) -> bool:
     if first.device.type != 'cpu' or first.shape[:-2] != second.shape[:-2] or first.dim() < 3:
         return False
     size = first.shape[-2] * first.shape[-1] * second.shape[-1]
     return size >= LARGE
 
 
-def _pairs(first: Tensor, second: Tensor, result: Tensor) -> zip[tuple[Tensor, ...]]:
+def _zip_matrices(first: Tensor, second: Tensor, result: Tensor) -> zip[tuple[Tensor, ...]]:
     return zip(
         first.flatten(0, -3),
         second.flatten(0, -3),

@@ -24,11 +24,11 @@ def inverse_power(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
     """
     if exponent == 1:
         return cholesky_inverse(matrix)
-    values, vectors, good = checked_eigh(matrix)
-    good = good & (values[..., 0] > 0)
-    powers = torch.where(good[..., None], values, 1).pow(-exponent)
+    values, vectors, succeeded = checked_eigh(matrix)
+    succeeded = succeeded & (values[..., 0] > 0)
+    powers = torch.where(succeeded[..., None], values, 1).pow(-exponent)
     result = (vectors * powers[..., None, :]) @ vectors.mT
-    return result, good & all_finite(result)
+    return result, succeeded & all_finite(result)
 
 
 def newton_schulz_inverse_root(matrix: Tensor, steps: int = 10) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
         (...), one estimate per matrix; 0 for a zero matrix, never NaN.
     """
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    scale = _scale_of(diagonal[..., None])  # no entry is larger
+    scale = _safe_scale(diagonal[..., None])  # no entry is larger
     diagonal = diagonal / scale[..., 0]
     return scale[..., 0, 0] * _power_iteration(
         lambda vector: matrix @ (vector / scale), diagonal, rounds
@@ -35,14 +35,14 @@ def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
 
 def largest_eigenvalue_of_columns(columns: Tensor, rounds: int = 10) -> Tensor:
     """The same estimate for ``A A'``, from columns A (..., n, m) without an n x n matrix."""
-    scale = _scale_of(columns)
+    scale = _safe_scale(columns)
     columns = columns / scale
     return scale[..., 0, 0].square() * _power_iteration(
         lambda vector: columns @ (columns.mT @ vector), columns.square().sum(-1), rounds
     )
 
 
-def _scale_of(matrix: Tensor) -> Tensor:
+def _safe_scale(matrix: Tensor) -> Tensor:
     """Divisor of a matrix for which squares neither over- nor underflow."""
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     return torch.where(scale > 0, scale, 1)

@@ -56,7 +56,7 @@ class AdaFisher(PreconditionedOptimizer):
         model: nn.Module | None = None,
         **settings: Any,
     ) -> None:
-        method, own = split_settings(self, FisherDiagonal, settings)
+        method, options = split_settings(self, FisherDiagonal, settings)
         self.method = method
         super().__init__(
             params,
@@ -64,18 +64,18 @@ class AdaFisher(PreconditionedOptimizer):
             rule=FisherEMASGD(self.decay),
             method=method,
             defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay),
-            **own,
+            **options,
         )
-        self._layered = {p for layer in self.curvature.layers for p in layer.parameters}
+        self._layer_params = {p for layer in self.curvature.layers for p in layer.parameters}
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if self.t % self.method.stat_interval == 0:
             for p, gradient in gradients.items():
-                if p not in self._layered:
-                    self._measure_alone(self.state[p], gradient)
+                if p not in self._layer_params:
+                    self._update_own_factors(self.state[p], gradient)
         return super()._precondition(gradients)
 
-    def _measure_alone(self, state: dict[str, Any], gradient: Tensor) -> None:
+    def _update_own_factors(self, state: dict[str, Any], gradient: Tensor) -> None:
         """Merges a parameter's own squared gradient, as if its inputs were ones."""
         sample = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
         if 'fisher_gradient' not in state:
@@ -92,7 +92,7 @@ class AdaFisher(PreconditionedOptimizer):
         for group in self.param_groups:
             damping = group.get('damping') or self.method.damping
             for p in group['params']:
-                if p in updates and p not in self._layered and 'fisher_input' in self.state[p]:
+                if p in updates and p not in self._layer_params and 'fisher_input' in self.state[p]:
                     state = self.state[p]
                     fisher = state['fisher_gradient'] * state['fisher_input'] + damping
                     updates[p] = updates[p] / fisher.to(updates[p])

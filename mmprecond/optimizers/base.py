@@ -105,6 +105,10 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     @loss_scale.setter
     def loss_scale(self, scale: Any) -> None:
+        self.take_loss_scale(scale)
+
+    def take_loss_scale(self, scale: Any) -> None:
+        """Takes the factor of the loss (see `loss_scale`)."""
         self.curvature.capture.scale_by(scale)
 
     @property
@@ -135,15 +139,10 @@ class PreconditionedOptimizer(RuleOptimizer):
     def auto_arm(self, auto_arm: bool) -> None:
         self._arms_itself = auto_arm
 
-    def arm_by_hand(self, loss_scale: Any = None) -> None:
-        """Leaves `arm` and `disarm` to the caller, who brackets training steps with them.
-
-        Args:
-            loss_scale: By what the loss will be multiplied (see `loss_scale`).
-        """
+    def arm_by_hand(self) -> None:
+        """Leaves `arm` and `disarm` to the caller, who brackets training steps with them."""
         self._arms_itself = False
         self.disarm()
-        self.loss_scale = loss_scale
 
     def arm(self) -> None:
         """Puts hooks on the layers whose statistics this step measures, if it does."""
@@ -161,12 +160,12 @@ class PreconditionedOptimizer(RuleOptimizer):
     # ---------------------------------------------------------------- step
 
     def _update_curvature(self) -> None:
-        turned = self.curvature.update(self.t)
-        if not turned:
+        snapshots = self.curvature.update(self.t)
+        if not snapshots:
             return
         with matmul_precision('highest'):
-            for before in turned:
-                rotate(before, self.state, self.rule.linear_moments, self.rule.quadratic_moments)
+            for snapshot in snapshots:
+                rotate(snapshot, self.state, self.rule.linear_moments, self.rule.quadratic_moments)
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         return self.curvature.precondition(gradients, self.param_groups)

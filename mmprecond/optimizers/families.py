@@ -45,14 +45,14 @@ class PreconditionedSGDM(PreconditionedOptimizer):
         model: nn.Module | None = None,
         **settings: Any,
     ) -> None:
-        method, own = split_settings(self, self.preconditioner, settings)
+        method, options = split_settings(self, self.preconditioner, settings)
         super().__init__(
             params,
             model=model,
             rule=SGDM(),
             method=method,
             defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay),
-            **own,
+            **options,
         )
 
 
@@ -97,11 +97,13 @@ class PreconditionedAdam(PreconditionedOptimizer):
         rule: str = 'AdamW',
         **settings: Any,
     ) -> None:
-        method, own = split_settings(self, self.preconditioner, settings)
+        method, options = split_settings(self, self.preconditioner, settings)
         config: dict[str, Any] = dict(type=rule, lr=lr, eps=eps, weight_decay=weight_decay)
         if betas is not None:
             config['betas'] = betas
         if rule == 'AdamW':
             config['decay'] = self.decay
         built, defaults = build_rule(config, choices=('AdamW', 'Adan'))
-        super().__init__(params, model=model, rule=built, method=method, defaults=defaults, **own)
+        super().__init__(
+            params, model=model, rule=built, method=method, defaults=defaults, **options
+        )

@@ -96,7 +96,7 @@ class MAC(PreconditionedSGDM):
                 f'{layer.name} was to be calibrated on {int(rows)} rows of input, '
                 'which must be finite and more than none'
             )
-        method, mean = self._calibrated_method(), moment / rows
+        method, mean = self._build_calibrated_method(), moment / rows
         factors = {INPUT: Factor(Moment(), (mean[None],))}
         if not bool(method.refresh(factors, None, layer.damping)[1].all()):
             raise ValueError(
@@ -135,14 +135,14 @@ class MAC(PreconditionedSGDM):
         if layer is not None:
             saved = checkpoint.method_of(state_dict.get(checkpoint.CURVATURE_KEY), layer)
             if saved == CalibratedInput.__name__:
-                self.curvature.reassign(layer, self._calibrated_method())
+                self.curvature.reassign(layer, self._build_calibrated_method())
             elif saved == ActivationMean.__name__ and self.calibrated:
                 self.curvature.reassign(layer, self._usual)
         super().load_state_dict(state_dict)
         if layer is not None and self.calibrated:
-            self._check_loaded(layer)
+            self._reinvert_calibration(layer)
 
-    def _check_loaded(self, layer: Layer) -> None:
+    def _reinvert_calibration(self, layer: Layer) -> None:
         """Has a calibrated first layer inverted anew, as `damping` may be another."""
         stack = self.curvature.layers[layer]
         if stack.holds(layer):
@@ -161,7 +161,7 @@ class MAC(PreconditionedSGDM):
             )
         super()._update_curvature()
 
-    def _calibrated_method(self) -> CalibratedInput:
+    def _build_calibrated_method(self) -> CalibratedInput:
         usual = self._usual
         return CalibratedInput(damping=usual.damping, compat=usual.compat, max_dim=usual.max_dim)
 

@@ -51,21 +51,21 @@ class MatrixOptimizer(RuleOptimizer):
 
         The memory is that of all that is kept for them between steps.
         """
-        matrices, numbers, vectors, kept = 0, 0, 0, 0
+        matrices, numbers, vectors, state_bytes = 0, 0, 0, 0
         for group in self.param_groups:
             for p in group['params']:
                 reason = self.rule.fallback_reason(p, group)
                 if reason is None:
                     shapes = self.rule.state_shapes(matrix_shape(p), group).values()
                     matrices, numbers = matrices + 1, numbers + p.numel()
-                    kept += sum(torch.Size(shape).numel() for shape in shapes) * max(
+                    state_bytes += sum(torch.Size(shape).numel() for shape in shapes) * max(
                         p.element_size(), 4
                     )
                 vectors += reason == ''
         return '\n'.join(
             [
                 f'{matrices} matrices ({numbers} numbers) take {type(self).__name__}, with '
-                f'{kept / 2**20:.1f} MB of state; {vectors} vectors and scalars take AdamW',
+                f'{state_bytes / 2**20:.1f} MB of state; {vectors} vectors and scalars take AdamW',
                 *self.rule.notes(self.param_groups, self.names),
             ]
         )

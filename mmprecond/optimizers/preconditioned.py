@@ -73,7 +73,9 @@ class Preconditioned(PreconditionedOptimizer):
 
 def _check_rule(rule: Rule, assignment: Assignment) -> None:
     """Raises ValueError if a preconditioner does not work with the rule."""
-    bound = [(method, names) for method in assignment.methods if (names := _rules_of(method))]
+    bound = [
+        (method, names) for method in assignment.methods if (names := _supported_rules(method))
+    ]
     possible = set.intersection(*(set(names) for _, names in bound)) if bound else set()
     name = rule_name(type(rule))
     for method, names in bound:
@@ -90,7 +92,7 @@ def _check_rule(rule: Rule, assignment: Assignment) -> None:
         )
 
 
-def _rules_of(method: Preconditioner) -> list[str]:
+def _supported_rules(method: Preconditioner) -> list[str]:
     """Names of the rules that a preconditioner is bound to; none means all."""
     if method.rotates:
         return [name for name, rule in RULES.items() if rule.elementwise]

@@ -61,7 +61,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self._hear_loss(loss)
+            self._receive_loss(loss)
         self._update_curvature()
         directions = self._precondition(self._gradients())
         batches = self._batches(directions)
@@ -74,7 +74,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     # What a step does, for subclasses that measure something.
 
-    def _hear_loss(self, loss: Any) -> None:
+    def _receive_loss(self, loss: Any) -> None:
         """Takes what a closure returned."""
 
     def _update_curvature(self) -> None:
@@ -158,25 +158,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Raises ValueError for a state that `load_state_dict` refuses."""
         for group in state_dict['param_groups']:
             self._check_saved(group)
-        ours, saved = (
+        own_sizes, saved_sizes = (
             [len(group['params']) for group in groups]
             for groups in (self.param_groups, state_dict['param_groups'])
         )
-        if ours != saved:
+        if own_sizes != saved_sizes:
             raise ValueError(
-                f'the state has parameter groups of {saved} parameters, the optimizer '
-                f'of {ours}: it was saved for another model or other groups'
+                f'the state has parameter groups of {saved_sizes} parameters, the optimizer '
+                f'of {own_sizes}: it was saved for another model or other groups'
             )
         for p, group, state in self._saved_states(state_dict):
             self.rule.check_state(p, state, group)
 
     def _saved_states(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Group, State]]:
         """Parameters that have a saved state, with its group."""
-        ours = [group['params'] for group in self.param_groups]
-        saved = [(group, group['params']) for group in state_dict['param_groups']]
+        own_groups = [group['params'] for group in self.param_groups]
+        saved_groups = [(group, group['params']) for group in state_dict['param_groups']]
         return [
             (p, group, state_dict['state'][key])
-            for params, (group, keys) in zip(ours, saved, strict=True)
+            for params, (group, keys) in zip(own_groups, saved_groups, strict=True)
             for p, key in zip(params, keys, strict=True)
             if key in state_dict['state']
         ]

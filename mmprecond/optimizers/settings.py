@@ -32,19 +32,21 @@ def split_settings(
         TypeError: For a setting that neither takes.
         ValueError: For an unknown set of settings.
     """
-    given = dict(settings)
-    named = given.pop('settings', 'default')
+    overrides = dict(settings)
+    named = overrides.pop('settings', 'default')
     check_choice('settings', named, SETS)
-    known, options = method.options(), CurvatureOptions.names()
-    own = {key: given[key] for key in options if key in given}
-    unexpected = {key: value for key, value in given.items() if key not in known and key not in own}
+    known, option_names = method.options(), CurvatureOptions.names()
+    options = {key: overrides[key] for key in option_names if key in overrides}
+    unexpected = {
+        key: value for key, value in overrides.items() if key not in known and key not in options
+    }
     reject_unexpected(
         type(owner).__name__,
         unexpected,
-        [*argument_names(type(owner)), *known, *options, 'settings'],
+        [*argument_names(type(owner)), *known, *option_names, 'settings'],
     )
     base = owner.preset if named == 'default' else {**method.published, **owner.published}
-    return method(**{**base, **{k: v for k, v in given.items() if k in known}}), own
+    return method(**{**base, **{k: v for k, v in overrides.items() if k in known}}), options
 
 
 def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
@@ -58,9 +60,9 @@ def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Any, *args: Any, settings: str = 'default', **kwargs: Any) -> None:
         check_choice('settings', settings, SETS)
         if settings == 'published':
-            given = signature.bind_partial(self, *args, **kwargs).arguments
+            passed = signature.bind_partial(self, *args, **kwargs).arguments
             kwargs |= {
-                key: value for key, value in type(self).published.items() if key not in given
+                key: value for key, value in type(self).published.items() if key not in passed
             }
         init(self, *args, **kwargs)
 

@@ -194,8 +194,8 @@ class SGDPH(RuleOptimizer):
     def _row_sums(self) -> dict[Tensor, Tensor]:
         """Products of the Hessian blocks with ones, for the parameters whose turn it is."""
         if self.refresh == 'round_robin':
-            turn = self.vectors[self.t // self.interval % len(self.vectors)]
-            return {turn: self._products([turn], [1.0])[0]} if turn.grad is not None else {}
+            param = self.vectors[self.t // self.interval % len(self.vectors)]
+            return {param: self._products([param], [1.0])[0]} if param.grad is not None else {}
         present = [p for p in self.vectors if p.grad is not None]
         generator = torch.Generator().manual_seed(self.t)
         rows = [torch.zeros_like(p) for p in present]

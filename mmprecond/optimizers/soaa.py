@@ -90,7 +90,7 @@ class SOAA(RuleOptimizer):
             params = params.parameters()
         if total_steps is not None:
             check_count('total_steps', total_steps)
-        self._given_steps = total_steps
+        self._requested_steps = total_steps
         self._planned_steps: int | None = None
         self._loss: Tensor | float | None = None
         super().__init__(
@@ -103,7 +103,7 @@ class SOAA(RuleOptimizer):
     @property
     def total_steps(self) -> int | None:
         """Optimizer steps of the run, or None where nobody has said."""
-        return self._planned_steps if self._given_steps is None else self._given_steps
+        return self._planned_steps if self._requested_steps is None else self._requested_steps
 
     def plan_steps(self, count: int) -> None:
         """Says how many optimizer steps the run has; a `total_steps` of the user's wins."""
@@ -170,7 +170,7 @@ class SOAA(RuleOptimizer):
 
     # ---------------------------------------------------------------- step
 
-    def _hear_loss(self, loss: Any) -> None:
+    def _receive_loss(self, loss: Any) -> None:
         if loss is not None:
             self.take_loss(loss)
 

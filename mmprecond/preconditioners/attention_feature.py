@@ -170,7 +170,7 @@ class AttentionFeature(InputFeature):
         if self.variant == 'thesis':
             weight = moments[WEIGHT].chunk(3, dim=1)[2].flatten(1, 2)[:, None]
             results['value_right'] = value_operator(weight, moments[OUTPUT_MOMENT.side], damping)
-        succeeded = torch.stack([good.all(-1) for _, good in results.values()]).all(0)
+        succeeded = torch.stack([valid.all(-1) for _, valid in results.values()]).all(0)
         return {slot: ProjectionMatrix(matrix) for slot, (matrix, _) in results.items()}, succeeded
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
@@ -219,5 +219,5 @@ def value_operator(
     """
     gram = weight.mT @ weight
     gram.diagonal(dim1=-2, dim2=-1).add_(shift)
-    inverse, good = damped_inverse(weight.mT @ moment @ weight, damping)
-    return gram @ inverse @ gram, good
+    inverse, succeeded = damped_inverse(weight.mT @ moment @ weight, damping)
+    return gram @ inverse @ gram, succeeded

@@ -138,7 +138,7 @@ class Preconditioner(ABC):
     def selected_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The statistics kept of a layer; none leaves it to the rule."""
         candidates = tuple(
-            self._over_drawn_rows(layer, statistic)
+            self._with_sampled_rows(layer, statistic)
             for statistic in self.candidate_statistics(layer)
         )
         large = {statistic for statistic in candidates if self._is_large(layer, statistic)}
@@ -150,8 +150,8 @@ class Preconditioner(ABC):
                 else statistic
                 for statistic in candidates
             )
-        kept = tuple(statistic for statistic in candidates if statistic not in large)
-        return kept if not large or self.oversize == 'one_sided' else ()
+        small = tuple(statistic for statistic in candidates if statistic not in large)
+        return small if not large or self.oversize == 'one_sided' else ()
 
     def must_be_nonzero(self, layer: Layer) -> tuple[Statistic, ...]:
         """The statistics without which a sample tells nothing."""
@@ -177,18 +177,18 @@ class Preconditioner(ABC):
         }
         return forms.get(self.oversize)
 
-    def _over_drawn_rows(self, layer: Layer, statistic: Statistic) -> Statistic:
+    def _with_sampled_rows(self, layer: Layer, statistic: Statistic) -> Statistic:
         """The statistic over `max_rows` rows, where the layer can draw some."""
-        drawn = SampledRows(most_rows=self.max_rows)
+        sampled = SampledRows(most_rows=self.max_rows)
         if (
             self.max_rows is None
             or statistic.rows != ALL
             or statistic.form.is_bounded
             or not statistic.form.is_product
-            or not isinstance(drawn, layer.row_kinds)
+            or not isinstance(sampled, layer.row_kinds)
         ):
             return statistic
-        return statistic.over(drawn)
+        return statistic.over(sampled)
 
     def _is_large(self, layer: Layer, statistic: Statistic) -> bool:
         widths = [width for _, _, width in layer.shapes(statistic).values()]
@@ -328,22 +328,22 @@ def check_statistics(owner: str, statistics: Any) -> None:
         raise TypeError(
             f'{owner}: statistics={statistics!r} is no tuple; write (Statistic(INPUT, Moment()),)'
         )
-    wrong = [one for one in statistics if not isinstance(one, Statistic)]
+    wrong = [item for item in statistics if not isinstance(item, Statistic)]
     if wrong:
         raise TypeError(
             f'{owner} asks for {wrong[0]!r}, which is no Statistic; write '
             'Statistic(INPUT, Moment()) or alike'
         )
-    sides = [one.side for one in statistics]
-    if len(set(sides)) < len(sides) or len({one.key for one in statistics}) < len(sides):
+    sides = [item.side for item in statistics]
+    if len(set(sides)) < len(sides) or len({item.key for item in statistics}) < len(sides):
         raise ValueError(
             f'{owner} asks for two statistics of one side or name: '
-            f'{", ".join(one.key for one in statistics)}'
+            f'{", ".join(item.key for item in statistics)}'
         )
-    if len({one.rows for one in statistics if one.form.is_product}) > 1:
+    if len({item.rows for item in statistics if item.form.is_product}) > 1:
         raise ValueError(
             f'{owner} asks for statistics over different rows: '
-            f'{", ".join(one.key for one in statistics)}'
+            f'{", ".join(item.key for item in statistics)}'
         )
 
 

@@ -43,10 +43,10 @@ class CalibratedInput(Preconditioner):
         """The exact inverse (see the base class)."""
         moment = factors[INPUT].tensor
         rho = damping_like(self.damping if damping is None else damping, moment)
-        inverse, good = cholesky_inverse(add_damping(moment, rho[..., 0, 0]))
+        inverse, succeeded = cholesky_inverse(add_damping(moment, rho[..., 0, 0]))
         if self.compat == 'paper':
             inverse = inverse * rho
-        return {INPUT.name: Dense(inverse)}, good.all(-1)
+        return {INPUT.name: Dense(inverse)}, succeeded.all(-1)
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``G`` times the inverse."""

@@ -110,14 +110,14 @@ class EigenRotation(Preconditioner):
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``U1' G U2``; a side without a basis is left alone."""
-        return two_sided(_transposed(operators, GRADIENT), gradients)
+        return two_sided(_transpose_side(operators, GRADIENT), gradients)
 
     def restore(self, operators: Operators, updates: Tensor) -> Tensor:
         """``U1 D U2'``."""
-        return two_sided(_transposed(operators, INPUT), updates)
+        return two_sided(_transpose_side(operators, INPUT), updates)
 
 
-def _transposed(operators: Operators, side: Side) -> Operators:
+def _transpose_side(operators: Operators, side: Side) -> Operators:
     """Operators of which that of one side, if there is one, is transposed."""
     basis = _basis_of(operators, side.name)
     return operators if basis is None else {**operators, side.name: Dense(basis.mT)}

@@ -135,9 +135,9 @@ class FisherKronecker(Preconditioner):
 
     def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The factors, or their columns, over the rows that the reduction takes."""
-        return tuple(self._factor_of(statistic.side, layer) for statistic in self.statistics)
+        return tuple(self._statistic_of(statistic.side, layer) for statistic in self.statistics)
 
-    def _factor_of(self, side: Side, layer: Layer) -> Statistic:
+    def _statistic_of(self, side: Side, layer: Layer) -> Statistic:
         rows: Rows = {'expand': ALL, 'reduce': REDUCED, 'sample': SampledRows(self.positions)}[
             self.reduction
         ]
@@ -148,8 +148,8 @@ class FisherKronecker(Preconditioner):
 
     def note(self, layer: Layer) -> str:
         """Says where the rows are kept."""
-        kept = any(isinstance(s.form, Columns) for s in self.selected_statistics(layer))
-        return super().note(layer) or ('Woodbury' if kept else '')
+        has_columns = any(isinstance(s.form, Columns) for s in self.selected_statistics(layer))
+        return super().note(layer) or ('Woodbury' if has_columns else '')
 
     def gradient_factor(self, rows: float) -> float:
         """Makes each row the gradient of its own loss."""

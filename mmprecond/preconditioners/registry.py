@@ -72,7 +72,7 @@ def register_preconditioner(method: Method, name: str | None = None) -> Method:
 
 def build_preconditioner(method: type[Preconditioner], settings: dict[str, Any]) -> Preconditioner:
     """A method from its settings, which may start from a named set by ``settings='published'``."""
-    given = dict(settings)
-    named = given.pop('settings', 'default')
+    overrides = dict(settings)
+    named = overrides.pop('settings', 'default')
     check_choice('settings', named, SETS)
-    return method(**{**(method.published if named == 'published' else {}), **given})
+    return method(**{**(method.published if named == 'published' else {}), **overrides})

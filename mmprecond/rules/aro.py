@@ -97,9 +97,9 @@ def rotated_step(
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     matrix = matrix / torch.where(scale > 0, scale, 1)  # squares neither over- nor underflow
     with matmul_precision('highest'):
-        new = q_factor(matrix, norm(_without_rounding(rotation.mT @ matrix)))
+        new = q_factor(matrix, norm(_zero_rounding_rows(rotation.mT @ matrix)))
         rotation = torch.where(scale == 0, rotation, new)
-        update = rotation @ norm(_without_rounding(rotation.mT @ matrix))
+        update = rotation @ norm(_zero_rounding_rows(rotation.mT @ matrix))
     size = update.square().mean((-2, -1), keepdim=True).sqrt()
     return rotation, update * (RMS / torch.where(size > 0, size, 1))
 
@@ -139,7 +139,7 @@ def _is_right(shape: tuple[int, ...], group: Group) -> bool:
     return group['side'] == 'right' or (group['side'] == 'smaller' and shape[1] < shape[0])
 
 
-def _without_rounding(matrix: Tensor) -> Tensor:
+def _zero_rounding_rows(matrix: Tensor) -> Tensor:
     """Zero for the rows (..., m, n) that are but rounding errors, which a norm would enlarge.
 
     A softmax head's gradient is one such row short, a matrix with more rows than columns several.
@@ -149,19 +149,19 @@ def _without_rounding(matrix: Tensor) -> Tensor:
     return torch.where(rows <= ROUNDING * torch.finfo(matrix.dtype).eps * total, 0, matrix)
 
 
-def _lengths(matrix: Tensor, dim: int, length: float) -> Tensor:
+def _scale_vectors(matrix: Tensor, dim: int, length: float) -> Tensor:
     """Rows (dim=-1) or columns (-2) at the given length, or zero."""
     norms = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True)
     return matrix * (length / torch.where(norms > 0, norms, 1))
 
 
 def _row_norm(matrix: Tensor) -> Tensor:
-    return _lengths(matrix, -1, matrix.shape[-1] ** 0.5)
+    return _scale_vectors(matrix, -1, matrix.shape[-1] ** 0.5)
 
 
 def _sinkhorn(matrix: Tensor) -> Tensor:
     for _ in range(PASSES):
-        matrix = _lengths(_row_norm(matrix), -2, matrix.shape[-2] ** 0.5)
+        matrix = _scale_vectors(_row_norm(matrix), -2, matrix.shape[-2] ** 0.5)
     return matrix
 
 

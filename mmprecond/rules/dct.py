@@ -81,7 +81,7 @@ class DCTAdamWRule(MatrixRule):
         matrix = matrix.mT if wide else matrix
         with matmul_precision('highest'):
             if states[0].get('step', 0) % self.refresh_interval == 0:
-                self._choose(matrix, states)
+                self._select_columns(matrix, states)
             rows = self.basis(matrix).mT[torch.stack([state['columns'] for state in states])]
             reduced = matrix @ rows.mT
             if self.error_feedback:
@@ -93,18 +93,18 @@ class DCTAdamWRule(MatrixRule):
             update = torch.stack(AdamW.compute_updates(self, small, small, states, group)) @ rows
         return update.mT if wide else update
 
-    def _choose(self, matrix: Tensor, states: list[State]) -> None:
+    def _select_columns(self, matrix: Tensor, states: list[State]) -> None:
         """Chooses columns of the basis anew, and turns the moments to them."""
         transform = matrix @ self.basis(matrix)
         sizes = (transform.abs() if self.norm == 'l1' else transform.square()).sum(-2)
         # In the basis' order: the same columns, chosen in another order, change nothing.
-        chosen = sizes.topk(min(self.rank, sizes.shape[-1])).indices.sort().values
+        selected = sizes.topk(min(self.rank, sizes.shape[-1])).indices.sort().values
         if self.rotate_subspace and 'exp_avg' in states[0]:
-            old = torch.stack([state['columns'] for state in states])
+            old_columns = torch.stack([state['columns'] for state in states])
             # Q_old' Q_new, whose entries are 0 and 1.
-            turn = (old[:, :, None] == chosen[:, None, :]).to(matrix.dtype)
+            rotation = (old_columns[:, :, None] == selected[:, None, :]).to(matrix.dtype)
             for name in ('exp_avg', 'exp_avg_sq'):
                 moments = [state[name] for state in states]
-                torch._foreach_copy_(moments, list(torch.stack(moments) @ turn))
-        for state, columns in zip(states, chosen, strict=True):
+                torch._foreach_copy_(moments, list(torch.stack(moments) @ rotation))
+        for state, columns in zip(states, selected, strict=True):
             state['columns'] = columns.clone()

@@ -53,13 +53,13 @@ class MatrixRule(AdamW):
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
+        updates: dict[int, Tensor] = {}
         batches: dict[tuple[int, int], list[int]] = {}
         plain = [k for k, p in enumerate(params) if self.fallback_reason(p, group) is not None]
         for k in sorted(set(range(len(params))) - set(plain)):
             batches.setdefault(matrix_shape(params[k]), []).append(k)
         if plain:
-            found.update(
+            updates.update(
                 zip(
                     plain,
                     super().compute_updates(
@@ -73,11 +73,11 @@ class MatrixRule(AdamW):
             )
         for shape, members in batches.items():
             for part in _chunks(members, shape):
-                matrices = [_working(directions[k].reshape(shape)) for k in part]
+                matrices = [_upcast(directions[k].reshape(shape)) for k in part]
                 results = self.matrix_updates(matrices, [states[k] for k in part], group)
                 for k, result in zip(part, results, strict=True):
-                    found[k] = result.to(params[k].dtype).reshape(params[k].shape)
-        return [found[k] for k in range(len(params))]
+                    updates[k] = result.to(params[k].dtype).reshape(params[k].shape)
+        return [updates[k] for k in range(len(params))]
 
     def check_state(self, param: Tensor, state: State, group: Group) -> None:
         if self.fallback_reason(param, group) is not None:
@@ -103,18 +103,18 @@ class MatrixRule(AdamW):
         return f'{reason} is over max_dim={self.max_dim}' if reason else None
 
     def notes(self, groups: list[Group], names: Mapping[Tensor, str]) -> list[str]:
-        left: dict[str, list[str]] = {}
+        excluded: dict[str, list[str]] = {}
         for group in groups:
             for p in group['params']:
                 reason = self.fallback_reason(p, group)
                 if reason:
                     size = ' x '.join(map(str, p.shape))
                     name = f'{names[p]} ({size})' if p in names else f'one of {size}'
-                    left.setdefault(reason, []).append(name)
+                    excluded.setdefault(reason, []).append(name)
         return [
-            f'{len(found)} matrices take AdamW, as {reason}: {", ".join(found[:5])}'
-            + (f' and {len(found) - 5} more' if len(found) > 5 else '')
-            for reason, found in left.items()
+            f'{len(members)} matrices take AdamW, as {reason}: {", ".join(members[:5])}'
+            + (f' and {len(members) - 5} more' if len(members) > 5 else '')
+            for reason, members in excluded.items()
         ]
 
 
@@ -123,7 +123,7 @@ def matrix_shape(param: Tensor) -> tuple[int, int]:
     return param.shape[0], param.numel() // param.shape[0]
 
 
-def _working(matrix: Tensor) -> Tensor:
+def _upcast(matrix: Tensor) -> Tensor:
     """The matrix in at least float32."""
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 

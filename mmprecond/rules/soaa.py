@@ -123,13 +123,13 @@ class TrustRegionAdam(AdamW):
         if self._loss is None:
             raise ValueError('TrustRegionAdam needs the loss of each step, by begin_step; use SOAA')
         radius, predicted = self.region['radius'], torch.zeros_like(self.region['predicted'])
-        for moments, correction in zip(pending, self._corrections(pending), strict=True):
+        for moments, correction in zip(pending, self._fisher_corrections(pending), strict=True):
             u, gain = _trusted_updates(moments, correction, radius)
             predicted += moments.group['lr'] * gain.to(predicted.device)
             updates.update(zip(moments.params, u, strict=True))
         self.adapt(self._loss, predicted)
 
-    def _corrections(self, pending: list[Moments]) -> list[Tensor]:
+    def _fisher_corrections(self, pending: list[Moments]) -> list[Tensor]:
         """``1 + sum m^2 / sum(v + eps)`` of each batch: a scalar, or one value a parameter."""
         squares, sums = [], []
         for moments in pending:
@@ -140,21 +140,21 @@ class TrustRegionAdam(AdamW):
             sums.append(_sums(moments.second, shifts) / bias2)
         if self.sums == 'parameter':
             return [1 + square / total for square, total in zip(squares, sums, strict=True)]
-        home = self.region['radius'].device
-        square = torch.stack([batch.sum().to(home) for batch in squares]).sum()
-        total = torch.stack([batch.sum().to(home) for batch in sums]).sum()
+        device = self.region['radius'].device
+        square = torch.stack([batch.sum().to(device) for batch in squares]).sum()
+        total = torch.stack([batch.sum().to(device) for batch in sums]).sum()
         return [(1 + square / total).to(batch.device) for batch in squares]
 
     def adapt(self, loss: Tensor, predicted: Tensor) -> None:
         """The radius of the next step, and what it is made with; what is not finite stays out."""
         old = self.region
-        step, over, group = self._step
-        share = 1 - group['betas'][0]
+        step, progress, group = self._step
+        new_weight = 1 - group['betas'][0]
         finite = loss.isfinite()
-        average = old['loss'] + share * (loss - old['loss'])
-        weight = old['weight'] + share * (1 - old['weight'])
+        average = old['loss'] + new_weight * (loss - old['loss'])
+        weight = old['weight'] + new_weight * (1 - old['weight'])
         radius = old['radius'] * (average / weight - loss) / old['predicted'].clamp(group['eps'])
-        radius = radius.clamp((1 - self.gamma) ** over, 1 + self.gamma**over)
+        radius = radius.clamp((1 - self.gamma) ** progress, 1 + self.gamma**progress)
         self.region = {
             'radius': torch.where(radius.isfinite(), radius, old['radius']),
             'loss': torch.where(finite, average, old['loss']),
@@ -162,9 +162,9 @@ class TrustRegionAdam(AdamW):
             'predicted': torch.where(predicted.isfinite(), predicted, old['predicted']),
             'skipped': old['skipped'] + finite.logical_not(),
         }
-        self._warn(step)
+        self._warn_nonfinite_loss(step)
 
-    def _warn(self, step: int) -> None:
+    def _warn_nonfinite_loss(self, step: int) -> None:
         """Says once that a loss was not finite; on a GPU a step later, so as not to wait for it."""
         self._reported.copy_(self.region['skipped'], non_blocking=True)
         if not self._warned and self._reported:

@@ -12,7 +12,7 @@ from ..curvature import qualified_name
 from ..distributed import sum_over_ranks, world_size
 
 #: Beginnings of qualified names, and a way out.
-_ONCE = {
+_ONCE_DIFFERENTIABLE = {
     'mmcv.ops.roi_align.': 'a one-stage detector',
     'mmcv.ops.roi_pool.': 'a one-stage detector',
     'mmcv.ops.prroi_pool.': 'a one-stage detector',
@@ -23,7 +23,7 @@ _ONCE = {
     'torch.nn.modules.batchnorm.SyncBatchNorm': 'torch.nn.BatchNorm2d',
     'torchvision.ops.roi_align.': 'a one-stage detector',
 }
-_ONCE_ON_CUDA = {
+_ONCE_DIFFERENTIABLE_ON_CUDA = {
     'mmcv.ops.focal_loss.': 'use_sigmoid=True with a loss in plain torch',
     'mmdet.models.losses.focal_loss.FocalLoss': 'a loss in plain torch, such as '
     'CrossEntropyLoss(use_sigmoid=True)',
@@ -37,10 +37,12 @@ def refuse_single_backward(model: nn.Module, owner: str) -> None:
         model: The module.
         owner: The optimizer that differentiates twice.
     """
-    once = _ONCE | (_ONCE_ON_CUDA if torch.cuda.is_available() else {})
+    unsupported = _ONCE_DIFFERENTIABLE | (
+        _ONCE_DIFFERENTIABLE_ON_CUDA if torch.cuda.is_available() else {}
+    )
     for name, module in model.named_modules():
         kind: Any = type(module)
-        for beginning, instead in once.items():
+        for beginning, instead in unsupported.items():
             if qualified_name(kind).startswith(beginning):
                 raise ValueError(
                     f'{name} is a {kind.__name__}, which cannot be differentiated '
@@ -91,10 +93,10 @@ def detach_gradients(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     Returns:
         The gradients.
     """
-    found = []
+    gradients = []
     for group in groups:
         for p in group['params']:
             if p.grad is not None:
                 p.grad = p.grad.detach()
-                found.append(p.grad)
-    return found
+                gradients.append(p.grad)
+    return gradients

@@ -33,7 +33,7 @@ def weight_norm(model: nn.Module) -> nn.Module:
     """
     for module in list(model.modules()):
         if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            _split_off_length(module)
+            _parametrise_weight(module)
     return model
 
 
@@ -48,20 +48,20 @@ class WeightNormConv2d(nn.Conv2d):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
-        _split_off_length(self)
+        _parametrise_weight(self)
 
     def init_weights(self) -> None:
         """Keeps what the constructor chose, where MMCV would fill the computed weight."""
 
 
-def _split_off_length(module: nn.Module) -> None:
-    made: Any = parametrise(module)
-    parts = made.parametrizations.weight
+def _parametrise_weight(module: nn.Module) -> None:
+    parametrised: Any = parametrise(module)
+    parts = parametrised.parametrizations.weight
     parts.original0 = Length(parts.original0.detach())
-    module.register_load_state_dict_pre_hook(_take_plain_weight)
+    module.register_load_state_dict_pre_hook(_split_plain_weight)
 
 
-def _take_plain_weight(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _split_plain_weight(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Splits the weight of a checkpoint that knows no lengths."""
     weight = state.pop(f'{prefix}weight', None)
     if weight is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,7 @@ from torch._dynamo.utils import counters
 from tests.support.classifier import Classifier, OneBatch
 from tests.support.every_optimizer import MEASURED, SETTINGS
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    gc.collect()
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures('fresh_compiler')
 
 
 class Smooth(Classifier):

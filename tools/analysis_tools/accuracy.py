@@ -41,12 +41,12 @@ def images(folder: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
     from torchvision.transforms.functional import pil_to_tensor
 
     make_shape_folders(folder, images=count, size=size, progress=False)
-    found = [(pil_to_tensor(image), label) for image, label in ImageFolder(folder / 'train')]
-    pixels, labels = zip(*found, strict=True)
+    samples = [(pil_to_tensor(image), label) for image, label in ImageFolder(folder / 'train')]
+    pixels, labels = zip(*samples, strict=True)
     return (torch.stack(pixels).float() - 127.5) / 64, torch.tensor(labels)
 
 
-def trained(args: argparse.Namespace) -> tuple[Any, NKFAC]:
+def train_model(args: argparse.Namespace) -> tuple[Any, NKFAC]:
     """A ResNet-18 after some steps, its gradients in place."""
     model: Any = build_model('resnet18')
     model.init_weights()
@@ -71,7 +71,7 @@ def trained(args: argparse.Namespace) -> tuple[Any, NKFAC]:
     return model, optimizer
 
 
-def exact(factors: Factors, gradient: Tensor) -> Tensor:
+def exact_direction(factors: Factors, gradient: Tensor) -> Tensor:
     """The direction by inverses in float64."""
     method = NewtonKronecker(solver='cholesky')
     doubled = {
@@ -83,7 +83,7 @@ def exact(factors: Factors, gradient: Tensor) -> Tensor:
     return method.apply(operators, gradient.double())
 
 
-def sketched(layer: Layer, factors: Factors, rank: int) -> Factors:
+def sketch_input_factor(layer: Layer, factors: Factors, rank: int) -> Factors:
     """The factors with the input's as columns, as a sketch of a rank gives them."""
     moment = factors[INPUT].tensor
     if moment.shape[-1] <= 2 * rank:
@@ -95,14 +95,14 @@ def sketched(layer: Layer, factors: Factors, rank: int) -> Factors:
     return {**factors, INPUT: Factor(form, columns)}
 
 
-def size_of(factors: Factors) -> int:
+def count_numbers(factors: Factors) -> int:
     return sum(factor.tensor.numel() for factor in factors.values())
 
 
 def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[Any, ...]]]:
     """Rows by way: a layer's name, its sides, columns kept, cosine, and numbers kept of dense."""
     method = NewtonKronecker(solver='lowrank')
-    found: dict[str, list[tuple[Any, ...]]] = {}
+    rows_by_way: dict[str, list[tuple[Any, ...]]] = {}
     jobs = [
         (stack, k, slot.layer)
         for stack in optimizer.curvature.stacks
@@ -111,17 +111,20 @@ def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[
     for stack, k, layer in tqdm(jobs, unit='layer'):
         factors = stack.factors([k])
         gradient = layer.join(*(p.grad for p in layer.parameters))[None]
-        reference = exact(factors, gradient)
+        reference = exact_direction(factors, gradient)
         ways: dict[str, tuple[Factors, NewtonKronecker]] = {
             f'tolerance {t:g}': (factors, replace(method, tolerance=t)) for t in args.tolerances
         }
         ways |= {
-            f'sketch of {r}': (sketched(layer, factors, r), NewtonKronecker(solver='cholesky'))
+            f'sketch of {r}': (
+                sketch_input_factor(layer, factors, r),
+                NewtonKronecker(solver='cholesky'),
+            )
             for r in args.sketches
         }
-        for way, (given, chosen) in ways.items():
-            operators, _ = chosen.refresh(given, None)
-            direction = chosen.apply(operators, gradient)
+        for way, (way_factors, way_method) in ways.items():
+            operators, _ = way_method.refresh(way_factors, None)
+            direction = way_method.apply(operators, gradient)
             cosine = F.cosine_similarity(direction.double().flatten(), reference.flatten(), 0)
             columns = [
                 operator.columns.shape[-1]
@@ -129,29 +132,29 @@ def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[
                 if isinstance(operator, LowRank)
             ]
             held = sum(tensor.numel() for tensor in named_tensors(operators).values())
-            found.setdefault(way, []).append(
+            rows_by_way.setdefault(way, []).append(
                 (
                     layer.name,
                     f'{layer.rows} x {layer.columns}',
                     columns,
                     float(cosine),
-                    size_of(given) + held,
-                    2 * size_of(factors),
+                    count_numbers(way_factors) + held,
+                    2 * count_numbers(factors),
                 )
             )
-    return found
+    return rows_by_way
 
 
-def report(found: dict[str, list[tuple[Any, ...]]]) -> str:
+def report(rows_by_way: dict[str, list[tuple[Any, ...]]]) -> str:
     """A line for each way, then its worst layers."""
     cells = []
-    for way, rows in found.items():
+    for way, rows in rows_by_way.items():
         columns = [c for row in rows for c in row[2]]
         share = sum(row[4] for row in rows) / sum(row[5] for row in rows)
-        kept = f'{min(columns)}-{max(columns)}' if columns else '-'
-        cells.append((way, kept, f'{min(row[3] for row in rows):.6f}', f'{share:.2f}'))
+        column_range = f'{min(columns)}-{max(columns)}' if columns else '-'
+        cells.append((way, column_range, f'{min(row[3] for row in rows):.6f}', f'{share:.2f}'))
     lines = [markdown(('way', 'columns kept', 'least cosine', 'numbers kept of dense'), cells)]
-    for way, rows in found.items():
+    for way, rows in rows_by_way.items():
         lines += ['', f'{way}: worst layers']
         lines += [
             f'  {row[0]} ({row[1]}): {row[2]} columns, cosine {row[3]:.6f}'
@@ -184,7 +187,7 @@ def main() -> None:
     args = parse_args()
     with launch.one_line_errors():
         start = now()
-        _, optimizer = trained(args)
+        _, optimizer = train_model(args)
         print(report(compare(optimizer, args)))
         print(f'\n{args.steps} steps at {args.size} px, batch {args.batch}; {now() - start:.0f} s')
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import mmprecond.optimizers as ours
+import mmprecond.optimizers as optimizers
 from common.contestants import EVERY_STEP
 from common.timing import now
 from mmprecond.engine.peers import with_groups
@@ -72,19 +72,23 @@ class Entry:
 
     def state_mb(self) -> float:
         """Moments, statistics and operators."""
-        tensors = [t for state in self.optimizer.state.values() for t in flat(state)]
+        tensors = [t for state in self.optimizer.state.values() for t in flatten_state(state)]
         curvature = getattr(self.optimizer, 'curvature', None)
         for stack in curvature.stacks if curvature else []:
             tensors += [*stack.statistics.values(), *stack.operator_tensors.values()]
         return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
-def flat(state: Any) -> list[torch.Tensor]:
+def flatten_state(state: Any) -> list[torch.Tensor]:
     """The tensors in a nested state."""
     if isinstance(state, torch.Tensor):
         return [state]
     values = state.values() if isinstance(state, dict) else state
-    return [t for v in values for t in flat(v)] if isinstance(state, (dict, list, tuple)) else []
+    return (
+        [t for v in values for t in flatten_state(v)]
+        if isinstance(state, (dict, list, tuple))
+        else []
+    )
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -113,7 +117,7 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
                 f'{spec}: this tool sets the intervals, to tell steps apart by what '
                 f'they do; leave out {", ".join(taken)} and see --intervals'
             )
-        kind = getattr(ours, name)
+        kind = getattr(optimizers, name)
         if kind.needs == 'capture' and name not in EVERY_STEP:
             options = dict(stat_interval=CAPTURE, refresh_interval=REFRESH, **options)
         elif kind.needs == 'loss':
@@ -131,7 +135,7 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
 
 def timed() -> list[str]:
     """Our optimizers that need no more than a learning rate, and no second derivatives."""
-    kinds = {name: getattr(ours, name) for name in ours.__all__}
+    kinds = {name: getattr(optimizers, name) for name in optimizers.__all__}
     return [
         name
         for name, kind in kinds.items()

@@ -41,11 +41,11 @@ class Recorded:
 
 def record(model: Any, batch: dict[str, Any], optimizer: NKFAC) -> list[Recorded]:
     """All calls of the preconditioned layers in one forward and backward pass."""
-    found: list[Recorded] = []
+    calls: list[Recorded] = []
 
     def observe(call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
         inputs = tuple(tensor.detach().clone() for tensor in kept)  # ReLU works in place
-        output.register_hook(lambda g: found.append(Recorded(call, inputs, g.clone())))
+        output.register_hook(lambda g: calls.append(Recorded(call, inputs, g.clone())))
 
     optimizer.disarm()
     handles = [
@@ -57,29 +57,29 @@ def record(model: Any, batch: dict[str, Any], optimizer: NKFAC) -> list[Recorded
     model.parse_losses(model(**batch, mode='loss'))[0].backward()
     for handle in handles:
         handle.remove()
-    return found
+    return calls
 
 
-def unfolded(one: Recorded) -> list[Tensor]:
+def unfolded_factors(recorded: Recorded) -> list[Tensor]:
     """Both factors from laid-out rows, as research codes form them."""
-    module: Any = one.call.module
-    (inputs,), gradient = one.kept, one.gradient
+    module: Any = recorded.call.module
+    (inputs,), gradient = recorded.kept, recorded.gradient
     if gradient.dim() == 4 and inputs.dim() == 4:
         rows = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)
         rows, gradient = rows.transpose(1, 2).flatten(0, 1), gradient.permute(0, 2, 3, 1)
     else:
         rows = inputs.reshape(-1, inputs.shape[-1])
-    if one.call.layer.bias is not None:
+    if recorded.call.layer.bias is not None:
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
     gradient = gradient.reshape(-1, gradient.shape[-1])
     return [rows.t() @ rows, gradient.t() @ gradient]
 
 
-def measured(one: Recorded, statistics: Sequence[Statistic]) -> dict[str, Tensor]:
+def measure_call(recorded: Recorded, statistics: Sequence[Statistic]) -> dict[str, Tensor]:
     """The same as the package does it."""
-    kept = tuple(map(rounded, one.kept))
-    return one.call.layer.measure(
-        one.call, kept, rounded(one.gradient), statistics, torch.Generator()
+    kept = tuple(map(rounded, recorded.kept))
+    return recorded.call.layer.measure(
+        recorded.call, kept, rounded(recorded.gradient), statistics, torch.Generator()
     )
 
 
@@ -88,30 +88,36 @@ def compare(
 ) -> dict[Layer, list[float]]:
     """Seconds of ours and of laid-out rows by layer, each the least of some turns, in turns."""
     seconds: dict[Layer, list[float]] = {}
-    for one in tqdm(calls, unit='call'):
-        statistics = optimizer.curvature.layers[one.call.layer].kept
+    for recorded in tqdm(calls, unit='call'):
+        statistics = optimizer.curvature.layers[recorded.call.layer].kept
         pair = [float('inf'), float('inf')]
         for _ in range(turns):
             with matmul_precision(precision):
-                pair[0] = min(pair[0], seconds_of(partial(measured, one, statistics)))
-            pair[1] = min(pair[1], seconds_of(partial(unfolded, one)))
-        total = seconds.setdefault(one.call.layer, [0.0, 0.0])
-        seconds[one.call.layer] = [a + b for a, b in zip(total, pair, strict=True)]
+                pair[0] = min(pair[0], seconds_of(partial(measure_call, recorded, statistics)))
+            pair[1] = min(pair[1], seconds_of(partial(unfolded_factors, recorded)))
+        total = seconds.setdefault(recorded.call.layer, [0.0, 0.0])
+        seconds[recorded.call.layer] = [a + b for a, b in zip(total, pair, strict=True)]
     return seconds
 
 
 def table(seconds: dict[Layer, list[float]]) -> str:
     """One row for each layer, and the sum, in Markdown."""
     rows = [
-        (layer.name.removesuffix('.weight'), f'{layer.rows} x {layer.columns}', ours, plain)
-        for layer, (ours, plain) in seconds.items()
+        (layer.name.removesuffix('.weight'), f'{layer.rows} x {layer.columns}', captured, unfolded)
+        for layer, (captured, unfolded) in seconds.items()
     ]
     rows.append(('all', '', sum(row[2] for row in rows), sum(row[3] for row in rows)))
     return markdown(
         ('layer', 'o x i', 'ms', 'ms, laid out', 'ratio'),
         [
-            (name, shape, f'{1e3 * ours:.1f}', f'{1e3 * plain:.1f}', f'{ours / plain:.2f}')
-            for name, shape, ours, plain in rows
+            (
+                name,
+                shape,
+                f'{1e3 * captured:.1f}',
+                f'{1e3 * unfolded:.1f}',
+                f'{captured / unfolded:.2f}',
+            )
+            for name, shape, captured, unfolded in rows
         ],
     )
 

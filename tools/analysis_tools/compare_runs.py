@@ -93,10 +93,10 @@ class Run(Curves):
         result = self.paper.get('result', {})
         names = TOP_1 if 'top1' in result else MASK if 'APb' in result else BOX
         unit = 1 if names is TOP_1 else 100
-        found = [
+        scores = [
             (name, self.last(names[name]), value) for name, value in result.items() if name in names
         ]
-        return [(name, unit * ours, value) for name, ours, value in found if ours is not None]
+        return [(name, unit * score, value) for name, score, value in scores if score is not None]
 
 
 def read_run(folder: Path) -> Run:
@@ -131,7 +131,7 @@ def _read_config(run: Run, file: Path) -> None:
         return
     run.paper = config.get('paper') or {}
     if run.paper:
-        run.notes += _unlike_the_paper(config, run)
+        run.notes += _paper_departures(config, run)
     run.config = flat(config)
     window = run.config.get('log_processor.window_size', 10)
     interval = run.config.get('default_hooks.logger.interval', 10)
@@ -142,11 +142,11 @@ def _read_config(run: Run, file: Path) -> None:
         )
 
 
-def _unlike_the_paper(config: dict[str, Any], run: Run) -> list[str]:
+def _paper_departures(config: dict[str, Any], run: Run) -> list[str]:
     """Reasons against holding its scores beside the row that its config names."""
     try:
         row = row_of(config)
-        found = departures(plain(config), row, None)
+        differences = departures(plain(config), row, None)
         batch = (
             config['train_dataloader']['batch_size']
             * int(run.machine.get('GPU number', 0))
@@ -155,18 +155,22 @@ def _unlike_the_paper(config: dict[str, Any], run: Run) -> list[str]:
     except (ValueError, KeyError) as error:
         return [f'whether it was trained as the row that it names is not known ({error})']
     if batch and batch != row.batch and not config['auto_scale_lr'].get('enable'):
-        found.append(
+        differences.append(
             f'batch of all GPUs is {batch}, the paper has {row.batch} (and the rates for '
             'it: --auto-scale-lr)'
         )
-    return [f'not trained as {run.source} of the thesis: {"; ".join(found)}'] if found else []
+    return (
+        [f'not trained as {run.source} of the thesis: {"; ".join(differences)}']
+        if differences
+        else []
+    )
 
 
 def _read_machine(log: Path) -> dict[str, str]:
     """The lines of the log's head that name the machine and the versions."""
     head = log.read_text(errors='replace')[:20000]
-    found = dict(re.findall(r'^    ([^:\n]+): (.*)$', head, flags=re.MULTILINE))
-    return {key: found[key] for key in MACHINE if key in found}
+    entries = dict(re.findall(r'^    ([^:\n]+): (.*)$', head, flags=re.MULTILINE))
+    return {key: entries[key] for key in MACHINE if key in entries}
 
 
 def flat(config: Any, prefix: str = '') -> dict[str, Any]:
@@ -184,12 +188,12 @@ def flat(config: Any, prefix: str = '') -> dict[str, Any]:
 def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Keys in which the configs differ, with each run's value."""
     keys = sorted({key for run in runs for key in run.config})
-    found = [
+    values_by_key = [
         (key, [repr(run.config.get(key, '-')) for run in runs])
         for key in keys
         if key.split('.')[0] not in (*UNINTERESTING, 'paper')
     ]
-    return [(key, values) for key, values in found if len(set(values)) > 1]
+    return [(key, values) for key, values in values_by_key if len(set(values)) > 1]
 
 
 def draw(runs: list[Run], score: str | None) -> str:

@@ -55,7 +55,7 @@ def grid_runs(name: str, args: argparse.Namespace) -> list[Run]:
     """One optimizer's runs on the first seed, one for each rate of its kind."""
     adaptive = args.model.contestant(name).adaptive
     rates = args.adam_rates if adaptive else args.sgd_rates
-    return [finished(Run(name, rate, args.seeds[0]), args) for rate in rates]
+    return [train_or_load(Run(name, rate, args.seeds[0]), args) for rate in rates]
 
 
 def best_rate(runs: list[Run], metric: str) -> float:
@@ -63,7 +63,7 @@ def best_rate(runs: list[Run], metric: str) -> float:
     return max(runs, key=lambda run: run.score(metric)).lr
 
 
-def finished(run: Run, args: argparse.Namespace) -> Run:
+def train_or_load(run: Run, args: argparse.Namespace) -> Run:
     """A run's record: kept from an earlier call, or trained now."""
     name = f'{run.label} seed {run.seed}'.replace(' ', '_')
     record = args.work_dir / f'{name}_{args.iterations}.json'
@@ -84,7 +84,7 @@ def diverged(message: str) -> bool:
     return re.search(r'RefreshError|non-finite|\b(nan|inf)\b', message, re.IGNORECASE) is not None
 
 
-def paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
+def seconds_per_iteration(rates: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
     """Seconds per iteration, measured in turns: the least of some short runs of each.
 
     At the rate that was best: a detector that diverges has less to do.
@@ -133,7 +133,7 @@ def table(
     heads = [
         'optimizer',
         'lr',
-        *(f'{one} after {end} iterations' for one in titles.values()),
+        *(f'{heading} after {end} iterations' for heading in titles.values()),
         'loss',
         f'time of {PACE}',
         f"{title} in {PACE}'s time",
@@ -225,9 +225,9 @@ def main() -> None:
     final = {}
     for name, runs in tuned.items():
         rate = best_rate(runs, args.model.headline)
-        final[name] = [finished(Run(name, rate, seed), args) for seed in args.seeds]
+        final[name] = [train_or_load(Run(name, rate, seed), args) for seed in args.seeds]
     rates = {name: runs[0].lr for name, runs in final.items()}
-    text = table(tuned, final, paces(rates, args), args)
+    text = table(tuned, final, seconds_per_iteration(rates, args), args)
     (args.work_dir / 'table.md').write_text(text + '\n')
     print(text)
 

@@ -37,7 +37,7 @@ PARTS = ('step', 'capture', 'refresh')
 WARM_UP = 4
 
 
-def measured(solver: str, width: int, rows: int, turns: int) -> dict[str, float]:
+def measure_parts(solver: str, width: int, rows: int, turns: int) -> dict[str, float]:
     """Seconds of each part, the least of some."""
     torch.manual_seed(0)
     layer = nn.Linear(width, width, bias=False)
@@ -46,7 +46,7 @@ def measured(solver: str, width: int, rows: int, turns: int) -> dict[str, float]
     )
     best = dict.fromkeys((*PARTS, 'pass'), math.inf)
     for turn in range(WARM_UP + turns):
-        inputs, gradients = falling(rows, width), falling(rows, width) / rows
+        inputs, gradients = decaying_rows(rows, width), decaying_rows(rows, width) / rows
 
         def train(inputs: Tensor = inputs, gradients: Tensor = gradients) -> None:
             layer(inputs).backward(gradients)
@@ -59,15 +59,17 @@ def measured(solver: str, width: int, rows: int, turns: int) -> dict[str, float]
         curvature = optimizer.curvature
         times['capture'] = seconds_of(train) + seconds_of(partial(curvature.merge, 0))
         times['refresh'] = seconds_of(partial(curvature.refresh, 0))
-        found: dict[Any, Any] = {layer.weight: layer.weight.grad}
-        times['step'] = seconds_of(partial(curvature.precondition, found, optimizer.param_groups))
+        gradient_by_weight: dict[Any, Any] = {layer.weight: layer.weight.grad}
+        times['step'] = seconds_of(
+            partial(curvature.precondition, gradient_by_weight, optimizer.param_groups)
+        )
         if turn >= WARM_UP:
             best = {part: min(best[part], seconds) for part, seconds in times.items()}
     best['capture'] = max(best['capture'] - best['pass'], 1e-6)
     return best
 
 
-def falling(rows: int, width: int) -> Tensor:
+def decaying_rows(rows: int, width: int) -> Tensor:
     """Random rows whose second moment has eigenvalues that fall like 1 / k^2."""
     return torch.randn(rows, width) / torch.arange(1, width + 1)
 
@@ -79,12 +81,12 @@ def slope(sizes: list[int], seconds: list[float]) -> float:
     return linear_regression(*logs).slope if len(logs[0]) > 1 else math.nan
 
 
-def table(axis: str, sizes: list[int], found: dict[str, list[dict[str, float]]]) -> str:
+def table(axis: str, sizes: list[int], times_by_solver: dict[str, list[dict[str, float]]]) -> str:
     """Times by size, and slopes."""
     rows = []
     for part in PARTS:
-        for solver, times in found.items():
-            seconds = [one[part] for one in times]
+        for solver, times in times_by_solver.items():
+            seconds = [entry[part] for entry in times]
             rows.append(
                 (part, solver, *(f'{s:.4f}' for s in seconds), f'{slope(sizes, seconds):.2f}')
             )
@@ -99,10 +101,10 @@ def draw(
 
     figure = Figure(figsize=(4 * len(PARTS), 3.2 * len(results)), layout='constrained')
     panels = figure.subplots(len(results), len(PARTS), squeeze=False)
-    for row, (axis, (sizes, found)) in zip(panels, results.items(), strict=True):
+    for row, (axis, (sizes, times_by_solver)) in zip(panels, results.items(), strict=True):
         for panel, part in zip(row, PARTS, strict=True):
-            for solver, times in found.items():
-                seconds = [one[part] for one in times]
+            for solver, times in times_by_solver.items():
+                seconds = [entry[part] for entry in times]
                 panel.loglog(
                     sizes, seconds, marker='o', label=f'{solver}, slope {slope(sizes, seconds):.1f}'
                 )
@@ -142,11 +144,11 @@ def main() -> None:
     }
     results = {}
     for axis, (sizes, pairs) in jobs.items():
-        found: dict[str, list[dict[str, float]]] = {solver: [] for solver in args.solvers}
+        times_by_solver: dict[str, list[dict[str, float]]] = {solver: [] for solver in args.solvers}
         for width, rows in tqdm(pairs, desc=axis):
             for solver in args.solvers:
-                found[solver].append(measured(solver, width, rows, args.turns))
-        results[axis] = sizes, found
+                times_by_solver[solver].append(measure_parts(solver, width, rows, args.turns))
+        results[axis] = sizes, times_by_solver
     args.out.mkdir(parents=True, exist_ok=True)
     text = '\n\n'.join(table(axis, *result) for axis, result in results.items())
     (args.out / 'scaling.md').write_text(text + '\n')

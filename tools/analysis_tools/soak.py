@@ -71,17 +71,17 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def failing(method: type[Preconditioner], times: int) -> Iterator[None]:
+def inject_failures(method: type[Preconditioner], times: int) -> Iterator[None]:
     """The first `times` decompositions of a method fail."""
     plain = method.refresh
     left = [times]
 
     def sabotaged(self: Preconditioner, *args: Any) -> tuple[Operators, Tensor]:
-        operator, good = plain(self, *args)
+        operator, succeeded = plain(self, *args)
         if left[0]:
             left[0] -= 1
-            good = torch.zeros_like(good)
-        return operator, good
+            succeeded = torch.zeros_like(succeeded)
+        return operator, succeeded
 
     with patch.object(method, 'refresh', sabotaged):
         yield
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         for share, count in ((FAIL_ONCE, 1), (FAIL_TWICE, 10**6)) if args.fail else ():
             if 0 <= step - int(args.steps * share) < 20:  # one or two refreshes
                 faults = count
-        with failing(type(optimizer.curvature.stacks[0].method), faults):
+        with inject_failures(type(optimizer.curvature.stacks[0].method), faults):
             train_step(model, optimizer, scaler, step, overflow)
         if not all(p.isfinite().all() for p in model.parameters()):
             sys.exit(f'step {step}: a weight is not finite')
@@ -228,7 +228,9 @@ def supervise(args: argparse.Namespace) -> list[str]:
         killed = root / 'killed'
         for stop in stops:
             process = start(killed, args, '--fail')
-            while newest(killed) < stop // SAVE_EVERY * SAVE_EVERY and process.poll() is None:
+            while (
+                last_saved_step(killed) < stop // SAVE_EVERY * SAVE_EVERY and process.poll() is None
+            ):
                 time.sleep(0.01)
             process.kill()
             process.wait()
@@ -237,8 +239,8 @@ def supervise(args: argparse.Namespace) -> list[str]:
         weights = {
             f: torch.load(root / f / 'weights.pt') for f in ('whole', 'clean', 'left_out', 'killed')
         }
-        wrong += differing('killed and resumed', weights['killed'], weights['whole'])
-        wrong += differing('overflows', weights['clean'], weights['left_out'])
+        wrong += weight_differences('killed and resumed', weights['killed'], weights['whole'])
+        wrong += weight_differences('overflows', weights['clean'], weights['left_out'])
         log = (root / 'whole/log.txt').read_text()
         if 'its last good operator stays' not in log:
             wrong.append('a failed refresh was not logged')
@@ -258,16 +260,16 @@ def supervise(args: argparse.Namespace) -> list[str]:
     return wrong
 
 
-def newest(folder: Path) -> int:
+def last_saved_step(folder: Path) -> int:
     path = folder / 'memory.jsonl'
     lines = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(line)[0] for line in lines if line.endswith(']')), default=-1)
 
 
-def differing(what: str, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+def weight_differences(label: str, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Says which weights differ at all."""
     return [
-        f'{what}: {name} differs by {float((a[name] - b[name]).abs().max()):.2g}'
+        f'{label}: {name} differs by {float((a[name] - b[name]).abs().max()):.2g}'
         for name in a
         if not torch.equal(a[name], b[name])
     ]

@@ -154,19 +154,19 @@ def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) ->
     """The first-order rows of the tables: MMDetection's configs, or settings of ours."""
     keys = ('detector', 'backbone', 'schedule')
     detectors = []
-    for one in toolbox_rows():
+    for toolbox_row in toolbox_rows():
         base = next(
             base_of(path)
             for path, paper, _ in entries
-            if all(paper.get(key) == one[key] for key in keys)
+            if all(paper.get(key) == toolbox_row[key] for key in keys)
         )
         detectors.append(
             (
                 base,
-                one['optimizer'],
-                f'{one["lr"]:g}, {one["weight_decay"]:g}',
-                f'table {one["table"]}',
-                scores(one['result']),
+                toolbox_row['optimizer'],
+                f'{toolbox_row["lr"]:g}, {toolbox_row["weight_decay"]:g}',
+                f'table {toolbox_row["table"]}',
+                scores(toolbox_row['result']),
             )
         )
     classifiers, seen = [], []
@@ -203,11 +203,11 @@ def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) ->
 
 def starting_point(row: Row, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> Path:
     """The first config of the row's data, network and, if it has one, chapter."""
-    wanted = {key: row.name[key] for key in ('data', 'model', 'chapter') if row.name[key]}
+    criteria = {key: row.name[key] for key in ('data', 'model', 'chapter') if row.name[key]}
     return next(
         path
         for path, paper, _ in entries
-        if all(paper.get(key) == value for key, value in wanted.items())
+        if all(paper.get(key) == value for key, value in criteria.items())
     )
 
 
@@ -246,15 +246,15 @@ def scores(result: dict[str, float]) -> str:
 def files() -> dict[Path, str]:
     """Everything that is written, by path."""
     entries = list(rows())
-    found = {
+    metafiles = {
         ROOT / 'configs' / folder / 'metafile.yml': metafile(
             folder, [entry for entry in entries if entry[0].parent.name == folder]
         )
         for folder in FOLDERS
     }
-    index = {'Import': [str(path.relative_to(ROOT)) for path in found]}
+    index = {'Import': [str(path.relative_to(ROOT)) for path in metafiles]}
     return {
-        **found,
+        **metafiles,
         ROOT / 'model-index.yml': str(yaml.safe_dump(index)),
         ROOT / 'docs/configs.md': page(entries),
     }

@@ -112,10 +112,10 @@ def row_of(cfg: dict[str, Any]) -> Row:
         ValueError: If it is not exactly one.
     """
     name = {key: value for key, value in cfg['paper'].items() if key != 'result'}
-    found = [row for row in rows() if row.name == name]
-    if len(found) != 1:
-        raise ValueError(f'{len(found)} rows of the paper are {list(name.values())}')
-    return found[0]
+    matches = [row for row in rows() if row.name == name]
+    if len(matches) != 1:
+        raise ValueError(f'{len(matches)} rows of the paper are {list(name.values())}')
+    return matches[0]
 
 
 def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
@@ -131,8 +131,8 @@ def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
     usual = {'betas': [0.9, 0.999], 'momentum': 0.9}
     literal = {} if _is_baseline(row.name['optimizer']) else {'settings': 'published'}
     known = literal | row.optimizer
-    wanted = known | {key: usual.get(key, 'nothing') for key in optimizer if key not in known}
-    pairs = {key: (optimizer.get(key), value) for key, value in wanted.items()}
+    expected = known | {key: usual.get(key, 'nothing') for key in optimizer if key not in known}
+    pairs = {key: (optimizer.get(key), value) for key, value in expected.items()}
     pairs |= {
         'result': (cfg['paper'].get('result'), row.result),
         'batch': (cfg['auto_scale_lr']['base_batch_size'], row.batch),
@@ -140,41 +140,43 @@ def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
     if row.epochs is not None:
         pairs['max_epochs'] = (cfg['train_cfg']['max_epochs'], row.epochs)
     if row.decay is not None:
-        pairs['schedule'] = (_decays(cfg), [row.decay])
+        pairs['schedule'] = (_decay_schedulers(cfg), [row.decay])
     if 'data' in row.name:
-        pairs |= _of_classifier(cfg, row, name)
+        pairs |= _classifier_pairs(cfg, row, name)
     return [
-        f'{key} is {found}, the paper has {value}'
-        for key, (found, value) in pairs.items()
-        if found != value
+        f'{key} is {actual}, the paper has {value}'
+        for key, (actual, value) in pairs.items()
+        if actual != value
     ]
 
 
 def plain(value: Any) -> Any:
     """A config without the scopes that inheriting from a toolbox leaves in it."""
     if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items() if key != '_scope_'}
-    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items() if key != '_scope_'}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def schedulers(cfg: Any) -> list[Any]:
     """A config's schedulers, which MMEngine takes as a list or alone."""
-    found = cfg['param_scheduler']
-    return found if isinstance(found, list) else [found]
+    configured = cfg['param_scheduler']
+    return configured if isinstance(configured, list) else [configured]
 
 
-def _decays(cfg: dict[str, Any]) -> list[dict[str, Any]]:
+def _decay_schedulers(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     """The schedulers but for warm-ups, without what is their usual."""
     usual = {'by_epoch': True, 'begin': 0, 'end': cfg['train_cfg']['max_epochs']}
     return [
-        {key: value for key, value in one.items() if key not in usual or usual[key] != value}
-        for one in schedulers(cfg)
-        if one['type'] != 'LinearLR'
+        {key: value for key, value in scheduler.items() if key not in usual or usual[key] != value}
+        for scheduler in schedulers(cfg)
+        if scheduler['type'] != 'LinearLR'
     ]
 
 
-def _of_classifier(cfg: dict[str, Any], row: Row, name: str | None) -> dict[str, tuple[Any, Any]]:
-    """Pairs of network, data and batch to compare: found and wanted."""
+def _classifier_pairs(
+    cfg: dict[str, Any], row: Row, name: str | None
+) -> dict[str, tuple[Any, Any]]:
+    """Pairs of network, data and batch to compare: actual and expected."""
     model, (kind, classes) = cfg['model'], DATA[row.name['data']]
     backbone, network = model['backbone'], NETWORKS[row.name['model']]
     if network['type'] == 'ResNet' and kind.startswith('CIFAR'):
@@ -210,31 +212,33 @@ def _coco(content: list[dict[str, Any]]) -> Iterator[Row]:
         yield Row(
             {key: row[key] for key in keys},
             row['result'],
-            _settings(row['optimizer'], row['lr'], row['weight_decay'], row),
+            _optimizer_settings(row['optimizer'], row['lr'], row['weight_decay'], row),
             16,
             epochs,
-            _drops(drops),
+            _multistep_decay(drops),
             ('train_cfg.max_epochs', 'max_epochs', 'param_scheduler')
             if row['schedule'] == '2x'
             else (),
         )
 
 
-def _cifar(content: dict[str, Any], wanted: Callable[[str], bool]) -> Iterator[Row]:
+def _cifar(content: dict[str, Any], includes: Callable[[str], bool]) -> Iterator[Row]:
     for chapter in (2, 3, 4):
         part = content[f'chapter{chapter}']
         decay = (
-            COSINE if part['schedule'] == 'cosine' else _every(part['schedule'], content['epochs'])
+            COSINE
+            if part['schedule'] == 'cosine'
+            else _periodic_decay(part['schedule'], content['epochs'])
         )
         for model, scores in part['cifar100'].items():
             for optimizer, top1 in scores.items():
-                if not wanted(optimizer):
+                if not includes(optimizer):
                     continue
                 rates = part['settings'][_plain_name(optimizer)]
                 row = Row(
-                    _name('CIFAR-100', chapter, model, optimizer),
+                    _row_name('CIFAR-100', chapter, model, optimizer),
                     {'top1': top1},
-                    _settings(optimizer, rates['lr'], rates['wd'], rates),
+                    _optimizer_settings(optimizer, rates['lr'], rates['wd'], rates),
                     content['batch_size'],
                     content['epochs'],
                     decay,
@@ -243,21 +247,21 @@ def _cifar(content: dict[str, Any], wanted: Callable[[str], bool]) -> Iterator[R
                 yield row
                 if optimizer == 'NKFAC' and model.startswith('ResNet'):  # same settings, no row
                     yield replace(
-                        row, name=_name('CIFAR-10', chapter, model, optimizer), result=None
+                        row, name=_row_name('CIFAR-10', chapter, model, optimizer), result=None
                     )
 
 
-def _imagenet(content: dict[str, Any], wanted: Callable[[str], bool]) -> Iterator[Row]:
+def _imagenet(content: dict[str, Any], includes: Callable[[str], bool]) -> Iterator[Row]:
     swin = content['imagenet']['swin'] | {'batch_size': 1024, 'epochs': None}
     for data, part in (
         ('ImageNet', content['imagenet']),
         ('ImageNet', swin),
         ('Mini-ImageNet', content['mini_imagenet']),
     ):
-        decay = _every(part['schedule'], part['epochs']) if part['epochs'] else None
+        decay = _periodic_decay(part['schedule'], part['epochs']) if part['epochs'] else None
         for model, scores in part['top1'].items():
             for optimizer, top1 in scores.items():
-                if not wanted(optimizer):
+                if not includes(optimizer):
                     continue
                 rates = part['settings'].get(optimizer)
                 lr, wd = (
@@ -266,16 +270,16 @@ def _imagenet(content: dict[str, Any], wanted: Callable[[str], bool]) -> Iterato
                     else OTHER_RATES.get(optimizer, {}).get(model, UNKNOWN)
                 )
                 yield Row(
-                    _name(data, CHAPTERS.get(optimizer), model, optimizer),
+                    _row_name(data, CHAPTERS.get(optimizer), model, optimizer),
                     {'top1': top1},
-                    _settings(optimizer, lr, wd, rates or {}),
+                    _optimizer_settings(optimizer, lr, wd, rates or {}),
                     part['batch_size'],
                     part['epochs'],
                     decay,
                 )
 
 
-def _name(data: str, chapter: int | None, model: str, optimizer: str) -> dict[str, Any]:
+def _row_name(data: str, chapter: int | None, model: str, optimizer: str) -> dict[str, Any]:
     return {'data': data, 'chapter': chapter, 'model': model, 'optimizer': optimizer}
 
 
@@ -296,7 +300,9 @@ def _is_baseline(optimizer: str) -> bool:
     return _plain_name(optimizer) in FIRST_ORDER
 
 
-def _settings(optimizer: str, lr: float, decay: float, row: dict[str, Any]) -> dict[str, Any]:
+def _optimizer_settings(
+    optimizer: str, lr: float, decay: float, row: dict[str, Any]
+) -> dict[str, Any]:
     """Settings of an optimizer's config; intervals that the row has not are the method's own."""
     kind = getattr(optimizers, _plain_name(optimizer), None)
     method = getattr(kind, 'preconditioner', None)
@@ -313,14 +319,14 @@ def _settings(optimizer: str, lr: float, decay: float, row: dict[str, Any]) -> d
     }
 
 
-def _drops(epochs: list[int]) -> dict[str, Any]:
+def _multistep_decay(epochs: list[int]) -> dict[str, Any]:
     return {'type': 'MultiStepLR', 'milestones': epochs, 'gamma': 0.1}
 
 
-def _every(words: str, epochs: int) -> dict[str, Any]:
+def _periodic_decay(words: str, epochs: int) -> dict[str, Any]:
     """Drops as in 'x0.1 every 60 epochs'."""
-    found = re.fullmatch(r'x0\.1 every (\d+) epochs', words)
-    if found is None:
+    match = re.fullmatch(r'x0\.1 every (\d+) epochs', words)
+    if match is None:
         raise ValueError(f'the schedule {words!r} is not like "x0.1 every 60 epochs"')
-    step = int(found[1])
-    return _drops(list(range(step, epochs, step)))
+    step = int(match[1])
+    return _multistep_decay(list(range(step, epochs, step)))

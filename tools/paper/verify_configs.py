@@ -80,8 +80,8 @@ def all_configs() -> list[Path]:
 
 def differences(path: Path) -> list[str]:
     """Where a config departs from the thesis's table or from its base."""
-    loaded = [launch.load_config(one).to_dict() for one in (str(path), base_of(path))]
-    cfg, base = (paper.plain(one) for one in loaded)
+    loaded = [launch.load_config(config).to_dict() for config in (str(path), base_of(path))]
+    cfg, base = (paper.plain(config) for config in loaded)
     row = None
     if 'paper' in cfg:
         try:
@@ -89,24 +89,24 @@ def differences(path: Path) -> list[str]:
         except ValueError as error:
             return [str(error)]
     free = OURS + (row.free if row else ())
-    ours, theirs = flat(cfg), flat(base)
-    found = [
+    cfg_settings, base_settings = flat(cfg), flat(base)
+    changes = [
         f'{key} differs from {base_of(path)}'
-        for key in sorted(ours.keys() | theirs.keys())
-        if not key.startswith(free) and ours.get(key) != theirs.get(key)
+        for key in sorted(cfg_settings.keys() | base_settings.keys())
+        if not key.startswith(free) and cfg_settings.get(key) != base_settings.get(key)
     ]
-    return found + (paper.departures(cfg, row, path.stem) if row else [])
+    return changes + (paper.departures(cfg, row, path.stem) if row else [])
 
 
 def flat(cfg: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     """Settings by their dotted names; lists stay whole."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, dict) and value:
-            found |= flat(value, f'{prefix}{key}.')
+            settings |= flat(value, f'{prefix}{key}.')
         else:
-            found[f'{prefix}{key}'] = value
-    return found
+            settings[f'{prefix}{key}'] = value
+    return settings
 
 
 def base_of(path: Path) -> str:
@@ -142,7 +142,7 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
     from mmprecond.engine.synthetic import random_model
 
     cfg = launch.load_config(str(path))
-    note = _adapt(cfg, data)
+    note = _adapt_to_cpu(cfg, data)
     torch.manual_seed(0)
     model: Any = random_model(cfg)
     if cfg.default_scope == 'mmpretrain':  # as in training; detectors begin from other weights
@@ -151,9 +151,9 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
     loader = Runner.build_dataloader(cfg.train_dataloader)
     outcome, batches = Outcome([], [], note=note), iter(loader)
     warm_up = [
-        PARAM_SCHEDULERS.build(dict(one, optimizer=wrapper))
-        for one in paper.schedulers(cfg)
-        if not one.get('by_epoch', True)
+        PARAM_SCHEDULERS.build(dict(config, optimizer=wrapper))
+        for config in paper.schedulers(cfg)
+        if not config.get('by_epoch', True)
     ]
     for _ in range(steps):
         start = time.perf_counter()
@@ -165,11 +165,11 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
         if not math.isfinite(loss):
             outcome.problems.append(f'the loss is {loss}')
     outcome.memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    _look_at_curvature(wrapper.optimizer, outcome)
+    _check_curvature(wrapper.optimizer, outcome)
     return outcome
 
 
-def _look_at_curvature(optimizer: Any, outcome: Outcome) -> None:
+def _check_curvature(optimizer: Any, outcome: Outcome) -> None:
     """Notes how much curvature the steps have measured, and whether that is what they must."""
     if hasattr(optimizer, 'curvature'):
         ready = {layer for stack in optimizer.curvature.stacks for _, layer in stack.ready()}
@@ -186,7 +186,7 @@ def _look_at_curvature(optimizer: Any, outcome: Outcome) -> None:
             outcome.problems.append('no Hessian, or one that is not finite')
 
 
-def _adapt(cfg: Any, data: Path) -> str:
+def _adapt_to_cpu(cfg: Any, data: Path) -> str:
     """Points a config to the data; makes it run on a CPU; returns what that changed."""
     notes = []
     if 'Pretrained' in str(cfg.model.backbone.get('init_cfg')):
@@ -198,7 +198,7 @@ def _adapt(cfg: Any, data: Path) -> str:
     loader.update(batch_size=1, num_workers=0, persistent_workers=False)
     if cfg.default_scope == 'mmpretrain':
         loader.batch_size = 2  # batch normalisation may see one position
-        loader.dataset = _folders(loader.dataset, data)
+        loader.dataset = _image_folder_dataset(loader.dataset, data)
     else:
         loader.dataset.update(
             data_root=str(data / 'coco'),
@@ -222,7 +222,7 @@ def _adapt(cfg: Any, data: Path) -> str:
     return ', '.join(notes)
 
 
-def _folders(dataset: Any, data: Path) -> dict[str, Any]:
+def _image_folder_dataset(dataset: Any, data: Path) -> dict[str, Any]:
     """A classifier's data set, with its pipeline, on images in folders."""
     pipeline, size = list(dataset.pipeline), 'large'
     if dataset.type.startswith('CIFAR'):  # holds its images in memory

@@ -28,11 +28,11 @@ def softmax_gram(scores: Tensor, values: Tensor, keep: Tensor | None = None) -> 
     # Of values, T sees their differences alone; without their mean less cancels in rounding.
     values = values - values.mean(-2, keepdim=True)
     outputs = scores @ values
-    kept = scores if keep is None else scores * keep[..., None]
+    masked_scores = scores if keep is None else scores * keep[..., None]
     # Half of the last term joins each of the two before it.
     size = outputs.square().sum(-1, keepdim=True)
-    cross = scores.mT @ (kept * (outputs @ values.mT - size / 2))
-    return (scores.mT @ kept) * (values @ values.mT) - cross - cross.mT
+    cross = scores.mT @ (masked_scores * (outputs @ values.mT - size / 2))
+    return (scores.mT @ masked_scores) * (values @ values.mT) - cross - cross.mT
 
 
 @dataclass

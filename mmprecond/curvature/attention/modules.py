@@ -59,23 +59,27 @@ class WindowAttention(AttentionLayer):
         first, last = self.parts[0], self.parts[-1]
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def note(part: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def record_part(
+            part: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        ) -> None:
             if part == first:
                 seen.clear()  # a recomputation may have stopped half-way
             seen[part] = args[0], output
             if part == last:
-                finish(dict(seen))
+                report_call(dict(seen))
 
-        def finish(whole: dict[str, tuple[Tensor, Tensor]]) -> None:
+        def report_call(parts_seen: dict[str, tuple[Tensor, Tensor]]) -> None:
             seen.clear()  # first: nothing is held, whatever `observe` raises
-            missing = [part for part in self.parts if part not in whole]
+            missing = [part for part in self.parts if part not in parts_seen]
             if missing:
                 complain(self, f'its {", ".join(missing)} was not called as a module')
             else:
-                observe(Call(self, block), self.kept(whole), whole['qkv'][1])
+                observe(Call(self, block), self.kept(parts_seen), parts_seen['qkv'][1])
 
         return [
-            block.get_submodule(part).register_forward_hook(Tap(partial(note, part)), prepend=True)
+            block.get_submodule(part).register_forward_hook(
+                Tap(partial(record_part, part)), prepend=True
+            )
             for part in self.parts
         ]
 
@@ -188,10 +192,12 @@ class PackedAttention(AttentionLayer):
             kwargs: dict[str, Any],
             output: tuple[Tensor, Any],
         ) -> None:
-            given = signature.bind(module, *args, **kwargs).arguments
-            masks = given.get('attn_mask'), given.get('key_padding_mask')
+            arguments = signature.bind(module, *args, **kwargs).arguments
+            masks = arguments.get('attn_mask'), arguments.get('key_padding_mask')
             observe(
-                Call(self, module, masks), (given['query'], given['key'], given['value']), output[0]
+                Call(self, module, masks),
+                (arguments['query'], arguments['key'], arguments['value']),
+                output[0],
             )
 
         return [
@@ -248,7 +254,7 @@ class PackedAttention(AttentionLayer):
 
     def _masks(self, call: Call, chosen: Tensor) -> list[Tensor]:
         """Additive masks that broadcast against the logits (w, h, n_q, n_k)."""
-        attention, padding = (self._additive(mask) for mask in call.extra)
+        attention, padding = (self._additive_mask(mask) for mask in call.extra)
         masks = []
         if attention is not None:
             if attention.dim() == 3:
@@ -258,7 +264,7 @@ class PackedAttention(AttentionLayer):
             masks.append(padding.reshape(-1, padding.shape[-1])[chosen][:, None, None])
         return masks
 
-    def _additive(self, mask: Tensor | None) -> Tensor | None:
+    def _additive_mask(self, mask: Tensor | None) -> Tensor | None:
         """A mask as numbers to add: True of a bool mask forbids."""
         if mask is None or mask.dtype != torch.bool:
             return mask

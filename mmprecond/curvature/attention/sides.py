@@ -74,7 +74,7 @@ def counted_row(layer: AttentionLayer) -> tuple[int, int]:
     return 1, layer.weight.shape[1] + 1
 
 
-def _moment(rows: Tensor) -> Tensor:
+def _row_moment(rows: Tensor) -> Tensor:
     """Sum of x'x over windows and tokens (w, n, c): (1, c, c)."""
     rows = rows.flatten(0, 1)
     return (rows.t() @ rows)[None]
@@ -96,27 +96,27 @@ def _curvature_flops(layer: AttentionLayer, queries: int, keys: int) -> float:
     return _gram_flops(layer, queries, keys) + 2 * layer.heads * products
 
 
-def _all_inputs(heads: Heads) -> Tensor:
-    query = _moment(heads.inputs)
-    return query if heads.memory is heads.inputs else torch.cat([query, _moment(heads.memory)])
+def _input_moments(heads: Heads) -> Tensor:
+    query = _row_moment(heads.inputs)
+    return query if heads.memory is heads.inputs else torch.cat([query, _row_moment(heads.memory)])
 
 
-def _key_features(heads: Heads) -> Tensor:
+def _key_feature_moment(heads: Heads) -> Tensor:
     memory = heads.memory
     weighted = (heads.gram @ memory[:, None]).transpose(0, 1).flatten(1, 2)
     return memory.flatten(0, 1).t() @ weighted
 
 
-def _value_features(heads: Heads) -> Tensor:
+def _value_feature_moment(heads: Heads) -> Tensor:
     return _head_moment((heads.scores @ heads.values_in[:, None]) * heads.keep[:, None, :, None])
 
 
-def _key_rows(heads: Heads) -> Tensor:
+def _key_row_sum(heads: Heads) -> Tensor:
     share = heads.inputs.shape[1] / heads.memory.shape[1]
     return weighted_sum(heads.memory, torch.full_like(heads.memory[..., 0], share))
 
 
-def _attended_rows(heads: Heads) -> Tensor:
+def _attended_row_sum(heads: Heads) -> Tensor:
     attended = (heads.scores * heads.keep[:, None, :, None]).sum(2).mean(1)
     return weighted_sum(heads.values_in, attended)
 
@@ -125,7 +125,7 @@ def _attended_rows(heads: Heads) -> Tensor:
 _INPUT = AttentionSide(
     'input',
     size=lambda layer: (layer.inputs, layer.columns),
-    measure=_all_inputs,
+    measure=_input_moments,
     flops=lambda layer, queries, keys: (
         2 * layer.inputs * keys * layer.columns**2 + layer.read_flops(queries, keys)
     ),
@@ -159,7 +159,7 @@ OUTPUT_MOMENT = Statistic(
     AttentionSide(
         'output',
         size=lambda layer: (1, layer.heads * layer.rows),
-        measure=lambda heads: _moment(heads.outputs * heads.keep[..., None]),
+        measure=lambda heads: _row_moment(heads.outputs * heads.keep[..., None]),
         flops=lambda layer, queries, keys: (
             2 * queries * (layer.heads * layer.rows) ** 2
             + (0 if layer.is_square else _gram_flops(layer, queries, keys))
@@ -181,7 +181,7 @@ KEY_FEATURE_MOMENT = Statistic(
     AttentionSide(
         'key_feature',
         size=lambda layer: (layer.heads, layer.columns),
-        measure=_key_features,
+        measure=_key_feature_moment,
         flops=lambda layer, queries, keys: (
             _gram_flops(layer, queries, keys)
             + 2 * layer.heads * (keys * keys * layer.columns + keys * layer.columns**2)
@@ -195,7 +195,7 @@ VALUE_FEATURE_MOMENT = Statistic(
     AttentionSide(
         'value_feature',
         size=lambda layer: (layer.heads, layer.columns),
-        measure=_value_features,
+        measure=_value_feature_moment,
         flops=lambda layer, queries, keys: (
             2 * layer.heads * (queries * keys * layer.columns + queries * layer.columns**2)
         ),
@@ -220,7 +220,7 @@ KEY_MEAN = Statistic(
     MeanSide(
         'key',
         size=counted_row,
-        measure=_key_rows,
+        measure=_key_row_sum,
         flops=lambda layer, queries, keys: 2 * keys * layer.columns,
     ),
     CountedMean(),
@@ -229,7 +229,7 @@ VALUE_MEAN = Statistic(
     MeanSide(
         'value',
         size=counted_row,
-        measure=_attended_rows,
+        measure=_attended_row_sum,
         flops=lambda layer, queries, keys: 2 * keys * layer.columns,
     ),
     CountedMean(),

@@ -75,10 +75,10 @@ class _ReachedError(Exception):
 @torch.no_grad()
 def _inputs_of(module: nn.Module, model: Any, data: Any) -> Tensor:
     """Input of a module when the model is given a batch; the pass ends there."""
-    found: list[Tensor] = []
+    captured: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        found.append(args[0] if args else next(iter(kwargs.values())))
+        captured.append(args[0] if args else next(iter(kwargs.values())))
         raise _ReachedError
 
     handle = module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
@@ -88,9 +88,9 @@ def _inputs_of(module: nn.Module, model: Any, data: Any) -> Tensor:
         pass
     finally:
         handle.remove()
-    if not found:
+    if not captured:
         raise ValueError(
             f'{type(module).__name__} is the first layer by its place in the model, '
             "but mode='tensor' never calls it; train without CalibrationHook"
         )
-    return found[0]
+    return captured[0]
