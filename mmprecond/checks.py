@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 
@@ -17,13 +18,17 @@ def check_number(
     finite: bool = True,
 ) -> None:
     """Raises ValueError unless low <= value (< high); `open_low` excludes low itself."""
+    if hasattr(value, 'item') and not isinstance(value, Real):
+        raise ValueError(
+            f'{name} is a {type(value).__name__}; give a number, such as {name}.item()'
+        )
     number = (
-        isinstance(value, (int, float))
+        isinstance(value, Real)
         and not isinstance(value, bool)
-        and (abs(value) < float('inf') or not finite)
+        and (abs(float(value)) < float('inf') or not finite)
     )
-    above = number and (value > low if open_low else value >= low)
-    if not (above and (high is None or value < high)):
+    above = number and (float(value) > low if open_low else float(value) >= low)
+    if not (above and (high is None or float(value) < high)):
         bound = f'greater than {low:g}' if open_low else f'at least {low:g}'
         below = '' if high is None else f' and less than {high:g}'
         raise ValueError(f'{name}={value!r} is out of range; give a number {bound}{below}')

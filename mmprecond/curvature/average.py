@@ -44,7 +44,7 @@ class RunningAverage:
         """
         if self.normalise == 'norm':
             sample /= norm + 1e-12
-        elif self.normalise == 'range':
+        elif self.normalise == 'range' and sample.numel():
             least, most = sample.aminmax()
             spread = most - least
             sample.sub_(least).div_(torch.where(spread > 0, spread, 1)).add_(spread == 0)

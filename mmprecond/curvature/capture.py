@@ -58,6 +58,11 @@ class Capture:
         """Sums of each layer since the last `drop`."""
         return self._staging.staged
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no hooks and nothing staged, as its parameters have no gradients."""
+        fresh = dict(_handles=[], _statistics={}, _staging=Staging(), _eager=Eager())
+        return {**self.__dict__, **fresh}
+
     def arm(
         self,
         statistics: Mapping[Layer, Sequence[Statistic]],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layer import Layer
@@ -117,6 +118,10 @@ class _Search:
         return self.layers, self.left_out
 
     def _visit(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            kind_name = getattr(module, 'original_name', type(module).__name__)
+            self.left_out.append(LeftOut(name, kind_name, 'a scripted module calls no hooks'))
+            return
         weight: Any = module._parameters.get('weight')
         bias = module._parameters.get('bias')
         sharing = self.users.get(id(weight), [module])
@@ -211,6 +216,8 @@ def _weight_refusal(weight: Tensor | None, owned: dict[int, dict[str, Any]]) -> 
         return 'precondition=False'
     if not weight.is_floating_point():
         return f'weight is {weight.dtype}'
+    if not weight.numel():
+        return 'weight has no entries'
     return ''
 
 

@@ -61,6 +61,7 @@ class PreconditionedOptimizer(RuleOptimizer):
     """
 
     needs = 'capture'
+    adds_to_state = True
     #: Settings whose default differs from the preconditioner's own.
     preset: ClassVar[dict[str, Any]] = {}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,14 @@ from ..rules import Group, Rule, State
 
 #: A parameter group, and some parameters of equal hyper-parameters.
 Batch = tuple[Group, list[Tensor]]
+
+
+#: Attributes that torch makes anew for a copy, and those that its schedulers hang on an optimizer.
+_NOT_COPIED = {'step', '_opt_called', *vars(torch.optim.SGD([torch.zeros(1)], lr=0.0))} - {
+    'defaults',
+    'state',
+    'param_groups',
+}
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -34,18 +44,41 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     needs: ClassVar[str] = ''
+    #: True if `state_dict` has keys that torch's has not.
+    adds_to_state: ClassVar[bool] = False
     #: Settings of the source, by which published numbers were made, beside the preconditioner's.
     published: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, params: Any, rule: Rule, defaults: Group) -> None:
         self.rule = rule
-        super().__init__(params, defaults)
+        super().__init__(params, rule.complete(defaults, defaults))
         self.t = 0
 
     def add_param_group(self, param_group: Group) -> None:
-        """Adds a group of parameters, as in torch."""
-        super().add_param_group(param_group)
-        self.rule.check(self.param_groups[-1])
+        """Adds a group of parameters, as in torch.
+
+        Raises:
+            ValueError: For complex parameters, and for hyper-parameters out of range.
+        """
+        super().add_param_group(self.rule.complete(param_group, self.defaults))
+        group = self.param_groups[-1]
+        if any(p.is_complex() for p in group['params']):
+            raise ValueError(
+                f'{type(self).__name__} takes no complex parameters; give it '
+                'torch.view_as_real of them, or leave them to another optimizer'
+            )
+        self.rule.check(group)
+        for name in self.rule.hyper:
+            if isinstance(group[name], Real) and not isinstance(group[name], (bool, int)):
+                group[name] = float(group[name])  # of numpy's types too
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what others have hung on the object: copies continue as they are."""
+        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare_next_step()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -136,6 +169,22 @@ class RuleOptimizer(torch.optim.Optimizer):
         count = sum(len(group['params']) for group in self.param_groups)
         return f'{count} parameters take {type(self.rule).__name__}'
 
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state, to which subclasses add keys of their own.
+
+        Raises:
+            ValueError: If `torch.distributed.checkpoint` asks, which would drop those keys.
+        """
+        self._refuse_distributed_checkpoints()
+        return super().state_dict()
+
+    def _refuse_distributed_checkpoints(self) -> None:
+        if self.adds_to_state and _asked_by('torch.distributed.checkpoint.state_dict'):
+            raise ValueError(
+                f'torch.distributed.checkpoint would drop what {type(self).__name__} keeps beside '
+                "torch's state; save and load optimizer.state_dict() itself"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of the same rule; one that is refused changes nothing.
 
@@ -153,9 +202,12 @@ class RuleOptimizer(torch.optim.Optimizer):
                     if name in state
                 }
             )
+            if isinstance(state.get('step'), Tensor):  # as torch's own optimizers count
+                self.state[p]['step'] = int(state['step'])
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state that `load_state_dict` refuses."""
+        self._refuse_distributed_checkpoints()
         for group in state_dict['param_groups']:
             self._check_saved(group)
         own_sizes, saved_sizes = (
@@ -197,3 +249,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f'the state was saved under another rule than {name}: {error}'
             ) from error
+
+
+def _asked_by(module: str) -> bool:
+    """True if one of the next callers is a function of this module."""
+    frame = inspect.currentframe()
+    for _ in range(6):
+        frame = frame and frame.f_back
+        if frame and frame.f_globals.get('__name__') == module:
+            return True
+    return False

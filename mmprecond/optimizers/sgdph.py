@@ -66,6 +66,7 @@ class SGDPH(RuleOptimizer):
 
     rule: PartialHessianSGDM
     needs = 'graph'
+    adds_to_state = True
 
     published: ClassVar[dict[str, Any]] = dict(
         hessian_decay=0.9, hessian_lr=1e-3, eps=1e-4, refresh='round_robin', interval=1, probes=4

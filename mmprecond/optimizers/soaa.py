@@ -64,6 +64,7 @@ class SOAA(RuleOptimizer):
 
     rule: TrustRegionAdam
     needs = 'loss'
+    adds_to_state = True
 
     published: ClassVar[dict[str, Any]] = dict(
         betas=(0.9, 0.999), eps=1e-8, gamma=0.1, radius=10.0, sums='global'
@@ -146,6 +147,7 @@ class SOAA(RuleOptimizer):
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state that `load_state_dict` refuses."""
+        self._refuse_distributed_checkpoints()
         missing = {'steps', *self.rule.region} - set(state_dict.get(REGION_KEY, self.rule.region))
         if REGION_KEY not in state_dict or missing:
             lacking = ', '.join(sorted(missing)) if REGION_KEY in state_dict else REGION_KEY

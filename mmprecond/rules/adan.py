@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,19 @@ class Adan(AdamW):
     def __init__(self) -> None:
         super().__init__()
 
+    def key(self, group: Group, state: State) -> Hashable:
+        return super().key(group, state), group.get('momentum')
+
+    def complete(self, group: Group, defaults: Group) -> Group:
+        """With the first beta as 'momentum', the entry that schedulers of momentum change."""
+        betas = group['betas'] if 'betas' in group else defaults['betas']
+        return {**group, 'momentum': betas[0]}
+
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> list[Tensor]:
         beta1, beta2, beta3 = group['betas']
+        beta1 = group.get('momentum', beta1)
         step = states[0].get('step', 0) + 1
         for state, gradient in zip(states, directions, strict=True):
             state['step'] = step

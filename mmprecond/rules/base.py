@@ -51,6 +51,10 @@ class Rule(ABC):
         for name in ('lr', 'weight_decay'):
             check_number(name, group[name])
 
+    def complete(self, group: Group, defaults: Group) -> Group:
+        """A new group with the entries that follow from others, before the defaults fill it."""
+        return group
+
     @abstractmethod
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ from .heads import Heads
 
 if TYPE_CHECKING:
     from .layer import AttentionLayer
+
+
+#: Every side by class and name.
+_DEFINED: dict[tuple[str, str], AttentionSide] = {}
+
+
+def _defined(kind: str, name: str) -> AttentionSide:
+    return _DEFINED[kind, name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,13 @@ class AttentionSide(Side):
     measure: Callable[[Heads], Tensor]
     flops: Callable[[AttentionLayer, int, int], float]
     lays_out_rows: bool = False
+
+    def __post_init__(self) -> None:
+        _DEFINED.setdefault((type(self).__qualname__, self.name), self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Known by class and name, as its functions may have none."""
+        return _defined, (type(self).__qualname__, self.name)
 
     def sum_shape(self, layer: AttentionLayer, keys: int) -> tuple[int, ...]:
         """Shape of what `measure` returns; here (b, n, n)."""
