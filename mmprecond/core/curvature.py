@@ -21,7 +21,7 @@ from .assignment import Assignment, BoundAssignment
 from .basis import BasisSnapshot, snapshot
 from .clipping import clip_norm, kl_clip
 from .failures import FailurePolicy
-from .memory import check_memory_budget, forecast, megabytes
+from .memory import check_memory_budget, forecast, held_megabytes
 from .monitor import Monitor
 from .refresh import finish_refresh, start_refresh
 from .samples import SampleCollector, to_host
@@ -248,7 +248,8 @@ class Curvature:
             self._failures.count(stack, positions, succeeded)
         self.sharding.exchange_operators([stack for stack, _ in due])
         if self.monitor is not None:
-            self.monitor.refreshed(step, due, self._held_megabytes())
+            held = held_megabytes(self.stacks, self.sharding)
+            self.monitor.refreshed(step, due, held, report.count(self.layers, self.left_out))
         return snapshots
 
     def _refresh_own_stacks(self, due: Sequence[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
@@ -337,14 +338,6 @@ class Curvature:
     def forecast(self) -> dict[torch.device, tuple[float, float]]:
         """Megabytes by device that will be kept, and more at a refresh."""
         return forecast(self.layers, self.sharding)
-
-    def _held_megabytes(self) -> float:
-        """Megabytes of what is held now."""
-        return sum(
-            megabytes(slot.layer, stack, self.sharding.holds(stack))
-            for stack in self.stacks
-            for slot in stack.slots
-        )
 
 
 def _transform(

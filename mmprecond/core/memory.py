@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -25,6 +25,15 @@ def megabytes(layer: Layer, stack: LayerStack, operators: bool = True) -> float:
             tensor.numel() for operator in stack.outline.values() for tensor in operator.tensors
         )
     return numbers * layer.working_dtype.itemsize / 2**20
+
+
+def held_megabytes(stacks: Sequence[LayerStack], sharding: Sharding) -> float:
+    """Megabytes of what is held now on this rank."""
+    return sum(
+        megabytes(slot.layer, stack, sharding.holds(stack))
+        for stack in stacks
+        for slot in stack.slots
+    )
 
 
 def forecast(

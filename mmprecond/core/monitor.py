@@ -27,6 +27,7 @@ class RefreshReport:
         failures: Layers whose refresh failed at this step.
         seconds: Of captures' merging and the refresh.
         megabytes: Held by statistics and operators.
+        counts: Layers that are measured, preconditioned (with an operator) and plain.
     """
 
     step: int
@@ -34,6 +35,7 @@ class RefreshReport:
     failures: int = 0
     seconds: float = 0.0
     megabytes: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> Values:
         """Over the layers: the mean of each value, its largest, and the least cosine."""
@@ -41,6 +43,7 @@ class RefreshReport:
             'failures': float(self.failures),
             'seconds': self.seconds,
             'megabytes': self.megabytes,
+            **{f'layers/{name}': float(number) for name, number in self.counts.items()},
         }
         names = sorted({name for values in self.layers.values() for name in values})
         for name in names:
@@ -78,7 +81,11 @@ class Monitor:
         self._start = time.perf_counter()
 
     def refreshed(
-        self, step: int, due: Sequence[tuple[LayerStack, list[int]]], held: float
+        self,
+        step: int,
+        due: Sequence[tuple[LayerStack, list[int]]],
+        held: float,
+        counts: dict[str, int],
     ) -> None:
         """After refreshes.
 
@@ -86,11 +93,16 @@ class Monitor:
             step: The step.
             due: The stacks and the positions that were refreshed.
             held: Megabytes of statistics and operators.
+            counts: Numbers of layers (see `report.count`).
         """
         self._layers = [(stack, k) for stack, positions in due for k in positions]
         failures = sum(stack.slots[k].failures > 0 for stack, k in self._layers)
         self.report = RefreshReport(
-            step, failures=failures, megabytes=held, seconds=time.perf_counter() - self._start
+            step,
+            failures=failures,
+            megabytes=held,
+            seconds=time.perf_counter() - self._start,
+            counts=counts,
         )
 
     def record_directions(

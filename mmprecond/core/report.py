@@ -10,6 +10,16 @@ from .sharding import Sharding
 from .stack import LayerStack
 
 
+def count(layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut]) -> dict[str, int]:
+    """Number of layers that were measured, that have an operator, and that take the plain rule."""
+    acting = {layer for stack in set(layers.values()) for _, layer in stack.ready()}
+    return {
+        'measured': sum(stack.holds(layer) for layer, stack in layers.items()),
+        'preconditioned': len(acting),
+        'plain': len(layers) - len(acting) + len(left_out),
+    }
+
+
 def table(
     layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut], sharding: Sharding
 ) -> str:
@@ -32,8 +42,10 @@ def table(
     ]
     lines.insert(1, '  '.join('-' * width for width in widths))
     sizes = forecast(layers, sharding).values()
+    counts = count(layers, left_out)
     lines.append(
-        f'{len(layers)} layers preconditioned, '
+        f'{len(layers)} layers preconditioned ({counts["measured"]} measured and '
+        f'{counts["preconditioned"]} with an operator so far), '
         f'{sum(kept for kept, _ in sizes):.0f} MB of statistics and operators in total, '
         f'{sum(more for _, more in sizes):.0f} MB more at a refresh; '
         f'{len(left_out)} modules take the plain rule'

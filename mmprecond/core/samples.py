@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..curvature import Capture, Layer
 from ..distributed import sum_over_ranks, world_size
+from .guard import SilenceGuard
 from .stack import LayerStack
 
 logger = logging.getLogger('mmprecond')
@@ -32,6 +33,7 @@ class SampleCollector:
         self.dropped = 0
         self._capture = capture
         self._zero_reported: set[Layer] = set()
+        self._guard = SilenceGuard()
 
     def collect(self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack], step: int) -> None:
         """Merges the samples of the layers that are due.
@@ -100,6 +102,8 @@ class SampleCollector:
                 samples[layer] = _fill_missing(layer, layers[layer], sums)
             else:
                 self._warn_uncalled(layer)
+            self._guard.note(layer, bool(count))
+        self._guard.warn()
         self._capture.drop()
         sum_over_ranks([s for sample in samples.values() for s in sample.values()])
         counted = dict(zip(due, rows, strict=True))
@@ -118,6 +122,7 @@ class SampleCollector:
         seen = self._capture.seen
         if seen and layer not in seen and layer.weight.grad is not None:
             seen.add(layer)
+            self._guard.excuse(layer)
             logger.warning(
                 '%s: it has a gradient although its module was not called (its weight '
                 'is used elsewhere); without statistics it takes the plain rule',

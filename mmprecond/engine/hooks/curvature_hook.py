@@ -24,9 +24,9 @@ class CurvatureHook(Hook):  # type: ignore[misc]
 
     Scalars ``curvature/...``: damping, largest eigenvalue, residual of Newton's inverses or rank
     kept (mean and largest over the layers, by side), cosine between gradient and direction, failed
-    refreshes, seconds and megabytes. Every `map_interval` refreshes of all layers an image for each
-    of them, a row a layer and a column a refresh, of the last 200. Nothing is computed at other
-    steps. Under sharding='apply' operators' numbers are those of the first rank's share.
+    refreshes, seconds, megabytes, and numbers of layers that are measured, preconditioned and
+    plain. Every `map_interval` refreshes of all layers an image for each of them, a row a layer and
+    a column a refresh, of the last 200. Nothing is computed at other steps. Under sharding='apply' operators' numbers are those of the first rank's share.
 
     Args:
         map_interval: Refreshes of all layers between images; None for none.
