@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -35,4 +36,5 @@ class Eager:
                 self._stance.pop().__exit__(None, None, None)
 
     def __del__(self) -> None:
-        self.leave()
+        if not sys.is_finalizing():
+            self.leave()

@@ -29,7 +29,7 @@ class Adan(AdamW):
         super().__init__()
 
     def key(self, group: Group, state: State) -> Hashable:
-        return super().key(group, state), group.get('momentum')
+        return super().key(group, state), _first_beta(group)
 
     def complete(self, group: Group, defaults: Group) -> Group:
         """With the first beta as 'momentum', the entry that schedulers of momentum change."""
@@ -39,8 +39,7 @@ class Adan(AdamW):
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> list[Tensor]:
-        beta1, beta2, beta3 = group['betas']
-        beta1 = group.get('momentum', beta1)
+        beta1, (_, beta2, beta3) = _first_beta(group), group['betas']
         step = states[0].get('step', 0) + 1
         for state, gradient in zip(states, directions, strict=True):
             state['step'] = step
@@ -69,3 +68,8 @@ class Adan(AdamW):
     ) -> None:
         torch._foreach_add_(params, updates, alpha=-group['lr'])
         torch._foreach_div_(params, 1 + group['lr'] * group['weight_decay'])
+
+
+def _first_beta(group: Group) -> float:
+    """The first beta: 'momentum' where a scheduler of MMEngine changes it, which notes its start."""
+    return float(group['momentum'] if 'initial_momentum' in group else group['betas'][0])

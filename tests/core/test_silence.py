@@ -123,11 +123,7 @@ def test_an_optimizer_that_was_disarmed(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_a_single_layer_and_none_without_gradients(caplog: pytest.LogCaptureFixture) -> None:
     """Layers that are unused, frozen or used now and then are no matter."""
-    model = nn.ModuleDict(
-        dict(
-            used=nn.Linear(4, 4), rare=nn.Linear(4, 4), never=nn.Linear(4, 4), lost=nn.Linear(4, 4)
-        )
-    )
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ('used', 'rare', 'never', 'lost')})
     optimizer = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2)
     for step in range(8):
         for p in model.parameters():
@@ -161,8 +157,5 @@ def test_the_table_and_the_monitor_count_layers() -> None:
     optimizer.step()
     assert '(2 measured and 2 with an operator so far)' in optimizer.table()
     summary = monitor.take_report().summary()
-    assert [summary[f'layers/{key}'] for key in ('measured', 'preconditioned', 'plain')] == [
-        2,
-        2,
-        2,
-    ]
+    for kind in ('measured', 'preconditioned', 'plain'):
+        assert summary[f'layers/{kind}'] == 2

@@ -258,6 +258,40 @@ def test_a_momentum_schedule_acts() -> None:
     assert seen == pytest.approx([0.9 * (1 - k / 10) for k in range(4)])
 
 
+@pytest.mark.parametrize('rule', ['AdamW', 'Adan'])
+@pytest.mark.parametrize('name', ['AdaNKFAC', 'AdamR', 'FAdam', 'AdaAFOpt'])
+def test_a_momentum_schedule_acts_on_the_first_beta(name: str, rule: str) -> None:
+    """The same as a new optimizer with that beta at each step would do."""
+    found = []
+    for scheduled in (True, False):
+        torch.manual_seed(0)
+        model = Classifier()
+        if name == 'AdaNKFAC' and rule == 'Adan':
+            pytest.skip('it takes AdamW alone')
+        choice = {} if name == 'AdaNKFAC' else dict(rule=rule)
+        wrapper = build(
+            model,
+            optimizer=dict(type=name, lr=1e-3, stat_interval=1, refresh_interval=1, **choice),
+        )
+        (group, *_) = wrapper.optimizer.param_groups
+        first = group['betas'][0]
+        if scheduled:
+            schedule = LinearMomentum(
+                wrapper, start_factor=1.0, end_factor=0.5, begin=0, end=6, by_epoch=False
+            )
+        for seed in range(4):
+            beta = first * (1 - seed / 10)
+            if not scheduled:
+                for group in wrapper.optimizer.param_groups:
+                    group['betas'] = (beta, *group['betas'][1:])
+            model.train_step(batch(seed=seed), wrapper)
+            if scheduled:
+                schedule.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
 def test_the_rate_is_scaled_to_the_batch() -> None:
     wrapper = build(Classifier(), optimizer=dict(type='KFAC', lr=0.1))
     runner = SimpleNamespace(

@@ -339,3 +339,28 @@ def test_mixed_methods_resume_bit_for_bit(
     assert warnings_of(caplog) == []
     run(model, optimizer, range(at, 13)), run(twin, resumed, range(at, 13))
     assert differences(everything(model, optimizer), everything(twin, resumed)) == []
+
+
+def test_input_diagonals_are_adaact_where_every_parameter_has_inputs() -> None:
+    """Others have momentum under EMASGD, and none in AdaAct."""
+    for norm in (False, True):
+        found = []
+        for kind in ('AdaAct', 'Preconditioned'):
+            torch.manual_seed(0)
+            layers = [nn.Linear(5, 6), *([nn.LayerNorm(6)] if norm else []), nn.Tanh()]
+            model = nn.Sequential(*layers, nn.Linear(6, 3)).double()
+            if kind == 'AdaAct':
+                optimizer: Any = mmprecond.optimizers.AdaAct(model, lr=0.01, weight_decay=0.1)
+            else:
+                rule = dict(type='EMASGD', lr=0.01, weight_decay=0.1)
+                entry_of_all = dict(
+                    preconditioner=dict(type='InputDiagonal', stat_interval=1, refresh_interval=1)
+                )
+                optimizer = Preconditioned(model, rule=rule, layers=[entry_of_all])
+            for step in range(4):
+                x = torch.randn(7, 5, generator=torch.Generator().manual_seed(step)).double()
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+            found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert (float((found[0] - found[1]).abs().max()) > 1e-7) == norm

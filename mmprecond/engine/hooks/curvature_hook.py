@@ -26,7 +26,8 @@ class CurvatureHook(Hook):  # type: ignore[misc]
     kept (mean and largest over the layers, by side), cosine between gradient and direction, failed
     refreshes, seconds, megabytes, and numbers of layers that are measured, preconditioned and
     plain. Every `map_interval` refreshes of all layers an image for each of them, a row a layer and
-    a column a refresh, of the last 200. Nothing is computed at other steps. Under sharding='apply' operators' numbers are those of the first rank's share.
+    a column a refresh, of the last 200. Nothing is computed at other steps. Under sharding='apply'
+    operators' numbers are those of the first rank's share.
 
     Args:
         map_interval: Refreshes of all layers between images; None for none.
