@@ -34,7 +34,7 @@ class Adan(AdamW):
     def complete(self, group: Group, defaults: Group) -> Group:
         """With the first beta as 'momentum', the entry that schedulers of momentum change."""
         betas = group['betas'] if 'betas' in group else defaults['betas']
-        return {**group, 'momentum': betas[0]}
+        return {**group, 'momentum': betas[0]} if isinstance(betas, (tuple, list)) else group
 
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
@@ -71,5 +71,5 @@ class Adan(AdamW):
 
 
 def _first_beta(group: Group) -> float:
-    """The first beta: 'momentum' where a scheduler of MMEngine changes it, which notes its start."""
+    """The first beta: 'momentum' where a scheduler of MMEngine, which notes its start, sets it."""
     return float(group['momentum'] if 'initial_momentum' in group else group['betas'][0])
