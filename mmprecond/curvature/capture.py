@@ -1,8 +1,8 @@
 """Capture: sums over a step's input rows and output-gradient rows, read by hooks.
 
-Hooks exist between `arm` and `disarm` alone. A call is counted when its output's gradient
-arrives, so a recomputed forward pass (activation checkpointing), a forward pass without backward,
-and validation leave nothing behind.
+Hooks exist only between `arm` and `disarm`. A call counts once the gradient of its output arrives.
+Validation, a forward pass without backward and a recomputed forward pass (activation
+checkpointing) therefore leave nothing behind.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Staged:
     """Sums over the calls of one layer since the last step.
 
     Attributes:
-        sums: By tensor name, shaped as the layer's `shapes`.
+        sums: Sums by tensor name, in the layer's `shapes`.
         rows: Number of input rows.
-        slots: Where columns were placed, by tensor name.
+        slots: Slots of placed columns by tensor name.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Staged:
     slots: dict[str, Slots] = field(default_factory=dict)
 
     def add(self, sums: Mapping[str, Tensor], rows: int) -> None:
-        """Adds the sums of a call over so many rows."""
+        """Adds the sums of one call and its number of rows."""
         for key, total in sums.items():
             if key in self.sums:
                 self.sums[key] += total
@@ -51,14 +51,14 @@ class Staged:
 
 
 class Capture:
-    """Measures the statistics that each layer needs, while armed.
+    """Measures the statistics of each layer while it is armed.
 
     Args:
-        around: Makes the context in which products are formed.
+        around: Function that returns the context in which products are computed.
 
     Attributes:
-        staged: What was measured since the last `drop`.
-        loss_scale: By what the loss was multiplied before backward: None, a number, or a
+        staged: Sums measured since the last `drop`, by layer.
+        loss_scale: Factor of the loss in the backward pass: None, a number, or a
             `torch.amp.GradScaler`.
         seen: Layers whose module was called while armed.
     """
@@ -83,31 +83,31 @@ class Capture:
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Installs forward hooks on the modules of these layers, in place of earlier ones.
+        """Installs forward hooks on the modules of these layers, in place of earlier hooks.
 
         Args:
-            statistics: The layers to measure, and what of them.
-            seed: Seeds what is sampled, apart from the user's own random numbers.
-            share: Rank and number of ranks, each of which fills other slots with columns first.
+            statistics: Statistics to measure, by layer.
+            seed: Seed of the sampling, which is separate from the user's random numbers.
+            share: Rank and number of ranks; each rank fills its own share of the slots first.
         """
         self.disarm()
         self._statistics = statistics
         self._share = share
-        if seed != self._seed:  # the micro-batches of one step draw on
+        if seed != self._seed:  # micro-batches of one step continue the same sequence
             self._seed = seed
             self._generator.manual_seed(seed)
-            self._signs.manual_seed(seed ^ 0x5BD1E995)  # other numbers than the positions'
+            self._signs.manual_seed(seed ^ 0x5BD1E995)  # differs from the positions' seed
         self._watch()
 
     def disarm(self) -> None:
-        """Removes the hooks; what was measured stays."""
+        """Removes the hooks; the measured sums stay."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Leaves forward passes inside unmeasured."""
+        """Suspends the measurement of forward passes inside the context."""
         armed = bool(self._handles)
         self.disarm()
         try:
@@ -121,20 +121,20 @@ class Capture:
             self._handles += layer.watch(self.observe, self._warn_lost)
 
     def scale_by(self, scale: Any) -> None:
-        """Says by what the loss is multiplied (see `loss_scale`)."""
+        """Sets the factor of the loss (see `loss_scale`)."""
         self.loss_scale = scale
 
     def restart(self) -> None:
-        """Forgets what was measured and drawn, so that a loaded step draws as it did before."""
+        """Forgets sums and seed, so that a resumed step draws the same random numbers."""
         self._seed = None
         self.drop()
 
     def drop(self) -> None:
-        """Forgets what was measured."""
+        """Forgets the measured sums."""
         self.staged.clear()
 
     def observe(self, call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
-        """Prepares the measurement of one call, to be done when its output's gradient arrives."""
+        """Prepares the measurement of one call, for when the gradient of its output arrives."""
         layer = call.layer
         self.seen.add(layer)
         if torch._C._current_graph_task_id() == -1:  # not a recomputation inside backward
@@ -150,7 +150,7 @@ class Capture:
             if not pending:
                 self._warn_lost(layer, 'its graph was walked backward twice')
                 return
-            saved = pending.pop()  # its node lives as long as it does
+            saved = pending.pop()  # the autograd node lives as long as this tensor
             try:
                 held = saved.grad_fn.saved_tensors
             except RuntimeError:
@@ -162,10 +162,10 @@ class Capture:
 
     @staticmethod
     def _source(output: Tensor, statistics: Sequence[Statistic]) -> Tensor:
-        """The tensor whose gradient is the output's, before anything changes it in place.
+        """Tensor whose gradient is that of the output before any in-place change.
 
-        An in-place operation on a view (a linear layer's output of more than two dimensions) would
-        take the view's hooks to its own result.
+        A linear layer's output with more than two dimensions is a view. An in-place operation on
+        a view moves the view's hooks to its own result, so the hook goes to the base tensor.
         """
         base = output._base
         if base is None or not base.requires_grad or base.numel() != output.numel():
@@ -200,14 +200,14 @@ class Capture:
             staged.add(measured, layer.count_rows(call, gradient, statistics))
 
     def _slots(self, staged: Staged, key: str, width: int) -> Slots:
-        """Slots for the columns of a statistic, from this rank's share of them on."""
+        """Slots for the columns of a statistic; this rank's share comes first."""
         if key not in staged.slots:
             rank, ranks = self._share
             staged.slots[key] = Slots(width, rank * width // ranks, self._signs)
         return staged.slots[key]
 
     def _unscaled(self, layer: Layer, gradient: Tensor) -> Tensor:
-        """The gradient of the loss itself; divided before any product, so that none overflows."""
+        """Gradient of the unscaled loss; the division comes first, so that no product overflows."""
         gradient = gradient.to(layer.working_dtype)
         scale = self.loss_scale
         if hasattr(scale, 'is_enabled'):
@@ -217,9 +217,9 @@ class Capture:
         return gradient if scale is None else gradient / scale
 
     def _drop_abandoned(self) -> None:
-        """Drops the staging of an earlier backward pass whose gradients were cleared since.
+        """Drops the sums of an earlier backward pass if its gradients were cleared since.
 
-        Looks once, when the first gradient after a forward pass arrives.
+        The check runs once, when the first gradient after a forward pass arrives.
         """
         if not self._forward_is_new:
             return
@@ -240,10 +240,10 @@ def _needs_gradient(statistics: Sequence[Statistic]) -> bool:
 
 
 class _Saved(torch.autograd.Function):
-    """Holds tensors as autograd holds them: under checkpointing they are recomputed, not kept.
+    """Saves tensors in autograd, where checkpointing recomputes them instead of keeping them.
 
-    The anchor makes the node exist; the tensors come detached, as a node that leads to the output
-    it waits for would never be freed.
+    The anchor makes autograd create a node. The tensors are detached: a node that leads to the
+    output whose gradient it waits for would never be freed.
     """
 
     @staticmethod
