@@ -64,7 +64,7 @@ def register_layer(module_type: type[nn.Module] | str, layer: type[Layer]) -> No
 
     Raises:
         TypeError: If `layer` is no subclass of `Layer`, or cannot read modules of the class. (For a
-            class given by name, an optimizer reports the latter when it is built.)
+            class given by name, the latter shows in a model's layer table.)
     """
     if not (isinstance(layer, type) and issubclass(layer, Layer)):
         raise TypeError(f'register_layer takes a subclass of Layer, not {layer!r}')
