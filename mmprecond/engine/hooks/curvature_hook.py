@@ -1,4 +1,4 @@
-"""Shows the curvature of a run in MMEngine's visualizer."""
+"""Hook that shows the curvature of a run in MMEngine's visualizer."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from ...checks import check_count
 from ...core import Monitor, RefreshReport
 from ...optimizers import PreconditionedOptimizer
 
-#: Refreshes that a heat map shows.
+#: Number of refreshes in a heat map.
 SHOWN_REFRESHES = 200
-#: What a heat map shows, and whether as a logarithm.
+#: Values that have a heat map; True for a logarithm.
 MAPS = {'cosine': False, 'largest': True, 'damping': True, 'residual': True, 'rank': False}
 
 
 class CurvatureHook(Hook):  # type: ignore[misc]
-    """Logs what each refresh made of the layers: to TensorBoard and all other backends of the run.
+    """Hook that logs each refresh to TensorBoard and all other visualizer backends of the run.
 
-    Scalars ``curvature/...``: damping, largest eigenvalue, residual of Newton's inverses or rank
-    kept (mean and largest over the layers, by side), cosine between gradient and direction, failed
-    refreshes, seconds and megabytes. Every `map_interval` refreshes of all layers an image for each
-    of them, a row a layer and a column a refresh, of the last 200. Nothing is computed at other
-    steps. Under sharding='apply' operators' numbers are those of the first rank's share.
+    Scalars ``curvature/...`` are the damping, the largest eigenvalue, the residual of Newton's
+    inverses or the rank (mean and largest over the layers, by side), the cosine between gradient
+    and direction, failed refreshes, seconds and megabytes. After every `map_interval` refreshes of
+    all layers the hook also logs a heat map of each value, with a row per layer and a column for
+    each of the last 200 refreshes. Other steps compute nothing. Under sharding='apply' the values
+    of operators are those of the first rank's share.
 
     Args:
-        map_interval: Refreshes of all layers between images; None for none.
+        map_interval: Refreshes of all layers between heat maps; None for no heat maps.
     """
 
     priority = 'LOW'
@@ -42,7 +43,7 @@ class CurvatureHook(Hook):  # type: ignore[misc]
         self._refreshed = 0
 
     def before_train(self, runner: Any) -> None:
-        """Gives the optimizer its monitor; raises ValueError for one that has no curvature."""
+        """Sets the optimizer's monitor; raises ValueError if it measures no curvature."""
         optimizer = getattr(runner.optim_wrapper, 'optimizer', runner.optim_wrapper)
         if not isinstance(optimizer, PreconditionedOptimizer):
             raise ValueError(
@@ -57,12 +58,12 @@ class CurvatureHook(Hook):  # type: ignore[misc]
     ) -> None:
         """Logs the step's refreshes, if there were any."""
         curvature = runner.optim_wrapper.optimizer.curvature
-        # Shown once, though several iterations may make a step.
+        # Each report is shown once, though a step may take several iterations.
         report = curvature.monitor.take_report() if curvature.monitor else None
         if report is None:
             return
         if not any(report.layers.values()) and not report.failures:
-            return  # of methods whose operators are vectors, at every step
+            return  # methods with vectors as operators have nothing to show
         step = runner.iter + 1
         runner.visualizer.add_scalars(
             {f'curvature/{name}': value for name, value in report.summary().items()}, step=step
@@ -79,11 +80,11 @@ class CurvatureHook(Hook):  # type: ignore[misc]
 
 
 def heat_map(history: list[RefreshReport], name: str, logarithm: bool) -> Any:
-    """An image (height, width, 3) of bytes: a value of all layers over all refreshes, or None.
+    """Heat map of one value, layers by refreshes, as bytes (height, width, 3), or None.
 
     Args:
         history: The reports.
-        name: The value's name; of values by side both are shown.
+        name: Name of the value; a value by side has rows for both sides.
         logarithm: Whether to show the logarithm.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
