@@ -41,7 +41,7 @@ class Operator(ABC):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Its tensors, in the order of `suffixes`."""
+        """Tensors of the operator, in the order of `suffixes`."""
         return list(vars(self).values())  # the dataclass's fields, in their order
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:

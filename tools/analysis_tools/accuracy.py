@@ -100,7 +100,7 @@ def size_of(factors: Factors) -> int:
 
 
 def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[Any, ...]]]:
-    """Rows by method: name of a layer, sides, columns, cosine, and share of the dense numbers."""
+    """Rows by method: name of a layer, sides, columns, cosine, numbers kept, dense numbers."""
     method = NewtonKronecker(solver='lowrank')
     found: dict[str, list[tuple[Any, ...]]] = {}
     jobs = [
