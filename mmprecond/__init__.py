@@ -1,6 +1,6 @@
 """mmprecond: preconditioned optimizers for MMDetection, MMPretrain and plain PyTorch.
 
-Importing it registers every optimizer with MMEngine, where that is installed.
+The import registers every optimizer with MMEngine, if MMEngine is installed.
 """
 
 from importlib.util import find_spec

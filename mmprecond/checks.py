@@ -1,4 +1,4 @@
-"""Argument checks whose one-line errors say what was wrong and what to write instead."""
+"""Argument checks with one-line errors that say what to write instead."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def argument_names(kind: type) -> list[str]:
-    """Names of the keyword arguments that a class's constructor takes beside its parameters."""
+    """Names of the keyword arguments of a class's constructor, without `params`."""
     signature = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
     return [
         name
@@ -64,7 +64,7 @@ def argument_names(kind: type) -> list[str]:
 
 
 def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[str]) -> None:
-    """Raises TypeError that names left-over keyword arguments and how they came to be there."""
+    """Raises TypeError for unexpected keyword arguments, with their likely origin."""
     if unexpected:
         keys = ', '.join(sorted(unexpected))
         hint = (

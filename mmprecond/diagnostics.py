@@ -1,9 +1,9 @@
-"""Forecasts what an optimizer will cost on a config's model, before training.
+"""Forecasts the cost of an optimizer on a config's model, before training.
 
     python -m mmprecond.diagnostics CONFIG [--optimizer NKFAC] [--batch 2] [--size 800 1333]
 
-Prints a table of all layers: memory, and floating-point operations of each step, of a step that
-measures statistics, and of a refresh. It takes one forward pass on noise.
+Prints a table of all layers with their memory and with the floating-point operations of each step,
+of a step that measures statistics, and of a refresh. The forecast takes one forward pass on noise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADERS = ('layer', 'preconditioner', 'calls', 'MB', 'step GFLOP', 'capture GFLO
 def forecast(
     model: nn.Module, curvature: Curvature, batch: dict[str, Any]
 ) -> tuple[dict[Layer, LayerCost], float]:
-    """Costs by layer, and the operations of the model's own forward and backward pass."""
+    """Costs by layer, and the FLOPs of the model's own forward and backward pass."""
     counter = FlopCounterMode(display=False)
     with measured_costs(curvature.layers, curvature.capture) as costs, torch.no_grad(), counter:
         model(**batch, mode='loss')
@@ -36,7 +36,7 @@ def forecast(
 
 
 def amortised(curvature: Curvature, costs: dict[Layer, LayerCost]) -> float:
-    """Operations a step, captures and refreshes shared out over their intervals."""
+    """FLOPs per step, with captures and refreshes averaged over their intervals."""
     total = 0.0
     for layer, stack in curvature.layers.items():
         cost, method = costs[layer], stack.method
@@ -49,7 +49,7 @@ def amortised(curvature: Curvature, costs: dict[Layer, LayerCost]) -> float:
 
 
 def table(curvature: Curvature, costs: dict[Layer, LayerCost], own: float) -> str:
-    """The forecast as text; `own` are the model's operations a step."""
+    """Formats the forecast as text; `own` is the number of the model's FLOPs per step."""
     rows = [HEADERS, *(_row(cost.name.removesuffix('.weight'), cost) for cost in costs.values())]
     total = LayerCost(
         'all',
@@ -87,7 +87,7 @@ def _row(name: str, cost: LayerCost) -> tuple[str, ...]:
 
 
 def build(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
-    """The model of a config, with random weights, and its optimizer."""
+    """Builds the model of a config, with random weights, and its optimizer."""
     from mmengine.optim import build_optim_wrapper
 
     model = random_model(cfg)
@@ -101,7 +101,7 @@ def build(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog='python -m mmprecond.diagnostics', description=__doc__.splitlines()[0]
     )

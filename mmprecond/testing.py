@@ -1,6 +1,6 @@
-"""Checks for those who add a layer type, a preconditioner or a rule: float64 oracles.
+"""Checks of new layer types, preconditioners and rules, in float64.
 
-Each raises AssertionError that says what is wrong; none needs more than torch.
+Each check raises an AssertionError that says what is wrong. The checks need only torch.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from .optimizers import PreconditionedOptimizer, RuleOptimizer
 from .preconditioners import Preconditioner
 from .rules import SGDM, Rule
 
-#: Output elements whose gradient `check_layer` looks at.
+#: Number of output elements whose gradient `check_layer` compares.
 ELEMENTS = 60
 
 
 def check_layer(module: nn.Module, *inputs: Tensor, seed: int = 0) -> None:
-    """Checks that a module's layer pairs the right rows, and sums them up rightly.
+    """Checks that a layer type pairs the right rows, and that their sums are correct.
 
-    The layer of a module is linear in its weight: the gradient of any output element by the weight
-    must be the sum of g x' over the layer's rows. That is compared with autograd's for single
-    output elements, one by one. Second moments are compared with those of the rows, as a capture
-    measures them in a backward pass over all inputs.
+    A layer is linear in its weight. The gradient of an output element with respect to the weight
+    must therefore be the sum of g x' over the layer's rows. The check compares this sum with
+    autograd's gradient, for single output elements. It also compares the second moments of a
+    capture, in a backward pass over all inputs, with those of the rows.
 
     Args:
-        module: A module of a registered class, small.
+        module: A small module of a registered class.
         inputs: One or more inputs.
-        seed: Of what is drawn.
+        seed: Seed of the random numbers.
 
     Raises:
         AssertionError: If something is wrong.
@@ -85,7 +85,7 @@ def _check_matrix_form(layer: Layer, generator: torch.Generator) -> None:
 def _paired_rows(
     layer: Layer, module: nn.Module, inputs: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """All input rows (b, i, n), with the 1 of a joint bias, and gradient rows (b, o, n)."""
+    """Input rows (b, i, n), with the 1 of a joint bias, and gradient rows (b, o, n)."""
     chunks = [layer.with_ones(rows) for rows in layer.input_rows(module, inputs)]
     return torch.cat(chunks, 2), layer.gradient_rows(module, gradient)
 
@@ -113,7 +113,7 @@ def _check_pairs(
 def _check_samples(
     layer: Layer, module: nn.Module, inputs: Tensor, generator: torch.Generator
 ) -> None:
-    """Reduced rows are means and sums of all rows, and all positions drawn are all rows."""
+    """Checks that reduced rows are means and sums, and that all drawn positions are all rows."""
     gradient = _random_like(module(inputs), generator)
     samples = positions = 0
     if len(layer.row_kinds) > 1:
@@ -172,7 +172,7 @@ def _check_moments(
 
 
 class _Branches(nn.Module):
-    """Linear layers of equal shape, each on inputs of its own."""
+    """Linear layers of equal shape, each with its own inputs."""
 
     def __init__(self, count: int, size: tuple[int, int]) -> None:
         super().__init__()
@@ -194,15 +194,15 @@ def _random_batch(step: int, count: int, width: int) -> Tensor:
 
 
 def check_preconditioner(method: Preconditioner, size: tuple[int, int] = (4, 5)) -> None:
-    """Checks that a preconditioner's functions are those of a stack of layers.
+    """Checks that a preconditioner treats the layers of a stack correctly.
 
-    Layers in one stack must act as each by itself; operators have the outlined shapes; a saved and
-    loaded run continues to the bit; statistics that are not finite are reported where they are and
-    nowhere else.
+    Each layer in a stack must take the same steps as alone. Operators must have the outlined
+    shapes. A saved and loaded run must continue bit for bit. A refresh must report exactly those
+    layers whose statistics are not finite.
 
     Args:
-        method: The preconditioner; for a rule of any kind, with short intervals.
-        size: o and i without bias of the linear layers.
+        method: The preconditioner. It must work with any rule and have short intervals.
+        size: o and i (without bias) of the linear layers.
 
     Raises:
         AssertionError: If something is wrong.
@@ -284,11 +284,11 @@ def _check_failure_report(optimizer: PreconditionedOptimizer) -> None:
 
 
 def check_rule(rule: Rule, **hyper: Any) -> None:
-    """Checks a rule: batches of parameters, a resumed run, and a rate of zero.
+    """Checks a rule on batches of parameters, in a resumed run, and at a learning rate of zero.
 
     Args:
         rule: The rule.
-        hyper: Hyper-parameters in place of its defaults.
+        hyper: Hyper-parameters in place of the rule's defaults.
 
     Raises:
         AssertionError: If something is wrong.

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors take one line."""
+    """Argument parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` and exit with status 2."""
@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the set and say where it is.
+    """Make the set and print its path.
 
     Returns:
         The exit status: 0, 2 after an error, 130 after Ctrl-C.

@@ -1,7 +1,7 @@
 """Trains one small model with several optimizers on shapes and compares them.
 
-Every run of a seed starts from the same weights and sees the same images in the same order; only
-the optimizer differs. Ends with a table and a picture of loss and score against iterations and
+All runs of a seed start from the same weights and see the same images in the same order. Only the
+optimizer differs. The output is a table, and a picture of loss and score against iterations and
 seconds.
 """
 
@@ -23,7 +23,7 @@ from common.training import Run, RunError, add_options, train
 
 
 def by_label(runs: list[Run]) -> dict[str, list[Run]]:
-    """The seeds of each optimizer and rate."""
+    """Groups runs by optimizer and learning rate; a group has one run per seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.label, []).append(run)
@@ -31,7 +31,7 @@ def by_label(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: list[Run], metrics: dict[str, str]) -> str:
-    """The comparison as a Markdown table: means over seeds, with their range."""
+    """Comparison as a Markdown table: means over seeds, with their range."""
     titles = ['optimizer', 'lr', *metrics.values(), 'final loss', 's / iteration', 'peak MB']
     lines = []
     for group in by_label(runs).values():
@@ -47,7 +47,7 @@ def table(runs: list[Run], metrics: dict[str, str]) -> str:
 
 
 def verdict(runs: list[Run], model: Model) -> str:
-    """Sentences on our optimizers against the plain one."""
+    """Sentences that compare our optimizers with the plain one."""
     groups, plain, what_counts = by_label(runs), model.plain, model.metrics[model.headline]
     score = {
         label: mean(run.score(model.headline) for run in group) for label, group in groups.items()
@@ -74,7 +74,7 @@ def verdict(runs: list[Run], model: Model) -> str:
 
 
 def draw(runs: list[Run], model: Model, path: Path) -> None:
-    """Loss and APs against iterations and against seconds of training; thin lines are seeds."""
+    """Plots loss and scores against iterations and seconds; thin lines are single seeds."""
     from matplotlib.figure import Figure
 
     metrics = {key: title for key, title in model.metrics.items() if not key.endswith('_50')}

@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> Runner:
-    """The runner that the arguments ask for."""
+    """Builds the runner from the arguments."""
     launch.check_mmcv()
     cfg = launch.load_config(args.config)
     if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():

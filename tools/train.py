@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> Runner:
-    """The runner that the arguments ask for."""
+    """Builds the runner from the arguments."""
     launch.check_mmcv()
     cfg = launch.load_config(args.config)
     if args.optimizer:
@@ -65,7 +65,7 @@ def main() -> None:
     args = parse_args()
     with launch.one_line_errors():
         runner = build(args)
-        if isinstance(runner, Runner):  # early, so that a setting's error is one line too
+        if isinstance(runner, Runner):  # early, so that errors of settings also take one line
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.train()
 

@@ -1,4 +1,4 @@
-"""The owner of curvature: layers, stacks, schedules, checkpoints and reports."""
+"""Curvature of a model: layers, stacks, schedules, checkpoints and reports."""
 
 from ..preconditioners import RefreshError
 from .assignment import Assignment, parse_layers

@@ -1,4 +1,4 @@
-"""Which preconditioner each layer of a model takes."""
+"""Assignment of preconditioners to the layers of a model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Entry:
 
     Attributes:
         preconditioner: The preconditioner.
-        module_types: Class names; a layer is meant by its own, or that of a module around it. None
+        module_types: Class names that the layer's module, or a module around it, may have. None
             means all.
-        name: Pattern as in `fnmatch`, for the dotted name of the layer's module or one around it.
-            None means all.
+        name: Pattern as in `fnmatch` for the dotted name of the layer's module, or of a module
+            around it. None means all.
     """
 
     preconditioner: Preconditioner | None
@@ -33,18 +33,18 @@ class Entry:
 
     @property
     def is_open(self) -> bool:
-        """True if it means all layers that are left."""
+        """True if the entry applies to all remaining layers."""
         return self.module_types is None and self.name is None
 
     def meets(self, path: Sequence[tuple[str, nn.Module]]) -> bool:
-        """True if a module is meant, given as itself and all modules around it."""
+        """True if the entry matches a module, given with all modules around it."""
         return (
             self.module_types is None or any(type(m).__name__ in self.module_types for _, m in path)
         ) and (self.name is None or any(fnmatchcase(n, self.name) for n, _ in path))
 
     @property
     def match(self) -> str:
-        """The conditions as a config has them."""
+        """The conditions in a config's notation."""
         types = self.module_types
         parts = {'module_type': types[0] if types and len(types) == 1 else types, 'name': self.name}
         conditions = (f'{key}={value!r}' for key, value in parts.items() if value is not None)
@@ -52,7 +52,7 @@ class Entry:
 
 
 class Assignment:
-    """An ordered list of entries, of which the first hit wins.
+    """Ordered list of entries; the first entry that matches a layer wins.
 
     Args:
         entries: The entries, or one preconditioner for all layers.
@@ -62,10 +62,10 @@ class Assignment:
         self.entries = [Entry(entries)] if isinstance(entries, Preconditioner) else list(entries)
 
     def bind(self, model: nn.Module) -> BoundAssignment:
-        """The assignment for one model.
+        """Binds the assignment to a model.
 
         Raises:
-            ValueError: If an entry's match hits nothing.
+            ValueError: If an entry matches no module.
         """
         return BoundAssignment(self.entries, model)
 
@@ -76,7 +76,7 @@ class Assignment:
 
 
 class BoundAssignment:
-    """An assignment for one model (see `Assignment.bind`)."""
+    """Assignment for one model (see `Assignment.bind`)."""
 
     def __init__(self, entries: list[Entry], model: nn.Module) -> None:
         self.entries = entries
@@ -132,7 +132,7 @@ class BoundAssignment:
                 )
 
     def _path(self, name: str) -> list[tuple[str, nn.Module]]:
-        """A module and those around it, by all their names."""
+        """A module and the modules around it, under all their names."""
         path = []
         for alias in self.names[self.modules[name]]:
             parts = alias.split('.') if alias else []
@@ -145,10 +145,10 @@ def parse_layers(layers: Any) -> Assignment:
     """Reads the `layers` of a config.
 
     Args:
-        layers: A list of ``dict(match=..., preconditioner=...)``, see `Preconditioned`.
+        layers: List of ``dict(match=..., preconditioner=...)``, see `Preconditioned`.
 
     Raises:
-        ValueError: For what cannot be read, with what to write instead.
+        ValueError: If the list is invalid; the message says what to write instead.
     """
     if not isinstance(layers, (list, tuple)) or not layers:
         raise ValueError(

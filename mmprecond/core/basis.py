@@ -1,4 +1,4 @@
-"""Moments of a rule that works in a rotated space, when the rotation changes."""
+"""Rotation of a rule's moments into a new basis."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BasisSnapshot:
 
 
 def snapshot(stack: LayerStack) -> BasisSnapshot | None:
-    """Snapshot for `rotate`, or None where moments stay as they are."""
+    """Returns a snapshot for `rotate`, or None if moments stay as they are."""
     if not stack.method.moves_moments:
         return None
     return BasisSnapshot(
@@ -38,16 +38,16 @@ def rotate(
     linear: Sequence[str],
     quadratic: Sequence[str],
 ) -> None:
-    """Turns the moments of refreshed layers from the old basis into the new one, in place.
+    """Rotates the moments of refreshed layers from the old basis into the new one, in place.
 
-    With Q1 = U1old' U1new and Q2 = U2old' U2new, sums of gradients become ``Q1' M Q2``, and the
-    second moment ``(Q1 o Q1)' V (Q2 o Q2)``: what it would be if entries of the gradient were
-    uncorrelated. Its sum stays, and a basis that is the same in another order or with other signs
-    changes nothing but places.
+    Let Q1 = U1old' U1new and Q2 = U2old' U2new. A sum of gradients M becomes ``Q1' M Q2``. The
+    second moment V becomes ``(Q1 o Q1)' V (Q2 o Q2)``, its value if entries of the gradient were
+    uncorrelated. The sum of V stays. A basis that differs only in order or signs changes nothing
+    but the order of the entries of V.
 
     Args:
-        before: The stack before its refresh.
-        states: The rule's state by parameter.
+        before: Snapshot of the stack before its refresh.
+        states: State of the rule by parameter.
         linear: Names of moments that are sums of gradients.
         quadratic: Names of moments that are sums of squared gradients.
     """
@@ -68,7 +68,7 @@ def rotate(
 
 
 def _basis_change(old: Operators, new: Operators, position: int) -> Operators:
-    """``U_old' U_new`` by slot."""
+    """Rotations ``U_old' U_new`` by slot."""
 
     def overlap(slot: str, new_basis: Tensor) -> Dense:
         (old_basis,) = old[slot].tensors

@@ -1,4 +1,4 @@
-"""The curvature in an optimizer's state: by parameter name, plain values only."""
+"""Curvature in an optimizer's state dict: plain values by parameter name."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Restored:
     """Outcome of loading a state.
 
     Attributes:
-        steps: Steps taken; 0 where the schedule starts over.
+        steps: Number of steps taken; 0 if the schedule starts over.
         unfit: Layers whose saved state does not fit.
-        lost: Layers whose moments were kept in a basis that is not there.
+        lost: Layers whose moments are in a basis that was not restored.
     """
 
     steps: int
@@ -38,13 +38,13 @@ class Restored:
 def export(
     layers: Mapping[Layer, LayerStack], sharding: Sharding, steps: int, complete: bool
 ) -> dict[str, Any]:
-    """Steps and, if they are saved, each layer's method, statistics and operators.
+    """Exports the steps and, if `complete`, each layer's method, statistics and operators.
 
     Args:
         layers: The layers and their stacks.
-        sharding: Who holds what.
-        steps: Steps taken.
-        complete: Whether statistics and operators are saved.
+        sharding: Distribution of the operators over ranks.
+        steps: Number of steps taken.
+        complete: Whether to save statistics and operators.
     """
     stacks = list(dict.fromkeys(layers.values()))
     saved = (
@@ -73,7 +73,7 @@ def method_of(saved: Mapping[str, Any] | None, layer: Layer) -> str | None:
 
 
 def refuse_partial(saved: Mapping[str, Any] | None) -> None:
-    """Raises ValueError for the state of a rank that had but a part of the operators."""
+    """Raises ValueError for the state of a rank that had only a part of the operators."""
     if not (saved or {}).get('whole', True):
         raise ValueError(
             "the state is that of one rank under sharding='apply', which holds but a "
@@ -84,12 +84,12 @@ def refuse_partial(saved: Mapping[str, Any] | None) -> None:
 def restore(
     layers: Mapping[Layer, LayerStack], sharding: Sharding, saved: Mapping[str, Any] | None
 ) -> Restored:
-    """Puts saved curvature back; without it the next step captures and refreshes afresh.
+    """Restores saved curvature; without it the next step captures and refreshes anew.
 
     Args:
         layers: The layers and their stacks.
-        sharding: Who holds what.
-        saved: What `export` made, or None.
+        sharding: Distribution of the operators over ranks.
+        saved: Result of `export`, or None.
     """
     saved = saved or {}
     entries = saved.get('layers') or {}
@@ -112,7 +112,7 @@ def restore(
         logger.warning('the checkpoint holds no curvature; statistics start anew at the next step')
     for stack in dict.fromkeys(layers.values()):
         states = {layer: state for layer, state in fitting.items() if layers[layer] is stack}
-        if states or not stack.method.precomputed:  # what was put in stays
+        if states or not stack.method.precomputed:  # precomputed statistics stay
             stack.load(states, sharding.holds(stack), sharding.is_whole())
     rotated = set(saved.get('rotated') or ())
     lost = [layer for layer in layers if layer.name in rotated and layer not in fitting]
@@ -127,7 +127,7 @@ def _match_states(
     layers: Mapping[Layer, LayerStack],
     entries: Mapping[str, Any],
 ) -> tuple[dict[Layer, dict[str, Any]], list[Layer], list[str]]:
-    """States that fit their layers, layers whose states do not, and why."""
+    """Returns states that fit their layers, layers whose states do not fit, and reasons."""
     fitting: dict[Layer, dict[str, Any]] = {}
     unfit: list[Layer] = []
     complaints: list[str] = []
@@ -164,7 +164,7 @@ def _entry_misfit(entry: Any, layer: Layer, stack: LayerStack) -> str:
 
 
 def _tensor_misfit(kind: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> str:
-    """Reason why saved tensors are not of the expected names and shapes, or ''."""
+    """Reason why saved tensors do not have the expected names and shapes, or ''."""
     if set(tensors) != set(shapes):
         return f'its {kind} has {", ".join(tensors) or "nothing"}, not {", ".join(shapes)}'
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Clips of preconditioned gradients: one factor over many layers."""
+"""Clips of directions: one factor for many layers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def kl_clip(
 ) -> None:
     """Scales directions V by nu = min(1, sqrt(bound / sum lr^2 <V, G>)), in place.
 
-    V = F^-1 G, so that nu^2 sum lr^2 <V, G>, twice the step's KL divergence, stays in the bound.
-    Without waiting for the device.
+    V is F^-1 G. Twice the KL divergence of the step, nu^2 sum lr^2 <V, G>, therefore stays within
+    the bound. The function does not wait for the device.
 
     Source: as in the public KFAC baselines (Ba, Grosse and Martens, 2017, section 5).
 
@@ -48,11 +48,11 @@ def kl_clip(
 
 
 def clip_norm(directions: dict[Tensor, Tensor], largest: float) -> None:
-    """Scales all directions by min(1, largest / their joint norm), without waiting for the device.
+    """Scales all directions by min(1, largest / joint norm), without a wait for the device.
 
     Args:
-        directions: Directions by parameter; they are replaced, not changed in place.
-        largest: The bound.
+        directions: Directions by parameter; the tensors are replaced in the dict.
+        largest: Bound of the joint norm.
     """
     if not directions:
         return

@@ -1,4 +1,4 @@
-"""Forecast of the floating-point operations of preconditioning, from shapes."""
+"""Forecast of the FLOPs of preconditioning, from shapes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class LayerCost:
     """Costs of one layer.
 
     Attributes:
-        name: The weight's name.
-        method: Its preconditioner.
-        megabytes: Statistics and operators.
-        apply: Operations of every step.
-        capture: Operations of a step that measures it, beside `apply`.
-        refresh: About the operations of a refresh.
-        calls: Times that its module was called in a forward pass.
+        name: Name of the weight.
+        method: Name of the preconditioner.
+        megabytes: Memory of statistics and operators.
+        apply: FLOPs of every step.
+        capture: Additional FLOPs of a step that measures the layer.
+        refresh: Approximate FLOPs of a refresh.
+        calls: Number of calls of the module in a forward pass.
     """
 
     name: str
@@ -36,7 +36,7 @@ class LayerCost:
     calls: int = 0
 
     def add_call(self, flops: float) -> None:
-        """Counts a call whose capture takes so many operations."""
+        """Counts a call and the FLOPs of its capture."""
         self.calls += 1
         self.capture += flops
 
@@ -45,11 +45,11 @@ class LayerCost:
 def measured_costs(
     layers: Mapping[Layer, LayerStack], capture: Capture
 ) -> Iterator[dict[Layer, LayerCost]]:
-    """Each layer's costs; those of captures by the calls of the forward passes made inside.
+    """Yields the costs of each layer; forward passes in the context add the costs of captures.
 
     Args:
         layers: The layers and their stacks.
-        capture: Their capture, which is off meanwhile.
+        capture: Capture of the layers, suspended in the context.
     """
     costs = {
         layer: LayerCost(

@@ -1,4 +1,4 @@
-"""The owner of curvature: it measures layers, refreshes operators and preconditions gradients."""
+"""Curvature of a model: statistics of its layers, their operators, preconditioned gradients."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ class Curvature:
         options: Settings for all layers.
 
     Attributes:
-        layers: The stack of each layer that is preconditioned.
-        stacks: The stacks.
-        left_out: Modules that take the plain rule, and why.
-        capture: The hooks, and what they measured since the last step.
-        dropped: Samples of layers that were not finite, since the start.
-        monitor: Reports refreshes, where someone watches (see `watch_refreshes`); or None.
+        layers: Stack of each preconditioned layer.
+        stacks: All stacks, each once.
+        left_out: Modules that take the plain rule, with the reasons.
+        capture: Hooks, with the sums that they measured since the last step.
+        dropped: Number of samples that were dropped because they were not finite.
+        monitor: Monitor that reports refreshes, or None (see `watch_refreshes`).
 
     Raises:
-        ValueError: For a model without a supported layer, or more statistics and operators than
-            fit into memory.
+        ValueError: If the model has no supported layer, or if its statistics and operators do
+            not fit into memory.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Curvature:
 
     @property
     def dropped(self) -> int:
-        """Samples of layers that were not finite, since the start."""
+        """Number of samples that were dropped because they were not finite."""
         return self._samples.dropped
 
     # ---------------------------------------------------------------- construction
@@ -147,37 +147,37 @@ class Curvature:
         return methods
 
     def _add_layer(self, layer: Layer, method: Preconditioner) -> None:
-        """Puts a layer into the stack of those that are like it, or into one of its own."""
+        """Puts a layer into the stack with an equal key, or into a new stack."""
         stack = LayerStack(method, layer, self._owners[layer])
         self.layers[layer] = next((known for known in self.stacks if known.key == stack.key), stack)
         self.stacks = list(dict.fromkeys(self.layers.values()))
 
     def reassign(self, layer: Layer, method: Preconditioner) -> None:
-        """Gives a layer another preconditioner; its statistics start anew."""
+        """Gives a layer another preconditioner and restarts its statistics."""
         self.layers[layer].leave(layer)
         self._add_layer(layer, method)
 
     def precompute(
         self, layer: Layer, method: Preconditioner, statistics: dict[str, Tensor]
     ) -> None:
-        """Gives a layer a preconditioner whose statistics are known, and not measured.
+        """Gives a layer a preconditioner with known statistics, which are never measured.
 
         Args:
             layer: The layer.
             method: The preconditioner.
-            statistics: Its statistics (b, n, m) by tensor name.
+            statistics: Statistics of the layer (b, n, m) by tensor name.
         """
         self.reassign(layer, method)
         self.layers[layer].merge({layer: statistics})
 
     def watch_refreshes(self, monitor: Monitor | None) -> None:
-        """Reports refreshes to a monitor from now on, or to none."""
+        """Sets the monitor that reports refreshes; None stops the reports."""
         self.monitor = monitor
 
     # ---------------------------------------------------------------- measuring
 
     def due(self, step: int) -> dict[Layer, tuple[Statistic, ...]]:
-        """The layers that a step measures, and what of them."""
+        """Layers that a step measures, with the statistics to measure."""
         return {
             layer: stack.kept
             for layer, stack in self.layers.items()
@@ -185,7 +185,7 @@ class Curvature:
         }
 
     def arm(self, step: int, *, at_forward: bool = False) -> None:
-        """Puts hooks on the layers whose statistics a step measures, if it does.
+        """Installs hooks on the layers that a step measures, if there are any.
 
         Args:
             step: The step.
@@ -199,14 +199,14 @@ class Curvature:
         self.capture.expect(self.due(step))
 
     def disarm(self) -> None:
-        """Takes the hooks off; what was measured stays until the step."""
+        """Removes the hooks; the measured sums stay until the step."""
         self.capture.disarm()
 
     def update(self, step: int) -> list[BasisSnapshot]:
-        """Merges what was measured for a step, and refreshes operators that are due.
+        """Merges the statistics measured for a step, then refreshes the operators that are due.
 
         Returns:
-            The stacks whose bases may have turned, as they were before (see `basis.rotate`).
+            Snapshots, from before the refresh, of stacks with a new basis (see `basis.rotate`).
         """
         if self.monitor is not None:
             self.monitor.begin()
@@ -214,17 +214,17 @@ class Curvature:
         return self.refresh(step)
 
     def merge(self, step: int) -> None:
-        """Merges what was measured for a step into the running statistics."""
+        """Merges the statistics measured for a step into the running statistics."""
         due = list(self.due(step))
         if due:
-            self._schedule.recapture(())  # what was owed comes with these
+            self._schedule.recapture(())  # this step includes the pending recaptures
             self._samples.collect(due, self.layers, step)
 
     def refresh(self, step: int) -> list[BasisSnapshot]:
-        """Refreshes the stacks that are due, and layers that have statistics but no operator.
+        """Refreshes layers that are due, and layers with statistics but without an operator.
 
         Returns:
-            As `update`.
+            The same snapshots as `update`.
         """
         due = [
             (stack, positions)
@@ -253,7 +253,7 @@ class Curvature:
         return snapshots
 
     def _refresh_own_stacks(self, due: Sequence[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
-        """Refreshes this rank's stacks, waiting for the device once; says what succeeded."""
+        """Refreshes this rank's stacks, with one wait for the device; returns the successes."""
         started = [
             start_refresh(stack, positions) if self.sharding.mine(stack) else None
             for stack, positions in due
@@ -271,11 +271,11 @@ class Curvature:
     def precondition(
         self, gradients: Mapping[Tensor, Tensor], groups: Iterable[Mapping[str, Any]]
     ) -> dict[Tensor, Tensor]:
-        """The directions: gradients, preconditioned where a layer has an operator.
+        """Returns the directions: gradients, preconditioned where a layer has an operator.
 
         Args:
             gradients: Gradients by parameter.
-            groups: The optimizer's parameter groups, whose rates a KL clip reads.
+            groups: The optimizer's parameter groups; a KL clip reads their learning rates.
         """
         directions = dict(gradients)
         with matmul_precision(self.options.matmul_precision):
@@ -289,7 +289,7 @@ class Curvature:
         return directions
 
     def restore(self, updates: dict[Tensor, Tensor]) -> None:
-        """Turns the rule's updates back, in the dict, where a method acts after the rule."""
+        """Transforms the rule's updates, in the dict, for methods that act after the rule."""
         with matmul_precision(self.options.matmul_precision):
             for stack in self.stacks:
                 if stack.method.acts_after_rule:
@@ -314,29 +314,29 @@ class Curvature:
     # ---------------------------------------------------------------- state and report
 
     def state_dict(self, steps: int) -> dict[str, Any]:
-        """Plain tensors, numbers and strings by parameter name, after so many steps."""
+        """State after a number of steps: tensors, numbers and strings by parameter name."""
         return checkpoint.export(self.layers, self.sharding, steps, self.options.save_curvature)
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> checkpoint.Restored:
-        """Loads a state; what it lacks is measured at the next step.
+        """Loads a state; missing statistics are measured at the next step.
 
         Returns:
-            The steps that were taken, and the layers whose moments are lost.
+            Number of steps taken, layers whose state does not fit, layers whose moments are lost.
         """
         self.capture.restart()
         restored = checkpoint.restore(self.layers, self.sharding, saved)
-        # They had statistics by now, and are measured at once.
+        # These layers had statistics in the saved run, so they are measured at once.
         self._schedule.recapture(
             layer for layer in restored.unfit if self.layers[layer].method.refresh_on_first_sample
         )
         return restored
 
     def table(self) -> str:
-        """Every module with parameters: its preconditioner or why not, factors, memory."""
+        """Table of all modules with parameters: preconditioner or reason, factors, memory."""
         return report.table(self.layers, self.left_out, self.sharding)
 
     def forecast(self) -> dict[torch.device, tuple[float, float]]:
-        """Megabytes by device that will be kept, and more at a refresh."""
+        """Megabytes by device: memory kept between steps, and extra memory of a refresh."""
         return forecast(self.layers, self.sharding)
 
 
@@ -345,13 +345,13 @@ def _transform(
     function: Callable[[Operators, Tensor], Tensor],
     tensors: dict[Tensor, Tensor],
 ) -> None:
-    """Replaces what belongs to a stack's parameters by a function of its matrix form."""
+    """Applies a function to the matrix form of a stack's tensors, in the dict."""
     ready = [(k, layer) for k, layer in stack.ready() if layer.weight in tensors]
     if not ready:
         return
     positions, layers = zip(*ready, strict=True)
     matrices = [layer.join(*(tensors.get(p) for p in layer.parameters)) for layer in layers]
-    # A single matrix is not copied, and must not be written to.
+    # A single matrix is not copied, so the function must not write to it.
     stacked = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
     results = function(stack.operators_of(positions), stacked)
     for layer, matrix in zip(layers, results, strict=True):

@@ -1,4 +1,4 @@
-"""Consequences of failed refreshes."""
+"""Policy for failed refreshes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ logger = logging.getLogger('mmprecond')
 
 
 class FailurePolicy:
-    """Counts the outcomes of refreshes; a layer that failed keeps its last good operator.
+    """Counts failed refreshes; a layer with a failure keeps its last good operator.
 
     Args:
-        tolerated: Consecutive failed refreshes of a layer after which training stops.
+        tolerated: Number of consecutive failures of one layer that stops training.
     """
 
     def __init__(self, tolerated: int = 3) -> None:
@@ -25,7 +25,7 @@ class FailurePolicy:
         """Counts the outcomes of some layers of a stack.
 
         Raises:
-            RefreshError: If a layer failed for the last time that is tolerated.
+            RefreshError: If a layer reached the number of consecutive failures that stops training.
         """
         for position, outcome in zip(positions, succeeded, strict=True):
             slot = stack.slots[position]

@@ -1,4 +1,4 @@
-"""Forecast of the memory of curvature, and the check that it fits."""
+"""Memory forecast of the curvature, and a check against the free memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .refresh import CHUNK_BYTES
 from .sharding import Sharding
 from .stack import LayerStack
 
-#: A refresh works on copies of what it turns into operators: damped, factorised, inverted.
+#: Number of copies of the statistics in a refresh: damped, factorised, inverted.
 REFRESH_COPIES = 3
 
 
 def megabytes(layer: Layer, stack: LayerStack, operators: bool = True) -> float:
-    """Memory of a layer's statistics and, unless another rank holds them, its operators."""
+    """Megabytes of a layer's statistics and, if `operators`, of its operators."""
     numbers = sum(
         b * n * m for statistic in stack.kept for b, n, m in layer.shapes(statistic).values()
     )
@@ -39,10 +39,10 @@ def held_megabytes(stacks: Sequence[LayerStack], sharding: Sharding) -> float:
 def forecast(
     layers: Mapping[Layer, LayerStack], sharding: Sharding
 ) -> dict[torch.device, tuple[float, float]]:
-    """Megabytes by device: kept once all trained layers were measured, and more at a refresh.
+    """Megabytes by device: kept once all trained layers were measured, and extra at a refresh.
 
-    The latter are additional and for the largest stack alone. Activations and the rule's moments
-    are not in it.
+    The extra memory of a refresh is that of the largest stack. The forecast does not include
+    activations and the rule's moments.
     """
     persistent: dict[torch.device, float] = {}
     working: dict[torch.device, float] = {}
@@ -62,7 +62,7 @@ def forecast(
 
 
 def available(device: torch.device) -> float:
-    """Megabytes that a device has left; infinite where it cannot be told."""
+    """Free megabytes of a device; infinite if they are unknown."""
     if device.type == 'cuda':
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -82,8 +82,8 @@ def check_memory_budget(layers: Mapping[Layer, LayerStack], sharding: Sharding, 
 
     Args:
         layers: The layers and their stacks.
-        sharding: Who holds what.
-        owner: The optimizer's name.
+        sharding: Distribution of the operators over ranks.
+        owner: Name of the optimizer.
     """
     for device, (persistent, working) in forecast(layers, sharding).items():
         free = available(device)
@@ -106,7 +106,7 @@ def check_memory_budget(layers: Mapping[Layer, LayerStack], sharding: Sharding, 
 
 
 def _memory_advice(layers: Mapping[Layer, LayerStack], sharding: Sharding) -> str:
-    """Advice on what may help with these methods."""
+    """Advice on settings that lower the memory of these methods."""
     methods = {stack.method for stack in layers.values()}
     advice = ['lower max_dim']
     if any(not m.rotates and m.oversize != 'lowrank' for m in methods):

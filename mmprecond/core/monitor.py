@@ -1,4 +1,4 @@
-"""Reports of refreshes in numbers, for those who watch a run."""
+"""Numerical reports of refreshes, to monitor a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Values = dict[str, float]
 
 @dataclass
 class RefreshReport:
-    """One step's refreshes.
+    """Report of one step's refreshes.
 
     Attributes:
         step: The step, from 0.
@@ -38,7 +38,7 @@ class RefreshReport:
     counts: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> Values:
-        """Over the layers: the mean of each value, its largest, and the least cosine."""
+        """Mean and largest value over the layers; for the cosine mean and least value."""
         summary: Values = {
             'failures': float(self.failures),
             'seconds': self.seconds,
@@ -57,12 +57,12 @@ class RefreshReport:
 
 
 class Monitor:
-    """Reports each step that refreshes something; costs nothing at the others.
+    """Monitor that reports each step with a refresh, and costs nothing at other steps.
 
-    Hand it to ``optimizer.curvature.watch_refreshes(Monitor())``, and read `report` after a step.
+    Call ``optimizer.curvature.watch_refreshes(Monitor())``, then read `report` after a step.
 
     Attributes:
-        report: Of the last step, or None if it refreshed nothing.
+        report: Report of the last step, or None if the step refreshed nothing.
     """
 
     def __init__(self) -> None:
@@ -71,12 +71,12 @@ class Monitor:
         self._start = 0.0
 
     def take_report(self) -> RefreshReport | None:
-        """The report of the last step, given out once."""
+        """Returns the report of the last step and removes it."""
         report, self.report = self.report, None
         return report
 
     def begin(self) -> None:
-        """Before statistics are merged."""
+        """Starts a step; called before statistics are merged."""
         self.report, self._layers = None, []
         self._start = time.perf_counter()
 
@@ -87,11 +87,11 @@ class Monitor:
         held: float,
         counts: dict[str, int],
     ) -> None:
-        """After refreshes.
+        """Starts a report; called after refreshes.
 
         Args:
-            step: The step.
-            due: The stacks and the positions that were refreshed.
+            step: Number of the step.
+            due: Stacks with the positions that were refreshed.
             held: Megabytes of statistics and operators.
             counts: Numbers of layers (see `report.count`).
         """
@@ -108,7 +108,7 @@ class Monitor:
     def record_directions(
         self, gradients: Mapping[Tensor, Tensor], directions: Mapping[Tensor, Tensor]
     ) -> None:
-        """After directions were found; waits for the device once."""
+        """Completes the report; called with the directions. Waits for the device once."""
         if self.report is None:
             return
         measurements: dict[str, dict[str, Tensor]] = {}
@@ -134,15 +134,16 @@ class Monitor:
 
 
 def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
-    """One layer's numbers, by side ('gradient', 'input').
+    """Values of one layer by side ('gradient', 'input').
 
-    'largest': the largest eigenvalue of its moment. Of an inverse X of A + mu I: 'damping', the mu
-    that fits best, and 'residual', ``|I - X (A + mu I)|`` relative to ``|I|``. Of an operator in
-    low rank: 'damping', the eigenvalue that stands for all left out, and 'rank', its columns.
+    'largest' is the largest eigenvalue of the moment A. For an inverse X of A + mu I, 'damping' is
+    the mu that fits best, and 'residual' is ``|I - X (A + mu I)|`` relative to ``|I|``. For a
+    low-rank operator, 'damping' is the damped value of all omitted eigenvalues, and 'rank' is the
+    number of columns.
 
     Args:
-        stack: The layer's stack.
-        position: Its place there.
+        stack: Stack of the layer.
+        position: Position of the layer in the stack.
 
     Returns:
         Scalars by ``<value>/<side>``.
@@ -169,14 +170,15 @@ def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
 
 
 def fit_damping(moment: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """The mu for which X is closest to (A + mu I)^-1, and how close.
+    """Fits mu such that X is closest to (A + mu I)^-1.
 
     Args:
         moment: A (b, n, n).
         inverse: X (b, n, n).
 
     Returns:
-        mu, the mean over the blocks, and the largest ``|I - X (A + mu I)| / |I|`` (Frobenius).
+        The mean of mu over the blocks, and the largest residual ``|I - X (A + mu I)| / |I|``
+        (Frobenius norms).
     """
     moment, inverse = moment.double(), inverse.double()
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)

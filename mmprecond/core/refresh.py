@@ -1,4 +1,4 @@
-"""Refreshes: operators made of a stack's statistics, and once more in float64 where that failed."""
+"""Refreshes: operators from a stack's statistics, with a second attempt in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..linalg import map_tensors
 from .stack import LayerStack
 
-#: Refreshes work on so many bytes of statistics at a time.
+#: Number of bytes of statistics that a refresh works on at a time.
 CHUNK_BYTES = 2**29
 
 
@@ -19,10 +19,10 @@ def start_refresh(stack: LayerStack, positions: Sequence[int]) -> Tensor:
 
     Args:
         stack: The stack.
-        positions: Places in it.
+        positions: Positions in the stack.
 
     Returns:
-        Whether each succeeded (a bool tensor), to be passed to `finish_refresh`.
+        Bool tensor of successes, for `finish_refresh`.
     """
     outcomes = torch.zeros(len(positions), dtype=torch.bool, device=stack.like.device)
     place = {position: at for at, position in enumerate(positions)}
@@ -39,12 +39,12 @@ def start_refresh(stack: LayerStack, positions: Sequence[int]) -> Tensor:
 def finish_refresh(
     stack: LayerStack, positions: Sequence[int], succeeded: Sequence[bool]
 ) -> list[bool]:
-    """Retries failures in float64; says what succeeded in the end."""
+    """Retries failures in float64; returns the final successes."""
     return [outcome or _retry(stack, k) for k, outcome in zip(positions, succeeded, strict=True)]
 
 
 def _retry(stack: LayerStack, position: int) -> bool:
-    """One exact refresh in float64."""
+    """Refreshes one layer from scratch in float64."""
     operators, succeeded = stack.method.refresh(
         stack.factors([position], torch.float64), None, stack.damping([position])
     )
@@ -56,7 +56,7 @@ def _retry(stack: LayerStack, position: int) -> bool:
 
 
 def _chunks(stack: LayerStack, positions: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
-    """Positions to refresh together, and whether exactly."""
+    """Yields positions to refresh together, with True for a refresh from scratch."""
     layer_bytes = sum(s[0].numel() * s.element_size() for s in stack.statistics.values())
     size = max(1, CHUNK_BYTES // layer_bytes)
     positions_by_mode: dict[bool, list[int]] = {}

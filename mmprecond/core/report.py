@@ -1,4 +1,4 @@
-"""Table of the treatment of each module, for the log."""
+"""Layer table for the log: the treatment of each module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def count(layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut]) -> di
 def table(
     layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut], sharding: Sharding
 ) -> str:
-    """The table: layer, preconditioner or reason why not, factor sizes, memory."""
+    """Layer table: layer, preconditioner or reason for the plain rule, factor sizes, memory."""
     rows = [('layer', 'treatment', 'factors', 'MB')]
     for layer, stack in layers.items():
         memory = megabytes(layer, stack, sharding.holds(stack))

@@ -20,13 +20,13 @@ Sample = dict[str, Tensor]
 
 
 class SampleCollector:
-    """Takes a step's sums out of a capture and merges them, layer by layer, where they are sound.
+    """Takes the sums of a step from a capture and merges those that are valid, layer by layer.
 
     Args:
         capture: The capture.
 
     Attributes:
-        dropped: Samples of layers that were not finite, since the start.
+        dropped: Number of samples that were dropped because they were not finite.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -38,11 +38,11 @@ class SampleCollector:
     def collect(self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack], step: int) -> None:
         """Merges the samples of the layers that are due.
 
-        Waits for the device once: for the norms that tell sound samples from others.
+        The method waits for the device once, for the norms that show which samples are valid.
 
         Args:
-            due: The layers that the step measures, the same on all ranks.
-            layers: The stack of each layer.
+            due: Layers that the step measures, the same on all ranks.
+            layers: Stack of each layer.
             step: The step.
         """
         samples = self._reduce_samples(due, layers)
@@ -61,7 +61,7 @@ class SampleCollector:
     def _is_valid(
         self, layer: Layer, stack: LayerStack, sizes: Mapping[str, float], step: int
     ) -> bool:
-        """True if a sample counts, given the norms of its tensors; says why not."""
+        """True if a sample is valid, given the norms of its tensors; logs the reason if not."""
         if not all(size < float('inf') for size in sizes.values()):
             self.dropped += 1
             logger.warning(
@@ -71,7 +71,7 @@ class SampleCollector:
                 self.dropped,
             )
             return False
-        # A zero sample (a dropped block, no positives) tells nothing.
+        # A zero sample (a dropped block, no positives) has no information.
         if all(sizes[key] for statistic in stack.needed for key in statistic.keys):
             return True
         if layer not in self._zero_reported and not stack.holds(layer):
@@ -87,7 +87,7 @@ class SampleCollector:
     def _reduce_samples(
         self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack]
     ) -> dict[Layer, Sample]:
-        """Joint statistics of all ranks: L = sum g'g of the joint loss, all others means."""
+        """Joint samples of all ranks: L = sum g'g for the joint loss, means for all others."""
         staged = self._capture.staged
         ranks = world_size()
         rows = [float(staged[layer].rows) if layer in staged else 0.0 for layer in due]
@@ -118,7 +118,7 @@ class SampleCollector:
         return samples
 
     def _warn_uncalled(self, layer: Layer) -> None:
-        """Says once that a weight is trained although its module is never called."""
+        """Warns once that a weight is trained although its module is never called."""
         seen = self._capture.seen
         if seen and layer not in seen and layer.weight.grad is not None:
             seen.add(layer)
@@ -131,7 +131,7 @@ class SampleCollector:
 
 
 def _fill_missing(layer: Layer, stack: LayerStack, sums: Mapping[str, Tensor]) -> Sample:
-    """A layer's sums on this rank, with zeros for what it did not measure."""
+    """Sums of a layer on this rank, with zeros for statistics that were not measured."""
     sample: Sample = {}
     for statistic in stack.kept:
         known = all(key in sums for key in statistic.keys)
@@ -141,7 +141,7 @@ def _fill_missing(layer: Layer, stack: LayerStack, sums: Mapping[str, Tensor]) -
 
 
 def to_host(values: Sequence[Tensor]) -> list[float]:
-    """The numbers in some small tensors, with one wait for the device."""
+    """Copies the numbers of small tensors to the host, with one wait for the device."""
     if not values:
         return []
     flat = [value.reshape(-1).to(values[0].device, torch.float64) for value in values]

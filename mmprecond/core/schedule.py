@@ -1,4 +1,4 @@
-"""When layers are measured and refreshed."""
+"""Schedule of captures and refreshes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .stack import LayerStack
 
 
 class Schedule:
-    """Intervals, counted from each method's phase, and each layer's offset within them.
+    """Steps at which layers are measured and refreshed, by intervals, phases and offsets.
 
     Args:
-        methods: The preconditioner of each layer.
-        stagger: Whether layers take turns over the steps of an interval.
+        methods: Preconditioner of each layer.
+        stagger: Whether to give layers different offsets within an interval.
     """
 
     def __init__(self, methods: Mapping[Layer, Preconditioner], stagger: bool) -> None:
@@ -23,7 +23,10 @@ class Schedule:
         self._recaptured: set[Layer] = set()
 
     def captures(self, stack: LayerStack, layer: Layer, step: int) -> bool:
-        """True if a layer is measured at a step; one without statistics waits for no refresh."""
+        """True if a layer is measured at a step.
+
+        A layer without statistics follows `stat_interval`, even if `capture_interval` is longer.
+        """
         if stack.method.precomputed:
             return False
         method = stack.method
@@ -31,9 +34,9 @@ class Schedule:
         return layer in self._recaptured or self._count(stack, layer, step) % interval == 0
 
     def refreshes(self, stack: LayerStack, step: int) -> list[int]:
-        """Positions that are refreshed at a step: on schedule, or for the first time.
+        """Positions in a stack to refresh at a step: on schedule, or for the first time.
 
-        A first refresh is tried as soon as there are statistics, if the method says so.
+        With `refresh_on_first_sample` the first refresh comes as soon as there are statistics.
         """
         at_once = stack.method.refresh_on_first_sample
         return [
@@ -43,11 +46,11 @@ class Schedule:
         ]
 
     def recapture(self, layers: Iterable[Layer]) -> None:
-        """Has layers measured at the next step, and no other by an earlier call."""
+        """Schedules layers to be measured at the next step, in place of those of earlier calls."""
         self._recaptured = set(layers)
 
     def _count(self, stack: LayerStack, layer: Layer, step: int) -> int:
-        """Count that must be divisible by an interval."""
+        """Step count of a layer, which is due where an interval divides the count."""
         return step + stack.method.phase - self._offsets.get(layer, 0)
 
     def _is_due(self, stack: LayerStack, layer: Layer, step: int) -> bool:
@@ -57,9 +60,10 @@ class Schedule:
 
 
 def assign_offsets(methods: Mapping[Layer, Preconditioner]) -> dict[Layer, int]:
-    """An offset for each layer, so that no step measures or refreshes many of them.
+    """Assigns an offset to each layer, so that no step measures or refreshes many layers.
 
-    Layers of one preconditioner take the steps of its interval in turn, by the cost of a refresh.
+    The layers of one preconditioner are distributed over the steps of its interval by the cost of
+    their refreshes.
     """
     offsets: dict[Layer, int] = {}
     for method in set(methods.values()):

@@ -1,8 +1,9 @@
-"""Sharded refreshes: each rank inverts its share of the layers, and the ranks exchange results.
+"""Sharded refreshes: each rank refreshes its share of the layers, and the ranks exchange results.
 
-'refresh': every rank ends with all operators. 'apply': a rank holds the operators of its share
-alone and preconditions its gradients, which are exchanged at every step; the first rank keeps
-copies in host memory for checkpoints, which it writes without the others.
+With 'refresh' every rank receives all operators. With 'apply' a rank holds the operators of its
+share only. It preconditions the gradients of that share, and the ranks exchange the directions at
+every step. The first rank keeps copies of all operators in host memory, so that it can write
+checkpoints without the other ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHARDINGS = ('none', 'refresh', 'apply')
 
 
 class Sharding:
-    """Who does what, and the exchanges.
+    """Distribution of the layers over ranks, and the exchanges among ranks.
 
     Args:
         mode: 'none', 'refresh' or 'apply'.
@@ -45,10 +46,10 @@ class Sharding:
         self.archive = archive
 
     def assign(self, chosen: Mapping[Layer, Preconditioner]) -> dict[Layer, int | None]:
-        """The owner of each layer, by the cost of its refreshes and steps; None for all ranks.
+        """Assigns an owner to each layer, by the cost of its refreshes and steps, or None for all.
 
         Raises:
-            ValueError: For 'apply' with a method that acts after the rule.
+            ValueError: If 'apply' is set for a method that acts after the rule.
         """
         for method in chosen.values():
             if self.requested == 'apply' and method.acts_after_rule:
@@ -63,7 +64,7 @@ class Sharding:
         return dict(zip(chosen, longest_first(costs, world_size()), strict=True))
 
     def check_ranks(self) -> None:
-        """Raises RuntimeError if the work was shared out over another number of ranks."""
+        """Raises RuntimeError if the number of ranks has changed since the construction."""
         if self.requested != 'none' and self.ranks != world_size():
             raise RuntimeError(
                 f'sharding={self.requested!r}: the optimizer was built for '
@@ -82,10 +83,10 @@ class Sharding:
     def agree(
         self, outcomes: Sequence[Sequence[bool]], error: Exception | None, device: torch.device
     ) -> list[list[bool]]:
-        """Outcomes from the ranks that know them; an error on one rank ends all.
+        """Collects the outcomes of all ranks; an error on one rank ends all ranks.
 
         Raises:
-            RuntimeError: On the ranks that had no error while another had; it raises its own.
+            RuntimeError: If another rank had an error. A rank with an error raises that error.
         """
         if self.mode == 'none':
             if error is not None:
@@ -108,7 +109,7 @@ class Sharding:
         return [[next(flag) > 0 for _ in stack_outcomes] for stack_outcomes in outcomes]
 
     def exchange_operators(self, stacks: Sequence[LayerStack]) -> None:
-        """Hands the operators of refreshed stacks on: to all ranks, or to the first's archive."""
+        """Sends the operators of refreshed stacks to all ranks, or to the first rank's archive."""
         if self.mode == 'none' or self.mode == 'apply' and not self.archive:
             return
         forms = share_objects(
@@ -132,7 +133,7 @@ class Sharding:
     def exchange_directions(
         self, stacks: Sequence[LayerStack], directions: dict[Tensor, Tensor]
     ) -> None:
-        """Fills in the preconditioned gradients of the layers that other ranks hold."""
+        """Receives the directions of layers that other ranks hold, in the dict."""
         if self.mode != 'apply':
             return
         owners: list[int] = []
@@ -143,7 +144,7 @@ class Sharding:
                     continue
                 for p in layer.parameters:
                     if p in directions:
-                        # Laid out alike on all ranks: sums over them then round alike.
+                        # One layout on all ranks, so that sums over directions round equally.
                         directions[p] = (
                             directions[p].contiguous()
                             if self.mine(stack)
@@ -160,7 +161,7 @@ class Sharding:
         return self.mode != 'apply' or rank() == 0 and self.archive
 
     def _layer_cost(self, layer: Layer, method: Preconditioner) -> float:
-        """About the FLOPs of a step, with its share of a refresh."""
+        """Approximate FLOPs of a step, including its share of a refresh."""
         if not layer.weight.requires_grad:
             return 0.0
         refresh = method.refresh_flops(layer)
@@ -188,7 +189,7 @@ class Sharding:
 
 
 def _operator_layouts(operators: Operators) -> dict[str, Any]:
-    """Form and shapes of each operator."""
+    """Type and shapes of each operator."""
     return {
         slot: (type(operator), [tuple(tensor.shape) for tensor in operator.tensors])
         for slot, operator in operators.items()

@@ -1,6 +1,6 @@
-"""The state of a preconditioner on layers of equal shape, stacked so that one product serves all.
+"""State of a preconditioner on layers of equal shape, stacked so that one product serves all.
 
-A layer joins its stack with its first captured statistics: one that is frozen or never used
+A layer joins its stack with its first captured statistics. A layer that is frozen or never used
 costs nothing.
 """
 
@@ -41,7 +41,7 @@ class Slot:
 
     @property
     def waiting(self) -> bool:
-        """True if no refresh was tried yet; after a failure the next one comes on schedule."""
+        """True before the first refresh; after a failure the next refresh comes on schedule."""
         return self.refreshes == 0 and self.failures == 0
 
     def count_sample(self) -> None:
@@ -49,11 +49,11 @@ class Slot:
         self.samples += 1
 
     def forget_refreshes(self) -> None:
-        """Has the next refresh start from nothing."""
+        """Makes the next refresh start from scratch."""
         self.refreshes = 0
 
     def count_refresh(self, succeeded: bool) -> None:
-        """Counts a refresh."""
+        """Counts the outcome of a refresh."""
         self.refreshes += succeeded
         self.failures = 0 if succeeded else self.failures + 1
 
@@ -63,19 +63,19 @@ class LayerStack:
 
     Args:
         method: The preconditioner.
-        layer: The first of them.
-        owner: The rank that refreshes it, where that work is shared out, or None for all.
+        layer: The first layer of the stack.
+        owner: Rank that refreshes the stack, or None if every rank does.
 
     Attributes:
-        kept: The statistics kept.
-        needed: Those without which a sample tells nothing.
-        outline: Likely operators of a layer, on the meta device.
-        key: Equal for layers that belong together.
-        archive: Operators in host memory, for a checkpoint by a rank that has no others.
-        slots: The layers that joined, in the order of the stacked tensors.
+        kept: Statistics that the stack keeps.
+        needed: Statistics that must be nonzero for a sample to count.
+        outline: Operators of one layer in their likely shapes, on the meta device.
+        key: Key that is equal for all layers of one stack.
+        archive: Another rank's operators in host memory, for checkpoints only.
+        slots: Layers of the stack, in the order of the stacked tensors.
         statistics: Running statistics (k, b, n, m) by tensor name.
-        operators: Operators by slot, leading dimension k; rows of layers that were never refreshed
-            are meaningless.
+        operators: Operators by slot, with leading dimension k. Rows of layers that were never
+            refreshed are meaningless.
     """
 
     def __init__(self, method: Preconditioner, layer: Layer, owner: int | None = None) -> None:
@@ -147,11 +147,11 @@ class LayerStack:
         samples: dict[Layer, dict[str, Tensor]],
         sizes: Mapping[Layer, Mapping[str, float]] = MappingProxyType({}),
     ) -> None:
-        """Merges samples into the running statistics, emptying `samples` as it goes.
+        """Merges samples into the running statistics and removes them from `samples`.
 
         Args:
-            samples: By layer and tensor name.
-            sizes: Their Frobenius norms, where they are known.
+            samples: Samples by layer and tensor name.
+            sizes: Frobenius norms of the samples, where they are known.
         """
         newcomers = [layer for layer in samples if layer not in self._index]
         if newcomers:
@@ -195,11 +195,11 @@ class LayerStack:
     def factors(
         self, positions: Sequence[int], dtype: torch.dtype | None = None
     ) -> dict[Side, Factor]:
-        """Factors that operators are made of, with weights where the method reads them.
+        """Factors for a refresh, with the weights if the method reads them.
 
         Args:
-            positions: The layers.
-            dtype: Of the result, in place of the statistics' own.
+            positions: Positions of the layers.
+            dtype: Dtype of the result; default: that of the statistics.
         """
         layers = [self.slots[k].layer for k in positions]
         factors = {}
@@ -216,7 +216,7 @@ class LayerStack:
         return factors
 
     def damping(self, positions: Sequence[int]) -> Tensor | None:
-        """Dampings (k, 1) where a layer of these overrides the setting."""
+        """Dampings (k, 1) if one of the layers overrides the setting, else None."""
         values = [self.slots[k].layer.damping for k in positions]
         if all(value is None for value in values):
             return None
@@ -226,7 +226,7 @@ class LayerStack:
     # ---------------------------------------------------------------- operators
 
     def operators_of(self, positions: Sequence[int]) -> Operators:
-        """The operators of some positions."""
+        """Operators of the layers at some positions."""
         if len(positions) == len(self.slots):
             return self.operators
         return map_tensors(self.operators, lambda stacked: take(stacked, positions))
@@ -237,27 +237,27 @@ class LayerStack:
             self.method.rank_search is not None
             and len(positions) == len(self.slots)
             and bool(succeeded.all())
-        ):  # nothing of the old is kept: fewer columns may do
+        ):  # all old operators are replaced, so the number of columns may shrink
             self.operators = map_tensors(operators, Tensor.contiguous)
             return
         self.operators = write(self.operators, operators, positions, len(self.slots), succeeded)
 
     def receive(self, operators: Operators, archive: bool = False) -> None:
-        """Takes another rank's operators, to act with or to keep for checkpoints alone."""
+        """Stores another rank's operators; an archive serves checkpoints only."""
         if archive:
             self.archive = operators
         else:
             self.operators = operators
 
     def refresh_anew(self) -> None:
-        """Has all operators made anew at the next step, as after a change of settings."""
+        """Makes the next step refresh all operators from scratch, as after new settings."""
         for slot in self.slots:
             slot.forget_refreshes()
 
     # ---------------------------------------------------------------- checkpoints
 
     def export(self) -> Iterator[tuple[Layer, dict[str, Any]]]:
-        """Each layer's state as plain tensors and numbers."""
+        """Yields each layer's state as plain tensors and numbers."""
         operators = named_tensors(self.operators or self.archive)
         for k, slot in enumerate(self.slots):
             yield (
@@ -272,12 +272,12 @@ class LayerStack:
     def load(
         self, states: Mapping[Layer, Mapping[str, Any]], hold: bool = True, archive: bool = False
     ) -> None:
-        """Replaces the stack's state by exported states, on each weight's own device.
+        """Replaces the stack's state with exported states, on the device of each weight.
 
         Args:
-            states: The layers' states.
-            hold: Whether operators are to be held on the device.
-            archive: Whether they are otherwise to be kept in host memory.
+            states: States by layer.
+            hold: Whether to hold the operators on the device.
+            archive: Whether to keep the operators in host memory if `hold` is false.
         """
         self.clear()
         rows: list[Operators] = []

@@ -1,4 +1,4 @@
-"""Layers, their statistics, and capture. Needs torch alone."""
+"""Layers, their statistics, and capture. The subpackage needs only torch."""
 
 from .attention import (
     AttentionLayer,

@@ -14,14 +14,14 @@ class RunningAverage:
 
     Attributes:
         decay: Weight of the old value, in [0, 1); None for the plain mean of all samples.
-        from_first: Takes the first sample whole.
+        from_first: Whether the average starts as the first sample.
         corrected: Whether the average is divided by the sum of its weights, 1 - decay^samples.
-        normalise: What is done to each sample first: 'norm' divides it by its Frobenius norm,
-            which makes captures count alike whatever the loss's scale (NKFAC's published code; not
-            in its paper); 'range' shifts and scales its entries to reach from 0 to 1 (AdaFisher),
-            where all are equal to 1.
-        new_weight: Weight of the new sample where that is not 1 - decay.
-        start: What the average is before the first sample.
+        normalise: Normalisation of each sample, or ''. 'norm' divides it by its Frobenius norm, so
+            that captures have equal weight whatever the scale of the loss (NKFAC's published code,
+            not its paper). 'range' shifts and scales its entries to the range from 0 to 1
+            (AdaFisher); entries that are all equal become 1.
+        new_weight: Weight of the new sample if that is not 1 - decay.
+        start: Value of the average before the first sample.
     """
 
     decay: float | None = 0.95
@@ -37,9 +37,9 @@ class RunningAverage:
         """Merges one sample (b, n, m) into the running average, in place.
 
         Args:
-            running: The average of `merged` samples; zeros at first.
-            sample: The new one; overwritten.
-            merged: Number of samples before it.
+            running: Average of `merged` samples; zeros at first.
+            sample: The new sample; overwritten.
+            merged: Number of samples before the new one.
             norm: The sample's norm, for normalise='norm' (see `Form.norm`).
         """
         if self.normalise == 'norm':
@@ -51,7 +51,7 @@ class RunningAverage:
         self.merge_plain(running, sample, merged)
 
     def merge_plain(self, running: Tensor, sample: Tensor, merged: int) -> None:
-        """The same without the normalisation."""
+        """Merges one sample without the normalisation (see `merge`)."""
         if self.start and merged == 0:
             running.fill_(self.start)
         if self.new_weight is not None and self.decay is not None:

@@ -1,4 +1,4 @@
-"""Calls of a layer's module and the hooks that see them."""
+"""Calls of a layer's module, and the hooks that observe them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Call:
     Attributes:
         layer: The layer.
         module: The module that was called.
-        extra: What else the layer needs to read the call.
+        extra: Further information that the layer needs to read the call.
     """
 
     layer: Layer
@@ -28,12 +28,12 @@ class Call:
     extra: Any = None
 
 
-#: Takes a complete call, the tensors to keep, and the output whose gradient they wait for.
+#: Function of a complete call, the tensors to keep, and the output whose gradient is awaited.
 Observer = Callable[[Call, tuple[Tensor, ...], Tensor], None]
 
 
 class Tap:
-    """A hook that a deep copy or a pickle of the model takes along without its observer."""
+    """Hook that loses its observer in a deep copy or a pickle of the model."""
 
     def __init__(self, observe: Callable[..., None] | None) -> None:
         self.observe = observe

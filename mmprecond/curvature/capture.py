@@ -31,10 +31,10 @@ logger = logging.getLogger('mmprecond')
 
 
 class Capture:
-    """Measures the statistics that each layer needs, while armed.
+    """Measures the statistics of each layer while it is armed.
 
     Args:
-        around: Makes the context in which products are formed.
+        around: Function that returns the context in which products are computed.
 
     Attributes:
         loss_scale: By what the loss was multiplied before backward: None, a number, or a
@@ -71,7 +71,7 @@ class Capture:
         *,
         at_forward: bool = False,
     ) -> None:
-        """Installs forward hooks on the modules of these layers, in place of earlier ones.
+        """Installs forward hooks on the modules of these layers, in place of earlier hooks.
 
         Until they are taken off again, compiled models run eagerly: their code knows no hooks.
 
@@ -98,7 +98,7 @@ class Capture:
             self._eager.enter()
 
     def disarm(self) -> None:
-        """Removes the hooks; what was measured stays."""
+        """Removes the hooks; the measured sums stay."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -106,7 +106,7 @@ class Capture:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Leaves forward passes inside unmeasured."""
+        """Suspends the measurement of forward passes inside the context."""
         armed = bool(self._handles)
         self.disarm()
         try:
@@ -137,19 +137,19 @@ class Capture:
             self._install_hooks()
 
     def scale_by(self, scale: Any) -> None:
-        """Says by what the loss is multiplied (see `loss_scale`)."""
+        """Sets the factor of the loss (see `loss_scale`)."""
         self.loss_scale = scale
 
     def restart(self) -> None:
-        """Forgets what was measured and drawn, so that a loaded step draws as it did before."""
+        """Forgets sums and seed, so that a resumed step draws the same random numbers."""
         self._staging.restart()
 
     def drop(self) -> None:
-        """Forgets what was measured."""
+        """Forgets the measured sums."""
         self._staging.drop()
 
     def observe(self, call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
-        """Prepares the measurement of one call, to be done when its output's gradient arrives."""
+        """Prepares the measurement of one call, for when the gradient of its output arrives."""
         if _is_traced():
             return
         layer = call.layer
@@ -186,8 +186,8 @@ class Capture:
     def _hooked_tensor(output: Tensor, statistics: Sequence[Statistic]) -> Tensor:
         """The tensor whose gradient is the output's, before anything changes it in place.
 
-        An in-place operation on a view (a linear layer's output of more than two dimensions) would
-        take the view's hooks to its own result.
+        A linear layer's output with more than two dimensions is a view. An in-place operation on
+        a view moves the view's hooks to its own result, so the hook goes to the base tensor.
         """
         base = output._base
         if base is None or not base.requires_grad or base.numel() != output.numel():
@@ -221,7 +221,7 @@ class Capture:
             self._staging.add(visit, layer, sums, rows, statistics)
 
     def _unscale(self, layer: Layer, gradient: Tensor) -> Tensor:
-        """The gradient of the loss itself; divided before any product, so that none overflows."""
+        """Gradient of the unscaled loss; the division comes first, so that no product overflows."""
         gradient = gradient.to(layer.working_dtype)
         scale = self.loss_scale
         if hasattr(scale, 'is_enabled'):
@@ -255,8 +255,8 @@ def _needs_gradient(statistics: Sequence[Statistic]) -> bool:
 class _SavedTensors(torch.autograd.Function):
     """Holds tensors as autograd holds them: under checkpointing they are recomputed, not kept.
 
-    The anchor makes the node exist; the tensors come detached, as a node that leads to the output
-    it waits for would never be freed.
+    The anchor makes autograd create a node. The tensors are detached: a node that leads to the
+    output whose gradient it waits for would never be freed.
     """
 
     @staticmethod

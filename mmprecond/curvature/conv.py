@@ -1,4 +1,4 @@
-"""Convolutions: every output position is one row, and its patch the input of that row."""
+"""Convolutions: every output position is one row, with its patch as the input."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class ConvLayer(Layer):
         return self._patch_view(module, padded, self._output_size(module, inputs))
 
     def _patch_view(self, module: Any, padded: Tensor, size: torch.Size, top: int = 0) -> Tensor:
-        """Patches of output lines [top, top + size[0]), of all other axes whole.
+        """Patches of the output lines [top, top + size[0]), complete along all other axes.
 
         Returns:
             A view (blocks, channels, *kernel, images, *size).
@@ -168,13 +168,12 @@ class Conv3dLayer(ConvLayer):
 class Conv2dLayer(ConvLayer):
     """`nn.Conv2d`.
 
-    Where `PatchMoment` makes the input's moment (stride 1, zero padding), no patch is laid out.
+    `PatchMoment` computes the input moment for stride 1 and zero padding, without patches.
     """
 
     axes: ClassVar[int] = 2
     module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
-    #: With fewer rows, or fewer channels, patches are multiplied faster than blocks are put
-    #: together.
+    #: Least number of rows, and of channels, for which `PatchMoment` is faster than patches.
     few_rows, few_channels = 400, 8
 
     def input_moment(self, module: Any, inputs: Tensor) -> Tensor:
@@ -203,7 +202,7 @@ class Conv2dLayer(ConvLayer):
     def measure_flops(
         self, call: Call, kept: tuple[Tensor, ...], output: Tensor, statistic: Statistic
     ) -> float:
-        """About the floating-point operations of one call's statistic (see the base class)."""
+        """Approximate FLOPs of one call's statistic (see the base class)."""
         module: Any = call.module
         rows = self.sample_count(module, output) * self.position_count(module, output)
         if statistic != Statistic(INPUT, Moment()) or not self._uses_patch_moment(module, rows):
@@ -215,7 +214,7 @@ class Conv2dLayer(ConvLayer):
         return 2 * self.blocks * channels**2 * rows * shifts * margin
 
     def _uses_patch_moment(self, module: Any, rows: int) -> bool:
-        """True if `PatchMoment` makes the input's moment."""
+        """True if `PatchMoment` computes the input moment."""
         sliding = tuple(module.kernel_size) != (1, 1) and tuple(module.stride) == (1, 1)
         enough = rows >= self.few_rows and module.in_channels >= self.few_channels * self.blocks
         return sliding and module.padding_mode == 'zeros' and enough
@@ -236,10 +235,10 @@ class Conv2dLayer(ConvLayer):
 class ConvTranspose2dLayer(ConvLayer):
     """`nn.ConvTranspose2d`: every input position is one row.
 
-    It is a convolution whose input and output have changed places: a row's input are the channels
-    at its position (i), its gradient the patch of the output's gradient (o, kernel) that it wrote
-    to. G is accordingly (blocks, o kernel, i). The bias, which is added to pixels rather than to
-    patches, is left to the rule.
+    The roles of input and output are those of a convolution, exchanged. The input of a row is the
+    vector of channels at its position (i). The gradient of a row is the patch (o, kernel) of the
+    output's gradient that the position contributed to. G is therefore (blocks, o kernel, i). The
+    bias belongs to pixels instead of patches, so it takes the plain rule.
     """
 
     axes: ClassVar[int] = 2
@@ -257,7 +256,7 @@ class ConvTranspose2dLayer(ConvLayer):
         return [matrix.mT.reshape(self.weight.shape).to(self.weight.dtype)]
 
     def count_rows(self, call: Call, gradient: Tensor, statistics: Any) -> int:
-        """Input positions of one call, or samples where they are reduced."""
+        """Number of input positions of one call, or of samples if rows are reduced."""
         samples = self.sample_count(call.module, gradient)
         reduced = any(statistic.rows == REDUCED for statistic in statistics)
         return samples if reduced else samples * self.position_count(call.module, gradient)

@@ -1,7 +1,7 @@
-"""The contract of a form: what is kept of a side's rows, and its damped power.
+"""Contract of a form: the sum over a side's rows, and the damped power made of it.
 
-A form is a value object without state. Tensors of one layer are (b, n, m), of a stack (k, b, n, m),
-with b blocks of a side of length n.
+A form is a value object without state. Tensors of one layer are (b, n, m), tensors of a stack are
+(k, b, n, m), with b blocks of a side of length n.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Power:
-    """Way in which ``(A + mu I)^-exponent`` is taken.
+    """Computation of ``(A + mu I)^-exponent``.
 
     Attributes:
-        solve: Called with damped matrices and the last result or None; returns the powers, and
-            whether each succeeded (k, b).
-        exponent: `solve` has it built in; other forms read it here.
-        search: When a power is kept as columns; None: never.
+        solve: Function of damped matrices and the last result (or None). It returns the powers,
+            and a bool tensor (k, b) that is False where one failed.
+        exponent: The exponent. `solve` implies it; computations by columns read it here.
+        search: Search for the rank of a low-rank power, or None for dense powers.
     """
 
     solve: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -39,12 +39,12 @@ class Power:
 
 @dataclass
 class Slots:
-    """Places of columns: a rank fills its own share first.
+    """Slots for columns; each rank fills its own share first.
 
     Attributes:
         count: Number of slots.
-        taken: The next slot; at first, this rank's first one.
-        generator: Draws the columns' signs.
+        taken: Next slot; at first, the first slot of this rank's share.
+        generator: Generator of the columns' signs.
     """
 
     count: int
@@ -52,7 +52,7 @@ class Slots:
     generator: torch.Generator
 
     def claim(self, columns: int) -> Tensor:
-        """Places of so many columns; once all slots are taken, on top of others."""
+        """Returns slots for a number of columns; once all are taken, slots are used again."""
         places = (torch.arange(columns, device='cpu') + self.taken) % self.count
         self.taken += columns
         return places
@@ -60,11 +60,11 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A running statistic as a refresh takes it.
+    """Running statistic as the input of a refresh.
 
     Attributes:
-        form: Its form.
-        tensors: Its tensors (k, b, n, m), made ready by `Form.finalize`.
+        form: Form of the statistic.
+        tensors: Tensors (k, b, n, m) that `Form.finalize` returned.
     """
 
     form: Form
@@ -72,12 +72,12 @@ class Factor:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor of a form that has one."""
+        """The only tensor of a form that has one."""
         (tensor,) = self.tensors
         return tensor
 
     def trace(self) -> Tensor:
-        """Trace (k, b) of the moment that it stands for."""
+        """Trace (k, b) of the moment that the factor represents."""
         return self.form.trace(self)
 
     def largest_eigenvalue(self) -> Tensor:
@@ -87,40 +87,40 @@ class Factor:
     def damped_power(
         self, amount: Callable[[Factor], Tensor], power: Power, previous: Operator | None = None
     ) -> tuple[Operator, Tensor]:
-        """The moment's damped power.
+        """Damped power of the moment.
 
         Args:
-            amount: Of a factor, what is added to its diagonal (k, b).
-            power: Which power, and how.
-            previous: The last one, where a new one may start.
+            amount: Function that returns the damping (k, b) of a factor.
+            power: The power and its solver.
+            previous: The last operator, as a start for the new one, or None.
 
         Returns:
-            The operator, and a bool tensor (k, b) that is False where it failed.
+            The operator, and a bool tensor (k, b) that is False where the computation failed.
         """
         return self.form.damped_power(self, amount, power, previous)
 
 
 class Form(ABC):
-    """Quantity that is kept of the rows of one side, and the operator made of it."""
+    """Quantity that is summed over the rows of one side, and the operator made of it."""
 
-    #: Its part of a statistic's name.
+    #: The form's part of a statistic's name.
     suffix: ClassVar[str]
-    #: Whether it is made by products of matrices, which a lower precision rounds.
+    #: Whether the form uses matrix products, which a lower precision rounds.
     is_product: ClassVar[bool] = True
-    #: Whether its width is a setting of its own, which `max_dim` leaves alone.
+    #: Whether the form has a width of its own, so that `max_dim` does not apply.
     is_bounded: ClassVar[bool] = False
-    #: Whether a call's sum is placed by `stage`, rather than added as it is.
+    #: Whether `stage` distributes the sum of a call over slots before it is added.
     is_placed: ClassVar[bool] = False
-    #: Whether only sides that declare this form have it.
+    #: Whether only sides that declare this form support it.
     is_special: ClassVar[bool] = False
 
     def keys(self, key: str) -> tuple[str, ...]:
-        """Names of its tensors, given the statistic's."""
+        """Names of the form's tensors, given the name of the statistic."""
         return (key,)
 
     @abstractmethod
     def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
-        """Shapes (b, n, m) of its tensors for blocks of a side's length."""
+        """Shapes (b, n, m) of the form's tensors, given the blocks and length of a side."""
 
     @abstractmethod
     def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
@@ -128,25 +128,25 @@ class Form(ABC):
 
     @abstractmethod
     def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
-        """About the floating-point operations of `measure`, given its shape."""
+        """Approximate FLOPs of `measure`, given the shape of its result."""
 
     def stage(self, measured: Tensor, slots: Slots) -> Tensor:
-        """A call's sum in the shape of the statistic, of forms that are placed."""
+        """Distributes a call's sum over slots, in the shape of the statistic."""
         return measured
 
     def rescale(self, total: Tensor, factor: float) -> None:
-        """Multiplies the quantity that the sum stands for, in place."""
+        """Multiplies the quantity that the sum represents by a factor, in place."""
         total *= factor
 
     def norm(self, samples: Sequence[Tensor], sizes: Sequence[float] | None) -> Tensor | float:
-        """Norm by which a sample is divided, so that all samples weigh alike.
+        """Divisor of a sample that gives all samples equal weight.
 
         Args:
-            samples: Its tensors (b, n, m).
-            sizes: Their Frobenius norms over all blocks, where they are known.
+            samples: Tensors of the sample (b, n, m).
+            sizes: Frobenius norms of the tensors over all blocks, where they are known.
 
         Returns:
-            The Frobenius norm, of each block by itself (b, 1, 1).
+            Frobenius norm of each block (b, 1, 1), or a number for a single block.
         """
         (sample,) = samples
         if len(sample) == 1 and sizes:
@@ -156,7 +156,7 @@ class Form(ABC):
     def finalize(
         self, tensors: tuple[Tensor, ...], layers: Sequence[Layer], key: str
     ) -> tuple[Tensor, ...]:
-        """Running tensors (k, b, n, m) of some layers, as `damped_power` takes them."""
+        """Turns running tensors (k, b, n, m) of some layers into the input of `damped_power`."""
         return tensors
 
     def note(self, size: int) -> str:
@@ -164,7 +164,7 @@ class Form(ABC):
         return ''
 
     def outline(self, blocks: int, size: int, layer: Layer, search: RankSearch | None) -> Operator:
-        """The likely operator of a layer, on the meta device."""
+        """Operator of a layer in its likely shape, on the meta device."""
         raise TypeError(
             f'{type(self).__name__} has no power; the preconditioner must say what '
             'operator it makes of it'

@@ -1,4 +1,4 @@
-"""Symmetric products, each half computed once where that pays."""
+"""Symmetric products that compute only one half where that is faster."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..linalg import add_product
 
-#: Products are formed in bands of about so many rows.
+#: Approximate number of rows in a band of a product.
 BAND = 512
-#: With fewer summands a product is whole: writing the other half takes about as long as multiplying
-#: it.
+#: Least number of summands for a product in bands. With fewer, a copy of the other half takes about
+#: as long as its multiplication.
 MANY = 512
 
 
@@ -41,7 +41,7 @@ def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:
 
 
 def gram_flops(size: int, rows: int) -> float:
-    """Floating-point operations of one such product of n x n over r rows."""
+    """FLOPs of one such product (n x n) over r rows."""
     if rows < MANY:
         return 2.0 * size**2 * rows
     bands = -(-size // _band_height(size))
@@ -49,5 +49,5 @@ def gram_flops(size: int, rows: int) -> float:
 
 
 def _band_height(size: int) -> int:
-    """Height of the bands of an n x n product: equal but for the last."""
+    """Height of the bands of an n x n product; only the last band may be lower."""
     return -(-size // max(1, round(size / BAND)))

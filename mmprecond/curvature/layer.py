@@ -1,10 +1,10 @@
-"""Layers that can be preconditioned: their matrix form and the sums measured of them.
+"""Layers that can be preconditioned: their matrix form and the sums over their rows.
 
-Conventions, here and everywhere: a layer's gradient is a stack of matrices G (blocks, o, i). A
-linear layer or plain convolution is one block; a convolution with g groups is g independent
-blocks. A convolution's i counts its patch (channels, kernel height, kernel width), as in
-``weight.reshape(o, -1)``. With a joint bias the input rows carry a trailing 1 and the bias
-gradient is the last column of G.
+Conventions of the package: a layer's gradient is a stack of matrices G (blocks, o, i). A linear
+layer or plain convolution has one block. A convolution with g groups has g independent blocks. The
+dimension i of a convolution is the size of its patch (channels, kernel height, kernel width), as in
+``weight.reshape(o, -1)``. With a joint bias the input rows have a trailing 1, and the gradient of
+the bias is the last column of G.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from .statistic import (
 
 
 class Layer:
-    """One weight (and its bias) that is preconditioned, with the modules that use it.
+    """One preconditioned weight (and its bias), with the modules that use it.
 
-    A subclass says what its rows are: `input_rows` and `gradient_rows`; and, where `row_kinds` has
-    more than all rows, the methods about samples.
+    A subclass defines its rows by `input_rows` and `gradient_rows`. If its `row_kinds` has more
+    entries than `AllRows`, it also defines the methods about samples.
 
     Attributes:
         name: The weight's parameter name in the model.
         weight: The weight.
-        bias: The bias, when it is preconditioned jointly with the weight, else None.
-        modules: The modules that own the weight (more than one where modules share parameters).
-        blocks: Independent blocks of the layer.
+        bias: The bias if it is preconditioned jointly with the weight, else None.
+        modules: Modules that own the weight (several if modules share parameters).
+        blocks: Number of independent blocks.
         rows: o, output features of one block.
-        columns: i, input features of one block, the trailing 1 of a joint bias included.
-        working_dtype: Dtype of all statistics: the weight's own, at least float32.
-        damping: This layer's damping in place of its preconditioner's, or None.
+        columns: i, input features of one block, including the trailing 1 of a joint bias.
+        working_dtype: Dtype of all statistics: the dtype of the weight, but at least float32.
+        damping: Damping of this layer in place of its preconditioner's, or None.
     """
 
-    #: Module classes whose forward pass it describes; none means any.
+    #: Module classes whose forward pass the layer describes; an empty tuple means any.
     module_types: ClassVar[tuple[type[nn.Module], ...]] = ()
-    #: Which rows its statistics may be over.
+    #: Selections of rows that statistics of the layer may use.
     row_kinds: ClassVar[tuple[type[Rows], ...]] = (AllRows,)
     #: Whether a bias may be a column of the weight's matrix.
     joins_bias: ClassVar[bool] = True
-    #: Whether its statistics are differences that a lower precision would ruin.
+    #: Whether statistics are differences that lose all accuracy at a lower precision.
     needs_full_precision: ClassVar[bool] = False
 
     def __init__(
@@ -101,7 +101,7 @@ class Layer:
 
     @classmethod
     def missing_methods(cls) -> list[str]:
-        """Names of the methods that a complete subclass defines and this one does not."""
+        """Names of the methods that this class lacks."""
         needed = ['input_rows', 'gradient_rows']
         if ReducedRows in cls.row_kinds:
             needed += ['reduced_input', 'reduced_gradient', 'sample_count']
@@ -121,7 +121,7 @@ class Layer:
 
     @property
     def compressible(self) -> bool:
-        """True if other forms may stand for its moments: not of groups, whose own are small."""
+        """True if compressed forms may replace the moments; moments of groups are small anyway."""
         return self.blocks == 1
 
     def has_side(self, side: Side) -> bool:
@@ -129,7 +129,7 @@ class Layer:
         return side in (INPUT, GRADIENT)
 
     def size_of(self, side: Side) -> tuple[int, int]:
-        """Blocks and length of a side: i of the input's, o of the gradient's."""
+        """Blocks and length of a side: i for the input, o for the gradient."""
         return self.blocks, self.rows if side.of_gradient else self.columns
 
     def shapes(self, statistic: Statistic) -> dict[str, Shape]:
@@ -137,7 +137,7 @@ class Layer:
         return statistic.shapes(*self.size_of(statistic.side))
 
     def lacks(self, statistic: Statistic) -> str:
-        """Reason why it cannot give a statistic, or ''."""
+        """Reason why the layer cannot measure a statistic, or ''."""
         kind = type(self).__name__
         if not self.has_side(statistic.side):
             return f'{kind} has no side {statistic.side.name!r}'
@@ -160,14 +160,14 @@ class Layer:
         }
 
     def seed_of(self, key: str) -> int:
-        """A seed for what is drawn once for this layer and a statistic."""
+        """Seed of the random numbers of this layer and a statistic, the same in all steps."""
         return crc32(f'{self.name} {key}'.encode())
 
     # ---------------------------------------------------------------- its matrix form
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The weight, and the bias where it is joint."""
+        """The weight, and the bias if it is joint."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def join(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -198,8 +198,8 @@ class Layer:
         """Installs hooks that report each complete forward call.
 
         Args:
-            observe: Takes the calls.
-            complain: Takes reasons why a call could not be read.
+            observe: Function that takes the calls.
+            complain: Function that takes reasons why a call could not be read.
 
         Returns:
             Handles that remove the hooks.
@@ -211,14 +211,14 @@ class Layer:
             inputs = args[0] if args else next(iter(kwargs.values()))
             observe(Call(self, module), (inputs,), output)
 
-        # First, before a user's hook that may replace the output.
+        # Prepended, because a user's hook may replace the output.
         return [
             module.register_forward_hook(Tap(report), with_kwargs=True, prepend=True)
             for module in self.modules
         ]
 
     def count_rows(self, call: Call, gradient: Tensor, statistics: Sequence[Statistic]) -> int:
-        """Rows of one call, by which its input statistics are averaged."""
+        """Number of rows of one call, the divisor of its input statistics."""
         if any(statistic.rows == REDUCED for statistic in statistics):
             return self.sample_count(call.module, gradient)
         return gradient.numel() // max(1, self.blocks * self.rows)
@@ -235,13 +235,13 @@ class Layer:
 
         Args:
             call: The call.
-            kept: The tensors kept of it.
-            gradient: Gradient of the loss by the call's output.
+            kept: Tensors that were kept of the call.
+            gradient: Gradient of the loss with respect to the call's output.
             statistics: The statistics to measure.
-            generator: For layers that sample.
+            generator: Generator of random positions.
 
         Returns:
-            By tensor name, in `working_dtype`: as the statistics' forms measure them.
+            Sums by tensor name, in `working_dtype`, from `Form.measure`.
         """
         drawn = torch.arange(0, device='cpu')
         sampled = [s.rows for s in statistics if isinstance(s.rows, SampledRows)]
@@ -260,12 +260,12 @@ class Layer:
     def measure_flops(
         self, call: Call, kept: tuple[Tensor, ...], output: Tensor, statistic: Statistic
     ) -> float:
-        """About the floating-point operations by which `measure` makes a statistic of one call.
+        """Approximate FLOPs of `measure` for one statistic of one call.
 
         Args:
             call: The call.
-            kept: The tensors that `measure` would take of it.
-            output: Its output, of which the shape is read.
+            kept: Tensors that `measure` would take.
+            output: Output of the call; only its shape matters.
             statistic: The statistic.
         """
         if not statistic.form.is_product:  # one pass, over images rather than patches
@@ -283,10 +283,10 @@ class Layer:
 
         Args:
             module: The module that was called.
-            inputs: Its input, any dtype.
+            inputs: Input of the module, in any dtype.
 
         Returns:
-            (blocks, i, i) in `working_dtype`.
+            The sum (blocks, i, i) in `working_dtype`.
         """
         moment = self.unwritten_moment()
         width = self.columns - (self.bias is not None)
@@ -304,17 +304,17 @@ class Layer:
         return self.with_border(moment, sums, count)
 
     def unwritten_moment(self) -> Tensor:
-        """A tensor (blocks, i, i) to write the input's moment to, not initialised."""
+        """Uninitialised tensor (blocks, i, i) for the input moment."""
         return self.weight.new_empty(
             (self.blocks, self.columns, self.columns), dtype=self.working_dtype
         )
 
     def with_border(self, moment: Tensor, sums: Tensor, count: int) -> Tensor:
-        """A moment whose last row and column are filled in for the 1 of a joint bias.
+        """Fills in a moment's last row and column for the 1 of a joint bias, if there is one.
 
         Args:
-            moment: (blocks, i, i), changed in place.
-            sums: Of the rows without the 1 (blocks, i - 1).
+            moment: The moment (blocks, i, i), changed in place.
+            sums: Sums of the rows without the 1 (blocks, i - 1).
             count: Number of rows.
         """
         if self.bias is not None:
@@ -323,7 +323,7 @@ class Layer:
         return moment
 
     def with_ones(self, rows: Tensor) -> Tensor:
-        """Rows (blocks, i, n) with the trailing 1 of a joint bias."""
+        """Appends the trailing 1 of a joint bias to rows (blocks, i, n), if there is one."""
         if self.bias is None:
             return rows
         return torch.cat([rows, rows.new_ones(self.blocks, 1, rows.shape[2])], 1)
@@ -345,7 +345,7 @@ class Layer:
         raise TypeError(f'{type(self).__name__} must say what its input rows are')
 
     def gradient_rows(self, module: nn.Module, gradient: Tensor) -> Tensor:
-        """(blocks, o, rows) of an output gradient."""
+        """Rows (blocks, o, rows) of an output gradient."""
         raise TypeError(f'{type(self).__name__} must say what its gradient rows are')
 
     def reduced_input(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -361,7 +361,7 @@ class Layer:
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
     def position_count(self, module: nn.Module, gradient: Tensor) -> int:
-        """Number of positions a sample."""
+        """Number of positions per sample."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
     def sampled_input(self, module: nn.Module, inputs: Tensor, drawn: Tensor) -> Tensor:
@@ -373,5 +373,5 @@ class Layer:
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
 
 
-#: Rows of layers that tell samples and positions apart.
+#: Row kinds of layers that distinguish samples and positions.
 EVERY_ROW_KIND: tuple[type[Rows], ...] = (AllRows, ReducedRows, SampledRows)

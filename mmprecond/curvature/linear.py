@@ -43,7 +43,7 @@ class LinearLayer(Layer):
 
 
 def _split_samples(tensor: Tensor) -> Tensor:
-    """(samples, positions, features) of what a linear layer takes or gives."""
+    """Reshapes an input or output of a linear layer to (samples, positions, features)."""
     if tensor.dim() <= 2:
         return tensor.reshape(-1, 1, tensor.shape[-1])
     tensor = tensor.flatten(1, -2)

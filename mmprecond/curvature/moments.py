@@ -1,4 +1,4 @@
-"""Forms of a side's second moment: laid out, in blocks, as columns, or as a random sketch."""
+"""Forms of a side's second moment: dense, diagonal blocks, columns, or a random sketch."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from .layer import Layer
     from .rows import LayerRows
 
-#: Test matrices of a sketch: normal numbers, or columns of the identity.
+#: Kinds of a sketch's test matrix: normal numbers, or columns of the identity.
 SKETCH_KINDS = ('gaussian', 'columns')
 
 
 @dataclass(frozen=True)
 class Moment(Form):
-    """The second moment ``sum x'x``, laid out (b, n, n)."""
+    """Dense second moment ``sum x'x`` (b, n, n)."""
 
     suffix: ClassVar[str] = 'moment'
 
@@ -70,7 +70,7 @@ class Moment(Form):
         power: Power,
         previous: Operator | None,
     ) -> tuple[Operator, Tensor]:
-        """Columns where the search finds few; a side that once went dense stays so."""
+        """Low-rank power if the search finds few columns; a dense operator stays dense."""
         dense = previous if isinstance(previous, Dense) else None
         search = power.search
         if search is not None and search.takes(factor.tensor.shape[-1]) and dense is None:
@@ -96,7 +96,7 @@ class Blocks(Form):
     """Diagonal blocks of the second moment of a layer with one block (count, m, m).
 
     Attributes:
-        most: Largest m; the side is cut into as few and equal blocks as that allows.
+        most: Largest m. The side is cut into the least number of blocks, all of equal size.
     """
 
     suffix: ClassVar[str] = 'blocks'
@@ -118,7 +118,7 @@ class Blocks(Form):
         return blocks * gram_flops(size, rows)
 
     def norm(self, samples: Sequence[Tensor], sizes: Sequence[float] | None) -> Tensor | float:
-        """One norm for all blocks, which are those of one matrix."""
+        """One norm for all blocks, because they belong to one matrix."""
         if sizes:
             return sizes[0]
         return torch.linalg.vector_norm(torch.linalg.matrix_norm(samples[0]))
@@ -133,7 +133,7 @@ class Blocks(Form):
         return factor.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def largest_eigenvalue(self, factor: Factor) -> Tensor:
-        """That of the whole side, for each block, so that all are damped alike."""
+        """Largest eigenvalue of the whole side for each block, so that all have one damping."""
         values = largest_eigenvalue(factor.tensor)
         return values.amax(-1, keepdim=True).expand_as(values)
 
@@ -150,7 +150,7 @@ class Blocks(Form):
 
 
 class _ColumnForm(Form):
-    """Columns A (b, n, m), once finalized, of which A A' is about the second moment."""
+    """Columns A (b, n, m), once finalized, with A A' close to the second moment."""
 
     def outline(self, blocks: int, size: int, layer: Layer, search: RankSearch | None) -> Operator:
         return LowRank.outline(*self.shapes(blocks, size), (layer.blocks, 1, 1))
@@ -174,13 +174,13 @@ class _ColumnForm(Form):
 
 @dataclass(frozen=True)
 class Columns(_ColumnForm):
-    """The rows themselves, as columns (b, n, slots).
+    """Rows themselves, stored as columns (b, n, slots).
 
-    Once all slots are taken, further rows are added on top of others with random signs, which
-    keeps the moment right in the mean: a count sketch.
+    Once all slots are taken, further rows are added to others with random signs (a count sketch).
+    The moment remains unbiased.
 
     Attributes:
-        slots: Columns kept.
+        slots: Number of columns.
     """
 
     suffix: ClassVar[str] = 'columns'
@@ -201,7 +201,7 @@ class Columns(_ColumnForm):
         return 0.0
 
     def stage(self, measured: Tensor, slots: Slots) -> Tensor:
-        """Columns (b, n, c), each in the next slot."""
+        """Puts each of the columns (b, n, c) into the next slot."""
         count = measured.shape[2]
         places = slots.claim(count)
         signs = torch.randint(0, 2, (count,), generator=slots.generator, device='cpu') * 2.0 - 1
@@ -209,21 +209,22 @@ class Columns(_ColumnForm):
         return empty.index_add_(2, places.to(measured.device), measured * signs.to(measured))
 
     def rescale(self, total: Tensor, factor: float) -> None:
-        """Multiplies by the root, as the quantity is the columns' product."""
+        """Multiplies by the root of the factor, because the quantity is A A'."""
         total *= factor**0.5
 
 
-#: The form of columns whose number is of no importance.
+#: Form for any number of columns.
 _COLUMNS = Columns()
 
 
 @dataclass(frozen=True)
 class Sketch(_ColumnForm):
-    """The second moment times a random test matrix: ``sum x'x Omega`` (b, n, rank).
+    """Second moment times a random test matrix Omega: ``sum x'x Omega`` (b, n, rank).
 
     Attributes:
-        rank: Columns of Omega, n where that is less.
-        kind: 'gaussian': normal entries of variance 1 / rank; 'columns': those of the identity.
+        rank: Number of columns of Omega, at most n.
+        kind: 'gaussian': Omega has normal entries of variance 1 / rank. 'columns': Omega has
+            columns of the identity.
     """
 
     suffix: ClassVar[str] = 'sketch'
@@ -248,7 +249,7 @@ class Sketch(_ColumnForm):
         return 4.0 * blocks * size * width * rows
 
     def test_matrix(self, layer: Layer, key: str, size: int) -> Tensor:
-        """Omega (1, n, rank): by the layer's name, the same at all steps, ranks and devices."""
+        """Omega (1, n, rank), seeded by the layer's name: equal at all steps, ranks and devices."""
         generator = torch.Generator().manual_seed(layer.seed_of(key))
         rank = min(self.rank, size)
         if self.kind == 'columns':
@@ -265,7 +266,7 @@ class Sketch(_ColumnForm):
     def finalize(
         self, tensors: tuple[Tensor, ...], layers: Sequence[Layer], key: str
     ) -> tuple[Tensor, ...]:
-        """The columns that the sketch gives (Nystroem)."""
+        """Nystroem columns of the sketch."""
         (tensor,) = tensors
         test = torch.stack([self.test_matrix(layer, key, tensor.shape[-2]) for layer in layers])
         return (nystrom_columns(tensor, test.to(tensor.dtype)),)
@@ -275,7 +276,7 @@ class Sketch(_ColumnForm):
 
 
 def _pad_to_blocks(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows (1, n, r) cut into the blocks of `like`, the last filled up with zeros."""
+    """Cuts rows (1, n, r) into the blocks of `like` and pads the last one with zeros."""
     count, size, _ = like.shape
     padded = F.pad(rows, (0, 0, 0, count * size - rows.shape[1]))
     return padded.reshape(count, size, rows.shape[2])

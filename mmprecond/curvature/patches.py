@@ -1,9 +1,10 @@
-"""The second moment of a convolution's patches, without laying the patches out.
+"""Second moment of a convolution's patches, without patches in memory.
 
-Two entries of a patch, dy rows and dx columns apart, meet the same pairs of pixels wherever the
-patch lies. Summed over all positions their products are the image's correlation with itself at the
-shift (dy, dx), but for the pixels at the borders that one of the entries never meets. A 3 x 3
-kernel has 13 such shifts, up to a sign, where the product of laid out patches has 81 blocks.
+Consider two entries of a patch that are dy rows and dx columns apart. At every position of the
+patch they read two pixels with the same shift (dy, dx). The sum of their products over all
+positions is therefore the image's autocorrelation at that shift, except for pixels at the borders
+that one of the entries never reads. A 3 x 3 kernel has 13 such shifts up to the sign, whereas the
+product of explicit patches has 81 blocks.
 
 Source: the shifts of kfac-jax's patches second moment, with exact borders.
 """
@@ -21,7 +22,7 @@ from ..linalg import stacked_product
 
 #: A range of indices.
 Span = tuple[int, int]
-#: By the two kernel entries' places, (row, row) and then (column, column).
+#: Blocks by the positions of two kernel entries: both rows, then both columns.
 Blocks = dict[tuple[int, int, int, int], Tensor]
 
 
@@ -30,9 +31,9 @@ class Axis:
     """One axis of a convolution of stride 1 with zero padding.
 
     Attributes:
-        size: Pixels.
-        positions: Output positions.
-        offsets: Of each kernel entry, its pixel at output position 0; negative in the padding.
+        size: Number of pixels.
+        positions: Number of output positions.
+        offsets: Pixel of each kernel entry at output position 0; negative in the padding.
     """
 
     size: int
@@ -49,15 +50,15 @@ class Axis:
         return self.offsets[-1] - self.offsets[0]
 
     def shift(self, first: int, second: int) -> int:
-        """From an entry's pixel to another's."""
+        """Shift from the pixel of one entry to that of another."""
         return self.offsets[second] - self.offsets[first]
 
     def whole(self, shift: int) -> Span:
-        """Pixels whose shifted pixel is in the image too."""
+        """Pixels whose shifted pixel is also in the image."""
         return max(0, -shift), max(0, -shift, min(self.size, self.size - shift))
 
     def met(self, first: int, second: int) -> Span:
-        """Those of them that the first entry meets at some output position."""
+        """Pixels of `whole` that the first entry reads at some output position."""
         low, high = self.whole(self.shift(first, second))
         start = self.offsets[first]
         low = min(max(low, start), high)
@@ -65,7 +66,7 @@ class Axis:
 
 
 class PatchMoment:
-    """Sum over positions of the outer product of patches, added up over batches of images.
+    """Sum of the outer products of patches over positions and batches of images.
 
     Args:
         rows: The vertical axis.
@@ -81,8 +82,8 @@ class PatchMoment:
     def add(self, images: Tensor) -> None:
         """Adds images (groups, channels, height, images, width).
 
-        Rows lie apart from images, so that some rows of all images are one piece of memory, and
-        zeros between lines take shifted pixels that are outside.
+        In this layout a range of rows of all images is contiguous. Zeros between lines represent
+        shifted pixels outside the image.
         """
         groups, channels, height, count, width = images.shape
         margin = self.columns.reach
@@ -108,7 +109,7 @@ class PatchMoment:
     def _row_products(
         self, flat: Tensor, whole: Tensor, span: Span, dy: int
     ) -> dict[tuple[int, int], Tensor]:
-        """The blocks of all pairs of columns, over some rows and those dy below."""
+        """Blocks of all pairs of columns, over some rows and the rows dy below them."""
         line = whole.shape[3] * whole.shape[4]
         start = self.columns.reach + span[0] * line
         length = (span[1] - span[0]) * line
@@ -121,7 +122,7 @@ class PatchMoment:
             for pair in pairs:
                 low, high = self.columns.met(*pair)
                 if low == high:
-                    sums[pair] = torch.zeros_like(product)  # not a difference that rounds
+                    sums[pair] = torch.zeros_like(product)  # exact, unlike a rounded difference
                     continue
                 sums[pair] = product
                 for low, high in self._skipped_columns(*pair):
@@ -132,7 +133,7 @@ class PatchMoment:
         return sums
 
     def _skipped_columns(self, first: int, second: int) -> Iterator[Span]:
-        """The columns that the first entry meets at no position."""
+        """Columns that the first entry reads at no output position."""
         low, high = self.columns.whole(self.columns.shift(first, second))
         start, end = self.columns.met(first, second)
         for span in ((low, start), (end, high)):
@@ -141,7 +142,7 @@ class PatchMoment:
 
     @staticmethod
     def _pairs_by_shift(axis: Axis, both: bool = False) -> dict[int, list[tuple[int, int]]]:
-        """Pairs of entries by their shift; each but once, the second not before the first."""
+        """Pairs of entries by shift; unless `both`, the second is not before the first."""
         pairs: dict[int, list[tuple[int, int]]] = {}
         for first in range(axis.entries):
             for second in range(0 if both else first, axis.entries):
@@ -149,7 +150,7 @@ class PatchMoment:
         return pairs
 
     def result(self) -> Tensor:
-        """(groups, i, i), i counting (channel, row, column)."""
+        """Moment (groups, i, i), where i counts (channel, row, column)."""
         high, wide = self.rows.entries, self.columns.entries
         places = [(row, column) for row in range(high) for column in range(wide)]
         blocks = torch.stack(
@@ -166,7 +167,7 @@ class PatchMoment:
 
 
 def _split_spans(spans: list[Span]) -> list[Span]:
-    """Cuts some spans where any of them begins or ends; empty ones are left out."""
+    """Cuts spans wherever one of them begins or ends; omits empty ones."""
     edges = sorted({edge for low, high in spans for edge in (low, high) if low < high})
     return [
         (low, high)

@@ -1,4 +1,4 @@
-"""Which modules are which kind of layer, and how to add one."""
+"""Layer types of module classes, and their registration."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .conv import Conv1dLayer, Conv2dLayer, Conv3dLayer, ConvTranspose2dLayer
 from .layer import Layer
 from .linear import LinearLayer
 
-#: Supported module classes, by exact type (a subclass may compute something else). Those of
-#: packages that are not imported here go by qualified name; mmcv's differ from torch's on empty
-#: inputs and old versions only.
+#: Layer types by the exact module class, because a subclass may compute something else. Classes of
+#: packages that are not imported here have their qualified name as key. The classes of mmcv differ
+#: from those of torch only for empty inputs and old versions.
 LAYER_TYPES: dict[type[nn.Module] | str, type[Layer]] = {
     nn.Linear: LinearLayer,
     nn.Conv1d: Conv1dLayer,
@@ -41,13 +41,13 @@ def qualified_name(kind: type) -> str:
 
 
 def layer_type(module: nn.Module) -> type[Layer] | None:
-    """The kind of layer that a module is, or None."""
+    """Layer type of a module, or None."""
     kind = type(module)
     return LAYER_TYPES.get(kind) or LAYER_TYPES.get(qualified_name(kind))
 
 
 def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]:
-    """Reader of an attention module as a whole, or None; and the reason why not, or ''."""
+    """Layer type that reads an attention module as a whole, or None; and the reason, or ''."""
     name = qualified_name(type(module))
     kind = ATTENTION_TYPES.get(name)
     if name in UNREADABLE:
@@ -56,15 +56,15 @@ def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]
 
 
 def register_layer(module_type: type[nn.Module] | str, layer: type[Layer]) -> None:
-    """Preconditions modules of one more class.
+    """Registers a layer type for a module class, so that its modules are preconditioned.
 
     Args:
-        module_type: The exact class, or its qualified name where it is not to be imported.
-        layer: The kind of layer that reads it.
+        module_type: The exact class, or its qualified name to avoid an import.
+        layer: Layer type that reads modules of the class.
 
     Raises:
-        TypeError: For what is no `Layer`, or one that cannot read modules of the class. (Of a
-            class that is named, that shows when a model is built.)
+        TypeError: If `layer` is no subclass of `Layer`, or cannot read modules of the class. (For a
+            class given by name, the latter shows in a model's layer table.)
     """
     if not (isinstance(layer, type) and issubclass(layer, Layer)):
         raise TypeError(f'register_layer takes a subclass of Layer, not {layer!r}')
@@ -83,15 +83,15 @@ def register_layer(module_type: type[nn.Module] | str, layer: type[Layer]) -> No
 
 
 def register_attention(module_type: type[nn.Module] | str, layer: type[AttentionLayer]) -> None:
-    """Reads one more class of attention modules as a whole.
+    """Registers a layer type for a class of attention modules, to read them as a whole.
 
     Args:
         module_type: The exact class, or its qualified name.
-        layer: The kind of layer that reads it; whether it can read a module shows when a model is
-            built, and then stands in the table.
+        layer: Layer type that reads modules of the class. The layer table of a model says so if it
+            cannot read one of them.
 
     Raises:
-        TypeError: For what is no `AttentionLayer`.
+        TypeError: If `layer` is no subclass of `AttentionLayer`.
     """
     if not (isinstance(layer, type) and issubclass(layer, AttentionLayer)):
         raise TypeError(f'register_attention takes a subclass of AttentionLayer, not {layer!r}')
@@ -103,7 +103,7 @@ def register_attention(module_type: type[nn.Module] | str, layer: type[Attention
 
 
 def _check_module_type(module_type: object) -> None:
-    """Raises TypeError unless it is a module class, or the name of one."""
+    """Raises TypeError unless the argument is a module class or the name of one."""
     if isinstance(module_type, str) and '.' in module_type:
         return
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):

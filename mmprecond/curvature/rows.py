@@ -1,4 +1,4 @@
-"""The rows of one side of one call, as a form sums them up."""
+"""Rows of one side of one call, as the input of a form."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class LayerRows:
-    """The rows of a layer's call that a statistic is over.
+    """Rows of one call of a layer that a statistic sums over.
 
     Attributes:
         layer: The layer.
         module: The module that was called.
-        inputs: Its input.
-        gradient: Gradient of the loss by its output.
+        inputs: Input of the module.
+        gradient: Gradient of the loss with respect to the module's output.
         statistic: The statistic.
-        drawn: Positions that sampled rows are taken at.
+        drawn: Random positions for sampled rows.
     """
 
     layer: Layer
@@ -43,12 +43,12 @@ class LayerRows:
         return self.statistic.key
 
     def unwritten(self, form: Form) -> Tensor:
-        """A tensor (b, n, m) to write the sum to, not initialised."""
+        """Uninitialised tensor (b, n, m) for the sum."""
         (shape,) = form.shapes(*self.layer.size_of(self.statistic.side))
         return self.layer.weight.new_empty(shape, dtype=self.layer.working_dtype)
 
     def moment(self) -> Tensor:
-        """Sum of x'x (b, n, n); of all input rows as the layer makes it best."""
+        """Sum of x'x (b, n, n); the layer's own method computes it for all input rows."""
         if not self.statistic.side.of_gradient and self.statistic.rows == ALL:
             return self.layer.input_moment(self.module, self.inputs)
         return gram(self.chunks(), self.unwritten(self.statistic.form))
@@ -65,7 +65,7 @@ class LayerRows:
         return sums
 
     def chunks(self) -> Iterator[Tensor]:
-        """The rows in chunks (b, n, rows), inputs with the trailing 1 of a joint bias."""
+        """Yields the rows in chunks (b, n, rows); inputs have the trailing 1 of a joint bias."""
         layer, rows = self.layer, self.statistic.rows
         if not self.statistic.side.of_gradient:
             if rows == REDUCED:
@@ -85,6 +85,6 @@ class LayerRows:
             yield layer.gradient_rows(self.module, gradient)
 
     def _sampling_scale(self) -> float:
-        """Factor of drawn rows by which their products stand for those of all."""
+        """Factor of drawn rows that makes their products an estimate for all rows."""
         positions: int = self.layer.position_count(self.module, self.gradient)
         return (positions / max(1, len(self.drawn))) ** 0.5

@@ -1,4 +1,4 @@
-"""Which layers of a model are preconditioned, and why the others are not."""
+"""Selection of the layers of a model that are preconditioned, with reasons for the others."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class AttentionReading:
     """Reading of attention modules as a whole.
 
     Attributes:
-        windows: Most windows measured of a module at a call.
-        bias: Whether the projections' bias is joint with their weight.
+        windows: Most windows measured in one call of a module.
+        bias: Whether the bias of the projections is joint with their weight.
     """
 
     windows: int = 256
@@ -32,8 +32,8 @@ class LeftOut:
 
     Attributes:
         name: The module's name in the model.
-        kind: Its class name.
-        reason: Why it is not preconditioned.
+        kind: Name of its class.
+        reason: Reason why it is not preconditioned.
     """
 
     name: str
@@ -42,10 +42,10 @@ class LeftOut:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside data parallelism and `torch.compile`.
+    """Returns the user's module inside data parallelism and `torch.compile`.
 
     Raises:
-        ValueError: If the model is sharded (FSDP), which hides whole weights from us.
+        ValueError: If the model is sharded (FSDP), which hides whole weights.
     """
     kinds = {type(module).__name__ for module in model.modules()}
     sharded = any(
@@ -75,11 +75,11 @@ def find_layers(
 
     Args:
         model: The unwrapped model.
-        groups: The optimizer's parameter groups; ``precondition=False`` in a group leaves its
+        groups: The optimizer's parameter groups. ``precondition=False`` in a group leaves its
             weights to the rule, and its biases out of their layer's matrix.
         capture_mb: Limit for laid-out convolution patches and attention matrices, in megabytes.
-        attention: For the name of an attention module's projection: how the module is read, or
-            None to take its linear layers one by one.
+        attention: Function that returns the reading of an attention module, given the name of its
+            projection, or None to treat its linear layers one by one.
 
     Returns:
         Layers by the name of their (first) module, in module order, and the modules left out.
@@ -179,7 +179,7 @@ class _Search:
             )
 
     def _is_joint_bias(self, bias: Tensor, weight: Tensor) -> bool:
-        """True if a bias is preconditioned with its weight: trained with it, and with no other."""
+        """True if a bias may join its weight: both are trained and have the same modules."""
         trained = bias.requires_grad or not weight.requires_grad
         return (
             trained
@@ -197,7 +197,7 @@ def _is_preconditioned(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> b
 
 
 def _type_refusal(module: nn.Module) -> str:
-    """Reason why a module's own parameters are none of a layer's."""
+    """Reason why the parameters that a module owns belong to no layer."""
     if qualified_name(type(module)) in ATTENTION_TYPES:
         names = ', '.join(name for name, _ in module.named_parameters(recurse=False))
         return f'parameters of its own ({names})'

@@ -1,4 +1,4 @@
-"""Statistics: a side of a layer, over some of its rows, in some form."""
+"""Statistics: a side of a layer, a selection of its rows, and a form."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side:
-    """Rows that a layer has: of its input, of its output's gradient, or others that it declares.
+    """Kind of rows of a layer: its input, the gradient of its output, or others that it declares.
 
     Attributes:
-        name: Key of the side's operator, and beginning of its tensors' names.
-        of_gradient: Whether the rows are gradients of the step's mean loss: their products are
-            summed, whereas those of all other rows are averaged.
+        name: Key of the side's operator, and prefix of its tensors' names.
+        of_gradient: Whether the rows are gradients of the step's mean loss. Their products are
+            summed; products of all other rows are averaged.
     """
 
     name: str
@@ -32,7 +32,7 @@ WEIGHT = Side('weight')
 
 @dataclass(frozen=True)
 class Rows:
-    """Which of a side's rows a statistic is over."""
+    """Selection of the rows of a side."""
 
     suffix: ClassVar[str] = ''
 
@@ -44,19 +44,19 @@ class AllRows(Rows):
 
 @dataclass(frozen=True)
 class ReducedRows(Rows):
-    """One row a sample: the mean input and the summed gradient of its positions."""
+    """One row per sample: the mean input and the summed gradient of its positions."""
 
     suffix: ClassVar[str] = '_reduced'
 
 
 @dataclass(frozen=True)
 class SampledRows(Rows):
-    """Some positions of each sample, drawn at random at each call and scaled to all.
+    """Random positions of each sample, drawn at each call and scaled to all positions.
 
     Attributes:
-        positions: How many of each sample.
-        most_rows: Bound on the rows of all samples of a call, in place of `positions`; at least
-            one of each sample is drawn.
+        positions: Number of positions of each sample.
+        most_rows: Bound on the rows of all samples of a call, in place of `positions`. At least
+            one position of each sample is drawn.
     """
 
     suffix: ClassVar[str] = '_sampled'
@@ -64,7 +64,7 @@ class SampledRows(Rows):
     most_rows: int | None = None
 
     def count(self, samples: int) -> int:
-        """Positions to draw of each of so many samples."""
+        """Number of positions to draw of each sample, given the number of samples."""
         if self.most_rows is None:
             return self.positions
         return max(1, self.most_rows // max(1, samples))
@@ -79,10 +79,10 @@ class Statistic:
     """One running quantity of a layer.
 
     Attributes:
-        side: Whose rows.
-        form: What is kept of them.
-        rows: Which rows.
-        key: Its name in checkpoints; by default ``<side>_<form><rows>``.
+        side: Side of the layer.
+        form: Form in which the rows are summed.
+        rows: Selection of the side's rows.
+        key: Name of the statistic in checkpoints; default: ``<side>_<form><rows>``.
     """
 
     side: Side
@@ -115,9 +115,9 @@ class Statistic:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of its tensors."""
+        """Names of the statistic's tensors."""
         return self.form.keys(self.key)
 
     def shapes(self, blocks: int, size: int) -> dict[str, Shape]:
-        """Shapes (b, n, m) of its tensors by their names, for blocks of a side's length."""
+        """Shapes (b, n, m) of the tensors by name, given the blocks and length of the side."""
         return dict(zip(self.keys, self.form.shapes(blocks, size), strict=True))

@@ -1,4 +1,4 @@
-"""Forms of a side that are vectors: its mean row and its mean squared row."""
+"""Vector forms of a side: its mean row and its mean squared row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _VectorForm(Form):
-    """A sum over the rows of a power of their entries (b, n, 1)."""
+    """Sum of a power of the rows' entries (b, n, 1)."""
 
     is_product: ClassVar[bool] = False
     power: ClassVar[int]
@@ -42,7 +42,7 @@ class Mean(_VectorForm):
 
 @dataclass(frozen=True)
 class CountedMean(_VectorForm):
-    """A weighted sum of rows whose last entry is the sum of the weights, by which it is divided."""
+    """Weighted sum of rows. Its last entry is the sum of the weights, the divisor of the mean."""
 
     is_special: ClassVar[bool] = True
     suffix: ClassVar[str] = 'mean'
@@ -51,7 +51,7 @@ class CountedMean(_VectorForm):
     def finalize(
         self, tensors: tuple[Tensor, ...], layers: Sequence[Layer], key: str
     ) -> tuple[Tensor, ...]:
-        """The mean row; a joint bias takes the last entry for its 1."""
+        """Mean row; the last entry is the 1 of a joint bias, if there is one."""
         (tensor,) = tensors
         means = tensor / tensor[..., -1:, :]
         return (means[..., : layers[0].columns, :],)

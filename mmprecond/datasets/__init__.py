@@ -1,4 +1,4 @@
-"""The embedded synthetic data sets: shapes in COCO format and in class folders."""
+"""Synthetic data sets of shapes, in COCO format and in class folders."""
 
 from __future__ import annotations
 

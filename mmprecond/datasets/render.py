@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 CLASSES = ('circle', 'square', 'triangle', 'star')
 PALETTE = ((220, 20, 60), (0, 114, 189), (237, 177, 32), (119, 172, 48))
-RENDER_VERSION = 1  # raised with every change of pixels or annotations, to tell old sets
+RENDER_VERSION = 1  # raised with every change of pixels or annotations, to recognise old sets
 _MIN_DIAMETER = 6.0  # pixels; keeps every clipped box wider than 1 pixel
-_MIN_VISIBLE = 0.25  # part of a shape that must stay uncovered for it to be annotated
+_MIN_VISIBLE = 0.25  # least uncovered part of an annotated shape
 _GRID = 16  # vertices lie on 1/16 pixel: exact in binary, so sums of box values are exact
 _SUPERSAMPLE = 4
 _VERTICES = {'circle': 36, 'square': 4, 'triangle': 3, 'star': 10}
@@ -35,8 +35,8 @@ def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Recor
         size: Height and width in pixels, >= 32.
 
     Returns:
-        The image, uint8 (size, size, 3) RGB, and at least one COCO annotation without its ids:
-        one per shape of which 25 % can be seen. Boxes are xywh in pixels, area in px^2.
+        The image, uint8 (size, size, 3) RGB, and at least one COCO annotation without ids. Each
+        shape with at least 25 % visible has one. Boxes are xywh in pixels, areas are in px^2.
 
     Raises:
         ImportError: Pillow is missing.
@@ -62,7 +62,7 @@ def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Recor
 
 
 def _angle(rng: np.random.Generator) -> float:
-    """Roughly upright, so that a short training run can learn the classes."""
+    """Angle of a roughly upright shape, so that a short training run can learn the classes."""
     return float(rng.uniform(-0.35, 0.35)) - math.pi / 2
 
 
@@ -142,12 +142,12 @@ def _paint(rng: np.random.Generator, canvas: Array, polygon: Array) -> Array:
     size = len(canvas)
     cover: Array = _coverage(polygon, size)[..., None]
     under = (canvas * cover).sum(axis=(0, 1)) / cover.sum()
-    # Some contrast to what lies below, or the shape could not be seen at all.
+    # A least contrast to the pixels below keeps the shape visible.
     colours = rng.uniform(20, 235, (16, 3))
     distance = np.sqrt(((colours - under) ** 2).sum(axis=1))
     far = np.flatnonzero(distance >= 80)
     colour = colours[far[0] if len(far) else np.argmax(distance)]
-    # A brightness slope, so that one shape has not one colour.
+    # A brightness slope, so that a shape has more than one colour.
     low, high = polygon.min(axis=0), polygon.max(axis=0)
     steps = (np.arange(size)[:, None] + 0.5 - (low + high) / 2) / (high - low)
     slope = rng.uniform(-45, 45, 2)
@@ -189,7 +189,7 @@ def _add_noise(rng: np.random.Generator, canvas: Array) -> Array:
 
 
 def need(module: str, package: str) -> Any:
-    """Import an optional module; a missing one is one line that names the package."""
+    """Import an optional module, with a one-line error that names a missing package."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

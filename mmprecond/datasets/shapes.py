@@ -1,8 +1,8 @@
 """Deterministic synthetic images of circles, squares, triangles and stars.
 
-``make_shapes`` writes a detection and instance segmentation set in COCO format,
-``make_shape_folders`` a classification set with one folder per class. A class is told by its
-shape alone: colours, sizes, angles and backgrounds are drawn without regard to it.
+``make_shapes`` writes a detection and instance segmentation set in COCO format.
+``make_shape_folders`` writes a classification set with one folder per class. Only the shape depends
+on the class; colours, sizes, angles and backgrounds are independent of it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 from .render import CLASSES, RENDER_VERSION, Record, need, render_image, render_single
 
-MIN_SIZE = 32  # pixels; below it the shapes can no longer be told apart
-_GENERATOR = 'mmprecond.datasets.shapes'  # names the maker in stamps
+MIN_SIZE = 32  # pixels; in smaller images the shapes look alike
+_GENERATOR = 'mmprecond.datasets.shapes'  # name of the generator in stamps
 
 
 def make_shapes(
@@ -35,27 +35,27 @@ def make_shapes(
     """Write a detection and instance segmentation set in COCO format.
 
     Makes ``out/<split>/000000.png ...`` and ``out/annotations/<split>.json``. Boxes, areas and
-    polygons are those of the whole shape clipped to the image, hidden parts included. Image k
-    depends on ``(seed, split, size, k)`` only, not on the number of images.
+    polygons are those of the whole shape clipped to the image, including hidden parts. Image k
+    depends only on ``(seed, split, size, k)``, not on the number of images.
 
-    ``out/<split>.meta.json`` holds the arguments: a complete set with the same ones is reused
-    as it is, an interrupted one is made again.
+    ``out/<split>.meta.json`` holds the arguments. A complete set with the same arguments is reused;
+    an interrupted set is made again.
 
     Args:
-        out: The data root; made if it is missing.
+        out: The data root, created if it is missing.
         images: Number of images, >= 1.
         size: Height and width of each image in pixels, >= 32.
         seed: 0 <= seed < 2**32.
         split: Name of the image folder and the annotation file, such as 'train' or 'val'.
-        progress: Whether to show a progress bar on stderr (where tqdm is installed).
+        progress: Whether to show a progress bar on stderr (if tqdm is installed).
         overwrite: Whether to replace a complete set that was made with other arguments.
 
     Returns:
         ``out`` as a path.
 
     Raises:
-        ValueError: An argument is out of range, a file stands where a folder must be, or the
-            place holds another set or files of other origin.
+        ValueError: An argument is out of range, a file has the path of a folder, or the folder
+            holds another set or files of other origin.
         ImportError: Pillow is missing.
     """
     root, stamp = Path(out), _stamp('coco', images, size, seed, split, least=1)
@@ -107,14 +107,14 @@ def make_shape_folders(
 ) -> Path:
     """Write a classification set with one shape per image and one folder per class.
 
-    Makes ``out/<split>/<class>/000000.png ...``; the classes take turns, so their counts differ
-    by one at most. Readers of this layout number the classes by sorted folder name (circle,
-    square, star, triangle), which is not the order of ``CLASSES``. Existing sets, the returned
-    path and the errors are as for ``make_shapes``.
+    Makes ``out/<split>/<class>/000000.png ...``. The classes alternate, so their counts differ by
+    at most one. Readers of this layout number the classes by sorted folder name (circle, square,
+    star, triangle), which is not the order of ``CLASSES``. Existing sets, the returned path and the
+    errors are as for ``make_shapes``.
 
     Args:
-        out: The data root; made if it is missing.
-        images: Number of images of all classes together, >= 4.
+        out: The data root, created if it is missing.
+        images: Total number of images of all classes, >= 4.
         size: Height and width of each image in pixels, >= 32.
         seed: 0 <= seed < 2**32.
         split: Name of the folder under ``out``.
@@ -137,7 +137,7 @@ def make_shape_folders(
 
 
 def _stamp(kind: str, images: int, size: int, seed: int, split: str, least: int) -> Record:
-    """Check the arguments; return them as the record that identifies a set."""
+    """Check the arguments and return them as the record that identifies a set."""
     stamp: Record = {
         'generator': _GENERATOR,
         'version': RENDER_VERSION,
@@ -211,7 +211,7 @@ def _prepare_folders(root: Path, stamp: Record, names: list[str], overwrite: boo
 
 
 def _write_json(path: Path, content: Record) -> None:
-    """Write atomically: a reader sees the old file or the new one, never a part."""
+    """Write atomically: a reader sees the old or the new file, never a part."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         part.write_text(json.dumps(content, separators=(',', ':')) + '\n', 'utf-8')
@@ -221,7 +221,7 @@ def _write_json(path: Path, content: Record) -> None:
 
 
 def _progress_bar(count: int, progress: bool, title: str) -> Any:
-    """``range(count)`` under a progress bar, or bare where tqdm is missing."""
+    """``range(count)`` with a progress bar, or without one if tqdm is missing."""
     try:
         tqdm = importlib.import_module('tqdm').tqdm
     except ImportError:

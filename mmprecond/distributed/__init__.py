@@ -1,4 +1,4 @@
-"""Sums over ranks, and work that is shared out over them."""
+"""Sums over ranks, and distribution of work over ranks."""
 
 from .reduce import rank, sum_over_ranks, world_size
 from .shard import broadcast_from, longest_first, send_to_first, share_objects

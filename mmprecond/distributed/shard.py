@@ -1,4 +1,4 @@
-"""Work shared out over ranks, and its results exchanged in few messages."""
+"""Distribution of work over ranks, and exchange of its results in few messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reduce import rank, world_size
 
 
 def longest_first(costs: Sequence[float], ranks: int) -> list[int]:
-    """A rank for each job: the longest first, each to the rank with the least work so far.
+    """Assigns each job to the rank with the least work so far, the longest jobs first.
 
     Args:
         costs: Cost of each job.
@@ -35,12 +35,12 @@ def longest_first(costs: Sequence[float], ranks: int) -> list[int]:
 def broadcast_from(
     owners: Sequence[int], tensors: Sequence[Tensor], bucket_mb: float = 64.0
 ) -> None:
-    """Overwrites each tensor by its owner's, in packed messages that are under way together.
+    """Overwrites each tensor with that of its owner, in packed asynchronous messages.
 
     Every rank must call this with tensors of the same shapes and dtypes in the same order.
 
     Args:
-        owners: The rank that has the right values, one a tensor.
+        owners: Rank with the right values, for each tensor.
         tensors: The tensors, on one device.
         bucket_mb: Messages are filled up to this many megabytes.
     """
@@ -57,7 +57,7 @@ def broadcast_from(
 
 
 def share_objects(objects: Sequence[Any], owners: Sequence[int]) -> list[Any]:
-    """Small picklable objects, each from its owner; the other ranks give None."""
+    """Returns small picklable objects, each from its owner; other ranks pass None."""
     shared = list(objects)
     for owner in sorted(set(owners)):
         message = [[shared[k] for k, other in enumerate(owners) if other == owner]]
@@ -73,13 +73,13 @@ def share_objects(objects: Sequence[Any], owners: Sequence[int]) -> list[Any]:
 def send_to_first(
     owner: int, tensor: Tensor | None, shape: Sequence[int], like: Tensor
 ) -> Tensor | None:
-    """Sends a tensor from its owner to rank 0, which gets it in host memory.
+    """Sends a tensor from its owner to rank 0, which receives it in host memory.
 
     Args:
-        owner: The rank that has it, not 0.
-        tensor: The tensor, on its owner.
-        shape: Its shape.
-        like: A tensor of its dtype and device.
+        owner: Rank that has the tensor, not 0.
+        tensor: The tensor on its owner, else None.
+        shape: Shape of the tensor.
+        like: A tensor with the same dtype and device.
 
     Returns:
         The tensor on rank 0, else None.
@@ -97,7 +97,7 @@ def send_to_first(
 def _buckets(
     owners: Sequence[int], tensors: Sequence[Tensor], bucket_mb: float
 ) -> list[tuple[int, list[Tensor]]]:
-    """Tensors of one owner and dtype, up to a size (a larger tensor is a bucket of its own)."""
+    """Groups tensors of one owner and dtype up to a size; a larger tensor is its own bucket."""
     buckets: list[tuple[int, list[Tensor]]] = []
     open_ones: dict[tuple[int, torch.dtype], tuple[float, list[Tensor]]] = {}
     for owner, tensor in zip(owners, tensors, strict=True):

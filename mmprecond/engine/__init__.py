@@ -1,4 +1,4 @@
-"""MMEngine: constructor, wrapper, registration. The only room that imports mmengine."""
+"""MMEngine: constructor, wrapper, registration. The only subpackage that imports mmengine."""
 
 from .constructor import PrecondOptimWrapperConstructor
 from .hooks import CalibrationHook, CurvatureHook

@@ -1,4 +1,4 @@
-"""The optimizer wrapper constructor: any constructor's groups, with the model passed on."""
+"""Optimizer wrapper constructor that passes the model to the optimizer."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from .wrapper import mixed_wrapper, refuse_sharding
 class PrecondOptimWrapperConstructor:
     """Builds a preconditioned optimizer and its wrapper from a config.
 
-    Parameter groups come from another constructor, so `paramwise_cfg` means what it always does;
-    further entries of its `custom_keys` reach the optimizer (``precondition=False``,
-    ``damping=0.1``). With an optimizer that is not ours it does what that constructor does, and
-    takes ``type='pytorch_optimizer.NAME'`` of that package, with second derivatives too.
+    A base constructor makes the parameter groups, so `paramwise_cfg` has its usual meaning. Further
+    entries of `custom_keys` reach the optimizer (``precondition=False``, ``damping=0.1``). For an
+    optimizer of another package the base constructor does all the work. Optimizers of the package
+    pytorch_optimizer are given as ``type='pytorch_optimizer.NAME'``; those that need second
+    derivatives get them.
 
     Args:
-        optim_wrapper_cfg: The config; its `base_constructor` names the constructor that makes the
-            groups (default 'DefaultOptimWrapperConstructor').
-        paramwise_cfg: As in MMEngine.
+        optim_wrapper_cfg: The config; its `base_constructor` names the base constructor (default
+            'DefaultOptimWrapperConstructor').
+        paramwise_cfg: Settings of parameter groups, as in MMEngine.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class PrecondOptimWrapperConstructor:
             del self.base.optimizer_cfg[key]
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Builds the wrapper for a model, wrapped for data parallelism or not."""
+        """Builds the wrapper for a model, which may be wrapped for data parallelism."""
         kind = self.base.optimizer_cfg['type']
         if is_peer(kind):
             return self._build_peer(find_peer(kind), model)
@@ -75,7 +76,7 @@ class PrecondOptimWrapperConstructor:
         return self.base(model)
 
     def _mix_wrapper(self, needs: str, owner: str) -> None:
-        """Gives the wrapper what the optimizer needs."""
+        """Replaces the wrapper's type by one that gives the optimizer what it needs."""
         cfg = self.base.optim_wrapper_cfg
         wrapper = _resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper'))
         refuse_sharding(cfg, wrapper)
@@ -83,7 +84,10 @@ class PrecondOptimWrapperConstructor:
 
 
 def _rule_defaults(optimizer: Any) -> dict[str, Any]:
-    """Rate and decay of a `Preconditioned` config, where constructors look for what they scale."""
+    """Learning rate and weight decay in the rule of a `Preconditioned` config.
+
+    Other constructors look for them beside the rule, to scale them.
+    """
     if not isinstance(optimizer, dict) or optimizer.get('type') not in (
         'Preconditioned',
         Preconditioned,
@@ -94,7 +98,7 @@ def _rule_defaults(optimizer: Any) -> dict[str, Any]:
 
 
 def _resolve(registry: Registry, kind: Any) -> Any:
-    """The class behind a config's `type`."""
+    """Class that a config's `type` names."""
     if not isinstance(kind, str):
         return kind
     with registry.switch_scope_and_registry(None) as scoped:

@@ -35,17 +35,17 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1, as an argument's type."""
+    """Parses a whole number of at least 1, as an argument's type."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
     return int(text)
 
 
 def load_config(path: str) -> Config:
-    """Loads a config file, or one of an installed toolbox by `mmdet::faster_rcnn/NAME.py`.
+    """Loads a config file, or a config of an installed toolbox (`mmdet::faster_rcnn/NAME.py`).
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
     """
     if '::' in path:
         from mmengine.hub import get_config
@@ -72,7 +72,7 @@ def finish_config(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def _use_gloo(cfg: Config) -> None:
-    """Data parallelism without a GPU, which MMEngine's defaults do not allow for."""
+    """Sets up data parallelism without a GPU, which MMEngine's defaults do not support."""
     torch.set_num_threads(int(os.environ.setdefault('OMP_NUM_THREADS', '1')))
     if not dist.is_initialized():
         dist.init_process_group('gloo')
@@ -101,7 +101,7 @@ def check_mmcv() -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line for the errors that a user can mend."""
+    """Ends the program with a one-line message for errors that a user can fix."""
     try:
         yield
     except (ValueError, TypeError, KeyError, FileNotFoundError, ImportError) as error:
@@ -117,8 +117,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a tool's main function and leaves the process group in order."""
+    """Runs a tool's main function and then destroys the process group."""
     main()
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # a rank that leaves early takes the connections of the others down
+        dist.barrier()  # a rank that exits early closes the connections of the others
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
-"""The optimizers of the package pytorch_optimizer, by name: ``type='pytorch_optimizer.SOAP'``.
+"""Optimizers of the package pytorch_optimizer, by name: ``type='pytorch_optimizer.SOAP'``.
 
-None is written again here: a config's settings go to the package's classes as they are.
+This module does not implement them again. The settings of a config go unchanged to the classes of
+that package. Peers are optimizers of that package.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ _UNFIT_REASONS = {
 
 
 def is_peer(kind: Any) -> bool:
-    """True if a config's `type`, a name or a class, is of that package."""
+    """True if a config's `type`, a name or a class, belongs to that package."""
     module = kind if isinstance(kind, str) else getattr(kind, '__module__', None)
     return isinstance(module, str) and '.' in module and module.split('.')[0] == PACKAGE
 
 
 def find_peer(kind: Any) -> type[torch.optim.Optimizer]:
-    """The class behind a config's `type`.
+    """Class that a config's `type` names.
 
     Args:
         kind: A class, or a name such as 'pytorch_optimizer.SOAP'.
 
     Raises:
         ImportError: If the package is not installed.
-        ValueError: For an unknown name, or an optimizer that MMEngine's loop cannot step.
+        ValueError: If the name is unknown, or MMEngine's loop cannot step the optimizer.
     """
     if isinstance(kind, str):
         kind = _load_peer(kind)
@@ -55,16 +56,16 @@ def find_peer(kind: Any) -> type[torch.optim.Optimizer]:
 
 
 def needs_of(kind: type[torch.optim.Optimizer]) -> str:
-    """Needs of a peer beside gradients, as `RuleOptimizer.needs`."""
+    """Input that a peer needs in addition to gradients (see `RuleOptimizer.needs`)."""
     return 'graph' if 'hessian' in inspect.signature(kind.step).parameters else ''
 
 
 def with_groups(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """A function that builds the peer, and makes the parameter groups that it asks for.
+    """Returns a function that builds the peer with the parameter groups that it needs.
 
-    Muon and its kin want matrices, which they orthogonalise, apart from all others, which take
-    AdamW at `adamw_lr` and `adamw_wd`. A group's own ``use_muon`` (by `custom_keys`, for instance
-    of embeddings and the last layer) wins over the shape.
+    Muon and similar optimizers orthogonalise matrices and need them in separate groups. All other
+    parameters take AdamW at `adamw_lr` and `adamw_wd`. A group's own ``use_muon`` (by
+    `custom_keys`, for instance for embeddings and the last layer) has priority over the shape.
     """
     if not kind.__module__.startswith(f'{PACKAGE}.optimizer.muon'):
         return kind
@@ -74,7 +75,7 @@ def with_groups(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.
         chosen = defaults | settings
         groups = [part for group in params for part in _split_group(group, chosen)]
         built: Any = kind(groups, **settings)
-        # Its own lack it, and MMEngine's schedulers look there.
+        # The peer's own defaults lack lr, and MMEngine's schedulers read it there.
         built.defaults.setdefault('lr', chosen['lr'])
         return built
 
@@ -82,13 +83,13 @@ def with_groups(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.
 
 
 class PeerHessian:
-    """Adapter that gives `DoubleBackwardMixin` what it asks of a peer whose `step` takes a Hessian.
+    """Adapter between `DoubleBackwardMixin` and a peer whose `step` takes a Hessian.
 
-    The diagonal is the peer's own estimate (`compute_hutchinson_hessian`), made before gradients
-    are clipped and freed of their graph, and handed to its next `step`.
+    The diagonal is the peer's own estimate (`compute_hutchinson_hessian`). The adapter computes it
+    before gradients are clipped and their graph is freed, and passes it to the next `step`.
 
     Args:
-        optimizer: AdaHessian, SophiaH or alike.
+        optimizer: AdaHessian, SophiaH or a similar optimizer.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -103,7 +104,7 @@ class PeerHessian:
         return bool(steps % self.optimizer.update_period == 0)
 
     def measure(self) -> None:
-        """Takes the Hessian from the gradients' graph and frees it; both become means of ranks."""
+        """Computes the Hessian from the gradients' graph, frees the graph, averages over ranks."""
         groups = self.optimizer.param_groups
         filled = fill_missing(groups)
         diagonal = self._estimate_diagonal(filled) if self.needs_graph else {}
@@ -111,7 +112,7 @@ class PeerHessian:
         self._hessian = list(diagonal.values()) if diagonal else None
 
     def _estimate_diagonal(self, filled: set[Tensor]) -> dict[Tensor, Tensor]:
-        """The diagonal of each parameter; zeros where the gradient is constant or missing."""
+        """Diagonal for each parameter; zeros where the gradient is constant or missing."""
         optimizer = self.optimizer
         everything = [p for group in optimizer.param_groups for p in group['params']]
         curved = dict(
@@ -165,7 +166,7 @@ def _is_optimizer(kind: Any) -> bool:
 
 
 def _unfit_reason(kind: Any) -> str:
-    """Needs of a peer that neither gradients nor our wrapper meet, or ''."""
+    """Reason why neither gradients nor our wrapper are enough for a peer, or ''."""
     arguments = list(inspect.signature(kind).parameters)
     step = inspect.signature(kind.step).parameters
     if 'base_optimizer' in arguments or hasattr(kind, 'first_step'):
@@ -182,7 +183,7 @@ def _unfit_reason(kind: Any) -> str:
 
 
 def _split_group(group: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """A parameter or a group of them, as groups of matrices and of others."""
+    """Splits a parameter or a group into groups of matrices and of other parameters."""
     group = dict(group) if isinstance(group, dict) else dict(params=[group])
     params = group.pop('params')
     params = [params] if isinstance(params, Tensor) else list(params)
@@ -193,7 +194,7 @@ def _split_group(group: Any, settings: dict[str, Any]) -> list[dict[str, Any]]:
     for matrices, members in parts.items():
         part = {**group, 'params': members, 'use_muon': matrices}
         for key, own in (('lr', 'adamw_lr'), ('weight_decay', 'adamw_wd')):
-            if not matrices and key in part and settings[key]:  # a multiple of the matrices' own
+            if not matrices and key in part and settings[key]:  # a multiple of the matrices' value
                 part[key] *= settings[own] / settings[key]
         groups.append(part)
     return groups

@@ -1,4 +1,4 @@
-"""Turns any config into one that trains with an optimizer of this package."""
+"""Replacement of the optimizer in a config."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .. import optimizers
 from .peers import PACKAGE, find_peer, is_peer
 from .registration import optimizer_types
 
-#: Settings of a first-order optimizer that carry over to another.
+#: Settings of a first-order optimizer that another one takes over.
 CARRIED = ('lr', 'momentum', 'weight_decay', 'betas', 'eps')
 
-#: The hook by which MAC treats its first layer as published.
+#: Hook that calibrates MAC's first layer, as published.
 CALIBRATION = 'CalibrationHook'
 
-#: Torch's own, to compare with, and what a config would set that names them.
+#: Torch's own optimizers for comparisons, with the settings that a config would give them.
 BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     'SGD': (torch.optim.SGD, dict(momentum=0.9)),
     'AdamW': (torch.optim.AdamW, {}),
@@ -27,18 +27,20 @@ BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 
 def use_optimizer(cfg: Config, name: str) -> None:
-    """Replaces a config's optimizer, keeping its learning rate, decay and paramwise_cfg.
+    """Replaces a config's optimizer, but keeps its learning rate, decay and paramwise_cfg.
 
-    MAC and SMAC get their `CalibrationHook`. A `paper` entry goes: it is another optimizer's.
+    MAC and SMAC get their `CalibrationHook`. A `paper` entry is removed, because it belongs to
+    another optimizer.
 
     Args:
-        cfg: A config of MMDetection, MMPretrain or the like; changed in place.
-        name: One of our optimizers, or of torch's, 'SGD' (momentum 0.9 unless the config says so)
-            or 'AdamW', to compare with; or of another package, 'pytorch_optimizer.SOAP'.
+        cfg: A config of MMDetection, MMPretrain or a similar toolbox; changed in place.
+        name: Name of an optimizer of this package; or for comparisons of one of torch, 'SGD'
+            (momentum 0.9 unless the config has another) or 'AdamW', or of another package, such as
+            'pytorch_optimizer.SOAP'.
 
     Raises:
-        ValueError: For an unknown name, or a config without an optimizer.
-        ImportError: For a package that is not installed.
+        ValueError: If the name is unknown, or the config has no optimizer.
+        ImportError: If the package is not installed.
     """
     names = [
         kind.__name__

@@ -1,4 +1,4 @@
-"""Registers the optimizers with MMEngine's root registries, where every scope finds them."""
+"""Registration with MMEngine's root registries, where every scope finds the optimizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .hooks import CalibrationHook, CurvatureHook
 
 
 def optimizer_types() -> list[type[RuleOptimizer]]:
-    """The optimizers that a config may name."""
+    """Optimizers that a config may name."""
     bases = (RuleOptimizer, PreconditionedOptimizer)
     named = (getattr(optimizers, name) for name in optimizers.__all__)
     return [
@@ -26,17 +26,17 @@ def optimizer_types() -> list[type[RuleOptimizer]]:
 
 
 class _MMEngineHandler(logging.Handler):
-    """Passes the package's log on to the running MMLogger, and so into its files."""
+    """Handler that passes the package's log to the current MMLogger and its files."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print_log(self.format(record), logger='current', level=record.levelno)
 
 
 def register_all() -> None:
-    """Registers once; a second call changes nothing.
+    """Registers optimizers, hooks and modules once; a second call changes nothing.
 
     Raises:
-        KeyError: If another package holds one of the names; it names both modules.
+        KeyError: If another package has registered one of the names; the message names both.
     """
     for kind in optimizer_types():
         _register(OPTIMIZERS, kind)

@@ -1,4 +1,4 @@
-"""Models of MMDetection and MMPretrain with random weights, and batches, to measure costs with."""
+"""Random models and batches of MMDetection and MMPretrain, to measure costs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def random_model(cfg: Any) -> nn.Module:
-    """The model of a config with random weights, in training mode."""
+    """Builds the model of a config with random weights, in training mode."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if 'data_preprocessor' in cfg and 'data_preprocessor' not in cfg.model:
         cfg.model.data_preprocessor = cfg.data_preprocessor  # as MMEngine's runner does
@@ -19,7 +19,7 @@ def random_model(cfg: Any) -> nn.Module:
 
 
 def synthetic_batch(model: nn.Module, images: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Arguments of the model's `forward` with mode='loss': noise, with random boxes or classes.
+    """Arguments of a model's `forward` with mode='loss': noise with random boxes or classes.
 
     Args:
         model: A detector or a classifier with its data preprocessor.
@@ -27,7 +27,7 @@ def synthetic_batch(model: nn.Module, images: int, size: tuple[int, int]) -> dic
         size: Height and width.
 
     Raises:
-        TypeError: For a model of another kind.
+        TypeError: If the model is neither a detector nor a classifier.
     """
     kinds = {kind.__module__.split('.')[0] for kind in type(model).__mro__}
     if 'mmdet' in kinds:
@@ -60,6 +60,6 @@ def synthetic_batch(model: nn.Module, images: int, size: tuple[int, int]) -> dic
 
 
 def _count_classes(model: nn.Module) -> int:
-    """The largest number of classes of its heads (a proposal head has one)."""
+    """Largest number of classes of a model's heads (a proposal head has one)."""
     counts = [getattr(module, 'num_classes', None) for module in model.modules()]
     return max((count for count in counts if isinstance(count, int)), default=10)

@@ -75,8 +75,8 @@ class PrecondMixin(CompiledMixin):
 class DoubleBackwardMixin(CompiledMixin):
     """Makes backward passes differentiable where the optimizer asks for it.
 
-    Under DistributedDataParallel, whose own synchronisation has no second derivative, every
-    backward pass is local, and the optimizer averages gradients and Hessian over the ranks.
+    The synchronisation of DistributedDataParallel has no second derivative. Every backward pass is
+    therefore local, and the optimizer averages gradients and Hessian over the ranks.
     """
 
     optimizer: torch.optim.Optimizer
@@ -89,7 +89,7 @@ class DoubleBackwardMixin(CompiledMixin):
     @_disable_dynamo
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """One training step: attention in its differentiable form, gradients not synchronised."""
+        """Runs a training step with twice differentiable attention and local gradients."""
         with ExitStack() as stack:
             if self._twice.needs_graph:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -99,9 +99,9 @@ class DoubleBackwardMixin(CompiledMixin):
             yield
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
-        """Builds the gradients' graph where it is needed, and reads it before the clipping."""
+        """Builds the gradients' graph where needed, and measures before gradients are clipped."""
         with warnings.catch_warnings():
-            # The cycle it warns of is broken by `measure`.
+            # `measure` breaks the reference cycle of this warning.
             warnings.filterwarnings('ignore', message='Using backward.. with create_graph=True')
             super().backward(  # type: ignore[misc]
                 loss, create_graph=self._twice.needs_graph, **kwargs
@@ -111,7 +111,7 @@ class DoubleBackwardMixin(CompiledMixin):
 
 
 class LossMixin(CompiledMixin):
-    """Tells the optimizer the loss of each step, and the number of steps.
+    """Mixin that passes the loss of each step and the number of steps to the optimizer.
 
     The loss is the unscaled mean over the micro-batches of the step.
     """
@@ -124,7 +124,7 @@ class LossMixin(CompiledMixin):
 
     @_disable_dynamo
     def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Takes the loss as the model gave it."""
+        """Passes the model's loss to the optimizer before it is scaled."""
         if loss.numel() != 1:
             raise ValueError(
                 f'the loss has the shape {tuple(loss.shape)}; '
@@ -139,27 +139,27 @@ class LossMixin(CompiledMixin):
                 self._losses = []
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
-        """Takes the length of the run in iterations, of which some make a step together."""
+        """Passes the number of optimizer steps of the run; a step may take several iterations."""
         super().initialize_count_status(model, init_counts, max_counts)  # type: ignore[misc]
         if max_counts > 0:
             accumulated: int = self._accumulative_counts  # type: ignore[attr-defined]
             self.optimizer.plan_steps(math.ceil(max_counts / accumulated))
 
 
-#: By what an optimizer needs, see `RuleOptimizer.needs`.
+#: Mixins by the needs of an optimizer (see `RuleOptimizer.needs`).
 MIXINS: dict[str, type] = {'capture': PrecondMixin, 'graph': DoubleBackwardMixin, 'loss': LossMixin}
 
 
 def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[OptimWrapper]:
-    """The wrapper class that adds what an optimizer needs to a wrapper class; one for each.
+    """Returns a wrapper class with the mixin that an optimizer needs.
 
     Args:
-        base: The wrapper class; returned as it is where nothing is needed.
-        needs: As `RuleOptimizer.needs`.
-        owner: The optimizer's name, for errors.
+        base: The wrapper class; returned unchanged if the optimizer needs nothing.
+        needs: Needs of the optimizer, as in `RuleOptimizer.needs`.
+        owner: Name of the optimizer, for errors.
 
     Raises:
-        ValueError: For wrappers that cannot give it.
+        ValueError: If the wrapper cannot supply these needs.
     """
     if not needs or issubclass(base, MIXINS[needs]):
         return base
@@ -186,12 +186,12 @@ def _build_mixed_type(base: Any, needs: str) -> Any:
     mixin = MIXINS[needs]
     name = f'{mixin.__name__.removesuffix("Mixin")}{base.__name__}'
     mixed = type(name, (mixin, base), {'__module__': __name__})
-    globals()[mixed.__name__] = mixed  # picklable, as its base is
+    globals()[mixed.__name__] = mixed  # makes the class picklable, like its base
     return mixed
 
 
 def refuse_sharding(wrapper: dict[str, Any], base: type[OptimWrapper]) -> None:
-    """Raises ValueError for settings that shard the parameters."""
+    """Raises ValueError if settings of the wrapper shard the parameters."""
     if issubclass(base, AmpOptimWrapper) and wrapper.get('use_fsdp'):
         raise ValueError(
             'use_fsdp=True shards the weights, which are preconditioned whole; '

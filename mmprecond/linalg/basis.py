@@ -1,4 +1,4 @@
-"""Eigenbases of second moments, and how one basis follows another."""
+"""Eigenbases of second moments, and the order and signs of consecutive bases."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def eigenbasis(matrix: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
         shift: Added to the diagonal, relative to the largest entry; it changes no eigenvector.
 
     Returns:
-        Orthogonal matrices (..., n, n), columns by falling eigenvalue, and a bool tensor (...) that
-        is False where the matrix or the result is not finite.
+        Orthogonal matrices (..., n, n) with columns by decreasing eigenvalue, and a bool tensor
+        (...) that is False where the matrix or the result is not finite.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     scale = matrix.abs().amax((-2, -1), keepdim=True)
@@ -28,7 +28,7 @@ def eigenbasis(matrix: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """One step towards the eigenvectors: the Q factor of A U, each column in its old place.
+    """One step towards the eigenvectors: the Q factor of A U, with its columns in U's order.
 
     Args:
         matrix: A (..., n, n), symmetric positive semi-definite.
@@ -39,13 +39,13 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
         (...) that is False where the result is not finite.
     """
     scale = matrix.abs().amax((-2, -1), keepdim=True)
-    # A little of U itself, so that columns in the null space stay.
+    # A small multiple of U keeps columns in the null space.
     image = (
         matrix @ basis
         + 1e3 * torch.finfo(matrix.dtype).eps * torch.where(scale > 0, scale, 1) * basis
     )
     values = (basis * image).sum(-2)
-    # From the largest down: other orders are fixed points too, but unstable ones.
+    # In decreasing order; other orders are fixed points too, but unstable.
     order = values.argsort(-1, descending=True)[..., None, :].expand_as(image)
     factor, triangle = torch.linalg.qr(torch.take_along_dim(image, order, -1))
     signs = triangle.diagonal(dim1=-2, dim2=-1).sign()
@@ -55,16 +55,16 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
 
 
 def assign_columns(basis: Tensor, old: Tensor) -> Tensor:
-    """Orders and signs a basis' columns by the old basis' columns.
+    """Gives the columns of a basis the order and signs of an old basis.
 
-    Pairs with mutually largest overlap |u_old' u| are matched first, then those of what is left.
+    Each round matches the pairs of remaining columns whose overlap |u_old' u| is mutually largest.
 
     Args:
         basis: (..., n, n), orthogonal.
         old: (..., n, n), orthogonal.
 
     Returns:
-        The columns of `basis`, each in the place and with the sign of its partner.
+        The columns of `basis`, each with the position and sign of its match.
     """
     overlap = old.mT @ basis
     shape, size = overlap.shape, overlap.shape[-1]

@@ -15,13 +15,13 @@ def cosine_basis(size: int, dtype: torch.dtype, device: torch.device | str = 'cp
 
     Args:
         size: n.
-        dtype: Of the result.
-        device: Of the result.
+        dtype: Dtype of the result.
+        device: Device of the result.
 
     Returns:
         Q (n, n); ``Q' Q = Q Q' = I``.
     """
-    # Angles repeat after 4n steps of pi / 2n: in integers they lose nothing, however large.
+    # Angles repeat after 4n steps of pi / 2n, so integer multiples lose no precision.
     table = torch.arange(4 * size, dtype=torch.float64).mul_(math.pi / (2 * size)).cos_()
     table = table.mul_((2 / size) ** 0.5).to(dtype).to(device)
     numbers = torch.arange(size, device=device)

@@ -9,14 +9,14 @@ from .inverse import all_finite
 
 
 def checked_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.linalg.eigh` of symmetric matrices, one by one where the batch does not converge.
+    """`torch.linalg.eigh` of symmetric matrices, one by one if the batch does not converge.
 
     Args:
         matrix: (..., n, n).
 
     Returns:
         Eigenvalues (..., n) and eigenvectors (..., n, n), and a bool tensor (...) that is False
-        where a matrix is not finite or its decomposition failed (the identity stands for it).
+        where a matrix is not finite or its decomposition failed (the identity replaces it).
     """
     finite = all_finite(matrix)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

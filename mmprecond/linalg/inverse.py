@@ -20,7 +20,7 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    # A failed factor may be singular, of which cholesky_inverse would raise.
+    # A failed factor may be singular, and cholesky_inverse raises for singular factors.
     factor = torch.where((info == 0)[..., None, None], factor, identity)
     inverse = torch.cholesky_inverse(factor)
     return inverse, (info == 0) & all_finite(matrix) & all_finite(inverse)
@@ -29,10 +29,10 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
     """Refines approximate inverses B of A by damped Newton (Schulz) iteration.
 
-    With P = B A, one step is ``B <- ((1 + a) I - a P) B``: a = 1 where ``||I - P||_F < 1``
-    (quadratic convergence), else a = 1 / ||P||_F, which keeps the step contracting.
+    With P = B A, one step is ``B <- ((1 + a) I - a P) B``. If ``||I - P||_F < 1``, then a = 1 and
+    convergence is quadratic. Otherwise a = 1 / ||P||_F, which keeps the step contracting.
 
-    Source: thesis Algorithm 2; the published code tests the current iterate, as is done here.
+    Source: thesis Algorithm 2. The test uses the current iterate, as in the published code.
 
     Args:
         matrix: A (..., n, n), symmetric positive definite.

@@ -1,4 +1,4 @@
-"""Damped powers of matrices that are known by few columns, never laid out in full."""
+"""Damped powers of matrices, represented by a few columns instead of n x n entries."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .eigen import checked_eigh
 from .inverse import all_finite
 from .products import stacked_product
 
-#: Least number of columns beside those that stand out, which find what is new.
+#: Least number of extra random columns, which find new directions.
 MARGIN = 16
-#: Power iterations by which what was left out is estimated, from so many vectors.
+#: Numbers of power iterations and of vectors in the estimate of the largest omitted eigenvalue.
 CHECKS, PROBES = 5, 4
-#: What may be left out is so many times the bound: eigenvalues close to it take many columns to be
-#: found, and bring little.
+#: Largest omitted eigenvalue that ends the search, relative to the bound. Eigenvalues close to the
+#: bound take many columns to find and change the result little.
 SLACK = 1.5
 
 
 @dataclass(frozen=True)
 class RankSearch:
-    """When a dense moment's power is kept as columns.
+    """Settings of the search for a low-rank form of a dense moment's power.
 
     Attributes:
         tolerance: Relative error allowed in any direction.
-        max_rank: Most columns kept, whatever the tolerance; None for half the side's length, and
-            a dense operator where that is not enough.
+        max_rank: Most columns kept, whatever the tolerance. None allows half the side's length,
+            and a dense operator where that is not enough.
     """
 
     tolerance: float = 0.1
@@ -37,15 +37,15 @@ class RankSearch:
 
     #: Sides shorter than this stay dense.
     smallest_side: ClassVar[int] = 256
-    #: Guess of the rank, as a share of n, for the forecast of memory.
+    #: Expected rank as a share of n, for the memory forecast.
     usual_share: ClassVar[float] = 1 / 8
 
     def takes(self, side: int) -> bool:
-        """True if the power of a moment of this size may come as columns."""
+        """True if the power of a moment of this size may be low-rank."""
         return side >= self.smallest_side
 
     def usual(self, side: int) -> int:
-        """A guess of the rank."""
+        """Expected rank for a side of this length."""
         return min(int(side * self.usual_share), self.max_rank or side)
 
 
@@ -54,8 +54,8 @@ def power_of_columns(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(A A' + mu I)^-p`` for tall A, as ``mu^-p (I - U U')``.
 
-    The inverse by a Cholesky factor of the small side, A'A + mu I = C C': U = A C'^-1. Other
-    powers by its eigenvalues s: what U takes away of a direction is 1 - (mu / (s + mu))^p.
+    The inverse uses the Cholesky factor C of the small matrix A'A + mu I: U = A C'^-1. Other powers
+    use the eigenvalues s of A'A: U U' has the eigenvalues 1 - (mu / (s + mu))^p.
 
     Source: the Sherman-Morrison-Woodbury identity, as used by SKFAC (Tang et al., CVPR 2021).
 
@@ -91,13 +91,13 @@ def power_of_columns(
 def apply_columns(matrix: Tensor, basis: Tensor, scale: Tensor) -> Tensor:
     """``scale M (I - U U')`` for M (..., o, n), U (..., n, m), scale (..., 1, 1): (..., o, n)."""
     taken = stacked_product(stacked_product(matrix, basis) * -scale, basis.mT)
-    return taken.addcmul_(matrix, scale)  # one pass: the memory is what it waits for
+    return taken.addcmul_(matrix, scale)  # one pass, as memory bandwidth is the limit
 
 
 def nystrom_columns(sketch: Tensor, test: Tensor) -> Tensor:
     """Columns B with B B' close to the symmetric A >= 0 of a sketch ``Y = A Omega``.
 
-    B B' = Y (Omega' Y)^+ Y', where the pseudo-inverse leaves out what is rounding.
+    B B' = Y (Omega' Y)^+ Y'. The pseudo-inverse omits eigenvalues that are rounding errors.
 
     Source: the Nystroem approximation as in Tropp, Yurtsever, Udell and Cevher, SIAM J. Matrix
     Anal. Appl. 38(4), 2017. With m columns the expected error in the trace is at most
@@ -120,7 +120,7 @@ def nystrom_columns(sketch: Tensor, test: Tensor) -> Tensor:
 
 
 def columns_to_matrix(basis: Tensor, scale: Tensor) -> Tensor:
-    """``scale (I - U U')`` laid out (..., n, n)."""
+    """Dense matrix ``scale (I - U U')`` (..., n, n)."""
     matrix = -(basis @ basis.mT)
     matrix.diagonal(dim1=-2, dim2=-1).add_(1)
     return scale * matrix
@@ -134,31 +134,32 @@ def low_rank_power(
     tolerance: float = 0.1,
     max_rank: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``(A + mu I)^-p`` from the directions of A that stand out of the damping mu.
+    """``(A + mu I)^-p`` from the eigenvectors of A whose eigenvalues exceed the damping mu enough.
 
-    Eigenvalues that are not kept count as one, tau: their mean, moved as far as needed for no
-    direction to be wrong by more than the tolerance t. So those up to
-    ``(((1 + t) / (1 - t))^(1 / p) - 1) mu`` may be left out, and the cosine with the exact
-    direction is then at least sqrt(1 - t^2).
+    One value tau replaces all eigenvalues that are not kept. It is their mean, shifted until the
+    relative error in every direction is at most the tolerance t. Eigenvalues up to
+    ``(((1 + t) / (1 - t))^(1 / p) - 1) mu`` may therefore be omitted. The cosine between the result
+    and the exact direction is then at least sqrt(1 - t^2).
 
-    Subspace iteration, one product with A a call: V spans the last result and a few random columns,
-    and the eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2`` (Nystroem). Columns join V
-    until no eigenvalue of A - B B' is, by an estimate, larger than `SLACK` times that bound: with
-    eigenvalues in between the error may be a few t.
+    The method is subspace iteration, with one product with A per call. V spans the last result and
+    a few random columns. The eigenvectors are those of B B' with ``B = A V (V'A V)^-1/2``
+    (Nystroem). V gets more columns until the estimated largest eigenvalue of A - B B' is at most
+    `SLACK` times the bound above. If eigenvalues lie in between, the error may be a few t.
 
     Args:
         matrix: A (..., n, n), symmetric positive semi-definite; float32 or float64.
         start: U (..., n, m) of an earlier result for a similar matrix, or None.
-        damping: mu > 0 (...), or what gives it for columns B (..., n, m) with B B' close to A.
+        damping: mu > 0 (...), or a function that returns mu for columns B (..., n, m) with B B'
+            close to A.
         exponent: p > 0.
         tolerance: t, less than 1.
-        max_rank: Most columns kept, whatever is left out; default: n / 2, and if that is not
-            enough none, for a whole matrix is as cheap.
+        max_rank: Most columns kept, whatever is omitted. None (default) allows n / 2 columns; with
+            more a dense matrix is as cheap.
 
     Returns:
-        U (..., n, r), the scale (mu + tau)^-p (..., 1, 1) with which the power is
-        scale (I - U U'), and a bool tensor (...) that is False where it is meaningless; or None if
-        more columns are needed than n / 2.
+        U (..., n, r), the scale (mu + tau)^-p (..., 1, 1), and a bool tensor (...) that is False
+        where the result is meaningless. The power is scale (I - U U'). None if `max_rank` is None
+        and n / 2 columns are not enough.
     """
     rank_limit = matrix.shape[-1] // 2 if max_rank is None else max_rank
     bound_ratio = _negligible_ratio(exponent, tolerance)
@@ -224,12 +225,12 @@ def _dominant_columns(
 
 
 def _symmetric_product(matrix: Tensor, columns: Tensor) -> Tensor:
-    """``A V`` for symmetric A, as ``(V' A)'``: faster where V is narrow, on CPU by up to half."""
+    """``A V`` for symmetric A, as ``(V' A)'``: faster for narrow V, by up to half on CPU."""
     return stacked_product(columns.mT, matrix).mT
 
 
 def _oversampling(rank: int, size: int) -> int:
-    """Random columns beside those of an earlier result."""
+    """Number of random columns in addition to those of an earlier result."""
     return min(max(MARGIN, rank // 8), size - min(rank, size))
 
 
@@ -240,7 +241,7 @@ def _nystrom_of_image(image: Tensor, core: Tensor) -> Tensor:
     core = (core + core.mT) / 2
     factor = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device).expand_as(core)
     failed = torch.ones_like(peak, dtype=torch.bool)[..., None, None]
-    # A moment that was summed in float32 is rounded so, also where it is given in float64.
+    # A moment summed in float32 has float32's rounding errors, even if it is given in float64.
     for dtype in dict.fromkeys((core.dtype, torch.float32)):
         damped = core.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(dtype).eps * shift[..., None])
@@ -264,7 +265,7 @@ def _random_columns(like: Tensor, width: int, seed: int = 0) -> Tensor:
 def _warm_start_columns(start: Tensor, oversampling: int) -> Tensor:
     """The columns of an earlier result at unit length, and random ones beside them.
 
-    Columns of zero, by which ranks of layers differ, are drawn too.
+    Random columns also replace zero columns, which pad layers of lower rank.
     """
     norms = torch.linalg.vector_norm(start, dim=-2, keepdim=True)
     width = start.shape[-1]
@@ -276,7 +277,7 @@ def _warm_start_columns(start: Tensor, oversampling: int) -> Tensor:
 
 
 def _range_basis(matrix: Tensor, width: int, columns: Tensor | None = None) -> Tensor:
-    """Orthonormal columns (..., n, width) in the range of A, or of ``A - B B'``."""
+    """Random orthonormal columns (..., n, width) in the range of A, or of ``A - B B'``."""
     seed = matrix.shape[-1] if columns is None else columns.shape[-1]  # not the check's numbers
     drawn = _random_columns(matrix, max(width, MARGIN), seed)
     image = _symmetric_product(matrix, drawn.expand(*matrix.shape[:-1], -1))
@@ -298,7 +299,7 @@ def _residual_eigenvalue(matrix: Tensor, columns: Tensor, probes: Tensor, probed
 
 
 def _negligible_ratio(exponent: float, tolerance: float) -> float:
-    """The largest e / mu for which one tau makes powers of all 0 ... e right to the tolerance."""
+    """Largest e / mu for which one tau replaces all eigenvalues in [0, e] within the tolerance."""
     return ((1 + tolerance) / (1 - tolerance)) ** (1 / exponent) - 1
 
 
@@ -310,11 +311,11 @@ def _tail_eigenvalue(
     tolerance: float,
     bound_exceeded: Tensor,
 ) -> Tensor:
-    """The sum of mu and tau, which stands for all eigenvalues that are not kept (...).
+    """Damped value mu + tau (...) that replaces all eigenvalues that are not kept.
 
     Args:
-        rest: Their mean (...).
-        largest: The largest of them (...).
+        rest: Mean of the eigenvalues that are not kept (...).
+        largest: Largest eigenvalue that is not kept (...).
         damping: mu (...).
         exponent: p.
         tolerance: t.

@@ -1,8 +1,8 @@
-"""Structured matrices that act on gradients: dense, in blocks, of low rank, diagonal, rank one.
+"""Structured matrices that act on gradients: dense, block-diagonal, low-rank, diagonal, rank one.
 
-An operator stands for the matrices of k layers with b blocks each. Its tensors have the leading
-dimensions (k, b), but for `BlockDiagonal`, whose blocks follow k at once. The operators of a
-preconditioner are a dict by slot ('input', 'gradient', ...); a tensor's name in checkpoints is
+An operator represents the matrices of k layers with b blocks each. Its tensors have the leading
+dimensions (k, b). In `BlockDiagonal` the diagonal blocks take the place of b. A preconditioner's
+operators are a dict by slot ('input', 'gradient', ...). The name of a tensor in checkpoints is
 ``<slot>_<suffix>``.
 """
 
@@ -31,21 +31,21 @@ Shape = tuple[int, int, int]
 class Operator(ABC):
     """Matrices A (k, b, n, n); the fields of a subclass are its tensors."""
 
-    #: Endings of the tensors' names in checkpoints, in the order of the fields.
+    #: Suffixes of the tensors' names in checkpoints, in the order of the fields.
     suffixes: ClassVar[tuple[str, ...]] = ('',)
 
     @classmethod
     def outline(cls, *shapes: Shape) -> Self:
-        """An operator of one layer without numbers, on the meta device, from its shapes."""
+        """Operator of one layer on the meta device, from the shapes of its tensors."""
         return cls(*(torch.empty(1, *shape, device='meta') for shape in shapes))
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Its tensors, in the order of `suffixes`."""
-        return list(vars(self).values())  # a dataclass has its fields there, in their order
+        """Tensors of the operator, in the order of `suffixes`."""
+        return list(vars(self).values())  # the dataclass's fields, in their order
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The operator with a function applied to each tensor."""
+        """Applies a function to each tensor of the operator."""
         return type(self)(*map(function, self.tensors))
 
     @abstractmethod
@@ -57,12 +57,12 @@ class Operator(ABC):
         """``A M`` for matrices M (k, b, n, i)."""
 
     def unify(self, other: Operator) -> tuple[Operator, Operator]:
-        """This operator and another of the same slot, in forms that can be stacked."""
+        """Returns this operator and another of the same slot, in forms that can be stacked."""
         return self, other
 
     @property
     def alternatives(self) -> tuple[type[Operator], ...]:
-        """Forms in which a refresh may leave this operator; the first is its own."""
+        """Operator types that a refresh may return for this slot, its own type first."""
         return (type(self),)
 
     def shape_in(self, form: type[Operator], tensors: Sequence[Tensor]) -> list[Shape]:
@@ -86,15 +86,15 @@ class Dense(Operator):
         return stacked_product(self.matrix, matrices)
 
     def unify(self, other: Operator) -> tuple[Operator, Operator]:
-        """Both dense."""
+        """Makes both dense."""
         return self, other.to_dense() if isinstance(other, LowRank) else other
 
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal(Operator):
-    """Symmetric matrices in diagonal blocks (k, count, m, m), the last filled up with zeros.
+    """Symmetric matrices as diagonal blocks (k, count, m, m); zeros pad the last one.
 
-    Where a layer has several blocks of its own, each has an equal share of these.
+    If the layer itself has several blocks, each of them has an equal number of diagonal blocks.
     """
 
     blocks: Tensor
@@ -132,11 +132,11 @@ class LowRank(Operator):
         return self.right(matrices.mT).mT
 
     def to_dense(self) -> Dense:
-        """The same matrices, laid out."""
+        """The same matrices in dense form."""
         return Dense(columns_to_matrix(self.columns, self.scale))
 
     def unify(self, other: Operator) -> tuple[Operator, Operator]:
-        """As many columns in both, filled up with zeros; or both dense."""
+        """Pads the columns of the narrower one with zeros, or makes both dense."""
         if not isinstance(other, LowRank):
             return self.to_dense(), other
         width = max(self.columns.shape[-1], other.columns.shape[-1])
@@ -147,11 +147,11 @@ class LowRank(Operator):
 
     @property
     def alternatives(self) -> tuple[type[Operator], ...]:
-        """Dense where too many columns would stand out."""
+        """Low-rank, or dense if the rank is too large."""
         return LowRank, Dense
 
     def shape_in(self, form: type[Operator], tensors: Sequence[Tensor]) -> list[Shape]:
-        """Any number of columns up to n (see the base class)."""
+        """Shapes with any number of columns up to n (see the base class)."""
         blocks, size, _ = _layer_shape(self.columns)
         if form is Dense:
             return [(blocks, size, size)]
@@ -161,7 +161,7 @@ class LowRank(Operator):
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Operator):
-    """Diagonal matrices: their entries (k, b, n, 1) to act from the left, (k, b, 1, n) right."""
+    """Diagonal matrices with entries (k, b, n, 1) for the left or (k, b, 1, n) for the right."""
 
     entries: Tensor
 
@@ -194,7 +194,7 @@ Operators = dict[str, Operator]
 
 
 def named_tensors(operators: Operators) -> dict[str, Tensor]:
-    """The tensors of some operators by their names in checkpoints."""
+    """Tensors of operators by their names in checkpoints."""
     return {
         name: tensor
         for slot, operator in operators.items()
@@ -203,12 +203,12 @@ def named_tensors(operators: Operators) -> dict[str, Tensor]:
 
 
 def map_tensors(operators: Operators, function: Callable[[Tensor], Tensor]) -> Operators:
-    """Operators with a function applied to each tensor."""
+    """Applies a function to each tensor of the operators."""
     return {slot: operator.map(function) for slot, operator in operators.items()}
 
 
 def unify(first: Operators, second: Operators) -> tuple[Operators, Operators]:
-    """The same operators in forms that can be stacked; nothing to do where one has none."""
+    """Returns both operators in forms that can be stacked; an empty one changes nothing."""
     if not first or not second:
         return dict(first), dict(second)
     pairs = {slot: operator.unify(second[slot]) for slot, operator in first.items()}
@@ -219,7 +219,7 @@ def unify(first: Operators, second: Operators) -> tuple[Operators, Operators]:
 
 
 def join(rows: Iterable[Operators]) -> Operators:
-    """Operators of several layers as one stack; zeros for a layer that has none."""
+    """Stacks the operators of several layers; a layer without operators gets zeros."""
     rows = list(rows)
     common: Operators = reduce(lambda known, row: unify(known, row)[0] or row, rows, {})
     zeros = map_tensors(common, torch.zeros_like)
@@ -235,17 +235,17 @@ def join(rows: Iterable[Operators]) -> Operators:
 def write(
     held: Operators, new: Operators, positions: Sequence[int], count: int, chosen: Tensor
 ) -> Operators:
-    """Some layers' operators written into a stack's.
+    """Writes the operators of some layers into those of a stack.
 
     Args:
-        held: The stack's operators; none before the first refresh.
+        held: Operators of the stack; empty before the first refresh.
         new: Operators of the layers at `positions`.
-        positions: Places in the stack.
+        positions: Positions in the stack.
         count: Number of layers in the stack.
-        chosen: A bool tensor (len(positions),): which of the new operators count.
+        chosen: Bool tensor (len(positions),) that is True for new operators to write.
 
     Returns:
-        The stack's operators; tensors of `held` may have been written to.
+        Operators of the stack; the function may change tensors of `held` in place.
     """
     new, held = unify(new, held)
     if not held:
@@ -262,7 +262,7 @@ def write(
 
 
 def from_tensors(outline: Operators, tensors: Mapping[str, Tensor]) -> Operators:
-    """Operators of one layer from saved tensors (b, n, m), in the forms that these have."""
+    """Operators of one layer from saved tensors (b, n, m), in the form of these tensors."""
     if not tensors:
         return {}
     return {
@@ -272,7 +272,7 @@ def from_tensors(outline: Operators, tensors: Mapping[str, Tensor]) -> Operators
 
 
 def expected_shapes(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """Shapes that saved tensors must have to be operators like the outline, by name."""
+    """Shapes by name that saved tensors must have to match the outline."""
     shapes: dict[str, Shape] = {}
     for slot, form in _saved_forms(outline, tensors).items():
         names = _tensor_names(slot, form)
@@ -283,14 +283,14 @@ def expected_shapes(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def count_flops(function: Callable[..., object], *arguments: object) -> float:
-    """Floating-point operations of the matrix products that a function forms."""
+    """FLOPs of the matrix products in a function."""
     with FlopCounterMode(display=False) as counter:
         function(*arguments)
     return float(counter.get_total_flops())
 
 
 def take(stacked: Tensor, positions: Sequence[int]) -> Tensor:
-    """Rows of a stacked tensor; all of them without a copy."""
+    """Selects rows of a stacked tensor, without a copy if all are selected."""
     return stacked if len(positions) == len(stacked) else stacked[list(positions)]
 
 
@@ -299,7 +299,7 @@ def _tensor_names(slot: str, form: type[Operator]) -> list[str]:
 
 
 def _saved_forms(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[str, type[Operator]]:
-    """The form that each slot's saved tensors have; the outline's own where they have none."""
+    """Operator type of each slot's saved tensors; the outline's own type if none matches."""
     return {
         slot: next(
             (
@@ -315,7 +315,7 @@ def _saved_forms(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[str,
 
 def _write_rows(old: Tensor, new: Tensor, positions: Sequence[int], chosen: Tensor) -> Tensor:
     mask = chosen.reshape(-1, *[1] * (new.dim() - 1))
-    # Row-major, as a loaded state is: products round alike before and after a resume.
+    # Row-major like a loaded state, so that products round equally before and after a resume.
     merged = torch.where(mask, new, take(old, positions)).contiguous()
     if len(positions) == len(old):
         return merged

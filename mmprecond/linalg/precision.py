@@ -1,4 +1,4 @@
-"""The precision of float32 products, by role."""
+"""Precision of float32 products."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Precisions, as torch names them: float32 throughout; TensorFloat-32, whose factors have 10 bits
-#: after the point, on a GPU; and beside it bfloat16, with 7 bits, on a CPU that multiplies it.
+#: Precisions by torch's names. 'highest': float32 throughout. 'high': TensorFloat-32 (factors with
+#: 10 mantissa bits) on a GPU. 'medium': also bfloat16 (7 bits) on a CPU with units for it.
 PRECISIONS = ('highest', 'high', 'medium')
 
 
 @contextmanager
 def matmul_precision(level: str) -> Iterator[None]:
-    """Sets the precision of float32 products, whatever the user's setting is.
+    """Sets the precision of float32 products, and restores the user's setting at the end.
 
-    Factors are rounded, sums are in float32 at all levels; products of other dtypes stay, and so do
-    those on devices without the units for it.
+    Only factors are rounded; sums are in float32 at all levels. The level does not change products
+    of other dtypes, nor products on devices without units for it.
 
     Args:
         level: One of `PRECISIONS`.
@@ -48,11 +48,11 @@ def matmul_precision(level: str) -> Iterator[None]:
 
 
 def rounded(tensor: Tensor) -> Tensor:
-    """A tensor as products on a CPU may take it at the present precision, as float32.
+    """The tensor as float32, rounded as products on a CPU may round it at the current precision.
 
-    Which products do depends on the CPU and on their shape. What is summed must be the same numbers
-    everywhere: the moment of rounded rows beside the sum of the rows themselves is not positive
-    semi-definite.
+    The CPU and the shape of a product determine whether it rounds. All sums over the same rows must
+    see the same numbers: a matrix that combines the moment of rounded rows with the sum of the
+    original rows is not positive semi-definite.
     """
     if tensor.dtype not in (torch.float16, torch.float32) or tensor.device.type != 'cpu':
         return tensor

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Multiplications in one product from which on it occupies all threads of a CPU.
+#: Least number of multiplications in a product that keeps all threads of a CPU busy.
 LARGE = 2**25
 
 
 def stacked_product(first: Tensor, second: Tensor) -> Tensor:
     """``A B`` for stacks A (..., m, k) and B (..., k, n).
 
-    A batched product gives each thread of a CPU whole matrices, and some wait for the last: large
-    ones are multiplied one after the other instead, without a graph for autograd.
+    In a batched product each thread of a CPU takes whole matrices, and some threads wait for the
+    last one. Large matrices are therefore multiplied one after the other, without autograd.
     """
     if not _should_loop(first, second):
         return first @ second
@@ -26,7 +26,7 @@ def stacked_product(first: Tensor, second: Tensor) -> Tensor:
 def add_product(total: Tensor, first: Tensor, second: Tensor, old: bool = True) -> None:
     """``T += A B`` in place, for T (b, m, n), A (b, m, k) and B (b, k, n).
 
-    Without `old`, T is written alone: ``T = A B``.
+    If `old` is false, T is overwritten: ``T = A B``.
     """
     if not _should_loop(first, second):
         total.baddbmm_(first, second, beta=int(old))

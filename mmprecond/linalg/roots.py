@@ -12,7 +12,7 @@ from .inverse import all_finite, cholesky_inverse
 def inverse_power(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
     """``A^-exponent`` of symmetric positive definite matrices.
 
-    The inverse itself by Cholesky factorisation, other powers by eigendecomposition.
+    The inverse uses a Cholesky factorisation, other powers use an eigendecomposition.
 
     Args:
         matrix: A (..., n, n), symmetric; float32 or float64.
@@ -34,10 +34,11 @@ def inverse_power(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
 def newton_schulz_inverse_root(matrix: Tensor, steps: int = 10) -> tuple[Tensor, Tensor]:
     """``A^-1/2`` of symmetric positive definite matrices by coupled Newton-Schulz iteration.
 
-    From Y = A / tr A and Z = I, one step is ``T = (3 I - Z Y) / 2; Y <- Y T; Z <- T Z``; Z becomes
-    (A / tr A)^-1/2. After few steps small eigenvalues are not converged: with ten, an eigenvalue of
-    1e-4 tr A has about half its root, and none has more than 1.5^10 / sqrt(tr A). That bounds the
-    result far more than AdaBK's damping does.
+    The iteration starts from Y = A / tr A and Z = I. One step is
+    ``T = (3 I - Z Y) / 2; Y <- Y T; Z <- T Z``, and Z converges to (A / tr A)^-1/2. Small
+    eigenvalues do not converge in few steps. After ten steps an eigenvalue of 1e-4 tr A has about
+    half its inverse root, and no inverse root exceeds 1.5^10 / sqrt(tr A). This bound is much
+    tighter than that of AdaBK's damping.
 
     Source: AdaBK's published code.
 
@@ -57,7 +58,7 @@ def newton_schulz_inverse_root(matrix: Tensor, steps: int = 10) -> tuple[Tensor,
         step.diagonal(dim1=-2, dim2=-1).add_(1.5)
         y, z = y @ step, step @ z
     root = z / trace.sqrt()
-    # No more than that for a positive semi-definite matrix; a negative eigenvalue grows further.
+    # Positive semi-definite matrices stay below this bound; a negative eigenvalue exceeds it.
     bound = 1.01 * 1.5**steps * matrix.shape[-1] ** 0.5
     bounded = torch.linalg.matrix_norm(z) <= bound
     return root, (trace[..., 0, 0] > 0) & bounded & all_finite(root)

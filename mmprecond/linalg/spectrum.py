@@ -1,4 +1,4 @@
-"""Extreme eigenvalues."""
+"""Largest eigenvalues."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
     """Estimates the largest eigenvalue of positive semi-definite matrices by power iteration.
 
-    Starts from the vector of ones and takes two products a round, as the published code does; the
-    estimate is a lower bound, often some per cent and at times a fifth too small. Where the
-    ones are (nearly) in the null space - a softmax classifier's gradient second moment - the
-    iteration starts from the matrix's column of largest diagonal instead.
+    The iteration starts from the vector of ones and takes two products per round, as in the
+    published code. The estimate is a lower bound: often some per cent too small, at times a fifth.
+    The ones may be (nearly) in the null space, as for the gradient second moment of a softmax
+    classifier. The iteration then starts from the column with the largest diagonal entry.
 
     Source: power iteration as in NKFAC and AdaBK.
 
@@ -34,7 +34,7 @@ def largest_eigenvalue(matrix: Tensor, rounds: int = 10) -> Tensor:
 
 
 def largest_eigenvalue_of_columns(columns: Tensor, rounds: int = 10) -> Tensor:
-    """The same estimate for ``A A'``, from columns A (..., n, m) without an n x n matrix."""
+    """Estimates the largest eigenvalue of ``A A'``, from columns A (..., n, m) alone."""
     scale = _safe_scale(columns)
     columns = columns / scale
     return scale[..., 0, 0].square() * _power_iteration(
@@ -43,13 +43,13 @@ def largest_eigenvalue_of_columns(columns: Tensor, rounds: int = 10) -> Tensor:
 
 
 def _safe_scale(matrix: Tensor) -> Tensor:
-    """Divisor of a matrix for which squares neither over- nor underflow."""
+    """Divisor of a matrix that prevents overflow and underflow of squares."""
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     return torch.where(scale > 0, scale, 1)
 
 
 def _power_iteration(product: Callable[[Tensor], Tensor], diagonal: Tensor, rounds: int) -> Tensor:
-    """The iteration from ones, from products with a matrix and its diagonal (..., n)."""
+    """Power iteration, given the product with a matrix and its diagonal (..., n)."""
     vector = torch.ones_like(diagonal)[..., None]
     image = torch.linalg.vector_norm(product(vector), dim=(-2, -1))
     negligible = torch.finfo(diagonal.dtype).eps ** 0.5 * diagonal.shape[-1] ** 0.5

@@ -1,4 +1,4 @@
-"""Optimizers: a rule with a preconditioner. Needs torch alone."""
+"""Optimizers: a rule with a preconditioner. The subpackage needs only torch."""
 
 from ..second_order import WeightNormConv2d, weight_norm
 from .adaact import AdaAct

@@ -1,4 +1,4 @@
-"""AdaAct: momentum SGD scaled by the inputs' mean square."""
+"""AdaAct: averaged gradients, divided by the root of the inputs' mean square."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .settings import split_settings
 
 
 class AdaAct(PreconditionedOptimizer):
-    """The gradients' moving average, divided by the root of the inputs' mean square.
+    """Moving average of the gradients, divided by the root of the inputs' mean square.
 
-    All that has no inputs (norms, tokens) takes plain SGD without momentum, as in the published
+    Parameters without inputs (norms, tokens) take plain SGD without momentum, as in the published
     code. Weight decay is decoupled.
 
     Source: AdaAct (arXiv 2506.08353), with the bias corrections of its code.
@@ -26,14 +26,14 @@ class AdaAct(PreconditionedOptimizer):
         lr: Learning rate.
         betas: Decays of the gradients' average and of the mean square.
         eps: Added to the root of the mean square.
-        weight_decay: Decoupled decay.
+        weight_decay: Decoupled weight decay.
         model: The module that owns the parameters.
-        **settings: Others of `InputDiagonal` and of `PreconditionedOptimizer`;
+        **settings: Other settings of `InputDiagonal` and of `PreconditionedOptimizer`.
             ``settings='published'`` starts from those of the published code.
 
     Raises:
-        ValueError: For values out of range or a missing model.
-        TypeError: For unknown settings.
+        ValueError: If a value is out of range or the model is missing.
+        TypeError: If a setting is unknown.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from .families import PreconditionedAdam, PreconditionedSGDM
 class SGDMBK(PreconditionedSGDM):
     """SGD with momentum on L^-1/2 G R^-1/2 (AdaBK, CVPR 2023).
 
-    Arguments as in `PreconditionedSGDM`; settings as in `KroneckerRoot`.
+    Arguments are those of `PreconditionedSGDM`, settings those of `KroneckerRoot`.
     """
 
     preconditioner = KroneckerRoot
@@ -18,8 +18,8 @@ class SGDMBK(PreconditionedSGDM):
 class AdamWBK(PreconditionedAdam):
     """AdamW on L^-1/2 G R^-1/2 (AdaBK, CVPR 2023).
 
-    Weight decay is lr / (1 - beta1^t) weight_decay p, as in the published code. Arguments as in
-    `PreconditionedAdam`; settings as in `KroneckerRoot`.
+    Weight decay is lr / (1 - beta1^t) weight_decay p, as in the published code. Arguments are those
+    of `PreconditionedAdam`, settings those of `KroneckerRoot`.
     """
 
     preconditioner = KroneckerRoot

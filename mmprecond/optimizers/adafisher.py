@@ -14,18 +14,18 @@ from .settings import split_settings
 
 
 class FisherEMASGD(EMASGD):
-    """EMASGD that keeps `AdaFisher`'s averages of parameters without inputs in float32."""
+    """EMASGD whose `AdaFisher` averages, of parameters without inputs, stay in float32."""
 
     exact = ('fisher_gradient', 'fisher_input')
 
 
 class AdaFisher(PreconditionedOptimizer):
-    """The gradients' moving average divided by s h' + lambda, with L2 decay.
+    """Moving average of the gradients divided by s h' + lambda, with L2 decay.
 
-    Parameters that belong to no Linear or convolution (norms, tokens) are divided by s h + lambda
-    likewise, with s from their own squared gradients and h from ones: the published code leaves
-    them to a divisor of 1, with steps a thousand times smaller than all others, and its norm layers
-    to a factor that is always 0 or 1.
+    Updates of parameters outside Linear layers and convolutions (norms, tokens) are divided by
+    s h + lambda too, with s from their own squared gradients and h from ones. The published code
+    divides them by 1, so that their steps are a thousand times smaller than all others. Its norm
+    layers have a factor that is always 0 or 1.
 
     Source: AdaFisher (arXiv 2405.16397).
 
@@ -33,15 +33,15 @@ class AdaFisher(PreconditionedOptimizer):
         params: Parameters or groups, with `model`; or the module itself.
         lr: Learning rate.
         momentum: Decay of the gradients' average.
-        weight_decay: Decay; added to the gradient.
+        weight_decay: L2 decay, added to the gradient.
         model: The module that owns the parameters.
-        **settings: Those of `FisherDiagonal` (`stat_decay`, `damping`, `ema`, `stat_interval`, ...)
-            and of `PreconditionedOptimizer`; ``settings='published'`` starts from those of the
+        **settings: Settings of `FisherDiagonal` (`stat_decay`, `damping`, `ema`, `stat_interval`,
+            ...) and of `PreconditionedOptimizer`. ``settings='published'`` starts from those of the
             published code.
 
     Raises:
-        ValueError: For values out of range or a missing model.
-        TypeError: For unknown settings.
+        ValueError: If a value is out of range or the model is missing.
+        TypeError: If a setting is unknown.
     """
 
     decay: ClassVar[str] = 'added'
@@ -76,7 +76,7 @@ class AdaFisher(PreconditionedOptimizer):
         return super()._precondition(gradients)
 
     def _update_own_factors(self, state: dict[str, Any], gradient: Tensor) -> None:
-        """Merges a parameter's own squared gradient, as if its inputs were ones."""
+        """Merges the squared gradient of a parameter, with ones as its inputs."""
         sample = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
         if 'fisher_gradient' not in state:
             state['fisher_gradient'] = torch.zeros_like(sample)
@@ -99,6 +99,6 @@ class AdaFisher(PreconditionedOptimizer):
 
 
 class AdaFisherW(AdaFisher):
-    """AdaFisher with decoupled weight decay; else as `AdaFisher`."""
+    """AdaFisher with decoupled weight decay."""
 
     decay = 'decoupled'

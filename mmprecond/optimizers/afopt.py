@@ -1,4 +1,4 @@
-"""AFOpt and AdaAFOpt: attention modules preconditioned as a whole."""
+"""AFOpt and AdaAFOpt: preconditioners for attention modules as a whole."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .families import PreconditionedAdam, PreconditionedSGDM
 class AFOpt(PreconditionedSGDM):
     """SGD with momentum on attention features, and G R^-1 on other layers (thesis Algorithm 7).
 
-    Arguments as in `PreconditionedSGDM`; settings as in `AttentionFeature`
-    and, but for `exponent`, `InputFeature` (intervals 50 and 500, damping 0.01).
+    Arguments are those of `PreconditionedSGDM`. Settings are those of `AttentionFeature` and,
+    except for `exponent`, of `InputFeature` (intervals 50 and 500, damping 0.01).
     """
 
     preconditioner = AttentionFeature
@@ -19,9 +19,9 @@ class AFOpt(PreconditionedSGDM):
 class AdaAFOpt(PreconditionedAdam):
     """AdamW or Adan on attention features, and G R^-1 on other layers (thesis Algorithm 8).
 
-    The moments are those of the direction after norm recovery, where Algorithm 8 prints the one
-    before. Arguments as in `PreconditionedAdam`; settings as in `AttentionFeature`
-    and, but for `exponent`, `InputFeature` (intervals 50 and 500, damping 0.01).
+    The moments are those of the direction after norm recovery; Algorithm 8 prints the direction
+    before it. Arguments are those of `PreconditionedAdam`. Settings are those of `AttentionFeature`
+    and, except for `exponent`, of `InputFeature` (intervals 50 and 500, damping 0.01).
     """
 
     preconditioner = AttentionFeature

@@ -12,43 +12,46 @@ from .settings import takes_settings
 
 
 class ARO(MatrixOptimizer):
-    """Matrices move along their momentum, normalised in an adaptively rotated basis.
+    """Momentum updates of matrices, normalised in an adaptively rotated basis.
 
-    Each matrix W (m, n; convolutions as filters by all else) keeps its momentum M and a rotation R
-    (m, m) of its left side: ``C = M f(R' M)'``, ``R <- Q factor of C`` with a positive diagonal of
-    the triangular one, ``W <- (1 - lr weight_decay) W - lr U`` with ``U = R f(R' M)`` scaled to a
-    root mean square of 0.2, about that of AdamW, which all other parameters take at the same lr.
+    Each matrix W (m, n) keeps its momentum M and a rotation R (m, m) of its left side. Convolutions
+    are matrices of filters by all else. A step computes ``C = M f(R' M)'``, then
+    ``R <- Q factor of C``, where the triangular factor has a positive diagonal. The update is
+    ``U = R f(R' M)``, scaled to a root mean square of 0.2, and
+    ``W <- (1 - lr weight_decay) W - lr U``. AdamW's updates have about the same root mean square,
+    so all other parameters take AdamW at the same lr.
 
-    Which side: the paper rotates the dimension of the residual stream. That is the left one of
-    weights that write to it (a block's last projection, the output of attention) and the right one
-    of those that read from it (queries, keys, values, a block's first linear layer); give these
+    The paper rotates the side of the residual stream. This is the left side of weights that write
+    to the stream (a block's last projection, the output of attention). It is the right side of
+    weights that read from it (queries, keys, values, a block's first linear layer). Give the latter
     ``side='right'`` in a group of their own, in a config by `custom_keys`. 'smaller' takes the
-    least memory and time. Embeddings and the head may stay with AdamW, as in the paper's hybrid:
-    ``precondition=False`` in their group.
+    least memory and time. With ``precondition=False`` in their group, embeddings and the head take
+    AdamW, as in the paper's hybrid.
 
-    Source: ARO (arXiv 2602.09006). Different from the published code: U is scaled by itself (there
-    a factor made for orthogonal updates makes it sqrt(max(m, n)) times as long); convolutions are
-    flattened; QR has fixed signs, and its null columns, with the rows of R' M that are rounding,
-    count as zero (there they are normalised to full length); 'sinkhorn' is the default, as in the
-    paper; all state is in `state_dict()`. No sharing of rotations over layers, no look-ahead.
+    Source: ARO (arXiv 2602.09006), with these differences from the published code. U is scaled by
+    its own norm; the code's factor is for orthogonal updates and makes U sqrt(max(m, n)) times as
+    long. Convolutions are flattened. QR has fixed signs. Null columns of QR, and rows of R' M that
+    are rounding errors, count as zero; the code normalises them to full length. 'sinkhorn' is the
+    default, as in the paper. All state is in `state_dict()`. Layers do not share rotations, and
+    there is no look-ahead.
 
     Args:
         params: Parameters or groups, or the module itself.
         lr: Learning rate.
-        momentum: mu, of matrices.
+        momentum: mu, for matrices.
         weight_decay: Decoupled weight decay.
         model: The module, for the parameters' names in `table`.
-        betas: Decays of AdamW's moments, for what is no matrix.
-        eps: AdamW's.
-        norm: f: 'sinkhorn', 'row_norm' or 'sign'.
-        side: The rotated one: 'left' (m x m), 'right' (n x n) or 'smaller'. Groups may differ.
+        betas: Decays of AdamW's moments, for parameters that are no matrices.
+        eps: AdamW's eps.
+        norm: The normalisation f: 'sinkhorn', 'row_norm' or 'sign'.
+        side: The rotated side: 'left' (m x m), 'right' (n x n) or 'smaller'. Groups may differ.
         max_dim: A matrix whose rotated side is larger takes AdamW; `table` names it.
         settings: 'default', or 'published' for the literal settings of the source.
-        **unexpected: Refused.
+        **unexpected: Other arguments, which are refused.
 
     Raises:
-        ValueError: For values out of range.
-        TypeError: For unknown settings.
+        ValueError: If a value is out of range.
+        TypeError: If a setting is unknown.
     """
 
     published: ClassVar[dict[str, Any]] = dict(

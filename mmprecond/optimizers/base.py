@@ -1,4 +1,4 @@
-"""Optimizers that measure curvature: a rule on preconditioned gradients."""
+"""Optimizers that measure curvature and apply a rule to preconditioned gradients."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .rule_optimizer import RuleOptimizer
 
 
 class PreconditionedOptimizer(RuleOptimizer):
-    """A rule that works on preconditioned gradients.
+    """Optimizer that applies a rule to preconditioned gradients.
 
-    Plain PyTorch needs no further call: hooks are put on the model for the steps that measure
-    statistics and taken off again. Under a `GradScaler`, set ``optimizer.loss_scale = scaler``.
+    Plain PyTorch needs no further call. The optimizer installs hooks on the model for steps that
+    measure statistics, and removes them afterwards. Under a `GradScaler`, set
+    ``optimizer.loss_scale = scaler``.
 
     Args:
         params: Parameters or groups, as in torch, with `model`; or the module itself. A group may
@@ -29,35 +30,36 @@ class PreconditionedOptimizer(RuleOptimizer):
         method: The preconditioner of every supported layer, or one for each by an assignment.
         defaults: The rule's hyper-parameters; plain numbers.
         capture_mb: Limit in megabytes for laid-out convolution patches (default 64).
-        save_curvature: Whether `state_dict` holds statistics and operators (default True). Without,
+        save_curvature: Whether `state_dict` holds statistics and operators (default True). If not,
             a resumed run measures and refreshes at its first step.
-        sharding: Of data-parallel ranks: 'none' (default): each does all refreshes; 'refresh': each
-            does its share and gets the others' operators; 'apply': each holds the operators of its
-            share and preconditions that part of the gradients at every step.
-        clip_update: Largest norm of all directions together, after preconditioning and before
-            momentum and weight decay (of what acts after the rule, AdaAct and AdaFisher, before
-            it too); None (default) for no limit.
+        sharding: Division of the work among data-parallel ranks. 'none' (default): each rank does
+            all refreshes. 'refresh': each rank does its share and receives the other operators.
+            'apply': each rank holds the operators of its share, and preconditions that part of the
+            gradients at every step.
+        clip_update: Largest joint norm of all directions, or None (default) for no limit. The clip
+            comes after preconditioning and before momentum and weight decay. With AdaAct and
+            AdaFisher, which act after the rule, it comes before preconditioning too.
         check_memory: Whether to refuse statistics and operators that exceed the free memory
             (default True).
-        stagger: Whether layers take turns over the steps of an interval to be measured and
-            refreshed, rather than all at once (default False). A layer's first statistics then come
-            up to `stat_interval` steps later (AdamR's first bases up to `refresh_interval`); until
-            then it takes the plain rule.
-        matmul_precision: Of float32 products that measure statistics and precondition gradients,
-            in torch's words: 'highest' (default); 'high', TensorFloat-32 on a GPU; 'medium', beside
-            that bfloat16 on a CPU, which gains where it has units for it (AMX). Refreshes, and
-            statistics of attention, are always 'highest'.
+        stagger: Whether to distribute the captures and refreshes of layers over the steps of an
+            interval (default False). A layer's first statistics then come up to `stat_interval`
+            steps later (AdamR's first bases up to `refresh_interval`). Until then the layer takes
+            the plain rule.
+        matmul_precision: Precision of the float32 products that measure statistics and precondition
+            gradients, by torch's names. 'highest' (default); 'high': TensorFloat-32 on a GPU;
+            'medium': also bfloat16 on a CPU, which is faster if the CPU has units for it (AMX).
+            Refreshes and statistics of attention always use 'highest'.
 
     Attributes:
         curvature: Owner of layers, statistics and operators.
-        left_out: Modules that take the plain rule, and why.
-        dropped: Samples of layers that were not finite, since the start.
-        monitor: Reports refreshes, where someone wants to know (see `Monitor`); or None.
-        auto_arm: Whether the optimizer arms itself; MMEngine's wrapper arms it instead.
+        left_out: Modules that take the plain rule, with the reasons.
+        dropped: Number of samples that were dropped because they were not finite.
+        monitor: Monitor that reports refreshes, or None.
+        auto_arm: Whether the optimizer arms itself; if not, MMEngine's wrapper arms it.
 
     Raises:
-        ValueError: For a missing model, a model without a supported layer, bad values, or more
-            statistics and operators than fit into memory.
+        ValueError: If a value is out of range, the model is missing or has no supported layer, or
+            statistics and operators do not fit into memory.
     """
 
     needs = 'capture'
@@ -114,17 +116,17 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     @property
     def left_out(self) -> list[LeftOut]:
-        """Modules that take the plain rule, and why."""
+        """Modules that take the plain rule, with the reasons."""
         return self.curvature.left_out
 
     @property
     def dropped(self) -> int:
-        """Samples of layers that were not finite, since the start."""
+        """Number of samples that were dropped because they were not finite."""
         return self.curvature.dropped
 
     @property
     def monitor(self) -> Monitor | None:
-        """Reporter of refreshes, where someone wants to know (see `Monitor`); or None."""
+        """Monitor that reports refreshes, or None."""
         return self.curvature.monitor
 
     @monitor.setter
@@ -133,7 +135,7 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     @property
     def auto_arm(self) -> bool:
-        """True if the optimizer arms itself; MMEngine's wrapper arms it instead."""
+        """True if the optimizer arms itself; if not, MMEngine's wrapper arms it."""
         return self._arms_itself
 
     @auto_arm.setter
@@ -146,11 +148,11 @@ class PreconditionedOptimizer(RuleOptimizer):
         self.disarm()
 
     def arm(self) -> None:
-        """Puts hooks on the layers whose statistics this step measures, if it does."""
+        """Installs hooks on the layers that this step measures, if there are any."""
         self.curvature.arm(self.t)
 
     def disarm(self) -> None:
-        """Takes the hooks off; what was measured stays until the step."""
+        """Removes the hooks; the measured sums stay until the step."""
         self.curvature.disarm()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -185,7 +187,7 @@ class PreconditionedOptimizer(RuleOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's state with one more key, 'precond': plain tensors, numbers and strings.
 
-        Under sharding='apply' only the first rank's is whole, and only it can be loaded.
+        Under sharding='apply' only the first rank's state is complete and can be loaded.
         """
         state = super().state_dict()
         state[checkpoint.CURVATURE_KEY] = self.curvature.state_dict(self.t)
@@ -197,7 +199,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         checkpoint.refuse_partial(state_dict.get(checkpoint.CURVATURE_KEY))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state; what it lacks of the curvature is measured at the next step."""
+        """Loads a state; missing curvature is measured at the next step."""
         self.check_state_dict(state_dict)
         rest = {key: value for key, value in state_dict.items() if key != checkpoint.CURVATURE_KEY}
         super().load_state_dict(rest)
@@ -209,6 +211,6 @@ class PreconditionedOptimizer(RuleOptimizer):
         self._prepare_next_step()
 
     def table(self) -> str:
-        """Every module with parameters: its preconditioner or why not, factors, memory."""
+        """Table of all modules with parameters: preconditioner or reason, factors, memory."""
         names: dict[Tensor, str] = {layer.weight: layer.name for layer in self.curvature.layers}
         return '\n'.join([self.curvature.table(), *self.rule.notes(self.param_groups, names)])

@@ -12,20 +12,20 @@ from .settings import takes_settings
 
 
 class DCTAdamW(MatrixOptimizer):
-    """AdamW whose moments live in a low-rank subspace of cosines, matrix by matrix.
+    """AdamW with moments in a low-rank subspace of cosines, for each matrix.
 
-    Each matrix (convolutions as filters by all else) has its gradient A (m, s), m >= s, transposed
-    where need be, expressed in the columns Q_c (s, r) of the orthonormal cosine basis that are
-    largest in ``A Q``: ``a = A Q_c``. The moments of a take 2 m r numbers, AdamW's 2 m s; then
-    ``W <- (1 - lr weight_decay) W - lr u Q_c'`` with AdamW's direction u. At full rank this is
-    AdamW in the cosine basis. All other parameters take AdamW.
+    The gradient of a matrix is A (m, s), transposed if m < s. Convolutions are matrices of filters
+    by all else. Q_c (s, r) has the columns of the orthonormal cosine basis Q that are largest in
+    ``A Q``, and the reduced gradient is ``a = A Q_c``. The moments of a take 2 m r numbers, those
+    of AdamW 2 m s. AdamW's update u for a gives ``W <- (1 - lr weight_decay) W - lr u Q_c'``. At
+    full rank this is AdamW in the cosine basis. All other parameters take AdamW.
 
-    Source: DCT-AdamW (arXiv 2505.17967). Different from the published code: convolutions are
-    trained (there they only decay); each size has a basis of its own; rank is cut to s; sizes alone
-    decide on the side, with no shape excepted; the columns keep the basis' order; choices are made
-    at steps 1, 1 + k, 1 + 2k, ... of interval k; the remaining error is kept in float32 and not
-    quantised; all state is in `state_dict()`, bases apart, which are rebuilt; ranks all compute the
-    same instead of sharing the work out.
+    Source: DCT-AdamW (arXiv 2505.17967), with these differences from the published code.
+    Convolutions are trained; in the code they only decay. Each size has its own basis. The rank is
+    at most s. The sizes alone decide the side, without exceptions for some shapes. The columns keep
+    the order of the basis. Choices come at steps 1, 1 + k, 1 + 2k, ... for interval k. The
+    remaining error is kept in float32 and not quantised. All state is in `state_dict()`, except for
+    the bases, which are rebuilt. All ranks compute the same instead of sharing the work.
 
     Args:
         params: Parameters or groups, or the module itself.
@@ -34,21 +34,21 @@ class DCTAdamW(MatrixOptimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
         model: The module, for the parameters' names in `table`.
-        rank: r, at most.
+        rank: Largest r.
         refresh_interval: Steps between choices of the columns.
-        rotate_subspace: Whether columns that stay chosen keep their moments and new ones start at
-            zero; otherwise the moments stay in place, whatever column that is now.
-        error_feedback: Whether what the columns leave out is added to the next gradient; takes m s
-            numbers more.
-        norm: Which columns of ``A Q`` are largest: by 'l1' or 'l2'.
+        rotate_subspace: Whether columns that stay chosen keep their moments and new columns start
+            at zero. Otherwise the moments keep their positions, whatever columns are now there.
+        error_feedback: Whether the part of a gradient outside the columns is added to the next
+            gradient. It takes m s more numbers.
+        norm: Norm that decides which columns of ``A Q`` are largest, 'l1' or 'l2'.
         max_dim: A matrix with a larger side takes AdamW; `table` names it. The default is the
-            published bound: from 32,000 on.
+            published bound, which excludes sides from 32,000 on.
         settings: 'default', or 'published' for the literal settings of the source.
-        **unexpected: Refused.
+        **unexpected: Other arguments, which are refused.
 
     Raises:
-        ValueError: For values out of range.
-        TypeError: For unknown settings.
+        ValueError: If a value is out of range.
+        TypeError: If a setting is unknown.
     """
 
     published: ClassVar[dict[str, Any]] = dict(

@@ -1,4 +1,4 @@
-"""The two constructors that most optimizers share: a rule with one preconditioner."""
+"""Base classes of most optimizers: a rule with one preconditioner."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class PreconditionedSGDM(PreconditionedOptimizer):
         momentum: Heavy-ball momentum.
         weight_decay: L2 decay, added after preconditioning.
         model: The module that owns the parameters.
-        **settings: Those of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
-            ...) and `PreconditionedOptimizer` (`capture_mb`, `save_curvature`);
-            ``settings='published'`` starts from the literal ones of the source.
+        **settings: Settings of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
+            ...) and of `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
+            ``settings='published'`` starts from the literal settings of the source.
 
     Attributes:
         preconditioner: The preconditioner's class.
 
     Raises:
-        ValueError: For values out of range or a missing model.
-        TypeError: For unknown settings.
+        ValueError: If a value is out of range or the model is missing.
+        TypeError: If a setting is unknown.
     """
 
     preconditioner: ClassVar[type[Preconditioner]]
@@ -62,24 +62,23 @@ class PreconditionedAdam(PreconditionedOptimizer):
     Args:
         params: Parameters or groups, with `model`; or the module itself.
         lr: Learning rate.
-        betas: Decays of the moments; default (0.9, 0.999) for AdamW and (0.98, 0.92, 0.99) for
-            Adan.
+        betas: Decays of the moments; default: (0.9, 0.999) for AdamW, (0.98, 0.92, 0.99) for Adan.
         eps: Added to the root of the second moment.
-        weight_decay: Decay apart from the moments: decoupled with AdamW (but see `decay`),
+        weight_decay: Weight decay outside the moments: decoupled with AdamW (but see `decay`),
             proximal with Adan.
         model: The module that owns the parameters.
         rule: 'AdamW' or 'Adan'.
-        **settings: Those of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
-            ...) and `PreconditionedOptimizer` (`capture_mb`, `save_curvature`);
-            ``settings='published'`` starts from the literal ones of the source.
+        **settings: Settings of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
+            ...) and of `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
+            ``settings='published'`` starts from the literal settings of the source.
 
     Attributes:
         preconditioner: The preconditioner's class.
-        decay: The form of AdamW's weight decay, see `rules.AdamW`.
+        decay: Form of AdamW's weight decay (see `rules.AdamW`).
 
     Raises:
-        ValueError: For values out of range or a missing model.
-        TypeError: For unknown settings.
+        ValueError: If a value is out of range or the model is missing.
+        TypeError: If a setting is unknown.
     """
 
     preconditioner: ClassVar[type[Preconditioner]]

@@ -9,8 +9,8 @@ from .families import PreconditionedAdam, PreconditionedSGDM
 class FSGD(PreconditionedSGDM):
     """SGD with momentum on G R^-1 (thesis 5.2.2), by default at intervals 50 and 500.
 
-    ``exponent=0.5`` gives feature whitening (EFW). Arguments as in `PreconditionedSGDM`; settings
-    as in `InputFeature`.
+    ``exponent=0.5`` gives feature whitening (EFW). Arguments are those of `PreconditionedSGDM`,
+    settings those of `InputFeature`.
     """
 
     preconditioner = InputFeature
@@ -19,7 +19,7 @@ class FSGD(PreconditionedSGDM):
 class FAdam(PreconditionedAdam):
     """AdamW on G R^-1 (thesis 5.3.4), with decoupled weight decay.
 
-    Arguments as in `PreconditionedAdam`; settings as in `InputFeature`.
+    Arguments are those of `PreconditionedAdam`, settings those of `InputFeature`.
     """
 
     preconditioner = InputFeature

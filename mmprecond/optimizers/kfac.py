@@ -7,10 +7,10 @@ from .families import PreconditionedSGDM
 
 
 class KFAC(PreconditionedSGDM):
-    """SGD with momentum on L^-1 G R^-1, exact inverses (thesis (3.4) and its baselines).
+    """SGD with momentum on L^-1 G R^-1, with exact inverses (thesis (3.4) and its baselines).
 
     KFAC* of the thesis is ``damping_form='relative', damping=0.01, scaling='norm_recovery'``.
-    Arguments as in `PreconditionedSGDM`; settings as in `FisherKronecker`.
+    Arguments are those of `PreconditionedSGDM`, settings those of `FisherKronecker`.
     """
 
     preconditioner = FisherKronecker
@@ -19,10 +19,10 @@ class KFAC(PreconditionedSGDM):
 class SKFAC(PreconditionedSGDM):
     """KFAC from few rows of one batch (Tang et al., CVPR 2021; a baseline of the thesis).
 
-    Eight random positions of each sample of the batch at a refresh, inverses by the
+    A refresh takes eight random positions of each sample of one batch. It computes inverses by the
     Sherman-Morrison-Woodbury identity. SKFAC* of the thesis is ``damping_form='relative',
-    damping=0.01, scaling='norm_recovery'``. Arguments as in `PreconditionedSGDM`; settings as in
-    `FisherKronecker`.
+    damping=0.01, scaling='norm_recovery'``. Arguments are those of `PreconditionedSGDM`, settings
+    those of `FisherKronecker`.
     """
 
     preconditioner = FisherKronecker

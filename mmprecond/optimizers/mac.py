@@ -1,4 +1,4 @@
-"""MAC and SMAC: gradients without their part along the mean input."""
+"""MAC and SMAC: gradients with a smaller part along the mean input."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ logger = logging.getLogger('mmprecond')
 class MAC(PreconditionedSGDM):
     """SGD with momentum on G (I - a a' / (rho + a'a)), a the mean input (arXiv 2506.08464).
 
-    Call `calibrate_first_layer` before the first step, as published; in a config
-    ``custom_hooks=[dict(type='CalibrationHook')]`` does. Else the first layer is treated like any
-    other. Arguments as in `PreconditionedSGDM`; settings as in `ActivationMean`.
+    The published method calls `calibrate_first_layer` before the first step. In a config
+    ``custom_hooks=[dict(type='CalibrationHook')]`` does so. Without the call the first layer is
+    treated like any other. Arguments are those of `PreconditionedSGDM`, settings those of
+    `ActivationMean`.
     """
 
     preconditioner = ActivationMean
@@ -49,7 +50,7 @@ class MAC(PreconditionedSGDM):
 
     @property
     def calibrated(self) -> bool:
-        """True if the first layer has its own second moment."""
+        """True if the first layer has a calibrated second moment."""
         return self.first_layer is not None and isinstance(
             self.curvature.layers[self.first_layer].method, CalibratedInput
         )
@@ -74,18 +75,18 @@ class MAC(PreconditionedSGDM):
 
     @torch.no_grad()
     def calibrate_first_layer(self, inputs: Tensor | Iterable[Tensor]) -> None:
-        """Gives the first layer the exact inverse of its inputs' second moment, for good.
+        """Gives the first layer the exact inverse of its inputs' second moment, permanently.
 
-        With several ranks each gives its own share.
+        With several ranks each rank passes its own share of the inputs.
 
         Args:
-            inputs: What the model's first Linear or convolution takes (mostly the images), in
-                one or many batches.
+            inputs: Inputs of the model's first Linear or convolution (mostly the images), in one
+                or many batches.
 
         Raises:
-            ValueError: After the first step, for no inputs or ones that are not finite, a moment
-                that cannot be inverted, or a first layer that is left out, frozen, shared or too
-                large.
+            ValueError: If a step was already taken, there are no inputs, an input is not finite,
+                the moment cannot be inverted, or the first layer is left out, frozen, shared or
+                too large.
         """
         layer = self.first_layer
         if layer is None or self.calibration_blocker:
@@ -108,7 +109,7 @@ class MAC(PreconditionedSGDM):
 
     @staticmethod
     def _moment_of_inputs(layer: Layer, inputs: Tensor | Iterable[Tensor]) -> tuple[Tensor, float]:
-        """Sum of x x' over all inputs of all ranks, and their number."""
+        """Sum of x x' over all input rows of all ranks, and their number."""
         module = layer.modules[0]
         moment = layer.unwritten_moment().zero_()
         rows = moment.new_zeros((), dtype=torch.float64)
@@ -126,9 +127,9 @@ class MAC(PreconditionedSGDM):
         return moment, float(rows)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state, with the first layer as it was treated there.
+        """Loads a state, including the treatment of the first layer.
 
-        A calibration that the state says nothing of stays.
+        A calibration stays if the state has no entry for the first layer.
         """
         self.check_state_dict(state_dict)
         layer = self.first_layer
@@ -143,7 +144,7 @@ class MAC(PreconditionedSGDM):
             self._reinvert_calibration(layer)
 
     def _reinvert_calibration(self, layer: Layer) -> None:
-        """Has a calibrated first layer inverted anew, as `damping` may be another."""
+        """Schedules a new inverse for a calibrated first layer, as `damping` may have changed."""
         stack = self.curvature.layers[layer]
         if stack.holds(layer):
             stack.refresh_anew()
@@ -167,9 +168,9 @@ class MAC(PreconditionedSGDM):
 
 
 class SMAC(MAC):
-    """MAC with the gradients' side: Z G (I - ...), Z = diag(1 / (z + rho)).
+    """MAC with an output side: Z G (I - ...), Z = diag(1 / (z + rho)).
 
-    Arguments and settings as in `MAC`; `gradient_scale` says how the gradients are counted.
+    Arguments and settings are those of `MAC`; `gradient_scale` sets the scale of the gradients.
     """
 
     preset = dict(output=True)

@@ -1,4 +1,4 @@
-"""Optimizers whose rule treats matrices in a way of its own."""
+"""Base class of optimizers with special updates for matrices."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .rule_optimizer import RuleOptimizer
 
 
 class MatrixOptimizer(RuleOptimizer):
-    """A torch optimizer whose update is a `MatrixRule`.
+    """Torch optimizer that applies a `MatrixRule`.
 
     Args:
         params: Parameters or groups, or the module itself.
         rule: The rule.
         defaults: The rule's hyper-parameters.
         model: The module, for the parameters' names in `table`.
-        unexpected: Keyword arguments that are none of the optimizer's.
+        unexpected: Keyword arguments that the optimizer does not have.
 
     Raises:
-        ValueError: For values out of range, or a model that is sharded.
-        TypeError: For unknown settings.
+        ValueError: If a value is out of range, or the model is sharded.
+        TypeError: If a setting is unknown.
     """
 
     rule: MatrixRule
@@ -47,9 +47,9 @@ class MatrixOptimizer(RuleOptimizer):
         super().__init__(params, rule, defaults)
 
     def table(self) -> str:
-        """Numbers of parameters that are matrices or not, and the memory of their state.
+        """Numbers of matrices and of other parameters, with the memory of the matrices' state.
 
-        The memory is that of all that is kept for them between steps.
+        The memory includes everything that is kept for them between steps.
         """
         matrices, numbers, vectors, state_bytes = 0, 0, 0, 0
         for group in self.param_groups:

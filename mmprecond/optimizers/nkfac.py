@@ -9,7 +9,7 @@ from .families import PreconditionedAdam, PreconditionedSGDM
 class NKFAC(PreconditionedSGDM):
     """SGD with momentum on L^-1 G R^-1 (thesis chapter 3, Algorithm 4).
 
-    Arguments as in `PreconditionedSGDM`; settings as in `NewtonKronecker`.
+    Arguments are those of `PreconditionedSGDM`, settings those of `NewtonKronecker`.
     """
 
     preconditioner = NewtonKronecker
@@ -18,8 +18,8 @@ class NKFAC(PreconditionedSGDM):
 class AdaNKFAC(PreconditionedAdam):
     """AdamW on L^-1 G R^-1 (thesis Algorithm 5), by default at intervals 100 and 1000.
 
-    Weight decay is lr / (1 - beta1^t) weight_decay p, as in the published code. Arguments as in
-    `PreconditionedAdam`; settings as in `NewtonKronecker`.
+    Weight decay is lr / (1 - beta1^t) weight_decay p, as in the published code. Arguments are those
+    of `PreconditionedAdam`, settings those of `NewtonKronecker`.
     """
 
     preconditioner = NewtonKronecker

@@ -1,4 +1,4 @@
-"""NysAct: activations' second moments by Nystroem sketches."""
+"""NysAct: second moments of activations, approximated by Nystroem sketches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from .families import PreconditionedSGDM
 
 
 class NysAct(PreconditionedSGDM):
-    """SGD with momentum on G (A + rho I)^-1, A close to R (arXiv 2506.08360).
+    """SGD with momentum on G (A + rho I)^-1, with A close to R (arXiv 2506.08360).
 
-    Arguments as in `PreconditionedSGDM`; settings as in `NystromFeature`.
+    Arguments are those of `PreconditionedSGDM`, settings those of `NystromFeature`.
     """
 
     preconditioner = NystromFeature

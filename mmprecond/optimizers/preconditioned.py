@@ -1,4 +1,4 @@
-"""Any rule with any preconditioners, chosen layer by layer."""
+"""Optimizer with any rule and any preconditioners, chosen layer by layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .base import PreconditionedOptimizer
 
 
 class Preconditioned(PreconditionedOptimizer):
-    """A rule with preconditioners that an ordered list assigns to the layers.
+    """Rule with preconditioners that an ordered list assigns to the layers.
 
-    Example, AFOpt on Swin's attention and NKFAC elsewhere::
+    The example takes AFOpt on Swin's attention and NKFAC elsewhere::
 
         Preconditioned(model, rule=dict(type='AdamW', lr=1e-4, weight_decay=0.05), layers=[
             dict(match=dict(module_type='WindowMSA'),
@@ -28,17 +28,18 @@ class Preconditioned(PreconditionedOptimizer):
         model: The module that owns the parameters.
         rule: ``dict(type='SGDM' | 'EMASGD' | 'AdamW' | 'Adan' | 'ARO' | 'DCTAdamW', lr=..., ...)``
             with the rule's hyper-parameters and options.
-        layers: Entries ``dict(match=..., preconditioner=...)``, of which the first that matches a
-            layer wins. `match` holds `module_type` (a class name or several: layers of such a
-            class, or within one), `name` (a pattern as in `fnmatch`, for the name of the layer's
-            module or one around it), or both; without it an entry means all remaining layers.
-            `preconditioner` is ``dict(type=..., **settings)``, or None for the plain rule.
+        layers: Entries ``dict(match=..., preconditioner=...)``. The first entry that matches a
+            layer wins. `match` has `module_type` (one or several class names of the layer's module
+            or of a module around it), `name` (a pattern as in `fnmatch` for the name of the layer's
+            module or of a module around it), or both. An entry without `match` applies to all
+            remaining layers. `preconditioner` is ``dict(type=..., **settings)``, or None for the
+            plain rule.
         **options: `capture_mb`, `save_curvature`, `sharding`, `clip_update`, `check_memory`,
             `stagger` and `matmul_precision`, as in `PreconditionedOptimizer`.
 
     Raises:
-        ValueError: For unknown types or settings, a match that hits nothing, a preconditioner that
-            does not work with the rule, a missing model.
+        ValueError: If a type or setting is unknown, an entry matches nothing, a preconditioner does
+            not work with the rule, or the model is missing.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ def _check_rule(rule: Rule, assignment: Assignment) -> None:
 
 
 def _supported_rules(method: Preconditioner) -> list[str]:
-    """Names of the rules that a preconditioner is bound to; none means all."""
+    """Names of the rules that a preconditioner needs; an empty list means all."""
     if method.rotates:
         return [name for name, rule in RULES.items() if rule.elementwise]
     return list(method.rules)

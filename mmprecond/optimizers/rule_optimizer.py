@@ -1,4 +1,4 @@
-"""The one optimizer step: measure, find gradients, apply the rule."""
+"""Optimizer step that all optimizers share: curvature, directions, updates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..rules import Group, Rule, State
 
-#: A parameter group, and some parameters of equal hyper-parameters.
+#: A parameter group, and some parameters with equal hyper-parameters.
 Batch = tuple[Group, list[Tensor]]
 
 
@@ -25,7 +25,7 @@ _NOT_COPIED = {'step', '_opt_called', *vars(torch.optim.SGD([torch.zeros(1)], lr
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """A torch optimizer whose update is a `Rule`; subclasses say which directions it gets.
+    """Torch optimizer that applies a `Rule`; subclasses choose the rule's directions.
 
     Args:
         params: Parameters or groups, as in torch.
@@ -33,14 +33,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         defaults: The rule's hyper-parameters; plain numbers.
 
     Attributes:
-        t: Optimizer steps taken.
-        needs: What a training loop must give beside gradients, which MMEngine's wrapper then does:
-            'capture' (`arm` before the forward pass, `disarm` after the backward pass, and
-            `loss_scale`), 'graph' (differentiable gradients where `needs_graph` is true, then
-            `measure`), 'loss' (the attribute `loss`, and `plan_steps`), or '' for nothing.
+        t: Number of optimizer steps taken.
+        needs: Input that a training loop must supply in addition to gradients. MMEngine's wrapper
+            supplies it. 'capture': `arm` before the forward pass, `disarm` after the backward pass,
+            and `loss_scale`. 'graph': differentiable gradients if `needs_graph` is true, then a
+            call of `measure`. 'loss': the attribute `loss`, and `plan_steps`. '': nothing.
 
     Raises:
-        ValueError: For hyper-parameters out of range.
+        ValueError: If a hyper-parameter is out of range.
     """
 
     needs: ClassVar[str] = ''
@@ -82,13 +82,13 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One optimizer step.
+        """Takes one optimizer step.
 
         Args:
-            closure: Evaluates the loss again, as in torch.
+            closure: Function that evaluates the loss again, as in torch.
 
         Returns:
-            The closure's loss.
+            Loss of the closure, or None.
         """
         loss = None
         if closure is not None:
@@ -105,23 +105,23 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._prepare_next_step()
         return loss
 
-    # What a step does, for subclasses that measure something.
+    # Parts of a step that subclasses may override.
 
     def _receive_loss(self, loss: Any) -> None:
-        """Takes what a closure returned."""
+        """Takes the loss that a closure returned."""
 
     def _update_curvature(self) -> None:
-        """Brings up to date what directions are made with."""
+        """Updates statistics and operators for the directions of this step."""
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """The directions that the rule gets in the place of the gradients."""
+        """Returns the rule's directions, made from the gradients."""
         return gradients
 
     def _restore_updates(self, updates: dict[Tensor, Tensor]) -> None:
         """Changes the rule's updates, in the dict, before they are applied."""
 
     def _prepare_next_step(self) -> None:
-        """After a step: prepares the next forward pass."""
+        """Prepares the next forward pass; called after a step."""
 
     def _gradients(self) -> dict[Tensor, Tensor]:
         gradients = {
@@ -135,7 +135,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return gradients
 
     def _batches(self, directions: dict[Tensor, Tensor]) -> list[Batch]:
-        """Parameters with equal hyper-parameters, device and dtype, and their group."""
+        """Groups parameters with equal hyper-parameters, device and dtype."""
         batches: dict[Any, Batch] = {}
         for group in self.param_groups:
             for p in group['params']:
@@ -147,7 +147,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _compute_updates(
         self, batches: list[Batch], directions: dict[Tensor, Tensor]
     ) -> dict[Tensor, Tensor]:
-        """Updates that the rule makes of the directions, by parameter."""
+        """Computes the rule's updates by parameter."""
         updates: dict[Tensor, Tensor] = {}
         for group, params in batches:
             states = [self.state[p] for p in params]
@@ -186,14 +186,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of the same rule; one that is refused changes nothing.
+        """Loads a state of the same rule; a refused state changes nothing.
 
         Raises:
-            ValueError: For the state of another rule, or of other settings where that matters.
+            ValueError: If the state belongs to another rule or to incompatible settings.
         """
         self.check_state_dict(state_dict)
         super().load_state_dict(state_dict)
-        # Torch casts all to the parameter's dtype, integers too.
+        # Torch casts all state tensors to the parameter's dtype, even integers.
         for p, _, state in self._saved_states(state_dict):
             self.state[p].update(
                 {
@@ -223,7 +223,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.rule.check_state(p, state, group)
 
     def _saved_states(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Group, State]]:
-        """Parameters that have a saved state, with its group."""
+        """Parameters with a saved state, each with its saved group and state."""
         own_groups = [group['params'] for group in self.param_groups]
         saved_groups = [(group, group['params']) for group in state_dict['param_groups']]
         return [
@@ -234,7 +234,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         ]
 
     def _check_saved(self, group: dict[str, Any]) -> None:
-        """Raises ValueError for a saved group of another rule."""
+        """Raises ValueError if a saved group belongs to another rule."""
         name = type(self.rule).__name__
         missing = [key for key in self.rule.hyper if key not in group]
         if missing:

@@ -1,4 +1,4 @@
-"""Settings of optimizers: which are the preconditioner's, which hold for all layers, named sets."""
+"""Settings of optimizers: separation by owner, and named sets."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Method = TypeVar('Method', bound=Preconditioner)
 def split_settings(
     owner: Any, method: type[Method], settings: dict[str, Any]
 ) -> tuple[Method, dict[str, Any]]:
-    """Separates an optimizer's keyword arguments.
+    """Separates an optimizer's keyword arguments into preconditioner and options.
 
     Args:
-        owner: The optimizer. Its `preset` holds defaults that differ from the preconditioner's own,
-            its `published` literal settings that do.
+        owner: The optimizer. Its `preset` has defaults that differ from those of the
+            preconditioner. Its `published` has the literal settings that differ.
         method: The preconditioner's class.
-        settings: What the user gave; ``settings='published'`` starts from the literal ones.
+        settings: The user's settings. ``settings='published'`` starts from the literal settings.
 
     Returns:
         The preconditioner, and the options of `core.Curvature`.
 
     Raises:
-        TypeError: For a setting that neither takes.
-        ValueError: For an unknown set of settings.
+        TypeError: If neither of them takes a setting.
+        ValueError: If the named set is unknown.
     """
     overrides = dict(settings)
     named = overrides.pop('settings', 'default')
@@ -50,9 +50,9 @@ def split_settings(
 
 
 def takes_settings(init: Callable[..., None]) -> Callable[..., None]:
-    """Lets a constructor take ``settings='published'``.
+    """Decorates a constructor so that it takes ``settings='published'``.
 
-    Arguments that are not given are then those of the class's `published`.
+    The class's `published` then replaces the defaults of arguments that are not given.
     """
     signature = inspect.signature(init)
 

@@ -31,37 +31,37 @@ REFRESHES = ('round_robin', 'all')
 
 
 class SGDPH(RuleOptimizer):
-    """SGD with momentum whose 1-D parameters are divided by a diagonal of the Hessian.
+    """SGD with momentum that divides updates of 1-D parameters by a diagonal of the Hessian.
 
-    For the 1-D parameter p with gradient g, d is the moving average of ``|d<g, 1> / dp|``: the row
-    sums of the parameter's Hessian block, which are its diagonal where the block is diagonal (the
-    last such layer before a separable loss) and an approximation elsewhere.
+    For a 1-D parameter p with gradient g, d is the moving average of ``|d<g, 1> / dp|``. These are
+    the row sums of the parameter's Hessian block. They equal its diagonal if the block is diagonal
+    (in the last such layer before a separable loss), and approximate it elsewhere.
 
-    On steps where `needs_graph` is true, call ``loss.backward(create_graph=True)``; MMEngine's
-    wrapper does. float32 or float64, without automatic mixed precision.
+    On steps where `needs_graph` is true, call ``loss.backward(create_graph=True)``. MMEngine's
+    wrapper does so. The dtype must be float32 or float64, without automatic mixed precision.
 
-    Source: thesis chapter 2, (2.3)-(2.6), with averages, round-robin, the factor (1 - momentum^n)
-    and the plain last 1-D parameter as in the published code.
+    Source: thesis chapter 2, (2.3)-(2.6). The averages, the round-robin, the factor
+    (1 - momentum^n) and the plain rule for the last 1-D parameter are those of the published code.
 
     Args:
         params: Parameters or groups, or the module itself.
         lr: Learning rate.
         momentum: Heavy-ball momentum.
         weight_decay: L2 decay, added after the division.
-        model: The module, to refuse what cannot be differentiated twice before it fails.
+        model: The module, to refuse modules without second derivatives in advance.
         hessian_decay: Weight of the old diagonal, in [0, 1).
         hessian_lr: tau.
         eps: Added to the diagonal.
-        refresh: 'round_robin': one 1-D parameter a refresh, as published; 'all': all of them, from
-            `probes` products in which each parameter's block has a random sign.
+        refresh: 'round_robin' refreshes one 1-D parameter at a time, as published. 'all' refreshes
+            all of them, from `probes` products in which each parameter's block has a random sign.
         interval: Steps between refreshes.
-        probes: Products a refresh of 'all'.
+        probes: Number of products in a refresh of 'all'.
         settings: 'default', or 'published' for the literal settings of the source.
-        **unexpected: Refused.
+        **unexpected: Other arguments, which are refused.
 
     Raises:
-        ValueError: For values out of range, no 1-D parameter, or a model with a module that has no
-            second derivative.
+        ValueError: If a value is out of range, there is no 1-D parameter, or a module of the model
+            has no second derivative.
     """
 
     rule: PartialHessianSGDM
@@ -132,15 +132,15 @@ class SGDPH(RuleOptimizer):
         return self.t % self.interval == 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears gradients; what was measured of them counts no more as measured."""
+        """Clears gradients and the record that they were measured."""
         super().zero_grad(set_to_none)
         self._measured = False
 
     def measure(self) -> None:
-        """Takes the Hessian from the gradients' graph, and frees it; `step` does if need be.
+        """Computes the Hessian from the gradients' graph and frees the graph.
 
-        With several ranks, gradients and products are averaged over them: the backward passes must
-        have run without gradient synchronisation (`no_sync`).
+        `step` calls the method if nobody else did. With several ranks it averages gradients and
+        products over them, so backward passes must run without synchronisation (`no_sync`).
         """
         if self._measured:
             return
@@ -162,7 +162,7 @@ class SGDPH(RuleOptimizer):
             state['hessian'] = state['hessian'].to(p.device, p.dtype)
 
     def table(self) -> str:
-        """Preconditioned parameters, in one line."""
+        """Summary of the preconditioned parameters in one line."""
         count = sum(p.numel() for p in self.vectors[:-1])
         return (
             f'{len(self.vectors) - 1} 1-D parameters ({count} numbers) are divided by their '
@@ -193,7 +193,7 @@ class SGDPH(RuleOptimizer):
         self.rule.begin_cycle((self.t + 1) // len(self.vectors) + 1)
 
     def _row_sums(self) -> dict[Tensor, Tensor]:
-        """Products of the Hessian blocks with ones, for the parameters whose turn it is."""
+        """Products of Hessian blocks with ones, for the parameters of this refresh."""
         if self.refresh == 'round_robin':
             param = self.vectors[self.t // self.interval % len(self.vectors)]
             return {param: self._products([param], [1.0])[0]} if param.grad is not None else {}
@@ -210,7 +210,7 @@ class SGDPH(RuleOptimizer):
     def _products(
         self, params: Sequence[Tensor], signs: Sequence[float], keep: bool = False
     ) -> list[Tensor]:
-        """Gradients by the parameters of sum of sign * <g, 1> over them."""
+        """Gradients of ``sum sign <g, 1>`` over the parameters, with respect to them."""
         used: list[tuple[Any, float]] = [
             (p.grad, sign) for p, sign in zip(params, signs, strict=True) if p not in self._filled
         ]

@@ -1,4 +1,4 @@
-"""SOAA: Adam with a diagonal Fisher and a trust region that the training loss widens or narrows."""
+"""SOAA: Adam with a diagonal Fisher and a trust region that depends on the training loss."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ REGION_KEY = 'trust_region'
 class SOAA(RuleOptimizer):
     """Second-order adaptive Adam.
 
-    With Adam's bias-corrected moments m and v, the trust radius d and sums over all parameters::
+    m and v are Adam's bias-corrected moments, d is the trust radius, and sums are over all
+    parameters. A step computes::
 
         F = (1 + sum m^2 / sum(v + eps)) v        (the corrected diagonal Fisher)
         u = d m / (max(d F, sqrt(v)) + eps)
         p <- p - lr (weight_decay p + u)
 
-    after which, with q the part of the run that is over, the loss l of the step, its bias-corrected
-    moving average l' (with betas[0]) and the reduction that the last step predicted::
+    It then updates d and the predicted reduction of the loss. q is the completed part of the run, l
+    is the loss of the step, and l' is its bias-corrected moving average (with betas[0])::
 
         d <- d (l' - l) / max(predicted, eps),  within [(1 - gamma)^q, 1 + gamma^q]
         predicted <- lr (<m, u> - <v, u^2> / 2)
 
-    As F is about g^2, sqrt(v) is the larger wherever gradients are small: there it is AdamW with
-    its rate times d.
+    F is about g^2, so sqrt(v) is larger wherever gradients are small. There the optimizer is AdamW
+    with its learning rate times d.
 
-    It needs the loss of every step: set ``optimizer.loss = loss`` before ``step()``, or give `step`
-    a closure that returns it; MMEngine's wrapper does. Ranks of data parallelism take the mean of
-    their losses. A loss that is not finite leaves d as it is.
+    SOAA needs the loss of every step: set ``optimizer.loss = loss`` before ``step()``, or give
+    `step` a closure that returns the loss. MMEngine's wrapper does so. Data-parallel ranks take the
+    mean of their losses. A loss that is not finite leaves d unchanged.
 
-    Source: arXiv 2410.02293. Its body was not at hand: F, u and d are as two independent accounts
-    have them, the average of the loss and the predicted reduction as one of them alone.
+    Source: arXiv 2410.02293. The full text was not available. F, u and d follow two independent
+    accounts; the average of the loss and the predicted reduction follow only one of them.
 
     Args:
         params: Parameters or groups, or the module itself.
         lr: Learning rate.
-        betas: Decays of the moments; the first also of the average loss (that of the first group).
+        betas: Decays of the moments. The average loss has the first decay of the first group.
         eps: Added to denominators; greater than 0.
-        weight_decay: Decoupled decay.
-        model: The module, if `params` are its parameters; of no use here.
-        gamma: How far d may stay from 1 at the end of the run, in (0, 1).
+        weight_decay: Decoupled weight decay.
+        model: The module, if `params` are its parameters; it is not used.
+        gamma: Largest distance of d from 1 at the end of the run, in (0, 1).
         radius: d of the first step; 1 makes that step AdamW's.
-        total_steps: Optimizer steps of the run. Under MMEngine it is known unless given here.
-        sums: 'global', or 'parameter' for sums over each parameter by itself.
-
+        total_steps: Number of optimizer steps of the run. MMEngine supplies it if it is not given.
+        sums: 'global', or 'parameter' for a sum over each parameter separately.
         settings: 'default', or 'published' for the literal settings of the source.
-        **unexpected: Refused.
+        **unexpected: Other arguments, which are refused.
 
     Raises:
-        ValueError: For values out of range; in `step`, for a missing loss or `total_steps`.
-        TypeError: For unknown settings.
+        ValueError: If a value is out of range; in `step`, if the loss or `total_steps` is missing.
+        TypeError: If a setting is unknown.
     """
 
     rule: TrustRegionAdam
@@ -103,11 +103,11 @@ class SOAA(RuleOptimizer):
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the run, or None where nobody has said."""
+        """Number of optimizer steps of the run, or None if it is unknown."""
         return self._planned_steps if self._requested_steps is None else self._requested_steps
 
     def plan_steps(self, count: int) -> None:
-        """Says how many optimizer steps the run has; a `total_steps` of the user's wins."""
+        """Sets the number of optimizer steps of the run; the user's `total_steps` has priority."""
         self._planned_steps = count
 
     @property
@@ -117,7 +117,7 @@ class SOAA(RuleOptimizer):
 
     @property
     def loss(self) -> Tensor | float | None:
-        """The loss of this step, None once `step` has used it; the mean over its samples."""
+        """Loss of this step, the mean over its samples; None once `step` has used it."""
         return self._loss
 
     @loss.setter
@@ -125,10 +125,10 @@ class SOAA(RuleOptimizer):
         self.take_loss(loss)
 
     def take_loss(self, loss: Tensor | float | None) -> None:
-        """Takes the loss of this step, as setting `loss` does.
+        """Sets the loss of this step, like an assignment to `loss`.
 
         Raises:
-            ValueError: For what is no single number.
+            ValueError: If the loss is not a single number.
         """
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
@@ -162,7 +162,7 @@ class SOAA(RuleOptimizer):
         """Loads a state.
 
         Raises:
-            ValueError: For the state of another optimizer.
+            ValueError: If another optimizer saved the state.
         """
         self.check_state_dict(state_dict)
         region = state_dict[REGION_KEY]
@@ -190,5 +190,5 @@ class SOAA(RuleOptimizer):
             )
         loss = torch.as_tensor(self._loss, dtype=torch.float64).to(self.radius.device, copy=True)
         self._loss = None
-        sum_over_ranks([loss])  # to their mean
+        sum_over_ranks([loss])  # divided by the number of ranks below
         self.rule.begin_step(loss / world_size(), self.t, self.total_steps, self.param_groups[0])

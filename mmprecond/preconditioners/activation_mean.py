@@ -35,15 +35,15 @@ from ..linalg import Diagonal, Operators, RankOne
 from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping, damping_like
 from .registry import register_preconditioner
 
-#: 'paper': the method as published. 'official': as its authors' code does what differs.
+#: 'paper': the method of the paper. 'official': the authors' code where it differs.
 COMPATS = ('paper', 'official')
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProductMeanSide(MeanSide):
-    """W_V's mean row as MAC's code has it: the mean softmax times the mean rows, over all queries.
+    """W_V's mean row in MAC's code: the mean softmax times the mean rows, over all queries.
 
-    Summed are, of each key, its rows and the softmax it gets (n_k, c + 1).
+    The sum holds the rows of each key and the softmax weight of that key (n_k, c + 1).
     """
 
     def sum_shape(self, layer: AttentionLayer, keys: int) -> tuple[int, ...]:
@@ -77,32 +77,34 @@ class ActivationMean(Preconditioner):
     """MAC: ``V = G (I - a a' / (rho + a'a))``, which is rho times ``G (rho I + a a')^-1``.
 
     a is the bias-corrected running average of the mean input row, its trailing 1 included. V is
-    not scaled: what is orthogonal to a passes as it is.
+    not scaled: the part of G orthogonal to a stays as it is.
 
-    Of an attention module, W_Q and W_K take the mean rows that they multiply, and W_V the mean of
-    the rows s_i X that the softmax makes of them, of real queries alone. (The authors' code
-    multiplies the mean of the softmax by the mean of X, which is another thing for each size of a
-    batch, and splits Swin's weights wrongly from the second stage on.)
+    In an attention module W_Q and W_K take their mean input rows. W_V takes the mean of the rows
+    s_i X that the softmax mixes, without padded queries. (The authors' code multiplies the mean of
+    the softmax by the mean of X, which depends on the batch size. It also splits Swin's weights
+    wrongly from the second stage on.)
 
-    SMAC, `output=True`: V = Z G (I - ...) with Z = diag(1 / (z + rho)) and z the running average of
-    the mean squared gradient rows. It leaves attention modules' outputs, and those of a calibrated
-    first layer, alone.
+    SMAC is `output=True`: V = Z G (I - ...) with Z = diag(1 / (z + rho)), where z is the running
+    average of the mean squared gradient rows. SMAC does not scale the output side of attention
+    modules and of a calibrated first layer.
 
     Source: MAC (arXiv 2506.08464) and its code; SMAC from the code alone.
 
-    State: 2 i numbers a block, 2 (i + o) of SMAC. A refresh costs nothing, a step 4 o i.
+    State: 2 i numbers per block, 2 (i + o) for SMAC. A refresh costs nothing, a step costs 4 o i
+    FLOPs.
 
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
         damping: rho, absolute.
-        output: Whether the output side is taken too (SMAC).
-        gradient_scale: Of SMAC's gradient rows: 'rows' multiplies those of the mean loss by their
-            number, which makes each the gradient of its own loss; 'none' takes them as they are, as
-            the authors' code does: so small that Z is 1 / rho.
-        attention: Whether attention modules are read as a whole, rather than as linear layers.
-        max_windows: Windows measured of an attention module a call.
-        compat: 'official' multiplies the means of softmax and X for W_V, each call by itself, and
-            leaves the factor rho out of a calibrated first layer.
+        output: Whether to precondition the output side too (SMAC).
+        gradient_scale: Scale of SMAC's gradient rows. 'rows' multiplies the rows of the mean loss
+            by their number, so that each is the gradient of its own loss. 'none' does not scale
+            them, as in the authors' code; they are then so small that Z is 1 / rho.
+        attention: Whether attention modules are read as a whole instead of as linear layers.
+        max_windows: Most windows measured in one call of an attention module.
+        compat: 'paper', or 'official' for the authors' code. 'official' multiplies the means of
+            softmax and X for W_V in each call, and omits the factor rho in a calibrated first
+            layer.
     """
 
     stat_interval: int = 5
@@ -143,11 +145,11 @@ class ActivationMean(Preconditioner):
 
     @property
     def attention_reading(self) -> AttentionReading | None:
-        """Biases of attention modules belong to the rows."""
+        """Reading of attention modules with their joint biases, if `attention` is set."""
         return AttentionReading(self.max_windows, bias=True) if self.attention else None
 
     def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
-        """The mean input, of an attention module three, and of SMAC the squared gradient."""
+        """Mean input (three of an attention module), and for SMAC the squared gradient."""
         if layer.has_side(QUERY_MEAN.side):
             value = VALUE_PRODUCT_MEAN if self.compat == 'official' else VALUE_MEAN
             return QUERY_MEAN, KEY_MEAN, value
@@ -162,7 +164,7 @@ class ActivationMean(Preconditioner):
         return super().note(layer)
 
     def gradient_factor(self, rows: float) -> float:
-        """Factor of the mean over rows: rows^2 / rows, or 1 / rows."""
+        """Factor of the sum over rows: rows^2 / rows, or 1 / rows."""
         return rows if self.gradient_scale == 'rows' else 1 / rows
 
     def average(self) -> RunningAverage:
@@ -170,7 +172,7 @@ class ActivationMean(Preconditioner):
         return RunningAverage(self.stat_decay, corrected=True)
 
     def outline(self, layer: Layer) -> Operators:
-        """A vector u for each mean, and Z."""
+        """Vector u for each mean, and Z."""
         blocks, rows, columns = layer.shape
         operators: Operators = {}
         for statistic in self.selected_statistics(layer):
@@ -206,7 +208,7 @@ class ActivationMean(Preconditioner):
         return operators, torch.stack(finite).all(0)
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """``Z G (I - u u')``, of an attention module for each projection."""
+        """``Z G (I - u u')``, with one u for each projection of an attention module."""
         projections = [statistic.side.name for statistic in (QUERY_MEAN, KEY_MEAN, VALUE_MEAN)]
         if projections[0] in operators:
             parts = gradients.chunk(3, dim=1)

@@ -29,12 +29,12 @@ VARIANTS = ('thesis', 'gauss_newton')
 
 @dataclass(frozen=True, eq=False)
 class ProjectionMatrix(Dense):
-    """A matrix of one projection (k, heads or 1, n, n), by the name of its slot."""
+    """Matrix of one projection (k, heads or 1, n, n), named after its slot in checkpoints."""
 
     suffixes: ClassVar[tuple[str, ...]] = ('',)
 
     def right(self, matrices: Tensor) -> Tensor:
-        """``M A``: heads' products are small, and stay in one batch."""
+        """``M A`` as one batched product, because the products of heads are small."""
         return matrices @ self.matrix
 
     def left(self, matrices: Tensor) -> Tensor:
@@ -45,10 +45,10 @@ class ProjectionMatrix(Dense):
 @register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class AttentionFeature(InputFeature):
-    """AFOpt: one operator for each projection of attention, ``G R^-1`` on any other layer.
+    """AFOpt: separate operators for the projections of attention, ``G R^-1`` on other layers.
 
-    With R = mean x'x of the projections' input, T as in `curvature.attention` and every matrix
-    damped by damping * its lambda_max before it is inverted:
+    R = mean x'x over the input rows of the projections. `curvature.attention` defines T. Each
+    matrix is damped by damping times its lambda_max before the inversion:
 
     ============ ============================== ==========================================
     projection   variant 'thesis'               variant 'gauss_newton'
@@ -58,21 +58,21 @@ class AttentionFeature(InputFeature):
     W_V          G D, see `value_operator`      G (mean of (s_i X)'(s_i X))^-1, by head
     ============ ============================== ==========================================
 
-    The direction of each of the three is scaled to the norm of its gradient. Where the number of
-    queries may differ from that of keys (`nn.MultiheadAttention`) the thesis has no form for W_K,
-    which then takes G R^-1.
+    The direction of each projection is scaled to the norm of its gradient. In
+    `nn.MultiheadAttention` the numbers of queries and keys may differ. The thesis has no form of
+    W_K for that case, so W_K takes G R^-1 there.
 
     Source: thesis chapter 5, (5.7)-(5.10) and (5.15), Algorithm 7, with the true softmax in place
-    of the one recomputed without bias and mask; 'gauss_newton' is this project's: the exact
-    Gauss-Newton factors of each projection.
+    of the one recomputed without bias and mask. 'gauss_newton' is this project's own variant with
+    the exact Gauss-Newton factors of each projection.
 
-    State: C^2 for each of R, D and their statistics, 2 heads d^2 for W_Q and for W_K;
-    'gauss_newton' has 2 heads C^2 for each of W_K and W_V in place of D (57 MB each in float32 for
-    a statistic, and again for its operator, at C = 768 with 24 heads).
+    State: C^2 numbers for each of R, D and their statistics; 2 heads d^2 for W_Q and for W_K.
+    'gauss_newton' has 2 heads C^2 for each of W_K and W_V in place of D. At C = 768 with 24 heads
+    that is 57 MB in float32 for each statistic, and as much for each operator.
 
     Attributes:
         variant: 'thesis' or 'gauss_newton'.
-        max_windows: Windows measured at a capture and call, drawn at random.
+        max_windows: Most windows measured in one call, drawn at random.
     """
 
     variant: str = 'thesis'
@@ -94,11 +94,11 @@ class AttentionFeature(InputFeature):
 
     @property
     def attention_reading(self) -> AttentionReading:
-        """Attention modules as a whole, their biases left to the rule."""
+        """Reading of attention modules as a whole; their biases take the plain rule."""
         return AttentionReading(self.max_windows)
 
     def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
-        """The statistics of an attention module, or the input's of any other layer."""
+        """Statistics of an attention module, or the input moment of another layer."""
         if not _is_attention(layer):
             return self.statistics
         common = (Statistic(INPUT, Moment()), QUERY_CURVATURE)
@@ -108,7 +108,7 @@ class AttentionFeature(InputFeature):
         return *common, *keys, OUTPUT_MOMENT
 
     def selected_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
-        """All statistics, or none where one of them is over `max_dim`."""
+        """All statistics, or none if one of them is over `max_dim`."""
         selected = super().selected_statistics(layer)
         return selected if len(selected) == len(self.candidate_statistics(layer)) else ()
 
@@ -122,15 +122,15 @@ class AttentionFeature(InputFeature):
         )
 
     def must_be_nonzero(self, layer: Layer) -> tuple[Statistic, ...]:
-        """The input's: W_Q and W_K of saturated heads have no curvature, and no gradient."""
+        """Input moment alone; W_Q and W_K of saturated heads have no curvature and no gradient."""
         return self.selected_statistics(layer)[:1]
 
     def reads_weight(self, layer: Layer) -> bool:
-        """The thesis's operator of W_V does."""
+        """True for the thesis's operator of W_V."""
         return _is_attention(layer) and self.variant == 'thesis'
 
     def outline(self, layer: Layer) -> Operators:
-        """The operators of the table."""
+        """Operators of the table above."""
         if not _is_attention(layer):
             return super().outline(layer)
         blocks, rows, columns = layer.shape
@@ -150,7 +150,7 @@ class AttentionFeature(InputFeature):
         previous: Operators | None = None,
         damping: Tensor | float | None = None,
     ) -> tuple[Operators, Tensor]:
-        """Inverts what the table shows (see the base class)."""
+        """Inverts the matrices of the table above (see the base class)."""
         if QUERY_CURVATURE.side not in factors:
             return super().refresh(factors, previous, damping)
         damping = self.damping if damping is None else damping
@@ -174,7 +174,7 @@ class AttentionFeature(InputFeature):
         return {slot: ProjectionMatrix(matrix) for slot, (matrix, _) in results.items()}, succeeded
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """The operators of the table, with norm recovery for each projection."""
+        """Applies the operators of the table above, with norm recovery for each projection."""
         if 'query_left' not in operators:
             return super().apply(operators, gradients)
         query, key, value = gradients.chunk(3, dim=1)
@@ -203,10 +203,10 @@ def value_operator(
 ) -> tuple[Tensor, Tensor]:
     """The thesis's operator of W_V: ``D = S (W'P W + damping lambda_max I)^-1 S``.
 
-    S = W'W + shift I. It stands for the inverse second moment of the rows s_i X, which the thesis
-    does not read: it equals that with one head, an invertible W and neither damping nor shift.
+    S = W'W + shift I. D replaces the inverse second moment of the rows s_i X, which the thesis does
+    not measure. Both are equal for one head, an invertible W and neither damping nor shift.
 
-    Source: thesis (5.15); (5.23) and Algorithm 7 leave the outer factors away.
+    Source: thesis (5.15); (5.23) and Algorithm 7 omit the outer factors.
 
     Args:
         weight: W_V (..., o, i).

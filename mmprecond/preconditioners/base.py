@@ -1,7 +1,7 @@
-"""The contract of a preconditioner: settings and pure functions of stacks of matrices.
+"""Contract of a preconditioner: settings and pure functions of stacks of matrices.
 
-A method keeps no state. Statistics, operators and counters live in `core.LayerStack`, so that
-failures, checkpoints and the batching over layers are written once for all methods.
+A method keeps no state. Statistics, operators and counters live in `core.LayerStack`. Failures,
+checkpoints and batches of layers are therefore implemented once for all methods.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class RefreshError(RuntimeError):
     """A layer's refresh failed too often in a row."""
 
 
-#: Running statistics by the side that they are of.
+#: Running statistics by side.
 Factors = Mapping[Side, Factor]
 
-#: Literal settings of codes that know neither limits of size nor shares of the rows.
+#: Published settings of methods whose code has no size limits and takes all rows.
 WHOLE_LAYERS: dict[str, Any] = dict(max_dim=8192, oversize='skip', max_rank=None, max_rows=None)
 
 OVERSIZE = ('skip', 'one_sided', 'block', 'lowrank')
@@ -50,20 +50,20 @@ class Preconditioner(ABC):
     """One method with its settings. Shapes: k layers, b blocks, gradient matrices o x i.
 
     Attributes:
-        stat_interval: Steps between captures; t counts from 0 and a capture is due when
-            t % stat_interval == 0.
-        refresh_interval: Steps between refreshes, likewise; a multiple of `stat_interval`.
-        max_dim: Largest side of a factor. 8192 in float32 is 268 MB a matrix.
-        oversize: What happens to a layer with a larger side: 'skip' gives the layer to the plain
-            rule; 'one_sided' leaves that side alone and preconditions the other; 'block' takes
-            that side's factor in diagonal blocks of at most `max_dim`; 'lowrank' as `max_rank`
-            eigenvectors, found from a random sketch, beside the damping. The last two skip
-            attention modules and grouped convolutions.
-        max_rank: Most columns that stand for a side: the rank of oversize='lowrank' (default 256),
-            and of solver='lowrank' (default: as many as its tolerance asks for).
-        max_rows: Rows that a capture takes of a convolution or a layer on tokens at a call: as
-            many positions of each sample, drawn at random, for all; at least one. None takes all.
-            The statistics are right in the mean.
+        stat_interval: Steps between captures. Step t (from 0) captures if t % stat_interval == 0.
+        refresh_interval: Steps between refreshes, counted in the same way; a multiple of
+            `stat_interval`.
+        max_dim: Largest side of a factor. A matrix of side 8192 takes 268 MB in float32.
+        oversize: Treatment of a layer with a larger side. 'skip' gives the layer to the plain
+            rule. 'one_sided' leaves the larger side alone and preconditions the other. 'block'
+            keeps the factor of that side in diagonal blocks of at most `max_dim`. 'lowrank' keeps
+            `max_rank` eigenvectors from a random sketch, and the damping for the rest. The last
+            two skip attention modules and grouped convolutions.
+        max_rank: Most columns that represent a side: the rank of oversize='lowrank' (default 256),
+            and the largest rank of solver='lowrank' (default: as many as the tolerance needs).
+        max_rows: Most rows that a capture takes from one call of a convolution or a layer on
+            tokens. It draws equally many random positions of each sample, at least one, and
+            scales the sums to all rows, so that the statistics are unbiased. None takes all rows.
     """
 
     stat_interval: int = 20
@@ -75,18 +75,18 @@ class Preconditioner(ABC):
 
     #: Statistics that the method keeps of a linear layer or convolution.
     statistics: ClassVar[tuple[Statistic, ...]] = ()
-    #: The settings of its source, by which published numbers were made.
+    #: Settings of the method's source, which its published numbers were made with.
     published: ClassVar[dict[str, Any]] = {}
-    #: Names of the rules that the method works with; none means all.
+    #: Names of the rules that the method works with; an empty tuple means all.
     rules: ClassVar[tuple[str, ...]] = ()
-    #: Steps are counted from here when intervals fall due: 0 captures and refreshes at once.
+    #: Number of the first step in the count of intervals. With 0 it captures and refreshes.
     phase: ClassVar[int] = 0
-    #: Whether a layer whose first statistics come late is refreshed at once.
+    #: Whether a layer is refreshed as soon as it has its first statistics.
     refresh_on_first_sample: ClassVar[bool] = True
-    #: Whether its one statistic is put in at the start, and never captured.
+    #: Whether the method's only statistic is given at the start and never captured.
     precomputed: ClassVar[bool] = False
-    #: Whether the rule works in the space of `apply`, from which `restore` leads back. The rule
-    #: must then treat each entry by itself.
+    #: Whether the rule works in a rotated space: `apply` leads into it, `restore` leads back. The
+    #: rule must then be elementwise.
     rotates: ClassVar[bool] = False
     #: Whether `restore` changes the rule's updates.
     acts_after_rule: ClassVar[bool] = False
@@ -118,25 +118,25 @@ class Preconditioner(ABC):
 
     @property
     def attention_reading(self) -> AttentionReading | None:
-        """Reading of attention modules as a whole; None takes their linear layers alone."""
+        """Reading of attention modules as a whole; None treats their linear layers one by one."""
         return None
 
     @property
     def capture_interval(self) -> int:
-        """Steps between captures that serve a layer that has statistics."""
+        """Steps between captures of a layer that already has statistics."""
         return self.stat_interval
 
     @property
     def rank_search(self) -> RankSearch | None:
-        """When operators come as columns whose number is found at a refresh; None: never."""
+        """Search for the rank of low-rank operators at a refresh, or None for no search."""
         return None
 
     def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
-        """The statistics that the method would keep of a layer, whatever their size."""
+        """Statistics that the method would keep for a layer if size did not matter."""
         return self.statistics
 
     def selected_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
-        """The statistics kept of a layer; none leaves it to the rule."""
+        """Statistics kept for a layer; an empty tuple leaves the layer to the plain rule."""
         candidates = tuple(
             self._with_sampled_rows(layer, statistic)
             for statistic in self.candidate_statistics(layer)
@@ -154,7 +154,7 @@ class Preconditioner(ABC):
         return small if not large or self.oversize == 'one_sided' else ()
 
     def must_be_nonzero(self, layer: Layer) -> tuple[Statistic, ...]:
-        """The statistics without which a sample tells nothing."""
+        """Statistics that must be nonzero for a sample to count."""
         return self.selected_statistics(layer)
 
     def gradient_factor(self, rows: float) -> float:
@@ -170,7 +170,7 @@ class Preconditioner(ABC):
 
     @property
     def _oversize_form(self) -> Form | None:
-        """Replacement for moments above max_dim; None: none."""
+        """Form that replaces moments above max_dim, or None."""
         forms: dict[str, Form] = {
             'block': Blocks(self.max_dim),
             'lowrank': Sketch(self.max_rank or Sketch.rank),
@@ -178,7 +178,7 @@ class Preconditioner(ABC):
         return forms.get(self.oversize)
 
     def _with_sampled_rows(self, layer: Layer, statistic: Statistic) -> Statistic:
-        """The statistic over `max_rows` rows, where the layer can draw some."""
+        """The statistic over at most `max_rows` random rows, if the layer can draw rows."""
         sampled = SampledRows(most_rows=self.max_rows)
         if (
             self.max_rows is None
@@ -206,14 +206,14 @@ class Preconditioner(ABC):
         }
 
     def apply_flops(self, layer: Layer) -> float:
-        """Floating-point operations of one step's products with a layer's gradient."""
+        """FLOPs of the products with a layer's gradient in one step."""
         gradient = torch.empty(1, *layer.shape, device='meta')
         operators = self.outline(layer)
         total = count_flops(self.apply, operators, gradient)
         return total + (count_flops(self.restore, operators, gradient) if self.rotates else 0.0)
 
     def refresh_flops(self, layer: Layer) -> float:
-        """About the operations of one refresh: n^3 for each factor."""
+        """Approximate FLOPs of one refresh: n^3 for each factor."""
         return sum(
             float(b * n * m * m)
             for statistic in self.selected_statistics(layer)
@@ -222,16 +222,16 @@ class Preconditioner(ABC):
 
     @property
     def moves_moments(self) -> bool:
-        """True if the rule's moments follow where `align` turns the space of `apply`."""
+        """True if the rule's moments are rotated when a refresh changes the basis."""
         return False
 
     @property
     def is_inverse(self) -> bool:
-        """True if its dense operators are inverses of damped moments."""
+        """True if the method's dense operators are inverses of damped moments."""
         return False
 
     def note(self, layer: Layer) -> str:
-        """Addition to the method's name in the table, such as a side that is left out; or ''."""
+        """Note beside the method's name in the layer table, such as an omitted side, or ''."""
         selected = self.selected_statistics(layer)
         if len(selected) < len(self.candidate_statistics(layer)):
             return f'one side: the other is over max_dim={self.max_dim}'
@@ -244,12 +244,12 @@ class Preconditioner(ABC):
     # ---------------------------------------------------------------- the method itself
 
     def is_exact(self, refreshes: int) -> bool:
-        """True if a layer's refresh number `refreshes` (from 0) starts from nothing."""
+        """True if a layer's refresh number `refreshes` (from 0) starts from scratch."""
         return True
 
     @abstractmethod
     def average(self) -> RunningAverage:
-        """Rule by which samples merge into the running statistics."""
+        """Running average that merges samples into the statistics."""
 
     @abstractmethod
     def refresh(
@@ -260,8 +260,7 @@ class Preconditioner(ABC):
         Args:
             factors: Running statistics by side.
             previous: The operators of the last refresh, or None for an exact refresh.
-            damping: Damping for these layers (k, 1) where some layers override the setting, else
-                None.
+            damping: Damping of each layer (k, 1) if one of them overrides the setting, else None.
 
         Returns:
             Operators by slot, and a bool tensor (k,) that is False where a refresh failed.
@@ -269,37 +268,37 @@ class Preconditioner(ABC):
 
     @property
     def clip(self) -> float | None:
-        """Bound of the KL clip that is taken over all layers, or None."""
+        """Bound of the KL clip over all layers, or None."""
         return None
 
     def align(self, operators: Operators, previous: Operators | None) -> Operators:
-        """New operators in the form closest to the previous ones, where they have a choice."""
+        """Returns the equivalent of the new operators that is closest to the previous ones."""
         return operators
 
     @abstractmethod
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """Preconditions gradients (k, b, o, i): the rule's directions."""
+        """Turns gradients (k, b, o, i) into the rule's directions."""
 
     def restore(self, operators: Operators, updates: Tensor) -> Tensor:
-        """Turns the rule's updates (k, b, o, i) back; only of methods that act after the rule."""
+        """Transforms the rule's updates (k, b, o, i), for methods that act after the rule."""
         return updates
 
 
 @dataclass(frozen=True, kw_only=True)
 class InversePreconditioner(Preconditioner):
-    """One whose operators are negative powers of damped moments, by a choice of solvers.
+    """Preconditioner with negative powers of damped moments, by a choice of solvers.
 
     Attributes:
-        solver: 'lowrank' keeps of a side's power the eigenvectors that stand out of the damping,
-            where they are fewer than half (see `RankSearch`); the others are the method's own.
-        tolerance: Relative error that 'lowrank' allows an operator in any direction, less than 1:
-            at 0.1 and exponent 1, eigenvalues below 0.22 times the damping are left out.
+        solver: 'lowrank', or one of the method's own solvers. 'lowrank' keeps the eigenvectors of
+            a side that stand out from the damping, if they are fewer than half (see `RankSearch`).
+        tolerance: Relative error of an operator that 'lowrank' allows in any direction, less than
+            1. At 0.1 and exponent 1 it omits eigenvalues below 0.22 times the damping.
     """
 
     solver: str = 'lowrank'
     tolerance: float = 0.1
 
-    #: Its other solvers.
+    #: Names of the method's own solvers.
     dense_solvers: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -309,20 +308,20 @@ class InversePreconditioner(Preconditioner):
 
     @property
     def rank_search(self) -> RankSearch | None:
-        """With solver='lowrank'."""
+        """Search for the rank with solver='lowrank', else None."""
         return RankSearch(self.tolerance, self.max_rank) if self.solver == 'lowrank' else None
 
     def is_exact(self, refreshes: int) -> bool:
-        """All but those of low rank, which start from the last."""
+        """False for refreshes of 'lowrank' after the first, which start from the last one."""
         return self.solver != 'lowrank' or refreshes == 0
 
 
 def check_statistics(owner: str, statistics: Any) -> None:
-    """Raises TypeError or ValueError unless these are statistics that go together.
+    """Raises TypeError or ValueError for statistics that one preconditioner cannot keep.
 
     Args:
         owner: The preconditioner's name.
-        statistics: A tuple of statistics: of different sides, over the same rows.
+        statistics: Tuple of statistics of different sides, over the same rows.
     """
     if not isinstance(statistics, (tuple, list)):
         raise TypeError(
@@ -348,7 +347,7 @@ def check_statistics(owner: str, statistics: Any) -> None:
 
 
 def damping_like(value: Tensor | float, like: Tensor) -> Tensor:
-    """An absolute damping, for all layers or one for each, in the form (k or 1, 1, 1, 1)."""
+    """Absolute damping for all layers, or one for each, as a tensor (k or 1, 1, 1, 1)."""
     amount = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return amount.reshape(-1, 1, 1, 1)
 

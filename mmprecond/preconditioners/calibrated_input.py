@@ -1,4 +1,4 @@
-"""MAC's first layer: the exact inverse of a second moment that is given once."""
+"""MAC's first layer: exact inverse of a second moment that is given once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from .two_sided import two_sided
 class CalibratedInput(Preconditioner):
     """``G (R + rho I)^-1 rho`` with the second moment R of a layer's inputs, given once.
 
-    What MAC does to its first layer, whose inputs are the images: they do not change as the network
-    trains. 'official' leaves the factor rho away, by which this layer then moves less than others.
+    MAC takes it for the first layer. The inputs of that layer are the images, which do not change
+    during training. 'official' omits the factor rho, so that the layer's direction is divided by
+    rho in comparison with other layers.
 
     Source: as `ActivationMean`.
 
@@ -34,7 +35,7 @@ class CalibratedInput(Preconditioner):
     precomputed: ClassVar[bool] = True
 
     def average(self) -> RunningAverage:
-        """The one sample."""
+        """Plain mean, here of the only sample."""
         return RunningAverage(decay=None)
 
     def refresh(

@@ -21,23 +21,26 @@ BASIS_SOLVERS = ('eigh', 'qr')
 @register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class EigenRotation(Preconditioner):
-    """AdamR: Adam on ``U1' G U2``, its direction D turned back to ``U1 D U2'``.
+    """AdamR: Adam on ``U1' G U2``, with the update D rotated back to ``U1 D U2'``.
 
-    U1 and U2 are eigenvectors of L (o x o) and R (i x i), the plain means of all captures of the
-    gradient and input second moments. Until the first basis the rule is on its own.
+    U1 and U2 are eigenvectors of L (o x o) and R (i x i). L and R are the plain means of all
+    captures of the gradient and input second moments. Before the first basis the rule takes the
+    gradients themselves.
 
-    Source: thesis chapter 4, Algorithm 6, (4.25). Ours: a new basis takes the order and signs of
-    the old one, so that the second moment stays where it is; `rotate_moments`; 'qr' (as SOAP).
+    Source: thesis chapter 4, Algorithm 6, (4.25). This project adds `rotate_moments` and 'qr' (from
+    SOAP). It also gives a new basis the order and signs of the old one, so that the entries of the
+    second moment keep their positions.
 
-    State: 2 (o^2 + i^2) numbers a block. A refresh costs about 9 n^3 FLOPs a factor ('qr': 4 n^3),
-    a step 4 o i (o + i).
+    State: 2 (o^2 + i^2) numbers per block. A refresh costs about 9 n^3 FLOPs per factor ('qr':
+    4 n^3). A step costs 4 o i (o + i) FLOPs.
 
     Attributes:
-        basis_eps: Added to the diagonal for the decomposition, relative to the largest entry; it
+        basis_eps: Added to the diagonal for the decomposition, relative to the largest entry. It
             changes no eigenvector.
-        basis_solver: 'eigh', or 'qr': after the first basis one step of orthogonal iteration.
-        rotate_moments: Whether both moments follow into each new basis. The thesis leaves them as
-            they are.
+        basis_solver: 'eigh'; or 'qr' for one step of orthogonal iteration at each refresh after
+            the first.
+        rotate_moments: Whether to rotate both moments into each new basis. The thesis leaves them
+            as they are.
     """
 
     stat_interval: int = 100
@@ -73,21 +76,21 @@ class EigenRotation(Preconditioner):
 
     @property
     def moves_moments(self) -> bool:
-        """With `rotate_moments`."""
+        """True with `rotate_moments`."""
         return self.rotate_moments
 
     def is_exact(self, refreshes: int) -> bool:
-        """All refreshes with eigh, else the first."""
+        """True for all refreshes of 'eigh' and the first one of 'qr'."""
         return self.basis_solver == 'eigh' or refreshes == 0
 
     def average(self) -> RunningAverage:
-        """The plain mean of all captures (4.25)."""
+        """Plain mean of all captures (4.25)."""
         return RunningAverage(decay=None)
 
     def refresh(
         self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
     ) -> tuple[Operators, Tensor]:
-        """Bases of the moments; `damping` means nothing here (see the base class)."""
+        """Computes bases of the moments; `damping` has no effect (see the base class)."""
         operators: Operators = {}
         outcomes = []
         for side, factor in factors.items():
@@ -101,7 +104,7 @@ class EigenRotation(Preconditioner):
         return operators, torch.stack(outcomes).all(0).all(-1)
 
     def align(self, operators: Operators, previous: Operators | None) -> Operators:
-        """Orders and signs the bases by the previous ones, the first by the identity."""
+        """Gives the bases the order and signs of the previous ones, or first of the identity."""
 
         def aligned(slot: str, basis: Tensor) -> Dense:
             return Dense(assign_columns(basis, _reference_basis(_basis_of(previous, slot), basis)))
@@ -118,13 +121,13 @@ class EigenRotation(Preconditioner):
 
 
 def _transpose_side(operators: Operators, side: Side) -> Operators:
-    """Operators of which that of one side, if there is one, is transposed."""
+    """Operators with the basis of one side transposed, if there is one."""
     basis = _basis_of(operators, side.name)
     return operators if basis is None else {**operators, side.name: Dense(basis.mT)}
 
 
 def _basis_of(operators: Operators | None, slot: str) -> Tensor | None:
-    """The matrix of a slot's operator, or None where there is none."""
+    """Basis in a slot, or None if there is none."""
     if not operators or slot not in operators:
         return None
     (basis,) = operators[slot].tensors
@@ -132,7 +135,7 @@ def _basis_of(operators: Operators | None, slot: str) -> Tensor | None:
 
 
 def _reference_basis(previous: Tensor | None, like: Tensor) -> Tensor:
-    """The old bases; the identity where a layer had none."""
+    """Previous bases, with the identity for layers that had none."""
     identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
     if previous is None:
         return identity

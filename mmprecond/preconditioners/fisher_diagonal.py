@@ -1,4 +1,4 @@
-"""AdaFisher: a diagonal of Kronecker factors divides what the rule makes of a gradient."""
+"""AdaFisher: division of the rule's update by a diagonal of Kronecker factors."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ EMAS = ('paper', 'code')
 @register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class FisherDiagonal(Preconditioner):
-    """AdaFisher: the rule's direction D becomes ``D / (s h' + lambda)``, entry by entry.
+    """AdaFisher: the rule's update D becomes ``D / (s h' + lambda)``, entry by entry.
 
-    h and s are running averages, from ones, of the diagonals of R and L, each capture shifted and
-    scaled to reach from 0 to 1 over its layer.
+    h and s are running averages of the diagonals of R and L. Both averages start from ones. Each
+    capture is shifted and scaled to the range from 0 to 1 over its layer.
 
-    Source: AdaFisher (arXiv 2405.16397) and its code. The averages' weights are an option: those of
-    the code sum to 0.088, so that s h' is soon nothing beside lambda, and the method momentum SGD
-    with the rate lr / lambda. The code's 1e-6 in the divisor of the range, which makes s depend on
-    the loss's scale, is left away.
+    Source: AdaFisher (arXiv 2405.16397) and its code. The weights of the averages are an option.
+    Those of the code sum to 0.088: s h' is soon negligible beside lambda, and the method becomes
+    momentum SGD with the learning rate lr / lambda. The code adds 1e-6 to the divisor of the range,
+    which makes s depend on the scale of the loss; this implementation does not.
 
-    State: 2 (i + o) numbers a block. A step costs o i.
+    State: 2 (i + o) numbers per block. A step costs o i FLOPs.
 
     Attributes:
         stat_decay: gamma.
@@ -69,7 +69,7 @@ class FisherDiagonal(Preconditioner):
         check_choice('ema', self.ema, EMAS)
 
     def average(self) -> RunningAverage:
-        """Moving average from ones, of samples that reach from 0 to 1."""
+        """Moving average of samples with the range from 0 to 1, started from ones."""
         old, new = {
             'paper': (self.stat_decay, 1 - self.stat_decay),
             'code': (0.1 * self.stat_decay, 0.01 * self.stat_decay),
@@ -103,7 +103,7 @@ class FisherDiagonal(Preconditioner):
         }, finite
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """The gradients as they are: the rule averages them first."""
+        """Returns the gradients unchanged; the rule averages them first."""
         return gradients
 
     def restore(self, operators: Operators, updates: Tensor) -> Tensor:

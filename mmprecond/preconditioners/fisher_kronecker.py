@@ -35,48 +35,49 @@ SOLVERS = ('inverse', 'woodbury')
 DAMPING_FORMS = ('pi', 'relative')
 SCALINGS = ('kl_clip', 'norm_recovery', 'none')
 
-#: Bound of pi: a factor of zero must not take all the damping.
+#: Bound of pi, so that a zero factor does not take all the damping.
 LARGEST_PI = 1e10
 
 
 @register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class FisherKronecker(Preconditioner):
-    """KFAC and SKFAC, the thesis's baselines, with a switch for each thing in which they differ.
+    """KFAC and SKFAC, the baselines of the thesis, with a setting for each of their differences.
 
-    R = sum x'x / n and L = n sum g'g over n rows x of the input and g of the gradient of the mean
-    loss: the factors of a Fisher matrix whose n samples each are one row.
+    R = sum x'x / n and L = n sum g'g, over n rows x of the input and n rows g of the gradient of
+    the mean loss. They are the factors of a Fisher matrix with one sample per row.
 
-    Source: KFAC (arXiv 1503.05671); thesis (3.4); 'reduce' from arXiv 2311.00636; defaults of
-    damping and `kl_clip` from the public baselines that the thesis and MAC compare with. KFAC* of
-    the thesis is damping_form='relative', damping=0.01, scaling='norm_recovery'. SKFAC (Tang et
-    al., CVPR 2021) is solver='woodbury', reduction='sample', stat_decay=0: of the batch at the
-    refresh it keeps few rows, and inverts a matrix of their number.
+    Source: KFAC (arXiv 1503.05671); thesis (3.4); 'reduce' from arXiv 2311.00636. The defaults of
+    damping and `kl_clip` come from the public baselines that the thesis and MAC compare with. KFAC*
+    of the thesis is damping_form='relative', damping=0.01, scaling='norm_recovery'. SKFAC (Tang et
+    al., CVPR 2021) is solver='woodbury', reduction='sample', stat_decay=0. It keeps few rows of the
+    batch at the refresh, and inverts a matrix of that size.
 
-    State: 2 (o^2 + i^2) numbers a block. A refresh costs n^3 FLOPs a factor, a step 2 o i (o + i).
-    With m columns on a side of n > m: 2 n m numbers; 2 n m^2 FLOPs and 4 o i m.
+    State: 2 (o^2 + i^2) numbers per block. A refresh costs n^3 FLOPs per factor, a step costs
+    2 o i (o + i) FLOPs. A side of length n with m < n columns takes 2 n m numbers, 2 n m^2 FLOPs
+    per refresh and 4 o i m FLOPs per step.
 
     Attributes:
-        stat_decay: Weight of the old statistic, in [0, 1); the first sample starts from itself.
+        stat_decay: Weight of the old statistic, in [0, 1); the average starts at the first sample.
         damping: rho.
-        damping_form: 'pi': R + pi sqrt(rho) I and L + sqrt(rho) / pi I, with pi^2 the ratio of the
-            factors' mean eigenvalues; 'relative': each + rho lambda_max I.
-        reduction: 'expand': every position (of a feature map or sequence) is a row; 'reduce': a
-            sample is one row, of its positions' mean input and summed gradient; 'sample': some
-            positions of each sample, drawn at random, stand for all.
-        positions: Number of positions that 'sample' draws of a sample at each call; `max_rows` is
-            for 'expand'.
-        solver: 'inverse': exact inverses of factors; 'woodbury': on sides longer than
-            `max_columns` the rows themselves are kept, and the inverse follows by the
-            Sherman-Morrison-Woodbury identity. It is the same inverse while the rows of all calls
-            and micro-batches on a rank are no more than its share of `max_columns`; further rows
-            are added on top with random signs, which is right in the mean alone. (Of 64 images
-            with 8 positions each half are; where windows or RoIs are samples, far more.) It needs
-            stat_decay=0, and reduction 'sample' or 'reduce'.
-        max_columns: Rows kept of one side.
-        scaling: 'kl_clip' scales all layers by min(1, sqrt(kl_clip / sum lr^2 <V, G>));
-            'norm_recovery' each layer to its gradient's norm; or 'none'.
-        kl_clip: The bound of 'kl_clip'.
+        damping_form: 'pi' inverts R + pi sqrt(rho) I and L + sqrt(rho) / pi I, where pi^2 is the
+            ratio of the factors' mean eigenvalues. 'relative' adds rho lambda_max I to each factor.
+        reduction: 'expand': each position (of a feature map or sequence) is one row. 'reduce': each
+            sample is one row, with the mean input and the summed gradient of its positions.
+            'sample': random positions of each sample represent all of them.
+        positions: Number of positions of each sample that 'sample' draws at each call. (The setting
+            `max_rows` is for 'expand'.)
+        solver: 'inverse' computes exact inverses of the factors. 'woodbury' keeps the rows
+            themselves on sides longer than `max_columns`, and applies the
+            Sherman-Morrison-Woodbury identity. The inverse is the same while a rank has no more
+            rows of all calls and micro-batches than its share of `max_columns`. Further rows are
+            added to others with random signs, which is unbiased but not exact. (This holds for half
+            the rows of 64 images with 8 positions each, and for far more if windows or RoIs are
+            samples.) 'woodbury' needs stat_decay=0, and reduction 'sample' or 'reduce'.
+        max_columns: Number of rows kept for one side.
+        scaling: 'kl_clip' scales all layers by min(1, sqrt(kl_clip / sum lr^2 <V, G>)).
+            'norm_recovery' scales each layer to the norm of its gradient. 'none' does not scale.
+        kl_clip: Bound of the KL clip.
     """
 
     stat_decay: float = 0.95
@@ -130,11 +131,11 @@ class FisherKronecker(Preconditioner):
 
     @property
     def capture_interval(self) -> int:
-        """A sample that the next one replaces is not captured."""
+        """Steps between captures; samples that a later one replaces are not captured."""
         return self.stat_interval if self.stat_decay else self.refresh_interval
 
     def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
-        """The factors, or their columns, over the rows that the reduction takes."""
+        """Factors, or their columns, over the rows of the reduction."""
         return tuple(self._statistic_of(statistic.side, layer) for statistic in self.statistics)
 
     def _statistic_of(self, side: Side, layer: Layer) -> Statistic:
@@ -147,12 +148,12 @@ class FisherKronecker(Preconditioner):
         return Statistic(side, Moment(), rows)
 
     def note(self, layer: Layer) -> str:
-        """Says where the rows are kept."""
+        """Marks layers that keep rows (see the base class)."""
         has_columns = any(isinstance(s.form, Columns) for s in self.selected_statistics(layer))
         return super().note(layer) or ('Woodbury' if has_columns else '')
 
     def gradient_factor(self, rows: float) -> float:
-        """Makes each row the gradient of its own loss."""
+        """Factor that makes each row the gradient of its own loss."""
         return rows
 
     @property
@@ -194,7 +195,7 @@ class FisherKronecker(Preconditioner):
         }
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """``L^-1 G R^-1``; the KL clip comes after, over all layers."""
+        """``L^-1 G R^-1``; the KL clip follows later, over all layers."""
         directions = two_sided(operators, gradients)
         if self.scaling == 'norm_recovery':
             return recover_norm(directions, gradients)

@@ -1,4 +1,4 @@
-"""AdaAct: the inputs' mean square divides what the rule makes of a gradient."""
+"""AdaAct: division of the rule's update by the root of the inputs' mean square."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .registry import register_preconditioner
 @register_preconditioner
 @dataclass(frozen=True, kw_only=True)
 class InputDiagonal(Preconditioner):
-    """AdaAct: the rule's direction D becomes ``D diag(1 / (sqrt(v) + eps))``.
+    """AdaAct: the rule's update D becomes ``D diag(1 / (sqrt(v) + eps))``.
 
-    v is the bias-corrected running average of the mean squared input rows, the diagonal of R, with
-    the trailing 1 of a bias. An input that is (nearly) always zero counts as one of `FLOOR` times
-    the layer's mean square.
+    v is the bias-corrected running average of the mean squared input rows: the diagonal of R,
+    including the trailing 1 of a bias. The least value of v is `FLOOR` times the layer's mean
+    square, for inputs that are (nearly) always zero.
 
-    Source: AdaAct (arXiv 2506.08353) and its code, which updates v at every step; the floor is
-    ours.
+    Source: AdaAct (arXiv 2506.08353) and its code, which updates v at every step. The floor is
+    this project's.
 
-    State: 2 i numbers a block. A capture reads the inputs once, a step costs o i.
+    State: 2 i numbers per block. A capture reads the inputs once, a step costs o i FLOPs.
 
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
@@ -62,7 +62,7 @@ class InputDiagonal(Preconditioner):
         return RunningAverage(self.stat_decay, corrected=True)
 
     def outline(self, layer: Layer) -> Operators:
-        """One row of factors."""
+        """Row of reciprocal roots, one for each input."""
         blocks, _, columns = layer.shape
         return {INPUT.name: Diagonal.outline((blocks, 1, columns))}
 
@@ -73,14 +73,14 @@ class InputDiagonal(Preconditioner):
     def refresh(
         self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
     ) -> tuple[Operators, Tensor]:
-        """Roots; `damping` means nothing here (see the base class)."""
+        """Computes the reciprocal roots; `damping` has no effect (see the base class)."""
         square = factors[INPUT].tensor.mT
         least = self.FLOOR * square.mean((-3, -1), keepdim=True)
         factor = 1 / (torch.maximum(square, least).sqrt() + self.eps)
         return {INPUT.name: Diagonal(factor)}, factor.isfinite().flatten(1).all(1)
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """The gradients as they are: the rule averages them first."""
+        """Returns the gradients unchanged; the rule averages them first."""
         return gradients
 
     def restore(self, operators: Operators, updates: Tensor) -> Tensor:

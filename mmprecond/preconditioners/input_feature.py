@@ -21,21 +21,21 @@ class InputFeature(InversePreconditioner):
     """FSGD: ``V = G R^-1``, scaled to the norm of G.
 
     R (i x i) is the running average of the input's second moment, damped by damping * lambda_max.
-    Undamped, V is the change of the weight whose outputs come closest to a gradient step on the
-    layer's outputs, in least squares.
+    Without damping, V is the least-squares solution for a gradient step on the layer's outputs: the
+    change of the weight whose change of the outputs is closest to that step.
 
-    Source: thesis 5.2.2, (5.1) and (5.2), with old-weight `stat_decay` where (5.18) prints the
-    opposite; exponent 0.5 is feature whitening (EFW, ECCV 2022).
+    Source: thesis 5.2.2, (5.1) and (5.2). `stat_decay` is the weight of the old statistic, where
+    (5.18) prints the opposite. Exponent 0.5 is feature whitening (EFW, ECCV 2022).
 
-    State: 2 i^2 numbers a block. A refresh costs i^3 FLOPs, a step 2 o i^2.
+    State: 2 i^2 numbers per block. A refresh costs i^3 FLOPs, a step costs 2 o i^2 FLOPs.
 
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
         damping: Damping relative to the largest eigenvalue.
         exponent: p of ``G R^-p``; 0.5 for feature whitening.
         norm_recovery: Whether V is scaled to the norm of G.
-        solver: 'exact', or 'lowrank', which keeps the eigenvectors that stand out of the damping,
-            where that is fewer than half.
+        solver: 'exact', or 'lowrank', which keeps the eigenvectors that stand out from the damping
+            if they are fewer than half.
     """
 
     stat_interval: int = 50
@@ -79,7 +79,7 @@ class InputFeature(InversePreconditioner):
         return self.exponent == 1
 
     def average(self) -> RunningAverage:
-        """Moving average of the captures as they are."""
+        """Moving average of the captures, without normalisation."""
         return RunningAverage(self.stat_decay)
 
     def refresh(

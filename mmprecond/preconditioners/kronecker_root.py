@@ -14,7 +14,7 @@ from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
 from .registry import register_preconditioner
 from .two_sided import damped_powers, exact_relative_damping, recover_norm, two_sided
 
-#: With less than this almost every eigenvalue stands out.
+#: Least damping of 'lowrank'; almost all eigenvalues stand out from smaller dampings.
 LEAST_LOWRANK_DAMPING = 1e-3
 
 
@@ -23,23 +23,23 @@ LEAST_LOWRANK_DAMPING = 1e-3
 class KroneckerRoot(InversePreconditioner):
     """AdaBK: ``V = L^-1/2 G R^-1/2``, scaled to the norm of G.
 
-    R (i x i) and L (o x o) are running averages of the input and gradient second moments, each
-    damped by damping * lambda_max.
+    R (i x i) and L (o x o) are running averages of the input and gradient second moments. The
+    damping of each is damping * lambda_max.
 
-    Source: AdaBK (CVPR 2023; thesis chapter 4's baseline); averages and roots as in its published
-    code.
+    Source: AdaBK (CVPR 2023; a baseline in chapter 4 of the thesis). Averages and roots are those
+    of its published code.
 
-    State: 2 (o^2 + i^2) numbers a block. A refresh costs 6 n^3 FLOPs a Newton-Schulz step and
-    factor, a step 2 o i (o + i).
+    State: 2 (o^2 + i^2) numbers per block. A refresh costs 6 n^3 FLOPs per Newton-Schulz step and
+    factor. A step costs 2 o i (o + i) FLOPs.
 
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
         damping: Damping relative to a factor's largest eigenvalue.
-        solver: 'newton_schulz', as published, whose steps also bound small eigenvalues; 'eigh'
-            for exact roots; or 'lowrank', for dampings of 0.001 and more, which keeps the
-            eigenvectors that stand out of the damping, where that is fewer than half, and has
-            exact roots of the other sides.
-        root_steps: Newton-Schulz steps a refresh.
+        solver: 'newton_schulz', as published, which also bounds the inverse roots of small
+            eigenvalues; 'eigh' for exact roots; or 'lowrank', for dampings of at least 0.001. The
+            last keeps the eigenvectors of a side that stand out from the damping, if they are fewer
+            than half. It computes exact roots of the other sides.
+        root_steps: Newton-Schulz steps per refresh.
     """
 
     stat_interval: int = 200
@@ -80,7 +80,7 @@ class KroneckerRoot(InversePreconditioner):
                 )
 
     def average(self) -> RunningAverage:
-        """Moving average of the captures as they are."""
+        """Moving average of the captures, without normalisation."""
         return RunningAverage(self.stat_decay)
 
     def refresh(

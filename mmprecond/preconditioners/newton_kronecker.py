@@ -20,26 +20,26 @@ from .two_sided import damped_powers, recover_norm, two_sided
 class NewtonKronecker(InversePreconditioner):
     """NKFAC: ``V = L^-1 G R^-1``, scaled to the norm of G.
 
-    R (i x i) and L (o x o) are running averages of the input and gradient second moments, each
-    capture divided by its Frobenius norm. Each factor is damped by
-    max(damping_floor, damping * lambda_max) and its inverse follows it by Newton steps.
+    R (i x i) and L (o x o) are running averages of the input and gradient second moments. Each
+    capture is first divided by its Frobenius norm. The damping of a factor is
+    max(damping_floor, damping * lambda_max). Newton steps update the inverses.
 
-    Source: thesis chapter 3, (3.4), (3.7), (3.9), Algorithms 2-4; capture normalisation, damping
-    floor and the schedule of exact inverses as in the published code.
+    Source: thesis chapter 3, (3.4), (3.7), (3.9), Algorithms 2-4. Capture normalisation, damping
+    floor and the schedule of exact inverses are those of the published code.
 
-    State: 2 (o^2 + i^2) numbers a block. A refresh costs 4 n^3 FLOPs a Newton step and factor,
-    a step 2 o i (o + i).
+    State: 2 (o^2 + i^2) numbers per block. A refresh costs 4 n^3 FLOPs per Newton step and factor.
+    A step costs 2 o i (o + i) FLOPs.
 
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
         damping: Damping relative to a factor's largest eigenvalue.
         damping_floor: Least damping.
-        newton_steps: Newton steps a refresh.
-        exact_interval: A layer's refreshes 0, 1, 2 and every `exact_interval`-th are exact
+        newton_steps: Newton steps per refresh.
+        exact_interval: A layer's refreshes 0, 1, 2 and every `exact_interval`-th one compute exact
             inverses (C in the thesis).
-        solver: 'newton'; 'cholesky' for exact inverses at every refresh; or 'lowrank', which
-            keeps of a side's inverse the eigenvectors that stand out of the damping, where that
-            is fewer than half, and has exact inverses of the other sides.
+        solver: 'newton'; 'cholesky' for exact inverses at every refresh; or 'lowrank'. The last
+            keeps the eigenvectors of a side that stand out from the damping, if they are fewer
+            than half. It computes exact inverses of the other sides.
     """
 
     stat_decay: float = 0.95
@@ -77,7 +77,7 @@ class NewtonKronecker(InversePreconditioner):
         check_count('exact_interval', self.exact_interval)
 
     def is_exact(self, refreshes: int) -> bool:
-        """Newton's refreshes 0, 1, 2 and every `exact_interval`-th, or all with Cholesky."""
+        """True for Newton's refreshes 0, 1, 2 and every `exact_interval`-th, and for Cholesky's."""
         if self.solver != 'newton':
             return super().is_exact(refreshes)
         return refreshes <= 2 or refreshes % self.exact_interval == 0

@@ -31,22 +31,23 @@ from .two_sided import damped_powers, two_sided
 class NystromFeature(Preconditioner):
     """NysAct: ``V = G (A + rho I)^-1`` with A the Nystroem approximation of R by few columns.
 
-    Of R (i x i) the product Y = R Omega with a fixed matrix Omega (i x rank) is kept as a
-    bias-corrected running average; ``A = Y (Omega' Y)^+ Y'``. A whole R is kept where rank is no
-    less than i, and of grouped convolutions, whose blocks are small.
+    The statistic is the product Y = R Omega of R (i x i) and a fixed random matrix Omega
+    (i x rank), as a bias-corrected running average; ``A = Y (Omega' Y)^+ Y'``. If rank is no less
+    than i, the statistic is R itself. The same holds for grouped convolutions, whose blocks are
+    small.
 
-    Source: NysAct (arXiv 2506.08360). Against its code: Omega is drawn once a layer (which the code
-    does at each capture, and then averages products with different ones), the core is inverted on
-    its range rather than shifted, and nothing i x i is laid out.
+    Source: NysAct (arXiv 2506.08360), with three differences from its code. Omega is drawn once per
+    layer; the code draws it at each capture and averages products with different matrices. The core
+    is inverted on its range instead of shifted. No i x i matrix is formed.
 
     State: i rank numbers for the sketch and as many for the operator. A refresh costs about
-    4 i rank^2 FLOPs, a step 4 o i rank.
+    4 i rank^2 FLOPs, a step costs 4 o i rank FLOPs.
 
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
         damping: rho, absolute.
         rank: Columns of the sketch.
-        sketch: 'gaussian': Omega has normal entries; 'columns': it picks columns of R at random.
+        sketch: 'gaussian': Omega has normal entries. 'columns': Omega selects random columns of R.
     """
 
     stat_interval: int = 5
@@ -75,7 +76,7 @@ class NystromFeature(Preconditioner):
         check_choice('sketch', self.sketch, SKETCH_KINDS)
 
     def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
-        """The sketch, or the moment where that is no larger or the only form."""
+        """Sketch, or the moment if that is no larger or the layer has no other form."""
         whole = self.rank >= layer.columns or not layer.compressible
         return (Statistic(INPUT, Moment() if whole else Sketch(self.rank, self.sketch)),)
 
@@ -91,7 +92,7 @@ class NystromFeature(Preconditioner):
     def refresh(
         self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
     ) -> tuple[Operators, Tensor]:
-        """Inverts; of columns their small side (see the base class)."""
+        """Inverts A + rho I, by the small side of the columns (see the base class)."""
         rho = self.damping if damping is None else damping
 
         def amount(side: Side, factor: Factor) -> Tensor:

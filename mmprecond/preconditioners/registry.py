@@ -1,4 +1,4 @@
-"""The methods that a config may name, and how to add one."""
+"""Preconditioners that a config may name, and their registration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from ..checks import check_choice
 from .base import Preconditioner, check_statistics
 
-#: Named sets of settings: what we recommend, and what published numbers were made with.
+#: Named sets of settings: our recommendation, and the settings behind published numbers.
 SETS = ('default', 'published')
 
 #: Methods that a config may name.
@@ -18,20 +18,20 @@ Method = TypeVar('Method', bound=type[Preconditioner])
 
 
 def register_preconditioner(method: Method, name: str | None = None) -> Method:
-    """Lets configs name one more method; also a decorator, above ``@dataclass``.
+    """Registers a preconditioner for configs; also a decorator, above ``@dataclass``.
 
     Args:
-        method: The method.
-        name: Its name; by default that of the class.
+        method: The preconditioner's class.
+        name: Name in configs; default: the name of the class.
 
     Returns:
-        The method.
+        The class.
 
     Raises:
-        TypeError: For what is no complete `Preconditioner`, is no dataclass of its own, or names
-            as statistics what is none.
-        ValueError: For a name that another method has, a setting without a default, or unknown
-            published settings.
+        TypeError: If it is no complete subclass of `Preconditioner`, is not itself a dataclass, or
+            lists something else among its statistics.
+        ValueError: If another class has the name, a setting has no default, or `published` has
+            unknown settings.
     """
     if not (isinstance(method, type) and issubclass(method, Preconditioner)):
         raise TypeError(
@@ -71,7 +71,7 @@ def register_preconditioner(method: Method, name: str | None = None) -> Method:
 
 
 def build_preconditioner(method: type[Preconditioner], settings: dict[str, Any]) -> Preconditioner:
-    """A method from its settings, which may start from a named set by ``settings='published'``."""
+    """Builds a preconditioner; ``settings='published'`` starts from that named set of settings."""
     overrides = dict(settings)
     named = overrides.pop('settings', 'default')
     check_choice('settings', named, SETS)

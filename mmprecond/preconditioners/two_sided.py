@@ -1,4 +1,4 @@
-"""Preconditioning from both sides: damped powers of the factors, their product, its norm."""
+"""Preconditioning from both sides: damped powers, products with the gradient, norm recovery."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def damped_powers(
 
     Args:
         factors: The moments, in any form.
-        amount: Of a side and its factor, what is added to the diagonal (k, b).
-        power: Which power, and how.
-        previous: The last operators, where new ones may start.
+        amount: Function that returns the damping (k, b), given a side and its factor.
+        power: The power and its solver.
+        previous: The last operators, as a start for the new ones, or None.
 
     Returns:
         Operators by slot, and a bool tensor (k,) that is False where one failed.
@@ -55,8 +55,8 @@ def two_sided(operators: Operators, gradients: Tensor) -> Tensor:
 def relative_damping(factor: Factor, damping: Tensor | float) -> Tensor:
     """``damping lambda_max`` of each block of a factor: (k, b).
 
-    A block that is nothing beside its layer's others (a saturated head, a dead channel) is damped
-    as rounding asks, and a layer that is nothing at all by 1.
+    A block that is negligible beside the layer's other blocks (a saturated head, a dead channel)
+    gets a damping at the level of rounding errors. A layer of zeros gets 1.
     """
     value = factor.largest_eigenvalue()
     rounding = 10 * torch.finfo(factor.tensors[0].dtype).eps
@@ -66,7 +66,10 @@ def relative_damping(factor: Factor, damping: Tensor | float) -> Tensor:
 
 
 def exact_relative_damping(factor: Factor, damping: Tensor | float) -> Tensor:
-    """The same, but a block takes its layer's largest eigenvalue only where its own is zero."""
+    """``damping lambda_max`` (k, b), with the layer's largest eigenvalue for a block of zeros.
+
+    A layer of zeros gets 1.
+    """
     value = factor.largest_eigenvalue()
     amount = damping * torch.where(value > 0, value, value.amax(-1, keepdim=True))
     return torch.where(amount > 0, amount, 1)
@@ -75,8 +78,8 @@ def exact_relative_damping(factor: Factor, damping: Tensor | float) -> Tensor:
 def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:
     """Scales each layer's direction (k, b, o, i) to its gradient's Frobenius norm (thesis (3.7)).
 
-    One scalar a layer, over all its blocks, weight and joint bias together. In place, unless the
-    two are the same.
+    Each layer has one scalar for all its blocks, weight and joint bias together. The change is in
+    place unless `directions` and `gradients` are the same tensor.
     """
     target = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
     size = torch.linalg.vector_norm(directions, dim=(1, 2, 3), keepdim=True)

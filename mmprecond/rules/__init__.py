@@ -1,4 +1,4 @@
-"""Rules: what is done with directions. They know nothing of curvature."""
+"""Rules: updates from directions, without any knowledge of curvature."""
 
 from .adam import AdamW
 from .adan import Adan

@@ -1,4 +1,4 @@
-"""Adam with weight decay apart from its moments."""
+"""Adam with weight decay outside the moments."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ DECAYS = ('decoupled', 'published')
 
 
 class AdamW(Rule):
-    """Adam with weight decay apart from the moments.
+    """Adam with weight decay outside the moments.
 
-    ``d = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)``, then ``p -= lr d`` and decay by
-    lr weight_decay p ('decoupled', as torch) or lr / (1 - beta1^t) weight_decay p ('published': ten
-    times as much at the first step, as in the code of AdaNKFAC and AdaBK).
+    The update is ``d = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)``, applied as
+    ``p -= lr d``. The decay of p is lr weight_decay p ('decoupled', as in torch), or
+    lr / (1 - beta1^t) weight_decay p ('published', as in the code of AdaNKFAC and AdaBK). The
+    latter is ten times as much at the first step.
 
     Args:
         decay: 'decoupled' or 'published'.
@@ -53,7 +54,7 @@ class AdamW(Rule):
     def moments(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> tuple[list[Tensor], list[Tensor], int]:
-        """Updates the first and second moments; returns them and the steps they have seen."""
+        """Updates the first and second moments; returns them and their number of steps."""
         beta1, beta2 = group['betas']
         step = states[0].get('step', 0) + 1
         first = moments_of(states, 'exp_avg', params)

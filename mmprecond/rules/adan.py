@@ -14,12 +14,13 @@ from .base import Group, State, moments_of
 class Adan(AdamW):
     """Adan: moments of the gradient, of its change, and of the gradient looked ahead.
 
-    With the change c = g - g_before (0 at first): m, w and n are the moving averages of g, c and
-    (g + beta2 c)^2, ``d = (m' + beta2 w') / (sqrt(n') + eps)`` with the bias-corrected ones, then
+    The change is c = g - g_before (0 at first). m, w and n are the moving averages of g, c and
+    (g + beta2 c)^2; m', w' and n' are these averages after bias correction. The update is
+    ``d = (m' + beta2 w') / (sqrt(n') + eps)``, applied as
     ``p <- (p - lr d) / (1 + lr weight_decay)``.
 
-    Source: Adan (arXiv 2208.06677), Algorithm 1 without restart, with decays written as weights of
-    the old value, as its code does.
+    Source: Adan (arXiv 2208.06677), Algorithm 1 without restart. Decays are weights of the old
+    value, as in its code.
     """
 
     defaults = dict(betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0)

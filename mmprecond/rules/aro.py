@@ -19,24 +19,25 @@ ROTATED_SIDES = ('left', 'right', 'smaller')
 #: Passes of the Sinkhorn normalisation.
 PASSES = 5
 
-#: Rows count as rounding below so many units of it, relative to the matrix. Measured: at most two
-#: for tall matrices, and 33 for a softmax head, where it grows with the condition.
+#: Largest norm of a row that counts as a rounding error, in units of machine epsilon times the
+#: norm of the matrix. Measured norms of such rows were at most 2 for tall matrices, and 33 for a
+#: softmax head, where they grow with the condition number.
 ROUNDING = 1000
 
-#: Root mean square of a matrix's update: about that of AdamW's, so that both share a rate.
+#: Root mean square of a matrix's update. AdamW's is about the same, so both share a learning rate.
 RMS = 0.2
 
 
 class ARORule(MatrixRule):
     """ARO for matrices, AdamW for other parameters.
 
-    With the gradient G (m, n), transposed where the right side is rotated, ``M = mu M +
-    (1 - mu) G``, ``R <- Q factor of M f(R' M)'``, and the update is ``R f(R' M)`` with the new R
-    (m, m), at a root mean square of 0.2.
+    G (m, n) is the direction, transposed if the right side is rotated. A step computes the momentum
+    ``M <- mu M + (1 - mu) G`` and the rotation ``R <- Q factor of M f(R' M)'`` (m, m). The update
+    is ``R f(R' M)`` with the new R, scaled to a root mean square of 0.2.
 
     Args:
-        norm: f; 'sinkhorn': rows to length sqrt(n), then columns to sqrt(m), five times over;
-            'row_norm': rows to length sqrt(n); 'sign'.
+        norm: The normalisation f. 'sinkhorn' scales rows to length sqrt(n), then columns to length
+            sqrt(m), five times. 'row_norm' scales rows to length sqrt(n). 'sign' takes signs.
         max_dim: A matrix whose rotated side is larger takes AdamW.
     """
 
@@ -87,9 +88,9 @@ def rotated_step(
     """One step of ARO on momenta.
 
     Args:
-        matrix: M (k, m, n); where it is zero the rotation stays and the update is zero.
+        matrix: M (k, m, n). A zero M keeps its rotation and gives a zero update.
         rotation: R (k, m, m).
-        norm: f.
+        norm: The normalisation f.
 
     Returns:
         The new R, and updates (k, m, n) of root mean square `RMS`.
@@ -105,11 +106,11 @@ def rotated_step(
 
 
 def q_factor(matrix: Tensor, normed: Tensor) -> Tensor:
-    """The orthogonal factor Q of ``M X' = Q T``, the diagonal of T not negative.
+    """Orthogonal factor Q of ``M X' = Q T``, with a non-negative diagonal of T.
 
-    Columns that this leaves open - where rows of X are zero, and beyond the columns of M - complete
-    the others as Householder's reflections of M do, so that they do not depend on rounding, and all
-    of M is in the span of the others, however M X' is conditioned.
+    The equation does not determine the columns of Q at zero rows of X, nor columns beyond the width
+    of M. Householder reflections of M supply these columns, so they do not depend on rounding
+    errors. The other columns span M, whatever the condition number of M X'.
 
     Args:
         matrix: M (k, m, n).
@@ -142,7 +143,7 @@ def _is_right(shape: tuple[int, ...], group: Group) -> bool:
 def _zero_rounding_rows(matrix: Tensor) -> Tensor:
     """Zero for the rows (..., m, n) that are but rounding errors, which a norm would enlarge.
 
-    A softmax head's gradient is one such row short, a matrix with more rows than columns several.
+    There is one such row for a softmax head, and several for a matrix with more rows than columns.
     """
     rows = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
     total = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
@@ -150,7 +151,7 @@ def _zero_rounding_rows(matrix: Tensor) -> Tensor:
 
 
 def _scale_vectors(matrix: Tensor, dim: int, length: float) -> Tensor:
-    """Rows (dim=-1) or columns (-2) at the given length, or zero."""
+    """Scales rows (dim=-1) or columns (dim=-2) to the given length; zeros stay zero."""
     norms = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True)
     return matrix * (length / torch.where(norms > 0, norms, 1))
 
@@ -165,7 +166,7 @@ def _sinkhorn(matrix: Tensor) -> Tensor:
     return matrix
 
 
-#: f, by name.
+#: Normalisations f by name.
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     'sinkhorn': _sinkhorn,
     'row_norm': _row_norm,

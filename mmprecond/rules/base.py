@@ -1,8 +1,8 @@
-"""Rules: how a direction, that is a gradient or a preconditioned one, becomes an update.
+"""Contract of a rule, which turns directions (gradients, preconditioned or not) into updates.
 
-A rule first computes updates from directions, keeping its moments, then moves the parameters. In
-between a rotation may turn the updates back. Both work on lists of tensors that share their
-hyper-parameters.
+A rule first computes updates from directions and its moments. It then applies the updates to the
+parameters. In between, a preconditioner may transform the updates. Both steps work on lists of
+tensors with equal hyper-parameters.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Group = dict[str, Any]
 
 
 class Rule(ABC):
-    """A first-order rule.
+    """First-order rule.
 
     Attributes:
         hyper: Names of the group entries that the rule reads.
-        defaults: Their values where the user gives none; there is none for lr.
+        defaults: Default values of these entries; lr has none.
         linear_moments: Names of the moments that are sums of directions.
         quadratic_moments: Names of the moments that are sums of squared directions.
-        elementwise: Whether an update scales each entry by that entry's own history, so that the
-            rule differs in another basis; a rotation needs such a rule.
-        exact: Names of what is kept in a dtype of its own, which loading must not change.
+        elementwise: Whether an update scales each entry by the history of that entry alone. Such a
+            rule depends on the basis; rotations need one.
+        exact: Names of state tensors with a dtype of their own, which loading must not change.
     """
 
     hyper: ClassVar[tuple[str, ...]] = ()
@@ -42,12 +42,12 @@ class Rule(ABC):
     exact: ClassVar[tuple[str, ...]] = ()
 
     def key(self, group: Group, state: State) -> Hashable:
-        """Parameters with equal keys are updated together."""
+        """Key of a parameter; parameters with equal keys are updated together."""
         return (*(group[name] for name in self.hyper), state.get('step'))
 
     @classmethod
     def check(cls, group: Group) -> None:
-        """Raises ValueError for a group's bad hyper-parameters."""
+        """Raises ValueError if a hyper-parameter of a group is out of range."""
         for name in ('lr', 'weight_decay'):
             check_number(name, group[name])
 
@@ -59,10 +59,10 @@ class Rule(ABC):
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> list[Tensor]:
-        """Updates, shaped like the parameters; may alias the states' moments."""
+        """Computes updates in the shapes of the parameters; they may alias moments."""
 
     def combine(self, updates: dict[Tensor, Tensor]) -> None:  # noqa: B027
-        """Changes all parameters' updates together, in the dict, once all are computed."""
+        """Changes the updates of all parameters jointly, in the dict, once all are computed."""
 
     @abstractmethod
     def apply_updates(
@@ -71,15 +71,15 @@ class Rule(ABC):
         """Moves the parameters along the negative updates, in place."""
 
     def check_state(self, param: Tensor, state: State, group: Group) -> None:  # noqa: B027
-        """Raises ValueError for a parameter's saved state that does not fit."""
+        """Raises ValueError if the saved state of a parameter does not fit."""
 
     def notes(self, groups: list[Group], names: Mapping[Tensor, str]) -> list[str]:
-        """Lines for the log about parameters that the rule treats otherwise."""
+        """Lines for the log about parameters that the rule treats differently."""
         return []
 
 
 def moments_of(states: list[State], name: str, params: list[Tensor]) -> list[Tensor]:
-    """A moment of each parameter, made where it is missing."""
+    """Returns one moment of each parameter; missing ones are created as zeros."""
     for state, param in zip(states, params, strict=True):
         if name not in state:
             state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

@@ -17,17 +17,17 @@ COLUMN_NORMS = ('l1', 'l2')
 class DCTAdamWRule(MatrixRule):
     """AdamW on the gradient's largest cosine coefficients for matrices, AdamW for the rest.
 
-    With the gradient A (m, s), m >= s (transposed otherwise), the cosine basis Q (s, s) and the
-    columns c of ``A Q`` that are largest: ``a = A Q_c`` (m, r), u is AdamW's update for a, and
-    the matrix's is ``u Q_c'``.
+    A (m, s) is the gradient, transposed if m < s. Q (s, s) is the cosine basis, and c are the
+    largest columns of ``A Q``. The reduced gradient is ``a = A Q_c`` (m, r). If AdamW's update for
+    a is u, the update of the matrix is ``u Q_c'``.
 
     Args:
-        rank: r, at most; s where that is less.
+        rank: Largest r; r is s if that is less.
         refresh_interval: Steps between choices of c; the first step chooses.
-        rotate_subspace: Whether a new choice takes the moments of columns that stay along, and
-            starts the others at zero. Otherwise moments keep their places.
+        rotate_subspace: Whether columns that stay chosen keep their moments, and the moments of new
+            columns start at zero. Otherwise the moments keep their positions.
         error_feedback: Whether ``A - a Q_c'`` is added to the next gradient.
-        norm: Which columns are largest: by 'l1' or 'l2'.
+        norm: Norm that decides which columns are largest, 'l1' or 'l2'.
         max_dim: A matrix with a larger side takes AdamW.
     """
 
@@ -66,7 +66,7 @@ class DCTAdamWRule(MatrixRule):
         return {**shapes, 'columns': (rank,), **({'error': shape} if self.error_feedback else {})}
 
     def basis(self, like: Tensor) -> Tensor:
-        """The cosine basis for the columns of a tensor; made once for each size."""
+        """Cosine basis for the columns of a tensor; computed once for each size."""
         key = (like.shape[-1], like.dtype, like.device)
         if key not in self._bases:
             self._bases[key] = cosine_basis(*key)
@@ -94,7 +94,7 @@ class DCTAdamWRule(MatrixRule):
         return update.mT if wide else update
 
     def _select_columns(self, matrix: Tensor, states: list[State]) -> None:
-        """Chooses columns of the basis anew, and turns the moments to them."""
+        """Chooses new columns of the basis and maps the moments to them."""
         transform = matrix @ self.basis(matrix)
         sizes = (transform.abs() if self.norm == 'l1' else transform.square()).sum(-2)
         # In the basis' order: the same columns, chosen in another order, change nothing.

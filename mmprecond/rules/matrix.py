@@ -1,4 +1,4 @@
-"""Rules that treat matrices in a way of their own, and everything else as AdamW does."""
+"""Base class of rules with special updates for matrices, and AdamW for all else."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ STACKED = 2**26
 
 
 class MatrixRule(AdamW):
-    """AdamW, except for matrices, whose updates a subclass finds.
+    """AdamW, except for matrices, whose updates a subclass computes.
 
-    A matrix is a parameter with two or more dimensions, as its first dimension by all others. It
-    takes AdamW all the same if it is too large, or its group says ``precondition=False``. Weight
-    decay is decoupled for all.
+    A parameter with two or more dimensions is a matrix: its first dimension by all others. A matrix
+    takes AdamW if it is too large, or if its group has ``precondition=False``. Weight decay is
+    decoupled for all parameters.
 
     Args:
         max_dim: Larger matrices take AdamW; a subclass says which side counts.
@@ -48,7 +48,7 @@ class MatrixRule(AdamW):
 
     @abstractmethod
     def state_shapes(self, shape: tuple[int, int], group: Group) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is kept for a matrix, by name."""
+        """Shapes by name of the state tensors of a matrix."""
 
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
@@ -119,7 +119,7 @@ class MatrixRule(AdamW):
 
 
 def matrix_shape(param: Tensor) -> tuple[int, int]:
-    """Rows and columns of a parameter as a matrix."""
+    """Numbers of rows and columns of a parameter as a matrix."""
     return param.shape[0], param.numel() // param.shape[0]
 
 

@@ -12,9 +12,10 @@ from .sgd import SGDM
 
 
 class PartialHessianSGDM(SGDM):
-    """SGDM, but parameters with a Hessian diagonal d move by tau (1 - momentum^n) buf / (d + eps).
+    """SGDM with tau (1 - momentum^n) buf / (d + eps) for parameters with a Hessian diagonal d.
 
-    Their momentum is that of the plain gradient, and weight decay is added after the division.
+    The momentum buf of these parameters is that of the plain gradient. Weight decay is added after
+    the division.
 
     Args:
         rate: tau.
@@ -30,7 +31,7 @@ class PartialHessianSGDM(SGDM):
         self.cycle = 1
 
     def begin_cycle(self, number: int) -> None:
-        """Says in which cycle the next updates are."""
+        """Sets the cycle of the next updates."""
         self.cycle = number
 
     def key(self, group: Group, state: State) -> Hashable:

@@ -1,4 +1,4 @@
-"""The rules that a config may name, and how to add one."""
+"""Rules that a config may name, and their registration."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ RULES: dict[str, type[Rule]] = {
 
 
 def rule_name(rule: type[Rule]) -> str:
-    """The name by which a config calls a rule."""
+    """Name of a rule in configs."""
     return next((name for name, kind in RULES.items() if kind is rule), rule.__name__)
 
 
 def register_rule(rule: type[Rule], name: str | None = None) -> type[Rule]:
-    """Lets configs name one more rule; also a decorator.
+    """Registers a rule for configs; also a decorator.
 
     Args:
-        rule: The rule.
-        name: Its name; by default that of the class, without a trailing 'Rule'.
+        rule: The rule's class.
+        name: Name in configs; default: the name of the class without a trailing 'Rule'.
 
     Returns:
-        The rule.
+        The class.
 
     Raises:
-        TypeError: For what is no complete `Rule`.
-        ValueError: For a name that another rule has, or hyper-parameters without 'lr' and
-            'weight_decay', or without a default.
+        TypeError: If it is no complete subclass of `Rule`.
+        ValueError: If another rule has the name, `hyper` lacks 'lr' or 'weight_decay', or a
+            hyper-parameter has no default.
     """
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise TypeError(f'register_rule takes a subclass of Rule, not {rule!r}')
@@ -71,13 +71,13 @@ def build_rule(config: Any, choices: Sequence[str] | None = None) -> tuple[Rule,
 
     Args:
         config: The rule's type, its options and its hyper-parameters.
-        choices: Types to choose from; by default all.
+        choices: Names of the possible types; default: all.
 
     Returns:
         The rule, and hyper-parameters for all parameter groups.
 
     Raises:
-        ValueError: For what cannot be read, with what to write instead.
+        ValueError: If the config is invalid; the message says what to write instead.
     """
     choices = list(RULES) if choices is None else choices
     names = ', '.join(choices)

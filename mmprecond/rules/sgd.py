@@ -14,7 +14,7 @@ from .base import Group, Rule, State, moments_of
 class SGDM(Rule):
     """SGD with heavy-ball momentum; weight decay is added after preconditioning.
 
-    ``d = V + weight_decay p; buf = momentum buf + d; p -= lr buf``
+    For the direction V: ``d = V + weight_decay p; buf = momentum buf + d; p -= lr buf``.
     """
 
     hyper = ('lr', 'momentum', 'weight_decay')
@@ -49,11 +49,12 @@ class SGDM(Rule):
 class EMASGD(Rule):
     """SGD on the bias-corrected moving average of the directions.
 
-    ``m = momentum m + (1 - momentum) g; d = m / (1 - momentum^t)``, then ``p -= lr d``.
+    For the direction g: ``m = momentum m + (1 - momentum) g; d = m / (1 - momentum^t)``, then
+    ``p -= lr d``.
 
     Args:
-        decay: Of the weights: 'decoupled', lr weight_decay p apart from the average; 'added' to the
-            gradient.
+        decay: Weight decay. 'decoupled': lr weight_decay p, outside the average. 'added':
+            weight_decay p, added to the direction.
     """
 
     hyper = ('lr', 'momentum', 'weight_decay')
@@ -66,7 +67,7 @@ class EMASGD(Rule):
         self._averaged: set[Tensor] | None = None
 
     def average_only(self, params: Iterable[Tensor]) -> None:
-        """Averages these parameters; all others take their directions as they are."""
+        """Averages the directions of these parameters only; all others are not averaged."""
         self._averaged = set(params)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""SOAA's rule: Adam with a diagonal Fisher in a trust region that the training loss adapts."""
+"""SOAA's rule: Adam with a diagonal Fisher and a trust region that depends on the loss."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .base import Group, State
 
 logger = logging.getLogger('mmprecond')
 
-#: What the correction of the Fisher sums over.
+#: Range of the sums in the correction of the Fisher.
 SUMS = ('global', 'parameter')
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of a batch of parameters, which wait for those of all others.
+    """Moments of a batch of parameters, stored until those of all batches are known.
 
     Attributes:
         params: The parameters.
-        first: Their first moments.
-        second: Their second moments.
-        group: Their group.
-        step: Steps that they took.
+        first: First moments of the parameters.
+        second: Second moments of the parameters.
+        group: Group of the parameters.
+        step: Number of steps of the parameters.
     """
 
     params: list[Tensor]
@@ -40,22 +40,22 @@ class Moments:
 
     @property
     def biases(self) -> tuple[float, float]:
-        """Sums of the weights in the two averages."""
+        """Sums of the weights in the averages of the two moments."""
         first, second = (1 - beta**self.step for beta in self.group['betas'])
         return first, second
 
 
 class TrustRegionAdam(AdamW):
-    """Adam's moments and decoupled decay; updates come from all moments together (see `SOAA`).
+    """Adam's moments and decoupled decay, with updates from all moments jointly (see `SOAA`).
 
     Args:
-        gamma: How far the radius may stay from 1 at the end of the run, in (0, 1).
+        gamma: Largest distance of the radius from 1 at the end of the run, in (0, 1).
         radius: Trust radius of the first step.
-        sums: 'global', or 'parameter' for sums over each parameter by itself.
+        sums: 'global', or 'parameter' for a sum over each parameter separately.
 
     Attributes:
-        region: Scalars of float64: the radius; the loss's average, and how much of it is there (the
-            bias correction); the predicted reduction; and the losses that were not finite.
+        region: Scalars in float64: the radius, the average of the loss, the sum of its weights (for
+            the bias correction), the predicted reduction, and the number of non-finite losses.
     """
 
     elementwise: ClassVar[bool] = False
@@ -84,24 +84,24 @@ class TrustRegionAdam(AdamW):
         check_number('eps', group['eps'], open_low=True)
 
     def move_to(self, device: torch.device) -> None:
-        """Keeps the region on a device."""
+        """Moves the region to a device."""
         self.region = {name: value.to(device) for name, value in self.region.items()}
         self._reported = torch.zeros((), dtype=torch.float64, pin_memory=device.type == 'cuda')
 
     def load_region(self, saved: Mapping[str, Tensor]) -> None:
-        """Takes the region of a saved run."""
+        """Loads the region of a saved run."""
         self.region = {
             name: saved[name].to(value, copy=True) for name, value in self.region.items()
         }
 
     def begin_step(self, loss: Tensor, step: int, total_steps: int, first: Group) -> None:
-        """Takes what the next updates need beside directions.
+        """Sets the values that the next updates need in addition to directions.
 
         Args:
-            loss: The loss of the step, a scalar of float64 on the region's device.
-            step: Steps taken.
-            total_steps: Steps of the run.
-            first: The first parameter group, whose `betas` and `eps` the region follows.
+            loss: Loss of the step, a float64 scalar on the region's device.
+            step: Number of steps taken.
+            total_steps: Number of steps of the run.
+            first: The first parameter group, whose `betas` and `eps` the region uses.
         """
         self._pending_moments = []  # an earlier step may have failed
         self._step = step, min(step / total_steps, 1.0), first
@@ -110,13 +110,13 @@ class TrustRegionAdam(AdamW):
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> list[Tensor]:
-        """The first moments, until `combine` replaces them."""
+        """Returns first moments as placeholders, which `combine` replaces."""
         first, second, step = self.moments(params, directions, states, group)
         self._pending_moments.append(Moments(params, first, second, group, step))
         return first
 
     def combine(self, updates: dict[Tensor, Tensor]) -> None:
-        """Makes the updates from all moments, and the radius of the next step."""
+        """Computes the updates from all moments, and the radius of the next step."""
         pending, self._pending_moments = self._pending_moments, []
         if not pending:
             return
@@ -130,7 +130,7 @@ class TrustRegionAdam(AdamW):
         self.adapt(self._loss, predicted)
 
     def _fisher_corrections(self, pending: list[Moments]) -> list[Tensor]:
-        """``1 + sum m^2 / sum(v + eps)`` of each batch: a scalar, or one value a parameter."""
+        """``1 + sum m^2 / sum(v + eps)`` of each batch: a scalar, or one value per parameter."""
         squares, sums = [], []
         for moments in pending:
             bias1, bias2 = moments.biases
@@ -146,7 +146,7 @@ class TrustRegionAdam(AdamW):
         return [(1 + square / total).to(batch.device) for batch in squares]
 
     def adapt(self, loss: Tensor, predicted: Tensor) -> None:
-        """The radius of the next step, and what it is made with; what is not finite stays out."""
+        """Updates the region for the next step; values that are not finite are ignored."""
         old = self.region
         step, progress, group = self._step
         new_weight = 1 - group['betas'][0]
@@ -165,7 +165,7 @@ class TrustRegionAdam(AdamW):
         self._warn_nonfinite_loss(step)
 
     def _warn_nonfinite_loss(self, step: int) -> None:
-        """Says once that a loss was not finite; on a GPU a step later, so as not to wait for it."""
+        """Warns once of a non-finite loss; on a GPU one step later, to avoid a wait."""
         self._reported.copy_(self.region['skipped'], non_blocking=True)
         if not self._warned and self._reported:
             self._warned = True
@@ -179,7 +179,7 @@ class TrustRegionAdam(AdamW):
 def _trusted_updates(
     moments: Moments, correction: Tensor, radius: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """``u = d m / (max(d F, sqrt(v)) + eps)`` of one batch, and its ``<m, u> - <v, u^2> / 2``."""
+    """``u = d m / (max(d F, sqrt(v)) + eps)`` of one batch, and ``<m, u> - <v, u^2> / 2``."""
     first, second = moments.first, moments.second
     bias1, bias2 = moments.biases
     scale = torch._foreach_sqrt(second)
@@ -201,7 +201,7 @@ def _trusted_updates(
 
 
 def _sums(tensors: Sequence[Tensor], shifts: list[float] | None = None) -> Tensor:
-    """The sum of each tensor, none of whose entries is negative, in float64."""
+    """Sum of each tensor in float64; no entry may be negative."""
     sums = torch._foreach_norm(list(tensors), 1)
     if shifts is not None:
         torch._foreach_add_(sums, shifts)

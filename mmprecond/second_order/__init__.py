@@ -1,4 +1,4 @@
-"""Second derivatives: differentiating twice, and weights as length times direction."""
+"""Second derivatives: double backward and weight normalisation."""
 
 from .double_backward import (
     detach_gradients,

@@ -1,4 +1,4 @@
-"""Differentiating twice: what cannot be, and the gradients of ranks and their graphs."""
+"""Double backward: unsupported modules, means over ranks, and graphs of gradients."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _ONCE_DIFFERENTIABLE_ON_CUDA = {
 
 
 def refuse_single_backward(model: nn.Module, owner: str) -> None:
-    """Raises ValueError if a module of the model has no second derivative, naming a way out.
+    """Raises ValueError, with an alternative, if a module of the model has no second derivative.
 
     Args:
-        model: The module.
-        owner: The optimizer that differentiates twice.
+        model: The model.
+        owner: Name of the optimizer that differentiates twice.
     """
     unsupported = _ONCE_DIFFERENTIABLE | (
         _ONCE_DIFFERENTIABLE_ON_CUDA if torch.cuda.is_available() else {}
@@ -62,7 +62,7 @@ def fill_missing(groups: Sequence[dict[str, Any]]) -> set[Tensor]:
         groups: The optimizer's parameter groups.
 
     Returns:
-        The parameters that got one.
+        The parameters that received a zero gradient.
     """
     filled: set[Tensor] = set()
     if world_size() == 1:
@@ -78,14 +78,14 @@ def fill_missing(groups: Sequence[dict[str, Any]]) -> set[Tensor]:
 
 
 def mean_over_ranks(tensors: list[Tensor]) -> None:
-    """Means over the ranks, in place."""
+    """Averages tensors over the ranks, in place."""
     if world_size() > 1:
         sum_over_ranks(tensors)
         torch._foreach_div_(tensors, world_size())
 
 
 def detach_gradients(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """Frees the graph of all gradients, which holds the parameters it is held by.
+    """Frees the graph of all gradients, which is part of a reference cycle with the parameters.
 
     Args:
         groups: The optimizer's parameter groups.

@@ -1,4 +1,4 @@
-"""Weights as length times direction, for networks without normalisation (thesis 2.3.4)."""
+"""Weight normalisation: weights as length times unit vector (thesis 2.3.4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm as parametrise
 
 
 class Length(nn.Parameter):
-    """The lengths of a weight's filters; copies of a model keep the type."""
+    """Lengths of a weight's filters; copies of a model keep the type."""
 
 
 def is_vector(parameter: Tensor) -> bool:
@@ -18,15 +18,15 @@ def is_vector(parameter: Tensor) -> bool:
 
 
 def weight_norm(model: nn.Module) -> nn.Module:
-    """Writes every convolution's weight as length times direction, for networks without norms.
+    """Parametrises the weight of every convolution as length times unit vector.
 
-    Call it before the optimizer is built: SGDPH then treats the lengths as 1-D parameters. A config
-    takes `WeightNormConv2d` instead.
+    The function is for networks without normalisation layers. Call it before the optimizer is
+    built, so that SGDPH treats the lengths as 1-D parameters. Configs use `WeightNormConv2d`.
 
     Source: thesis 2.3.4, with torch's own parametrization.
 
     Args:
-        model: Changed in place.
+        model: The model, changed in place.
 
     Returns:
         The model.
@@ -38,11 +38,12 @@ def weight_norm(model: nn.Module) -> nn.Module:
 
 
 class WeightNormConv2d(nn.Conv2d):
-    """A convolution whose weight is length times direction: ``conv_cfg=dict(type=...)``.
+    """Convolution whose weight is length times unit vector: ``conv_cfg=dict(type=...)``.
 
-    Arguments as for `nn.Conv2d`. It starts from Kaiming's rule (normal, fan out); a config's
-    `init_cfg` does not reach a weight that is computed. Checkpoints of plain convolutions load. It
-    cannot be fused with a batch normalisation (mmcv's `fuse_conv_bn`), nor pickled as a module.
+    The arguments are those of `nn.Conv2d`. The initial weight follows Kaiming's rule (normal, fan
+    out), because a config's `init_cfg` does not reach a computed weight. Checkpoints of plain
+    convolutions load. The module cannot be fused with a batch normalisation (mmcv's
+    `fuse_conv_bn`), nor pickled.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,7 +52,7 @@ class WeightNormConv2d(nn.Conv2d):
         _parametrise_weight(self)
 
     def init_weights(self) -> None:
-        """Keeps what the constructor chose, where MMCV would fill the computed weight."""
+        """Keeps the constructor's initial weight; MMCV would write to the computed weight."""
 
 
 def _parametrise_weight(module: nn.Module) -> None:
@@ -62,7 +63,7 @@ def _parametrise_weight(module: nn.Module) -> None:
 
 
 def _split_plain_weight(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Splits the weight of a checkpoint that knows no lengths."""
+    """Splits the weight of a checkpoint that was saved without lengths."""
     weight = state.pop(f'{prefix}weight', None)
     if weight is not None:
         parts = module.parametrizations.weight[0].right_inverse(weight)

@@ -1,7 +1,7 @@
 """Closeness of low rank to exact inverses: rank, cosine and memory of each layer of a ResNet.
 
-Trains a ResNet-18 on shapes with NKFAC, then makes each layer's operators from its moments, and
-compares directions with those of exact inverses in float64.
+Trains a ResNet-18 on shapes with NKFAC. Then computes low-rank operators from the moments of each
+layer, and compares their directions with those of exact inverses in float64.
 
     python tools/analysis_tools/accuracy.py --steps 60 --tolerances 0.1,0.01 --sketches 256,512
 """
@@ -36,7 +36,7 @@ from common.timing import now
 
 
 def images(folder: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Shapes (n, 3, h, w) in about unit scale, and their classes."""
+    """Images of shapes (n, 3, h, w) at about unit scale, and their classes."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -47,7 +47,7 @@ def images(folder: Path, count: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def train_model(args: argparse.Namespace) -> tuple[Any, NKFAC]:
-    """A ResNet-18 after some steps, its gradients in place."""
+    """Trains a ResNet-18 for some steps and keeps its gradients."""
     model: Any = build_model('resnet18')
     model.init_weights()
     optimizer = NKFAC(
@@ -72,7 +72,7 @@ def train_model(args: argparse.Namespace) -> tuple[Any, NKFAC]:
 
 
 def exact_direction(factors: Factors, gradient: Tensor) -> Tensor:
-    """The direction by inverses in float64."""
+    """Direction by exact inverses in float64."""
     method = NewtonKronecker(solver='cholesky')
     doubled = {
         side: Factor(factor.form, (factor.tensor.double(),)) for side, factor in factors.items()
@@ -84,7 +84,7 @@ def exact_direction(factors: Factors, gradient: Tensor) -> Tensor:
 
 
 def sketch_input_factor(layer: Layer, factors: Factors, rank: int) -> Factors:
-    """The factors with the input's as columns, as a sketch of a rank gives them."""
+    """Factors of a layer, with columns from a sketch of some rank for the input factor."""
     moment = factors[INPUT].tensor
     if moment.shape[-1] <= 2 * rank:
         return factors
@@ -100,7 +100,7 @@ def count_numbers(factors: Factors) -> int:
 
 
 def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[Any, ...]]]:
-    """Rows by way: a layer's name, its sides, columns kept, cosine, and numbers kept of dense."""
+    """Rows by method: name of a layer, sides, columns, cosine, numbers kept, dense numbers."""
     method = NewtonKronecker(solver='lowrank')
     rows_by_way: dict[str, list[tuple[Any, ...]]] = {}
     jobs = [
@@ -146,7 +146,7 @@ def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[
 
 
 def report(rows_by_way: dict[str, list[tuple[Any, ...]]]) -> str:
-    """A line for each way, then its worst layers."""
+    """Formats a line for each method, then its worst layers."""
     cells = []
     for way, rows in rows_by_way.items():
         columns = [c for row in rows for c in row[2]]

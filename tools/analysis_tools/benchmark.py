@@ -1,8 +1,8 @@
 """Times optimizers side by side: plain steps, steps that measure, steps that refresh.
 
 All optimizers train copies of one model, in one process and in turns (A B A B). Models come from
-the configs of MMDetection and MMPretrain, with random weights, on noise. Writes a table in
-Markdown, the numbers as JSON, and a bar chart.
+the configs of MMDetection and MMPretrain, with random weights and noise as input. The output is a
+table in Markdown, the numbers as JSON, and a bar chart.
 
     python tools/analysis_tools/benchmark.py --models resnet18 --size 112 112 --batch 16 \\
         --optimizers SGD,AdamW,NKFAC,NKFAC:solver=cholesky,NKFAC:solver=lowrank
@@ -46,12 +46,12 @@ from common.timing import now
 USUAL = 'SGD,AdamW,NKFAC:solver=cholesky,NKFAC:solver=lowrank,AdamR,FSGD,FAdam:solver=lowrank'
 #: Cycles of `REFRESH` steps that are not counted: Newton's first three refreshes are exact.
 WARM_UP = 3
-#: Different batches, taken in turns: those of one alone would have few directions.
+#: Number of different batches, taken in turns; moments of a single batch would have a low rank.
 BATCHES = 8
 
 
 def gemm_rate(device: str, size: int = 2048) -> float:
-    """Floating-point operations a second of a square product, the best of some."""
+    """FLOPs per second of a square product, the best of several."""
     matrix = torch.randn(size, size, device=device)
     best = float('inf')
     for _ in range(6):
@@ -62,7 +62,7 @@ def gemm_rate(device: str, size: int = 2048) -> float:
 
 
 def measure(entries: list[Entry], batches: list[dict[str, Any]], cycles: int) -> None:
-    """Trains all in turns and notes times, first some cycles that do not count."""
+    """Trains all entries in turns and records times, after some cycles of warm-up."""
     steps = (WARM_UP + cycles) * REFRESH
     for step in tqdm(range(steps), unit='step', mininterval=5):
         batch = batches[step % BATCHES]
@@ -84,7 +84,7 @@ def summary(
     rate: float,
     intervals: list[tuple[int, int]],
 ) -> dict[str, Any]:
-    """One optimizer's numbers; times in seconds, memory in MB."""
+    """Results of one optimizer, with times in seconds and memory in MB."""
     whole = {kind: median(times) for kind, times in entry.seconds.items() if times}
     plain = whole['plain']
     extra = {kind: whole.get(kind, plain) for kind in KINDS}
@@ -117,7 +117,7 @@ def summary(
 
 
 def p99(seconds: dict[str, list[float]], capture: int, refresh: int) -> float:
-    """The 99th percentile of iterations if kinds came as often as these intervals say."""
+    """The 99th percentile of iteration times for the frequencies of these intervals."""
     shares = {'refresh': 1 / refresh, 'statistics': 1 / capture - 1 / refresh}
     shares['plain'] = 1 - 1 / capture
     if not seconds['refresh']:
@@ -137,7 +137,7 @@ def p99(seconds: dict[str, list[float]], capture: int, refresh: int) -> float:
 
 
 def against_forecast(entry: Entry, batch: dict[str, Any], rate: float) -> dict[str, Any]:
-    """A plain step's products as they were: operations, their time at the GEMM's rate."""
+    """Products of a plain step: their FLOPs, and their time at the rate of the GEMM."""
     optimizer: Any = entry.optimizer
     while entry.kind(optimizer.t) != 'plain':
         entry.train(batch)
@@ -165,7 +165,7 @@ def against_forecast(entry: Entry, batch: dict[str, Any], rate: float) -> dict[s
 
 
 def peak_on_cpu(model: str, spec: str, args: argparse.Namespace) -> float:
-    """Peak memory in MB of a process that trains with this optimizer alone."""
+    """Peak memory in MB of a process that trains with this optimizer only."""
     command = [
         sys.executable,
         __file__,
@@ -186,7 +186,7 @@ def peak_on_cpu(model: str, spec: str, args: argparse.Namespace) -> float:
 
 
 def child(args: argparse.Namespace) -> None:
-    """One cycle of one optimizer; prints the peak memory, as Linux counts it."""
+    """Trains one cycle of one optimizer and prints the peak memory by Linux's count."""
     model = build_model(args.models[0], args.device)
     batches = noise(model, args.batch, tuple(args.size), BATCHES)
     entry = Entry(args.optimizers[0], model, build_optimizer(args.optimizers[0], model))
@@ -197,7 +197,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def run(name: str, args: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measures all optimizers on one model; writes and returns its results."""
+    """Measures all optimizers on one model; writes and returns the results."""
     model = build_model(name, args.device)
     batches = noise(model, args.batch, tuple(args.size), BATCHES)
     entries = []
@@ -231,7 +231,7 @@ def run(name: str, args: argparse.Namespace, say: Callable[[str], None] = print)
 
 
 def intervals(text: str) -> list[tuple[int, int]]:
-    """Pairs from CAPTURE/REFRESH,CAPTURE/REFRESH."""
+    """Parses pairs from CAPTURE/REFRESH,CAPTURE/REFRESH."""
     pairs = [[int(n) for n in pair.split('/')] for pair in text.split(',')]
     if not all(len(pair) == 2 and min(pair) > 0 for pair in pairs):
         raise argparse.ArgumentTypeError(f'{text!r} is not like 20/200,100/1000')

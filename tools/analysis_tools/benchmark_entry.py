@@ -1,4 +1,4 @@
-"""An optimizer that benchmark.py times: its copy of the model, its steps and their kinds."""
+"""Optimizer that benchmark.py times, with its copy of the model and its kinds of steps."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Entry:
     """One optimizer with its copy of the model.
 
     Attributes:
-        name: As the user wrote it.
-        model: Its copy.
+        name: Name in the user's notation.
+        model: Copy of the model.
         optimizer: The optimizer.
-        seconds: Times of whole iterations by the kind of step.
+        seconds: Times of whole iterations by kind of step.
         steps: Times of `optimizer.step()` alone.
         peak_mb: Peak memory.
     """
@@ -44,21 +44,21 @@ class Entry:
 
     @property
     def base(self) -> str:
-        """The first-order optimizer that it is compared with."""
+        """First-order optimizer of the comparison."""
         return 'AdamW' if 'betas' in self.optimizer.defaults else 'SGD'
 
     def kind(self, step: int) -> str:
-        """Work of a step beside training."""
+        """Kind of a step: plain, with a capture, or with a refresh."""
         if not isinstance(self.optimizer, PreconditionedOptimizer):
             return 'plain'
         method = self.optimizer.curvature.stacks[0].method
-        if method.stat_interval != CAPTURE:  # it measures at every step by its nature
+        if method.stat_interval != CAPTURE:  # the method always measures at every step
             return 'plain'
         count = step + method.phase
         return 'plain' if count % CAPTURE else 'statistics' if count % REFRESH else 'refresh'
 
     def train(self, batch: dict[str, Any]) -> tuple[float, float]:
-        """One iteration: seconds of all of it, and of the optimizer's step."""
+        """Runs one iteration; returns its seconds, and those of the optimizer's step."""
         start = now(batch['inputs'])
         loss = self.model.parse_losses(self.model(**batch, mode='loss'))[0]
         self.optimizer.zero_grad()
@@ -71,7 +71,7 @@ class Entry:
         return end - start, end - middle
 
     def state_mb(self) -> float:
-        """Moments, statistics and operators."""
+        """Memory of moments, statistics and operators."""
         tensors = [t for state in self.optimizer.state.values() for t in flatten_state(state)]
         curvature = getattr(self.optimizer, 'curvature', None)
         for stack in curvature.stacks if curvature else []:
@@ -80,7 +80,7 @@ class Entry:
 
 
 def flatten_state(state: Any) -> list[torch.Tensor]:
-    """The tensors in a nested state."""
+    """Yields the tensors in a nested state."""
     if isinstance(state, torch.Tensor):
         return [state]
     values = state.values() if isinstance(state, dict) else state
@@ -92,7 +92,7 @@ def flatten_state(state: Any) -> list[torch.Tensor]:
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """A name and its settings from NAME:key=value:key=value."""
+    """Parses a name and its settings from NAME:key=value:key=value."""
     name, *settings = spec.split(':')
     options: dict[str, Any] = {}
     for setting in settings:
@@ -105,7 +105,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
-    """One of torch's, ours or the package pytorch_optimizer's, at a rate that changes little."""
+    """Builds an optimizer of torch, ours or pytorch_optimizer, at a rate that changes little."""
     name, options = parse_spec(spec)
     if name in ('SGD', 'AdamW'):
         extra = dict(momentum=0.9) if name == 'SGD' else {}
@@ -134,7 +134,7 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def timed() -> list[str]:
-    """Our optimizers that need no more than a learning rate, and no second derivatives."""
+    """Names of our optimizers that need only a learning rate and no second derivatives."""
     kinds = {name: getattr(optimizers, name) for name in optimizers.__all__}
     return [
         name
@@ -147,7 +147,7 @@ def timed() -> list[str]:
 
 
 def installed_peers() -> dict[str, Any]:
-    """Other preconditioned optimizers, of the optional package pytorch_optimizer."""
+    """Preconditioned optimizers of the optional package pytorch_optimizer."""
     try:
         import pytorch_optimizer
     except ImportError:

@@ -13,7 +13,7 @@ from common.tables import markdown
 
 
 def report(model: str, results: list[dict[str, Any]], args: argparse.Namespace, rate: float) -> str:
-    """The table of one model."""
+    """Table of one model."""
     keys = [f'{capture}/{refresh}' for capture, refresh in args.intervals]
     head = (
         f'### {model}, {args.batch} x {args.size[0]} x {args.size[1]}, {describe(args)}\n\n'
@@ -37,7 +37,7 @@ def report(model: str, results: list[dict[str, Any]], args: argparse.Namespace, 
 
 
 def row(result: dict[str, Any], keys: list[str]) -> list[str]:
-    """Cells of one optimizer."""
+    """Table cells of one optimizer."""
     times = [
         f'{result["iteration"][kind]:.3f}' if kind in result['iteration'] else '-' for kind in KINDS
     ]
@@ -65,14 +65,14 @@ def row(result: dict[str, Any], keys: list[str]) -> list[str]:
 
 
 def describe(args: argparse.Namespace) -> str:
-    """The hardware."""
+    """Description of the hardware."""
     if args.device.startswith('cuda'):
         return torch.cuda.get_device_name()
     return f'{torch.get_num_threads()} CPU threads, torch {torch.__version__}'
 
 
 def chart(model: str, results: list[dict[str, Any]], key: str, path: Path) -> None:
-    """Bars: iterations as many times the base optimizer's."""
+    """Plots bars of iteration times relative to the base optimizer."""
     from matplotlib.figure import Figure
 
     shown = [r for r in results if key in r['overhead']]

@@ -1,4 +1,4 @@
-"""Times what a capture adds, layer by layer, against laying out all patches and multiplying them.
+"""Times captures, layer by layer, against products of all patches in memory.
 
 python tools/analysis_tools/captures.py --model resnet18 --size 112 112 --batch 16
 """
@@ -32,7 +32,7 @@ from common.timing import seconds_of
 
 @dataclass
 class Recorded:
-    """One call of a layer with what a capture reads of it."""
+    """One call of a layer, with the tensors that a capture reads."""
 
     call: Call
     kept: tuple[Tensor, ...]
@@ -61,7 +61,7 @@ def record(model: Any, batch: dict[str, Any], optimizer: NKFAC) -> list[Recorded
 
 
 def unfolded_factors(recorded: Recorded) -> list[Tensor]:
-    """Both factors from laid-out rows, as research codes form them."""
+    """Computes both factors from rows in memory, as in research code."""
     module: Any = recorded.call.module
     (inputs,), gradient = recorded.kept, recorded.gradient
     if gradient.dim() == 4 and inputs.dim() == 4:
@@ -76,7 +76,7 @@ def unfolded_factors(recorded: Recorded) -> list[Tensor]:
 
 
 def measure_call(recorded: Recorded, statistics: Sequence[Statistic]) -> dict[str, Tensor]:
-    """The same as the package does it."""
+    """Computes both factors with the package."""
     kept = tuple(map(rounded, recorded.kept))
     return recorded.call.layer.measure(
         recorded.call, kept, rounded(recorded.gradient), statistics, torch.Generator()
@@ -86,7 +86,7 @@ def measure_call(recorded: Recorded, statistics: Sequence[Statistic]) -> dict[st
 def compare(
     calls: list[Recorded], optimizer: NKFAC, turns: int, precision: str
 ) -> dict[Layer, list[float]]:
-    """Seconds of ours and of laid-out rows by layer, each the least of some turns, in turns."""
+    """Seconds by layer of the package and of rows in memory, each the least of some turns."""
     seconds: dict[Layer, list[float]] = {}
     for recorded in tqdm(calls, unit='call'):
         statistics = optimizer.curvature.layers[recorded.call.layer].kept
@@ -101,7 +101,7 @@ def compare(
 
 
 def table(seconds: dict[Layer, list[float]]) -> str:
-    """One row for each layer, and the sum, in Markdown."""
+    """Markdown table with a row for each layer, and the sum."""
     rows = [
         (layer.name.removesuffix('.weight'), f'{layer.rows} x {layer.columns}', captured, unfolded)
         for layer, (captured, unfolded) in seconds.items()

@@ -1,8 +1,9 @@
 """Compares finished or running trainings from MMEngine's own logs.
 
-Reads the work folders of tools/train.py (or of MMDetection's and MMPretrain's), and writes
-report.md and report.html: final scores beside the thesis's where the config names them, curves of
-loss and scores against iterations and seconds, what differs between the configs, and the machines.
+Reads the work folders of tools/train.py (or of MMDetection's and MMPretrain's own tools), and
+writes report.md and report.html. The reports have final scores (beside those of the thesis if the
+config names them), curves of loss and scores against iterations and seconds, the differences
+between the configs, and the machines.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from common.logs import Curves, log_files
 from paper.rows import departures, plain, row_of
 
 TEMPLATES = Path(__file__).resolve().parent / 'templates'
-#: Scores in a table row of the paper, by their names in the log: of boxes alone, and of masks too.
+#: Scores in a table row of the paper, by their names in the log: for boxes, and for masks too.
 BOX = {
     'AP': 'coco/bbox_mAP',
     'AP50': 'coco/bbox_mAP_50',
@@ -42,7 +43,7 @@ MASK = {
     'APm75': 'coco/segm_mAP_75',
 }
 TOP_1 = {'top1': 'accuracy/top1'}  # in per cent already
-#: Scores that are drawn, if a run has them.
+#: Scores with a curve, if a run has them.
 HEADLINES = ('coco/bbox_mAP', 'coco/segm_mAP', 'accuracy/top1')
 MACHINE = (
     'Python',
@@ -54,21 +55,21 @@ MACHINE = (
     'Distributed training',
     'GPU number',
 )
-#: Parts of a config that say nothing of the method.
+#: Parts of a config that do not concern the method.
 UNINTERESTING = ('work_dir', 'resume', 'load_from', 'launcher', 'visualizer', 'vis_backends')
 
 
 @dataclass
 class Run(Curves):
-    """One training, as its folder tells.
+    """One training run, read from its folder.
 
     Attributes:
-        name: The folder's name.
+        name: Name of the folder.
         losses, scores, memory: See `Curves`.
-        config: The config, flat.
-        paper: The config's `paper` entry.
-        machine: What the log says of it.
-        notes: What a reader should know of how it was read.
+        config: The config with dotted keys.
+        paper: The `paper` entry of the config.
+        machine: Information on the machine in the log.
+        notes: Notes for the reader on how the run was read.
     """
 
     name: str
@@ -83,13 +84,13 @@ class Run(Curves):
 
     @property
     def source(self) -> str:
-        """The part of the thesis that it is compared with."""
+        """Part of the thesis that the run is compared with."""
         return ' '.join(
             f'{key} {self.paper[key]}' for key in ('table', 'chapter') if key in self.paper
         )
 
     def against_paper(self) -> list[tuple[str, float, float]]:
-        """Name, this run's value and the published one, in per cent."""
+        """Names of scores, with this run's value and the published one, in per cent."""
         result = self.paper.get('result', {})
         names = TOP_1 if 'top1' in result else MASK if 'APb' in result else BOX
         unit = 1 if names is TOP_1 else 100
@@ -100,10 +101,10 @@ class Run(Curves):
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a work folder; a resumed run has several logs, of which the later ones count.
+    """Reads a work folder; of a resumed run's several logs the later ones count.
 
     Raises:
-        ValueError: For a folder without MMEngine's logs.
+        ValueError: If the folder has no logs of MMEngine.
     """
     files = log_files(folder)
     if not files:
@@ -123,7 +124,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_config(run: Run, file: Path) -> None:
-    """Reads a dumped config, whose own modules may not be here."""
+    """Reads a dumped config, whose custom modules may be missing here."""
     try:
         config = Config.fromfile(file, import_custom_modules=False).to_dict()
     except Exception as error:  # a config is a program
@@ -143,7 +144,7 @@ def _read_config(run: Run, file: Path) -> None:
 
 
 def _paper_departures(config: dict[str, Any], run: Run) -> list[str]:
-    """Reasons against holding its scores beside the row that its config names."""
+    """Reasons against a comparison of its scores with the row that its config names."""
     try:
         row = row_of(config)
         differences = departures(plain(config), row, None)
@@ -167,14 +168,14 @@ def _paper_departures(config: dict[str, Any], run: Run) -> list[str]:
 
 
 def _read_machine(log: Path) -> dict[str, str]:
-    """The lines of the log's head that name the machine and the versions."""
+    """Machine and versions, from the head of the log."""
     head = log.read_text(errors='replace')[:20000]
     entries = dict(re.findall(r'^    ([^:\n]+): (.*)$', head, flags=re.MULTILINE))
     return {key: entries[key] for key in MACHINE if key in entries}
 
 
 def flat(config: Any, prefix: str = '') -> dict[str, Any]:
-    """A nested config as dotted keys."""
+    """Flattens a nested config to dotted keys."""
     if isinstance(config, dict) and config:
         return {
             key: value
@@ -186,7 +187,7 @@ def flat(config: Any, prefix: str = '') -> dict[str, Any]:
 
 
 def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Keys in which the configs differ, with each run's value."""
+    """Keys in which the configs differ, with the value of each run."""
     keys = sorted({key for run in runs for key in run.config})
     values_by_key = [
         (key, [repr(run.config.get(key, '-')) for run in runs])
@@ -197,7 +198,7 @@ def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def draw(runs: list[Run], score: str | None) -> str:
-    """Curves of the loss, or of a score, against iterations and seconds, as SVG."""
+    """Plots the loss, or a score, against iterations and seconds, as SVG."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

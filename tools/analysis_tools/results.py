@@ -1,9 +1,9 @@
 """Compares all optimizers on one small model: rates from one grid, several seeds.
 
-Each optimizer is trained on the first seed with every rate of its kind's grid, then on the other
-seeds with the rate that scored best at the end. Runs that are finished are kept in the work
-folder, so that a second call goes on where the first was stopped, and one with more optimizers adds
-to the table; other data or settings need another folder.
+Each optimizer is trained on the first seed with every rate of its grid (for optimizers like SGD, or
+like Adam). It is then trained on the other seeds with the rate that had the best final score.
+Finished runs are kept in the work folder. A second call continues a stopped one, and a call with
+more optimizers adds them to the table. Other data or settings need another folder.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ ANY = (
     'DCTAdamW',
 )
 ATTENTION = ('AFOpt', 'AdaAFOpt')
-#: Of whom the seconds are, at which scores are compared.
+#: Time-budget baseline: scores are compared at its training time.
 PACE = 'SGD'
 
 
 def grid_runs(name: str, args: argparse.Namespace) -> list[Run]:
-    """One optimizer's runs on the first seed, one for each rate of its kind."""
+    """Runs of one optimizer on the first seed, one for each rate of its grid."""
     adaptive = args.model.contestant(name).adaptive
     rates = args.adam_rates if adaptive else args.sgd_rates
     return [train_or_load(Run(name, rate, args.seeds[0]), args) for rate in rates]
 
 
 def best_rate(runs: list[Run], metric: str) -> float:
-    """The rate whose run ended best; among equals the first."""
+    """Rate of the run with the best final score; of equal ones the first."""
     return max(runs, key=lambda run: run.score(metric)).lr
 
 
 def train_or_load(run: Run, args: argparse.Namespace) -> Run:
-    """A run's record: kept from an earlier call, or trained now."""
+    """Record of a run, from an earlier call or from a new training."""
     name = f'{run.label} seed {run.seed}'.replace(' ', '_')
     record = args.work_dir / f'{name}_{args.iterations}.json'
     if record.exists():
@@ -80,14 +80,14 @@ def train_or_load(run: Run, args: argparse.Namespace) -> Run:
 
 
 def diverged(message: str) -> bool:
-    """True if a run ended for its numbers, which is a result, and not for a fault."""
+    """True if a run ended because it diverged, which is a result and no fault."""
     return re.search(r'RefreshError|non-finite|\b(nan|inf)\b', message, re.IGNORECASE) is not None
 
 
 def seconds_per_iteration(rates: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
     """Seconds per iteration, measured in turns: the least of some short runs of each.
 
-    At the rate that was best: a detector that diverges has less to do.
+    The runs use the best rate, because a detector that diverges has less work to do.
     """
     record = args.work_dir / 'seconds.json'
     known: dict[str, list[float]] = json.loads(record.read_text()) if record.exists() else {}
@@ -110,7 +110,7 @@ def seconds_per_iteration(rates: dict[str, float], args: argparse.Namespace) -> 
 
 
 def at(run: Run, iteration: float, metric: str) -> float:
-    """A run's score between two evaluations, by linear interpolation; 0 before training."""
+    """Score of a run between two evaluations, by linear interpolation; 0 before training."""
     before = (0, 0.0)
     for step, _, value in run.scores.get(metric, []):
         if step >= iteration:
@@ -126,7 +126,7 @@ def table(
     seconds: dict[str, float],
     args: argparse.Namespace,
 ) -> str:
-    """The comparison as Markdown: means over seeds with their range."""
+    """Comparison as Markdown: means over seeds with their range."""
     metric, end = args.model.headline, args.iterations
     titles = {key: title for key, title in args.model.metrics.items() if not key.endswith('_50')}
     title = titles[metric]
@@ -207,7 +207,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def usual(model: Model) -> list[str]:
-    """All optimizers that a model can be trained with."""
+    """Names of all optimizers that can train a model."""
     names = [name for name in ANY if not (model.detects and name == 'SGDPH')]
     names += ATTENTION if 'Swin' in model.title else ()
     return [*names, *(name for name in model.contestants if name not in names)]

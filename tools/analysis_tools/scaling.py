@@ -1,8 +1,8 @@
 """Growth of the cost of preconditioning with a layer's width, and with the batch.
 
-One square linear layer whose inputs' and gradients' moments have eigenvalues that fall like
-1 / k^2. Times of a step, a capture and a refresh, each solver in turns; slopes are fitted in
-logarithms. Writes a figure and a table.
+The model is one square linear layer. The moments of its inputs and gradients have eigenvalues that
+decrease like 1 / k^2. The tool times a step, a capture and a refresh, with the solvers in turns,
+and fits slopes to the logarithms. The output is a figure and a table.
 
     python tools/analysis_tools/scaling.py --widths 256,512,1024,2048,4096 --rows 256,1024,4096
 """
@@ -33,12 +33,13 @@ from common.timing import seconds_of
 
 SOLVERS = ('newton', 'cholesky', 'lowrank')
 PARTS = ('step', 'capture', 'refresh')
-#: Refreshes after which Newton's are no longer exact, and low rank starts from an earlier one.
+#: Number of refreshes before the clock starts. Later ones of Newton are no longer exact, and those
+#: of low rank start from an earlier one.
 WARM_UP = 4
 
 
 def measure_parts(solver: str, width: int, rows: int, turns: int) -> dict[str, float]:
-    """Seconds of each part, the least of some."""
+    """Seconds of each part, the least of several runs."""
     torch.manual_seed(0)
     layer = nn.Linear(width, width, bias=False)
     optimizer = NKFAC(
@@ -70,19 +71,19 @@ def measure_parts(solver: str, width: int, rows: int, turns: int) -> dict[str, f
 
 
 def decaying_rows(rows: int, width: int) -> Tensor:
-    """Random rows whose second moment has eigenvalues that fall like 1 / k^2."""
+    """Random rows, with eigenvalues of the second moment that decrease like 1 / k^2."""
     return torch.randn(rows, width) / torch.arange(1, width + 1)
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:
-    """The exponent with which times grow over the larger half of the sizes."""
+    """Exponent of the growth of times over the larger half of the sizes."""
     half = len(sizes) // 2
     logs = [[math.log(v) for v in values[half:]] for values in (sizes, seconds)]
     return linear_regression(*logs).slope if len(logs[0]) > 1 else math.nan
 
 
 def table(axis: str, sizes: list[int], times_by_solver: dict[str, list[dict[str, float]]]) -> str:
-    """Times by size, and slopes."""
+    """Table of times by size, with slopes."""
     rows = []
     for part in PARTS:
         for solver, times in times_by_solver.items():
@@ -96,7 +97,7 @@ def table(axis: str, sizes: list[int], times_by_solver: dict[str, list[dict[str,
 def draw(
     results: dict[str, tuple[list[int], dict[str, list[dict[str, float]]]]], path: Path
 ) -> None:
-    """One panel for each part and axis."""
+    """Plots one panel for each part and axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(PARTS), 3.2 * len(results)), layout='constrained')

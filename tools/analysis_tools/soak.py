@@ -2,13 +2,14 @@
 
     python tools/analysis_tools/soak.py --steps 2000 --kills 5
 
-The faults of a step are the same in all runs, so that a run that is killed and resumed must end
-with exactly the weights of one that never was; and one with overflows with those of a run that
-leaves their batches out. A failing decomposition changes weights, but nothing may become
-non-finite, and the log must tell. Once every fault has been met, what is allocated must not grow.
-Needs Linux with glibc. Exits with 1 if anything of this fails.
-Steps must be a multiple of 50, at least 100. --optimizer takes any of one method that measures
-statistics.
+The faults of a step are the same in all runs. A run that is killed and resumed must therefore end
+with exactly the weights of an uninterrupted run. A run with overflows must end with the weights of
+a run without the batches that overflow. A failing decomposition changes weights, but no weight may
+become non-finite, and the log must report the failure. After every kind of fault has occurred, the
+allocated memory must not grow.
+
+The tool needs Linux with glibc. It exits with 1 if a condition fails. The number of steps must be a
+multiple of 50, at least 100. --optimizer takes any optimizer with a single preconditioner.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from mmprecond.preconditioners import Preconditioner
 
 OVERFLOW_EVERY = 50
 SAVE_EVERY = 20
-#: Shares of the run after which a decomposition fails: one, or all and their retries in float64.
+#: Shares of the run after which one decomposition fails, or all with their retries in float64.
 FAIL_ONCE, FAIL_TWICE = 0.2, 0.4
-#: Share of a run after which every fault has been met, and MB that the rest may add.
+#: Share of a run after which every fault has occurred, and the MB that the rest may add.
 SETTLED, GROWTH = 0.6, 1.0
 
 
@@ -72,7 +73,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def inject_failures(method: type[Preconditioner], times: int) -> Iterator[None]:
-    """The first `times` decompositions of a method fail."""
+    """Makes the first `times` decompositions of a method fail."""
     plain = method.refresh
     left = [times]
 
@@ -92,7 +93,7 @@ def is_overflow(step: int) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
-    """One process: from the newest checkpoint to the end, or until somebody kills it."""
+    """Trains in one process from the newest checkpoint to the end, unless it is killed."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Net()
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
 def train_step(
     model: nn.Module, optimizer: Any, scaler: torch.amp.GradScaler, step: int, overflow: bool
 ) -> None:
-    """One step as AMP does it; an overflow spoils the loss's gradient, and nothing before it."""
+    """Takes one step like AMP; an overflow affects the gradient of the loss, nothing before it."""
     x, y = batch(step)
     statistics = {name: b.clone() for name, b in model.named_buffers()}
     optimizer.zero_grad()
@@ -186,7 +187,7 @@ class Allocated(ctypes.Structure):
 
 
 def memory() -> float:
-    """Allocated and not freed, in MB: unlike resident memory the same wherever it runs."""
+    """Allocated memory in MB, which depends less on the system than resident memory."""
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = Allocated
     info = mallinfo2()
@@ -212,7 +213,7 @@ def start(folder: Path, args: argparse.Namespace, *options: str) -> subprocess.P
 
 
 def supervise(args: argparse.Namespace) -> list[str]:
-    """All runs; returns what is wrong."""
+    """Trains all runs and returns the failed conditions."""
     wrong = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -267,7 +268,7 @@ def last_saved_step(folder: Path) -> int:
 
 
 def weight_differences(label: str, a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    """Says which weights differ at all."""
+    """Messages on weights that are not exactly equal."""
     return [
         f'{label}: {name} differs by {float((a[name] - b[name]).abs().max()):.2g}'
         for name in a

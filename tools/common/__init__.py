@@ -1,4 +1,4 @@
-"""Pieces that several tools share: tables, logs, timing, models and what is trained on them."""
+"""Code that several tools share: tables, logs, timing, models and training runs."""
 
 from pathlib import Path
 

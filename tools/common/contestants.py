@@ -1,4 +1,4 @@
-"""Models that quickstart.py and results.py train, and optimizers on them."""
+"""Models of quickstart.py and results.py, with their optimizers."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ RULE_RATE = 'optim_wrapper.optimizer.rule.lr'
 DECAY = 'optim_wrapper.optimizer.weight_decay'
 #: The default intervals suit runs of 10,000 iterations and more.
 OFTEN = {'optim_wrapper.optimizer.stat_interval': 5, 'optim_wrapper.optimizer.refresh_interval': 25}
-#: Weight decay of SGD's kind, added to the gradient, and of Adam's, apart from it.
+#: Weight decay for optimizers like SGD (added to the gradient) and like Adam (outside it).
 DECAYS = (1e-4, 0.05)
 TORCH_OPTIMIZERS = ('SGD', 'AdamW')
-#: Whose steps are of another kind's size than their taking betas, or not, would tell.
+#: Overrides of the step scale, which otherwise follows from an optimizer having betas or not.
 KINDS = {'AdaAct': False, 'AdaFisher': True, 'AdaFisherW': True}
-#: Who adds weight decay to the gradient although of Adam's kind.
+#: Optimizers like Adam that still add weight decay to the gradient.
 ADDED_DECAY = ('AdaFisher',)
-#: Who measures at every step by its nature.
+#: Optimizers that always measure at every step.
 EVERY_STEP = ('AdaAct',)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Settings with which one optimizer is trained.
+    """Settings for the training of one optimizer.
 
     Attributes:
         config: Name of a config in `FOLDER`.
         lr: Learning rate, unless the user gives one.
         arguments: Arguments of tools/train.py.
         options: Settings for its --cfg-options.
-        rate: The config key of the learning rate.
-        adaptive: Whether its rule is of Adam's kind, rather than SGD's.
+        rate: Config key of the learning rate.
+        adaptive: Whether the rule is like Adam, rather than like SGD.
     """
 
     config: str
@@ -52,14 +52,14 @@ class Model:
     """A model with the optimizers that are compared on it.
 
     Attributes:
-        title: For the picture.
-        plain: Name of its first-order optimizer.
-        contestants: The optimizers by name, compared unless the user chooses.
-        grid: Further rates for the plain optimizer.
+        title: Title of the picture.
+        plain: Name of the first-order optimizer.
+        contestants: Optimizers by name that are compared by default.
+        grid: Further learning rates for the plain optimizer.
         iterations: Length of a run.
-        options: What any other optimizer of ours gets beside lr and decay.
-        rates: Learning rates of any other optimizer: of SGD's kind, and of Adam's.
-        metrics: What is reported, by its name in the log; the first is the headline.
+        options: Settings of our other optimizers in addition to lr and decay.
+        rates: Learning rates of other optimizers: for those like SGD, and for those like Adam.
+        metrics: Titles of the reported metrics by name in the log; the first is the headline.
         data: Default folder of the data.
     """
 
@@ -82,9 +82,10 @@ class Model:
         return next(iter(self.metrics))
 
     def contestant(self, name: str) -> Contestant:
-        """One of `contestants`, or any optimizer on the plain one's config.
+        """Returns one of `contestants`, or any other optimizer with the plain one's config.
 
-        It may be ours, a baseline, or of the package pytorch_optimizer: pytorch_optimizer.SOAP.
+        The other optimizer may be ours, a baseline, or one of the package pytorch_optimizer, such
+        as pytorch_optimizer.SOAP.
         """
         if name in self.contestants:
             return self.contestants[name]
@@ -128,10 +129,10 @@ RESNET_CLS, SWIN_CLS = 'resnet18_shapes-cls', 'swin_shapes-cls'
 BOXES = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
 MASKS = {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'}
 TOP_1 = {'accuracy/top1': 'top-1 %'}
-#: With random weights and no warm-up the classifier's statistics age at once, and its operator from
-#: the first batch diverged: it takes the plain rule.
+#: With random weights and no warm-up the classifier's statistics change quickly, and training with
+#: the operator of the first batch diverged. The classifier therefore takes the plain rule.
 _R18_OPTIONS = {**OFTEN, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
-#: Where every second counts; bfloat16 gains on CPUs with units for it.
+#: Settings for comparisons by time; bfloat16 is faster on CPUs with units for it.
 _CHEAP = {
     'optim_wrapper.optimizer.solver': 'lowrank',
     'optim_wrapper.optimizer.matmul_precision': 'medium',

@@ -12,13 +12,13 @@ Point = tuple[int, float, float]  # iteration, seconds of training so far, value
 
 
 def log_files(work_dir: Path, since: float = 0.0) -> list[Path]:
-    """Returns a work folder's logs, oldest first, that were written since a time."""
+    """Returns the logs of a work folder that were written since a time, oldest first."""
     files = sorted(work_dir.glob('*/vis_data/scalars.json'))
     return [file for file in files if file.stat().st_mtime >= since]
 
 
 def entries(file: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a log; a line that is still being written is left out."""
+    """Yields the lines of a log, except for an incomplete last line."""
     for line in file.read_text().splitlines():
         try:
             yield json.loads(line)
@@ -30,7 +30,7 @@ def entries(file: Path) -> Iterator[dict[str, Any]]:
 class Curves:
     """Loss and scores over iterations and seconds.
 
-    Seconds are those of training alone: validation and start-up are left out.
+    Seconds are those of training, without validation and start-up.
 
     Attributes:
         losses: The loss over time.
@@ -58,7 +58,7 @@ class Curves:
         return points[-1][2] if points else None
 
     def read(self, file: Path) -> None:
-        """Appends a log; it replaces earlier entries of the same iterations, as after a resume."""
+        """Appends a log, and replaces earlier entries of the same iterations (after a resume)."""
         begun = False
         iteration, seconds = self.iterations, self.seconds
         for entry in entries(file):
@@ -76,7 +76,7 @@ class Curves:
                     self.scores.setdefault(name, []).append((iteration, seconds, value))
 
     def cut(self, start: int) -> None:
-        """Forgets entries from an iteration on."""
+        """Removes entries from an iteration on."""
         self.losses = [point for point in self.losses if point[0] < start]
         self.scores = {
             name: [point for point in points if point[0] < start]

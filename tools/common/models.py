@@ -26,5 +26,5 @@ def build_model(name: str, device: str = 'cpu') -> nn.Module:
 
 
 def noise(model: nn.Module, batch: int, size: tuple[int, int], count: int) -> list[dict[str, Any]]:
-    """Returns different batches: the moments of one alone would have few directions."""
+    """Returns different batches, as the moments of a single batch would have a low rank."""
     return [synthetic_batch(model, batch, size) for _ in range(count)]

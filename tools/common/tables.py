@@ -10,12 +10,12 @@ from tabulate import tabulate
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a table in Markdown; cells are written as they are."""
+    """Returns a Markdown table of the cells, without escapes."""
     return str(tabulate(list(rows), headers, tablefmt='github', disable_numparse=True))
 
 
 def spread(values: list[float], form: str) -> str:
-    """Returns the mean, with the range where there are several values."""
+    """Returns the mean, with the range if there are several values."""
     text = f'{mean(values):{form}}'
     if len(values) > 1:
         text += f' ({min(values):{form}}-{max(values):{form}})'

@@ -1,4 +1,4 @@
-"""Runs of tools/train.py on the shapes, each in a process of its own."""
+"""Runs of tools/train.py on the shapes, each in its own process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Run(Curves):
     """One training run and its log.
 
     Attributes:
-        optimizer: The optimizer's name.
+        optimizer: Name of the optimizer.
         lr: Learning rate.
         seed: Seed of weights and data order.
         losses, scores: See `Curves`.
-        memory: Peak memory in MB: of the process, or on the GPU where there is one.
+        memory: Peak memory in MB, of the GPU if there is one, else of the process.
     """
 
     optimizer: str
@@ -45,14 +45,14 @@ class Run(Curves):
 
 
 class RunError(RuntimeError):
-    """A run that ended early; its text is the end of its log."""
+    """A run ended early; the text is the end of its log."""
 
 
 def train(run: Run, args: argparse.Namespace) -> None:
-    """Trains one run in a process of its own and reads its log.
+    """Trains one run in its own process and reads its log.
 
     Raises:
-        RunError: If it failed.
+        RunError: If the run failed.
     """
     work_dir = args.work_dir / f'{run.label.replace(" ", "_")}_seed_{run.seed}'
     contestant = args.model.contestant(run.optimizer)
@@ -97,7 +97,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
 def watch(
     process: subprocess.Popen[bytes], work_dir: Path, started: float, label: str, iterations: int
 ) -> float:
-    """Shows a run's progress until it ends; returns the process's peak memory in MB."""
+    """Shows the progress of a run until it ends; returns the peak memory of the process in MB."""
     with tqdm(total=iterations, desc=label.ljust(24), unit='it', mininterval=5.0) as bar:
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)

@@ -1,7 +1,8 @@
-"""Writes what lists the configs: model-index.yml and metafile.yml files for MIM, docs/configs.md.
+"""Writes the indexes of configs: model-index.yml and metafile.yml for MIM, and docs/configs.md.
 
-Our own runs come from configs/our_runs.json, by config name: {"NAME": {"AP": 39.6, ...}}. Published
-figures are the thesis's; they are in the page, not in the metafiles, which are for runs of ours.
+Our own runs come from configs/our_runs.json, by config name: {"NAME": {"AP": 39.6, ...}}. The
+published figures are those of the thesis. They appear on the page, but not in the metafiles, which
+are for our own runs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ THESIS = dict(
     Title='Designing Effective Preconditioned Optimizers for Deep Neural Network '
     'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)'
 )
-#: The thesis's ablations: the config, and the settings that are varied.
+#: Ablations of the thesis: the config, and the varied settings.
 ABLATIONS = {
     'nkfac_damping': ('resnet50_b128_cifar100_nkfac', ('damping',)),
     'nkfac_stat_decay': ('resnet50_b128_cifar100_nkfac', ('stat_decay',)),
@@ -56,7 +57,7 @@ Classifiers: one of our configs with `--optimizer SGD` or `AdamW` for `tools/tra
 `optim_wrapper.optimizer.lr=... optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`;
 VGG19-noBN under SGDM takes `model.backbone.conv_cfg=None` too. The thesis has no rates for those of
 Mini-ImageNet. Its Swin Transformers' AdamW is that of the configs of MMPretrain that ours name."""
-#: Our names of scores, and MIM's.
+#: MIM's names of scores by our names.
 METRICS = {
     'AP': ('Object Detection', 'box AP'),
     'APb': ('Object Detection', 'box AP'),
@@ -66,7 +67,7 @@ METRICS = {
 
 
 def rows() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """Each config's path, its `paper` entry (empty for hybrids) and our run (empty for none)."""
+    """Yields each config's path, its `paper` entry (empty for hybrids) and our run (or empty)."""
     runs = json.loads(RUNS.read_text())
     for path in all_configs():
         paper = launch.load_config(str(path)).get('paper') or {}
@@ -74,7 +75,7 @@ def rows() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
 
 
 def metafile(folder: str, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
-    """The metafile of a folder."""
+    """Content of a folder's metafile."""
     collection = f'{TITLES[folder]}, preconditioned'
     models = []
     for path, paper, run in entries:
@@ -109,12 +110,12 @@ def metafile(folder: str, entries: list[tuple[Path, dict[str, Any], dict[str, An
 
 
 def data_of(paper: dict[str, Any]) -> str:
-    """The data set that a config trains on, by its `paper` entry."""
+    """Name of a config's data set, by its `paper` entry."""
     return str(paper.get('data', 'COCO'))
 
 
 def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
-    """docs/configs.md."""
+    """Content of docs/configs.md."""
     lines = [
         '# Configs',
         '',
@@ -151,7 +152,7 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
 
 
 def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[str]:
-    """The first-order rows of the tables: MMDetection's configs, or settings of ours."""
+    """First-order rows of the tables: MMDetection's configs, or our settings."""
     keys = ('detector', 'backbone', 'schedule')
     detectors = []
     for toolbox_row in toolbox_rows():
@@ -202,7 +203,7 @@ def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) ->
 
 
 def starting_point(row: Row, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> Path:
-    """The first config of the row's data, network and, if it has one, chapter."""
+    """First config with the row's data, network and, if the row has one, chapter."""
     criteria = {key: row.name[key] for key in ('data', 'model', 'chapter') if row.name[key]}
     return next(
         path
@@ -212,7 +213,7 @@ def starting_point(row: Row, entries: list[tuple[Path, dict[str, Any], dict[str,
 
 
 def ablations() -> list[str]:
-    """The thesis's ablations as settings of configs, with the scores that it has for each."""
+    """Ablations of the thesis as settings of configs, with their published scores."""
     published = json.loads(ROWS.read_text())['ablations']
     cells = []
     for name, (config, keys) in ABLATIONS.items():
@@ -237,14 +238,14 @@ def ablations() -> list[str]:
 
 
 def scores(result: dict[str, float]) -> str:
-    """The headline scores of a row."""
+    """Headline scores of a row."""
     masks = 'APb' in result
     names = {'APb': 'box', 'APm': 'mask'} if masks else {'AP': 'box', 'top1': 'top-1'}
     return ', '.join(f'{title} {result[name]}' for name, title in names.items() if name in result)
 
 
 def files() -> dict[Path, str]:
-    """Everything that is written, by path."""
+    """Contents of all files to write, by path."""
     entries = list(rows())
     metafiles = {
         ROOT / 'configs' / folder / 'metafile.yml': metafile(

@@ -1,6 +1,6 @@
-"""The rows of the thesis's tables, and where a config departs from its row.
+"""Rows of the thesis's tables, and differences between configs and their rows.
 
-A row is named by the `paper` entry of a config. The figures come from configs/paper_results.json.
+The `paper` entry of a config names its row. The figures come from configs/paper_results.json.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any
 from mmprecond import optimizers
 
 ROWS = Path(__file__).resolve().parents[2] / 'configs/paper_results.json'
-#: Epochs, and those at which the rate drops by 10.
+#: Number of epochs, and the epochs at which the learning rate drops by a factor of 10.
 SCHEDULES = {'1x': (12, [8, 11]), '2x': (24, [16, 22]), '3x': (36, [27, 33])}
-#: Those of which MMDetection has configs for all the defaults in the tables.
+#: Detectors with MMDetection configs for all default optimizers in the tables.
 SHIPPED = ('1x', '3x')
 COSINE = {'type': 'CosineAnnealingLR', 'T_max': 200, 'eta_min_ratio': 1e-3}
 INTERVALS = ('stat_interval', 'refresh_interval')
 CHAPTERS = {'SGDPH': 2, 'KFAC': 3, 'SKFAC': 3, 'NKFAC': 3, 'AdaNKFAC': 3, 'AdamWBK': 4, 'AdamR': 4}
-#: Rate and decay on ImageNet where the file has none; those of AdamR and AdamWBK are uncertain.
+#: Learning rate and decay on ImageNet where the file has none; AdamR's and AdamWBK's are uncertain.
 OTHER_RATES = {
     'SKFAC': {'ResNet18': (5e-4, 0.02), 'ResNet50': (5e-4, 0.02)},
     'AdamR': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)},
     'AdamWBK': {'ResNet18': (1e-3, 0.1), 'ResNet50': (5e-4, 0.3)},
 }
 UNKNOWN = (math.nan, math.nan)
-#: Torch's, with which the thesis compares its own.
+#: Torch's optimizers that the thesis compares with.
 FIRST_ORDER = ('SGDM', 'AdamW')
 #: Type and number of classes.
 DATA = {
@@ -41,7 +41,7 @@ DATA = {
     'Mini-ImageNet': ('CustomDataset', 100),
 }
 _BN = {'type': 'BN'}
-#: Of a backbone's config, what makes it the network of a row. CIFAR has ResNets of its own.
+#: Settings of a backbone that identify the network of a row. CIFAR has its own ResNets.
 NETWORKS: dict[str, dict[str, Any]] = {
     'ResNet18': {'type': 'ResNet', 'depth': 18},
     'ResNet50': {'type': 'ResNet', 'depth': 50},
@@ -65,13 +65,14 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: What names it in a config's `paper`.
-        result: The published scores; none for settings without a row.
-        optimizer: Type, rate, decay and intervals: the method's own where the thesis names none.
-        batch: Of all GPUs together.
-        epochs: None if they are the toolbox's.
-        decay: The scheduler after the warm-up; None if it is the toolbox's.
-        free: Settings beside the optimizer's in which a config may differ from the one it inherits.
+        name: Entries of a config's `paper` that name the row.
+        result: Published scores; empty for settings without a row.
+        optimizer: Type, learning rate, decay and intervals. Intervals that the thesis does not name
+            are the method's own.
+        batch: Batch size of all GPUs together.
+        epochs: Number of epochs; None for that of the toolbox.
+        decay: Scheduler after the warm-up; None for that of the toolbox.
+        free: Settings, other than the optimizer's, that may differ from the inherited config.
     """
 
     name: dict[str, Any]
@@ -85,7 +86,7 @@ class Row:
 
 @cache
 def rows() -> list[Row]:
-    """All rows that need a config: those of ours, and of COCO what MMDetection has not itself."""
+    """All rows that need a config: our methods, and COCO baselines that MMDetection lacks."""
     content = json.loads(ROWS.read_text())
     return [
         *_coco(content['coco']),
@@ -95,21 +96,21 @@ def rows() -> list[Row]:
 
 
 def toolbox_rows() -> list[dict[str, Any]]:
-    """The rows of COCO that MMDetection has configs for: table, detector, ..., result."""
+    """Rows of COCO for which MMDetection has configs: table, detector, ..., result."""
     return [row for row in json.loads(ROWS.read_text())['coco'] if _is_shipped(row)]
 
 
 def baselines() -> list[Row]:
-    """The classifiers' rows of `FIRST_ORDER`, which need none; rates not named are NaN."""
+    """Rows of classifiers with `FIRST_ORDER` optimizers; unknown learning rates are NaN."""
     content = json.loads(ROWS.read_text())['classification']
     return [*_cifar(content['cifar'], _is_baseline), *_imagenet(content, _is_baseline)]
 
 
 def row_of(cfg: dict[str, Any]) -> Row:
-    """The row of a config that has a `paper` entry.
+    """Row of a config with a `paper` entry.
 
     Raises:
-        ValueError: If it is not exactly one.
+        ValueError: If the entry does not name exactly one row.
     """
     name = {key: value for key, value in cfg['paper'].items() if key != 'result'}
     matches = [row for row in rows() if row.name == name]
@@ -119,13 +120,13 @@ def row_of(cfg: dict[str, Any]) -> Row:
 
 
 def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
-    """Where a config departs from its row.
+    """Differences between a config and its row.
 
     Args:
-        cfg: The config, of plain dictionaries and lists.
-        row: Its row.
-        name: The config's, which says on how many GPUs a classifier is trained; None if it is not
-            known, to leave that out.
+        cfg: The config in plain dictionaries and lists.
+        row: Row of the config.
+        name: Name of the config, which gives a classifier's number of GPUs; None if unknown, to
+            skip that check.
     """
     optimizer = cfg['optim_wrapper']['optimizer']
     usual = {'betas': [0.9, 0.999], 'momentum': 0.9}
@@ -151,20 +152,20 @@ def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """A config without the scopes that inheriting from a toolbox leaves in it."""
+    """Removes the scopes that inheritance from a toolbox leaves in a config."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items() if key != '_scope_'}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def schedulers(cfg: Any) -> list[Any]:
-    """A config's schedulers, which MMEngine takes as a list or alone."""
+    """List of a config's schedulers; MMEngine also takes a single scheduler."""
     configured = cfg['param_scheduler']
     return configured if isinstance(configured, list) else [configured]
 
 
 def _decay_schedulers(cfg: dict[str, Any]) -> list[dict[str, Any]]:
-    """The schedulers but for warm-ups, without what is their usual."""
+    """Schedulers without warm-ups and without default settings."""
     usual = {'by_epoch': True, 'begin': 0, 'end': cfg['train_cfg']['max_epochs']}
     return [
         {key: value for key, value in scheduler.items() if key not in usual or usual[key] != value}
@@ -284,7 +285,7 @@ def _row_name(data: str, chapter: int | None, model: str, optimizer: str) -> dic
 
 
 def _plain_name(optimizer: str) -> str:
-    """Without the mark of networks whose weights are length times direction."""
+    """Name of a network without the mark of weight normalisation."""
     return optimizer.removesuffix('_WN')
 
 
@@ -303,7 +304,7 @@ def _is_baseline(optimizer: str) -> bool:
 def _optimizer_settings(
     optimizer: str, lr: float, decay: float, row: dict[str, Any]
 ) -> dict[str, Any]:
-    """Settings of an optimizer's config; intervals that the row has not are the method's own."""
+    """Settings of an optimizer's config; intervals missing in the row are the method's own."""
     kind = getattr(optimizers, _plain_name(optimizer), None)
     method = getattr(kind, 'preconditioner', None)
     own = (
@@ -324,7 +325,7 @@ def _multistep_decay(epochs: list[int]) -> dict[str, Any]:
 
 
 def _periodic_decay(words: str, epochs: int) -> dict[str, Any]:
-    """Drops as in 'x0.1 every 60 epochs'."""
+    """Epochs of the drops in a schedule such as 'x0.1 every 60 epochs'."""
     match = re.fullmatch(r'x0\.1 every (\d+) epochs', words)
     if match is None:
         raise ValueError(f'the schedule {words!r} is not like "x0.1 every 60 epochs"')

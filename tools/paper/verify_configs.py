@@ -1,10 +1,10 @@
-"""Proves that every config is what the thesis's tables say, and that it builds and steps.
+"""Verifies that every config agrees with the thesis's tables, builds, and takes steps.
 
-A config with a `paper` entry is compared with its row of configs/paper_results.json (learning
-rate, decay, intervals, schedule, batch; a classifier's network and data too) and with the config
-that it inherits, from which nothing but the optimizer and the schedule may differ. Then the real
-model is built at real size with random weights and takes a few steps on synthetic images through
-the config's own pipeline; on a CPU in float32.
+The tool compares a config that has a `paper` entry with its row of configs/paper_results.json
+(learning rate, decay, intervals, schedule, batch; for a classifier also network and data). It also
+compares each config with the inherited one; only the optimizer and the schedule may differ. It then
+builds the model at its real size with random weights, and takes a few steps on synthetic images
+through the config's own pipeline, on a CPU in float32.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from paper import rows as paper
 DETECTORS = ('faster_rcnn', 'mask_rcnn', 'retinanet')
 CLASSIFIERS = ('densenet', 'googlenet', 'resnet', 'swin_transformer', 'vgg')
 FOLDERS = DETECTORS + CLASSIFIERS
-#: What every config may change of the one it inherits, as beginnings of names.
+#: Prefixes of settings in which every config may differ from the inherited one.
 OURS = (
     'optim_wrapper.optimizer.',
     'optim_wrapper.constructor',
@@ -49,21 +49,21 @@ OURS = (
     'afopt',
 )  # of configs/_base_
 SMALL = 32  # pixels of CIFAR's images
-#: Of the shapes, in the order of their categories.
+#: Names of COCO's categories for the shapes, in the order of the shapes' categories.
 NAMES = ('person', 'bicycle', 'car', 'motorcycle')
 
 
 @dataclass
 class Outcome:
-    """Outcome of checking a config.
+    """Outcome of a config's check.
 
     Attributes:
-        problems: What is wrong, in words.
-        seconds: Of each step.
-        memory: Peak of the process, in GB.
-        layers: Layers with an operator, and all that are preconditioned and trained; for SGDPH
-            vectors with a Hessian.
-        note: What was done otherwise than the config says.
+        problems: Descriptions of problems.
+        seconds: Time of each step.
+        memory: Peak memory of the process in GB.
+        layers: Number of layers with an operator, of all layers that are preconditioned and
+            trained; for SGDPH the number of vectors with a Hessian.
+        note: Departures of the check from the config.
     """
 
     problems: list[str]
@@ -74,12 +74,12 @@ class Outcome:
 
 
 def all_configs() -> list[Path]:
-    """Every config of a detector or a classifier."""
+    """Paths of all configs of detectors and classifiers."""
     return [path for folder in FOLDERS for path in sorted((ROOT / 'configs' / folder).glob('*.py'))]
 
 
 def differences(path: Path) -> list[str]:
-    """Where a config departs from the thesis's table or from its base."""
+    """Differences between a config and the thesis's table or its base."""
     loaded = [launch.load_config(config).to_dict() for config in (str(path), base_of(path))]
     cfg, base = (paper.plain(config) for config in loaded)
     row = None
@@ -99,7 +99,7 @@ def differences(path: Path) -> list[str]:
 
 
 def flat(cfg: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Settings by their dotted names; lists stay whole."""
+    """Flattens settings to dotted names; lists stay whole."""
     settings: dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, dict) and value:
@@ -110,7 +110,7 @@ def flat(cfg: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def base_of(path: Path) -> str:
-    """Config that a config inherits, as its source says: a toolbox's, or else a file of ours."""
+    """Base in the source of a config: a config of a toolbox, else one of our files."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_':
             bases = ast.literal_eval(node.value)
@@ -121,7 +121,7 @@ def base_of(path: Path) -> str:
 
 
 def make_data(folder: Path, images: int, size: int) -> Path:
-    """Shapes in COCO format, under the names of categories of COCO, and in folders of two sizes."""
+    """Makes shapes in COCO format, with COCO's category names, and in folders of two sizes."""
     root = make_shapes(folder / 'coco', images=images, size=size, progress=False)
     file = root / 'annotations/train.json'
     content = json.loads(file.read_text())
@@ -170,7 +170,7 @@ def take_steps(path: Path, data: Path, steps: int) -> Outcome:
 
 
 def _check_curvature(optimizer: Any, outcome: Outcome) -> None:
-    """Notes how much curvature the steps have measured, and whether that is what they must."""
+    """Records how much curvature the steps have measured, and problems if some is missing."""
     if hasattr(optimizer, 'curvature'):
         ready = {layer for stack in optimizer.curvature.stacks for _, layer in stack.ready()}
         trained = [layer for layer in optimizer.curvature.layers if layer.weight.requires_grad]
@@ -187,11 +187,11 @@ def _check_curvature(optimizer: Any, outcome: Outcome) -> None:
 
 
 def _adapt_to_cpu(cfg: Any, data: Path) -> str:
-    """Points a config to the data; makes it run on a CPU; returns what that changed."""
+    """Adapts a config to the data and to a CPU; returns notes on the changes."""
     notes = []
     if 'Pretrained' in str(cfg.model.backbone.get('init_cfg')):
         cfg.model.backbone.init_cfg = None
-    if cfg.model.backbone.get('drop_path_rate'):  # of one image it may leave blocks out
+    if cfg.model.backbone.get('drop_path_rate'):  # with one image it may skip blocks
         cfg.model.backbone.drop_path_rate = 0.0
         notes.append('no stochastic depth')
     loader = cfg.train_dataloader
@@ -223,7 +223,7 @@ def _adapt_to_cpu(cfg: Any, data: Path) -> str:
 
 
 def _image_folder_dataset(dataset: Any, data: Path) -> dict[str, Any]:
-    """A classifier's data set, with its pipeline, on images in folders."""
+    """Data set of a classifier with its pipeline, on images in folders."""
     pipeline, size = list(dataset.pipeline), 'large'
     if dataset.type.startswith('CIFAR'):  # holds its images in memory
         pipeline, size = [dict(type='LoadImageFromFile'), *pipeline], 'small'
@@ -233,7 +233,7 @@ def _image_folder_dataset(dataset: Any, data: Path) -> dict[str, Any]:
 
 
 def prove(path: Path, data: Path | None, steps: int) -> Outcome:
-    """Compares a config with the tables and, where there is data, steps its model."""
+    """Compares a config with the tables and, if there is data, takes steps with its model."""
     MMLogger.get_instance('mmengine', log_level='WARNING')  # not the table of every run
     problems: list[str] = []
     try:
@@ -246,7 +246,7 @@ def prove(path: Path, data: Path | None, steps: int) -> Outcome:
 
 
 def prove_alone(path: Path, data: Path | None, steps: int) -> Outcome:
-    """`prove` in a process of its own, whose memory is this config's, and which may die."""
+    """Runs `prove` in its own process, to measure its memory and to survive its death."""
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
         try:
             return pool.submit(prove, path, data, steps).result()
@@ -272,7 +272,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def table(outcomes: dict[Path, Outcome]) -> str:
-    """One row for each config, in Markdown."""
+    """Markdown table with one row for each config."""
     rows = [
         (
             path.stem,

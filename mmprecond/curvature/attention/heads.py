@@ -1,4 +1,4 @@
-"""Windows of an attention call, and the matrix that its curvature is made of."""
+"""Windows of an attention call, and the matrix T of their curvature."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from torch import Tensor
 
 
 def softmax_gram(scores: Tensor, values: Tensor, keep: Tensor | None = None) -> Tensor:
-    """``T = sum_i J_i V V' J_i``: what every attention statistic of W_Q and W_K is made of.
+    """``T = sum_i J_i V V' J_i``, the common part of the attention statistics of W_Q and W_K.
 
-    In closed form, with B = S o (O V') and o the elementwise product,
-    ``T = (S'S) o (V V') - B'S - S'B + S' diag(|o_i|^2) S``: n x n matrices alone.
+    Let B = S o (O V'), where o is the elementwise product. The closed form needs n x n matrices
+    only: ``T = (S'S) o (V V') - B'S - S'B + S' diag(|o_i|^2) S``.
 
-    Source: thesis chapter 5, (5.7)-(5.10), with the softmax's true Jacobian; the closed form is
-    this project's.
+    Source: thesis chapter 5, (5.7)-(5.10), with the true Jacobian of the softmax. The closed form
+    is this project's.
 
     Args:
-        scores: S (..., n_q, n_k), rows that sum to one.
+        scores: S (..., n_q, n_k), with rows that sum to one.
         values: V (..., n_k, d).
-        keep: (..., n_q), 0 for queries to leave out of the sum and 1 for the others; default all.
+        keep: Mask (..., n_q), 0 for queries to omit from the sum and 1 for the others; default:
+            all queries.
 
     Returns:
         T (..., n_k, n_k), symmetric positive semi-definite.
     """
-    # Of values, T sees their differences alone; without their mean less cancels in rounding.
+    # T depends only on differences of the values; without their mean less cancels in rounding.
     values = values - values.mean(-2, keepdim=True)
     outputs = scores @ values
     masked_scores = scores if keep is None else scores * keep[..., None]
@@ -37,18 +38,18 @@ def softmax_gram(scores: Tensor, values: Tensor, keep: Tensor | None = None) -> 
 
 @dataclass
 class Heads:
-    """Some windows of one attention call, in the working dtype. w windows, h heads.
+    """Some windows of one attention call, in the working dtype, with w windows and h heads.
 
     Attributes:
         inputs: Input rows of W_Q (w, n_q, c).
-        memory: Input rows of W_K and W_V (w, n_k, c); the inputs themselves in self-attention.
-        values_in: Input rows of W_V where they are not those of W_K.
+        memory: Input rows of W_K (w, n_k, c); in self-attention the same tensor as `inputs`.
+        values_in: Input rows of W_V (w, n_k, c), which may differ from those of W_K.
         query: Q (w, h, n_q, d).
         key: K (w, h, n_k, d).
         value: V (w, h, n_k, d).
         scores: S (w, h, n_q, n_k).
-        outputs: What the output projection multiplies (w, n_q, h d).
-        keep: 1 for real queries and 0 for padding, whose outputs are cut off (w, n_q).
+        outputs: Input rows of the output projection (w, n_q, h d).
+        keep: Mask (w, n_q), 0 for padded queries, whose outputs are cut off, and 1 for others.
     """
 
     inputs: Tensor

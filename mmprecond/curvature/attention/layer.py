@@ -1,8 +1,8 @@
-"""Attention as one layer: what is measured of its queries, keys and values.
+"""Attention as one layer: sums over its queries, keys and values.
 
-One head: Q (n_q, d), K and V (n_k, d), logits A = scale Q K' + bias + mask, S = softmax(A) by row,
-O = S V, and J_i = diag(s_i) - s_i s_i' for query i. X are the rows that the projection multiplies.
-A window is one independent attention: a Swin window, or the tokens of one image.
+Symbols of one head: Q (n_q, d), K and V (n_k, d), logits A = scale Q K' + bias + mask,
+S = softmax(A) by row, O = S V, and J_i = diag(s_i) - s_i s_i' for query i. X has the input rows of
+the projection. A window is one independent attention: a Swin window, or the tokens of one image.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from .sides import DECLARED, KEY_CURVATURE, AttentionSide
 
 
 class AttentionLayer(Layer):
-    """The projections W_Q, W_K, W_V of an attention module, in one weight (3 h d, c).
+    """Projections W_Q, W_K, W_V of an attention module, in one weight (3 h d, c).
 
-    Its blocks are the heads of W_Q, then of W_K, then of W_V, each a matrix (d, c). The bias is
-    left to the rule, unless it is given: it then takes part in the means, and in no other
-    statistic.
+    The blocks are the heads of W_Q, then of W_K, then of W_V. Each block is a matrix (d, c). The
+    bias takes the plain rule unless it is given. A given bias takes part in the means, and in no
+    other statistic.
 
     Attributes:
         heads: Number of heads.
-        max_windows: Windows measured a call, drawn afresh at each; sums are scaled to all windows.
+        max_windows: Most windows measured in one call. Each call draws them anew, and scales the
+            sums to all windows.
     """
 
     heads: int
@@ -53,7 +54,7 @@ class AttentionLayer(Layer):
 
     @classmethod
     def count_blocks(cls, module: Any) -> int:
-        """The heads of the three projections."""
+        """Number of heads of the three projections together."""
         return 3 * int(module.num_heads)
 
     @classmethod
@@ -63,7 +64,7 @@ class AttentionLayer(Layer):
 
     @property
     def compressible(self) -> bool:
-        """It has but the forms that its sides are declared with."""
+        """False, because each side has only the form that it declares."""
         return False
 
     @property
@@ -77,12 +78,12 @@ class AttentionLayer(Layer):
         return True
 
     def has_side(self, side: Side) -> bool:
-        """True if it is one of attention's."""
+        """True for the input and for sides of attention."""
         known = side == INPUT or isinstance(side, AttentionSide)
         return known and (self.is_square or side != KEY_CURVATURE.side)
 
     def lacks(self, statistic: Statistic) -> str:
-        """Reason why it cannot give a statistic, or ''; each of its sides has one form."""
+        """Reason why the layer cannot measure a statistic, or ''; each side has one form."""
         if not self.has_side(statistic.side) or statistic.rows != ALL:
             return super().lacks(statistic)
         form = self._declared(statistic.side).form
@@ -91,17 +92,17 @@ class AttentionLayer(Layer):
         return ''
 
     def size_of(self, side: Side) -> tuple[int, int]:
-        """Blocks and length of a side: 1 block (or 2 of inputs) where heads share it."""
+        """Blocks and length of a side; 1 block (or 2 for inputs) if heads share the side."""
         return self._declared(side).size(self)
 
     def count_rows(self, call: Call, gradient: Tensor, statistics: Sequence[Statistic]) -> int:
-        """Queries of one call."""
+        """Number of queries of one call."""
         return gradient.numel() // max(1, gradient.shape[-1])
 
     def measure_flops(
         self, call: Call, kept: tuple[Tensor, ...], output: Tensor, statistic: Statistic
     ) -> float:
-        """About the floating-point operations of one call's statistic (see the base class)."""
+        """Approximate FLOPs of one call's statistic (see the base class)."""
         windows, queries, keys = self.sizes(call, kept)
         side = self._declared(statistic.side)
         return min(windows, self.max_windows) * side.flops(self, queries, keys)
@@ -136,25 +137,25 @@ class AttentionLayer(Layer):
         return sums
 
     def read_flops(self, queries: int, keys: int) -> float:
-        """About the operations by which `read` makes, of a window, what the module did not keep."""
+        """Approximate FLOPs per window of values that `read` has to recompute."""
         return 0.0
 
     def sizes(self, call: Call, kept: tuple[Tensor, ...]) -> tuple[int, int, int]:
-        """Windows, queries and keys a window."""
+        """Number of windows, and of queries and keys per window."""
         windows, tokens = kept[0].shape[:2]
         return windows, tokens, tokens
 
     def read(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor) -> Heads:
-        """Some windows of a call."""
+        """Reads some windows of a call."""
         raise TypeError(f'{type(self).__name__} must say how it is read')
 
     @staticmethod
     def _declared(side: Side) -> AttentionSide:
-        """Attention's own reading of a side."""
+        """Attention's own version of a side."""
         return side if isinstance(side, AttentionSide) else DECLARED[side]
 
     def _chunk(self, queries: int, keys: int, lays_out_rows: bool) -> int:
-        """Windows that are measured at a time, within `capture_mb`."""
+        """Number of windows that are measured at a time, within `capture_mb`."""
         tokens = max(queries, keys)
         numbers = 8 * self.heads * keys * tokens + 8 * tokens * (self.columns + 2 * self.rows)
         if lays_out_rows:

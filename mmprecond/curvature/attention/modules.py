@@ -1,7 +1,7 @@
 """Readers of the attention modules of MMDetection, MMPretrain and torch, by exact type.
 
-They are known by qualified name, as neither toolbox is imported here. Add a class of your own with
-`register_attention`.
+The readers are found by qualified name, because no toolbox is imported here. `register_attention`
+adds a reader for another class.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .layer import AttentionLayer
 
 
 class WindowAttention(AttentionLayer):
-    """`WindowMSA`: queries, keys, values and softmax as the module itself computed them."""
+    """`WindowMSA`: reads queries, keys, values and softmax that the module itself computed."""
 
-    #: Submodules whose calls make up one call of the block, in their order.
+    #: Submodules whose calls make up one call of the block, in order.
     parts: tuple[str, ...] = ('qkv', 'softmax', 'proj')
 
     @classmethod
@@ -45,7 +45,7 @@ class WindowAttention(AttentionLayer):
     ) -> list[RemovableHandle]:
         """Installs hooks on the parts of each block (see the base class).
 
-        None on the block, whose forward may be wrapped to run twice (activation checkpointing).
+        The block itself has no hook, because activation checkpointing may run its forward twice.
         """
         return [
             handle
@@ -84,7 +84,7 @@ class WindowAttention(AttentionLayer):
         ]
 
     def kept(self, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
-        """Tensors that are kept of a call: X, the projections, O, and S."""
+        """Tensors to keep of a call: X, the projections, O, and S."""
         return seen['qkv'][0], seen['qkv'][1], seen['proj'][0], seen['softmax'][1]
 
     def read(self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor) -> Heads:
@@ -97,7 +97,7 @@ class WindowAttention(AttentionLayer):
         )
 
     def query_mask(self, inputs: Tensor) -> Tensor:
-        """1 for real queries (w, n): Swin pads its normalised map with zeros."""
+        """Mask (w, n) with 0 for padding, as Swin pads its normalised map with zeros."""
         return (inputs != 0).any(-1).to(inputs.dtype)
 
     def scores(
@@ -108,9 +108,9 @@ class WindowAttention(AttentionLayer):
 
 
 class TokenAttention(WindowAttention):
-    """MMPretrain's `MultiheadAttention` (ViT): its fused softmax is computed again from Q and K.
+    """MMPretrain's `MultiheadAttention` (ViT): recomputes its fused softmax from Q and K.
 
-    Attention dropout acts after the softmax and is left out of it.
+    Attention dropout acts after the softmax and is not part of it.
     """
 
     parts = ('qkv', 'proj')
@@ -135,12 +135,12 @@ class TokenAttention(WindowAttention):
         return torch.softmax(query @ key.mT * (self._scale(call.module) or 1.0), -1)
 
     def read_flops(self, queries: int, keys: int) -> float:
-        """The logits."""
+        """FLOPs of the logits."""
         return 2.0 * self.heads * queries * keys * self.rows
 
     @staticmethod
     def _scale(module: Any) -> float | None:
-        """Factor of the module's logits, or None where that is not known."""
+        """Factor of the module's logits, or None if it is not known."""
         function = getattr(module, 'scaled_dot_product_attention', None)
         if function is F.scaled_dot_product_attention:
             return module.head_dims**-0.5
@@ -150,10 +150,10 @@ class TokenAttention(WindowAttention):
 
 
 class PackedAttention(AttentionLayer):
-    """`nn.MultiheadAttention`, as mmcv wraps it too (DETR): recomputed from its arguments.
+    """`nn.MultiheadAttention`, also inside mmcv's wrapper (DETR): recomputed from its arguments.
 
-    Queries, keys and values may come from different rows, of different number. Dropout of the
-    attention weights is left out.
+    Queries, keys and values may come from different rows, and their numbers may differ. Dropout of
+    the attention weights is not taken into account.
     """
 
     @classmethod
@@ -172,12 +172,12 @@ class PackedAttention(AttentionLayer):
 
     @property
     def inputs(self) -> int:
-        """Two: W_Q's rows and W_K's rows."""
+        """Two: input rows of W_Q and of W_K."""
         return 2
 
     @property
     def is_square(self) -> bool:
-        """Not known before it is called."""
+        """False, because the numbers are not known before a call."""
         return False
 
     def watch(
@@ -223,7 +223,7 @@ class PackedAttention(AttentionLayer):
         logits = query @ key.mT * self.rows**-0.5
         for mask in self._masks(call, chosen):
             logits = logits + mask
-        # A query that may look at nothing: torch's own result is zero.
+        # For a query whose keys are all masked torch's own result is zero.
         nothing = logits.amax(-1, keepdim=True) == float('-inf')
         scores = torch.softmax(logits, -1).masked_fill(nothing, 0)
         outputs = (scores @ value).transpose(1, 2).flatten(2)
@@ -240,7 +240,7 @@ class PackedAttention(AttentionLayer):
         )
 
     def read_flops(self, queries: int, keys: int) -> float:
-        """The projections, the logits and the outputs."""
+        """FLOPs of the projections, the logits and the outputs."""
         width = self.heads * self.rows
         return 2.0 * (queries + 2 * keys) * width**2 + 4.0 * queries * keys * width
 
@@ -265,7 +265,7 @@ class PackedAttention(AttentionLayer):
         return masks
 
     def _additive_mask(self, mask: Tensor | None) -> Tensor | None:
-        """A mask as numbers to add: True of a bool mask forbids."""
+        """Mask as numbers to add to the logits; True in a bool mask excludes a key."""
         if mask is None or mask.dtype != torch.bool:
             return mask
         zeros = torch.zeros(mask.shape, dtype=self.working_dtype, device=mask.device)
@@ -273,12 +273,12 @@ class PackedAttention(AttentionLayer):
 
 
 def _projection_refusal(module: Any, heads: int) -> str:
-    """Reason why its qkv is not W_Q, W_K and W_V of as many heads each, or ''."""
+    """Reason why a module's qkv is not W_Q, W_K and W_V with equal numbers of heads, or ''."""
     weight, output = (
         getattr(module.get_submodule(part), 'weight', None) for part in ('qkv', 'proj')
     )
     if not isinstance(weight, Tensor) or not isinstance(output, Tensor):
-        return ''  # a parametrised weight is refused as any layer's
+        return ''  # parametrised weights are refused elsewhere, as for any layer
     rows, width = len(weight), output.shape[1]
     if rows != 3 * width or width % heads:
         return (
@@ -288,7 +288,7 @@ def _projection_refusal(module: Any, heads: int) -> str:
     return ''
 
 
-#: Attention modules that are read as a whole.
+#: Readers of attention modules by qualified name.
 ATTENTION_TYPES: dict[str, type[AttentionLayer]] = {
     'mmdet.models.backbones.swin.WindowMSA': WindowAttention,
     'mmpretrain.models.utils.attention.WindowMSA': WindowAttention,
@@ -298,7 +298,7 @@ ATTENTION_TYPES: dict[str, type[AttentionLayer]] = {
 
 _FUNCTIONAL = 'it uses the weight of its qkv without calling it'
 
-#: Attention modules with a `qkv` that cannot be read, and why (or '').
+#: Attention modules with a `qkv` that cannot be read, with the reason (or '').
 UNREADABLE: dict[str, Callable[[Any], str]] = {
     'mmpretrain.models.utils.attention.WindowMSAV2': lambda block: (
         f'its attention is cosine, for which no statistic is known, and {_FUNCTIONAL}'

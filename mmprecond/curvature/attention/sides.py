@@ -1,7 +1,7 @@
-"""The sides of an attention layer: sums over the queries of its windows.
+"""Sides of an attention layer: sums over the queries of its windows.
 
-Symbols as in `attention.layer`. A sum runs over windows and real queries; a running statistic is
-the mean over all queries.
+The module `attention.layer` defines the symbols. A sum runs over windows and over queries that are
+no padding. A running statistic is the mean over all queries.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ class AttentionSide(Side):
     """One kind of sum over the windows of attention.
 
     Attributes:
-        size: Of a layer: blocks and length of the side; 1 block where heads share it.
-        measure: The sum over some windows.
-        flops: About its operations for a window of a layer, given queries and keys.
+        size: Function of a layer that returns the blocks and length of the side. There is 1 block
+            if the heads share the side.
+        measure: Function that returns the sum over some windows.
+        flops: Function that returns the approximate FLOPs of one window, given the layer and the
+            numbers of queries and keys.
         lays_out_rows: Whether `measure` lays out rows (h, n, c) for each head.
     """
 
-    #: The one form that statistics of it have.
+    #: The only form of this side's statistics.
     form: ClassVar[type[Form]] = Moment
 
     size: Callable[[AttentionLayer], tuple[int, int]] = lambda layer: (layer.heads, layer.rows)
@@ -58,51 +60,51 @@ class AttentionSide(Side):
         return _defined, (type(self).__qualname__, self.name)
 
     def sum_shape(self, layer: AttentionLayer, keys: int) -> tuple[int, ...]:
-        """Shape of what `measure` returns; here (b, n, n)."""
+        """Shape of the sum that `measure` returns; here (b, n, n)."""
         blocks, length = self.size(layer)
         return blocks, length, length
 
     def finish(self, total: Tensor, windows: int) -> Tensor:
-        """The statistic, from the sum over so many windows."""
+        """Statistic from the sum over a number of windows."""
         return total
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeanSide(AttentionSide):
-    """One whose rows are summed with weights (1, n, 1), of which the last entry is the total."""
+    """Side with a weighted sum of rows (1, n, 1), whose last entry is the sum of the weights."""
 
     form: ClassVar[type[Form]] = CountedMean
 
     def sum_shape(self, layer: AttentionLayer, keys: int) -> tuple[int, ...]:
-        """(1, n, 1)."""
+        """Shape (1, n, 1)."""
         return *self.size(layer), 1
 
 
 def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
-    """Sum of rows (w, n, c), with a trailing 1, times weights (w, n): (1, c + 1, 1)."""
+    """Weighted sum (1, c + 1, 1) of rows (w, n, c) with a trailing 1, by weights (w, n)."""
     total = torch.einsum('wnc,wn->c', rows, weights)
     return torch.cat([total, weights.sum()[None]])[None, :, None]
 
 
 def counted_row(layer: AttentionLayer) -> tuple[int, int]:
-    """Size of a mean row with its count."""
+    """Blocks and length of a mean row with its count."""
     return 1, layer.weight.shape[1] + 1
 
 
 def _row_moment(rows: Tensor) -> Tensor:
-    """Sum of x'x over windows and tokens (w, n, c): (1, c, c)."""
+    """Sum (1, c, c) of x'x over windows and tokens (w, n, c)."""
     rows = rows.flatten(0, 1)
     return (rows.t() @ rows)[None]
 
 
 def _head_moment(rows: Tensor) -> Tensor:
-    """Sum of x'x over windows and tokens (w, h, n, c): (h, c, c)."""
+    """Sum (h, c, c) of x'x over windows and tokens (w, h, n, c)."""
     rows = rows.transpose(0, 1).flatten(1, 2)
     return rows.mT @ rows
 
 
 def _gram_flops(layer: AttentionLayer, queries: int, keys: int) -> float:
-    """Half of `softmax_gram`, which two statistics share."""
+    """Half the FLOPs of `softmax_gram`, because two statistics share it."""
     return layer.heads * queries * keys * (2 * keys + 3 * layer.rows)
 
 
@@ -136,7 +138,7 @@ def _attended_row_sum(heads: Heads) -> Tensor:
     return weighted_sum(heads.values_in, attended)
 
 
-#: Sum of x'x: of W_Q's inputs, and of W_K's where they differ.
+#: Sum of x'x over the inputs of W_Q, and over those of W_K if they differ.
 _INPUT = AttentionSide(
     'input',
     size=lambda layer: (layer.inputs, layer.columns),
@@ -145,7 +147,7 @@ _INPUT = AttentionSide(
         2 * layer.inputs * keys * layer.columns**2 + layer.read_flops(queries, keys)
     ),
 )
-#: What attention makes of sides that all layers have.
+#: Attention's own version of sides that all layers have.
 DECLARED: dict[Side, AttentionSide] = {INPUT: _INPUT}
 
 #: Sum of M_i'M_i with M_i = V' J_i K: the exact left factor of W_Q.
@@ -158,7 +160,7 @@ QUERY_CURVATURE = Statistic(
     Moment(),
     key='query_curvature',
 )
-#: The same with Q in the place of K.
+#: The same sum with Q in place of K.
 KEY_CURVATURE = Statistic(
     AttentionSide(
         'key_curvature',
@@ -168,8 +170,8 @@ KEY_CURVATURE = Statistic(
     Moment(),
     key='key_curvature',
 )
-#: Sum of o'o of the output projection's input. Its operations: of the thesis's form, which without
-#: W_K's curvature has all of T for W_Q's.
+#: Sum of o'o over the inputs o of the output projection. In a layer without W_K's curvature, where
+#: no other statistic shares T with W_Q's, these FLOPs include the second half of T.
 OUTPUT_MOMENT = Statistic(
     AttentionSide(
         'output',
@@ -219,7 +221,7 @@ VALUE_FEATURE_MOMENT = Statistic(
     Moment(),
 )
 
-#: Sums of the rows that W_Q and W_K multiply, and of the s_i X.
+#: Sums of the input rows of W_Q and of W_K, and of the rows s_i X.
 QUERY_MEAN = Statistic(
     MeanSide(
         'query',

@@ -20,14 +20,15 @@ logger = logging.getLogger('mmprecond')
 
 
 class CalibrationHook(Hook):  # type: ignore[misc]
-    """Calibrates the first layer of `MAC` or `SMAC` on training batches before the first step.
+    """Hook that calibrates the first layer of `MAC` or `SMAC` before the first step.
 
-    The batches are drawn by a sampler of its own, so that training sees its data as ever. A resumed
-    run has the result in its checkpoint, and reads nothing; a first layer that is frozen or left
-    out is not calibrated, and the log says so.
+    The hook has a sampler of its own, so it does not change the order of the training data. A
+    resumed run has the result in its checkpoint and reads no batches. A first layer that is frozen
+    or left out is not calibrated, and the log says so.
 
     Args:
-        batches: How many batches each rank reads; the published code reads the whole data set.
+        batches: Number of batches that each rank reads. The published code reads the whole data
+            set.
     """
 
     priority = 'VERY_HIGH'
@@ -37,7 +38,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
         self.batches = batches
 
     def before_train(self, runner: Any) -> None:
-        """Reads the batches; raises ValueError with another optimizer."""
+        """Calibrates the first layer; raises ValueError for other optimizers."""
         optimizer = getattr(runner.optim_wrapper, 'optimizer', runner.optim_wrapper)
         if not isinstance(optimizer, MAC):
             raise ValueError(
@@ -57,7 +58,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
 
 
 def _fresh_loader(loader: Any) -> DataLoader[Any]:
-    """Batches in an order of its own, as an abandoned iterator would end an infinite sampler."""
+    """Loader with its own sampler, as an abandoned iterator would end an infinite sampler."""
     size = loader.batch_size or loader.batch_sampler.batch_size
     return DataLoader(
         loader.dataset,
@@ -69,12 +70,12 @@ def _fresh_loader(loader: Any) -> DataLoader[Any]:
 
 
 class _ReachedError(Exception):
-    """The forward pass came to the module that was waited for."""
+    """The forward pass reached the awaited module."""
 
 
 @torch.no_grad()
 def _inputs_of(module: nn.Module, model: Any, data: Any) -> Tensor:
-    """Input of a module when the model is given a batch; the pass ends there."""
+    """Input of a module in the model's forward pass on a batch; the pass ends there."""
     captured: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

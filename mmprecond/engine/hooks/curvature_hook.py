@@ -1,4 +1,4 @@
-"""Shows the curvature of a run in MMEngine's visualizer."""
+"""Hook that shows the curvature of a run in MMEngine's visualizer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ...checks import check_count
 from ...core import Monitor, RefreshReport
 from ...optimizers import PreconditionedOptimizer
 
-#: Refreshes that a heat map shows.
+#: Number of refreshes in a heat map.
 SHOWN_REFRESHES = 200
-#: What a heat map shows, and whether as a logarithm.
+#: Values that have a heat map; True for a logarithm.
 MAPS = {'cosine': False, 'largest': True, 'damping': True, 'residual': True, 'rank': False}
 
 
 class CurvatureHook(Hook):  # type: ignore[misc]
-    """Logs what each refresh made of the layers: to TensorBoard and all other backends of the run.
+    """Hook that logs each refresh to TensorBoard and all other visualizer backends of the run.
 
     Scalars ``curvature/...``: damping, largest eigenvalue, residual of Newton's inverses or rank
     kept (mean and largest over the layers, by side), cosine between gradient and direction, failed
@@ -30,7 +30,7 @@ class CurvatureHook(Hook):  # type: ignore[misc]
     operators' numbers are those of the first rank's share.
 
     Args:
-        map_interval: Refreshes of all layers between images; None for none.
+        map_interval: Refreshes of all layers between heat maps; None for no heat maps.
     """
 
     priority = 'LOW'
@@ -43,7 +43,7 @@ class CurvatureHook(Hook):  # type: ignore[misc]
         self._refreshed = 0
 
     def before_train(self, runner: Any) -> None:
-        """Gives the optimizer its monitor; raises ValueError for one that has no curvature."""
+        """Sets the optimizer's monitor; raises ValueError if it measures no curvature."""
         optimizer = getattr(runner.optim_wrapper, 'optimizer', runner.optim_wrapper)
         if not isinstance(optimizer, PreconditionedOptimizer):
             raise ValueError(
@@ -58,12 +58,12 @@ class CurvatureHook(Hook):  # type: ignore[misc]
     ) -> None:
         """Logs the step's refreshes, if there were any."""
         curvature = runner.optim_wrapper.optimizer.curvature
-        # Shown once, though several iterations may make a step.
+        # Each report is shown once, though a step may take several iterations.
         report = curvature.monitor.take_report() if curvature.monitor else None
         if report is None:
             return
         if not any(report.layers.values()) and not report.failures:
-            return  # of methods whose operators are vectors, at every step
+            return  # methods with vectors as operators have nothing to show
         step = runner.iter + 1
         runner.visualizer.add_scalars(
             {f'curvature/{name}': value for name, value in report.summary().items()}, step=step
@@ -80,11 +80,11 @@ class CurvatureHook(Hook):  # type: ignore[misc]
 
 
 def heat_map(history: list[RefreshReport], name: str, logarithm: bool) -> Any:
-    """An image (height, width, 3) of bytes: a value of all layers over all refreshes, or None.
+    """Heat map of one value, layers by refreshes, as bytes (height, width, 3), or None.
 
     Args:
         history: The reports.
-        name: The value's name; of values by side both are shown.
+        name: Name of the value; a value by side has rows for both sides.
         logarithm: Whether to show the logarithm.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
