@@ -20,6 +20,7 @@ class SilenceGuard:
 
     def __init__(self) -> None:
         self._missed: dict[Layer, int] = {}
+        self._replaced: list[Layer] = []
         self._named: set[Layer] = set()
 
     def note(self, layer: Layer, measured: bool) -> None:
@@ -27,6 +28,8 @@ class SilenceGuard:
         gradient = layer.weight.grad
         if measured:
             self._missed[layer] = 0
+        elif gradient is None and layer.is_replaced:
+            self._replaced.append(layer)
         elif gradient is not None and bool(gradient.any()):
             self._missed[layer] = self._missed.get(layer, 0) + 1
 
@@ -36,6 +39,15 @@ class SilenceGuard:
 
     def warn(self) -> None:
         """Names the layers that missed too many captures, once each."""
+        if self._replaced and not self._named.issuperset(self._replaced):
+            self._named.update(self._replaced)
+            logger.warning(
+                'the weights of %d layers were replaced after the optimizer was made, which trains '
+                'the old ones: %s. Make the optimizer after load_state_dict(assign=True)',
+                len(self._replaced),
+                _names(self._replaced),
+            )
+        self._replaced = []
         silent = [
             layer
             for layer, missed in self._missed.items()
@@ -44,7 +56,6 @@ class SilenceGuard:
         if not silent:
             return
         self._named.update(silent)
-        names = ', '.join(layer.name for layer in silent[:5]) + (', ...' if len(silent) > 5 else '')
         logger.warning(
             '%d of the layers have gradients but were not measured by the last %d captures, and '
             'take the plain rule or an old operator: %s. Either gradients are cleared between '
@@ -53,5 +64,9 @@ class SilenceGuard:
             'optimizer was disarmed',
             len(silent),
             MISSES,
-            names,
+            _names(silent),
         )
+
+
+def _names(layers: list[Layer]) -> str:
+    return ', '.join(layer.name for layer in layers[:5]) + (', ...' if len(layers) > 5 else '')

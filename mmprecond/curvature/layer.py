@@ -50,7 +50,6 @@ class Layer:
         blocks: Number of independent blocks.
         rows: o, output features of one block.
         columns: i, input features of one block, including the trailing 1 of a joint bias.
-        working_dtype: Dtype of all statistics: the dtype of the weight, but at least float32.
         damping: Damping of this layer in place of its preconditioner's, or None.
     """
 
@@ -82,7 +81,17 @@ class Layer:
         self.blocks = self.count_blocks(modules[0])
         self.rows = weight.shape[0] // self.blocks
         self.columns = weight[0].numel() + (bias is not None)
-        self.working_dtype = torch.promote_types(weight.dtype, torch.float32)
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """Dtype of all statistics: the dtype of the weight, but at least float32."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def is_replaced(self) -> bool:
+        """True if no module uses the weight any more, as after `load_state_dict(assign=True)`."""
+        held = {id(p) for module in self.modules for p in module.parameters()}
+        return id(self.weight) not in held
 
     # ---------------------------------------------------------------- what it can give
 
