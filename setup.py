@@ -10,12 +10,12 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 
 
-def read_version() -> str:
-    """Read the version without importing the package, which would need torch."""
+def read_constant(name: str) -> str:
+    """Read a constant of version.py without importing the package, which would need torch."""
     text = (ROOT / 'mmprecond' / 'version.py').read_text(encoding='utf-8')
-    found = re.search(r"^__version__ = '([^']+)'", text, flags=re.MULTILINE)
+    found = re.search(rf"^{name} = '([^']+)'", text, flags=re.MULTILINE)
     if found is None:
-        raise RuntimeError('mmprecond/version.py holds no __version__')
+        raise RuntimeError(f'mmprecond/version.py holds no {name}')
     return found.group(1)
 
 
@@ -89,7 +89,7 @@ EXTRAS = {
 
 setup(
     name='mmprecond',
-    version=read_version(),
+    version=read_constant('__version__'),
     description='Second-order preconditioned optimizers for PyTorch, MMDetection and MMPretrain',
     long_description=read_readme(),
     long_description_content_type='text/markdown',
@@ -112,7 +112,7 @@ setup(
     package_data={'mmprecond': ['py.typed']},
     cmdclass={'build_py': BuildWithConfigs},
     python_requires='>=3.10',
-    install_requires=['torch>=2.4', 'numpy'],
+    install_requires=[f'torch>={read_constant("MIN_TORCH")}', 'numpy'],
     extras_require=EXTRAS,
     zip_safe=False,
 )

@@ -5,9 +5,14 @@ The import registers every optimizer with MMEngine, if MMEngine is installed.
 
 from importlib.util import find_spec
 
-from . import optimizers
-from .optimizers import *  # noqa: F403
-from .version import __version__
+from torch import __version__ as _torch_version
+
+from .version import __version__, check_torch
+
+check_torch(_torch_version)
+
+from . import optimizers  # noqa: E402
+from .optimizers import *  # noqa: E402, F403
 
 __all__ = ['__version__', *optimizers.__all__]
 
