@@ -257,7 +257,7 @@ class Curvature:
             for (stack, positions), outcome in zip(due, started, strict=True)
         ]
 
-    # ---------------------------------------------------------------- acting
+    # ---------------------------------------------------------------- directions and updates
 
     def precondition(
         self, gradients: Mapping[Tensor, Tensor], groups: Iterable[Mapping[str, Any]]

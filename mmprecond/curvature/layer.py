@@ -84,7 +84,7 @@ class Layer:
         self.columns = weight[0].numel() + (bias is not None)
         self.working_dtype = torch.promote_types(weight.dtype, torch.float32)
 
-    # ---------------------------------------------------------------- what it can give
+    # ---------------------------------------------------------------- types, sides and statistics
 
     @classmethod
     def type_refusal(cls, kind: type[nn.Module]) -> str:
@@ -163,7 +163,7 @@ class Layer:
         """Seed of the random numbers of this layer and a statistic, the same in all steps."""
         return crc32(f'{self.name} {key}'.encode())
 
-    # ---------------------------------------------------------------- its matrix form
+    # ---------------------------------------------------------------- matrix form
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -338,7 +338,7 @@ class Layer:
             count += rows.shape[2]
         return total, count
 
-    # ---------------------------------------------------------------- what a subclass says
+    # ---------------------------------------------------------------- rows, defined by subclasses
 
     def input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         """Chunks (blocks, i without bias, rows) of the input rows, in `working_dtype`."""

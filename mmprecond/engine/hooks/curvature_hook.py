@@ -22,12 +22,13 @@ MAPS = {'cosine': False, 'largest': True, 'damping': True, 'residual': True, 'ra
 class CurvatureHook(Hook):  # type: ignore[misc]
     """Hook that logs each refresh to TensorBoard and all other visualizer backends of the run.
 
-    Scalars ``curvature/...`` are the damping, the largest eigenvalue, the residual of Newton's
-    inverses or the rank (mean and largest over the layers, by side), the cosine between gradient
-    and direction, failed refreshes, seconds and megabytes. After every `map_interval` refreshes of
-    all layers the hook also logs a heat map of each value, with a row per layer and a column for
-    each of the last 200 refreshes. Other steps compute nothing. Under sharding='apply' the values
-    of operators are those of the first rank's share.
+    The scalars ``curvature/...`` have the mean and the largest value over the layers, by side, of
+    the damping, the largest eigenvalue, and the residual of Newton's inverses or the rank. Other
+    scalars are the cosine between gradient and direction, failed refreshes, seconds and megabytes.
+    After every `map_interval` refreshes of all layers the hook also logs a heat map of each value.
+    A heat map has a row per layer and a column for each of the last 200 refreshes. Other steps
+    compute nothing. Under sharding='apply' the values of operators are those of the first rank's
+    share.
 
     Args:
         map_interval: Refreshes of all layers between heat maps; None for no heat maps.
