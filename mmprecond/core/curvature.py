@@ -198,7 +198,7 @@ class Curvature:
         """Merges the statistics measured for a step, then refreshes the operators that are due.
 
         Returns:
-            Snapshots, from before the refresh, of stacks with a new basis (see `basis.rotate`).
+            Snapshots, from before the refresh, of stacks whose basis may change (see `rotate`).
         """
         if self.monitor is not None:
             self.monitor.begin()

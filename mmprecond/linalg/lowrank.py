@@ -136,7 +136,7 @@ def low_rank_power(
     tolerance: float = 0.1,
     max_rank: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``(A + mu I)^-p`` from the eigenvectors of A whose eigenvalues exceed the damping mu enough.
+    """``(A + mu I)^-p`` from the eigenvectors of A that stand out from the damping mu.
 
     One value tau replaces all eigenvalues that are not kept. It is their mean, shifted until the
     relative error in every direction is at most the tolerance t. Eigenvalues up to
