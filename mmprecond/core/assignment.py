@@ -121,8 +121,8 @@ class BoundAssignment:
             )
             if shadowed:
                 raise ValueError(
-                    f'layers[{position}]: match={entry.match} is of no use, because earlier '
-                    'entries take all its layers; put it first'
+                    f'layers[{position}]: match={entry.match} is of no use, because all its '
+                    'layers are taken by entries before it; put it first'
                 )
             if not met and entry.preconditioner is not None and not entry.is_open:
                 raise ValueError(
