@@ -68,7 +68,7 @@ def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[st
     if unexpected:
         keys = ', '.join(sorted(unexpected))
         hint = (
-            'MMEngine takes `_delete_` out of configs with a `_base_` alone: leave it out here'
+            'MMEngine removes `_delete_` only from configs with a `_base_`: leave it out here'
             if '_delete_' in unexpected
             else 'if a base config left the key behind, add '
             '`_delete_=True` to the optimizer of your config'

@@ -122,12 +122,12 @@ class BoundAssignment:
             )
             if shadowed:
                 raise ValueError(
-                    f'layers[{position}]: match={entry.match} is of no use, all its '
+                    f'layers[{position}]: match={entry.match} is of no use, because all its '
                     'layers are taken by entries before it; put it first'
                 )
             if not met and entry.preconditioner is not None and not entry.is_open:
                 raise ValueError(
-                    f'layers[{position}]: match={entry.match} is of no use, it hits '
+                    f'layers[{position}]: match={entry.match} is of no use, because it hits '
                     'no layer that can be preconditioned'
                 )
 

@@ -76,8 +76,8 @@ def refuse_partial(saved: Mapping[str, Any] | None) -> None:
     """Raises ValueError for the state of a rank that had only a part of the operators."""
     if not (saved or {}).get('whole', True):
         raise ValueError(
-            "the state is that of one rank under sharding='apply', which holds but a "
-            'part of the operators; load the one that the first rank saved'
+            "the state is that of one rank under sharding='apply', which holds only a "
+            'part of the operators; load the state that the first rank saved'
         )
 
 

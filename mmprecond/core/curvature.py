@@ -206,7 +206,7 @@ class Curvature:
         """Merges the statistics measured for a step, then refreshes the operators that are due.
 
         Returns:
-            Snapshots, from before the refresh, of stacks with a new basis (see `basis.rotate`).
+            Snapshots, from before the refresh, of stacks whose basis may change (see `rotate`).
         """
         if self.monitor is not None:
             self.monitor.begin()
@@ -266,7 +266,7 @@ class Curvature:
             for (stack, positions), outcome in zip(due, started, strict=True)
         ]
 
-    # ---------------------------------------------------------------- acting
+    # ---------------------------------------------------------------- directions and updates
 
     def precondition(
         self, gradients: Mapping[Tensor, Tensor], groups: Iterable[Mapping[str, Any]]

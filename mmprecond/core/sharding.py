@@ -55,8 +55,8 @@ class Sharding:
             if self.requested == 'apply' and method.acts_after_rule:
                 raise ValueError(
                     f"{type(method).__name__} works with sharding='refresh' or "
-                    "'none', not 'apply': it acts on what the rule makes of a "
-                    'gradient, and so every rank needs all its operators'
+                    "'none', not 'apply': it acts on the rule's updates, so that every rank "
+                    'needs all its operators'
                 )
         if self.mode == 'none':
             return dict.fromkeys(chosen)

@@ -166,8 +166,8 @@ class Form(ABC):
     def outline(self, blocks: int, size: int, layer: Layer, search: RankSearch | None) -> Operator:
         """Operator of a layer in its likely shape, on the meta device."""
         raise TypeError(
-            f'{type(self).__name__} has no power; the preconditioner must say what '
-            'operator it makes of it'
+            f'{type(self).__name__} has no power; the preconditioner must define outline '
+            'for its operators'
         )
 
     def trace(self, factor: Factor) -> Tensor:

@@ -93,7 +93,7 @@ class Layer:
         held = {id(p) for module in self.modules for p in module.parameters()}
         return id(self.weight) not in held
 
-    # ---------------------------------------------------------------- what it can give
+    # ---------------------------------------------------------------- types, sides and statistics
 
     @classmethod
     def type_refusal(cls, kind: type[nn.Module]) -> str:
@@ -172,7 +172,7 @@ class Layer:
         """Seed of the random numbers of this layer and a statistic, the same in all steps."""
         return crc32(f'{self.name} {key}'.encode())
 
-    # ---------------------------------------------------------------- its matrix form
+    # ---------------------------------------------------------------- matrix form
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -347,7 +347,7 @@ class Layer:
             count += rows.shape[2]
         return total, count
 
-    # ---------------------------------------------------------------- what a subclass says
+    # ---------------------------------------------------------------- rows, defined by subclasses
 
     def input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         """Chunks (blocks, i without bias, rows) of the input rows, in `working_dtype`."""

@@ -81,7 +81,7 @@ def use_optimizer(cfg: Config, name: str) -> None:
     if adaptive != was_adaptive and ('momentum' in old or was_adaptive):
         print_log(
             f'{name} keeps lr={old.get("lr")} of {old["type"]}, a rule of another kind: its '
-            'best rate will differ',
+            'best learning rate will differ',
             logger='current',
             level=30,
         )

@@ -99,9 +99,11 @@ def nystrom_columns(sketch: Tensor, test: Tensor) -> Tensor:
 
     B B' = Y (Omega' Y)^+ Y'. The pseudo-inverse omits eigenvalues that are rounding errors.
 
+    For m columns and any k < m - 1, the expected error in the trace is at most
+    1 + k / (m - k - 1) times the sum of the eigenvalues after the k-th.
+
     Source: the Nystroem approximation as in Tropp, Yurtsever, Udell and Cevher, SIAM J. Matrix
-    Anal. Appl. 38(4), 2017. With m columns the expected error in the trace is at most
-    1 + k / (m - k - 1) times the sum of the eigenvalues after the k-th, for any k < m - 1.
+    Anal. Appl. 38(4), 2017.
 
     Args:
         sketch: Y (..., n, m).
@@ -134,7 +136,7 @@ def low_rank_power(
     tolerance: float = 0.1,
     max_rank: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``(A + mu I)^-p`` from the eigenvectors of A whose eigenvalues exceed the damping mu enough.
+    """``(A + mu I)^-p`` from the eigenvectors of A that stand out from the damping mu.
 
     One value tau replaces all eigenvalues that are not kept. It is their mean, shifted until the
     relative error in every direction is at most the tolerance t. Eigenvalues up to

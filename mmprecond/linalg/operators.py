@@ -72,7 +72,7 @@ class Operator(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Dense(Operator):
-    """Matrices laid out (k, b, n, n)."""
+    """Dense matrices (k, b, n, n)."""
 
     matrix: Tensor
     suffixes: ClassVar[tuple[str, ...]] = ('moment',)

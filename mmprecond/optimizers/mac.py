@@ -90,12 +90,12 @@ class MAC(PreconditionedSGDM):
         """
         layer = self.first_layer
         if layer is None or self.calibration_blocker:
-            raise ValueError(f'calibrate_first_layer cannot be: {self.calibration_blocker}')
+            raise ValueError(f'calibrate_first_layer is not possible: {self.calibration_blocker}')
         moment, rows = self._moment_of_inputs(layer, inputs)
         if not rows or not bool(moment.isfinite().all()):
             raise ValueError(
-                f'{layer.name} was to be calibrated on {int(rows)} rows of input, '
-                'which must be finite and more than none'
+                f'{layer.name} cannot be calibrated on {int(rows)} rows of input; '
+                'give at least one row, and only finite numbers'
             )
         method, mean = self._build_calibrated_method(), moment / rows
         factors = {INPUT: Factor(Moment(), (mean[None],))}

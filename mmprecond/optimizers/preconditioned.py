@@ -29,11 +29,10 @@ class Preconditioned(PreconditionedOptimizer):
         rule: ``dict(type='SGDM' | 'EMASGD' | 'AdamW' | 'Adan' | 'ARO' | 'DCTAdamW', lr=..., ...)``
             with the rule's hyper-parameters and options.
         layers: Entries ``dict(match=..., preconditioner=...)``. The first entry that matches a
-            layer wins. `match` has `module_type` (one or several class names of the layer's module
-            or of a module around it), `name` (a pattern as in `fnmatch` for the name of the layer's
-            module or of a module around it), or both. An entry without `match` applies to all
-            remaining layers. `preconditioner` is ``dict(type=..., **settings)``, or None for the
-            plain rule.
+            layer wins. `match` has `module_type` (one or several class names), `name` (a pattern as
+            in `fnmatch`), or both. They apply to the layer's module and to the modules around it.
+            An entry without `match` applies to all remaining layers. `preconditioner` is
+            ``dict(type=..., **settings)``, or None for the plain rule.
         **options: `capture_mb`, `save_curvature`, `sharding`, `clip_update`, `check_memory`,
             `stagger` and `matmul_precision`, as in `PreconditionedOptimizer`.
 

@@ -101,7 +101,7 @@ class Preconditioner(ABC):
         if self.rotates and self._oversize_form is not None:
             raise ValueError(
                 f'oversize={self.oversize!r} is for inverses; {type(self).__name__} '
-                "turns gradients, and takes 'skip' or 'one_sided'"
+                "rotates gradients; choose 'skip' or 'one_sided'"
             )
         if self.refresh_interval % self.stat_interval:
             raise ValueError(
@@ -114,7 +114,7 @@ class Preconditioner(ABC):
         """Names of the settings."""
         return [field.name for field in fields(cls)]
 
-    # ---------------------------------------------------------------- what it measures
+    # ---------------------------------------------------------------- statistics
 
     @property
     def attention_reading(self) -> AttentionReading | None:
@@ -160,7 +160,7 @@ class Preconditioner(ABC):
     def gradient_factor(self, rows: float) -> float:
         """Factor of the sums of squared gradient rows, given the number of rows.
 
-        The rows are those of the gradient of the step's mean loss.
+        The rows are gradients of the step's mean loss.
         """
         return 1.0
 
@@ -241,7 +241,7 @@ class Preconditioner(ABC):
         )
         return ', '.join(f'{side} side {note}' for side, note in notes if note)
 
-    # ---------------------------------------------------------------- the method itself
+    # ---------------------------------------------------------------- refresh and application
 
     def is_exact(self, refreshes: int) -> bool:
         """True if a layer's refresh number `refreshes` (from 0) starts from scratch."""
@@ -331,7 +331,7 @@ def check_statistics(owner: str, statistics: Any) -> None:
     if wrong:
         raise TypeError(
             f'{owner} asks for {wrong[0]!r}, which is no Statistic; write '
-            'Statistic(INPUT, Moment()) or alike'
+            'Statistic(INPUT, Moment()) or similar'
         )
     sides = [item.side for item in statistics]
     if len(set(sides)) < len(sides) or len({item.key for item in statistics}) < len(sides):

@@ -171,7 +171,7 @@ class TrustRegionAdam(AdamW):
             self._warned = True
             logger.warning(
                 'SOAA: the loss of step %d, or of one just before, is not finite; the '
-                'trust radius stays as it was (said once)',
+                'trust radius stays as it was (reported once)',
                 step,
             )
 

@@ -283,7 +283,7 @@ def _projection_refusal(module: Any, heads: int) -> str:
     if rows != 3 * width or width % heads:
         return (
             f'its qkv has {rows} rows where its proj takes {width} numbers of {heads} heads: '
-            'queries, keys and values must have as many heads (no grouped-query attention)'
+            'queries, keys and values must have equally many heads (no grouped-query attention)'
         )
     return ''
 
