@@ -25,6 +25,7 @@ from .registry import (
     register_layer,
 )
 from .selection import AttentionReading, LeftOut, find_layers, unwrap
+from .separable import Separable
 from .staging import Staged
 from .statistic import (
     ALL,
@@ -68,6 +69,7 @@ __all__ = [
     'RunningAverage',
     'SKETCH_KINDS',
     'SampledRows',
+    'Separable',
     'Side',
     'Sketch',
     'Square',

@@ -34,7 +34,49 @@ class ConvLayer(Layer):
         """The groups."""
         return module.groups
 
+    @property
+    def kernel_positions(self) -> int:
+        """Positions of the kernel."""
+        return self.weight.shape[2:].numel()
+
     def input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
+        for view in self._patch_chunks(module, inputs):
+            yield view.reshape(
+                self.blocks,
+                view.shape[1 : 2 + self.axes].numel(),
+                view.shape[2 + self.axes :].numel(),
+            )
+
+    def position_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
+        """Chunks (blocks, p, rows) with the positions' partial trace of the patches' moment."""
+        kernel = tuple(range(2, 2 + self.axes))
+        rest = tuple(range(2 + self.axes, 3 + 2 * self.axes))
+        for view in self._patch_chunks(module, inputs):
+            yield view.permute(0, *kernel, 1, *rest).reshape(self.blocks, self.kernel_positions, -1)
+
+    def channel_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
+        """Chunks (blocks, c, rows) with the channels' partial trace of the patches' moment."""
+        # A pixel counts as often as patches read it, so no patch has to be laid out.
+        inputs = self._add_batch_axis(inputs)
+        size = self._output_size(module, inputs)
+        image_bytes = self.working_dtype.itemsize * max(1, inputs[0].numel() if len(inputs) else 1)
+        images = max(1, int(min(self.capture_mb * 2**20 / image_bytes, len(inputs))))
+        for batch in inputs.split(images):
+            padded = self._pad(module, batch.to(self.working_dtype))
+            weight = self._reads(module, padded.shape[-self.axes :], size).sqrt()
+            yield self._maps_to_rows((padded * weight.to(padded)).flatten(2))
+
+    def _reads(self, module: Any, pixels: torch.Size, size: torch.Size) -> Tensor:
+        """Number of patches that read each pixel of a padded map, times the kernel entry's."""
+        counts = torch.ones((), dtype=torch.float64)
+        for axis in range(self.axes):
+            entries = torch.arange(module.kernel_size[axis])[:, None] * module.dilation[axis]
+            read = entries + torch.arange(size[axis]) * module.stride[axis]
+            counts = counts[..., None] * torch.bincount(read.flatten(), minlength=pixels[axis])
+        return counts
+
+    def _patch_chunks(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
+        """Patches in views (see `_patch_view`) of at most `capture_mb` megabytes."""
         inputs = self._add_batch_axis(inputs)
         size = self._output_size(module, inputs)
         line = size[1:].numel()
@@ -47,10 +89,7 @@ class ConvLayer(Layer):
             padded = self._pad(module, batch.to(self.working_dtype))
             for top in range(0, size[0], max(1, strip)):
                 lines = min(strip, size[0] - top)
-                view = self._patch_view(module, padded, torch.Size((lines, *size[1:])), top)
-                yield view.reshape(
-                    self.blocks, view.shape[1 : 2 + self.axes].numel(), len(padded) * lines * line
-                )
+                yield self._patch_view(module, padded, torch.Size((lines, *size[1:])), top)
 
     def input_power_sum(self, module: Any, inputs: Tensor, power: int) -> tuple[Tensor, int]:
         # The sum over images comes first: patches are laid out of one image alone.
@@ -260,6 +299,11 @@ class ConvTranspose2dLayer(ConvLayer):
         samples = self.sample_count(call.module, gradient)
         reduced = any(statistic.rows == REDUCED for statistic in statistics)
         return samples if reduced else samples * self.position_count(call.module, gradient)
+
+    @property
+    def kernel_positions(self) -> int:
+        """1: an input row is the channels of one pixel."""
+        return 1
 
     def input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
         yield super().gradient_rows(module, inputs.to(self.working_dtype))

@@ -76,6 +76,11 @@ class Factor:
         (tensor,) = self.tensors
         return tensor
 
+    @property
+    def length(self) -> int:
+        """Side length of the moment's blocks."""
+        return self.form.length(self)
+
     def trace(self) -> Tensor:
         """Trace (k, b) of the moment that the factor represents."""
         return self.form.trace(self)
@@ -169,6 +174,10 @@ class Form(ABC):
             f'{type(self).__name__} has no power; the preconditioner must define outline '
             'for its operators'
         )
+
+    def length(self, factor: Factor) -> int:
+        """See `Factor.length`."""
+        return factor.tensors[0].shape[-2]
 
     def trace(self, factor: Factor) -> Tensor:
         """See `Factor.trace`."""

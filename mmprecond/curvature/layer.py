@@ -22,6 +22,7 @@ from .calls import Call, Observer, Tap
 from .gram import gram
 from .moments import Blocks
 from .rows import LayerRows
+from .separable import Separable
 from .statistic import (
     ALL,
     GRADIENT,
@@ -129,6 +130,11 @@ class Layer:
         return self.blocks, self.rows, self.columns
 
     @property
+    def kernel_positions(self) -> int:
+        """Number of entries of a channel in an input row; 1 if rows are no patches."""
+        return 1
+
+    @property
     def compressible(self) -> bool:
         """True if compressed forms may replace the moments; moments of groups are small anyway."""
         return self.blocks == 1
@@ -159,6 +165,10 @@ class Layer:
             return f'{form} is not a form of {statistic.side.name}'
         if isinstance(statistic.form, Blocks) and not self.compressible:
             return f'{form} is for layers of one block'
+        if isinstance(statistic.form, Separable) and (
+            statistic.side.of_gradient or statistic.form != Separable.of(self)
+        ):
+            return f'{form} must be Separable.of(layer), for the input of a convolution'
         return ''
 
     def empty(self, statistic: Statistic) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,30 @@ class LayerRows:
         if not self.statistic.side.of_gradient and self.statistic.rows == ALL:
             return self.layer.input_moment(self.module, self.inputs)
         return gram(self.chunks(), self.unwritten(self.statistic.form))
+
+    def separable_moments(self, channels: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Partial traces (b, c, c) and (b, p, p) of the patches' moment, and the sum of the ones.
+
+        Args:
+            channels: c.
+            positions: p.
+        """
+        layer: Any = self.layer  # a convolution
+        first = layer.weight.new_empty(
+            (layer.blocks, channels, channels), dtype=layer.working_dtype
+        )
+        second = first.new_empty(layer.blocks, positions, positions)
+        if self.statistic.rows == ALL:
+            gram(layer.channel_rows(self.module, self.inputs), first)
+            gram(layer.position_rows(self.module, self.inputs), second)
+            count = layer.sample_count(self.module, self.gradient)
+            count *= layer.position_count(self.module, self.gradient)
+            return first, second, first.new_full((layer.blocks, 1, 1), count)
+        (rows,) = self.chunks()
+        patches = rows[:, : channels * positions].unflatten(1, (channels, positions))
+        gram([patches.flatten(2)], first)
+        gram([patches.transpose(1, 2).flatten(2)], second)
+        return first, second, rows[:, -1:].square().sum(2, keepdim=True)
 
     def power_sum(self, power: int) -> Tensor:
         """Sum of the rows' entries to a power (b, n, 1)."""

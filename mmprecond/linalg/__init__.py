@@ -3,6 +3,7 @@
 from .basis import assign_columns, eigenbasis, orthogonal_iteration
 from .cosine import cosine_basis
 from .inverse import all_finite, cholesky_inverse, newton_inverse
+from .kronecker import Kronecker, kronecker_power
 from .lowrank import (
     RankSearch,
     apply_columns,
@@ -39,6 +40,7 @@ __all__ = [
     'BlockDiagonal',
     'Dense',
     'Diagonal',
+    'Kronecker',
     'LowRank',
     'Operator',
     'Operators',
@@ -59,6 +61,7 @@ __all__ = [
     'from_tensors',
     'inverse_power',
     'join',
+    'kronecker_power',
     'largest_eigenvalue',
     'largest_eigenvalue_of_columns',
     'low_rank_power',

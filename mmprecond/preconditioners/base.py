@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_number
 from ..curvature import (
     ALL,
+    INPUT,
     AttentionReading,
     Blocks,
     Factor,
@@ -25,6 +26,7 @@ from ..curvature import (
     Moment,
     RunningAverage,
     SampledRows,
+    Separable,
     Side,
     Sketch,
     Statistic,
@@ -41,6 +43,10 @@ Factors = Mapping[Side, Factor]
 
 #: Published settings of methods whose code has no size limits and takes all rows.
 WHOLE_LAYERS: dict[str, Any] = dict(max_dim=8192, oversize='skip', max_rank=None, max_rows=None)
+
+INPUT_FACTORS = ('patch', 'separable', 'auto')
+#: Longest patch whose moment is about as cheap as its separable form.
+SHORT_PATCH = 256
 
 OVERSIZE = ('skip', 'one_sided', 'block', 'lowrank')
 
@@ -138,7 +144,7 @@ class Preconditioner(ABC):
     def selected_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """Statistics kept for a layer; an empty tuple leaves the layer to the plain rule."""
         candidates = tuple(
-            self._with_sampled_rows(layer, statistic)
+            self._with_sampled_rows(layer, self._with_input_factor(layer, statistic))
             for statistic in self.candidate_statistics(layer)
         )
         large = {statistic for statistic in candidates if self._is_large(layer, statistic)}
@@ -176,6 +182,10 @@ class Preconditioner(ABC):
             'lowrank': Sketch(self.max_rank or Sketch.rank),
         }
         return forms.get(self.oversize)
+
+    def _with_input_factor(self, layer: Layer, statistic: Statistic) -> Statistic:
+        """The statistic in the form that the method prefers for patches."""
+        return statistic
 
     def _with_sampled_rows(self, layer: Layer, statistic: Statistic) -> Statistic:
         """The statistic over at most `max_rows` random rows, if the layer can draw rows."""
@@ -285,7 +295,39 @@ class Preconditioner(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InversePreconditioner(Preconditioner):
+class PatchPreconditioner(Preconditioner):
+    """Preconditioner with a choice of the input factor of convolutions.
+
+    Attributes:
+        input_factor: 'patch' keeps R of whole patches (c p x c p, from c channels and p kernel
+            positions). 'separable' keeps its partial traces C (c x c) and K (p x p) and takes
+            ``C (x) K / tr`` for R: 1/p^2 of the memory, one product of c x c rows per capture, and
+            refreshes of c^3. The covariance of a joint bias with the patch is left out. 'auto'
+            takes 'separable' for patches longer than 256, and 'patch' for shorter ones.
+    """
+
+    input_factor: str = 'patch'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice('input_factor', self.input_factor, INPUT_FACTORS)
+
+    def _with_input_factor(self, layer: Layer, statistic: Statistic) -> Statistic:
+        form = Separable.of(layer)
+        short = self.input_factor == 'auto' and layer.columns <= SHORT_PATCH
+        if (
+            self.input_factor == 'patch'
+            or short
+            or form is None
+            or statistic.side != INPUT
+            or not isinstance(statistic.form, Moment)
+        ):
+            return statistic
+        return statistic.in_form(form)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversePreconditioner(PatchPreconditioner):
     """Preconditioner with negative powers of damped moments, by a choice of solvers.
 
     Attributes:

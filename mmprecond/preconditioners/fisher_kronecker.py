@@ -26,7 +26,7 @@ from ..curvature import (
     Statistic,
 )
 from ..linalg import Operators, cholesky_inverse
-from .base import WHOLE_LAYERS, Factors, Preconditioner, check_damping
+from .base import WHOLE_LAYERS, Factors, PatchPreconditioner, check_damping
 from .registry import register_preconditioner
 from .two_sided import damped_powers, recover_norm, relative_damping, two_sided
 
@@ -41,7 +41,7 @@ LARGEST_PI = 1e10
 
 @register_preconditioner
 @dataclass(frozen=True, kw_only=True)
-class FisherKronecker(Preconditioner):
+class FisherKronecker(PatchPreconditioner):
     """KFAC and SKFAC, the baselines of the thesis, with a setting for each of their differences.
 
     R = sum x'x / n and L = n sum g'g, over n rows x of the input and n rows g of the gradient of
@@ -108,6 +108,7 @@ class FisherKronecker(Preconditioner):
         max_columns=256,
         scaling='kl_clip',
         kl_clip=1e-3,
+        input_factor='patch',
         **WHOLE_LAYERS,
     )
 
@@ -181,7 +182,7 @@ class FisherKronecker(Preconditioner):
         """Amounts added to each factor's diagonal (k, b)."""
         if self.damping_form == 'relative':
             return {side: relative_damping(factor, damping) for side, factor in factors.items()}
-        means = {side: factor.trace() / factor.tensor.shape[-2] for side, factor in factors.items()}
+        means = {side: factor.trace() / factor.length for side, factor in factors.items()}
         if any(isinstance(factor.form, Blocks) for factor in factors.values()):  # of whole sides
             means = {side: mean.mean(-1, keepdim=True) for side, mean in means.items()}
         root = damping**0.5
@@ -191,7 +192,8 @@ class FisherKronecker(Preconditioner):
         pi = pi.nan_to_num(nan=1.0).clamp(1 / LARGEST_PI, LARGEST_PI)
         amounts = {INPUT: root * pi, GRADIENT: root / pi}
         return {
-            side: amounts[side].expand(factor.tensor.shape[:2]) for side, factor in factors.items()
+            side: amounts[side].expand(factor.tensors[0].shape[:2])
+            for side, factor in factors.items()
         }
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class InputFeature(InversePreconditioner):
         exponent=1.0,
         norm_recovery=True,
         solver='exact',
+        input_factor='patch',
         **WHOLE_LAYERS,
     )
 

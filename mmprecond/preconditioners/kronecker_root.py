@@ -63,6 +63,7 @@ class KroneckerRoot(InversePreconditioner):
         damping=1e-5,
         solver='newton_schulz',
         root_steps=10,
+        input_factor='patch',
         **WHOLE_LAYERS,
     )
 

@@ -65,6 +65,7 @@ class NewtonKronecker(InversePreconditioner):
         newton_steps=1,
         exact_interval=500,
         solver='newton',
+        input_factor='patch',
         **WHOLE_LAYERS,
     )
 

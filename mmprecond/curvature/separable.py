@@ -1,0 +1,124 @@
+"""Separable second moment of patches: partial traces over kernel positions and over channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count, check_flag
+from ..linalg import Kronecker, Operator, RankSearch, Shape, kronecker_power, largest_eigenvalue
+from .form import Factor, Form, Power
+from .gram import gram_flops
+
+if TYPE_CHECKING:
+    from .layer import Layer
+    from .rows import LayerRows
+
+
+@dataclass(frozen=True)
+class Separable(Form):
+    """Partial traces of the second moment of patches, whose Kronecker product replaces it.
+
+    With patches x (c x p), C is the sum of ``x x'`` (c x c) and K the sum of ``x'x`` (p x p). Both
+    have the trace tr of the moment R, and ``R ~ C (x) K / tr``. The trailing 1 of a joint bias has
+    a row and a column of its own: its covariance with the patch is left out.
+
+    Attributes:
+        channels: c, channels of one block.
+        positions: p, positions of the kernel.
+        joint: Whether the bias is joint with the weight.
+    """
+
+    suffix: ClassVar[str] = 'separable'
+    channels: int
+    positions: int
+    joint: bool
+
+    @classmethod
+    def of(cls, layer: Layer) -> Separable | None:
+        """The form for the patches of a layer, or None if its input rows are no patches."""
+        joint = layer.bias is not None
+        channels = (layer.columns - joint) // layer.kernel_positions
+        return cls(channels, layer.kernel_positions, joint) if layer.kernel_positions > 1 else None
+
+    def __post_init__(self) -> None:
+        check_count('channels', self.channels)
+        check_count('positions', self.positions)
+        check_flag('joint', self.joint)
+
+    def keys(self, key: str) -> tuple[str, ...]:
+        parts = ('channels', 'positions', 'ones') if self.joint else ('channels', 'positions')
+        return tuple(f'{key}_{part}' for part in parts)
+
+    def shapes(self, blocks: int, size: int) -> tuple[Shape, ...]:
+        c, p = self.channels, self.positions
+        return ((blocks, c, c), (blocks, p, p), (blocks, 1, 1))[: 2 + self.joint]
+
+    def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
+        return rows.separable_moments(self.channels, self.positions)[: 2 + self.joint]
+
+    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
+        other = self.channels if size == self.positions else 1
+        return blocks * other * gram_flops(size, rows) if size > 1 else 0.0
+
+    def norm(self, samples: Sequence[Tensor], sizes: Sequence[float] | None) -> Tensor | float:
+        """Frobenius norm ``|C| |K| / tr`` of the product (b, 1, 1); one divisor for all parts."""
+        channels, positions = (torch.linalg.matrix_norm(part) for part in samples[:2])
+        trace = _trace(samples[0])
+        tiny = torch.finfo(trace.dtype).tiny
+        return (channels * positions / trace.clamp_min(tiny))[..., None, None]
+
+    def note(self, size: int) -> str:
+        return f'as {self.channels} channels x {self.positions} positions'
+
+    def outline(self, blocks: int, size: int, layer: Layer, search: RankSearch | None) -> Operator:
+        c, p = self.channels, self.positions
+        kept = search.usual(c) if search is not None and search.takes(c) else c
+        return Kronecker.outline(
+            (blocks, c, kept),
+            (blocks, p, p),
+            (blocks, kept, p),
+            (blocks, 1, 1),
+            (blocks, 1, int(self.joint)),
+        )
+
+    def length(self, factor: Factor) -> int:
+        return self.channels * self.positions + self.joint
+
+    def trace(self, factor: Factor) -> Tensor:
+        trace = _trace(factor.tensors[0])
+        return trace + factor.tensors[2][..., 0, 0] if self.joint else trace
+
+    def largest_eigenvalue(self, factor: Factor) -> Tensor:
+        channels, positions = factor.tensors[:2]
+        trace = _trace(channels).clamp_min(torch.finfo(channels.dtype).tiny)
+        value = largest_eigenvalue(channels) * largest_eigenvalue(positions) / trace
+        return torch.maximum(value, factor.tensors[2][..., 0, 0]) if self.joint else value
+
+    def damped_power(
+        self,
+        factor: Factor,
+        amount: Callable[[Factor], Tensor],
+        power: Power,
+        previous: Operator | None,
+    ) -> tuple[Operator, Tensor]:
+        """Exact power in the eigenbases; with a search, of the channel directions that count."""
+        channels, positions = factor.tensors[:2]
+        damping = amount(factor)
+        searches = power.search is not None and power.search.takes(self.channels)
+        tolerance = power.search.tolerance if power.search and searches else None
+        basis, shifts, gain, rest, succeeded = kronecker_power(
+            channels, positions, damping, power.exponent, tolerance
+        )
+        ones = channels.new_empty(*damping.shape, 1, 0)
+        if self.joint:
+            ones = (factor.tensors[2] + damping[..., None, None]).pow(-power.exponent)
+        return Kronecker(basis, shifts, gain, rest, ones), succeeded
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)

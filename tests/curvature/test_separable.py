@@ -1,0 +1,293 @@
+"""Separable moments of convolutions: partial traces, and what methods make of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor, nn
+
+from mmprecond.curvature import INPUT, REDUCED, Moment, SampledRows, Separable, Statistic
+from mmprecond.curvature.capture import Capture
+from mmprecond.curvature.conv import Conv1dLayer, Conv2dLayer, Conv3dLayer, ConvTranspose2dLayer
+from mmprecond.optimizers import FSGD, KFAC, NKFAC, SGDMBK, AdaAFOpt, AdaNKFAC, FAdam
+from tests.reference.factors import plain_copy
+from tests.support.capture import CONVS, geometries, loss_of
+from tests.support.errors import refused, warnings_of
+from tests.support.every_optimizer import net, train
+from tests.support.states import differences, everything, saved
+
+
+def layer_of(module: nn.Module, capture_mb: float = 64.0, kind: Any = Conv2dLayer) -> Any:
+    weight: Any = module.weight
+    return kind('weight', [module], weight, module.bias, capture_mb=capture_mb)
+
+
+def measured(layer: Any, statistic: Statistic, *inputs: Tensor) -> dict[str, Tensor]:
+    capture = Capture()
+    capture.arm({layer: (statistic,)})
+    for x in inputs:
+        loss_of(layer.modules[0](x)).backward()
+    capture.disarm()
+    return capture.staged[layer].sums
+
+
+def traces(layer: Any, moment: Tensor) -> list[Tensor]:
+    """The partial traces of a moment of whole patches, and its ones."""
+    form = Separable.of(layer)
+    c, p = form.channels, form.positions
+    patches = moment[:, : c * p, : c * p].reshape(-1, c, p, c, p)
+    parts = [torch.einsum('bcpdp->bcd', patches), torch.einsum('bcpcq->bpq', patches)]
+    return [*parts, moment[:, -1:, -1:]] if form.joint else parts
+
+
+def check(module: nn.Module, *inputs: Tensor, rows: Any = None, **options: Any) -> None:
+    layer = layer_of(module, **options)
+    form = Separable.of(layer)
+    own, whole = Statistic(INPUT, form), Statistic(INPUT, Moment())
+    if rows is not None:
+        own, whole = own.over(rows), whole.over(rows)
+    assert layer.lacks(own) == ''
+    found = measured(layer, own, *inputs)
+    assert list(found) == list(own.keys)
+    (moment,) = measured(layer, whole, *inputs).values()
+    for ours, wanted in zip(found.values(), traces(layer, moment), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('name', [name for name, conv in CONVS.items() if conv['kernel_size'] != 1])
+def test_partial_traces_of_every_convolution(name: str, bias: bool) -> None:
+    options = dict(in_channels=4, out_channels=4, bias=bias) | CONVS[name]
+    module = nn.Conv2d(**options).double()
+    check(module, torch.randn(3, 4, 7, 6).double(), torch.randn(2, 4, 5, 8).double())
+
+
+@given(geometries())
+def test_of_any_geometry(case: tuple[dict[str, Any], tuple[int, ...], float]) -> None:
+    conv, shape, capture_mb = case
+    module = nn.Conv2d(**conv).double()
+    if module.weight.shape[2:].numel() == 1:
+        return
+    check(module, torch.randn(shape).double(), capture_mb=capture_mb)
+
+
+def test_other_numbers_of_axes() -> None:
+    check(nn.Conv1d(4, 3, 5, 2, 2).double(), torch.randn(2, 4, 11).double(), kind=Conv1dLayer)
+    x = torch.randn(2, 4, 5, 4, 6).double()
+    check(nn.Conv3d(4, 2, (2, 3, 1), groups=2).double(), x, kind=Conv3dLayer)
+
+
+@pytest.mark.parametrize('rows', [REDUCED, SampledRows(positions=5)])
+def test_of_reduced_and_sampled_rows(rows: Any) -> None:
+    check(nn.Conv2d(3, 4, 3, padding=1).double(), torch.randn(4, 3, 6, 5).double(), rows=rows)
+
+
+def test_an_empty_batch_adds_nothing() -> None:
+    layer = layer_of(nn.Conv2d(3, 4, 3, padding=1).double())
+    statistic = Statistic(INPUT, Separable.of(layer))
+    x, empty = torch.randn(2, 3, 5, 5).double(), torch.zeros(0, 3, 5, 5).double()
+    alone, both = measured(layer, statistic, x), measured(layer, statistic, empty, x)
+    for key, value in alone.items():
+        torch.testing.assert_close(both[key], value)
+
+
+def test_layers_without_patches_have_no_such_form() -> None:
+    pointwise, linear = nn.Conv2d(4, 3, 1), nn.Linear(4, 3)
+    assert Separable.of(layer_of(pointwise)) is None
+    assert Separable.of(layer_of(nn.ConvTranspose2d(4, 3, 3), kind=ConvTranspose2dLayer)) is None
+    optimizer = NKFAC(nn.Sequential(linear), lr=0.1, input_factor='separable')
+    (stack,) = optimizer.curvature.stacks
+    assert [s.key for s in stack.kept] == ['input_moment', 'gradient_moment']
+    wrong = Statistic(INPUT, Separable(2, 9, True))
+    assert 'Separable.of(layer)' in layer_of(nn.Conv2d(4, 3, 3)).lacks(wrong)
+
+
+# ------------------------------------------------------------------- methods
+
+
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    'NKFAC': (NKFAC, dict(solver='cholesky')),
+    'AdaNKFAC': (AdaNKFAC, dict(solver='cholesky')),
+    'KFAC': (KFAC, {}),
+    'FSGD': (FSGD, dict(solver='exact')),
+    'FAdam': (FAdam, dict(solver='exact', exponent=0.5)),
+    'AdaAFOpt': (AdaAFOpt, dict(solver='exact')),
+    'SGDMBK': (SGDMBK, dict(solver='eigh')),
+}
+
+
+def separable_patches(conv: nn.Conv2d, rows: int = 24) -> Tensor:
+    """Inputs, one patch each, whose second moment is a Kronecker product exactly."""
+    generator = torch.Generator().manual_seed(0)
+    c, p = conv.in_channels, conv.weight[0, 0].numel()
+    first = torch.linalg.qr(torch.randn(c, c, generator=generator).double())[0]
+    second = torch.linalg.qr(torch.randn(p, p, generator=generator).double())[0]
+    first *= torch.linspace(0.3, 2, c).double()
+    second *= torch.linspace(0.2, 1, p).double()
+    patches = torch.einsum('ci,pj->ijcp', first, second).reshape(c * p, c, *conv.kernel_size)
+    return patches
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_it_equals_the_whole_patch_where_its_moment_is_separable(name: str) -> None:
+    """Without a bias; gradients are those of a later layer."""
+    kind, settings = METHODS[name]
+    found = []
+    for form in ('patch', 'separable'):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, (2, 3), bias=False)
+        model = nn.Sequential(conv, nn.Flatten(), nn.Tanh(), nn.Linear(4, 2)).double()
+        x = separable_patches(conv)
+        optimizer = kind(
+            model, lr=0.1, stat_interval=1, refresh_interval=1, input_factor=form, **settings
+        )
+        for step in range(3):
+            optimizer.zero_grad()
+            (model(x) - step).square().mean().backward()
+            optimizer.step()
+        found.append(conv.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_nkfac_uses_the_dense_product_of_the_traces(bias: bool, groups: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1, stride=2, bias=bias, groups=groups).double()
+    model = nn.Sequential(conv, nn.Tanh()).double()
+    start = plain_copy(model)
+    optimizer = NKFAC(
+        model,
+        lr=0.1,
+        stat_interval=1,
+        refresh_interval=1,
+        input_factor='separable',
+        solver='cholesky',
+        damping=0.03,
+    )
+    x = torch.randn(5, 4, 7, 6).double()
+    out = start(x)
+    hooked: list[Tensor] = []
+    first = start[0](x)
+    first.register_hook(hooked.append)
+    loss_of(torch.tanh(first)).backward()
+    loss_of(model(x)).backward()
+    optimizer.step()
+    c, n = 4 // groups, 6 // groups
+    patches = F.unfold(x, 3, padding=1, stride=2).unflatten(1, (groups, c, 9))
+    slopes = hooked[0].flatten(2).unflatten(1, (groups, n))
+    rows = patches.shape[0] * patches.shape[-1]
+    directions = []
+    for g in range(groups):
+        own = patches[:, g].permute(0, 3, 1, 2).flatten(0, 1)
+        channels = torch.einsum('rcp,rdp->cd', own, own) / rows
+        positions = torch.einsum('rcp,rcq->pq', own, own) / rows
+        moment = torch.kron(channels, positions) / channels.trace()
+        norm = channels.norm() * positions.norm() / channels.trace()
+        if bias:
+            moment = torch.block_diag(moment, torch.ones(1, 1).double())
+        right = moment / (norm + 1e-12)
+        slope = slopes[:, g].permute(0, 2, 1).flatten(0, 1)
+        left = slope.T @ slope
+        left = left / (left.norm() + 1e-12)
+        gradient = start[0].weight.grad[g * n : (g + 1) * n].flatten(1)
+        if bias:
+            gradient = torch.cat([gradient, start[0].bias.grad[g * n : (g + 1) * n, None]], 1)
+        for side in (left, right):
+            side += 0.03 * torch.linalg.eigvalsh(side)[-1] * torch.eye(len(side)).double()
+        directions.append(torch.linalg.solve(left, gradient) @ torch.linalg.inv(right))
+        directions[-1] = torch.stack([directions[-1], gradient])
+    whole = torch.cat([pair[0].flatten() for pair in directions])
+    raw = torch.cat([pair[1].flatten() for pair in directions])
+    scale = raw.norm() / whole.norm()
+    for g, pair in enumerate(directions):
+        step = 0.1 * scale * pair[0]
+        moved = start[0].weight[g * n : (g + 1) * n] - conv.weight[g * n : (g + 1) * n]
+        wanted = step[:, : c * 9].reshape(moved.shape)
+        # The largest eigenvalue is an estimate from below, a little off.
+        assert float((moved - wanted).norm() / wanted.norm()) < 0.02
+        if bias:
+            other = (start[0].bias - conv.bias)[g * n : (g + 1) * n]
+            assert float((other - step[:, -1]).norm() / step[:, -1].norm()) < 0.05
+    assert out.shape == first.shape
+
+
+@pytest.mark.parametrize('name', [*METHODS, 'lowrank'])
+def test_a_resumed_run_continues_bit_for_bit(name: str) -> None:
+    kind, settings = METHODS.get(name, (NKFAC, dict(solver='lowrank')))
+
+    def make(model: nn.Module) -> Any:
+        return kind(
+            model,
+            lr=0.01,
+            stat_interval=2,
+            refresh_interval=4,
+            input_factor='separable',
+            **settings,
+        )
+
+    model = net()
+    optimizer = make(model)
+    train(name, model, optimizer, range(5))
+    twin = copy.deepcopy(model)
+    resumed = make(twin)
+    resumed.load_state_dict(saved(optimizer.state_dict()))
+    train(name, model, optimizer, range(5, 11))
+    train(name, twin, resumed, range(5, 11))
+    assert differences(everything(model, optimizer), everything(twin, resumed)) == []
+
+
+def test_micro_batches_are_the_joint_batch() -> None:
+    found = []
+    for sizes in ((6,), (4, 2)):
+        model = net()
+        optimizer = NKFAC(
+            model, lr=0.01, stat_interval=1, refresh_interval=2, input_factor='separable'
+        )
+        train('NKFAC', model, optimizer, range(4), sizes)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
+def test_the_state_of_another_form_is_measured_anew(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    optimizer = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2)
+    train('NKFAC', model, optimizer, range(3))
+    other = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2, input_factor='separable')
+    other.load_state_dict(saved(optimizer.state_dict()))
+    assert len(warnings_of(caplog)) == 1
+    train('NKFAC', model, other, range(3, 5))
+    assert all(state['samples'] for state in other.state_dict()['precond']['layers'].values())
+
+
+def test_auto_takes_it_for_long_patches() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 32, 3), nn.Conv2d(32, 16, 1))
+    optimizer = NKFAC(model, lr=0.1, input_factor='auto')
+    keys = {
+        layer.name: stack.kept[0].form.suffix for layer, stack in optimizer.curvature.layers.items()
+    }
+    assert keys == {'0.weight': 'moment', '1.weight': 'separable', '2.weight': 'moment'}
+    assert 'as 64 channels x 9 positions' in optimizer.table()
+    refused(ValueError, lambda: NKFAC(model, lr=0.1, input_factor='kernel'), 'input_factor')
+
+
+def test_it_keeps_a_hundredth_of_the_memory() -> None:
+    """512 channels, 3 x 3: the forecast, and what is held."""
+    held = []
+    for form in ('patch', 'separable'):
+        model = nn.Conv2d(96, 8, 3, bias=False)
+        optimizer = FSGD(model, lr=0.1, stat_interval=1, refresh_interval=1, input_factor=form)
+        model(torch.randn(1, 96, 4, 4)).square().mean().backward()
+        optimizer.step()
+        (stack,) = optimizer.curvature.stacks
+        tensors = [*stack.statistics.values(), *stack.operator_tensors.values()]
+        held.append(sum(t.numel() for t in tensors))
+        (kept, _) = next(iter(optimizer.curvature.forecast().values()))
+        assert kept * 2**20 / 4 == pytest.approx(held[-1], rel=0.35)
+    assert held[1] < held[0] / 50
