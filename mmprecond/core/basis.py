@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import Layer
-from ..linalg import Dense, Operators, map_tensors
+from ..linalg import Operator, Operators, map_tensors
 from .stack import LayerStack
 
 
@@ -70,11 +70,11 @@ def rotate(
 def _basis_change(old: Operators, new: Operators, position: int) -> Operators:
     """Rotations ``U_old' U_new`` by slot."""
 
-    def overlap(slot: str, new_basis: Tensor) -> Dense:
-        (old_basis,) = old[slot].tensors
-        return Dense(old_basis[position : position + 1].mT @ new_basis)
+    def overlap(old_basis: Operator, new_basis: Operator) -> Operator:
+        pairs = zip(old_basis.tensors, new_basis.tensors, strict=True)
+        return type(new_basis)(*(a[position : position + 1].mT @ b for a, b in pairs))
 
-    return {slot: overlap(slot, *operator.tensors) for slot, operator in new.items()}
+    return {slot: overlap(old[slot], operator) for slot, operator in new.items()}
 
 
 def _rotate_moment(

@@ -3,7 +3,7 @@
 from .basis import assign_columns, eigenbasis, orthogonal_iteration
 from .cosine import cosine_basis
 from .inverse import all_finite, cholesky_inverse, newton_inverse
-from .kronecker import Kronecker, kronecker_power
+from .kronecker import Kronecker, KroneckerBasis, kronecker_power
 from .lowrank import (
     RankSearch,
     apply_columns,
@@ -41,6 +41,7 @@ __all__ = [
     'Dense',
     'Diagonal',
     'Kronecker',
+    'KroneckerBasis',
     'LowRank',
     'Operator',
     'Operators',

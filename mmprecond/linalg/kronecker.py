@@ -42,18 +42,13 @@ class Kronecker(Operator):
 
     def right(self, matrices: Tensor) -> Tensor:
         """``M A`` for matrices M (k, b, o, c p), or (k, b, o, c p + 1) with a joint bias."""
-        k, b, o, _ = matrices.shape
         c, p = self.channels.shape[2], self.positions.shape[2]
         weights = matrices[..., : c * p]
-        # As (o p) x c: a product over channels on this layout is one call per layer.
-        turned = stacked_product(weights.reshape(k, b, o * c, p), self.positions)
-        turned = turned.view(k, b, o, c, p).transpose(3, 4).reshape(k, b, o * p, c)
-        scaled = stacked_product(turned, self.channels).view(k, b, o, p, -1)
-        scaled = scaled * self.gain.mT[:, :, None]
-        back = stacked_product(scaled.flatten(2, 3), self.channels.mT)
-        back = back.view(k, b, o, p, c).transpose(3, 4).reshape(k, b, o * c, p)
-        back = stacked_product(back, self.positions.mT).view(k, b, o, c * p)
-        product = torch.addcmul(back, weights, self.rest)
+        turned = _times_basis(weights, self.channels, self.positions)
+        scaled = turned * self.gain.mT[:, :, None]
+        product = torch.addcmul(
+            _times_transposed(scaled, self.channels, self.positions), weights, self.rest
+        )
         if self.ones.shape[-1]:
             product = torch.cat([product, matrices[..., c * p :] * self.ones], -1)
         return product
@@ -92,6 +87,53 @@ class Kronecker(Operator):
             (blocks, 1, 1),
             (blocks, 1, entries),
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerBasis(Operator):
+    """Orthogonal ``U (x) V``; the entry of a joint bias stays as it is.
+
+    Attributes:
+        channels: U (k, b, c, c).
+        positions: V (k, b, p, p).
+    """
+
+    channels: Tensor
+    positions: Tensor
+    suffixes: ClassVar[tuple[str, ...]] = ('channels', 'positions')
+
+    def right(self, matrices: Tensor) -> Tensor:
+        """``M (U (x) V)`` for matrices M (k, b, o, c p), or (k, b, o, c p + 1)."""
+        k, b, o, _ = matrices.shape
+        size = self.channels.shape[-1] * self.positions.shape[-1]
+        turned = _times_basis(matrices[..., :size], self.channels, self.positions)
+        product = turned.transpose(3, 4).reshape(k, b, o, size)
+        return torch.cat([product, matrices[..., size:]], -1)
+
+    def left(self, matrices: Tensor) -> Tensor:
+        """``(U (x) V) M`` (see the base class)."""
+        return self.map(lambda basis: basis.mT).right(matrices.mT).mT
+
+
+def _times_basis(weights: Tensor, channels: Tensor, positions: Tensor) -> Tensor:
+    """``M (U (x) V)`` of weights (k, b, o, c p), as (k, b, o, p, r).
+
+    A product over channels on the layout (o p) x c is one call per layer.
+    """
+    k, b, o, _ = weights.shape
+    c, p = channels.shape[2], positions.shape[2]
+    turned = stacked_product(weights.reshape(k, b, o * c, p), positions)
+    turned = turned.view(k, b, o, c, p).transpose(3, 4).reshape(k, b, o * p, c)
+    return stacked_product(turned, channels).view(k, b, o, p, -1)
+
+
+def _times_transposed(turned: Tensor, channels: Tensor, positions: Tensor) -> Tensor:
+    """``T (U (x) V)'`` of T (k, b, o, p, r), as weights (k, b, o, c p)."""
+    k, b, o, p, _ = turned.shape
+    c = channels.shape[2]
+    back = stacked_product(turned.flatten(2, 3), channels.mT)
+    back = back.view(k, b, o, p, c).transpose(3, 4).reshape(k, b, o * c, p)
+    return stacked_product(back, positions.mT).view(k, b, o, c * p)
 
 
 def kronecker_power(

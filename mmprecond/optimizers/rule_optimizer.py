@@ -237,11 +237,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Raises ValueError if a saved group belongs to another rule."""
         name = type(self.rule).__name__
         missing = [key for key in self.rule.hyper if key not in group]
-        if missing:
+        foreign = 'betas' in group and 'betas' not in self.rule.hyper
+        if missing or foreign:
+            reason = (
+                f'no {", ".join(missing)}, which {name} needs'
+                if missing
+                else f'betas, which {name} has not'
+            )
             raise ValueError(
-                f'the state was saved under another rule: its groups have no '
-                f'{", ".join(missing)}, which {name} needs; start afresh from the '
-                'weights alone (load_from without resume)'
+                f'the state was saved under another rule: its groups have {reason}; start afresh '
+                'from the weights alone (load_from without resume)'
             )
         try:
             self.rule.check(group)

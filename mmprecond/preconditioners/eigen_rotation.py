@@ -9,9 +9,27 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_flag, check_number
-from ..curvature import GRADIENT, INPUT, Moment, RunningAverage, Side, Statistic
-from ..linalg import Dense, Operators, assign_columns, eigenbasis, orthogonal_iteration
-from .base import WHOLE_LAYERS, Factors, Preconditioner
+from ..curvature import (
+    GRADIENT,
+    INPUT,
+    Form,
+    Layer,
+    Moment,
+    RunningAverage,
+    Separable,
+    Side,
+    Statistic,
+)
+from ..linalg import (
+    Dense,
+    KroneckerBasis,
+    Operator,
+    Operators,
+    assign_columns,
+    eigenbasis,
+    orthogonal_iteration,
+)
+from .base import WHOLE_LAYERS, Factors, PatchPreconditioner
 from .registry import register_preconditioner
 from .two_sided import two_sided
 
@@ -20,7 +38,7 @@ BASIS_SOLVERS = ('eigh', 'qr')
 
 @register_preconditioner
 @dataclass(frozen=True, kw_only=True)
-class EigenRotation(Preconditioner):
+class EigenRotation(PatchPreconditioner):
     """AdamR: Adam on ``U1' G U2``, with the update D rotated back to ``U1 D U2'``.
 
     U1 and U2 are eigenvectors of L (o x o) and R (i x i). L and R are the plain means of all
@@ -65,6 +83,7 @@ class EigenRotation(Preconditioner):
         basis_eps=0.01,
         basis_solver='eigh',
         rotate_moments=False,
+        input_factor='patch',
         **WHOLE_LAYERS,
     )
 
@@ -94,22 +113,39 @@ class EigenRotation(Preconditioner):
         operators: Operators = {}
         outcomes = []
         for side, factor in factors.items():
-            last = _basis_of(previous, side.name)
-            if last is None:
-                basis, succeeded = eigenbasis(factor.tensor, self.basis_eps)
-            else:
-                basis, succeeded = orthogonal_iteration(factor.tensor, last)
-            operators[side.name] = Dense(basis)
-            outcomes.append(succeeded)
+            kind = _basis_type(factor.form)
+            last = previous[side.name].tensors if previous else [None] * len(kind.suffixes)
+            bases = []
+            # Of a joint bias, which a separable factor has beside its two, the basis is 1.
+            for moment, last_basis in zip(factor.tensors, last, strict=False):
+                if last_basis is None:
+                    basis, succeeded = eigenbasis(moment, self.basis_eps)
+                else:
+                    basis, succeeded = orthogonal_iteration(moment, last_basis)
+                bases.append(basis)
+                outcomes.append(succeeded)
+            operators[side.name] = kind(*bases)
         return operators, torch.stack(outcomes).all(0).all(-1)
 
     def align(self, operators: Operators, previous: Operators | None) -> Operators:
         """Gives the bases the order and signs of the previous ones, or first of the identity."""
+        aligned: Operators = {}
+        for slot, operator in operators.items():
+            last = previous[slot].tensors if previous else [None] * len(operator.tensors)
+            pairs = zip(operator.tensors, last, strict=True)
+            aligned[slot] = type(operator)(
+                *(assign_columns(basis, _reference_basis(old, basis)) for basis, old in pairs)
+            )
+        return aligned
 
-        def aligned(slot: str, basis: Tensor) -> Dense:
-            return Dense(assign_columns(basis, _reference_basis(_basis_of(previous, slot), basis)))
-
-        return {slot: aligned(slot, *operator.tensors) for slot, operator in operators.items()}
+    def outline(self, layer: Layer) -> Operators:
+        """Bases of one layer, on the meta device (see the base class)."""
+        outline: Operators = {}
+        for statistic in self.selected_statistics(layer):
+            kind = _basis_type(statistic.form)
+            shapes = list(layer.shapes(statistic).values())[: len(kind.suffixes)]
+            outline[statistic.side.name] = kind.outline(*shapes)
+        return outline
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``U1' G U2``; a side without a basis is left alone."""
@@ -122,16 +158,15 @@ class EigenRotation(Preconditioner):
 
 def _transpose_side(operators: Operators, side: Side) -> Operators:
     """Operators with the basis of one side transposed, if there is one."""
-    basis = _basis_of(operators, side.name)
-    return operators if basis is None else {**operators, side.name: Dense(basis.mT)}
+    if side.name not in operators:
+        return operators
+    transposed = operators[side.name].map(lambda basis: basis.mT)
+    return {**operators, side.name: transposed}
 
 
-def _basis_of(operators: Operators | None, slot: str) -> Tensor | None:
-    """Basis in a slot, or None if there is none."""
-    if not operators or slot not in operators:
-        return None
-    (basis,) = operators[slot].tensors
-    return basis
+def _basis_type(form: Form) -> type[Operator]:
+    """Operator that rotates by the eigenvectors of a moment in this form."""
+    return KroneckerBasis if isinstance(form, Separable) else Dense
 
 
 def _reference_basis(previous: Tensor | None, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmprecond.curvature import INPUT, REDUCED, Moment, SampledRows, Separable, Statistic
 from mmprecond.curvature.capture import Capture
 from mmprecond.curvature.conv import Conv1dLayer, Conv2dLayer, Conv3dLayer, ConvTranspose2dLayer
-from mmprecond.optimizers import FSGD, KFAC, NKFAC, SGDMBK, AdaAFOpt, AdaNKFAC, FAdam
+from mmprecond.optimizers import FSGD, KFAC, NKFAC, SGDMBK, AdaAFOpt, AdamR, AdaNKFAC, FAdam
 from tests.reference.factors import plain_copy
 from tests.support.capture import CONVS, geometries, loss_of
 from tests.support.errors import refused, warnings_of
@@ -119,6 +119,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     'AdaAFOpt': (AdaAFOpt, dict(solver='exact')),
     'SGDMBK': (SGDMBK, dict(solver='eigh')),
 }
+RESUMED = {**METHODS, 'AdamR': (AdamR, {}), 'AdamR, qr': (AdamR, dict(basis_solver='qr'))}
 
 
 def separable_patches(conv: nn.Conv2d, rows: int = 24) -> Tensor:
@@ -218,9 +219,9 @@ def test_nkfac_uses_the_dense_product_of_the_traces(bias: bool, groups: int) -> 
     assert out.shape == first.shape
 
 
-@pytest.mark.parametrize('name', [*METHODS, 'lowrank'])
+@pytest.mark.parametrize('name', [*RESUMED, 'lowrank'])
 def test_a_resumed_run_continues_bit_for_bit(name: str) -> None:
-    kind, settings = METHODS.get(name, (NKFAC, dict(solver='lowrank')))
+    kind, settings = RESUMED.get(name, (NKFAC, dict(solver='lowrank')))
 
     def make(model: nn.Module) -> Any:
         return kind(
@@ -291,3 +292,76 @@ def test_it_keeps_a_hundredth_of_the_memory() -> None:
         (kept, _) = next(iter(optimizer.curvature.forecast().values()))
         assert kept * 2**20 / 4 == pytest.approx(held[-1], rel=0.35)
     assert held[1] < held[0] / 50
+
+
+# ------------------------------------------------------------------- AdamR
+
+
+def laid_out(operator: Any, joint: bool) -> Tensor:
+    """A basis U (x) V as one matrix."""
+    basis = torch.kron(operator.channels[0, 0], operator.positions[0, 0])
+    return torch.block_diag(basis, torch.ones(1, 1).double()) if joint else basis
+
+
+@pytest.mark.parametrize('rotate_moments', [True, False])
+@pytest.mark.parametrize('bias', [True, False])
+def test_adamr_is_adam_between_rotations_by_the_product_of_bases(
+    bias: bool, rotate_moments: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, (2, 3), bias=bias), nn.Tanh()).double()
+    optimizer = AdamR(
+        model,
+        lr=0.01,
+        eps=1e-4,
+        stat_interval=1,
+        refresh_interval=2,
+        input_factor='separable',
+        rotate_moments=rotate_moments,
+    )
+    conv: Any = model[0]
+    matrix = lambda tensors: torch.cat(
+        [tensors[0].flatten(1), *(t[:, None] for t in tensors[1:])], 1
+    )
+    first, second = (torch.zeros(5, 18 + bias).double() for _ in range(2))
+    left, right = torch.eye(5).double(), torch.eye(18 + bias).double()
+    parameters = list(conv.parameters())
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3, 6, 7, generator=torch.Generator().manual_seed(step)).double()
+        loss_of(model(x)).backward()
+        before = matrix([p.detach().clone() for p in parameters])
+        gradient = matrix([p.grad.clone() for p in parameters])
+        optimizer.step()
+        (stack,) = optimizer.curvature.stacks
+        if stack.operators:
+            new = [stack.operators['gradient'].matrix[0, 0]]
+            new.append(laid_out(stack.operators['input'], bias))
+            if rotate_moments:
+                turns = left.T @ new[0], right.T @ new[1]
+                first = turns[0].T @ first @ turns[1]
+                second = turns[0].square().T @ second @ turns[1].square()
+            left, right = new
+        turned = left.T @ gradient @ right
+        first = 0.9 * first + 0.1 * turned
+        second = 0.999 * second + 0.001 * turned**2
+        scaled = (second / (1 - 0.999**step)).sqrt() + 1e-4
+        update = left @ (first / (1 - 0.9**step) / scaled) @ right.T
+        moved = before - matrix([p.detach() for p in parameters])
+        torch.testing.assert_close(moved, 0.01 * update, rtol=1e-7, atol=1e-10)
+    assert stack.operators['input'].positions.shape[-1] == 6
+
+
+def test_the_basis_diagonalises_both_factors() -> None:
+    model = net()
+    optimizer = AdamR(model, lr=0.01, stat_interval=1, refresh_interval=1, input_factor='separable')
+    train('AdamR', model, optimizer, range(4))
+    for stack in optimizer.curvature.stacks:
+        operator = stack.operators['input']
+        if not hasattr(operator, 'positions'):
+            continue
+        for basis, key in ((operator.channels, 'channels'), (operator.positions, 'positions')):
+            moment = stack.statistics[f'input_separable_{key}']
+            turned = basis.mT @ moment @ basis
+            off = turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))
+            assert float(off.norm() / turned.norm()) < 1e-9

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmprecond.linalg import Kronecker, join, kronecker_power
+from mmprecond.linalg import Kronecker, KroneckerBasis, join, kronecker_power
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -120,3 +120,17 @@ def test_a_dead_layer_is_damped_alone() -> None:
     matrices = draw(1, 1, 2, 12)
     assert bool(succeeded.all())
     torch.testing.assert_close(operator.right(matrices), matrices / 0.5)
+
+
+@pytest.mark.parametrize('joint', [0, 1])
+def test_a_basis_rotates_weights_and_leaves_the_bias(joint: int) -> None:
+    channels = torch.linalg.qr(draw(2, 1, 4, 4))[0]
+    positions = torch.linalg.qr(draw(2, 1, 3, 3, seed=1))[0]
+    operator = KroneckerBasis(channels, positions)
+    matrices = draw(2, 1, 5, 12 + joint)
+    for k in range(2):
+        product = torch.kron(channels[k, 0], positions[k, 0])
+        whole = torch.block_diag(product, torch.eye(joint).double())
+        torch.testing.assert_close(operator.right(matrices)[k, 0], matrices[k, 0] @ whole)
+        left = operator.left(matrices.mT)[k, 0]
+        torch.testing.assert_close(left, whole @ matrices[k, 0].T)
