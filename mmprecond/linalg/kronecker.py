@@ -118,22 +118,22 @@ class KroneckerBasis(Operator):
 def _times_basis(weights: Tensor, channels: Tensor, positions: Tensor) -> Tensor:
     """``M (U (x) V)`` of weights (k, b, o, c p), as (k, b, o, p, r).
 
-    A product over channels on the layout (o p) x c is one call per layer.
+    Channels come first: a product on the layout (o p) x c is one call per layer, and what is left
+    for the positions has r in place of c channels.
     """
     k, b, o, _ = weights.shape
     c, p = channels.shape[2], positions.shape[2]
-    turned = stacked_product(weights.reshape(k, b, o * c, p), positions)
-    turned = turned.view(k, b, o, c, p).transpose(3, 4).reshape(k, b, o * p, c)
-    return stacked_product(turned, channels).view(k, b, o, p, -1)
+    turned = weights.reshape(k, b, o, c, p).transpose(3, 4).reshape(k, b, o * p, c)
+    turned = stacked_product(turned, channels).view(k, b, o, p, -1)
+    return torch.matmul(positions.mT[:, :, None], turned)
 
 
 def _times_transposed(turned: Tensor, channels: Tensor, positions: Tensor) -> Tensor:
     """``T (U (x) V)'`` of T (k, b, o, p, r), as weights (k, b, o, c p)."""
     k, b, o, p, _ = turned.shape
-    c = channels.shape[2]
-    back = stacked_product(turned.flatten(2, 3), channels.mT)
-    back = back.view(k, b, o, p, c).transpose(3, 4).reshape(k, b, o * c, p)
-    return stacked_product(back, positions.mT).view(k, b, o, c * p)
+    back = torch.matmul(positions[:, :, None], turned).flatten(2, 3)
+    back = stacked_product(back, channels.mT).view(k, b, o, p, -1)
+    return back.transpose(3, 4).reshape(k, b, o, -1)
 
 
 def kronecker_power(
