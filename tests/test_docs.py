@@ -25,7 +25,12 @@ EXAMPLES = dict(
         flags=re.DOTALL,
     )
 )
-CONFIGS = [name for name in EXAMPLES if name != 'pytorch']
+#: The hybrid is a Mask R-CNN Swin-T at its own width.
+CONFIGS = [
+    pytest.param(name, marks=pytest.mark.slow) if name == 'hybrid' else name
+    for name in EXAMPLES
+    if name != 'pytorch'
+]
 
 
 def test_the_site_builds(tmp_path: Path) -> None:

@@ -123,7 +123,10 @@ def run(folder: Path, ranks: int, names: list[str], modes: list[str]) -> list[di
     return [torch.load(folder / f'{rank}_{ranks}.pt') for rank in range(ranks)]
 
 
-@pytest.mark.parametrize(('ranks', 'names'), [(2, list(METHODS)), (4, ['NKFAC', 'KFAC'])])
+@pytest.mark.parametrize(
+    ('ranks', 'names'),
+    [(2, list(METHODS)), pytest.param(4, ['NKFAC', 'KFAC'], marks=pytest.mark.slow)],
+)
 def test_shared_work_gives_the_same_weights(tmp_path: Path, ranks: int, names: list[str]) -> None:
     found = run(tmp_path, ranks, names, ['none', 'refresh', 'apply'])
     for (name, mode), (weights, held, resumed, state) in found[0].items():

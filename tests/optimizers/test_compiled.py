@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from tests.support.every_optimizer import MEASURED, SETTINGS, make, net, train
+from tests.support.every_optimizer import MEASURED, SETTINGS, make, mostly_slow, net, train
 from tests.support.states import differences
 
 EAGER = 'eager'
@@ -58,7 +58,7 @@ def both(
     return (plain, eager), (inner, ours)
 
 
-@pytest.mark.parametrize('name', SETTINGS)
+@pytest.mark.parametrize('name', mostly_slow(SETTINGS))
 def test_every_optimizer_measures_a_compiled_model_as_an_eager_one(name: str) -> None:
     (plain, eager), (inner, ours) = both(name, 'before')
     assert samples(ours) == samples(eager)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.every_optimizer import MEASURED, SETTINGS, make, net, train
+from tests.support.every_optimizer import MEASURED, SETTINGS, make, mostly_slow, net, train
 from tests.support.states import differences
 
 Pair = tuple[nn.Module, Any]
@@ -34,7 +34,7 @@ def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize('way', COPIES, ids=['deepcopy', 'pickle', 'torch.save'])
 @pytest.mark.parametrize('at', [0, 3])
-@pytest.mark.parametrize('name', SETTINGS)
+@pytest.mark.parametrize('name', mostly_slow(SETTINGS))
 def test_a_copy_goes_on_as_the_original(name: str, at: int, way: Callable[[Pair], Pair]) -> None:
     model = net()
     optimizer = make(name, model)

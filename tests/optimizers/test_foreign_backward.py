@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmprecond.optimizers import NKFAC
 from tests.support.distributed import leave
-from tests.support.every_optimizer import MEASURED, Net, images, make, net
+from tests.support.every_optimizer import MEASURED, Net, images, make, mostly_slow, net
 from tests.support.states import differences
 
 # ------------------------------------------------------------------- passes that must not count
@@ -103,7 +103,7 @@ def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize('when', ['before', 'between', 'after'])
 @pytest.mark.parametrize('foreign', FOREIGN)
-@pytest.mark.parametrize('name', MEASURED)
+@pytest.mark.parametrize('name', mostly_slow(MEASURED))
 def test_they_leave_no_trace(name: str, foreign: Foreign, when: str) -> None:
     found = []
     for one in (None, foreign):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,6 +48,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         ],
     ),
 }
+#: Those that stand for all where time is short.
+QUICK = ('NKFAC', 'AdamR', 'AFOpt', 'SGDPH')
+
+
+def mostly_slow(names: Iterable[str]) -> list[Any]:
+    """The names as parameters; all but a few are marked as slow."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 MEASURED = [
     name for name in SETTINGS if issubclass(getattr(optimizers, name), PreconditionedOptimizer)
 ]
