@@ -31,8 +31,11 @@ def test_rooms_and_files_are_those_that_there_are() -> None:
     rooms = {
         path.name for path in package.iterdir() if path.is_dir() and path.name != '__pycache__'
     } - {'datasets'}
-    table = TEXT[TEXT.index('| room |') : TEXT.index("NKFAC's mathematics")]
+    table = TEXT[TEXT.index('| room |') : TEXT.index('Beside the package')]
     assert set(re.findall(r'`(\w+)/`', table)) == rooms
+    beside = TEXT[TEXT.index('Beside the package') : TEXT.index("NKFAC's mathematics")]
+    folders = re.findall(r'`(\w[\w/]*)/`', beside)
+    assert len(folders) >= 9 and all((ROOT / folder).is_dir() for folder in folders)
     for name in re.findall(
         r'`((?:mmprecond|curvature|core|preconditioners|optimizers|rules|linalg|'
         r'tests|docs)/[\w/]+\.(?:py|md))`',
