@@ -78,6 +78,7 @@ EXTRAS = {
         'pytest-benchmark>=5',
         'pytest-randomly>=3.15',
         'pytest-timeout>=2.3',
+        'pytest-xdist>=3.5',
         'pytorch_optimizer>=4.0',
         'rich>=13',
         'ruff>=0.12',

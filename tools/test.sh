@@ -2,7 +2,8 @@
 # Runs every check: ruff, mypy, then pytest. Sets the environment up first, if need be.
 #
 # Usage: bash tools/test.sh                 everything, at most 20 minutes on two cores
-#        bash tools/test.sh --fast          without the tests that are marked as slow, 6 minutes
+#        bash tools/test.sh --fast          without the tests that are marked as slow, in two processes,
+#                                           at most 6 minutes
 #        bash tools/test.sh PYTEST-ARGS...  pytest alone, from the project's root, with these arguments
 #
 # MMPRECOND_VENV names another environment than .venv; its stack (onedl or openmmlab) is kept.
@@ -28,7 +29,7 @@ python=$venv/bin/python
 
 selection=()
 if [ "${1-}" = --fast ]; then
-  selection=(-m 'not slow')
+  selection=(-m 'not slow' -n 2 --dist loadfile)
   shift
 fi
 if [ $# -gt 0 ]; then
