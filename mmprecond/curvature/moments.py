@@ -81,7 +81,7 @@ class Moment(Form):
                 lambda columns: amount(Factor(_COLUMNS, (columns,))),
                 power.exponent,
                 search.tolerance,
-                search.max_rank,
+                search.limit(factor.tensor.shape[-1]),
             )
             if low_rank is not None:
                 return LowRank(*low_rank[:2]), low_rank[2]

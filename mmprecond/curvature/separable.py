@@ -82,7 +82,7 @@ class Separable(Form):
             (blocks, c, kept),
             (blocks, p, p),
             (blocks, kept, p),
-            (blocks, 1, 1),
+            (blocks, 1, p),
             (blocks, 1, int(self.joint)),
         )
 
@@ -109,10 +109,9 @@ class Separable(Form):
         """Exact power in the eigenbases; with a search, of the channel directions that count."""
         channels, positions = factor.tensors[:2]
         damping = amount(factor)
-        searches = power.search is not None and power.search.takes(self.channels)
-        tolerance = power.search.tolerance if power.search and searches else None
+        search = power.search if power.search and power.search.takes(self.channels) else None
         basis, shifts, gain, rest, succeeded = kronecker_power(
-            channels, positions, damping, power.exponent, tolerance
+            channels, positions, damping, power.exponent, search
         )
         ones = channels.new_empty(*damping.shape, 1, 0)
         if self.joint:

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .eigen import checked_eigh
+from .lowrank import RankSearch, negligible_ratio, tail_eigenvalue
 from .operators import Operator, Shape
-from .products import stacked_product
+from .products import add_product, stacked_product
 
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Operator):
-    """``rest I + sum_jm gain_jm (u_j u_j') (x) (v_m v_m')``, and a number for a joint bias.
+    """``sum_m (rest_m I + sum_j gain_jm u_j u_j') (x) (v_m v_m')``, and a number for a joint bias.
 
     Columns of zeros in U change nothing.
 
@@ -29,7 +30,7 @@ class Kronecker(Operator):
         channels: U (k, b, c, r), orthonormal columns or zeros.
         positions: V (k, b, p, p), orthogonal.
         gain: (k, b, r, p).
-        rest: (k, b, 1, 1).
+        rest: (k, b, 1, p).
         ones: Factor of the last entry, (k, b, 1, 1); (k, b, 1, 0) without a joint bias.
     """
 
@@ -42,16 +43,18 @@ class Kronecker(Operator):
 
     def right(self, matrices: Tensor) -> Tensor:
         """``M A`` for matrices M (k, b, o, c p), or (k, b, o, c p + 1) with a joint bias."""
-        c, p = self.channels.shape[2], self.positions.shape[2]
-        weights = matrices[..., : c * p]
+        size = self.channels.shape[2] * self.positions.shape[2]
+        weights = _by_position(matrices[..., :size], self.positions.shape[2])
         turned = _times_basis(weights, self.channels, self.positions)
-        scaled = turned * self.gain.mT[:, :, None]
-        product = torch.addcmul(
-            _times_transposed(scaled, self.channels, self.positions), weights, self.rest
+        turned *= self.gain.mT[..., None, :]
+        rest = (self.positions * self.rest) @ self.positions.mT
+        product = stacked_product(rest, weights.flatten(3)).view(weights.shape)
+        turned = _back(turned, self.positions)
+        add_product(
+            *(t.flatten(2, 3).flatten(0, 1) for t in (product, turned)),
+            self.channels.mT.flatten(0, 1),
         )
-        if self.ones.shape[-1]:
-            product = torch.cat([product, matrices[..., c * p :] * self.ones], -1)
-        return product
+        return _by_output(product, matrices[..., size:] * self.ones)
 
     def left(self, matrices: Tensor) -> Tensor:
         """``A M`` (see the base class)."""
@@ -84,7 +87,7 @@ class Kronecker(Operator):
             (blocks, channels, width),
             (blocks, positions, positions),
             (blocks, width, positions),
-            (blocks, 1, 1),
+            (blocks, 1, positions),
             (blocks, 1, entries),
         ]
 
@@ -104,36 +107,36 @@ class KroneckerBasis(Operator):
 
     def right(self, matrices: Tensor) -> Tensor:
         """``M (U (x) V)`` for matrices M (k, b, o, c p), or (k, b, o, c p + 1)."""
-        k, b, o, _ = matrices.shape
         size = self.channels.shape[-1] * self.positions.shape[-1]
-        turned = _times_basis(matrices[..., :size], self.channels, self.positions)
-        product = turned.transpose(3, 4).reshape(k, b, o, size)
-        return torch.cat([product, matrices[..., size:]], -1)
+        weights = _by_position(matrices[..., :size], self.positions.shape[-1])
+        turned = _times_basis(weights, self.channels, self.positions)
+        return _by_output(turned, matrices[..., size:])
 
     def left(self, matrices: Tensor) -> Tensor:
         """``(U (x) V) M`` (see the base class)."""
         return self.map(lambda basis: basis.mT).right(matrices.mT).mT
 
 
+def _by_position(matrices: Tensor, positions: int) -> Tensor:
+    """Matrices (k, b, o, c p) as contiguous (k, b, p, o, c): products over c are then large ones."""
+    return matrices.unflatten(-1, (-1, positions)).movedim(-1, 2).contiguous()
+
+
+def _by_output(weights: Tensor, rest: Tensor) -> Tensor:
+    """Weights (k, b, p, o, c) and further columns (k, b, o, n) as matrices (k, b, o, c p + n)."""
+    matrices = weights.movedim(2, -1).flatten(-2)
+    return torch.cat([matrices, rest], -1) if rest.shape[-1] else matrices
+
+
 def _times_basis(weights: Tensor, channels: Tensor, positions: Tensor) -> Tensor:
-    """``M (U (x) V)`` of weights (k, b, o, c p), as (k, b, o, p, r).
-
-    Channels come first: a product on the layout (o p) x c is one call per layer, and what is left
-    for the positions has r in place of c channels.
-    """
-    k, b, o, _ = weights.shape
-    c, p = channels.shape[2], positions.shape[2]
-    turned = weights.reshape(k, b, o, c, p).transpose(3, 4).reshape(k, b, o * p, c)
-    turned = stacked_product(turned, channels).view(k, b, o, p, -1)
-    return torch.matmul(positions.mT[:, :, None], turned)
+    """``M (U (x) V)`` of weights (k, b, p, o, c), as (k, b, p, o, r)."""
+    turned = stacked_product(weights.flatten(2, 3), channels).view(*weights.shape[:-1], -1)
+    return _back(turned, positions.mT)
 
 
-def _times_transposed(turned: Tensor, channels: Tensor, positions: Tensor) -> Tensor:
-    """``T (U (x) V)'`` of T (k, b, o, p, r), as weights (k, b, o, c p)."""
-    k, b, o, p, _ = turned.shape
-    back = torch.matmul(positions[:, :, None], turned).flatten(2, 3)
-    back = stacked_product(back, channels.mT).view(k, b, o, p, -1)
-    return back.transpose(3, 4).reshape(k, b, o, -1)
+def _back(turned: Tensor, positions: Tensor) -> Tensor:
+    """``sum_m V_pm T_m`` of T (k, b, p, o, r)."""
+    return stacked_product(positions, turned.flatten(3)).view(turned.shape)
 
 
 def kronecker_power(
@@ -141,20 +144,20 @@ def kronecker_power(
     positions: Tensor,
     damping: Tensor,
     exponent: float,
-    tolerance: float | None = None,
+    search: RankSearch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(C (x) K / tr + mu I)^-exponent`` in the eigenbases of C and K.
 
-    With a tolerance t, channel directions are omitted if all their eigenvalues are so far below the
-    damping that one value for all of them is right to the relative error t, and if they are more
-    than half.
+    A search omits channel directions whose eigenvalues are negligible beside the damping, as
+    `low_rank_power` does: for each position direction, one value replaces those of all omitted
+    channel directions.
 
     Args:
         channels: C (k, b, c, c), symmetric and positive semi-definite.
         positions: K (k, b, p, p), of the same trace.
         damping: mu (k, b).
         exponent: The exponent.
-        tolerance: t, less than 1, or None to keep all directions.
+        search: Tolerance and limits, or None to keep all directions.
 
     Returns:
         The tensors U, V, gain and rest of `Kronecker`, and a bool tensor (k, b) that is False where
@@ -166,23 +169,35 @@ def kronecker_power(
     tiny = torch.finfo(channels.dtype).tiny
     eigenvalues = (values[..., :, None] * shifts[..., None, :]).clamp_min(0)
     eigenvalues = eigenvalues / trace.clamp_min(tiny)
-    mu = damping[..., None, None]
-    powers = (eigenvalues + mu).pow(-exponent)
-    rest = torch.zeros_like(mu)
-    if tolerance is not None:
-        kept = _directions_to_keep(eigenvalues, mu, exponent, tolerance)
-        size = channels.shape[-1]
-        if kept <= size // 2:
-            # Relative errors of the largest and the least omitted value are equal.
-            least = powers[..., size - kept - 1, -1][..., None, None]
-            most = mu.pow(-exponent)
-            rest = 2 * least * most / (least + most)
-            vectors, powers = vectors[..., size - kept :], powers[..., size - kept :, :] - rest
+    powers = (eigenvalues + damping[..., None, None]).pow(-exponent)
+    rest = torch.zeros_like(powers[..., :1, :])
+    kept = size = channels.shape[-1]
+    if search is not None:
+        bound = negligible_ratio(exponent, search.tolerance) * damping
+        kept = _directions_to_keep(eigenvalues, bound, search.limit(size))
+    if search is not None and kept < size:
+        omitted = eigenvalues[..., : size - kept, :]
+        largest = omitted.amax(-2)
+        tail = tail_eigenvalue(
+            omitted.mean(-2),
+            largest,
+            damping[..., None],
+            exponent,
+            search.tolerance,
+            largest > bound[..., None],
+        )
+        rest = tail.pow(-exponent)[..., None, :]
+        vectors, powers = vectors[..., size - kept :], powers[..., size - kept :, :] - rest
     return vectors.contiguous(), basis, powers, rest, valid & also_valid & (damping > 0)
 
 
-def _directions_to_keep(eigenvalues: Tensor, mu: Tensor, exponent: float, tolerance: float) -> int:
-    """Number of channel directions, at least 1, with an eigenvalue above the bound."""
-    bound = mu * (((1 + tolerance) / (1 - tolerance)) ** (1 / exponent) - 1)
-    above = (eigenvalues[..., -1:] > bound).sum((-2, -1))
-    return max(1, int(above.max()))
+def _directions_to_keep(eigenvalues: Tensor, bound: Tensor, limit: int | None) -> int:
+    """Number of channel directions to keep: those with an eigenvalue above the bound (k, b).
+
+    Without a limit, all of them if they are more than half.
+    """
+    above = int((eigenvalues[..., -1] > bound[..., None]).sum(-1).max())
+    size = eigenvalues.shape[-2]
+    if limit is not None:
+        return max(1, min(above, limit))
+    return max(1, above) if above <= size // 2 else size

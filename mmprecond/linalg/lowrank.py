@@ -28,12 +28,14 @@ class RankSearch:
 
     Attributes:
         tolerance: Relative error allowed in any direction.
-        max_rank: Most columns kept, whatever the tolerance. None allows half the side's length,
-            and a dense operator where that is not enough.
+        max_rank: Most columns kept, whatever the tolerance.
+        rank_share: The same as a share of the side's length. If both are None, half the side's
+            length is allowed, and a dense operator where that is not enough.
     """
 
     tolerance: float = 0.1
     max_rank: int | None = None
+    rank_share: float | None = None
 
     #: Sides shorter than this stay dense.
     smallest_side: ClassVar[int] = 256
@@ -44,9 +46,17 @@ class RankSearch:
         """True if the power of a moment of this size may be low-rank."""
         return side >= self.smallest_side
 
+    def limit(self, side: int) -> int | None:
+        """Most columns for a side of this length, or None."""
+        limits = [self.max_rank] if self.max_rank is not None else []
+        if self.rank_share is not None:
+            limits.append(max(1, int(side * self.rank_share)))
+        return min(limits, default=None)
+
     def usual(self, side: int) -> int:
         """Expected rank for a side of this length."""
-        return min(int(side * self.usual_share), self.max_rank or side)
+        limit = self.limit(side)
+        return min(int(side * self.usual_share), side if limit is None else limit)
 
 
 def power_of_columns(
@@ -164,7 +174,7 @@ def low_rank_power(
         and n / 2 columns are not enough.
     """
     rank_limit = matrix.shape[-1] // 2 if max_rank is None else max_rank
-    bound_ratio = _negligible_ratio(exponent, tolerance)
+    bound_ratio = negligible_ratio(exponent, tolerance)
     columns, residual, damping = _dominant_columns(matrix, start, damping, bound_ratio, rank_limit)
     bound = bound_ratio * damping
     if max_rank is None and bool((residual > SLACK * bound).any()):
@@ -181,7 +191,7 @@ def low_rank_power(
     rest = rest / (matrix.shape[-1] - (kept_values > 0).sum(-1)).clamp_min(1)
     largest = torch.maximum(residual, torch.where(values > bound[..., None], 0, values).amax(-1))
     bound_exceeded = (counts > rank) | (residual > SLACK * bound)
-    tail = _tail_eigenvalue(rest, largest, damping, exponent, tolerance, bound_exceeded)
+    tail = tail_eigenvalue(rest, largest, damping, exponent, tolerance, bound_exceeded)
     basis, scale = _power_of_eigenvectors(
         columns, kept_values, vectors[..., :rank], damping, tail, exponent
     )
@@ -300,12 +310,12 @@ def _residual_eigenvalue(matrix: Tensor, columns: Tensor, probes: Tensor, probed
     return norms.amax(-1)
 
 
-def _negligible_ratio(exponent: float, tolerance: float) -> float:
+def negligible_ratio(exponent: float, tolerance: float) -> float:
     """Largest e / mu for which one tau replaces all eigenvalues in [0, e] within the tolerance."""
     return ((1 + tolerance) / (1 - tolerance)) ** (1 / exponent) - 1
 
 
-def _tail_eigenvalue(
+def tail_eigenvalue(
     rest: Tensor,
     largest: Tensor,
     damping: Tensor,

@@ -129,7 +129,8 @@ class LowRank(Operator):
 
     def left(self, matrices: Tensor) -> Tensor:
         """``A M`` (see the base class)."""
-        return self.right(matrices.mT).mT
+        taken = stacked_product(self.columns.mT, matrices) * -self.scale
+        return stacked_product(self.columns, taken).addcmul_(matrices, self.scale)
 
     def to_dense(self) -> Dense:
         """The same matrices in dense form."""

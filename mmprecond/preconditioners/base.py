@@ -339,6 +339,7 @@ class InversePreconditioner(PatchPreconditioner):
 
     solver: str = 'lowrank'
     tolerance: float = 0.1
+    rank_share: float | None = None
 
     #: Names of the method's own solvers.
     dense_solvers: ClassVar[tuple[str, ...]] = ()
@@ -347,11 +348,15 @@ class InversePreconditioner(PatchPreconditioner):
         super().__post_init__()
         check_choice('solver', self.solver, (*self.dense_solvers, 'lowrank'))
         check_number('tolerance', self.tolerance, open_low=True, high=1)
+        if self.rank_share is not None:
+            check_number('rank_share', self.rank_share, open_low=True, high=1)
 
     @property
     def rank_search(self) -> RankSearch | None:
         """Search for the rank with solver='lowrank', else None."""
-        return RankSearch(self.tolerance, self.max_rank) if self.solver == 'lowrank' else None
+        if self.solver != 'lowrank':
+            return None
+        return RankSearch(self.tolerance, self.max_rank, self.rank_share)
 
     def is_exact(self, refreshes: int) -> bool:
         """False for refreshes of 'lowrank' after the first, which start from the last one."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmprecond.linalg import Kronecker, KroneckerBasis, join, kronecker_power
+from mmprecond.linalg import Kronecker, KroneckerBasis, RankSearch, join, kronecker_power
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -72,7 +72,7 @@ def test_no_direction_is_wrong_by_more_than_the_tolerance(
     channels, positions = moments(2, 1, 24, 4, fall=2.0)
     matrix = laid_out(channels, positions)
     damping = 0.02 * torch.linalg.eigvalsh(matrix)[..., -1]
-    *parts, _ = kronecker_power(channels, positions, damping, exponent, tolerance)
+    *parts, _ = kronecker_power(channels, positions, damping, exponent, RankSearch(tolerance))
     assert 1 <= parts[0].shape[-1] <= 12  # fewer than half of the channels
     operator = Kronecker(*parts, parts[0].new_empty(2, 1, 1, 0))
     found = operator.right(torch.eye(96, dtype=torch.float64).expand(2, 1, 96, 96))
@@ -84,7 +84,7 @@ def test_no_direction_is_wrong_by_more_than_the_tolerance(
 def test_flat_spectra_keep_all_channels() -> None:
     channels, positions = moments(1, 1, 8, 4)
     damping = torch.full((1, 1), 1e-6, dtype=torch.float64)
-    vectors, *_ = kronecker_power(channels, positions, damping, 1.0, 0.1)
+    vectors, *_ = kronecker_power(channels, positions, damping, 1.0, RankSearch(0.1))
     assert vectors.shape[-1] == 8
 
 
@@ -93,7 +93,7 @@ def test_layers_of_different_ranks_are_stacked() -> None:
     for seed, fall in ((0, 3.0), (1, 0.0)):
         channels, positions = moments(1, 1, 16, 3, seed, fall)
         damping = 0.01 * channels.diagonal(dim1=-2, dim2=-1).sum(-1)
-        *parts, _ = kronecker_power(channels, positions, damping, 1.0, 0.1)
+        *parts, _ = kronecker_power(channels, positions, damping, 1.0, RankSearch(0.1))
         rows.append(Kronecker(*parts, draw(1, 1, 1, 1, seed=seed)))
     assert rows[0].channels.shape[-1] < rows[1].channels.shape[-1]
     joined = join([{'input': row} for row in rows])['input']
