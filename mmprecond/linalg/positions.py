@@ -16,6 +16,10 @@ from .eigen import checked_eigh
 from .operators import Operator
 from .products import stacked_product
 
+#: Number of positions below which channels are multiplied two at a time: for 9 positions in 0.4 of
+#: the time on a CPU, for 49 the opposite.
+NARROW = 16
+
 
 @dataclass(frozen=True, eq=False)
 class PositionMatrix(Operator):
@@ -68,11 +72,18 @@ class PositionBasis(Operator):
 
 
 def _times_positions(weights: Tensor, positions: Tensor) -> Tensor:
-    """``M (I (x) A)`` of weights (k, b, o, c p), as one product on the layout (o c) x p."""
+    """``M (I (x) A)`` of weights (k, b, o, c p), as one product on the layout (o c) x p.
+
+    A product that is only a few columns wide is slow. Few positions are therefore multiplied for
+    two channels at a time, by A twice on the diagonal.
+    """
     p = positions.shape[-1]
-    return stacked_product(weights.reshape(*weights.shape[:2], -1, p), positions).reshape(
-        weights.shape
-    )
+    if p < NARROW and weights.shape[-1] % (2 * p) == 0:
+        paired = positions.new_zeros(*positions.shape[:2], 2 * p, 2 * p)
+        paired[..., :p, :p] = paired[..., p:, p:] = positions
+        positions, p = paired, 2 * p
+    rows = weights.reshape(*weights.shape[:2], -1, p)
+    return stacked_product(rows, positions).reshape(weights.shape)
 
 
 def position_power(positions: Tensor, damping: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
