@@ -13,9 +13,12 @@ from .capture import Capture
 from .conv import Conv2dLayer
 from .eager import Eager
 from .form import Factor, Form, Power, add_damping
+from .input_factor import INPUT_FACTORS, input_form
 from .layer import Layer
 from .linear import LinearLayer
 from .moments import SKETCH_KINDS, Blocks, Columns, Moment, Sketch
+from .patch_form import PatchForm
+from .positions import Positions
 from .registry import (
     ATTENTION_TYPES,
     LAYER_TYPES,
@@ -56,6 +59,7 @@ __all__ = [
     'Form',
     'GRADIENT',
     'INPUT',
+    'INPUT_FACTORS',
     'LAYER_TYPES',
     'Layer',
     'LeftOut',
@@ -63,6 +67,8 @@ __all__ = [
     'Mean',
     'Moment',
     'PackedAttention',
+    'PatchForm',
+    'Positions',
     'Power',
     'REDUCED',
     'Rows',
@@ -80,6 +86,7 @@ __all__ = [
     'WindowAttention',
     'add_damping',
     'find_layers',
+    'input_form',
     'layer_type',
     'qualified_name',
     'register_attention',

@@ -21,8 +21,8 @@ from ..linalg import Shape
 from .calls import Call, Observer, Tap
 from .gram import gram
 from .moments import Blocks
+from .patch_form import PatchForm
 from .rows import LayerRows
-from .separable import Separable
 from .statistic import (
     ALL,
     GRADIENT,
@@ -165,10 +165,10 @@ class Layer:
             return f'{form} is not a form of {statistic.side.name}'
         if isinstance(statistic.form, Blocks) and not self.compressible:
             return f'{form} is for layers of one block'
-        if isinstance(statistic.form, Separable) and (
-            statistic.side.of_gradient or statistic.form != Separable.of(self)
+        if isinstance(statistic.form, PatchForm) and (
+            statistic.side.of_gradient or statistic.form != statistic.form.of(self)
         ):
-            return f'{form} must be Separable.of(layer), for the input of a convolution'
+            return f'{form} must be {form}.of(layer), for input rows of channels x positions'
         return ''
 
     def empty(self, statistic: Statistic) -> dict[str, Tensor]:

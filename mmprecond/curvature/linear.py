@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,10 +12,47 @@ from .statistic import Rows
 
 
 class LinearLayer(Layer):
-    """`nn.Linear`; all leading dimensions of its input are rows."""
+    """`nn.Linear`; all leading dimensions of its input are rows.
+
+    Behind a flattened feature map, a row is a patch: channels x positions.
+
+    Args:
+        input_positions: Positions of each channel in an input row, which must divide the number of
+            inputs. 1: rows are no patches.
+
+    Raises:
+        ValueError: If `input_positions` does not divide the number of inputs.
+    """
 
     module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     row_kinds: ClassVar[tuple[type[Rows], ...]] = EVERY_ROW_KIND
+
+    def __init__(self, *args: Any, input_positions: int = 1, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._positions = input_positions
+        inputs = self.weight.shape[1]
+        if inputs % input_positions:
+            raise ValueError(
+                f'input_positions={input_positions} does not divide the {inputs} inputs of '
+                f'{self.name}; give height times width of the feature map that the layer reads, in '
+                'a group or a key of custom_keys that holds this weight alone'
+            )
+
+    @property
+    def kernel_positions(self) -> int:
+        """Positions of the flattened feature map."""
+        return self._positions
+
+    def channel_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+        """Chunks (1, c, rows) with the channels' partial trace of the patches' moment."""
+        patches = inputs.reshape(-1, inputs.shape[-1] // self._positions, self._positions)
+        row_bytes = self.working_dtype.itemsize * inputs.shape[-1]
+        for chunk in patches.split(max(1, int(self.capture_mb * 2**20 / row_bytes))):
+            yield chunk.to(self.working_dtype).transpose(0, 1).flatten(1)[None]
+
+    def position_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+        """Rows (1, p, rows) with the positions' partial trace of the patches' moment."""
+        yield inputs.to(self.working_dtype).reshape(-1, self._positions).t()[None]
 
     def input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         yield inputs.to(self.working_dtype).reshape(-1, inputs.shape[-1]).t()[None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,22 +61,47 @@ class LayerRows:
             channels: c.
             positions: p.
         """
-        layer: Any = self.layer  # a convolution
-        first = layer.weight.new_empty(
-            (layer.blocks, channels, channels), dtype=layer.working_dtype
-        )
-        second = first.new_empty(layer.blocks, positions, positions)
+        layer: Any = self.layer  # of patches
+        total = self._unwritten_part(channels)
         if self.statistic.rows == ALL:
-            gram(layer.channel_rows(self.module, self.inputs), first)
-            gram(layer.position_rows(self.module, self.inputs), second)
+            gram(layer.channel_rows(self.module, self.inputs), total)
+        else:
+            gram([self._drawn_patches(channels, positions).flatten(2)], total)
+        return total, *self.position_moments(channels, positions)
+
+    def position_moments(self, channels: int, positions: int) -> tuple[Tensor, Tensor]:
+        """Partial trace (b, p, p) of the patches' moment, and the sum of the ones.
+
+        Args:
+            channels: c.
+            positions: p.
+        """
+        layer: Any = self.layer  # of patches
+        total = self._unwritten_part(positions)
+        if self.statistic.rows == ALL:
+            gram(layer.position_rows(self.module, self.inputs), total)
             count = layer.sample_count(self.module, self.gradient)
             count *= layer.position_count(self.module, self.gradient)
-            return first, second, first.new_full((layer.blocks, 1, 1), count)
+            return total, total.new_full((layer.blocks, 1, 1), count)
+        patches = self._drawn_patches(channels, positions)
+        gram([patches.transpose(1, 2).flatten(2)], total)
+        return total, self._drawn_rows[:, -1:].square().sum(2, keepdim=True)
+
+    @cached_property
+    def _drawn_rows(self) -> Tensor:
+        """Reduced or sampled rows, which come in one chunk (b, n, rows)."""
         (rows,) = self.chunks()
-        patches = rows[:, : channels * positions].unflatten(1, (channels, positions))
-        gram([patches.flatten(2)], first)
-        gram([patches.transpose(1, 2).flatten(2)], second)
-        return first, second, rows[:, -1:].square().sum(2, keepdim=True)
+        return rows
+
+    def _drawn_patches(self, channels: int, positions: int) -> Tensor:
+        """Reduced or sampled rows as patches (b, c, p, rows)."""
+        rows = self._drawn_rows[:, : channels * positions]
+        return rows.unflatten(1, (channels, positions))
+
+    def _unwritten_part(self, size: int) -> Tensor:
+        """Uninitialised tensor (b, size, size) for a partial trace."""
+        shape = (self.layer.blocks, size, size)
+        return self.layer.weight.new_empty(shape, dtype=self.layer.working_dtype)
 
     def power_sum(self, power: int) -> Tensor:
         """Sum of the rows' entries to a power (b, n, 1)."""

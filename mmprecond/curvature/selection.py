@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .flattened import find_flattened
 from .layer import Layer
+from .linear import LinearLayer
 from .registry import ATTENTION_TYPES, attention_type, layer_type, qualified_name
 
 
@@ -76,13 +78,18 @@ def find_layers(
     Args:
         model: The unwrapped model.
         groups: The optimizer's parameter groups. ``precondition=False`` in a group leaves its
-            weights to the rule, and its biases out of their layer's matrix.
+            weights to the rule, and its biases out of their layer's matrix. ``input_positions=49``
+            says that its linear layers read a flattened feature map of 49 positions. For box heads
+            this is found (see `find_flattened`), unless the group says otherwise.
         capture_mb: Limit for laid-out convolution patches and attention matrices, in megabytes.
         attention: Function that returns the reading of an attention module, given the name of its
             projection, or None to treat its linear layers one by one.
 
     Returns:
         Layers by the name of their (first) module, in module order, and the modules left out.
+
+    Raises:
+        ValueError: If `input_positions` does not fit a layer.
     """
     return _Search(model, groups, capture_mb, attention).run()
 
@@ -102,6 +109,7 @@ class _Search:
         self.attention = attention
         self.owned = {id(p): group for group in groups for p in group['params']}
         self.names = {id(p): name for name, p in model.named_parameters()}
+        self.flattened = find_flattened(model)
         self.users: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             for p in module.parameters(recurse=False):
@@ -142,7 +150,7 @@ class _Search:
                 sharing,
                 weight,
                 bias if joint else None,
-                **self._layer_options(weight),
+                **self._layer_options(kind, weight, module),
             )
 
     def _visit_attention(self, name: str, block: nn.Module) -> None:
@@ -175,7 +183,7 @@ class _Search:
                 weight,
                 bias if joint else None,
                 max_windows=reading.windows,
-                **self._layer_options(weight),
+                **self._layer_options(kind, weight, block),
             )
 
     def _is_joint_bias(self, bias: Tensor, weight: Tensor) -> bool:
@@ -187,8 +195,21 @@ class _Search:
             and self.users[id(bias)] == self.users[id(weight)]
         )
 
-    def _layer_options(self, weight: Tensor) -> dict[str, Any]:
-        return dict(capture_mb=self.capture_mb, damping=self.owned[id(weight)].get('damping'))
+    def _layer_options(
+        self, kind: type[Layer], weight: Tensor, module: nn.Module
+    ) -> dict[str, Any]:
+        group = self.owned[id(weight)]
+        options = dict(capture_mb=self.capture_mb, damping=group.get('damping'))
+        given = group.get('input_positions')
+        if issubclass(kind, LinearLayer):
+            return options | dict(input_positions=given or self.flattened.get(module, 1))
+        if given is not None and given > 1:
+            raise ValueError(
+                f'input_positions={given} is for linear layers, and {self.names[id(weight)]} is of '
+                f'a {type(module).__name__}; give it in a group or a key of custom_keys that holds '
+                'the weight of the linear layer alone'
+            )
+        return options
 
 
 def _is_preconditioned(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> bool:

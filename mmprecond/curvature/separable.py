@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_flag
 from ..linalg import Kronecker, Operator, RankSearch, Shape, kronecker_power, largest_eigenvalue
-from .form import Factor, Form, Power
-from .gram import gram_flops
+from .form import Factor, Power
+from .patch_form import PatchForm
 
 if TYPE_CHECKING:
     from .layer import Layer
@@ -20,35 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Separable(Form):
+class Separable(PatchForm):
     """Partial traces of the second moment of patches, whose Kronecker product replaces it.
 
     With patches x (c x p), C is the sum of ``x x'`` (c x c) and K the sum of ``x'x`` (p x p). Both
-    have the trace tr of the moment R, and ``R ~ C (x) K / tr``. The trailing 1 of a joint bias has
-    a row and a column of its own: its covariance with the patch is left out.
-
-    Attributes:
-        channels: c, channels of one block.
-        positions: p, positions of the kernel.
-        joint: Whether the bias is joint with the weight.
+    have the trace tr of the moment R, and ``R ~ C (x) K / tr``.
     """
 
     suffix: ClassVar[str] = 'separable'
-    channels: int
-    positions: int
-    joint: bool
-
-    @classmethod
-    def of(cls, layer: Layer) -> Separable | None:
-        """The form for the patches of a layer, or None if its input rows are no patches."""
-        joint = layer.bias is not None
-        channels = (layer.columns - joint) // layer.kernel_positions
-        return cls(channels, layer.kernel_positions, joint) if layer.kernel_positions > 1 else None
-
-    def __post_init__(self) -> None:
-        check_count('channels', self.channels)
-        check_count('positions', self.positions)
-        check_flag('joint', self.joint)
 
     def keys(self, key: str) -> tuple[str, ...]:
         parts = ('channels', 'positions', 'ones') if self.joint else ('channels', 'positions')
@@ -60,10 +38,6 @@ class Separable(Form):
 
     def measure(self, rows: LayerRows) -> tuple[Tensor, ...]:
         return rows.separable_moments(self.channels, self.positions)[: 2 + self.joint]
-
-    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
-        other = self.channels if size == self.positions else 1
-        return blocks * other * gram_flops(size, rows) if size > 1 else 0.0
 
     def norm(self, samples: Sequence[Tensor], sizes: Sequence[float] | None) -> Tensor | float:
         """Frobenius norm ``|C| |K| / tr`` of the product (b, 1, 1); one divisor for all parts."""
@@ -85,9 +59,6 @@ class Separable(Form):
             (blocks, 1, p),
             (blocks, 1, int(self.joint)),
         )
-
-    def length(self, factor: Factor) -> int:
-        return self.channels * self.positions + self.joint
 
     def trace(self, factor: Factor) -> Tensor:
         trace = _trace(factor.tensors[0])

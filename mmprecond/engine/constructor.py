@@ -23,10 +23,10 @@ class PrecondOptimWrapperConstructor:
     """Builds a preconditioned optimizer and its wrapper from a config.
 
     A base constructor makes the parameter groups, so `paramwise_cfg` has its usual meaning. Further
-    entries of `custom_keys` reach the optimizer (``precondition=False``, ``damping=0.1``). For an
-    optimizer of another package the base constructor does all the work. Optimizers of the package
-    pytorch_optimizer are given as ``type='pytorch_optimizer.NAME'``; those that need second
-    derivatives get them.
+    entries of `custom_keys` reach the optimizer (``precondition=False``, ``damping=0.1``,
+    ``input_positions=49``). For an optimizer of another package the base constructor does all the
+    work. Optimizers of the package pytorch_optimizer are given as
+    ``type='pytorch_optimizer.NAME'``; those that need second derivatives get them.
 
     Args:
         optim_wrapper_cfg: The config; its `base_constructor` names the base constructor (default

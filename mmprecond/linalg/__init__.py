@@ -31,6 +31,7 @@ from .operators import (
     unify,
     write,
 )
+from .positions import PositionBasis, PositionMatrix, position_power
 from .precision import PRECISIONS, matmul_precision, rounded
 from .products import add_product, stacked_product
 from .roots import inverse_power, newton_schulz_inverse_root
@@ -46,6 +47,8 @@ __all__ = [
     'Operator',
     'Operators',
     'PRECISIONS',
+    'PositionBasis',
+    'PositionMatrix',
     'RankOne',
     'RankSearch',
     'Shape',
@@ -73,6 +76,7 @@ __all__ = [
     'newton_schulz_inverse_root',
     'nystrom_columns',
     'orthogonal_iteration',
+    'position_power',
     'power_of_columns',
     'rounded',
     'stacked_product',

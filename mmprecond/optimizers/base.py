@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..checks import check_number, reject_unexpected
+from ..checks import check_count, check_number, reject_unexpected
 from ..core import Assignment, Curvature, CurvatureOptions, Monitor, checkpoint, rotate
 from ..curvature import LeftOut
 from ..linalg import matmul_precision
@@ -24,7 +24,9 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     Args:
         params: Parameters or groups, as in torch, with `model`; or the module itself. A group may
-            hold ``precondition=False`` or ``damping=...`` for its weights.
+            hold ``precondition=False`` or ``damping=...`` for its weights. ``input_positions=49``
+            says that linear layers read a flattened feature map of 49 positions, for their
+            `input_factor`. Box heads of MMDetection say so themselves.
         model: The module that owns the parameters, wrapped in DistributedDataParallel or not.
         rule: The rule.
         method: The preconditioner of every supported layer, or one for each by an assignment.
@@ -95,9 +97,11 @@ class PreconditionedOptimizer(RuleOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as in torch; they take the plain rule."""
         super().add_param_group(param_group)
-        damping = self.param_groups[-1].get('damping')
-        if damping is not None:
-            check_number('damping', damping, open_low=True)
+        group = self.param_groups[-1]
+        if group.get('damping') is not None:
+            check_number('damping', group['damping'], open_low=True)
+        if group.get('input_positions') is not None:
+            check_count('input_positions', group['input_positions'])
 
     # ---------------------------------------------------------------- capture
 

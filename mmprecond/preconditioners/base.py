@@ -18,6 +18,7 @@ from ..checks import check_choice, check_count, check_number
 from ..curvature import (
     ALL,
     INPUT,
+    INPUT_FACTORS,
     AttentionReading,
     Blocks,
     Factor,
@@ -26,10 +27,10 @@ from ..curvature import (
     Moment,
     RunningAverage,
     SampledRows,
-    Separable,
     Side,
     Sketch,
     Statistic,
+    input_form,
 )
 from ..linalg import Operators, RankSearch, count_flops
 
@@ -43,10 +44,6 @@ Factors = Mapping[Side, Factor]
 
 #: Published settings of methods whose code has no size limits and takes all rows.
 WHOLE_LAYERS: dict[str, Any] = dict(max_dim=8192, oversize='skip', max_rank=None, max_rows=None)
-
-INPUT_FACTORS = ('patch', 'separable', 'auto')
-#: Longest patch whose moment is about as cheap as its separable form.
-SHORT_PATCH = 256
 
 OVERSIZE = ('skip', 'one_sided', 'block', 'lowrank')
 
@@ -296,13 +293,17 @@ class Preconditioner(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PatchPreconditioner(Preconditioner):
-    """Preconditioner with a choice of the input factor of convolutions.
+    """Preconditioner with a choice of the input factor of layers on patches.
+
+    Patches are the inputs of convolutions, and of linear layers behind a flattened feature map
+    whose positions are known (see `PreconditionedOptimizer`).
 
     Attributes:
         input_factor: 'patch' keeps R of whole patches (c p x c p, from c channels and p kernel
             positions). 'separable' keeps its partial traces C (c x c) and K (p x p) and takes
             ``C (x) K / tr`` for R: 1/p^2 of the memory, one product of c x c rows per capture, and
-            refreshes of c^3. The covariance of a joint bias with the patch is left out. 'auto'
+            refreshes of c^3. 'kernel' takes ``I (x) K / c``, with channels left alone: p^2 numbers,
+            refreshes of p^3. Both leave out the covariance of a joint bias with the patch. 'auto'
             takes 'separable' for patches longer than 256, and 'patch' for shorter ones.
     """
 
@@ -313,17 +314,9 @@ class PatchPreconditioner(Preconditioner):
         check_choice('input_factor', self.input_factor, INPUT_FACTORS)
 
     def _with_input_factor(self, layer: Layer, statistic: Statistic) -> Statistic:
-        form = Separable.of(layer)
-        short = self.input_factor == 'auto' and layer.columns <= SHORT_PATCH
-        if (
-            self.input_factor == 'patch'
-            or short
-            or form is None
-            or statistic.side != INPUT
-            or not isinstance(statistic.form, Moment)
-        ):
-            return statistic
-        return statistic.in_form(form)
+        form = input_form(layer, self.input_factor)
+        moment = statistic.side == INPUT and isinstance(statistic.form, Moment)
+        return statistic.in_form(form) if form and moment else statistic
 
 
 @dataclass(frozen=True, kw_only=True)

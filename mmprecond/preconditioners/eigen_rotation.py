@@ -15,6 +15,7 @@ from ..curvature import (
     Form,
     Layer,
     Moment,
+    Positions,
     RunningAverage,
     Separable,
     Side,
@@ -25,6 +26,7 @@ from ..linalg import (
     KroneckerBasis,
     Operator,
     Operators,
+    PositionBasis,
     assign_columns,
     eigenbasis,
     orthogonal_iteration,
@@ -116,7 +118,7 @@ class EigenRotation(PatchPreconditioner):
             kind = _basis_type(factor.form)
             last = previous[side.name].tensors if previous else [None] * len(kind.suffixes)
             bases = []
-            # Of a joint bias, which a separable factor has beside its two, the basis is 1.
+            # The basis of a joint bias, a last tensor of its own in forms of patches, is 1.
             for moment, last_basis in zip(factor.tensors, last, strict=False):
                 if last_basis is None:
                     basis, succeeded = eigenbasis(moment, self.basis_eps)
@@ -166,7 +168,9 @@ def _transpose_side(operators: Operators, side: Side) -> Operators:
 
 def _basis_type(form: Form) -> type[Operator]:
     """Operator that rotates by the eigenvectors of a moment in this form."""
-    return KroneckerBasis if isinstance(form, Separable) else Dense
+    if isinstance(form, Separable):
+        return KroneckerBasis
+    return PositionBasis if isinstance(form, Positions) else Dense
 
 
 def _reference_basis(previous: Tensor | None, like: Tensor) -> Tensor:

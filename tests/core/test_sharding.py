@@ -43,6 +43,14 @@ METHODS = {
     'SGDMBK': lambda model, **s: SGDMBK(model, lr=0.05, **SOON, **s),
     'AdamR': lambda model, **s: AdamR(model, lr=2e-3, **SOON, **s),
     'clipped': lambda model, **s: NKFAC(model, lr=0.05, clip_update=0.1, **SOON, **s),
+    'kernel': lambda model, **s: NKFAC(
+        [dict(params=[p], input_positions=4) for p in model.parameters()],
+        model=model,
+        lr=0.05,
+        input_factor='kernel',
+        **SOON,
+        **s,
+    ),
 }
 STEPS = 6
 

@@ -11,52 +11,22 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor, nn
 
-from mmprecond.curvature import INPUT, REDUCED, Moment, SampledRows, Separable, Statistic
-from mmprecond.curvature.capture import Capture
-from mmprecond.curvature.conv import Conv1dLayer, Conv2dLayer, Conv3dLayer, ConvTranspose2dLayer
-from mmprecond.optimizers import FSGD, KFAC, NKFAC, SGDMBK, AdaAFOpt, AdamR, AdaNKFAC, FAdam
+from mmprecond.curvature import INPUT, REDUCED, SampledRows, Separable, Statistic
+from mmprecond.curvature.conv import Conv1dLayer, Conv3dLayer, ConvTranspose2dLayer
+from mmprecond.optimizers import FSGD, NKFAC, AdamR
 from tests.reference.factors import plain_copy
 from tests.support.capture import CONVS, geometries, loss_of
 from tests.support.errors import refused, warnings_of
 from tests.support.every_optimizer import net, train
+from tests.support.patches import METHODS, RESUMED, layer_of, measured, sums_and_traces
 from tests.support.states import differences, everything, saved
-
-
-def layer_of(module: nn.Module, capture_mb: float = 64.0, kind: Any = Conv2dLayer) -> Any:
-    weight: Any = module.weight
-    return kind('weight', [module], weight, module.bias, capture_mb=capture_mb)
-
-
-def measured(layer: Any, statistic: Statistic, *inputs: Tensor) -> dict[str, Tensor]:
-    capture = Capture()
-    capture.arm({layer: (statistic,)})
-    for x in inputs:
-        loss_of(layer.modules[0](x)).backward()
-    capture.disarm()
-    return capture.staged[layer].sums
-
-
-def traces(layer: Any, moment: Tensor) -> list[Tensor]:
-    """The partial traces of a moment of whole patches, and its ones."""
-    form = Separable.of(layer)
-    c, p = form.channels, form.positions
-    patches = moment[:, : c * p, : c * p].reshape(-1, c, p, c, p)
-    parts = [torch.einsum('bcpdp->bcd', patches), torch.einsum('bcpcq->bpq', patches)]
-    return [*parts, moment[:, -1:, -1:]] if form.joint else parts
 
 
 def check(module: nn.Module, *inputs: Tensor, rows: Any = None, **options: Any) -> None:
     layer = layer_of(module, **options)
-    form = Separable.of(layer)
-    own, whole = Statistic(INPUT, form), Statistic(INPUT, Moment())
-    if rows is not None:
-        own, whole = own.over(rows), whole.over(rows)
-    assert layer.lacks(own) == ''
-    found = measured(layer, own, *inputs)
-    assert list(found) == list(own.keys)
-    (moment,) = measured(layer, whole, *inputs).values()
-    for ours, wanted in zip(found.values(), traces(layer, moment), strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    found, wanted = sums_and_traces(layer, Separable.of(layer), *inputs, rows=rows)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -108,18 +78,6 @@ def test_layers_without_patches_have_no_such_form() -> None:
 
 
 # ------------------------------------------------------------------- methods
-
-
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    'NKFAC': (NKFAC, dict(solver='cholesky')),
-    'AdaNKFAC': (AdaNKFAC, dict(solver='cholesky')),
-    'KFAC': (KFAC, {}),
-    'FSGD': (FSGD, dict(solver='exact')),
-    'FAdam': (FAdam, dict(solver='exact', exponent=0.5)),
-    'AdaAFOpt': (AdaAFOpt, dict(solver='exact')),
-    'SGDMBK': (SGDMBK, dict(solver='eigh')),
-}
-RESUMED = {**METHODS, 'AdamR': (AdamR, {}), 'AdamR, qr': (AdamR, dict(basis_solver='qr'))}
 
 
 def separable_patches(conv: nn.Conv2d, rows: int = 24) -> Tensor:
@@ -219,9 +177,10 @@ def test_nkfac_uses_the_dense_product_of_the_traces(bias: bool, groups: int) -> 
     assert out.shape == first.shape
 
 
-@pytest.mark.parametrize('name', [*RESUMED, 'lowrank'])
-def test_a_resumed_run_continues_bit_for_bit(name: str) -> None:
-    kind, settings = RESUMED.get(name, (NKFAC, dict(solver='lowrank')))
+@pytest.mark.parametrize('form', ['separable', 'kernel'])
+@pytest.mark.parametrize('name', RESUMED)
+def test_a_resumed_run_continues_bit_for_bit(name: str, form: str) -> None:
+    kind, settings = RESUMED[name]
 
     def make(model: nn.Module) -> Any:
         return kind(
@@ -229,7 +188,7 @@ def test_a_resumed_run_continues_bit_for_bit(name: str) -> None:
             lr=0.01,
             stat_interval=2,
             refresh_interval=4,
-            input_factor='separable',
+            input_factor=form,
             **settings,
         )
 
@@ -244,23 +203,25 @@ def test_a_resumed_run_continues_bit_for_bit(name: str) -> None:
     assert differences(everything(model, optimizer), everything(twin, resumed)) == []
 
 
-def test_micro_batches_are_the_joint_batch() -> None:
+@pytest.mark.parametrize('form', ['separable', 'kernel'])
+def test_micro_batches_are_the_joint_batch(form: str) -> None:
     found = []
     for sizes in ((6,), (4, 2)):
         model = net()
-        optimizer = NKFAC(
-            model, lr=0.01, stat_interval=1, refresh_interval=2, input_factor='separable'
-        )
+        optimizer = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2, input_factor=form)
         train('NKFAC', model, optimizer, range(4), sizes)
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
 
 
-def test_the_state_of_another_form_is_measured_anew(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize('form', ['separable', 'kernel'])
+def test_the_state_of_another_form_is_measured_anew(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model = net()
     optimizer = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2)
     train('NKFAC', model, optimizer, range(3))
-    other = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2, input_factor='separable')
+    other = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2, input_factor=form)
     other.load_state_dict(saved(optimizer.state_dict()))
     assert len(warnings_of(caplog)) == 1
     train('NKFAC', model, other, range(3, 5))
@@ -275,7 +236,7 @@ def test_auto_takes_it_for_long_patches() -> None:
     }
     assert keys == {'0.weight': 'moment', '1.weight': 'separable', '2.weight': 'moment'}
     assert 'as 64 channels x 9 positions' in optimizer.table()
-    refused(ValueError, lambda: NKFAC(model, lr=0.1, input_factor='kernel'), 'input_factor')
+    refused(ValueError, lambda: NKFAC(model, lr=0.1, input_factor='channel'), 'input_factor')
 
 
 def test_it_keeps_a_hundredth_of_the_memory() -> None:
@@ -298,15 +259,17 @@ def test_it_keeps_a_hundredth_of_the_memory() -> None:
 
 
 def laid_out(operator: Any, joint: bool) -> Tensor:
-    """A basis U (x) V as one matrix."""
-    basis = torch.kron(operator.channels[0, 0], operator.positions[0, 0])
+    """A basis U (x) V as one matrix; U is the identity where channels are left alone."""
+    channels = operator.channels[0, 0] if hasattr(operator, 'channels') else torch.eye(3).double()
+    basis = torch.kron(channels, operator.positions[0, 0])
     return torch.block_diag(basis, torch.ones(1, 1).double()) if joint else basis
 
 
+@pytest.mark.parametrize('form', ['separable', 'kernel'])
 @pytest.mark.parametrize('rotate_moments', [True, False])
 @pytest.mark.parametrize('bias', [True, False])
 def test_adamr_is_adam_between_rotations_by_the_product_of_bases(
-    bias: bool, rotate_moments: bool
+    bias: bool, rotate_moments: bool, form: str
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, (2, 3), bias=bias), nn.Tanh()).double()
@@ -316,7 +279,7 @@ def test_adamr_is_adam_between_rotations_by_the_product_of_bases(
         eps=1e-4,
         stat_interval=1,
         refresh_interval=2,
-        input_factor='separable',
+        input_factor=form,
         rotate_moments=rotate_moments,
     )
     conv: Any = model[0]

@@ -30,6 +30,7 @@ from mmprecond.engine.wrapper import MIXINS, mixed_wrapper
 from mmprecond.optimizers import NKFAC, AdaNKFAC, RuleOptimizer
 from mmprecond.rules import AdamW
 from tests.support.classifier import Classifier, HalfRateConstructor, Labelled, batch, build
+from tests.support.errors import refused
 
 
 def hooks(model: nn.Module) -> int:
@@ -61,6 +62,20 @@ def test_custom_keys_reach_the_optimizer() -> None:
     assert next(iter(wrapper.optimizer.curvature.layers)).damping == 0.1
     assert 'precondition=False' in wrapper.optimizer.table()
     assert wrapper.optimizer.param_groups[0]['lr'] == 0.05
+
+
+def test_positions_of_a_flattened_map_reach_a_layer() -> None:
+    keys = {'fc.weight': dict(input_positions=2)}
+    optimizer = dict(type='NKFAC', lr=0.1, input_factor='kernel')
+    built = build(Classifier(), optimizer=optimizer, paramwise_cfg=dict(custom_keys=keys)).optimizer
+    assert [layer.kernel_positions for layer in built.curvature.layers] == [9, 2]
+    keys['conv'] = dict(input_positions=9)
+    refused(
+        ValueError,
+        lambda: build(Classifier(), paramwise_cfg=dict(custom_keys=keys)),
+        'input_positions=9',
+        'conv.weight is of a Conv2d',
+    )
 
 
 def test_capture_is_bracketed_by_the_training_step() -> None:

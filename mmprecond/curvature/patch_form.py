@@ -1,0 +1,53 @@
+"""Contract of forms that treat the channels and the positions of patches apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from typing_extensions import Self
+
+from ..checks import check_count, check_flag
+from .form import Factor, Form
+from .gram import gram_flops
+
+if TYPE_CHECKING:
+    from .layer import Layer
+
+
+@dataclass(frozen=True)
+class PatchForm(Form):
+    """Form for input rows that are patches x (c x p), of channels and positions.
+
+    Patches are the input rows of convolutions, and of linear layers behind a flattened feature map.
+    The trailing 1 of a joint bias has a row and a column of its own: its covariance with the patch
+    is left out.
+
+    Attributes:
+        channels: c, channels of one block.
+        positions: p, positions of the kernel.
+        joint: Whether the bias is joint with the weight.
+    """
+
+    channels: int
+    positions: int
+    joint: bool
+
+    @classmethod
+    def of(cls, layer: Layer) -> Self | None:
+        """The form for the patches of a layer, or None if its input rows are no patches."""
+        joint = layer.bias is not None
+        channels = (layer.columns - joint) // layer.kernel_positions
+        return cls(channels, layer.kernel_positions, joint) if layer.kernel_positions > 1 else None
+
+    def __post_init__(self) -> None:
+        check_count('channels', self.channels)
+        check_count('positions', self.positions)
+        check_flag('joint', self.joint)
+
+    def length(self, factor: Factor) -> int:
+        return self.channels * self.positions + self.joint
+
+    def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
+        other = self.channels if size == self.positions else 1
+        return blocks * other * gram_flops(size, rows) if size > 1 else 0.0
