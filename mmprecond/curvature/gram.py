@@ -9,10 +9,10 @@ from torch import Tensor
 from ..linalg import add_product
 
 #: Approximate number of rows in a band of a product.
-BAND = 512
+BAND = 256
 #: Least number of summands for a product in bands. With fewer, a copy of the other half takes about
 #: as long as its multiplication.
-MANY = 512
+MANY = 128
 
 
 def gram(chunks: Iterable[Tensor], total: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..curvature.attention import (
     QUERY_MOMENT,
     VALUE_FEATURE_MOMENT,
 )
-from ..linalg import Dense, Operators
+from ..linalg import Dense, Operators, stacked_product
 from .base import Factors
 from .input_feature import InputFeature, damped_inverse
 from .registry import register_preconditioner
@@ -34,11 +34,13 @@ class ProjectionMatrix(Dense):
     suffixes: ClassVar[tuple[str, ...]] = ('',)
 
     def right(self, matrices: Tensor) -> Tensor:
-        """``M A`` as one batched product, because the products of heads are small."""
-        return matrices @ self.matrix
+        """``M A``; heads with one common matrix are rows of one product."""
+        if self.matrix.shape[1] > 1:
+            return matrices @ self.matrix
+        return stacked_product(matrices.flatten(1, 2), self.matrix[:, 0]).view(matrices.shape)
 
     def left(self, matrices: Tensor) -> Tensor:
-        """``A M`` (see `right`)."""
+        """``A M`` as one batched product, because the products of heads are small."""
         return self.matrix @ matrices
 
 
@@ -76,7 +78,7 @@ class AttentionFeature(InputFeature):
     """
 
     variant: str = 'thesis'
-    max_windows: int = 256
+    max_windows: int = 64
 
     published: ClassVar[dict[str, Any]] = dict(
         **InputFeature.published, variant='thesis', max_windows=256
@@ -177,20 +179,30 @@ class AttentionFeature(InputFeature):
         """Applies the operators of the table above, with norm recovery for each projection."""
         if 'query_left' not in operators:
             return super().apply(operators, gradients)
-        query, key, value = gradients.chunk(3, dim=1)
-        directions = [
-            operators['query_right'].right(operators['query_left'].left(query)),
-            operators.get('key_right', operators['query_right']).right(key),
-            operators['value_right'].right(value),
-        ]
-        if 'key_left' in operators:
-            directions[1] = operators['key_left'].left(directions[1])
-        if self.norm_recovery:
-            directions = [
-                recover_norm(direction, gradient)
-                for direction, gradient in zip(directions, (query, key, value), strict=True)
-            ]
-        return torch.cat(directions, dim=1)
+        heads = gradients.shape[1] // 3
+        first, value = gradients.split([2 * heads, heads], 1)  # W_Q and W_K; W_V
+        directions = torch.cat(
+            [_query_key_directions(operators, first), operators['value_right'].right(value)], 1
+        )
+        if not self.norm_recovery:
+            return directions
+        projections = [t.unflatten(1, (3, heads)).flatten(0, 1) for t in (directions, gradients)]
+        return recover_norm(*projections).view(directions.shape)
+
+
+def _query_key_directions(operators: Operators, gradients: Tensor) -> Tensor:
+    """Directions of W_Q and W_K from their gradients (k, 2 heads, d, c), without norm recovery."""
+    right, left = operators['query_right'], operators['query_left']
+    if 'key_right' in operators:
+        query, key = gradients.chunk(2, 1)
+        directions = torch.cat([right.right(query), operators['key_right'].right(key)], 1)
+    else:
+        directions = right.right(gradients)
+    if 'key_left' in operators:
+        pairs = zip(left.tensors, operators['key_left'].tensors, strict=True)
+        return ProjectionMatrix(*(torch.cat(pair, 1) for pair in pairs)).left(directions)
+    query, key = directions.chunk(2, 1)
+    return torch.cat([left.left(query), key], 1)
 
 
 def _is_attention(layer: Layer) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmprecond.optimizers import NKFAC, AdaAFOpt, AFOpt, PreconditionedOptimizer
+from mmprecond.preconditioners.attention_feature import AttentionFeature, ProjectionMatrix
 from tests.reference import attention as oracle
 from tests.support.attention import (
     VARIANTS,
@@ -108,6 +109,21 @@ def test_zeros_tell_nothing(variant: str) -> None:
 
 
 # ------------------------------------------------------------------- a step, and resuming
+
+
+@pytest.mark.parametrize('layers', [1, 3])
+@pytest.mark.parametrize('heads', [1, 2])
+def test_one_matrix_for_all_heads(layers: int, heads: int) -> None:
+    gradients = torch.randn(layers, 3 * heads, 4, 5, dtype=torch.float64)
+    part = gradients[:, heads:]  # its heads lie between those of other projections
+    matrix = torch.randn(layers, 1, 5, 5, dtype=torch.float64)
+    found = ProjectionMatrix(matrix).right(part)
+    torch.testing.assert_close(found, part @ matrix, rtol=1e-12, atol=1e-12)
+
+
+def test_the_published_settings_measure_more_windows() -> None:
+    published = AttentionFeature(**AttentionFeature.published)
+    assert (published.max_windows, AttentionFeature().max_windows) == (256, 64)
 
 
 @pytest.mark.parametrize('toolbox', ['mmdet', 'mmpretrain'])

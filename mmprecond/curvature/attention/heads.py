@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
+
+#: Number of entries of score matrices whose T is computed at a time: they stay in a CPU's cache.
+CACHED = 2**18
 
 
 def softmax_gram(scores: Tensor, values: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -26,14 +30,37 @@ def softmax_gram(scores: Tensor, values: Tensor, keep: Tensor | None = None) -> 
     Returns:
         T (..., n_k, n_k), symmetric positive semi-definite.
     """
+    masked_scores = scores if keep is None else scores * keep[..., None]
+    # A batched product copies whatever has more than one dimension of matrices.
+    batches = [t.flatten(0, -3) for t in (scores[None], masked_scores[None], values[None])]
+    size = _chunk_size(scores)
+    chunks = zip(*(batch.split(size) for batch in batches), strict=True)
+    grams = [_gram_of_chunk(*chunk) for chunk in chunks]
+    gram = grams[0] if len(grams) == 1 else torch.cat(grams)
+    return gram.view(*scores.shape[:-2], *gram.shape[-2:])
+
+
+def _chunk_size(scores: Tensor) -> int:
+    """Number of matrices for which T is computed at a time; all of them on a GPU."""
+    matrices, entries = scores[..., 0, 0].numel(), scores.shape[-2] * scores.shape[-1]
+    return max(1, matrices if scores.device.type != 'cpu' else CACHED // max(1, entries))
+
+
+def _gram_of_chunk(scores: Tensor, masked_scores: Tensor, values: Tensor) -> Tensor:
+    """T of some windows and heads (m, n_k, n_k), with few temporary matrices."""
     # T depends only on differences of the values; without their mean less cancels in rounding.
     values = values - values.mean(-2, keepdim=True)
     outputs = scores @ values
-    masked_scores = scores if keep is None else scores * keep[..., None]
     # Half of the last term joins each of the two before it.
-    size = outputs.square().sum(-1, keepdim=True)
-    cross = scores.mT @ (masked_scores * (outputs @ values.mT - size / 2))
-    return (scores.mT @ masked_scores) * (values @ values.mT) - cross - cross.mT
+    weights = outputs @ values.mT
+    weights -= outputs.square().sum(-1, keepdim=True) / 2
+    weights *= masked_scores
+    cross = scores.mT @ weights
+    gram = scores.mT @ masked_scores
+    gram *= values @ values.mT
+    gram -= cross
+    gram -= cross.mT
+    return gram
 
 
 @dataclass

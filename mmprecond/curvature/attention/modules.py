@@ -98,7 +98,7 @@ class WindowAttention(AttentionLayer):
 
     def query_mask(self, inputs: Tensor) -> Tensor:
         """Mask (w, n) with 0 for padding, as Swin pads its normalised map with zeros."""
-        return (inputs != 0).any(-1).to(inputs.dtype)
+        return (inputs.abs().amax(-1) != 0).to(inputs.dtype)
 
     def scores(
         self, call: Call, kept: tuple[Tensor, ...], chosen: Tensor, query: Tensor, key: Tensor

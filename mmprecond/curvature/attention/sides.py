@@ -103,6 +103,12 @@ def _head_moment(rows: Tensor) -> Tensor:
     return rows.mT @ rows
 
 
+def _head_curvature(rows: Tensor, gram: Tensor) -> Tensor:
+    """Sum (h, d, d) of ``P'T P`` over windows, for P (w, h, n, d)."""
+    rows = rows.contiguous()  # once, in place of a copy in each product
+    return (rows.mT @ (gram @ rows)).sum(0)
+
+
 def _gram_flops(layer: AttentionLayer, queries: int, keys: int) -> float:
     """Half the FLOPs of `softmax_gram`, because two statistics share it."""
     return layer.heads * queries * keys * (2 * keys + 3 * layer.rows)
@@ -154,7 +160,7 @@ DECLARED: dict[Side, AttentionSide] = {INPUT: _INPUT}
 QUERY_CURVATURE = Statistic(
     AttentionSide(
         'query_curvature',
-        measure=lambda heads: (heads.key.mT @ heads.gram @ heads.key).sum(0),
+        measure=lambda heads: _head_curvature(heads.key, heads.gram),
         flops=_curvature_flops,
     ),
     Moment(),
@@ -164,7 +170,7 @@ QUERY_CURVATURE = Statistic(
 KEY_CURVATURE = Statistic(
     AttentionSide(
         'key_curvature',
-        measure=lambda heads: (heads.query.mT @ heads.gram @ heads.query).sum(0),
+        measure=lambda heads: _head_curvature(heads.query, heads.gram),
         flops=_curvature_flops,
     ),
     Moment(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,7 +50,9 @@ def test_gram_of_uniform_attention_is_the_centred_values() -> None:
     assert softmax_gram(torch.eye(6).double(), values).norm() < 1e-13
 
 
-def test_gram_of_a_batch_is_that_of_each() -> None:
+@pytest.mark.parametrize('cached', [1, 70, 10**6])
+def test_gram_of_a_batch_is_that_of_each(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('mmprecond.curvature.attention.heads.CACHED', cached)
     scores, values = normal(0, 2, 3, 4, 5).softmax(-1), normal(1, 2, 3, 5, 2)
     keep = torch.tensor([1.0, 0.0, 1.0, 1.0]).double()
     together = softmax_gram(scores, values, keep.expand(2, 3, 4))
