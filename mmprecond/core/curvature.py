@@ -31,6 +31,9 @@ from .stack import LayerStack
 
 logger = logging.getLogger('mmprecond')
 
+#: Least number of entries of matrices that a CPU takes one by one, so that its cache holds them.
+LARGE_MATRIX = 2**18
+
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureOptions:
@@ -347,16 +350,18 @@ def _transform(
 ) -> None:
     """Applies a function to the matrix form of a stack's tensors, in the dict."""
     ready = [(k, layer) for k, layer in stack.ready() if layer.weight in tensors]
-    if not ready:
-        return
-    positions, layers = zip(*ready, strict=True)
-    matrices = [layer.join(*(tensors.get(p) for p in layer.parameters)) for layer in layers]
-    # A single matrix is not copied, so the function must not write to it.
-    stacked = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
-    results = function(stack.operators_of(positions), stacked)
-    for layer, matrix in zip(layers, results, strict=True):
-        pieces = zip(layer.parameters, layer.split(matrix), strict=True)
-        tensors.update((p, piece) for p, piece in pieces if p in tensors)
+    at_once = len(ready)
+    if ready and stack.like.device.type == 'cpu' and ready[0][1].weight.numel() >= LARGE_MATRIX:
+        at_once = 1
+    for start in range(0, len(ready), max(1, at_once)):
+        positions, layers = zip(*ready[start : start + at_once], strict=True)
+        matrices = [layer.join(*(tensors.get(p) for p in layer.parameters)) for layer in layers]
+        # A single matrix is not copied, so the function must not write to it.
+        stacked = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+        results = function(stack.operators_of(positions), stacked)
+        for layer, matrix in zip(layers, results, strict=True):
+            pieces = zip(layer.parameters, layer.split(matrix), strict=True)
+            tensors.update((p, piece) for p, piece in pieces if p in tensors)
 
 
 def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:

@@ -291,8 +291,11 @@ def count_flops(function: Callable[..., object], *arguments: object) -> float:
 
 
 def take(stacked: Tensor, positions: Sequence[int]) -> Tensor:
-    """Selects rows of a stacked tensor, without a copy if all are selected."""
-    return stacked if len(positions) == len(stacked) else stacked[list(positions)]
+    """Selects rows of a stacked tensor, without a copy if they are neighbours in order."""
+    first = positions[0] if positions else 0
+    if list(positions) == list(range(first, first + len(positions))):
+        return stacked[first : first + len(positions)]
+    return stacked[list(positions)]
 
 
 def _tensor_names(slot: str, form: type[Operator]) -> list[str]:

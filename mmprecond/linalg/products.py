@@ -13,7 +13,8 @@ def stacked_product(first: Tensor, second: Tensor) -> Tensor:
     """``A B`` for stacks A (..., m, k) and B (..., k, n).
 
     In a batched product each thread of a CPU takes whole matrices, and some threads wait for the
-    last one. Large matrices are therefore multiplied one after the other, without autograd.
+    last one. Large or single matrices are therefore multiplied one after the other, without
+    autograd.
     """
     if not _should_loop(first, second):
         return first @ second
@@ -39,7 +40,7 @@ def _should_loop(first: Tensor, second: Tensor) -> bool:
     if first.device.type != 'cpu' or first.shape[:-2] != second.shape[:-2] or first.dim() < 3:
         return False
     size = first.shape[-2] * first.shape[-1] * second.shape[-1]
-    return size >= LARGE
+    return size >= LARGE or first.shape[:-2].numel() == 1
 
 
 def _zip_matrices(first: Tensor, second: Tensor, result: Tensor) -> zip[tuple[Tensor, ...]]:
