@@ -31,7 +31,8 @@ class Schedule:
             return False
         method = stack.method
         interval = method.capture_interval if stack.holds(layer) else method.stat_interval
-        return layer in self._recaptured or self._count(stack, layer, step) % interval == 0
+        count = self._count(stack, layer, step)
+        return layer in self._recaptured or count % interval == 0 or _is_early(method, count)
 
     def refreshes(self, stack: LayerStack, step: int) -> list[int]:
         """Positions in a stack to refresh at a step: on schedule, or for the first time.
@@ -56,7 +57,13 @@ class Schedule:
     def _is_due(self, stack: LayerStack, layer: Layer, step: int) -> bool:
         method, count = stack.method, self._count(stack, layer, step)
         due = count >= method.phase and count % method.refresh_interval == 0
-        return due and not method.precomputed
+        return (due or _is_early(method, count)) and not method.precomputed
+
+
+def _is_early(method: Preconditioner, count: int) -> bool:
+    """True at 1, 2, 4, 8, ... within the first interval, for a method with early refreshes."""
+    power_of_two = count > 0 and count & (count - 1) == 0
+    return method.early_refreshes and power_of_two and count < method.refresh_interval
 
 
 def assign_offsets(methods: Mapping[Layer, Preconditioner]) -> dict[Layer, int]:

@@ -13,7 +13,10 @@ from .calls import Call
 from .layer import EVERY_ROW_KIND, Layer
 from .moments import Moment
 from .patches import Axis, PatchMoment
-from .statistic import INPUT, REDUCED, Rows, Statistic
+from .statistic import INPUT, REDUCED, Rows, SampledRows, Statistic
+
+#: Pixels of one channel that are worth as much as one sampled row of all channels.
+MAPS_PER_ROW = 64
 
 
 class ConvLayer(Layer):
@@ -53,6 +56,26 @@ class ConvLayer(Layer):
         rest = tuple(range(2 + self.axes, 3 + 2 * self.axes))
         for view in self._patch_chunks(module, inputs):
             yield view.permute(0, *kernel, 1, *rest).reshape(self.blocks, self.kernel_positions, -1)
+
+    def sampled_maps(
+        self, inputs: Tensor, rows: SampledRows, generator: torch.Generator
+    ) -> tuple[Tensor, float]:
+        """Random images and channels, with the factor that scales their sums to all of them.
+
+        At least one image and one channel per group are taken, and as many as the budget allows
+        with `MAPS_PER_ROW` pixels of one channel for each row.
+        """
+        maps = self._add_batch_axis(inputs).unflatten(1, (self.blocks, -1))
+        images, _, channels, *size = maps.shape
+        pixels = max(1, torch.Size(size).numel())
+        budget = MAPS_PER_ROW * rows.count(images) * max(1, images)
+        taken = min(channels, max(1, budget // pixels))
+        chosen = min(images, max(1, budget // (pixels * taken)))
+        drawn_images = torch.randperm(images, generator=generator, device='cpu')[:chosen]
+        drawn = torch.randperm(channels, generator=generator, device='cpu')[:taken]
+        scale = images * channels / max(1, chosen * taken)
+        drawn_images, drawn = drawn_images.to(inputs.device), drawn.to(inputs.device)
+        return maps[drawn_images][:, :, drawn].flatten(1, 2), scale
 
     def channel_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
         """Chunks (blocks, c, rows) with the channels' partial trace of the patches' moment."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .layer import EVERY_ROW_KIND, Layer
-from .statistic import Rows
+from .statistic import Rows, SampledRows
 
 
 class LinearLayer(Layer):
@@ -53,6 +54,12 @@ class LinearLayer(Layer):
     def position_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         """Rows (1, p, rows) with the positions' partial trace of the patches' moment."""
         yield inputs.to(self.working_dtype).reshape(-1, self._positions).t()[None]
+
+    def sampled_maps(
+        self, inputs: Tensor, rows: SampledRows, generator: torch.Generator
+    ) -> tuple[Tensor, float]:
+        """All inputs: a flattened map is one row."""
+        return inputs, 1.0
 
     def input_rows(self, module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         yield inputs.to(self.working_dtype).reshape(-1, inputs.shape[-1]).t()[None]

@@ -29,6 +29,7 @@ class LayerRows:
         gradient: Gradient of the loss with respect to the module's output.
         statistic: The statistic.
         drawn: Random positions for sampled rows.
+        generator: Generator of further random choices.
     """
 
     layer: Layer
@@ -37,6 +38,7 @@ class LayerRows:
     gradient: Tensor
     statistic: Statistic
     drawn: Tensor
+    generator: torch.Generator
 
     @property
     def key(self) -> str:
@@ -63,39 +65,45 @@ class LayerRows:
         """
         layer: Any = self.layer  # of patches
         total = self._unwritten_part(channels)
-        if self.statistic.rows == ALL:
-            gram(layer.channel_rows(self.module, self.inputs), total)
+        if self.statistic.rows == REDUCED:
+            gram([self._reduced_patches(channels, positions).flatten(2)], total)
         else:
-            gram([self._drawn_patches(channels, positions).flatten(2)], total)
+            gram(layer.channel_rows(self.module, self.inputs), total)
         return total, *self.position_moments(channels, positions)
 
     def position_moments(self, channels: int, positions: int) -> tuple[Tensor, Tensor]:
         """Partial trace (b, p, p) of the patches' moment, and the sum of the ones.
+
+        Of sampled rows, all positions of some images and channels are taken instead: each channel
+        has rows of its own here.
 
         Args:
             channels: c.
             positions: p.
         """
         layer: Any = self.layer  # of patches
-        total = self._unwritten_part(positions)
-        if self.statistic.rows == ALL:
-            gram(layer.position_rows(self.module, self.inputs), total)
-            count = layer.sample_count(self.module, self.gradient)
-            count *= layer.position_count(self.module, self.gradient)
-            return total, total.new_full((layer.blocks, 1, 1), count)
-        patches = self._drawn_patches(channels, positions)
-        gram([patches.transpose(1, 2).flatten(2)], total)
-        return total, self._drawn_rows[:, -1:].square().sum(2, keepdim=True)
+        total, rows = self._unwritten_part(positions), self.statistic.rows
+        if rows == REDUCED:
+            patches = self._reduced_patches(channels, positions)
+            gram([patches.transpose(1, 2).flatten(2)], total)
+            return total, self._reduced_rows[:, -1:].square().sum(2, keepdim=True)
+        inputs, scale = self.inputs, 1.0
+        if isinstance(rows, SampledRows):
+            inputs, scale = layer.sampled_maps(inputs, rows, self.generator)
+        gram(layer.position_rows(self.module, inputs), total)
+        count = layer.sample_count(self.module, self.gradient)
+        count *= layer.position_count(self.module, self.gradient)
+        return total.mul_(scale), total.new_full((layer.blocks, 1, 1), count)
 
     @cached_property
-    def _drawn_rows(self) -> Tensor:
-        """Reduced or sampled rows, which come in one chunk (b, n, rows)."""
+    def _reduced_rows(self) -> Tensor:
+        """Reduced rows, which come in one chunk (b, n, rows)."""
         (rows,) = self.chunks()
         return rows
 
-    def _drawn_patches(self, channels: int, positions: int) -> Tensor:
-        """Reduced or sampled rows as patches (b, c, p, rows)."""
-        rows = self._drawn_rows[:, : channels * positions]
+    def _reduced_patches(self, channels: int, positions: int) -> Tensor:
+        """Reduced rows as patches (b, c, p, rows)."""
+        rows = self._reduced_rows[:, : channels * positions]
         return rows.unflatten(1, (channels, positions))
 
     def _unwritten_part(self, size: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_number
+from ..checks import check_choice, check_count, check_flag, check_number
 from ..curvature import (
     ALL,
     INPUT,
@@ -43,7 +43,9 @@ class RefreshError(RuntimeError):
 Factors = Mapping[Side, Factor]
 
 #: Published settings of methods whose code has no size limits and takes all rows.
-WHOLE_LAYERS: dict[str, Any] = dict(max_dim=8192, oversize='skip', max_rank=None, max_rows=None)
+WHOLE_LAYERS: dict[str, Any] = dict(
+    early_refreshes=False, max_dim=8192, oversize='skip', max_rank=None, max_rows=None
+)
 
 OVERSIZE = ('skip', 'one_sided', 'block', 'lowrank')
 
@@ -56,6 +58,8 @@ class Preconditioner(ABC):
         stat_interval: Steps between captures. Step t (from 0) captures if t % stat_interval == 0.
         refresh_interval: Steps between refreshes, counted in the same way; a multiple of
             `stat_interval`.
+        early_refreshes: Whether captures and refreshes also come at counts 1, 2, 4, 8, ... within
+            the first `refresh_interval` steps, while random weights change fast.
         max_dim: Largest side of a factor. A matrix of side 8192 takes 268 MB in float32.
         oversize: Treatment of a layer with a larger side. 'skip' gives the layer to the plain
             rule. 'one_sided' leaves the larger side alone and preconditions the other. 'block'
@@ -71,6 +75,7 @@ class Preconditioner(ABC):
 
     stat_interval: int = 20
     refresh_interval: int = 200
+    early_refreshes: bool = False
     max_dim: int = 8192
     oversize: str = 'skip'
     max_rank: int | None = None
@@ -100,6 +105,7 @@ class Preconditioner(ABC):
         for name in ('max_rank', 'max_rows'):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        check_flag('early_refreshes', self.early_refreshes)
         check_choice('oversize', self.oversize, OVERSIZE)
         if self.rotates and self._oversize_form is not None:
             raise ValueError(
