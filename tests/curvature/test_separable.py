@@ -52,9 +52,31 @@ def test_other_numbers_of_axes() -> None:
     check(nn.Conv3d(4, 2, (2, 3, 1), groups=2).double(), x, kind=Conv3dLayer)
 
 
-@pytest.mark.parametrize('rows', [REDUCED, SampledRows(positions=5)])
-def test_of_reduced_and_sampled_rows(rows: Any) -> None:
-    check(nn.Conv2d(3, 4, 3, padding=1).double(), torch.randn(4, 3, 6, 5).double(), rows=rows)
+def test_of_reduced_rows() -> None:
+    check(nn.Conv2d(3, 4, 3, padding=1).double(), torch.randn(4, 3, 6, 5).double(), rows=REDUCED)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_sampled_rows_draw_maps_for_the_positions_alone(groups: int) -> None:
+    """Their mean is right, and channels are measured over all rows."""
+    torch.manual_seed(0)
+    layer = layer_of(nn.Conv2d(4, 4, 3, padding=1, groups=groups).double())
+    x = torch.randn(4, 4, 12, 12).double() * torch.arange(1, 5).double()[:, None, None]
+    whole = Statistic(INPUT, Separable.of(layer))
+    wanted = list(measured(layer, whole, x).values())
+    draws = []
+    for seed in range(300):
+        capture = Capture()
+        capture.arm({layer: (whole.over(SampledRows(most_rows=4)),)}, seed)
+        loss_of(layer.modules[0](x)).backward()
+        capture.disarm()
+        draws.append(list(capture.staged[layer].sums.values()))
+    for part in (0, 2):
+        torch.testing.assert_close(draws[0][part], wanted[part], rtol=1e-12, atol=1e-12)
+    positions = torch.stack([draw[1] for draw in draws])
+    spread = positions.std(0) / 300**0.5
+    assert bool(((positions.mean(0) - wanted[1]).abs() <= 5 * spread).all())
+    assert not torch.allclose(positions[0], wanted[1], rtol=1e-3)
 
 
 def test_an_empty_batch_adds_nothing() -> None:
