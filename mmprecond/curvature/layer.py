@@ -272,9 +272,7 @@ class Layer:
             drawn = drawn[: sampled[0].count(samples)].to(gradient.device)
         sums: dict[str, Tensor] = {}
         for statistic in statistics:
-            rows = LayerRows(
-                self, call.module, kept[0], gradient, statistic, drawn, generator
-            )
+            rows = LayerRows(self, call.module, kept[0], gradient, statistic, drawn, generator)
             sums.update(zip(statistic.keys, statistic.form.measure(rows), strict=True))
         return sums
 

@@ -118,7 +118,7 @@ class KroneckerBasis(Operator):
 
 
 def _by_position(matrices: Tensor, positions: int) -> Tensor:
-    """Matrices (k, b, o, c p) as contiguous (k, b, p, o, c): products over c are then large ones."""
+    """Matrices (k, b, o, c p) as contiguous (k, b, p, o, c), where products over c are large."""
     return matrices.unflatten(-1, (-1, positions)).movedim(-1, 2).contiguous()
 
 

@@ -2,7 +2,7 @@
 
 from .activation_mean import ActivationMean
 from .attention_feature import AttentionFeature
-from .base import Preconditioner, RefreshError, check_statistics
+from .base import Preconditioner, RefreshError
 from .calibrated_input import CalibratedInput
 from .eigen_rotation import EigenRotation
 from .fisher_diagonal import FisherDiagonal
@@ -13,6 +13,7 @@ from .kronecker_root import KroneckerRoot
 from .newton_kronecker import NewtonKronecker
 from .nystrom_feature import NystromFeature
 from .registry import METHODS, SETS, build_preconditioner, register_preconditioner
+from .requests import check_statistics
 
 __all__ = [
     'METHODS',

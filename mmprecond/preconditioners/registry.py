@@ -6,7 +6,8 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 from ..checks import check_choice
-from .base import Preconditioner, check_statistics
+from .base import Preconditioner
+from .requests import check_statistics
 
 #: Named sets of settings: our recommendation, and the settings behind published numbers.
 SETS = ('default', 'published')

@@ -50,7 +50,7 @@ def flat_layer(module: nn.Linear, positions: int, **options: Any) -> LinearLayer
     st.lists(st.integers(1, 3), min_size=0, max_size=3),
     st.booleans(),
     st.sampled_from([1e-9, 64.0]),
-    st.sampled_from([None, REDUCED, SampledRows(positions=2)]),
+    st.sampled_from([None, REDUCED]),
 )
 def test_partial_traces_of_flattened_maps(
     c: int, p: int, leading: list[int], bias: bool, capture_mb: float, rows: Any
@@ -66,6 +66,15 @@ def test_partial_traces_of_flattened_maps(
     found, (_, positions, *ones) = sums_and_traces(layer, Positions.of(layer), x, rows=rows)
     for ours, theirs in zip(found, [positions / c, *ones], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_flattened_map_is_not_sampled() -> None:
+    layer = flat_layer(nn.Linear(12, 3).double(), 4)
+    statistic, x = Statistic(INPUT, Separable.of(layer)), torch.randn(3, 7, 12).double()
+    whole = measured(layer, statistic, x)
+    sampled = measured(layer, statistic.over(SampledRows(positions=2)), x)
+    for ours, wanted in zip(sampled.values(), whole.values(), strict=True):
+        torch.testing.assert_close(ours, wanted)
 
 
 def test_an_empty_batch_adds_nothing() -> None:

@@ -134,3 +134,23 @@ def test_a_basis_rotates_weights_and_leaves_the_bias(joint: int) -> None:
         torch.testing.assert_close(operator.right(matrices)[k, 0], matrices[k, 0] @ whole)
         left = operator.left(matrices.mT)[k, 0]
         torch.testing.assert_close(left, whole @ matrices[k, 0].T)
+
+
+def test_a_share_of_the_channels_stands_for_all() -> None:
+    """For each direction of the positions, the mean replaces eigenvalues that are left out."""
+    channels, positions = moments(2, 1, 16, 3)
+    damping = torch.full((2, 1), 1e-3, dtype=torch.float64)
+    *parts, succeeded = kronecker_power(
+        channels, positions, damping, 1.0, RankSearch(rank_share=0.25)
+    )
+    assert bool(succeeded.all()) and parts[0].shape[-1] == 4
+    found = Kronecker(*parts, parts[0].new_empty(2, 1, 1, 0)).right(
+        torch.eye(48, dtype=torch.float64).expand(2, 1, 48, 48)
+    )
+    for k in range(2):
+        values, vectors = torch.linalg.eigh(channels[k, 0])
+        values[:12] = values[:12].mean()
+        flattened = (vectors * values) @ vectors.T
+        wanted = torch.kron(flattened, positions[k, 0]) / channels[k, 0].trace()
+        wanted.diagonal().add_(1e-3)
+        torch.testing.assert_close(found[k, 0], torch.linalg.inv(wanted))

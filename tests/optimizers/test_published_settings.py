@@ -17,7 +17,7 @@ from tests.support.errors import refused
 
 NAMED = sorted(kind.__name__ for kind in optimizer_types() if kind.__name__ != 'Preconditioned')
 #: Of solvers that no source has.
-OURS = {'tolerance'}
+OURS = {'tolerance', 'rank_share'}
 
 
 def net() -> nn.Module:

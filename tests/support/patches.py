@@ -35,9 +35,9 @@ def layer_of(module: nn.Module, capture_mb: float = 64.0, kind: Any = Conv2dLaye
     return kind('weight', [module], weight, module.bias, capture_mb=capture_mb)
 
 
-def measured(layer: Any, statistic: Statistic, *inputs: Tensor) -> dict[str, Tensor]:
+def measured(layer: Any, statistic: Statistic, *inputs: Tensor, seed: int = 0) -> dict[str, Tensor]:
     capture = Capture()
-    capture.arm({layer: (statistic,)})
+    capture.arm({layer: (statistic,)}, seed)
     for x in inputs:
         loss_of(layer.modules[0](x)).backward()
     capture.disarm()
