@@ -6,16 +6,16 @@ and y downwards.
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .writer import Record, need
+
 CLASSES = ('circle', 'square', 'triangle', 'star')
 PALETTE = ((220, 20, 60), (0, 114, 189), (237, 177, 32), (119, 172, 48))
-RENDER_VERSION = 1  # raised with every change of pixels or annotations, to recognise old sets
 _MIN_DIAMETER = 6.0  # pixels; keeps every clipped box wider than 1 pixel
 _MIN_VISIBLE = 0.25  # least uncovered part of an annotated shape
 _GRID = 16  # vertices lie on 1/16 pixel: exact in binary, so sums of box values are exact
@@ -24,7 +24,6 @@ _VERTICES = {'circle': 36, 'square': 4, 'triangle': 3, 'star': 10}
 
 Array = NDArray[Any]
 Points = list[tuple[float, float]]
-Record = dict[str, Any]
 
 
 def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Record]]:
@@ -186,11 +185,3 @@ def _add_noise(rng: np.random.Generator, canvas: Array) -> Array:
     """Add pixel noise and round to uint8."""
     noisy: Array = canvas + rng.uniform(3, 10) * rng.standard_normal(canvas.shape)
     return noisy.round().clip(0, 255).astype(np.uint8)
-
-
-def need(module: str, package: str) -> Any:
-    """Import an optional module, with a one-line error that names a missing package."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'shapes need {package}: pip install {package} ({error})') from None

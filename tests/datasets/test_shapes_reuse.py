@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmprecond.datasets import render_image, shapes
+from mmprecond.datasets import render_image, shapes, writer
 from tests.support.shapes import digests, make, make_folders
 
 
@@ -40,7 +40,7 @@ def test_older_render_version_is_another_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path)
-    monkeypatch.setattr(shapes, 'RENDER_VERSION', shapes.RENDER_VERSION + 1)
+    monkeypatch.setattr(writer, 'RENDER_VERSION', writer.RENDER_VERSION + 1)
     with pytest.raises(ValueError, match=r'holds another set \(version=1'):
         make(tmp_path)
 
@@ -105,14 +105,14 @@ def test_json_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / 'a.json'
-    shapes._write_json(path, {'old': 1})
+    writer.write_json(path, {'old': 1})
 
     def full(*args: Any) -> None:
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(shapes.os, 'replace', full)
+    monkeypatch.setattr(writer.os, 'replace', full)
     with pytest.raises(OSError, match='No space'):
-        shapes._write_json(path, {'new': 2})
+        writer.write_json(path, {'new': 2})
     assert json.loads(path.read_text()) == {'old': 1}
     assert list(tmp_path.iterdir()) == [path]
 
