@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .render import CLASSES, render_image, render_single
-from .writer import (
-    Record,
-    image_generator,
-    make_stamp,
-    need,
-    prepare_folders,
-    progress_bar,
-    write_json,
+from .render import CLASSES, RENDER_VERSION, render_image, render_single
+from .writer import Family, make_stamp, write_coco, write_folders
+
+SHAPES = Family(
+    generator='mmprecond.datasets.shapes',
+    maker='make_shapes',
+    version=RENDER_VERSION,
+    classes=CLASSES,
+    supercategory='shape',
+    description='synthetic shapes of mmprecond',
+    licence=('Apache-2.0', 'https://spdx.org/licenses/'),
 )
 
 
@@ -57,42 +59,8 @@ def make_shapes(
             holds another set or files of other origin.
         ImportError: Pillow is missing.
     """
-    root, stamp = Path(out), make_stamp('coco', images, size, seed, split, least=1)
-    pil = need('PIL.Image', 'pillow')
-    names = [f'{index:06d}.png' for index in range(stamp['images'])]
-    records: list[Record] = []
-    if not prepare_folders(root, stamp, names, overwrite):
-        return root
-    for index in progress_bar(len(names), progress, split):
-        pixels, shapes = render_image(image_generator(stamp, index), stamp['size'])
-        pil.fromarray(pixels).save(root / split / names[index], compress_level=1)
-        for shape in shapes:
-            records.append({'id': len(records) + 1, 'image_id': index + 1, **shape})
-    write_json(
-        root / 'annotations' / f'{split}.json',
-        {
-            # No date: the same arguments give the same bytes.
-            'info': {'description': 'synthetic shapes of mmprecond', **stamp},
-            'licenses': [{'id': 1, 'name': 'Apache-2.0', 'url': 'https://spdx.org/licenses/'}],
-            'categories': [
-                {'id': number, 'name': name, 'supercategory': 'shape'}
-                for number, name in enumerate(CLASSES, 1)
-            ],
-            'images': [
-                {
-                    'id': index + 1,
-                    'file_name': name,
-                    'width': stamp['size'],
-                    'height': stamp['size'],
-                    'license': 1,
-                }
-                for index, name in enumerate(names)
-            ],
-            'annotations': records,
-        },
-    )
-    write_json(root / f'{split}.meta.json', {**stamp, 'complete': True})
-    return root
+    stamp = make_stamp(SHAPES, 'coco', images, size, seed, split)
+    return write_coco(SHAPES, Path(out), stamp, render_image, progress, overwrite)
 
 
 def make_shape_folders(
@@ -120,16 +88,12 @@ def make_shape_folders(
         progress: Whether to show a progress bar.
         overwrite: Whether to replace another complete set.
     """
-    root, stamp = Path(out), make_stamp('folders', images, size, seed, split, least=len(CLASSES))
-    pil = need('PIL.Image', 'pillow')
-    names = [
-        f'{CLASSES[index % len(CLASSES)]}/{index // len(CLASSES):06d}.png'
-        for index in range(stamp['images'])
-    ]
-    if not prepare_folders(root, stamp, names, overwrite):
-        return root
-    for index in progress_bar(len(names), progress, split):
-        pixels = render_single(image_generator(stamp, index), stamp['size'], index % len(CLASSES))
-        pil.fromarray(pixels).save(root / split / names[index], compress_level=1)
-    write_json(root / f'{split}.meta.json', {**stamp, 'complete': True})
-    return root
+    stamp = make_stamp(SHAPES, 'folders', images, size, seed, split, (len(CLASSES), 10**6))
+    return write_folders(
+        SHAPES,
+        Path(out),
+        stamp,
+        lambda rng, size, index: render_single(rng, size, index % len(CLASSES)),
+        progress,
+        overwrite,
+    )

@@ -1,4 +1,4 @@
-"""Files of generated data sets: stamps, folders, reuse."""
+"""Files of generated data sets: COCO format, class folders, stamps, reuse."""
 
 from __future__ import annotations
 
@@ -7,28 +7,177 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+Array = NDArray[Any]
 Record = dict[str, Any]
 
-RENDER_VERSION = 1  # raised with every change of pixels or annotations, to recognise old sets
-MIN_SIZE = 32  # pixels; in smaller images the shapes look alike
-_GENERATOR = 'mmprecond.datasets.shapes'  # name of the generator in stamps
+MIN_SIZE = 32  # pixels; in smaller images the objects look alike
 
 
-def make_stamp(kind: str, images: int, size: int, seed: int, split: str, least: int) -> Record:
-    """Check the arguments and return them as the record that identifies a set."""
+@dataclass(frozen=True)
+class Family:
+    """Properties that all sets of one generator share.
+
+    Attributes:
+        generator: Name of the generator in stamps.
+        maker: Name of the function that users call, for messages.
+        version: Raised with every change of pixels or annotations, to recognise old sets.
+        classes: Class names; COCO's category ids start at 1.
+        supercategory: COCO's name for all of the classes.
+        description: One line about the contents.
+        licence: Name of the licence and its address.
+    """
+
+    generator: str
+    maker: str
+    version: int
+    classes: tuple[str, ...]
+    supercategory: str
+    description: str
+    licence: tuple[str, str]
+
+
+def write_coco(
+    family: Family,
+    root: Path,
+    stamp: Record,
+    draw: Callable[[np.random.Generator, int], tuple[Array, list[Record]]],
+    progress: bool,
+    overwrite: bool,
+) -> Path:
+    """Write a detection set in COCO format, unless it is there already.
+
+    Args:
+        family: The generator.
+        root: The data root.
+        stamp: Arguments of the set, from ``make_stamp``.
+        draw: Function of a random generator and the size. It returns an image, uint8
+            (size, size, 3), and COCO annotations without ids.
+        progress: Whether to show a progress bar.
+        overwrite: Whether to replace another complete set.
+
+    Returns:
+        The data root.
+    """
+    pil = need('PIL.Image', 'pillow')
+    split, names = stamp['split'], [f'{index:06d}.png' for index in range(stamp['images'])]
+    records: list[Record] = []
+    if not prepare_folders(family, root, stamp, names, overwrite):
+        return root
+    for index in progress_bar(len(names), progress, split):
+        pixels, annotations = draw(image_generator(stamp, index), stamp['size'])
+        pil.fromarray(pixels).save(root / split / names[index], compress_level=1)
+        for annotation in annotations:
+            records.append({'id': len(records) + 1, 'image_id': index + 1, **annotation})
+    write_json(root / 'annotations' / f'{split}.json', _coco_content(family, stamp, names, records))
+    write_json(root / f'{split}.meta.json', {**stamp, 'complete': True})
+    return root
+
+
+def _coco_content(
+    family: Family, stamp: Record, names: list[str], annotations: list[Record]
+) -> Record:
+    """Content of an annotation file."""
+    licence, url = family.licence
+    return {
+        # No date: the same arguments give the same bytes.
+        'info': {'description': family.description, **stamp},
+        'licenses': [{'id': 1, 'name': licence, 'url': url}],
+        'categories': [
+            {'id': number, 'name': name, 'supercategory': family.supercategory}
+            for number, name in enumerate(family.classes, 1)
+        ],
+        'images': [
+            {
+                'id': index + 1,
+                'file_name': name,
+                'width': stamp['size'],
+                'height': stamp['size'],
+                'license': 1,
+            }
+            for index, name in enumerate(names)
+        ],
+        'annotations': annotations,
+    }
+
+
+def write_folders(
+    family: Family,
+    root: Path,
+    stamp: Record,
+    draw: Callable[[np.random.Generator, int, int], Array],
+    progress: bool,
+    overwrite: bool,
+) -> Path:
+    """Write a classification set with one folder per class, unless it is there already.
+
+    Image k is of class ``k % len(classes)``.
+
+    Args:
+        family: The generator.
+        root: The data root.
+        stamp: Arguments of the set, from ``make_stamp``.
+        draw: Function of a random generator, the size and k. It returns an image, uint8
+            (size, size, 3).
+        progress: Whether to show a progress bar.
+        overwrite: Whether to replace another complete set.
+
+    Returns:
+        The data root.
+    """
+    pil = need('PIL.Image', 'pillow')
+    split, classes = stamp['split'], family.classes
+    names = [
+        f'{classes[index % len(classes)]}/{index // len(classes):06d}.png'
+        for index in range(stamp['images'])
+    ]
+    if not prepare_folders(family, root, stamp, names, overwrite):
+        return root
+    for index in progress_bar(len(names), progress, split):
+        pixels = draw(image_generator(stamp, index), stamp['size'], index)
+        pil.fromarray(pixels).save(root / split / names[index], compress_level=1)
+    write_json(root / f'{split}.meta.json', {**stamp, 'complete': True})
+    return root
+
+
+def make_stamp(
+    family: Family,
+    kind: str,
+    images: int,
+    size: int,
+    seed: int,
+    split: str,
+    limits: tuple[int, int] = (1, 10**6),
+) -> Record:
+    """Check the arguments and return them as the record that identifies a set.
+
+    Args:
+        family: The generator.
+        kind: 'coco' or 'folders'.
+        images: Number of images, within ``limits``.
+        size: Height and width of each image in pixels.
+        seed: 0 <= seed < 2**32.
+        split: Name of the image folder.
+        limits: Least and greatest number of images.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
     stamp: Record = {
-        'generator': _GENERATOR,
-        'version': RENDER_VERSION,
+        'generator': family.generator,
+        'version': family.version,
         'kind': kind,
         'split': split,
     }
     for name, value, low, high in (
-        ('images', images, least, 10**6),
+        ('images', images, *limits),
         ('size', size, MIN_SIZE, 8192),
         ('seed', seed, 0, 2**32 - 1),
     ):
@@ -46,7 +195,9 @@ def image_generator(stamp: Record, index: int) -> np.random.Generator:
     return np.random.default_rng((stamp['seed'], origin, index))
 
 
-def prepare_folders(root: Path, stamp: Record, names: list[str], overwrite: bool) -> bool:
+def prepare_folders(
+    family: Family, root: Path, stamp: Record, names: list[str], overwrite: bool
+) -> bool:
     """Prepare the folders; False if the set is already there and complete."""
     folder, path = root / stamp['split'], root / f'{stamp["split"]}.meta.json'
     labels = root / 'annotations' / f'{stamp["split"]}.json'
@@ -58,7 +209,7 @@ def prepare_folders(root: Path, stamp: Record, names: list[str], overwrite: bool
         existing = json.loads(path.read_text('utf-8')) if path.exists() else {}
         complete, is_generated = (
             existing.pop('complete', False),
-            existing.get('generator') == _GENERATOR,
+            existing.get('generator') == family.generator,
         )
     except (ValueError, AttributeError, TypeError, OSError):
         existing, complete, is_generated = {}, False, False
@@ -67,7 +218,7 @@ def prepare_folders(root: Path, stamp: Record, names: list[str], overwrite: bool
     taken += list(folder.iterdir())[:1] if folder.is_dir() else []
     if taken and not is_generated:
         raise ValueError(
-            f'{taken[0]} was not written by make_shapes: write another folder as out'
+            f'{taken[0]} was not written by {family.maker}: write another folder as out'
             ' or another split'
         )
     if complete and existing != stamp and not overwrite:
@@ -117,4 +268,6 @@ def need(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'shapes need {package}: pip install {package} ({error})') from None
+        raise ImportError(
+            f'this data set needs {package}: pip install {package} ({error})'
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def test_older_render_version_is_another_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path)
-    monkeypatch.setattr(writer, 'RENDER_VERSION', writer.RENDER_VERSION + 1)
+    newer = dataclasses.replace(shapes.SHAPES, version=shapes.SHAPES.version + 1)
+    monkeypatch.setattr(shapes, 'SHAPES', newer)
     with pytest.raises(ValueError, match=r'holds another set \(version=1'):
         make(tmp_path)
 
