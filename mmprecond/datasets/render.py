@@ -6,12 +6,11 @@ and y downwards.
 
 from __future__ import annotations
 
-import importlib
 import math
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from .writer import Array, Record, need
 
 CLASSES = ('circle', 'square', 'triangle', 'star')
 PALETTE = ((220, 20, 60), (0, 114, 189), (237, 177, 32), (119, 172, 48))
@@ -22,9 +21,7 @@ _GRID = 16  # vertices lie on 1/16 pixel: exact in binary, so sums of box values
 _SUPERSAMPLE = 4
 _VERTICES = {'circle': 36, 'square': 4, 'triangle': 3, 'star': 10}
 
-Array = NDArray[Any]
 Points = list[tuple[float, float]]
-Record = dict[str, Any]
 
 
 def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Record]]:
@@ -142,11 +139,7 @@ def _paint(rng: np.random.Generator, canvas: Array, polygon: Array) -> Array:
     size = len(canvas)
     cover: Array = _coverage(polygon, size)[..., None]
     under = (canvas * cover).sum(axis=(0, 1)) / cover.sum()
-    # A least contrast to the pixels below keeps the shape visible.
-    colours = rng.uniform(20, 235, (16, 3))
-    distance = np.sqrt(((colours - under) ** 2).sum(axis=1))
-    far = np.flatnonzero(distance >= 80)
-    colour = colours[far[0] if len(far) else np.argmax(distance)]
+    colour = contrasting_colour(rng, under, 80)
     # A brightness slope, so that a shape has more than one colour.
     low, high = polygon.min(axis=0), polygon.max(axis=0)
     steps = (np.arange(size)[:, None] + 0.5 - (low + high) / 2) / (high - low)
@@ -154,6 +147,22 @@ def _paint(rng: np.random.Generator, canvas: Array, polygon: Array) -> Array:
     shade = steps[:, 0] * slope[0] + steps[:, 1, None] * slope[1]
     canvas += cover * (colour + shade[..., None] - canvas)
     return cover[..., 0]
+
+
+def contrasting_colour(rng: np.random.Generator, under: Array, contrast: float) -> Array:
+    """Random colour (3,) that can be seen on another one.
+
+    Args:
+        rng: Source of all randomness.
+        under: Mean colour below, (3,) in [0, 255].
+        contrast: Least Euclidean distance of the two. The farthest of 16 colours is taken where
+            none is as far.
+    """
+    colours = rng.uniform(20, 235, (16, 3))
+    distance = np.sqrt(((colours - under) ** 2).sum(axis=1))
+    far = np.flatnonzero(distance >= contrast)
+    colour: Array = colours[far[0] if len(far) else np.argmax(distance)]
+    return colour
 
 
 def _background(rng: np.random.Generator, size: int) -> Array:
@@ -186,11 +195,3 @@ def _add_noise(rng: np.random.Generator, canvas: Array) -> Array:
     """Add pixel noise and round to uint8."""
     noisy: Array = canvas + rng.uniform(3, 10) * rng.standard_normal(canvas.shape)
     return noisy.round().clip(0, 255).astype(np.uint8)
-
-
-def need(module: str, package: str) -> Any:
-    """Import an optional module, with a one-line error that names a missing package."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'shapes need {package}: pip install {package} ({error})') from None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmprecond.datasets import render_image, shapes
+from mmprecond.datasets import render_image, shapes, writer
 from tests.support.shapes import digests, make, make_folders
 
 
@@ -40,7 +41,8 @@ def test_older_render_version_is_another_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path)
-    monkeypatch.setattr(shapes, 'RENDER_VERSION', shapes.RENDER_VERSION + 1)
+    newer = dataclasses.replace(shapes.SHAPES, version=shapes.SHAPES.version + 1)
+    monkeypatch.setattr(shapes, 'SHAPES', newer)
     with pytest.raises(ValueError, match=r'holds another set \(version=1'):
         make(tmp_path)
 
@@ -105,14 +107,14 @@ def test_json_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / 'a.json'
-    shapes._write_json(path, {'old': 1})
+    writer.write_json(path, {'old': 1})
 
     def full(*args: Any) -> None:
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(shapes.os, 'replace', full)
+    monkeypatch.setattr(writer.os, 'replace', full)
     with pytest.raises(OSError, match='No space'):
-        shapes._write_json(path, {'new': 2})
+        writer.write_json(path, {'new': 2})
     assert json.loads(path.read_text()) == {'old': 1}
     assert list(tmp_path.iterdir()) == [path]
 
