@@ -49,11 +49,9 @@ class Kronecker(Operator):
         turned *= self.gain.mT[..., None, :]
         rest = (self.positions * self.rest) @ self.positions.mT
         product = stacked_product(rest, weights.flatten(3)).view(weights.shape)
-        turned = _back(turned, self.positions)
-        add_product(
-            *(t.flatten(2, 3).flatten(0, 1) for t in (product, turned)),
-            self.channels.mT.flatten(0, 1),
-        )
+        added = _back(turned, self.positions).flatten(2, 3).flatten(0, 1)
+        total = product.flatten(2, 3).flatten(0, 1)  # a view
+        add_product(total, added, self.channels.mT.flatten(0, 1))
         return _by_output(product, matrices[..., size:] * self.ones)
 
     def left(self, matrices: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class Preconditioner(ABC):
         max_rows: Most rows that a capture takes from one call of a convolution or a layer on
             tokens. It draws equally many random positions of each sample, at least one, and
             scales the sums to all rows, so that the statistics are unbiased. None takes all rows.
+            Of separable sides, kernel positions alone are sampled, by images and channels.
     """
 
     stat_interval: int = 20
