@@ -30,11 +30,20 @@ class Power:
             and a bool tensor (k, b) that is False where one failed.
         exponent: The exponent. `solve` implies it; computations by columns read it here.
         search: Search for the rank of a low-rank power, or None for dense powers.
+        spectrum: What `solve` makes of single eigenvalues, if that is not the exact power: a
+            function of damped eigenvalues (k, b, n, m) and damped traces (k, b, 1, 1).
     """
 
     solve: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
     exponent: float = 1.0
     search: RankSearch | None = None
+    spectrum: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def of_eigenvalues(self, values: Tensor, trace: Tensor) -> Tensor:
+        """Powers of damped eigenvalues (k, b, n, m), given the damped traces (k, b)."""
+        if self.spectrum is None:
+            return values.pow(-self.exponent)
+        return self.spectrum(values, trace[..., None, None])
 
 
 @dataclass

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from typing_extensions import Self
 
 from ..checks import check_count, check_flag
-from .form import Factor, Form
+from .form import Factor, Form, Power
 from .gram import gram_flops
 
 if TYPE_CHECKING:
@@ -47,6 +49,13 @@ class PatchForm(Form):
 
     def length(self, factor: Factor) -> int:
         return self.channels * self.positions + self.joint
+
+    def eigenvalue_power(
+        self, factor: Factor, damping: Tensor, power: Power
+    ) -> Callable[[Tensor], Tensor]:
+        """Function that returns the powers of damped eigenvalues (k, b, n, m) of a factor."""
+        trace = factor.trace() + factor.length * damping
+        return lambda values: power.of_eigenvalues(values, trace)
 
     def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
         other = self.channels if size == self.positions else 1

@@ -70,8 +70,9 @@ class Positions(PatchForm):
     ) -> tuple[Operator, Tensor]:
         """Exact power by the eigendecomposition of K."""
         positions, damping = factor.tensors[0], amount(factor)
-        matrix, succeeded = position_power(positions, damping, power.exponent)
+        function = self.eigenvalue_power(factor, damping, power)
+        matrix, succeeded = position_power(positions, damping, function)
         ones = positions.new_empty(*damping.shape, 1, 0)
         if self.joint:
-            ones = (factor.tensors[1] + damping[..., None, None]).pow(-power.exponent)
+            ones = function(factor.tensors[1] + damping[..., None, None])
         return PositionMatrix(matrix, ones), succeeded

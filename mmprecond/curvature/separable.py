@@ -81,12 +81,13 @@ class Separable(PatchForm):
         channels, positions = factor.tensors[:2]
         damping = amount(factor)
         search = power.search if power.search and power.search.takes(self.channels) else None
+        function = self.eigenvalue_power(factor, damping, power)
         basis, shifts, gain, rest, succeeded = kronecker_power(
-            channels, positions, damping, power.exponent, search
+            channels, positions, damping, power.exponent, search, function
         )
         ones = channels.new_empty(*damping.shape, 1, 0)
         if self.joint:
-            ones = (factor.tensors[2] + damping[..., None, None]).pow(-power.exponent)
+            ones = function(factor.tensors[2] + damping[..., None, None])
         return Kronecker(basis, shifts, gain, rest, ones), succeeded
 
 

@@ -34,7 +34,7 @@ from .operators import (
 from .positions import PositionBasis, PositionMatrix, position_power
 from .precision import PRECISIONS, matmul_precision, rounded
 from .products import add_product, stacked_product
-from .roots import inverse_power, newton_schulz_inverse_root
+from .roots import inverse_power, newton_schulz_inverse_root, newton_schulz_inverse_root_of_values
 from .spectrum import largest_eigenvalue, largest_eigenvalue_of_columns
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     'named_tensors',
     'newton_inverse',
     'newton_schulz_inverse_root',
+    'newton_schulz_inverse_root_of_values',
     'nystrom_columns',
     'orthogonal_iteration',
     'position_power',

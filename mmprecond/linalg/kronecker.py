@@ -7,6 +7,7 @@ function of it is known in the eigenbases of C and K.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -143,6 +144,7 @@ def kronecker_power(
     damping: Tensor,
     exponent: float,
     search: RankSearch | None = None,
+    function: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(C (x) K / tr + mu I)^-exponent`` in the eigenbases of C and K.
 
@@ -156,6 +158,7 @@ def kronecker_power(
         damping: mu (k, b).
         exponent: The exponent.
         search: Tolerance and limits, or None to keep all directions.
+        function: Elementwise function of damped eigenvalues (k, b, c, p) in place of the power.
 
     Returns:
         The tensors U, V, gain and rest of `Kronecker`, and a bool tensor (k, b) that is False where
@@ -167,7 +170,8 @@ def kronecker_power(
     tiny = torch.finfo(channels.dtype).tiny
     eigenvalues = (values[..., :, None] * shifts[..., None, :]).clamp_min(0)
     eigenvalues = eigenvalues / trace.clamp_min(tiny)
-    powers = (eigenvalues + damping[..., None, None]).pow(-exponent)
+    damped = eigenvalues + damping[..., None, None]
+    powers = damped.pow(-exponent) if function is None else function(damped)
     rest = torch.zeros_like(powers[..., :1, :])
     kept = size = channels.shape[-1]
     if search is not None:

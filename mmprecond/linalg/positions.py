@@ -6,6 +6,7 @@ on the positions of each channel and leaves the channels alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -86,18 +87,20 @@ def _times_positions(weights: Tensor, positions: Tensor) -> Tensor:
     return stacked_product(rows, positions).reshape(weights.shape)
 
 
-def position_power(positions: Tensor, damping: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
-    """``(A + mu I)^-exponent`` by the eigendecomposition of A.
+def position_power(
+    positions: Tensor, damping: Tensor, function: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Function of ``A + mu I`` by the eigendecomposition of A.
 
     Args:
         positions: A (k, b, p, p), symmetric and positive semi-definite.
         damping: mu (k, b).
-        exponent: The exponent.
+        function: Elementwise function of damped eigenvalues (k, b, p, 1).
 
     Returns:
-        The powers (k, b, p, p), and a bool tensor (k, b) that is False where a decomposition failed
-        or a damping is not positive.
+        The results (k, b, p, p), and a bool tensor (k, b) that is False where a decomposition
+        failed or a damping is not positive.
     """
     values, vectors, valid = checked_eigh(positions)
-    powers = (values.clamp_min(0) + damping[..., None]).pow(-exponent)
-    return (vectors * powers[..., None, :]) @ vectors.mT, valid & (damping > 0)
+    powers = function((values.clamp_min(0) + damping[..., None])[..., None])
+    return (vectors * powers.mT) @ vectors.mT, valid & (damping > 0)

@@ -62,3 +62,18 @@ def newton_schulz_inverse_root(matrix: Tensor, steps: int = 10) -> tuple[Tensor,
     bound = 1.01 * 1.5**steps * matrix.shape[-1] ** 0.5
     bounded = torch.linalg.matrix_norm(z) <= bound
     return root, (trace[..., 0, 0] > 0) & bounded & all_finite(root)
+
+
+def newton_schulz_inverse_root_of_values(values: Tensor, trace: Tensor, steps: int) -> Tensor:
+    """Eigenvalues of `newton_schulz_inverse_root` of a matrix with these eigenvalues.
+
+    Args:
+        values: Eigenvalues of A (...).
+        trace: tr A, broadcast to the values.
+        steps: Number of steps.
+    """
+    y, z = values / trace, torch.ones_like(values)
+    for _ in range(steps):
+        step = 1.5 - 0.5 * z * y
+        y, z = y * step, z * step
+    return z / trace.sqrt()

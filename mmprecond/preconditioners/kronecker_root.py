@@ -9,7 +9,12 @@ from torch import Tensor
 
 from ..checks import check_count, check_number
 from ..curvature import GRADIENT, INPUT, Moment, Power, RunningAverage, Statistic
-from ..linalg import Operators, inverse_power, newton_schulz_inverse_root
+from ..linalg import (
+    Operators,
+    inverse_power,
+    newton_schulz_inverse_root,
+    newton_schulz_inverse_root_of_values,
+)
 from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
 from .registry import register_preconditioner
 from .two_sided import damped_powers, exact_relative_damping, recover_norm, two_sided
@@ -95,10 +100,15 @@ class KroneckerRoot(InversePreconditioner):
                 return newton_schulz_inverse_root(damped, self.root_steps)
             return inverse_power(damped, 0.5)
 
+        def spectrum(values: Tensor, trace: Tensor) -> Tensor:
+            if self.solver != 'newton_schulz':
+                return values.rsqrt()
+            return newton_schulz_inverse_root_of_values(values, trace, self.root_steps)
+
         return damped_powers(
             factors,
             lambda _, factor: exact_relative_damping(factor, damping),
-            Power(root, exponent=0.5, search=self.rank_search),
+            Power(root, 0.5, self.rank_search, spectrum),
             previous,
         )
 

@@ -222,9 +222,9 @@ def test_nkfac_uses_the_dense_product(bias: bool, groups: int) -> None:
 def test_a_failed_decomposition_is_tried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
 
-    def fails(positions: Tensor, damping: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+    def fails(positions: Tensor, damping: Tensor, function: Any) -> tuple[Tensor, Tensor]:
         seen.append(positions.dtype)
-        power, succeeded = position_power(positions, damping, exponent)
+        power, succeeded = position_power(positions, damping, function)
         return power, succeeded & (positions.dtype == torch.float64)
 
     monkeypatch.setattr(module, 'position_power', fails)

@@ -35,7 +35,7 @@ def test_the_damped_power_of_the_whole_matrix(
 ) -> None:
     positions = moment(k, b, p, seed)
     damping = 0.1 + draw(k, b, seed=seed).abs()
-    power, succeeded = position_power(positions, damping, exponent)
+    power, succeeded = position_power(positions, damping, lambda values: values**-exponent)
     ones = 0.5 + draw(k, b, 1, int(joint), seed=seed).abs()
     operator = PositionMatrix(power, ones)
     assert bool(succeeded.all())
@@ -71,12 +71,12 @@ def test_bad_factors_are_reported_where_they_are(bad: float) -> None:
     positions = moment(3, 1, 4)
     positions[1, 0, 0, 0] = bad
     damping = torch.tensor([[1.0], [1.0], [0.0]], dtype=torch.float64)
-    _, succeeded = position_power(positions, damping, 1.0)
+    _, succeeded = position_power(positions, damping, torch.reciprocal)
     assert succeeded.flatten().tolist() == [True, False, False]
 
 
 def test_a_dead_layer_is_damped_alone() -> None:
     damping = torch.full((1, 1), 0.5, dtype=torch.float64)
-    power, succeeded = position_power(torch.zeros(1, 1, 3, 3).double(), damping, 1.0)
+    power, succeeded = position_power(torch.zeros(1, 1, 3, 3).double(), damping, torch.reciprocal)
     assert bool(succeeded.all())
     torch.testing.assert_close(power[0, 0], 2 * torch.eye(3).double())

@@ -21,6 +21,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     'FAdam': (FAdam, dict(solver='exact', exponent=0.5)),
     'AdaAFOpt': (AdaAFOpt, dict(solver='exact')),
     'SGDMBK': (SGDMBK, dict(solver='eigh')),
+    'SGDMBK, newton_schulz': (SGDMBK, dict(root_steps=6)),
 }
 RESUMED = {
     **METHODS,
