@@ -350,11 +350,11 @@ def _transform(
 ) -> None:
     """Applies a function to the matrix form of a stack's tensors, in the dict."""
     ready = [(k, layer) for k, layer in stack.ready() if layer.weight in tensors]
-    at_once = len(ready)
-    if ready and stack.like.device.type == 'cpu' and ready[0][1].weight.numel() >= LARGE_MATRIX:
-        at_once = 1
-    for start in range(0, len(ready), max(1, at_once)):
-        positions, layers = zip(*ready[start : start + at_once], strict=True)
+    if not ready:
+        return
+    one_by_one = stack.like.device.type == 'cpu' and ready[0][1].weight.numel() >= LARGE_MATRIX
+    for batch in [[one] for one in ready] if one_by_one else [ready]:
+        positions, layers = zip(*batch, strict=True)
         matrices = [layer.join(*(tensors.get(p) for p in layer.parameters)) for layer in layers]
         # A single matrix is not copied, so the function must not write to it.
         stacked = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]

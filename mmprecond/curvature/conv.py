@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .calls import Call
 from .layer import EVERY_ROW_KIND, Layer
 from .moments import Moment
+from .patch_form import PatchForm
 from .patches import Axis, PatchMoment
 from .statistic import INPUT, REDUCED, Rows, SampledRows, Statistic
 
 #: Pixels of one channel that are worth as much as one sampled row of all channels.
-MAPS_PER_ROW = 64
+PIXELS_PER_ROW = 64
 
 
 class ConvLayer(Layer):
@@ -63,19 +64,15 @@ class ConvLayer(Layer):
         """Random images and channels, with the factor that scales their sums to all of them.
 
         At least one image and one channel per group are taken, and as many as the budget allows
-        with `MAPS_PER_ROW` pixels of one channel for each row.
+        with `PIXELS_PER_ROW` pixels of one channel for each row.
         """
         maps = self._add_batch_axis(inputs).unflatten(1, (self.blocks, -1))
-        images, _, channels, *size = maps.shape
-        pixels = max(1, torch.Size(size).numel())
-        budget = MAPS_PER_ROW * rows.count(images) * max(1, images)
-        taken = min(channels, max(1, budget // pixels))
-        chosen = min(images, max(1, budget // (pixels * taken)))
-        drawn_images = torch.randperm(images, generator=generator, device='cpu')[:chosen]
-        drawn = torch.randperm(channels, generator=generator, device='cpu')[:taken]
-        scale = images * channels / max(1, chosen * taken)
-        drawn_images, drawn = drawn_images.to(inputs.device), drawn.to(inputs.device)
-        return maps[drawn_images][:, :, drawn].flatten(1, 2), scale
+        drawn_images, drawn_channels = (
+            torch.randperm(count, generator=generator, device='cpu')[:taken].to(inputs.device)
+            for count, taken in zip(maps.shape[:3:2], _sample_size(maps, rows), strict=True)
+        )
+        drawn = maps[drawn_images][:, :, drawn_channels]
+        return drawn.flatten(1, 2), maps.numel() / max(1, drawn.numel())
 
     def channel_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
         """Chunks (blocks, c, rows) with the channels' partial trace of the patches' moment."""
@@ -148,6 +145,20 @@ class ConvLayer(Layer):
     def sampled_gradient(self, module: nn.Module, gradient: Tensor, drawn: Tensor) -> Tensor:
         return self._maps_to_rows(self._add_batch_axis(gradient).flatten(2)[..., drawn])
 
+    def measure_flops(
+        self, call: Call, kept: tuple[Tensor, ...], output: Tensor, statistic: Statistic
+    ) -> float:
+        """Approximate FLOPs of one call's statistic (see the base class)."""
+        flops = super().measure_flops(call, kept, output, statistic)
+        form, rows = statistic.form, statistic.rows
+        if isinstance(form, PatchForm) and isinstance(rows, SampledRows):
+            maps = self._add_batch_axis(kept[0]).unflatten(1, (self.blocks, -1))
+            images, channels = _sample_size(maps, rows)
+            left_out = 1 - images * channels / max(1, maps.shape[0] * maps.shape[2])
+            count = self.count_rows(call, output, (statistic,))
+            flops -= left_out * self.blocks * form.position_flops(count)
+        return flops
+
     def _add_batch_axis(self, tensor: Tensor) -> Tensor:
         """The tensor with a leading axis of images."""
         return tensor if tensor.dim() == 2 + self.axes else tensor[None]
@@ -211,6 +222,15 @@ class ConvLayer(Layer):
                 sizes, module.kernel_size, module.dilation, module.stride, strict=True
             )
         )
+
+
+def _sample_size(maps: Tensor, rows: SampledRows) -> tuple[int, int]:
+    """Numbers of images and of channels per group to draw of maps (images, groups, c, *size)."""
+    images, _, channels, *size = maps.shape
+    pixels = max(1, torch.Size(size).numel())
+    budget = PIXELS_PER_ROW * rows.count(images) * max(1, images)
+    taken = min(channels, max(1, budget // pixels))
+    return min(images, max(1, budget // (pixels * taken))), taken
 
 
 class Conv1dLayer(ConvLayer):

@@ -290,7 +290,7 @@ class Layer:
         if not statistic.form.is_product:  # one pass, over images rather than patches
             return float((output if statistic.side.of_gradient else kept[0]).numel())
         rows = self.count_rows(call, output, (statistic,))
-        if isinstance(statistic.rows, SampledRows):
+        if isinstance(statistic.rows, SampledRows) and not isinstance(statistic.form, PatchForm):
             samples = self.sample_count(call.module, output)
             rows = min(rows, samples * statistic.rows.count(samples))
         return sum(

@@ -57,6 +57,19 @@ class PatchForm(Form):
         trace = factor.trace() + factor.length * damping
         return lambda values: power.of_eigenvalues(values, trace)
 
+    def power_of_ones(
+        self, factor: Factor, damping: Tensor, function: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Power (k, b, 1, 1) of a joint bias's entry, the last tensor; else (k, b, 1, 0)."""
+        if not self.joint:
+            return damping.new_empty(*damping.shape, 1, 0)
+        return function(factor.tensors[-1] + damping[..., None, None])
+
+    def position_flops(self, rows: int) -> float:
+        """FLOPs of the positions' partial trace of one block."""
+        return self.channels * gram_flops(self.positions, rows)
+
     def measure_flops(self, rows: int, blocks: int, size: int, width: int) -> float:
-        other = self.channels if size == self.positions else 1
-        return blocks * other * gram_flops(size, rows) if size > 1 else 0.0
+        if size == self.positions:
+            return blocks * self.position_flops(rows)
+        return blocks * gram_flops(size, rows) if size > 1 else 0.0

@@ -72,7 +72,4 @@ class Positions(PatchForm):
         positions, damping = factor.tensors[0], amount(factor)
         function = self.eigenvalue_power(factor, damping, power)
         matrix, succeeded = position_power(positions, damping, function)
-        ones = positions.new_empty(*damping.shape, 1, 0)
-        if self.joint:
-            ones = function(factor.tensors[1] + damping[..., None, None])
-        return PositionMatrix(matrix, ones), succeeded
+        return PositionMatrix(matrix, self.power_of_ones(factor, damping, function)), succeeded

@@ -85,9 +85,7 @@ class Separable(PatchForm):
         basis, shifts, gain, rest, succeeded = kronecker_power(
             channels, positions, damping, power.exponent, search, function
         )
-        ones = channels.new_empty(*damping.shape, 1, 0)
-        if self.joint:
-            ones = function(factor.tensors[2] + damping[..., None, None])
+        ones = self.power_of_ones(factor, damping, function)
         return Kronecker(basis, shifts, gain, rest, ones), succeeded
 
 

@@ -13,7 +13,7 @@ from .kronecker_root import KroneckerRoot
 from .newton_kronecker import NewtonKronecker
 from .nystrom_feature import NystromFeature
 from .registry import METHODS, SETS, build_preconditioner, register_preconditioner
-from .requests import check_statistics
+from .statistic_checks import check_statistics
 
 __all__ = [
     'METHODS',

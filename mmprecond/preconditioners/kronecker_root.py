@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -100,11 +101,9 @@ class KroneckerRoot(InversePreconditioner):
                 return newton_schulz_inverse_root(damped, self.root_steps)
             return inverse_power(damped, 0.5)
 
-        def spectrum(values: Tensor, trace: Tensor) -> Tensor:
-            if self.solver != 'newton_schulz':
-                return values.rsqrt()
-            return newton_schulz_inverse_root_of_values(values, trace, self.root_steps)
-
+        spectrum = None
+        if self.solver == 'newton_schulz':
+            spectrum = partial(newton_schulz_inverse_root_of_values, steps=self.root_steps)
         return damped_powers(
             factors,
             lambda _, factor: exact_relative_damping(factor, damping),

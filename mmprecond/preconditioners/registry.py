@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from ..checks import check_choice
 from .base import Preconditioner
-from .requests import check_statistics
+from .statistic_checks import check_statistics
 
 #: Named sets of settings: our recommendation, and the settings behind published numbers.
 SETS = ('default', 'published')

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmprecond.optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
+from mmprecond.preconditioners import NewtonKronecker
 from tests.support.hooks import Net, Waits, train
 
 
@@ -75,3 +78,27 @@ def test_an_oversized_layer_is_skipped() -> None:
     assert [layer.name for layer in optimizer.curvature.layers] == ['0.weight']
     text = optimizer.table()
     assert text.count('max_dim=45') == 3 and text.count('plain rule') >= 3
+
+
+def test_large_matrices_of_a_stack_are_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, calls = [], []
+    plain = NewtonKronecker.apply
+
+    def counted(self: Any, operators: Any, gradients: Tensor) -> Tensor:
+        calls.append(len(gradients))
+        return plain(self, operators, gradients)
+
+    monkeypatch.setattr(NewtonKronecker, 'apply', counted)
+    for least in (1, 10**9):
+        monkeypatch.setattr('mmprecond.core.curvature.LARGE_MATRIX', least)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+        optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(9, 6).double()).square().mean().backward()
+            optimizer.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert calls == [1] * 6 + [2] * 3
+    for one, stacked in zip(*found, strict=True):
+        torch.testing.assert_close(one, stacked, rtol=1e-12, atol=1e-12)

@@ -104,6 +104,13 @@ def test_it_costs_as_many_rows() -> None:
     compare(NKFAC, Net(), (torch.randn(4, 3, 16, 16),), max_rows=64)
 
 
+@pytest.mark.parametrize('max_rows', [None, 16, 64])
+@pytest.mark.parametrize('form', ['separable', 'kernel'])
+def test_forms_of_patches_cost_what_is_forecast(form: str, max_rows: int | None) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 12, 3, padding=1), nn.Tanh())
+    compare(NKFAC, model, (torch.randn(4, 16, 24, 24),), input_factor=form, max_rows=max_rows)
+
+
 def test_attention_and_errors() -> None:
     block = shift_window()
     optimizer = AFOpt(block, lr=0.01, max_rows=9)

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
 from torch import Tensor, nn
 
 from mmprecond.curvature import (
     GRADIENT,
     INPUT,
-    REDUCED,
     Conv2dLayer,
     Factor,
     Moment,
@@ -23,59 +21,13 @@ from mmprecond.curvature import (
     Statistic,
 )
 from mmprecond.curvature import positions as module
-from mmprecond.curvature.conv import Conv1dLayer, Conv3dLayer, ConvTranspose2dLayer
+from mmprecond.curvature.conv import ConvTranspose2dLayer
 from mmprecond.linalg import position_power
 from mmprecond.optimizers import FSGD, NKFAC, AdamR
 from tests.reference.factors import plain_copy
-from tests.support.capture import CONVS, geometries, loss_of
+from tests.support.capture import loss_of
 from tests.support.every_optimizer import net, train
-from tests.support.patches import METHODS, layer_of, measured, sums_and_traces
-
-
-def check(conv: nn.Module, *inputs: Tensor, rows: Any = None, **options: Any) -> None:
-    """K is the positions' partial trace, over the channels."""
-    layer = layer_of(conv, **options)
-    form = Positions.of(layer)
-    found, (_, positions, *ones) = sums_and_traces(layer, form, *inputs, rows=rows)
-    wanted = [positions / form.channels, *ones]
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('name', [name for name, conv in CONVS.items() if conv['kernel_size'] != 1])
-def test_partial_trace_of_every_convolution(name: str, bias: bool) -> None:
-    options = dict(in_channels=4, out_channels=4, bias=bias) | CONVS[name]
-    conv = nn.Conv2d(**options).double()
-    check(conv, torch.randn(3, 4, 7, 6).double(), torch.randn(2, 4, 5, 8).double())
-
-
-@given(geometries())
-def test_of_any_geometry(case: tuple[dict[str, Any], tuple[int, ...], float]) -> None:
-    options, shape, capture_mb = case
-    conv = nn.Conv2d(**options).double()
-    if conv.weight.shape[2:].numel() == 1:
-        return
-    check(conv, torch.randn(shape).double(), capture_mb=capture_mb)
-
-
-def test_other_numbers_of_axes() -> None:
-    check(nn.Conv1d(4, 3, 5, 2, 2).double(), torch.randn(2, 4, 11).double(), kind=Conv1dLayer)
-    x = torch.randn(2, 4, 5, 4, 6).double()
-    check(nn.Conv3d(4, 2, (2, 3, 1), groups=2).double(), x, kind=Conv3dLayer)
-
-
-def test_of_reduced_rows() -> None:
-    check(nn.Conv2d(3, 4, 3, padding=1).double(), torch.randn(4, 3, 6, 5).double(), rows=REDUCED)
-
-
-def test_an_empty_batch_adds_nothing() -> None:
-    layer = layer_of(nn.Conv2d(3, 4, 3, padding=1).double())
-    statistic = Statistic(INPUT, Positions.of(layer))
-    x, empty = torch.randn(2, 3, 5, 5).double(), torch.zeros(0, 3, 5, 5).double()
-    alone, both = measured(layer, statistic, x), measured(layer, statistic, empty, x)
-    for key, value in alone.items():
-        torch.testing.assert_close(both[key], value)
+from tests.support.patches import METHODS, layer_of, measured
 
 
 def test_layers_that_lack_it() -> None:

@@ -8,52 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
 from torch import Tensor, nn
 
-from mmprecond.curvature import INPUT, REDUCED, SampledRows, Separable, Statistic
-from mmprecond.curvature.conv import Conv1dLayer, Conv3dLayer, ConvTranspose2dLayer
+from mmprecond.curvature import INPUT, SampledRows, Separable, Statistic
+from mmprecond.curvature.conv import ConvTranspose2dLayer
 from mmprecond.optimizers import FSGD, NKFAC, AdamR
 from tests.reference.factors import plain_copy
-from tests.support.capture import CONVS, geometries, loss_of
+from tests.support.capture import loss_of
 from tests.support.errors import refused, warnings_of
 from tests.support.every_optimizer import net, train
-from tests.support.patches import METHODS, RESUMED, layer_of, measured, sums_and_traces
+from tests.support.patches import METHODS, RESUMED, layer_of, measured
 from tests.support.states import differences, everything, saved
-
-
-def check(module: nn.Module, *inputs: Tensor, rows: Any = None, **options: Any) -> None:
-    layer = layer_of(module, **options)
-    found, wanted = sums_and_traces(layer, Separable.of(layer), *inputs, rows=rows)
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('name', [name for name, conv in CONVS.items() if conv['kernel_size'] != 1])
-def test_partial_traces_of_every_convolution(name: str, bias: bool) -> None:
-    options = dict(in_channels=4, out_channels=4, bias=bias) | CONVS[name]
-    module = nn.Conv2d(**options).double()
-    check(module, torch.randn(3, 4, 7, 6).double(), torch.randn(2, 4, 5, 8).double())
-
-
-@given(geometries())
-def test_of_any_geometry(case: tuple[dict[str, Any], tuple[int, ...], float]) -> None:
-    conv, shape, capture_mb = case
-    module = nn.Conv2d(**conv).double()
-    if module.weight.shape[2:].numel() == 1:
-        return
-    check(module, torch.randn(shape).double(), capture_mb=capture_mb)
-
-
-def test_other_numbers_of_axes() -> None:
-    check(nn.Conv1d(4, 3, 5, 2, 2).double(), torch.randn(2, 4, 11).double(), kind=Conv1dLayer)
-    x = torch.randn(2, 4, 5, 4, 6).double()
-    check(nn.Conv3d(4, 2, (2, 3, 1), groups=2).double(), x, kind=Conv3dLayer)
-
-
-def test_of_reduced_rows() -> None:
-    check(nn.Conv2d(3, 4, 3, padding=1).double(), torch.randn(4, 3, 6, 5).double(), rows=REDUCED)
 
 
 @pytest.mark.parametrize('groups', [1, 2])
@@ -72,15 +37,6 @@ def test_sampled_rows_draw_maps_for_the_positions_alone(groups: int) -> None:
     spread = positions.std(0) / 300**0.5
     assert bool(((positions.mean(0) - wanted[1]).abs() <= 5 * spread).all())
     assert not torch.allclose(positions[0], wanted[1], rtol=1e-3)
-
-
-def test_an_empty_batch_adds_nothing() -> None:
-    layer = layer_of(nn.Conv2d(3, 4, 3, padding=1).double())
-    statistic = Statistic(INPUT, Separable.of(layer))
-    x, empty = torch.randn(2, 3, 5, 5).double(), torch.zeros(0, 3, 5, 5).double()
-    alone, both = measured(layer, statistic, x), measured(layer, statistic, empty, x)
-    for key, value in alone.items():
-        torch.testing.assert_close(both[key], value)
 
 
 def test_layers_without_patches_have_no_such_form() -> None:

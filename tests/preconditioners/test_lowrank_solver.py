@@ -221,3 +221,23 @@ def test_the_rank_kept_is_bounded_in_training() -> None:
         if 'columns' in name
     }
     assert max(widths) == 7
+
+
+def test_a_share_bounds_the_columns_of_both_kinds_of_sides() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(256, 4, 3), nn.Flatten(), nn.Linear(4, 256))
+    widths = {}
+    for share in (1 / 16, 1 / 4):
+        optimizer = NKFAC(
+            model, lr=0.0, solver='lowrank', input_factor='separable', rank_share=share
+        )
+        model(torch.randn(64, 256, 3, 3)).square().mean().backward()
+        optimizer.step()
+        conv, linear = (
+            optimizer.curvature.layers[layer].operators for layer in optimizer.curvature.layers
+        )
+        widths[share] = [conv['input'].channels.shape[-1], linear['gradient'].columns.shape[-1]]
+    assert widths[1 / 16][0] == 16 and widths[1 / 16][1] <= 16
+    assert 16 < widths[1 / 4][0] <= 64
+    with pytest.raises(ValueError, match='rank_share=1.5'):
+        NKFAC(model, lr=0.1, rank_share=1.5)
