@@ -124,6 +124,7 @@ def test_a_preconditioner_of_others() -> None:
         model,
         rule=dict(type='SGDM', lr=0.1, momentum=0.0),
         layers=[dict(preconditioner=dict(type='InputScale', stat_interval=1, refresh_interval=1))],
+        matmul_precision='highest',
     )
     before = model.weight.detach().clone()
     x = torch.randn(6, 4)

@@ -10,6 +10,7 @@ optim_wrapper = dict(
         type='Preconditioned',
         rule=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
         layers={{_base_.afopt}},
+        matmul_precision='highest',
     ),
     # The published code knows linear layers and Conv2d alone.
     paramwise_cfg=dict(custom_keys={'mask_head.upsample': dict(precondition=False)}),

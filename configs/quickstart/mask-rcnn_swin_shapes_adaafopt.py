@@ -1,4 +1,4 @@
-# The quickstart's transformer with AdaAFOpt on all layers. Intervals suit a run of few iterations.
+# The quickstart's transformer with AdaAFOpt on all layers.
 _base_ = 'mask-rcnn_swin_shapes.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -9,7 +9,5 @@ optim_wrapper = dict(
         type='AdaAFOpt',
         lr=5e-4,
         weight_decay=0.05,
-        stat_interval=5,
-        refresh_interval=25,
     ),
 )

@@ -11,9 +11,9 @@ optim_wrapper = dict(
         layers=[
             dict(
                 match=dict(module_type='WindowMSA'),
-                preconditioner=dict(type='AttentionFeature', stat_interval=5, refresh_interval=25),
+                preconditioner=dict(type='AttentionFeature'),
             ),
-            dict(preconditioner=dict(type='EigenRotation', stat_interval=5, refresh_interval=25)),
+            dict(preconditioner=dict(type='EigenRotation')),
         ],
     ),
 )

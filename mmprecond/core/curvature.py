@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,16 +45,18 @@ class CurvatureOptions:
     clip_update: float | None = None
     check_memory: bool = True
     stagger: bool = False
-    matmul_precision: str = 'highest'
+    matmul_precision: str = 'auto'
+
+    #: Settings behind published numbers.
+    published: ClassVar[dict[str, Any]] = dict(matmul_precision='highest')
 
     def __post_init__(self) -> None:
         check_flag('stagger', self.stagger)
         check_choice('matmul_precision', self.matmul_precision, PRECISIONS)
         check_number('capture_mb', self.capture_mb, open_low=True, finite=False)
         check_choice('sharding', self.sharding, SHARDINGS)
-        check_number(
-            'clip_update', 1.0 if self.clip_update is None else self.clip_update, open_low=True
-        )
+        if self.clip_update is not None:
+            check_number('clip_update', self.clip_update, open_low=True)
 
     @classmethod
     def names(cls) -> list[str]:

@@ -25,7 +25,7 @@ from .calls import Call, Tap
 from .eager import Eager
 from .layer import Layer
 from .staging import Staged, Staging, Visit
-from .statistic import SampledRows, Statistic
+from .statistic import Statistic
 
 logger = logging.getLogger('mmprecond')
 
@@ -214,9 +214,9 @@ class Capture:
                 gradient = self._unscale(layer, gradient)
             if any(statistic.form.is_product for statistic in statistics):
                 gradient, kept = rounded(gradient), tuple(map(rounded, kept))
-            self._staging.begin(any(isinstance(s.rows, SampledRows) for s in statistics))
-            positions = self._staging.positions
-            sums = layer.measure(call, kept, gradient, statistics, positions)
+            self._staging.begin()
+            draws = self._staging.draws(layer)
+            sums = layer.measure(call, kept, gradient, statistics, draws)
             rows = 0 if visit.counted else layer.count_rows(call, gradient, statistics)
             self._staging.add(visit, layer, sums, rows, statistics)
 

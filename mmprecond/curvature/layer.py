@@ -257,7 +257,7 @@ class Layer:
             kept: Tensors that were kept of the call.
             gradient: Gradient of the loss with respect to the call's output.
             statistics: The statistics to measure.
-            generator: Generator of random positions.
+            generator: Generator of the call's random choices.
 
         Returns:
             Sums by tensor name, in `working_dtype`, from `Form.measure`.

@@ -22,23 +22,26 @@ class Staged:
     Attributes:
         sums: Sums by tensor name, shaped as the layer's `shapes`.
         rows: Number of input rows.
+        calls: Number of calls with rows.
         slots: Where columns were placed, by tensor name.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 0
+    calls: int = 0
     slots: dict[str, Slots] = field(default_factory=dict)
     _gradient: Tensor | None = None
     _version: int = 0
 
-    def add(self, sums: Mapping[str, Tensor], rows: int) -> None:
-        """Adds the sums of a call over so many rows."""
+    def add(self, sums: Mapping[str, Tensor], rows: int, calls: int = 0) -> None:
+        """Adds the sums over so many rows, of so many calls."""
         for key, total in sums.items():
             if key in self.sums:
                 self.sums[key] += total
             else:
                 self.sums[key] = total
         self.rows += rows
+        self.calls += calls
 
     def note_gradient(self, gradient: Tensor | None) -> None:
         """Remembers the weight's gradient that belongs to the sums."""
@@ -83,6 +86,7 @@ class _Pending:
     sums: Staged = field(default_factory=Staged)
     columns: list[tuple[Statistic, str, int, Tensor]] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
+    calls: int = 0
 
 
 class Staging:
@@ -94,25 +98,23 @@ class Staging:
 
     Attributes:
         staged: Sums that count, by layer.
-        positions: Draws positions of rows.
     """
 
     def __init__(self) -> None:
         self.staged: dict[Layer, Staged] = {}
-        self.positions = torch.Generator()
+        self._draws = torch.Generator()
         self._signs = torch.Generator()
         self._seed: int | None = None
         self._share = (0, 1)
         self._pending: dict[tuple[Layer, int], _Pending] = {}
         self._listeners: dict[Layer, RemovableHandle] = {}
-        self._states: dict[int, Tensor | None] = {}
+        self._tasks: set[int] = set()
 
     def seed(self, seed: int, share: tuple[int, int]) -> None:
-        """Seeds what is drawn; the micro-batches of one step, of one seed, draw on."""
+        """Seeds what is drawn; the micro-batches of one step have one seed."""
         self._share = share
         if seed != self._seed:
             self._seed = seed
-            self.positions.manual_seed(seed)
             self._signs.manual_seed(seed ^ 0x5BD1E995)  # other numbers than the positions'
 
     def restart(self) -> None:
@@ -160,17 +162,25 @@ class Staging:
         }
         pending.columns.extend(placed.values())
         pending.visits.append(visit)
+        pending.calls += rows > 0  # empty calls change no draws
         pending.sums.add({key: value for key, value in sums.items() if key not in placed}, rows)
 
-    def begin(self, draws: bool) -> None:
-        """Opens the backward pass that runs now, before its first measurement.
+    def draws(self, layer: Layer) -> torch.Generator:
+        """Generator for a call of a layer, seeded by the number of its calls that count before.
 
-        Args:
-            draws: True if positions are drawn; a pass that does not count draws none.
+        Passes that do not count, or that fail, therefore change no draws.
         """
+        pending = self._pending.get((layer, torch._C._current_graph_task_id()))
+        staged = self.staged.get(layer)
+        calls = (pending.calls if pending else 0) + (staged.calls if staged else 0)
+        seed = layer.seed_of(f'draws {self._seed} {calls}')
+        return self._draws.manual_seed(seed)
+
+    def begin(self) -> None:
+        """Opens the backward pass that runs now, before its first measurement."""
         task = torch._C._current_graph_task_id()
-        if task not in self._states:
-            self._states[task] = self.positions.get_state() if draws else None
+        if task not in self._tasks:
+            self._tasks.add(task)
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(lambda: self._end(task))
 
@@ -180,20 +190,17 @@ class Staging:
         pending = self._pending.pop((layer, task), None)
         if pending is None:
             return
-        self._states[task] = None  # its draws stay
         staged = self.staged.setdefault(layer, Staged())
         for statistic, key, width, columns in pending.columns:
             slots = self._slots(staged, key, width)
             staged.add({key: statistic.form.stage(columns, slots)}, 0)
-        staged.add(pending.sums.sums, pending.sums.rows)
+        staged.add(pending.sums.sums, pending.sums.rows, pending.calls)
         staged.note_gradient(layer.weight.grad)
         for visit in pending.visits:
             visit.count()
 
     def _end(self, task: int) -> None:
-        state = self._states.pop(task, None)
-        if state is not None:
-            self.positions.set_state(state)
+        self._tasks.discard(task)
         for key in [key for key in self._pending if key[1] == task]:
             del self._pending[key]
 

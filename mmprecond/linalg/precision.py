@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,16 @@ import torch
 from torch import Tensor
 
 #: Precisions by torch's names. 'highest': float32 throughout. 'high': TensorFloat-32 (factors with
-#: 10 mantissa bits) on a GPU. 'medium': also bfloat16 (7 bits) on a CPU with units for it.
-PRECISIONS = ('highest', 'high', 'medium')
+#: 10 mantissa bits) on a GPU. 'medium': also bfloat16 (7 bits) on a CPU. 'auto': 'medium' if the
+#: CPU has units for bfloat16, else 'high'.
+PRECISIONS = ('auto', 'highest', 'high', 'medium')
+
+
+@functools.cache
+def has_bfloat16_units() -> bool:
+    """True if the CPU has instructions for products of bfloat16 (AMX or AVX-512)."""
+    checks = ('_is_amx_tile_supported', '_is_avx512_bf16_supported')  # missing before torch 2.4
+    return any(check() for name in checks if (check := getattr(torch.cpu, name, None)))
 
 
 @contextmanager
@@ -24,6 +33,8 @@ def matmul_precision(level: str) -> Iterator[None]:
     Args:
         level: One of `PRECISIONS`.
     """
+    if level == 'auto':
+        level = 'medium' if has_bfloat16_units() else 'high'
     if not hasattr(torch.backends.cuda.matmul, 'fp32_precision'):  # torch < 2.9: one for all
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(level)

@@ -48,9 +48,10 @@ class PreconditionedOptimizer(RuleOptimizer):
             steps later (AdamR's first bases up to `refresh_interval`). Until then the layer takes
             the plain rule.
         matmul_precision: Precision of the float32 products that measure statistics and precondition
-            gradients, by torch's names. 'highest' (default); 'high': TensorFloat-32 on a GPU;
-            'medium': also bfloat16 on a CPU, which is faster if the CPU has units for it (AMX).
-            Refreshes and statistics of attention always use 'highest'.
+            gradients, by torch's names. 'highest': float32; 'high': TensorFloat-32 on a GPU;
+            'medium': also bfloat16 on a CPU; 'auto' (default): 'medium' on a CPU with units for
+            bfloat16 (AMX, AVX-512), else 'high'. Refreshes and statistics of attention always use
+            'highest'.
 
     Attributes:
         curvature: Owner of layers, statistics and operators.

@@ -36,9 +36,12 @@ def split_settings(
     named = overrides.pop('settings', 'default')
     check_choice('settings', named, SETS)
     known, option_names = method.options(), CurvatureOptions.names()
-    options = {key: overrides[key] for key in option_names if key in overrides}
+    options = dict(CurvatureOptions.published) if named == 'published' else {}
+    options |= {key: overrides[key] for key in option_names if key in overrides}
     unexpected = {
-        key: value for key, value in overrides.items() if key not in known and key not in options
+        key: value
+        for key, value in overrides.items()
+        if key not in known and key not in option_names
     }
     reject_unexpected(
         type(owner).__name__,

@@ -76,7 +76,7 @@ class Preconditioner(ABC):
 
     stat_interval: int = 20
     refresh_interval: int = 200
-    early_refreshes: bool = False
+    early_refreshes: bool = True
     max_dim: int = 8192
     oversize: str = 'skip'
     max_rank: int | None = None
@@ -314,7 +314,7 @@ class PatchPreconditioner(Preconditioner):
             takes 'separable' for patches longer than 256, and 'patch' for shorter ones.
     """
 
-    input_factor: str = 'patch'
+    input_factor: str = 'auto'
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -335,11 +335,14 @@ class InversePreconditioner(PatchPreconditioner):
             a side that stand out from the damping, if they are fewer than half (see `RankSearch`).
         tolerance: Relative error of an operator that 'lowrank' allows in any direction, less than
             1. At 0.1 and exponent 1 it omits eigenvalues below 0.22 times the damping.
+        rank_share: Most columns that 'lowrank' keeps, as a share of a side's length. One value
+            stands for all other directions, so that the tolerance may not hold. None keeps as many
+            as the tolerance needs.
     """
 
     solver: str = 'lowrank'
     tolerance: float = 0.1
-    rank_share: float | None = None
+    rank_share: float | None = 1 / 16
 
     #: Names of the method's own solvers.
     dense_solvers: ClassVar[tuple[str, ...]] = ()

@@ -44,7 +44,8 @@ class InputFeature(InversePreconditioner):
     damping: float = 0.01
     exponent: float = 1.0
     norm_recovery: bool = True
-    solver: str = 'exact'
+    solver: str = 'lowrank'
+    max_rows: int | None = 512
 
     dense_solvers: ClassVar[tuple[str, ...]] = ('exact',)
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)

@@ -47,7 +47,8 @@ class NewtonKronecker(InversePreconditioner):
     damping_floor: float = 1e-4
     newton_steps: int = 1
     exact_interval: int = 500
-    solver: str = 'newton'
+    solver: str = 'lowrank'
+    max_rows: int | None = 512
 
     dense_solvers: ClassVar[tuple[str, ...]] = ('newton', 'cholesky')
     statistics: ClassVar[tuple[Statistic, ...]] = (

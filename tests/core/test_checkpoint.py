@@ -30,7 +30,8 @@ def make(
 ) -> tuple[nn.Module, PreconditionedOptimizer]:
     model = Net() if model is None else model
     cls, settings = KINDS[kind]
-    return model, cls(model, **{**settings, 'stat_interval': 1, 'refresh_interval': 2, **options})
+    given = {**settings, 'stat_interval': 1, 'refresh_interval': 2, **options}
+    return model, cls(model, **given, settings='published')
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -235,7 +236,7 @@ def test_a_corrupt_state_is_reported_and_measured_anew(
 
 def test_a_partial_state_is_refused_before_anything_changes() -> None:
     net = Net()
-    optimizer = NKFAC(net, lr=0.1, stat_interval=1, refresh_interval=1)
+    optimizer = NKFAC(net, lr=0.1, stat_interval=1, refresh_interval=1, settings='published')
     train(net, optimizer, range(2))
     state = copy.deepcopy(optimizer.state_dict())
     train(net, optimizer, range(2, 3))

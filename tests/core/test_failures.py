@@ -35,7 +35,7 @@ class Net(nn.Module):
 def make(**options: Any) -> tuple[Net, NKFAC]:
     model = Net()
     settings = dict(stat_interval=1, refresh_interval=1)
-    return model, NKFAC(model, lr=0.01, **{**settings, **options})
+    return model, NKFAC(model, lr=0.01, **{**settings, **options}, settings='published')
 
 
 def train(model: nn.Module, optimizer: NKFAC, steps: range) -> None:
@@ -191,7 +191,9 @@ def test_after_a_failure_the_next_refresh_is_exact(sabotage: Sabotage) -> None:
 def test_a_layer_without_an_operator_takes_the_plain_rule(sabotage: Sabotage) -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
-    optimizer = NKFAC(model, lr=1.0, momentum=0.0, stat_interval=1, refresh_interval=1)
+    optimizer = NKFAC(
+        model, lr=1.0, momentum=0.0, stat_interval=1, refresh_interval=1, settings='published'
+    )
     before = model.weight.detach().clone()
     sabotage.only = lambda statistic: True
     train(model, optimizer, range(1))
@@ -217,7 +219,9 @@ def test_an_indefinite_statistic_is_a_failure(
     """Nothing is patched here: a saved statistic is not positive definite."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2).to(dtype)
-    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, solver=solver)
+    optimizer = NKFAC(
+        model, lr=0.1, stat_interval=1, refresh_interval=1, solver=solver, settings='published'
+    )
     x = torch.randn(6, 4).to(dtype)
     (model(x) ** 2).mean().backward()
     optimizer.step()
@@ -253,7 +257,7 @@ def test_a_singular_factor_is_a_failure_and_no_crash(caplog: pytest.LogCaptureFi
     """Too little damping for float32: a pivot is exactly zero. Float64 may still succeed."""
     torch.manual_seed(0)
     model = nn.Linear(64, 64)
-    optimizer = NKFAC(model, lr=0.1, damping=1e-12, damping_floor=0.0)
+    optimizer = NKFAC(model, lr=0.1, damping=1e-12, damping_floor=0.0, settings='published')
     (model(torch.ones(1, 64)) ** 2).sum().backward()
     optimizer.step()
     refreshes, failures = counters(optimizer, 'weight')

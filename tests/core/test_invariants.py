@@ -26,7 +26,7 @@ from tests.support.states import curvature, same
 def make(**options: Any) -> tuple[Net, NKFAC]:
     model = Net()
     settings = dict(stat_interval=1, refresh_interval=1)
-    return model, NKFAC(model, lr=0.05, **{**settings, **options})
+    return model, NKFAC(model, lr=0.05, **{**settings, **options}, settings='published')
 
 
 # ------------------------------------------------------------------- 1: off a statistics step
@@ -146,7 +146,7 @@ def test_non_finite_captures_never_reach_the_statistics(
 
 def test_a_non_finite_capture_of_one_layer_leaves_the_others() -> None:
     model = nn.ModuleDict({'good': nn.Linear(3, 2), 'bad': nn.Linear(3, 2)})
-    optimizer = NKFAC(model, lr=0.1)
+    optimizer = NKFAC(model, lr=0.1, settings='published')
     x = torch.randn(5, 3)
     (model['good'](x).sum() + (model['bad'](x) * float('inf')).sum()).backward()
     optimizer.step()
@@ -225,7 +225,7 @@ def test_other_types_take_the_plain_rule_and_the_table_says_so(
         OwnConv(2, 3, 3), nn.Flatten(), OwnLinear(27, 4), nn.LayerNorm(4), nn.Linear(4, 2)
     ).double()
     plain = plain_copy(model)
-    optimizer = kind(model, lr=0.1, weight_decay=0.01)
+    optimizer = kind(model, lr=0.1, weight_decay=0.01, settings='published')
     others = list(plain[:4].parameters())
     rule = (
         torch.optim.SGD(others, lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -262,7 +262,7 @@ def test_other_types_take_the_plain_rule_and_the_table_says_so(
 )
 def test_a_parametrised_weight_takes_the_plain_rule(replace: Callable[..., nn.Module]) -> None:
     model = nn.Sequential(replace(nn.Linear(3, 3)), nn.Linear(3, 2))
-    optimizer = NKFAC(model, lr=0.1)
+    optimizer = NKFAC(model, lr=0.1, settings='published')
     assert [layer.name for layer in optimizer.curvature.layers] == ['1.weight']
     (model(torch.randn(4, 3)) ** 2).mean().backward()
     optimizer.step()
@@ -285,7 +285,7 @@ def test_a_copy_of_an_armed_model_works_and_is_not_measured(duplicate: Any) -> N
     backward(model)
     optimizer.step()
     assert set(optimizer.state_dict()['precond']['layers']) == {'conv.weight', 'fc.weight'}
-    theirs = NKFAC(twin, lr=0.05, stat_interval=1, refresh_interval=1)
+    theirs = NKFAC(twin, lr=0.05, stat_interval=1, refresh_interval=1, settings='published')
     twin.zero_grad()
     backward(twin)
     theirs.step()

@@ -63,7 +63,14 @@ def test_each_part_has_its_own(kind: Any, chosen: str, monkeypatch: pytest.Monke
     spy(method, 'restore', 'apply')
     before = level()
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    optimizer = kind(model, lr=0.1, stat_interval=1, refresh_interval=1, matmul_precision=chosen)
+    optimizer = kind(
+        model,
+        lr=0.1,
+        stat_interval=1,
+        refresh_interval=1,
+        matmul_precision=chosen,
+        settings='published',
+    )
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(5, 4)).square().mean().backward()
@@ -79,7 +86,7 @@ def test_the_setting_is_restored_after_an_error() -> None:
         raise RuntimeError
     assert level() == before
     with pytest.raises(ValueError, match='matmul_precision'):
-        NKFAC(nn.Linear(2, 2), lr=0.1, matmul_precision='low')
+        NKFAC(nn.Linear(2, 2), lr=0.1, matmul_precision='low', settings='published')
 
 
 def tf32(x: Tensor) -> Tensor:
@@ -135,6 +142,7 @@ def test_moments_of_rounded_rows_are_positive(
         refresh_interval=1,
         solver='lowrank',
         matmul_precision='medium',
+        settings='published',
     )
     x = torch.rand(16, 700) if isinstance(model, nn.Linear) else torch.rand(9, 80, 9, 9)
     model(x + 3).square().mean().backward()
@@ -164,7 +172,14 @@ def test_an_older_torch_has_one_setting_for_all(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: named[-1])
     monkeypatch.setattr(torch, 'set_float32_matmul_precision', named.append)
     model = nn.Linear(4, 3)
-    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, matmul_precision='medium')
+    optimizer = NKFAC(
+        model,
+        lr=0.1,
+        stat_interval=1,
+        refresh_interval=1,
+        matmul_precision='medium',
+        settings='published',
+    )
     model(torch.randn(5, 4)).square().mean().backward()
     optimizer.step()
     assert 'medium' in named and named[-1] == 'highest'
@@ -180,7 +195,12 @@ def test_attention_is_measured_in_full() -> None:
     with torch.no_grad():
         model['attention'].in_proj_weight[:128] *= 28
     optimizer = AFOpt(
-        model, lr=1e-3, stat_interval=1, refresh_interval=1, matmul_precision='medium'
+        model,
+        lr=1e-3,
+        stat_interval=1,
+        refresh_interval=1,
+        matmul_precision='medium',
+        settings='published',
     )
     for _ in range(2):
         optimizer.zero_grad()

@@ -41,7 +41,7 @@ def run(kind: Any, steps: int, monitor: bool = True, **options: Any) -> Any:
     """The model, the optimizer, and its report after each step."""
     torch.manual_seed(0)
     model = TokenNet().double()
-    optimizer = kind(model, lr=1e-3, **options)
+    optimizer = kind(model, lr=1e-3, **options, settings='published')
     if monitor:
         optimizer.curvature.watch_refreshes(Monitor())
     reports = []
@@ -94,7 +94,7 @@ def test_the_cosine_is_that_of_the_step() -> None:
 def test_ranks_are_counted() -> None:
     torch.manual_seed(0)
     model = nn.Linear(400, 5).double()
-    optimizer = NKFAC(model, lr=0.1, solver='lowrank')
+    optimizer = NKFAC(model, lr=0.1, rank_share=None, max_rows=None)
     optimizer.curvature.watch_refreshes(Monitor())
     (model(torch.randn(30, 400).double()) ** 2).mean().backward()
     optimizer.step()
@@ -176,7 +176,7 @@ def test_scalars_and_heat_maps_reach_all_backends(tmp_path: Path) -> None:
 
     trained(
         tmp_path,
-        dict(type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2),
+        dict(type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2, settings='published'),
         ['LocalVisBackend', 'TensorboardVisBackend'],
     )
     (scalars,) = tmp_path.glob('*/vis_data/scalars.json')

@@ -80,6 +80,7 @@ def test_statistics(case: str, reduction: str) -> None:
             oversize=form,
             reduction=reduction,
             capture_mb=1e-4,
+            settings='published',
         )
         optimizer.zero_grad()
         for loss in losses:
@@ -209,7 +210,7 @@ METHODS: dict[str, tuple[Any, Any, Any, str, dict[str, Any], dict[str, Any]]] = 
 def reference_of(method: str, model: nn.Module, settings: dict[str, Any]) -> Any:
     _, kind, _, _, rule, _ = METHODS[method]
     if kind is not None:
-        return kind(plain_copy(model), **rule, **settings)
+        return kind(plain_copy(model), **rule, **settings, settings='published')
     steps = (
         tests.reference.rules.ReferenceAdamW(rule['betas'], rule['eps'])
         if 'betas' in rule
@@ -249,7 +250,9 @@ def in_blocks(method: str, net: str, patch: pytest.MonkeyPatch) -> None:
         factor,
         CutFisher if module is tests.reference.kfac else lambda s: Cut(real, s, largest),
     )
-    optimizer = kind(model, **rule, **settings, oversize='block', max_dim=largest)
+    optimizer = kind(
+        model, **rule, **settings, oversize='block', max_dim=largest, settings='published'
+    )
     assert any(
         isinstance(statistic.form, Blocks)
         for stack in optimizer.curvature.stacks
@@ -382,7 +385,7 @@ def test_a_wide_layer_takes_memory_by_its_rank() -> None:
 
 
 def test_the_table_tells_of_blocks() -> None:
-    optimizer = NKFAC(chain(30, 25, 3), lr=0.1, max_dim=20, oversize='block')
+    optimizer = NKFAC(chain(30, 25, 3), lr=0.1, max_dim=20, oversize='block', settings='published')
     first, second = (li for li in optimizer.table().splitlines() if li[:1] in '01' and '.0' in li)
     assert '2 x 16x16' in first and '2 x 13x13' in first and 'blocks of 16' in first
     assert 'input' in second and 'gradient' not in second and '2 x 13x13' in second

@@ -16,7 +16,9 @@ from tests.support.hooks import Net, Waits, train
 @pytest.mark.parametrize('kind', [NKFAC, AdaNKFAC])
 def test_a_plain_step_never_waits_for_the_device(kind: type[PreconditionedOptimizer]) -> None:
     model = Net()
-    optimizer = kind(model, lr=0.01, weight_decay=0.1, stat_interval=3, refresh_interval=3)
+    optimizer = kind(
+        model, lr=0.01, weight_decay=0.1, stat_interval=3, refresh_interval=3, settings='published'
+    )
     for step in range(5):
         with Waits() as waits:
             train(model, optimizer, range(step, step + 1))
@@ -41,7 +43,9 @@ def wide() -> nn.Module:
 
 def test_an_oversized_side_is_left_alone() -> None:
     model = wide()
-    optimizer = NKFAC(model, lr=1.0, momentum=0.0, max_dim=45, oversize='one_sided')
+    optimizer = NKFAC(
+        model, lr=1.0, momentum=0.0, max_dim=45, oversize='one_sided', settings='published'
+    )
     before = [p.detach().clone() for p in model.parameters()]
     (model(torch.randn(30, 40).double()) ** 2).mean().backward()
     optimizer.step()
@@ -72,7 +76,9 @@ def test_an_oversized_side_is_left_alone() -> None:
 
 def test_an_oversized_layer_is_skipped() -> None:
     model = wide()
-    optimizer = NKFAC(model, lr=1.0, momentum=0.0, max_dim=45, oversize='skip')
+    optimizer = NKFAC(
+        model, lr=1.0, momentum=0.0, max_dim=45, oversize='skip', settings='published'
+    )
     (model(torch.randn(30, 40).double()) ** 2).mean().backward()
     optimizer.step()
     assert [layer.name for layer in optimizer.curvature.layers] == ['0.weight']
@@ -93,7 +99,7 @@ def test_large_matrices_of_a_stack_are_taken_one_by_one(monkeypatch: pytest.Monk
         monkeypatch.setattr('mmprecond.core.curvature.LARGE_MATRIX', least)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
-        optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
+        optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, settings='published')
         for _ in range(3):
             optimizer.zero_grad()
             model(torch.randn(9, 6).double()).square().mean().backward()

@@ -49,7 +49,9 @@ def test_each_layer_keeps_its_intervals_and_no_step_does_all(
     kind: type[PreconditionedOptimizer],
 ) -> None:
     model = deep()
-    optimizer = kind(model, lr=0.01, stat_interval=4, refresh_interval=8, stagger=True)
+    optimizer = kind(
+        model, lr=0.01, stat_interval=4, refresh_interval=8, stagger=True, settings='published'
+    )
     counts = train(model, optimizer, range(40))
     names = [f'{k}.0.weight' for k in range(5)]
     empty = dict.fromkeys(names, (0, 0))
@@ -79,7 +81,14 @@ def test_one_layer_alone_is_as_without() -> None:
     weights = []
     for stagger in (False, True):
         model = deep(1)
-        optimizer = NKFAC(model, lr=0.1, stat_interval=2, refresh_interval=4, stagger=stagger)
+        optimizer = NKFAC(
+            model,
+            lr=0.1,
+            stat_interval=2,
+            refresh_interval=4,
+            stagger=stagger,
+            settings='published',
+        )
         train(model, optimizer, range(11))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
@@ -90,10 +99,10 @@ def test_one_layer_alone_is_as_without() -> None:
 def test_a_resumed_run_continues_bit_for_bit(kind: type[PreconditionedOptimizer], at: int) -> None:
     settings: dict[str, Any] = dict(lr=0.01, stat_interval=3, refresh_interval=6, stagger=True)
     model = deep()
-    optimizer = kind(model, **settings)
+    optimizer = kind(model, **settings, settings='published')
     train(model, optimizer, range(at))
     twin = copy.deepcopy(model)
-    other = kind(twin, **settings)
+    other = kind(twin, **settings, settings='published')
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, range(at, 20))
     train(twin, other, range(at, 20))
@@ -102,14 +111,17 @@ def test_a_resumed_run_continues_bit_for_bit(kind: type[PreconditionedOptimizer]
 
 def test_settings() -> None:
     with pytest.raises(ValueError, match='stagger=1 is neither True nor False'):
-        NKFAC(deep(), lr=0.1, stagger=1)
+        NKFAC(deep(), lr=0.1, stagger=1, settings='published')
     optimizer = Preconditioned(
         deep(),
         rule=dict(type='SGDM', lr=0.1),
         stagger=True,
         layers=[
-            dict(match=dict(name='0*'), preconditioner=dict(type='InputFeature')),
-            dict(preconditioner=dict(type='NewtonKronecker')),
+            dict(
+                match=dict(name='0*'),
+                preconditioner=dict(type='InputFeature', settings='published'),
+            ),
+            dict(preconditioner=dict(type='NewtonKronecker', settings='published')),
         ],
     )
     offsets = assign_offsets(

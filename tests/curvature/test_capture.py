@@ -86,7 +86,7 @@ def test_a_frozen_weight_is_not_captured(frozen: str) -> None:
 
 def test_a_weight_frozen_later_is_not_captured() -> None:
     model = Net().double()
-    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
+    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, settings='published')
     loss_of(model(image())).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -115,7 +115,7 @@ def test_norm_recovery_is_over_the_trained_parameters() -> None:
     module = nn.Linear(2, 3).double()
     module.bias.requires_grad_(False)
     before = module.weight.detach().clone()
-    optimizer = NKFAC(module, lr=1.0, momentum=0.0)
+    optimizer = NKFAC(module, lr=1.0, momentum=0.0, settings='published')
     loss_of(module(torch.randn(9, 2).double() + 1)).backward()
     optimizer.step()
     assert (module.weight - before).norm().item() == pytest.approx(module.weight.grad.norm().item())
@@ -147,7 +147,7 @@ def test_modules_that_share_a_weight_are_one_layer(make: Callable[[], nn.Module]
     model = Tied(make).double()
     x = torch.randn(2, 4, 5, 4).double()
     against_oracle(model, lambda m: loss_of(m(x)))
-    assert len(NKFAC(model, lr=0.1).curvature.layers) == 1
+    assert len(NKFAC(model, lr=0.1, settings='published').curvature.layers) == 1
 
 
 def test_accumulated_micro_batches_equal_the_joint_batch() -> None:
@@ -168,7 +168,7 @@ def test_accumulated_micro_batches_give_the_same_weights() -> None:
     weights = []
     for parts in (1, 2, 4):
         model = Net().double()
-        optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
+        optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, settings='published')
         for step in range(3):
             optimizer.zero_grad()
             for part in image(4, seed=step).split(4 // parts):

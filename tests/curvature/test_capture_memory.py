@@ -56,7 +56,7 @@ def test_checkpointing_does_not_change_what_is_captured(reentrant: bool) -> None
 @pytest.mark.parametrize('reentrant, kept', [(None, True), (True, False), (False, False)])
 def test_a_checkpointed_input_is_not_kept(reentrant: bool | None, kept: bool) -> None:
     model = Deep(reentrant)
-    optimizer = NKFAC(model, lr=0.1)
+    optimizer = NKFAC(model, lr=0.1, settings='published')
     out = model(torch.randn(7, 5))
     gc.collect()
     assert (not model.inner[0].expired()) == kept
@@ -70,7 +70,7 @@ def test_a_checkpointed_input_is_not_kept(reentrant: bool | None, kept: bool) ->
 
 def test_a_forward_pass_without_backward_frees_its_inputs() -> None:
     model = nn.Linear(3, 2)
-    optimizer = NKFAC(model, lr=0.1)
+    optimizer = NKFAC(model, lr=0.1, settings='published')
     x = torch.randn(4, 3)
     storage, reference = StorageWeakRef(x.untyped_storage()), weakref.ref(x)
     out = model(x)
@@ -84,7 +84,7 @@ def test_a_forward_pass_without_backward_frees_its_inputs() -> None:
 @pytest.mark.parametrize('name, x', [('conv', image(3)), ('linear', torch.randn(4, 6).double())])
 def test_an_input_is_freed_after_backward(name: str, x: Tensor) -> None:
     model = nn.Conv2d(2, 3, 3).double() if name == 'conv' else nn.Linear(6, 3).double()
-    optimizer = NKFAC(model, lr=0.1)
+    optimizer = NKFAC(model, lr=0.1, settings='published')
     x = x.clone()
     storage = StorageWeakRef(x.untyped_storage())
     out = model(x)
@@ -133,7 +133,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest_in_backward(module: nn.Module, x: Tensor, capture_mb: float) -> int:
-    optimizer = NKFAC(module, lr=0.1, capture_mb=capture_mb)
+    optimizer = NKFAC(module, lr=0.1, capture_mb=capture_mb, settings='published')
     out = module(x)
     with LargestTensor() as watch:
         out.sum().backward()

@@ -171,6 +171,7 @@ def test_a_saved_state_keeps_the_positions() -> None:
             stat_interval=2,
             refresh_interval=2,
             input_factor='kernel',
+            settings='published',
         )
 
     model, optimizer = make()
@@ -198,7 +199,7 @@ def test_a_group_says_it() -> None:
     model = nn.Sequential(nn.Linear(98, 8), nn.Linear(8, 2))
     first, second = ([*layer.parameters()] for layer in model)
     groups = [dict(params=first, input_positions=49), dict(params=second)]
-    optimizer = NKFAC(groups, model=model, lr=0.1, input_factor='separable')
+    optimizer = NKFAC(groups, model=model, lr=0.1, input_factor='separable', settings='published')
     table = optimizer.table()
     assert 'input side as 2 channels x 49 positions' in table and '2x2 + 49x49 + 1x1' in table
     forms = [stack.kept[0].form for stack in optimizer.curvature.layers.values()]
@@ -216,7 +217,9 @@ def test_a_wide_layer_is_measured_by_its_parts(form: str, kept: str) -> None:
         dict(params=[model[0].weight], input_positions=49),
         dict(params=[*model[1].parameters()]),
     ]
-    optimizer = FSGD(groups, model=model, lr=0.1, input_factor=form, max_dim=100)
+    optimizer = FSGD(
+        groups, model=model, lr=0.1, input_factor=form, max_dim=100, settings='published'
+    )
     found = {layer.name: s.kept[0].form.suffix for layer, s in optimizer.curvature.layers.items()}
     assert found.get('0.weight', 'none') == kept
     assert ('588 is over max_dim=100' in optimizer.table()) == (form == 'patch')
@@ -234,14 +237,16 @@ def test_a_wide_layer_is_measured_by_its_parts(form: str, kept: str) -> None:
 )
 def test_what_does_not_fit_is_refused(model: nn.Module, given: Any, fragments: list[str]) -> None:
     groups = [dict(params=[*model.parameters()], input_positions=given)]
-    refused(ValueError, lambda: NKFAC(groups, model=model, lr=0.1), *fragments)
+    refused(
+        ValueError, lambda: NKFAC(groups, model=model, lr=0.1, settings='published'), *fragments
+    )
 
 
 def test_a_layer_of_the_plain_rule_may_have_any() -> None:
     model = nn.Sequential(nn.Linear(10, 2), nn.Linear(2, 2))
     first, second = ([*layer.parameters()] for layer in model)
     groups = [dict(params=first, input_positions=4, precondition=False), dict(params=second)]
-    assert len(NKFAC(groups, model=model, lr=0.1).curvature.layers) == 1
+    assert len(NKFAC(groups, model=model, lr=0.1, settings='published').curvature.layers) == 1
 
 
 class BBoxHead(nn.Module):
@@ -374,9 +379,11 @@ def test_heads_of_mmdetection(heads: Any, kind: str, expected: dict[str, int]) -
 def test_the_box_head_is_preconditioned_with_its_positions(heads: Any) -> None:
     """12,544 inputs are over max_dim; 256 channels and 49 positions are not."""
     head = heads.Shared2FCBBoxHead(in_channels=256, fc_out_channels=8, num_classes=3)
-    plain = NKFAC(head, lr=0.1)
+    plain = NKFAC(head, lr=0.1, settings='published')
     assert '12545 is over max_dim=8192' in plain.table()
-    optimizer = AdamR(head, lr=0.1, stat_interval=1, refresh_interval=1, input_factor='auto')
+    optimizer = AdamR(
+        head, lr=0.1, stat_interval=1, refresh_interval=1, input_factor='auto', settings='published'
+    )
     assert 'as 256 channels x 49 positions' in optimizer.table()
     before = head.shared_fcs[0].weight.detach().clone()
     for step in range(2):

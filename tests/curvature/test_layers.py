@@ -36,7 +36,7 @@ def wanted(
 
 
 def raw_optimizer(model: nn.Module, **options: Any) -> PreconditionedOptimizer:
-    method = RawKronecker(stat_interval=1, refresh_interval=1)
+    method = RawKronecker(**RawKronecker.published | dict(stat_interval=1, refresh_interval=1))
     return PreconditionedOptimizer(
         model,
         model=model,
@@ -146,7 +146,9 @@ def test_nkfac_normalises_and_averages_captures() -> None:
     """Each block by its own Frobenius norm; weight 1 - stat_decay for the new one, from zero."""
     torch.manual_seed(0)
     module = nn.Conv2d(4, 4, 3, groups=2).double()
-    optimizer = NKFAC(module, lr=0.0, stat_decay=0.7, stat_interval=1, refresh_interval=1)
+    optimizer = NKFAC(
+        module, lr=0.0, stat_decay=0.7, stat_interval=1, refresh_interval=1, settings='published'
+    )
     expected = [0.0, 0.0]
     for _ in range(3):
         optimizer.zero_grad()
@@ -166,7 +168,7 @@ def test_nkfac_normalises_and_averages_captures() -> None:
 def test_an_empty_call_alone_leaves_no_statistic(make: Any, shape: tuple[int, ...]) -> None:
     module = make()
     before = [p.detach().clone() for p in module.parameters()]
-    optimizer = NKFAC(module, lr=0.1)
+    optimizer = NKFAC(module, lr=0.1, settings='published')
     module(torch.randn(shape)).sum().backward()
     optimizer.step()
     assert optimizer.state_dict()['precond']['layers'] == {}
@@ -177,7 +179,7 @@ def test_an_empty_call_alone_leaves_no_statistic(make: Any, shape: tuple[int, ..
 def test_an_empty_call_does_not_age_the_statistic(make: Any, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     module = make()
-    optimizer = NKFAC(module, lr=0.1, stat_interval=1, refresh_interval=1)
+    optimizer = NKFAC(module, lr=0.1, stat_interval=1, refresh_interval=1, settings='published')
     loss_of(module(torch.randn(2, *shape[1:]))).backward()
     optimizer.step()
     before = [s.clone() for s in running(optimizer)]
@@ -193,7 +195,7 @@ def test_products_are_formed_in_the_weights_dtype_but_at_least_float32(dtype: to
     torch.manual_seed(0)
     module = nn.Linear(6, 4).to(dtype)
     x = torch.randn(8, 6).to(dtype)
-    optimizer = NKFAC(module, lr=0.1)
+    optimizer = NKFAC(module, lr=0.1, settings='published')
     out = module(x)
     (1e-4 * out).sum().backward()
     right, left, rows = staged(optimizer)
@@ -209,7 +211,7 @@ def test_products_are_formed_in_the_weights_dtype_but_at_least_float32(dtype: to
 def test_autocast_captures_in_the_weights_dtype() -> None:
     torch.manual_seed(0)
     module, x = nn.Linear(6, 4), torch.randn(8, 6)
-    optimizer = NKFAC(module, lr=0.1)
+    optimizer = NKFAC(module, lr=0.1, settings='published')
     with torch.autocast('cpu', dtype=torch.bfloat16):
         out = module(x)
     assert out.dtype == torch.bfloat16
@@ -229,7 +231,7 @@ def test_autocast_captures_in_the_weights_dtype() -> None:
 def test_an_input_given_by_keyword(module: nn.Module, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     module, x = module.double(), torch.randn(shape).double()
-    optimizer = NKFAC(module, lr=0.1)
+    optimizer = NKFAC(module, lr=0.1, settings='published')
     loss_of(module(input=x)).backward()
     compare(staged(optimizer), wanted(module, x))
 
@@ -251,7 +253,7 @@ def test_an_output_changed_in_place_afterwards(change: Any) -> None:
     """g is the gradient of what the layer itself returned."""
     torch.manual_seed(0)
     module, x = nn.Conv2d(2, 3, 3).double(), torch.randn(2, 2, 5, 5).double()
-    optimizer = NKFAC(module, lr=0.1)
+    optimizer = NKFAC(module, lr=0.1, settings='published')
     loss_of(change(module(x))).backward()
     plain, probe = plain_copy(module), torch.zeros(2, 3, 3, 3).double().requires_grad_()
     loss_of(change(plain(x) + probe)).backward()
@@ -263,7 +265,7 @@ def test_a_hook_of_the_user_that_replaces_the_output_does_not_change_g() -> None
     torch.manual_seed(0)
     module, x = nn.Linear(4, 3).double(), torch.randn(5, 4).double()
     module.register_forward_hook(lambda module, args, out: 2 * out)
-    optimizer = NKFAC(module, lr=0.1)
+    optimizer = NKFAC(module, lr=0.1, settings='published')
     loss_of(module(x)).backward()
     plain, probe = plain_copy(module), torch.zeros(5, 3).double().requires_grad_()
     loss_of(2 * (plain(x) + probe)).backward()
@@ -277,7 +279,7 @@ def test_losses_of_one_forward_pass_add_their_gradients_moments_to_rows_counted_
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     module, x = nn.Linear(4, 3).double(), torch.randn(5, 4).double()
-    optimizer = NKFAC(module, lr=0.1)
+    optimizer = NKFAC(module, lr=0.1, settings='published')
     out = module(x)
     loss_of(out).backward(retain_graph=True)
     for _ in range(2):

@@ -49,7 +49,7 @@ def conv_form(layer: Conv2dLayer) -> Positions:
 def test_which_layers_take_it(form: str) -> None:
     """'auto' takes none; layers without patches keep the moment."""
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 8, 1), nn.Flatten(), nn.Linear(8, 2))
-    optimizer = NKFAC(model, lr=0.1, input_factor=form)
+    optimizer = NKFAC(model, lr=0.1, input_factor=form, settings='published')
     forms = [stack.kept[0].form.suffix for stack in optimizer.curvature.layers.values()]
     assert forms == ['kernel' if form == 'kernel' else 'moment', 'moment', 'moment']
     note = 'input side by its 9 positions, 3 channels left alone'
@@ -133,7 +133,7 @@ def test_nkfac_uses_the_dense_product(bias: bool, groups: int) -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1, stride=2, bias=bias, groups=groups).double()
     start = plain_copy(conv)
     settings = dict(stat_interval=1, refresh_interval=1, solver='cholesky', damping=0.03)
-    optimizer = NKFAC(conv, lr=0.1, input_factor='kernel', **settings)
+    optimizer = NKFAC(conv, lr=0.1, input_factor='kernel', **settings, settings='published')
     x = torch.randn(5, 4, 7, 6).double()
     hooked: list[Tensor] = []
     out = start(x)
@@ -182,7 +182,14 @@ def test_a_failed_decomposition_is_tried_in_float64(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, 'position_power', fails)
     torch.manual_seed(0)
     model = nn.Conv2d(3, 4, 3)
-    optimizer = FSGD(model, lr=0.1, stat_interval=1, refresh_interval=1, input_factor='kernel')
+    optimizer = FSGD(
+        model,
+        lr=0.1,
+        stat_interval=1,
+        refresh_interval=1,
+        input_factor='kernel',
+        settings='published',
+    )
     model(torch.randn(2, 3, 5, 5)).square().mean().backward()
     optimizer.step()
     (stack,) = optimizer.curvature.stacks
@@ -193,7 +200,14 @@ def test_a_failed_decomposition_is_tried_in_float64(monkeypatch: pytest.MonkeyPa
 def test_it_keeps_next_to_nothing() -> None:
     """96 channels, 3 x 3: the forecast, and what is held."""
     model = nn.Conv2d(96, 8, 3)
-    optimizer = FSGD(model, lr=0.1, stat_interval=1, refresh_interval=1, input_factor='kernel')
+    optimizer = FSGD(
+        model,
+        lr=0.1,
+        stat_interval=1,
+        refresh_interval=1,
+        input_factor='kernel',
+        settings='published',
+    )
     model(torch.randn(1, 96, 4, 4)).square().mean().backward()
     optimizer.step()
     (stack,) = optimizer.curvature.stacks
@@ -205,7 +219,14 @@ def test_it_keeps_next_to_nothing() -> None:
 
 def test_the_basis_diagonalises_the_positions() -> None:
     model = net()
-    optimizer = AdamR(model, lr=0.01, stat_interval=1, refresh_interval=1, input_factor='kernel')
+    optimizer = AdamR(
+        model,
+        lr=0.01,
+        stat_interval=1,
+        refresh_interval=1,
+        input_factor='kernel',
+        settings='published',
+    )
     train('AdamR', model, optimizer, range(4))
     found = 0
     for stack in optimizer.curvature.stacks:

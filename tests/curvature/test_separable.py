@@ -43,7 +43,7 @@ def test_layers_without_patches_have_no_such_form() -> None:
     pointwise, linear = nn.Conv2d(4, 3, 1), nn.Linear(4, 3)
     assert Separable.of(layer_of(pointwise)) is None
     assert Separable.of(layer_of(nn.ConvTranspose2d(4, 3, 3), kind=ConvTranspose2dLayer)) is None
-    optimizer = NKFAC(nn.Sequential(linear), lr=0.1, input_factor='separable')
+    optimizer = NKFAC(nn.Sequential(linear), lr=0.1, input_factor='separable', settings='published')
     (stack,) = optimizer.curvature.stacks
     assert [s.key for s in stack.kept] == ['input_moment', 'gradient_moment']
     wrong = Statistic(INPUT, Separable(2, 9, True))
@@ -102,6 +102,7 @@ def test_nkfac_uses_the_dense_product_of_the_traces(bias: bool, groups: int) -> 
         input_factor='separable',
         solver='cholesky',
         damping=0.03,
+        settings='published',
     )
     x = torch.randn(5, 4, 7, 6).double()
     out = start(x)
@@ -181,7 +182,14 @@ def test_micro_batches_are_the_joint_batch(form: str) -> None:
     found = []
     for sizes in ((6,), (4, 2)):
         model = net()
-        optimizer = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2, input_factor=form)
+        optimizer = NKFAC(
+            model,
+            lr=0.01,
+            stat_interval=1,
+            refresh_interval=2,
+            input_factor=form,
+            settings='published',
+        )
         train('NKFAC', model, optimizer, range(4), sizes)
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
@@ -192,9 +200,11 @@ def test_the_state_of_another_form_is_measured_anew(
     form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = net()
-    optimizer = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2)
+    optimizer = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2, settings='published')
     train('NKFAC', model, optimizer, range(3))
-    other = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2, input_factor=form)
+    other = NKFAC(
+        model, lr=0.01, stat_interval=1, refresh_interval=2, input_factor=form, settings='published'
+    )
     other.load_state_dict(saved(optimizer.state_dict()))
     assert len(warnings_of(caplog)) == 1
     train('NKFAC', model, other, range(3, 5))
@@ -203,13 +213,17 @@ def test_the_state_of_another_form_is_measured_anew(
 
 def test_auto_takes_it_for_long_patches() -> None:
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 32, 3), nn.Conv2d(32, 16, 1))
-    optimizer = NKFAC(model, lr=0.1, input_factor='auto')
+    optimizer = NKFAC(model, lr=0.1, input_factor='auto', settings='published')
     keys = {
         layer.name: stack.kept[0].form.suffix for layer, stack in optimizer.curvature.layers.items()
     }
     assert keys == {'0.weight': 'moment', '1.weight': 'separable', '2.weight': 'moment'}
     assert 'as 64 channels x 9 positions' in optimizer.table()
-    refused(ValueError, lambda: NKFAC(model, lr=0.1, input_factor='channel'), 'input_factor')
+    refused(
+        ValueError,
+        lambda: NKFAC(model, lr=0.1, input_factor='channel', settings='published'),
+        'input_factor',
+    )
 
 
 def test_it_keeps_a_hundredth_of_the_memory() -> None:
@@ -217,7 +231,14 @@ def test_it_keeps_a_hundredth_of_the_memory() -> None:
     held = []
     for form in ('patch', 'separable'):
         model = nn.Conv2d(96, 8, 3, bias=False)
-        optimizer = FSGD(model, lr=0.1, stat_interval=1, refresh_interval=1, input_factor=form)
+        optimizer = FSGD(
+            model,
+            lr=0.1,
+            stat_interval=1,
+            refresh_interval=1,
+            input_factor=form,
+            settings='published',
+        )
         model(torch.randn(1, 96, 4, 4)).square().mean().backward()
         optimizer.step()
         (stack,) = optimizer.curvature.stacks
@@ -254,6 +275,7 @@ def test_adamr_is_adam_between_rotations_by_the_product_of_bases(
         refresh_interval=2,
         input_factor=form,
         rotate_moments=rotate_moments,
+        settings='published',
     )
     conv: Any = model[0]
     matrix = lambda tensors: torch.cat(
@@ -290,7 +312,14 @@ def test_adamr_is_adam_between_rotations_by_the_product_of_bases(
 
 def test_the_basis_diagonalises_both_factors() -> None:
     model = net()
-    optimizer = AdamR(model, lr=0.01, stat_interval=1, refresh_interval=1, input_factor='separable')
+    optimizer = AdamR(
+        model,
+        lr=0.01,
+        stat_interval=1,
+        refresh_interval=1,
+        input_factor='separable',
+        settings='published',
+    )
     train('AdamR', model, optimizer, range(4))
     for stack in optimizer.curvature.stacks:
         operator = stack.operators['input']

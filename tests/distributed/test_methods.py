@@ -71,8 +71,12 @@ class Branches(Mixed):
 #: Equal to one process with the joint batch. The columns of both ranks fit: 2 calls x 4 samples
 #: a rank, of sides of 10 and more.
 JOINT: dict[str, tuple[Callable[..., PreconditionedOptimizer], dict[str, Any], int]] = {
-    'AdamR': (AdamR, ADAM, BATCH),
-    'AdamR qr Adan': (AdamR, dict(ADAM, rule='Adan', basis_solver='qr'), BATCH),
+    'AdamR': (AdamR, dict(ADAM, early_refreshes=False), BATCH),
+    'AdamR qr Adan': (
+        AdamR,
+        dict(ADAM, early_refreshes=False, rule='Adan', basis_solver='qr'),
+        BATCH,
+    ),
     'KFAC expand': (KFAC, RULE, 8),
     'KFAC reduce': (KFAC, dict(RULE, reduction='reduce'), 8),
     'KFAC star': (KFAC, dict(RULE, **STAR), 8),

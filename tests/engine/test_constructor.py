@@ -66,7 +66,7 @@ def test_custom_keys_reach_the_optimizer() -> None:
 
 def test_positions_of_a_flattened_map_reach_a_layer() -> None:
     keys = {'fc.weight': dict(input_positions=2)}
-    optimizer = dict(type='NKFAC', lr=0.1, input_factor='kernel')
+    optimizer = dict(type='NKFAC', lr=0.1, input_factor='kernel', settings='published')
     built = build(Classifier(), optimizer=optimizer, paramwise_cfg=dict(custom_keys=keys)).optimizer
     assert [layer.kernel_positions for layer in built.curvature.layers] == [9, 2]
     keys['conv'] = dict(input_positions=9)
@@ -211,12 +211,17 @@ def test_base_constructor_makes_the_groups() -> None:
 
 def test_left_over_key_says_what_to_write() -> None:
     with pytest.raises(TypeError, match='_delete_=True'):
-        build(Classifier(), optimizer=dict(type='AdaNKFAC', lr=0.1, momentum=0.9))
+        build(
+            Classifier(),
+            optimizer=dict(type='AdaNKFAC', lr=0.1, momentum=0.9, settings='published'),
+        )
 
 
 def test_optimizer_without_our_constructor_says_what_to_write() -> None:
     with pytest.raises(ValueError, match="constructor='PrecondOptimWrapperConstructor'"):
-        build_optim_wrapper(Classifier(), dict(optimizer=dict(type='NKFAC', lr=0.1)))
+        build_optim_wrapper(
+            Classifier(), dict(optimizer=dict(type='NKFAC', lr=0.1, settings='published'))
+        )
 
 
 def test_registered_in_the_root_once() -> None:
@@ -343,7 +348,9 @@ def test_a_base_constructor_reads_its_config_as_it_is() -> None:
 
 
 def test_one_constructor_serves_two_models() -> None:
-    constructor = PrecondOptimWrapperConstructor(dict(optimizer=dict(type='NKFAC', lr=0.1)))
+    constructor = PrecondOptimWrapperConstructor(
+        dict(optimizer=dict(type='NKFAC', lr=0.1, settings='published'))
+    )
     wrappers = [constructor(Classifier()) for _ in range(2)]
     assert type(wrappers[0]) is type(wrappers[1])
     owners = [next(iter(w.optimizer.curvature.layers)).weight for w in wrappers]

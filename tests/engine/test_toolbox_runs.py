@@ -66,7 +66,7 @@ def test_by_arguments_alone(toolbox: str, tmp_path: Path) -> None:
     config = ROOT / 'configs/quickstart' / CONFIGS[toolbox]
     assert 'mmprecond' not in config.read_text()
     state = train(toolbox, tmp_path, config, ARGUMENTS)
-    assert state['precond']['layers']['backbone.conv1.weight']['refreshes'] == 1
+    assert state['precond']['layers']['backbone.conv1.weight']['refreshes'] == 2
     assert state['param_groups'][0]['betas'] == (0.9, 0.999)
     assert state['param_groups'][0]['weight_decay'] == 0.2
 
@@ -79,5 +79,5 @@ def test_by_four_lines_of_a_config(toolbox: str, tmp_path: Path) -> None:
     config.write_text(f"_base_ = '{base}'\n{FOUR_LINES}")
     state = train(toolbox, tmp_path, config, [])
     layer = state['precond']['layers']['backbone.conv1.weight']
-    assert layer['method'] == 'NewtonKronecker' and layer['refreshes'] == 1
+    assert layer['method'] == 'NewtonKronecker' and layer['refreshes'] == 2
     assert state['param_groups'][0]['lr'] == 0.01 or toolbox == 'mmdet'  # it warms up

@@ -90,7 +90,7 @@ def test_trajectories(make: Any, name: str, intervals: tuple[int, int]) -> None:
     common = dict(
         lr=0.03, weight_decay=0.02, stat_interval=intervals[0], refresh_interval=intervals[1]
     )
-    optimizer = kind(model, **common, **given_settings)
+    optimizer = kind(model, **common, **given_settings, early_refreshes=False)
     known = {k: v for k, v in given_settings.items() if k not in ('betas', 'rank')}
     reference = oracle.ReferenceActivation(plain, method, **common, **{**known, **more})
     losses = classification(make)
@@ -128,7 +128,7 @@ def test_smac_needs_the_rows_scale() -> None:
     for scale in ('rows', 'none'):
         torch.manual_seed(0)
         model = TokenNet().double()
-        optimizer = SMAC(model, lr=0.01, gradient_scale=scale)
+        optimizer = SMAC(model, lr=0.01, gradient_scale=scale, settings='published')
         train(model, optimizer, token_batches(1, size=64))
         z = torch.cat(
             [stack.operator_tensors['gradient'].flatten() for stack in optimizer.curvature.stacks]
@@ -294,9 +294,15 @@ def test_methods_are_mixed_layer_by_layer() -> None:
     torch.manual_seed(0)
     model = ConvNet().double()
     layers = [
-        dict(match=dict(name='conv1'), preconditioner=dict(type='NystromFeature', rank=4)),
-        dict(match=dict(name='conv2'), preconditioner=dict(type='ActivationMean')),
-        dict(preconditioner=dict(type='NewtonKronecker')),
+        dict(
+            match=dict(name='conv1'),
+            preconditioner=dict(type='NystromFeature', rank=4, settings='published'),
+        ),
+        dict(
+            match=dict(name='conv2'),
+            preconditioner=dict(type='ActivationMean', settings='published'),
+        ),
+        dict(preconditioner=dict(type='NewtonKronecker', settings='published')),
     ]
     optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=0.05), layers=layers)
     loss = model(torch.randn(4, 3, 8, 8).double()).square().mean()

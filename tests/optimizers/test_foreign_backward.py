@@ -137,7 +137,7 @@ def test_nor_with_accumulation_checkpointing_and_draws(
         model = net(checkpointed=checkpointed)
         kind: Any = type(make(name, net()))
         given = dict(lr=1e-2, stat_interval=2, refresh_interval=4, **settings)
-        optimizer = kind(model, **given)
+        optimizer = kind(model, **given, settings='published')
         run(name, model, optimizer, one, when, sizes=(4, 2))
         found.append(state_of(model, optimizer))
     for other in found[1:]:
@@ -177,7 +177,7 @@ def test_a_gradient_penalty_is_measured_as_the_gradient_of_the_whole_loss() -> N
         (slope,) = torch.autograd.grad(value, x, create_graph=True)
         return value + 0.5 * slope.square().sum()
 
-    optimizer = NKFAC(model, lr=0.1)
+    optimizer = NKFAC(model, lr=0.1, settings='published')
     first = model[0](x)
     loss(first, model[2](model[1](first))).backward()
     staged = {k.name: v for k, v in optimizer.curvature.capture.staged.items()}

@@ -246,7 +246,7 @@ def test_clipping_after_preconditioning(name: str) -> None:
 
 def test_a_momentum_schedule_acts() -> None:
     model = Classifier()
-    wrapper = build(model, optimizer=dict(type='NKFAC', lr=0.1))
+    wrapper = build(model, optimizer=dict(type='NKFAC', lr=0.1, settings='published'))
     schedule = LinearMomentum(
         wrapper, start_factor=1.0, end_factor=0.5, begin=0, end=6, by_epoch=False
     )
@@ -293,7 +293,7 @@ def test_a_momentum_schedule_acts_on_the_first_beta(name: str, rule: str) -> Non
 
 
 def test_the_rate_is_scaled_to_the_batch() -> None:
-    wrapper = build(Classifier(), optimizer=dict(type='KFAC', lr=0.1))
+    wrapper = build(Classifier(), optimizer=dict(type='KFAC', lr=0.1, settings='published'))
     runner = SimpleNamespace(
         _train_dataloader=dict(batch_size=8),
         world_size=1,
@@ -316,7 +316,10 @@ def test_several_wrappers_in_one() -> None:
     torch.manual_seed(0)
     model = Classifier()
     ours = build(
-        model.conv, optimizer=dict(type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2)
+        model.conv,
+        optimizer=dict(
+            type='NKFAC', lr=0.05, stat_interval=1, refresh_interval=2, settings='published'
+        ),
     )
     plain = build_optim_wrapper(model.fc, dict(optimizer=dict(type='SGD', lr=0.05)))
     both = OptimWrapperDict(conv=ours, fc=plain)
@@ -339,14 +342,14 @@ def test_many_classes_and_wide_layers_are_forecast(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr('mmprecond.core.memory.available', lambda device: 1.0)
     refused(
         ValueError,
-        lambda: NKFAC(model, lr=0.1),
+        lambda: NKFAC(model, lr=0.1, settings='published'),
         '3 MB',
         '1 MB are free',
         '1.weight',
         "oversize='lowrank'",
         'max_dim',
     )
-    NKFAC(model, lr=0.1, max_dim=100, oversize='lowrank', max_rank=8)
+    NKFAC(model, lr=0.1, max_dim=100, oversize='lowrank', max_rank=8, settings='published')
 
 
 @pytest.mark.parametrize('name', ['NKFAC', 'AdamR', 'FSGD', 'KFAC'])

@@ -27,7 +27,7 @@ def grouped(
     groups = [dict(params=[p], **overrides.get(name, {})) for name, p in model.named_parameters()]
     kind = AdaNKFAC if 'betas' in rule else NKFAC
     reference = ReferenceNKFAC(plain_copy(model), **rule, **INTERVALS, overrides=overrides)
-    return kind(groups, model=model, **rule, **INTERVALS), reference
+    return kind(groups, model=model, **rule, **INTERVALS, settings='published'), reference
 
 
 OVERRIDES: dict[str, dict[str, dict[str, Any]]] = {
@@ -100,7 +100,7 @@ def test_an_excluded_layer_is_in_the_table_and_costs_nothing() -> None:
 def test_all_ways_to_give_parameters_are_the_same(give: Any) -> None:
     model = Tokens().double()
     reference = ReferenceNKFAC(plain_copy(model), **SGD)
-    optimizer = NKFAC(**give(model), **SGD, **INTERVALS)
+    optimizer = NKFAC(**give(model), **SGD, **INTERVALS, settings='published')
     follow(model, optimizer, reference, lambda t: [make_loss(batch(t, features=6))], 3)
 
 
@@ -109,7 +109,7 @@ def test_parameters_outside_the_optimizer_stay() -> None:
     model = Tokens().double()
     given = [model.first.weight, model.second.bias, *model.third.parameters()]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = NKFAC(given, model=model, **SGD)
+    optimizer = NKFAC(given, model=model, **SGD, settings='published')
     assert [layer.name for layer in optimizer.curvature.layers] == ['first.weight', 'third.weight']
     make_loss(batch(0, features=6))(model).backward()
     optimizer.step()
@@ -123,7 +123,7 @@ def test_parameters_outside_the_optimizer_stay() -> None:
 def test_lr_zero_leaves_weights_and_merges_statistics(rule: dict[str, Any]) -> None:
     model = Tokens().double()
     kind = AdaNKFAC if 'betas' in rule else NKFAC
-    optimizer = kind(model, **{**rule, 'lr': 0.0}, **INTERVALS)
+    optimizer = kind(model, **{**rule, 'lr': 0.0}, **INTERVALS, settings='published')
     before = [p.detach().clone() for p in model.parameters()]
     seen: list[Tensor] = []
     for step in range(3):
@@ -140,7 +140,7 @@ def test_lr_zero_leaves_weights_and_merges_statistics(rule: dict[str, Any]) -> N
 def test_a_schedule_may_change_lr_and_decay() -> None:
     model = Tokens().double()
     reference = ReferenceNKFAC(plain_copy(model), **SGD)
-    optimizer = NKFAC(model, **SGD, **INTERVALS)
+    optimizer = NKFAC(model, **SGD, **INTERVALS, settings='published')
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     for step in range(4):
         follow(
@@ -156,7 +156,9 @@ def test_a_schedule_may_change_lr_and_decay() -> None:
 
 def test_a_group_added_later_takes_the_plain_rule() -> None:
     model = Tokens().double()
-    optimizer = NKFAC([*model.first.parameters()], model=model, lr=1.0, momentum=0.0)
+    optimizer = NKFAC(
+        [*model.first.parameters()], model=model, lr=1.0, momentum=0.0, settings='published'
+    )
     optimizer.add_param_group(dict(params=list(model.last.parameters()), lr=0.5))
     before = model.last.weight.detach().clone()
     make_loss(batch(0, features=6))(model).backward()
@@ -184,7 +186,7 @@ def test_a_wrapped_model_is_unwrapped(give: Any, gloo: None) -> None:
     model = Tokens().double()
     reference = ReferenceNKFAC(plain_copy(model), **SGD)
     wrapped = DistributedDataParallel(model)
-    optimizer = NKFAC(**give(wrapped), **SGD, **INTERVALS)
+    optimizer = NKFAC(**give(wrapped), **SGD, **INTERVALS, settings='published')
     assert all(not layer.name.startswith('module.') for layer in optimizer.curvature.layers)
     assert not optimizer.curvature.left_out
     for step in range(3):
@@ -205,7 +207,7 @@ def test_modules_with_one_weight_and_two_biases_are_left_out() -> None:
     for k in (1, 2):
         model[k].weight = model[0].weight
     model[2].bias = model[0].bias
-    optimizer = NKFAC(model, lr=0.1)
+    optimizer = NKFAC(model, lr=0.1, settings='published')
     assert [layer.name for layer in optimizer.curvature.layers] == ['3.weight']
     assert [left.name for left in optimizer.curvature.left_out] == ['0', '1', '2']
     assert all('shared' in left.reason for left in optimizer.curvature.left_out)
@@ -217,7 +219,7 @@ def test_a_weight_shared_with_an_unsupported_module_is_left_out() -> None:
         {'embed': nn.Embedding(7, 5), 'body': nn.Linear(5, 5), 'head': nn.Linear(5, 7, bias=False)}
     )
     model['head'].weight = model['embed'].weight
-    optimizer = NKFAC(model, lr=0.1)
+    optimizer = NKFAC(model, lr=0.1, settings='published')
     assert [layer.name for layer in optimizer.curvature.layers] == ['body.weight']
     assert {left.name for left in optimizer.curvature.left_out} == {'embed', 'head'}
 
@@ -225,7 +227,7 @@ def test_a_weight_shared_with_an_unsupported_module_is_left_out() -> None:
 def test_a_weight_shared_by_convolutions_of_other_groups_is_left_out() -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
     model[1].weight, model[1].bias = model[0].weight, model[0].bias
-    optimizer = NKFAC(model, lr=0.1)
+    optimizer = NKFAC(model, lr=0.1, settings='published')
     (model(torch.randn(2, 2, 7, 7)) ** 2).mean().backward()
     optimizer.step()
     assert [layer.name for layer in optimizer.curvature.layers] == ['2.weight']
@@ -236,7 +238,7 @@ def test_a_bias_shared_by_two_weights_gets_one_direction() -> None:
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(5, 4)]).double()
     model[1].bias = model[0].bias
-    optimizer = NKFAC(model, lr=1.0, momentum=0.0)
+    optimizer = NKFAC(model, lr=1.0, momentum=0.0, settings='published')
     before = model[0].bias.detach().clone()
     x, y = torch.randn(9, 3).double(), torch.randn(9, 5).double()
     ((model[0](x) + model[1](y)) ** 2).mean().backward()

@@ -152,7 +152,7 @@ class Tied(nn.Module):
 
 def test_a_decoder_on_an_embeddings_weight_takes_the_plain_rule() -> None:
     model = Tied()
-    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
+    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, settings='published')
     reasons = {left.name: left.reason for left in optimizer.left_out}
     assert 'decoder' in reasons or 'embedding' in reasons
     x = torch.randint(0, 7, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -191,7 +191,9 @@ def test_the_first_layer_may_be_missing_from_the_optimizer() -> None:
     """Some layers are trained by another optimizer: they are measured by none of ours."""
     model = net()
     mine = [p for name, p in model.named_parameters() if not name.startswith('stem')]
-    optimizer = KFAC(mine, lr=0.01, model=model, stat_interval=1, refresh_interval=1)
+    optimizer = KFAC(
+        mine, lr=0.01, model=model, stat_interval=1, refresh_interval=1, settings='published'
+    )
     other = torch.optim.SGD(model.stem.parameters(), lr=0.01)
     for step in range(3):
         x, y = images(step)

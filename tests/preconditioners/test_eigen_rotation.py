@@ -19,7 +19,18 @@ from mmprecond.optimizers import AdamR
 from mmprecond.preconditioners import EigenRotation
 from tests.reference.factors import Loss, plain_copy
 from tests.support.networks import ConvNet, TokenNet, squared_error
-from tests.support.rotation import ADAMW, EVERY, RULES, SECOND, both, entry, equals, run, tokens
+from tests.support.rotation import (
+    ADAMW,
+    EVERY,
+    LATE,
+    RULES,
+    SECOND,
+    both,
+    entry,
+    equals,
+    run,
+    tokens,
+)
 from tests.support.trajectories import Convs, Tokens, follow, make_loss
 from tests.support.trajectories import batch as rows
 
@@ -112,7 +123,7 @@ def test_accumulation(rule: str) -> None:
     """Micro-batches of unequal size, against the reference and against the joint batch."""
     model, optimizer, reference = both(Tokens, RULES[rule], **SECOND)
     joint = copy.deepcopy(model)
-    whole = AdamR(joint, **RULES[rule], **SECOND)
+    whole = AdamR(joint, **RULES[rule], **SECOND, **LATE)
     for step in range(9):
         x = rows(step, 15, 6)
         parts = [make_loss(x[:3], 15 / 3), make_loss(x[3:], 15 / 12)]
@@ -127,7 +138,7 @@ def test_accumulation(rule: str) -> None:
 def test_float32_follows_float64() -> None:
     model, _, reference = both(TokenNet, ADAMW | dict(eps=1e-3), **SECOND)
     model = model.float()
-    optimizer = AdamR(model, **ADAMW | dict(eps=1e-3), **SECOND)
+    optimizer = AdamR(model, **ADAMW | dict(eps=1e-3), **SECOND, **LATE)
     for step in range(9):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(32, 4, 16, generator=generator, dtype=torch.float64)

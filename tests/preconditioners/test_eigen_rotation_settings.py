@@ -14,7 +14,7 @@ from mmprecond.preconditioners import EigenRotation
 from mmprecond.rules import AdamW, Adan
 from tests.reference.factors import plain_copy
 from tests.support.errors import refused
-from tests.support.rotation import ADAMW, SECOND, both, entry, equals, run, stepped, tokens
+from tests.support.rotation import ADAMW, LATE, SECOND, both, entry, equals, run, stepped, tokens
 from tests.support.states import saved
 from tests.support.trajectories import Tokens
 
@@ -47,7 +47,7 @@ def test_frozen_parameters(frozen: str) -> None:
 
 
 def mixed(rule: dict[str, Any]) -> list[dict[str, Any]]:
-    settings = dict(stat_interval=2, refresh_interval=4)
+    settings = dict(stat_interval=2, refresh_interval=4, **LATE)
     return [
         dict(match=dict(name='first'), preconditioner=dict(type='EigenRotation', **settings)),
         dict(match=dict(name='last'), preconditioner=None),
@@ -64,7 +64,9 @@ def preconditioned(
 def test_preconditioned_is_adamr() -> None:
     model, optimizer, _ = both(Tokens, **SECOND)
     twin = plain_copy(model)
-    other = preconditioned(twin, [dict(preconditioner=dict(type='EigenRotation', **SECOND))])
+    other = preconditioned(
+        twin, [dict(preconditioner=dict(type='EigenRotation', **SECOND, **LATE))]
+    )
     run(model, optimizer, range(9)), run(twin, other, range(9))
     assert equals(model, twin, 0.0)
 

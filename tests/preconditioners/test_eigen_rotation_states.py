@@ -16,7 +16,18 @@ from mmprecond.optimizers import AdamR, AdamWBK, PreconditionedOptimizer
 from mmprecond.preconditioners import EigenRotation
 from tests.reference.factors import plain_copy
 from tests.support.errors import warnings_of
-from tests.support.rotation import ADAMW, RULES, SECOND, both, entry, equals, run, stepped, tokens
+from tests.support.rotation import (
+    ADAMW,
+    LATE,
+    RULES,
+    SECOND,
+    both,
+    entry,
+    equals,
+    run,
+    stepped,
+    tokens,
+)
 from tests.support.states import differences, everything, saved
 from tests.support.trajectories import Tokens, follow, make_loss
 from tests.support.trajectories import batch as rows
@@ -110,7 +121,9 @@ def test_the_first_basis_brings_no_jump(rotate: bool) -> None:
     """Noise alone: an Adam step has about the same length in any basis."""
     torch.manual_seed(0)
     model = nn.Linear(64, 64, bias=False)
-    optimizer = AdamR(model, lr=1e-3, rotate_moments=rotate, stat_interval=5, refresh_interval=20)
+    optimizer = AdamR(
+        model, lr=1e-3, rotate_moments=rotate, stat_interval=5, refresh_interval=20, **LATE
+    )
     lengths = []
     for _ in range(22):
         before = model.weight.detach().clone()
@@ -146,10 +159,10 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, at: int) -> None:
     """Saved before, at and after refreshes; those are at the ends of steps 4, 8 and 12."""
     settings = ADAMW | SECOND | KINDS[kind]
     model = Tokens()
-    optimizer = AdamR(model, **settings)
+    optimizer = AdamR(model, **settings, **LATE)
     late(model, optimizer, range(at))
     twin = copy.deepcopy(model)
-    resumed = AdamR(twin, **settings)
+    resumed = AdamR(twin, **settings, **LATE)
     kept = saved(optimizer.state_dict())
     resumed.load_state_dict(kept)
     assert differences(resumed.state_dict(), kept) == []
@@ -162,10 +175,10 @@ def test_a_run_that_is_resumed_before_its_first_capture_keeps_its_schedule(
 ) -> None:
     settings = ADAMW | dict(stat_interval=3, refresh_interval=6)
     model = Tokens()
-    optimizer = AdamR(model, **settings)
+    optimizer = AdamR(model, **settings, **LATE)
     late(model, optimizer, range(2))
     twin = copy.deepcopy(model)
-    resumed = AdamR(twin, **settings)
+    resumed = AdamR(twin, **settings, **LATE)
     with caplog.at_level(logging.WARNING, 'mmprecond'):
         resumed.load_state_dict(saved(optimizer.state_dict()))
     assert warnings_of(caplog) == []
@@ -177,14 +190,14 @@ def test_moments_in_a_basis_that_was_not_saved_are_of_no_use() -> None:
     """A resumed run without curvature takes them for raw ones, which they are not."""
     settings = ADAMW | SECOND | dict(weight_decay=0.0, save_curvature=False)
     model = Tokens().double()
-    optimizer = AdamR(model, **settings)
+    optimizer = AdamR(model, **settings, **LATE)
     run(model, optimizer, range(6))
     twin = copy.deepcopy(model)
-    resumed = AdamR(twin, **settings)
+    resumed = AdamR(twin, **settings, **LATE)
     resumed.load_state_dict(saved(optimizer.state_dict()))
     moved = stepped(twin, resumed, 6)['first.weight']
     fresh = copy.deepcopy(model)
-    anew = stepped(fresh, AdamR(fresh, **settings), 6)['first.weight']
+    anew = stepped(fresh, AdamR(fresh, **settings, **LATE), 6)['first.weight']
     torch.testing.assert_close(moved, anew, rtol=0, atol=1e-12)
 
 
@@ -224,7 +237,7 @@ def test_a_failed_refresh_keeps_the_last_basis(
 
 def test_a_failed_first_refresh_leaves_adamw() -> None:
     model = nn.Linear(6, 3).double()
-    optimizer = AdamR(model, **ADAMW, **SECOND)
+    optimizer = AdamR(model, **ADAMW, **SECOND, **LATE)
     other = plain_copy(model)
     theirs = torch.optim.AdamW(other.parameters(), **ADAMW)
     run(model, optimizer, range(2))
@@ -244,7 +257,7 @@ def test_a_basis_from_the_retry_in_float64_follows_the_old_one(
     settings = ADAMW | dict(stat_interval=1, refresh_interval=3)
     model = Tokens()
     twin = copy.deepcopy(model)
-    optimizer, other = AdamR(model, **settings), AdamR(twin, **settings)
+    optimizer, other = AdamR(model, **settings, **LATE), AdamR(twin, **settings, **LATE)
     late(model, optimizer, range(3)), late(twin, other, range(3))
     real = EigenRotation.refresh
 

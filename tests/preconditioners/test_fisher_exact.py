@@ -65,6 +65,7 @@ def capture(model: nn.Module, x: Tensor, **settings: Any) -> KFAC:
             **dict(lr=0.0, momentum=0.0, scaling='none', stat_interval=2, refresh_interval=2),
             **settings,
         },
+        settings='published',
     )
     sampled_loss(model, x).backward()
     optimizer.step()

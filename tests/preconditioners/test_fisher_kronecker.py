@@ -146,7 +146,9 @@ def test_a_layer_without_statistics_is_not_clipped(used: Callable[[int], bool]) 
 
 
 def test_default_settings() -> None:
-    (method,) = {stack.method for stack in KFAC(TokenNet(), lr=0.1).curvature.stacks}
+    (method,) = {
+        stack.method for stack in KFAC(TokenNet(), lr=0.1, settings='published').curvature.stacks
+    }
     assert (method.stat_interval, method.refresh_interval) == (20, 200)
     assert (method.stat_decay, method.damping, method.kl_clip) == (0.95, 0.03, 1e-3)
     assert (method.damping_form, method.reduction, method.scaling) == ('pi', 'expand', 'kl_clip')
@@ -159,7 +161,7 @@ def test_pi_splits_the_damping_by_the_factors_mean_eigenvalues() -> None:
     """L and R get amounts whose product is rho, in the ratio of their mean eigenvalues."""
     torch.manual_seed(0)
     model = nn.Linear(5, 3).double()
-    optimizer = KFAC(model, lr=0.0, damping=0.25)
+    optimizer = KFAC(model, lr=0.0, damping=0.25, settings='published')
     (model(torch.randn(9, 5).double()) ** 2).sum().backward()
     optimizer.step()
     entry = optimizer.state_dict()['precond']['layers']['weight']
@@ -185,7 +187,9 @@ def test_a_block_of_zeros(settings: dict[str, Any], dead: str, dtype: torch.dtyp
     """A dead channel of a depthwise convolution: the others are preconditioned as without it."""
     torch.manual_seed(0)
     model = nn.Conv2d(4, 4, 3, groups=4, bias=False).to(dtype)
-    optimizer = KFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, **settings)
+    optimizer = KFAC(
+        model, lr=0.1, stat_interval=1, refresh_interval=1, **settings, settings='published'
+    )
     alive = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=dtype)[:, None, None]
     for _ in range(4):
         x = torch.randn(2, 4, 5, 5, dtype=dtype)
@@ -217,7 +221,9 @@ def test_scales_of_loss_and_input(scale: float) -> None:
         model = nn.Linear(4, 3, bias=False).double()
         model.weight.data /= size
         start = model.weight.detach().clone()
-        optimizer = KFAC(model, lr=1.0, momentum=0.0, damping=rho, scaling='none')
+        optimizer = KFAC(
+            model, lr=1.0, momentum=0.0, damping=rho, scaling='none', settings='published'
+        )
         (loss * model(x * size).square().mean()).backward()
         optimizer.step()
         moved.append((model.weight.detach() - start) * loss * size)
@@ -233,7 +239,7 @@ def test_kfac_star_ignores_the_scale_of_loss_and_input() -> None:
         model[0].weight.data /= size
         before = [p.detach().clone() for p in model.parameters()]
         x = size * torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).double()
-        optimizer = KFAC(model, lr=1.0, momentum=0.0, **STAR)
+        optimizer = KFAC(model, lr=1.0, momentum=0.0, **STAR, settings='published')
         (loss * model(x).square().mean()).backward()
         optimizer.step()
         changes = [p.detach() - old for p, old in zip(model.parameters(), before, strict=True)]
@@ -269,20 +275,30 @@ def test_kfac_star_ignores_the_scale_of_loss_and_input() -> None:
     ],
 )
 def test_values_out_of_range(name: str, value: Any, remedy: str) -> None:
-    refused(ValueError, lambda: KFAC(nn.Linear(2, 2), **{'lr': 0.1, name: value}), name, remedy)
+    refused(
+        ValueError,
+        lambda: KFAC(nn.Linear(2, 2), **{'lr': 0.1, name: value}, settings='published'),
+        name,
+        remedy,
+    )
 
 
 def test_wrong_keys_and_a_missing_model() -> None:
     for key in ('betas', 'newton_steps', 'exponent', 'norm_recovery'):
         refused(
             TypeError,
-            lambda: KFAC(nn.Linear(2, 2), lr=0.1, **{key: 1}),
+            lambda: KFAC(nn.Linear(2, 2), lr=0.1, **{key: 1}, settings='published'),
             'KFAC',
             key,
             '`_delete_=True`',
             'damping_form',
         )
-    refused(ValueError, lambda: KFAC(nn.Linear(2, 2).parameters(), lr=0.1), 'KFAC', 'model=')
+    refused(
+        ValueError,
+        lambda: KFAC(nn.Linear(2, 2).parameters(), lr=0.1, settings='published'),
+        'KFAC',
+        'model=',
+    )
     assert 'KFAC' in mmprecond.optimizers.__all__
 
 
@@ -295,7 +311,15 @@ STATES: dict[str, dict[str, Any]] = {
 
 
 def resumable(model: nn.Module, **settings: Any) -> KFAC:
-    return KFAC(model, lr=0.05, weight_decay=0.01, stat_interval=1, refresh_interval=2, **settings)
+    return KFAC(
+        model,
+        lr=0.05,
+        weight_decay=0.01,
+        stat_interval=1,
+        refresh_interval=2,
+        **settings,
+        settings='published',
+    )
 
 
 @pytest.mark.parametrize('name', STATES)

@@ -30,7 +30,7 @@ def statistics(optimizer: PreconditionedOptimizer, name: str = 'weight') -> tupl
 def check(module: nn.Module, reduction: str, *inputs: Tensor, **options: Any) -> None:
     module, inputs = module.double(), tuple(x.double() for x in inputs)
     expected = slow(module, reduction, *inputs)
-    optimizer = KFAC(module, lr=0.0, reduction=reduction, **options)
+    optimizer = KFAC(module, lr=0.0, reduction=reduction, **options, settings='published')
     sum(loss_of(module(x)) for x in inputs).backward()
     optimizer.step()
     for ours, theirs in zip(statistics(optimizer), expected, strict=True):
@@ -78,7 +78,7 @@ def test_reduced_inputs_are_padded_as_the_convolution_pads(mode: str) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode, stride=2).double()
     x = torch.randn(4, 2, 5, 6).double()
-    optimizer = KFAC(conv, lr=0.0, reduction='reduce')
+    optimizer = KFAC(conv, lr=0.0, reduction='reduce', settings='published')
     loss_of(conv(x)).backward()
     optimizer.step()
     padded = F.unfold(F.pad(x, (1, 1, 1, 1), mode=mode), 3, stride=2).mean(2)
@@ -115,7 +115,7 @@ def test_an_empty_batch(make: Any, shape: tuple[int, ...], reduction: str) -> No
     full = torch.randn(2, 4) if len(shape) < 4 else torch.randn(2, *shape[1:])
     check(make(), reduction, torch.randn(shape), full)
     module = make()
-    optimizer = KFAC(module, lr=0.1, reduction=reduction)
+    optimizer = KFAC(module, lr=0.1, reduction=reduction, settings='published')
     module(torch.randn(shape)).sum().backward()
     optimizer.step()
     assert optimizer.state_dict()['precond']['layers'] == {}
@@ -126,7 +126,7 @@ def test_an_empty_batch(make: Any, shape: tuple[int, ...], reduction: str) -> No
 def test_samples_without_positions_beside_others(reduction: str) -> None:
     torch.manual_seed(0)
     module = nn.Linear(4, 3, bias=False).double()
-    optimizer = KFAC(module, lr=0.0, reduction=reduction)
+    optimizer = KFAC(module, lr=0.0, reduction=reduction, settings='published')
     full = torch.randn(3, 4).double()
     (loss_of(module(full)) + module(torch.zeros(2, 0, 4).double()).sum()).backward()
     optimizer.step()
@@ -144,7 +144,10 @@ def test_accumulation_is_the_joint_batch(reduction: str) -> None:
     model.norm.eval()
     twin = copy.deepcopy(model)
     settings = dict(lr=0.05, reduction=reduction, stat_interval=1, refresh_interval=1)
-    parts, whole = KFAC(model, **settings), KFAC(twin, **settings)
+    parts, whole = (
+        KFAC(model, **settings, settings='published'),
+        KFAC(twin, **settings, settings='published'),
+    )
     for step in range(3):
         x = batch(step, 5)
         parts.zero_grad(), whole.zero_grad()
@@ -168,7 +171,7 @@ def test_two_ranks_are_the_joint_batch(reduction: str, monkeypatch: pytest.Monke
     for ranks in (1, 2):
         torch.manual_seed(0)
         module = nn.Conv2d(2, 3, 2).double()
-        optimizer = KFAC(module, lr=0.0, reduction=reduction)
+        optimizer = KFAC(module, lr=0.0, reduction=reduction, settings='published')
         x = torch.randn(3, 2, 4, 5).double()
         if ranks == 2:
             monkeypatch.setattr(samples, 'world_size', lambda: 2)
@@ -189,7 +192,7 @@ def test_the_loss_scale_is_divided_out(scale: Any, reduction: str) -> None:
     for given in (None, scale):
         torch.manual_seed(0)
         module = nn.Conv2d(2, 3, 2).double()
-        optimizer = KFAC(module, lr=0.0, reduction=reduction)
+        optimizer = KFAC(module, lr=0.0, reduction=reduction, settings='published')
         optimizer.loss_scale = given
         (
             loss_of(module(torch.randn(3, 2, 4, 4).double())) * (1.0 if given is None else 256.0)
@@ -207,7 +210,7 @@ def test_products_are_at_least_float32(dtype: torch.dtype, reduction: str) -> No
     torch.manual_seed(0)
     module = nn.Linear(6, 4, bias=False).to(dtype)
     x = (100 * torch.randn(8, 3, 6)).to(dtype)
-    optimizer = KFAC(module, lr=0.0, reduction=reduction)
+    optimizer = KFAC(module, lr=0.0, reduction=reduction, settings='published')
     (1e-4 * module(x)).sum().backward()
     optimizer.step()
     right, left = statistics(optimizer)
@@ -238,7 +241,7 @@ def test_recomputed_and_changed_in_place(kind: str, bias: bool, reduction: str) 
             rows = rows.sum(1, keepdim=True) if reduction == 'reduce' else rows
             left = left + rows.mT @ rows
         count = 3 if reduction == 'reduce' else g.numel() // 3
-        optimizer = KFAC(module, lr=0.0, reduction=reduction)
+        optimizer = KFAC(module, lr=0.0, reduction=reduction, settings='published')
         part = lambda x: F.relu(module(x), inplace=way == 'in place')
         loss_of(
             checkpoint(part, x, use_reentrant=False) if way == 'checkpoint' else part(x)
@@ -258,7 +261,7 @@ def test_a_sample_is_a_row_of_the_first_dimension(bias: bool) -> None:
     for given in (x, x[:, torch.randperm(5)], x.repeat_interleave(2, 1)):
         torch.manual_seed(1)
         module = nn.Linear(6, 3, bias=bias).double()
-        optimizer = KFAC(module, lr=0.0, reduction='reduce')
+        optimizer = KFAC(module, lr=0.0, reduction='reduce', settings='published')
         module(given).mean(1).square().sum().backward()
         optimizer.step()
         found.append(statistics(optimizer))

@@ -38,7 +38,11 @@ def both(
     reference = ReferenceFeature(
         plain_copy(model), steps, rule['lr'], rule['weight_decay'], **settings
     )
-    return model, (FAdam if 'betas' in rule else FSGD)(model, **rule, **settings), reference
+    return (
+        model,
+        (FAdam if 'betas' in rule else FSGD)(model, **rule, **settings, settings='published'),
+        reference,
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,7 @@ def test_grouped_convolutions(rule: str, exponent: float) -> None:
 
 @pytest.mark.parametrize('kind', [FSGD, FAdam])
 def test_default_settings(kind: type[PreconditionedOptimizer]) -> None:
-    optimizer = kind(TokenNet(), lr=0.1)
+    optimizer = kind(TokenNet(), lr=0.1, settings='published')
     (method,) = {stack.method for stack in optimizer.curvature.stacks}
     assert (method.stat_interval, method.refresh_interval) == (50, 500)
     assert (method.stat_decay, method.damping, method.exponent) == (0.95, 0.01, 1.0)
@@ -107,7 +111,9 @@ def test_default_intervals(rule: str) -> None:
     """Steps 0 and 50 measure; the operator of step 0 stays."""
     default = dict(stat_interval=50, refresh_interval=500)
     model, optimizer, reference = both(TokenNet, RULES[rule], **default)
-    same = (FSGD if rule == 'FSGD' else FAdam)(copy.deepcopy(model), **RULES[rule])
+    same = (FSGD if rule == 'FSGD' else FAdam)(
+        copy.deepcopy(model), **RULES[rule], settings='published'
+    )
     assert {stack.method for stack in same.curvature.stacks} == {
         stack.method for stack in optimizer.curvature.stacks
     }
@@ -123,7 +129,7 @@ def test_default_intervals(rule: str) -> None:
 def test_the_second_default_refresh_is_at_step_500() -> None:
     """R is the running average of the captures at steps 0, 50, ..., 500, not their last one."""
     model = nn.Linear(3, 2).double()
-    optimizer = FSGD(model, lr=0.0, weight_decay=0.0)
+    optimizer = FSGD(model, lr=0.0, weight_decay=0.0, settings='published')
     feature = Feature(dict(stat_decay=0.95, exponent=1.0))
     for step in range(501):
         x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
@@ -193,7 +199,13 @@ def test_undamped_it_is_least_squares_in_feature_space() -> None:
     """The change of the weight whose outputs come closest to minus the outputs' gradient."""
     model = nn.Linear(4, 3, bias=False).double()
     optimizer = FSGD(
-        model, lr=1.0, momentum=0.0, stat_decay=0.0, damping=1e-13, norm_recovery=False
+        model,
+        lr=1.0,
+        momentum=0.0,
+        stat_decay=0.0,
+        damping=1e-13,
+        norm_recovery=False,
+        settings='published',
     )
     x = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     before = model.weight.detach().clone()
@@ -256,7 +268,7 @@ def test_a_left_over_key_says_delete(kind: Any, key: str) -> None:
 def test_a_model_and_its_parameters() -> None:
     refused(
         ValueError,
-        lambda: FSGD(nn.Linear(2, 2).parameters(), lr=0.1),
+        lambda: FSGD(nn.Linear(2, 2).parameters(), lr=0.1, settings='published'),
         'FSGD',
         'model=',
         "constructor='PrecondOptimWrapperConstructor'",

@@ -40,8 +40,13 @@ def test_where_it_bites_the_quadratic_form_is_the_bound(kl_clip: float) -> None:
     """With V = F^-1 G: sum of lr^2 <V, G> scale^2, over weights and biases of all layers."""
     clipped, free = twins()
     settings = dict(momentum=0.0, lr=1.0)
-    ours = one_step(KFAC(groups_of(clipped), model=clipped, kl_clip=kl_clip, **settings), clipped)
-    theirs = one_step(KFAC(groups_of(free), model=free, scaling='none', **settings), free)
+    ours = one_step(
+        KFAC(groups_of(clipped), model=clipped, kl_clip=kl_clip, **settings, settings='published'),
+        clipped,
+    )
+    theirs = one_step(
+        KFAC(groups_of(free), model=free, scaling='none', **settings, settings='published'), free
+    )
     gradients = [p.grad for p in free.parameters()]
     lrs = [group['lr'] for group in groups_of(free)]
     total = sum(-lr * (d * g).sum() for lr, d, g in zip(lrs, theirs, gradients, strict=True))
@@ -56,7 +61,10 @@ def test_where_it_bites_the_quadratic_form_is_the_bound(kl_clip: float) -> None:
 @pytest.mark.parametrize('lr, kl_clip', [(0.1, 1e6), (1e-7, 1e-3), (0.0, 1e-3), (0.1, 1e300)])
 def test_where_it_does_not_bite_nothing_changes(lr: float, kl_clip: float) -> None:
     clipped, free = twins()
-    ours, theirs = KFAC(clipped, lr=lr, kl_clip=kl_clip), KFAC(free, lr=lr, scaling='none')
+    ours, theirs = (
+        KFAC(clipped, lr=lr, kl_clip=kl_clip, settings='published'),
+        KFAC(free, lr=lr, scaling='none', settings='published'),
+    )
     for step in range(3):
         one_step(ours, clipped, step), one_step(theirs, free, step)
     assert differences(dict(clipped.state_dict()), dict(free.state_dict())) == []
@@ -68,8 +76,8 @@ def mixed(model: nn.Module, *layers: tuple[str, dict[str, Any] | None]) -> Preco
 
 
 def test_other_methods_are_neither_clipped_nor_counted() -> None:
-    fisher = lambda **settings: dict(type='FisherKronecker', **settings)
-    rest = [('second', dict(type='NewtonKronecker')), ('last', None)]
+    fisher = lambda **settings: dict(type='FisherKronecker', **settings, settings='published')
+    rest = [('second', dict(type='NewtonKronecker', settings='published')), ('last', None)]
     a, b, c = twins(3)
     clipped = one_step(mixed(a, ('first', fisher(kl_clip=1e-7)), ('third', fisher()), *rest), a)
     free = one_step(
@@ -107,7 +115,9 @@ def test_the_bias_of_a_frozen_weight_takes_the_plain_rule() -> None:
 def test_a_plain_step_never_waits_for_the_device() -> None:
     for settings in (dict(), dict(reduction='reduce'), STAR):
         model = Tokens()
-        optimizer = KFAC(model, lr=0.1, stat_interval=3, refresh_interval=3, **settings)
+        optimizer = KFAC(
+            model, lr=0.1, stat_interval=3, refresh_interval=3, **settings, settings='published'
+        )
         for step in range(5):
             loss = make_loss(rows(step, features=6).float())(model)
             with Waits() as waits:

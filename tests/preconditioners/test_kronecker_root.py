@@ -33,7 +33,7 @@ def both(
     model = make().double()
     settings = EVERY | settings
     reference = ReferenceRoot(plain_copy(model), **RULES[rule], **settings)
-    return model, KINDS[rule](model, **RULES[rule], **settings), reference
+    return model, KINDS[rule](model, **RULES[rule], **settings, settings='published'), reference
 
 
 def losses(make: Any) -> Callable[[int], list[Loss]]:
@@ -124,7 +124,7 @@ def test_preconditioned_is_adabk(rule: str) -> None:
     other = Preconditioned(
         twin,
         rule=kind | RULES[rule],
-        layers=[dict(preconditioner=dict(type='KroneckerRoot', **EVERY))],
+        layers=[dict(preconditioner=dict(type='KroneckerRoot', **EVERY, settings='published'))],
     )
     for step in range(5):
         for net, opt in ((model, optimizer), (twin, other)):
@@ -147,10 +147,10 @@ def test_a_resumed_run_continues_bit_for_bit(solver: str, at: int) -> None:
             optimizer.step()
 
     model = Tokens()
-    optimizer = AdamWBK(model, **options)
+    optimizer = AdamWBK(model, **options, settings='published')
     run(model, optimizer, range(at))
     twin = copy.deepcopy(model)
-    resumed = AdamWBK(twin, **options)
+    resumed = AdamWBK(twin, **options, settings='published')
     resumed.load_state_dict(saved(optimizer.state_dict()))
     run(model, optimizer, range(at, 9)), run(twin, resumed, range(at, 9))
     assert differences(everything(model, optimizer), everything(twin, resumed)) == []

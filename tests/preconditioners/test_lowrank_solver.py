@@ -59,7 +59,11 @@ def batch(step: int, count: int = 64) -> Tensor:
 def make(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = Wide().to(dtype)
-    settings = dict(lr=1e-3, stat_interval=1, refresh_interval=2, damping=0.05) | options
+    settings = (
+        dict(lr=1e-3, stat_interval=1, refresh_interval=2, damping=0.05, settings='published')
+        | dict(rank_share=None)
+        | options
+    )
     return model, KINDS[kind](model, **settings)
 
 
@@ -98,7 +102,14 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, at: int, dtype: torch.dt
     train(model, optimizer, range(at))
     twin = copy.deepcopy(model)
     other = KINDS[kind](
-        twin, lr=1e-3, stat_interval=1, refresh_interval=2, damping=0.05, solver='lowrank'
+        twin,
+        lr=1e-3,
+        stat_interval=1,
+        refresh_interval=2,
+        damping=0.05,
+        solver='lowrank',
+        rank_share=None,
+        settings='published',
     )
     other.load_state_dict(saved(optimizer.state_dict()))
     train(model, optimizer, range(at, 8)), train(twin, other, range(at, 8))
@@ -164,12 +175,20 @@ def test_mixed_with_other_methods_and_refusals() -> None:
             dict(
                 match=dict(name='stem'),
                 preconditioner=dict(
-                    type='InputFeature', solver='lowrank', stat_interval=1, refresh_interval=2
+                    type='InputFeature',
+                    solver='lowrank',
+                    stat_interval=1,
+                    refresh_interval=2,
+                    settings='published',
                 ),
             ),
             dict(
                 preconditioner=dict(
-                    type='NewtonKronecker', solver='lowrank', stat_interval=1, refresh_interval=2
+                    type='NewtonKronecker',
+                    solver='lowrank',
+                    stat_interval=1,
+                    refresh_interval=2,
+                    settings='published',
                 )
             ),
         ],
@@ -188,7 +207,9 @@ def test_mixed_with_other_methods_and_refusals() -> None:
 def test_attention_stays_dense_beside_layers_of_low_rank() -> None:
     block = shift_window()
     model = nn.ModuleDict(dict(embed=nn.Linear(30, 6).double(), block=block))
-    optimizer = AFOpt(model, lr=1e-2, stat_interval=1, refresh_interval=2, solver='lowrank')
+    optimizer = AFOpt(
+        model, lr=1e-2, stat_interval=1, refresh_interval=2, solver='lowrank', settings='published'
+    )
     for step in range(5):
         optimizer.zero_grad()
         x = model['embed'](torch.randn(2, 81, 30, dtype=torch.float64) * decay(30, 3.0))
@@ -229,7 +250,12 @@ def test_a_share_bounds_the_columns_of_both_kinds_of_sides() -> None:
     widths = {}
     for share in (1 / 16, 1 / 4):
         optimizer = NKFAC(
-            model, lr=0.0, solver='lowrank', input_factor='separable', rank_share=share
+            model,
+            lr=0.0,
+            solver='lowrank',
+            input_factor='separable',
+            rank_share=share,
+            settings='published',
         )
         model(torch.randn(64, 256, 3, 3)).square().mean().backward()
         optimizer.step()
@@ -240,4 +266,4 @@ def test_a_share_bounds_the_columns_of_both_kinds_of_sides() -> None:
     assert widths[1 / 16][0] == 16 and widths[1 / 16][1] <= 16
     assert 16 < widths[1 / 4][0] <= 64
     with pytest.raises(ValueError, match='rank_share=1.5'):
-        NKFAC(model, lr=0.1, rank_share=1.5)
+        NKFAC(model, lr=0.1, rank_share=1.5, settings='published')

@@ -97,8 +97,8 @@ def test_nysact_follows_its_sketch(sketch: str) -> None:
     model = TokenNet().double()
     dense, optimizer = copy.deepcopy(model), None
     options = dict(stat_interval=1, refresh_interval=1, damping=0.1)
-    optimizer = NysAct(model, lr=0.0, rank=6, sketch=sketch, **options)
-    whole = NysAct(dense, lr=0.0, rank=1000, **options)
+    optimizer = NysAct(model, lr=0.0, rank=6, sketch=sketch, **options, settings='published')
+    whole = NysAct(dense, lr=0.0, rank=1000, **options, settings='published')
     batches = token_batches(4)
     train(model, optimizer, batches)
     train(dense, whole, batches)
@@ -122,7 +122,7 @@ def test_nysact_follows_its_sketch(sketch: str) -> None:
 
 def test_nysact_keeps_nothing_of_a_side_squared() -> None:
     model = nn.Linear(600, 5)
-    optimizer = NysAct(model, lr=0.1, rank=7)
+    optimizer = NysAct(model, lr=0.1, rank=7, settings='published')
     model(torch.randn(9, 600)).sum().backward()
     optimizer.step()
     (stack,) = optimizer.curvature.stacks
@@ -133,7 +133,7 @@ def test_nysact_keeps_nothing_of_a_side_squared() -> None:
 
 def test_sketches_may_be_sampled() -> None:
     model = TokenNet().double()
-    optimizer = NysAct(model, lr=0.1, rank=4, max_rows=8)
+    optimizer = NysAct(model, lr=0.1, rank=4, max_rows=8, settings='published')
     assert [s.key for s in optimizer.curvature.stacks[0].kept] == ['input_sketch_sampled']
     train(model, optimizer, token_batches(3))
     assert all(slot.refreshes for stack in optimizer.curvature.stacks for slot in stack.slots)

@@ -148,7 +148,15 @@ def test_all_choices_are_equally_likely_and_unbiased(name: str) -> None:
         torch.stack([c[1] * n for c in choices.values()]),
     ]
     close([s.mean(0) for s in spread], wanted)  # by symmetry
-    optimizer = KFAC(module, lr=0.0, reduction='sample', positions=2, stat_decay=0.0, **EVERY)
+    optimizer = KFAC(
+        module,
+        lr=0.0,
+        reduction='sample',
+        positions=2,
+        stat_decay=0.0,
+        **EVERY,
+        settings='published',
+    )
     draws, sums = 300, [0.0, 0.0]
     counts = dict.fromkeys(choices, 0)
     for _ in range(draws):
@@ -194,8 +202,8 @@ def test_it_is_the_dense_inverse(reduction: str, scaling: str, form: str, micro:
         dict(params=[p], **(dict(damping=0.7) if 'twice' in name else {}))
         for name, p in model.named_parameters()
     ]
-    ours = SKFAC(groups(model), model=model, max_columns=13, **settings)
-    theirs = KFAC(groups(twin), model=twin, stat_decay=0.0, **settings)
+    ours = SKFAC(groups(model), model=model, max_columns=13, **settings, settings='published')
+    theirs = KFAC(groups(twin), model=twin, stat_decay=0.0, **settings, settings='published')
     assert (
         sum(
             isinstance(statistic.form, Columns)
@@ -233,7 +241,7 @@ def test_reduced_trajectories(make: Any, max_columns: int, settings: dict[str, A
     rule = dict(lr=0.02, momentum=0.9, weight_decay=0.01)
     model = make().double()
     reference = ReferenceKFAC(plain_copy(model), **rule, stat_decay=0.0, **settings)
-    optimizer = SKFAC(model, max_columns=max_columns, **rule, **settings)
+    optimizer = SKFAC(model, max_columns=max_columns, **rule, **settings, settings='published')
     assert 'Woodbury' in optimizer.table()
     follow(
         model,
@@ -257,7 +265,10 @@ def test_unequal_micro_batches_are_the_joint_batch(form: str) -> None:
         scaling='norm_recovery',
         **EVERY,
     )
-    parts, whole = SKFAC(model, **settings), SKFAC(twin, **settings)
+    parts, whole = (
+        SKFAC(model, **settings, settings='published'),
+        SKFAC(twin, **settings, settings='published'),
+    )
     for step in range(3):
         x = images(step, 5)
         parts.zero_grad(), whole.zero_grad()
@@ -306,7 +317,7 @@ def test_the_operator_is_the_inverse_of_the_damped_factor(form: str, bias: bool)
 def mean_of_products(
     module: nn.Module, inputs: list[Tensor], draws: int, **settings: Any
 ) -> list[Tensor]:
-    optimizer = SKFAC(module, lr=0.0, **EVERY, **settings)
+    optimizer = SKFAC(module, lr=0.0, **EVERY, **settings, settings='published')
     sums: list[Any] = [0.0, 0.0]
     for _ in range(draws):
         optimizer.zero_grad()
@@ -379,4 +390,4 @@ def test_a_long_side_costs_columns_alone(reduction: str) -> None:
     dense = measure(module, torch.randn(9, 500), make=SKFAC, max_columns=501)
     assert sorted(entry(dense)['operator']) == ['gradient_moment', 'input_moment']
     with pytest.raises(ValueError, match='max_dim=64'):
-        KFAC(module, lr=0.1, max_dim=64)
+        KFAC(module, lr=0.1, max_dim=64, settings='published')

@@ -31,6 +31,7 @@ def resumable(model: nn.Module, **settings: Any) -> SKFAC:
         lr=0.05,
         weight_decay=0.01,
         **dict(dict(stat_interval=1, refresh_interval=2, positions=3, max_columns=4), **settings),
+        settings='published',
     )
 
 
@@ -96,7 +97,9 @@ def test_a_state_of_other_columns_is_measured_anew(
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize('make', [SKFAC, lambda *a, **k: KFAC(*a, reduction='reduce', **k)])
+@pytest.mark.parametrize(
+    'make', [SKFAC, lambda *a, **k: KFAC(*a, reduction='reduce', **k, settings='published')]
+)
 def test_a_state_with_one_layer_not_yet_refreshed(make: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = make(model, lr=0.1)
@@ -175,7 +178,7 @@ def test_a_batch_of_one(settings: dict[str, Any], dtype: torch.dtype) -> None:
         (nn.Conv2d(8, 40, 3, groups=2), (8, 4, 5)),
     ):
         module = module.to(dtype)
-        optimizer = SKFAC(module, lr=0.1, max_columns=16, **EVERY, **settings)
+        optimizer = SKFAC(module, lr=0.1, max_columns=16, **EVERY, **settings, settings='published')
         before = [p.detach().clone() for p in module.parameters()]
         for _ in range(3):
             optimizer.zero_grad()
@@ -203,29 +206,42 @@ def test_a_batch_of_one(settings: dict[str, Any], dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_wrong_settings(settings: dict[str, Any], fragments: list[str]) -> None:
-    refused(ValueError, lambda: SKFAC(nn.Linear(2, 2), lr=0.1, **settings), *fragments)
+    refused(
+        ValueError,
+        lambda: SKFAC(nn.Linear(2, 2), lr=0.1, **settings, settings='published'),
+        *fragments,
+    )
 
 
 def test_woodbury_needs_settings_of_its_own() -> None:
     refused(
         ValueError,
-        lambda: KFAC(nn.Linear(2, 2), lr=0.1, solver='woodbury'),
+        lambda: KFAC(nn.Linear(2, 2), lr=0.1, solver='woodbury', settings='published'),
         'stat_decay=0',
         "reduction='sample'",
         'stat_decay=0.95',
         "reduction='expand'",
     )
     for reduction in ('sample', 'reduce'):
-        KFAC(nn.Linear(2, 2), lr=0.1, solver='woodbury', stat_decay=0.0, reduction=reduction)
+        KFAC(
+            nn.Linear(2, 2),
+            lr=0.1,
+            solver='woodbury',
+            stat_decay=0.0,
+            reduction=reduction,
+            settings='published',
+        )
 
 
 # ------------------------------------------------------------------- captures that serve
 
 
-@pytest.mark.parametrize('make', [SKFAC, lambda *a, **k: KFAC(*a, stat_decay=0.0, **k)])
+@pytest.mark.parametrize(
+    'make', [SKFAC, lambda *a, **k: KFAC(*a, stat_decay=0.0, **k, settings='published')]
+)
 def test_nothing_is_captured_between_refreshes(make: Any) -> None:
     model = Tall()
-    optimizer = make(model, lr=0.01, stat_interval=1, refresh_interval=4)
+    optimizer = make(model, lr=0.01, stat_interval=1, refresh_interval=4, early_refreshes=False)
     for step in range(10):
         optimizer.zero_grad()
         make_loss(images(step).float())(model).backward()
@@ -247,7 +263,9 @@ def test_statistics_are_float32(dtype: torch.dtype, reduction: str, max_columns:
         for module, shape in ((nn.Linear(6, 4), (3, 5, 6)), (nn.Conv2d(6, 4, 3), (3, 6, 5, 5))):
             module = module.to(dtype) if whole else module
             x = torch.randn(shape).to(dtype if whole else torch.float32)
-            optimizer = SKFAC(module, lr=0.0, reduction=reduction, max_columns=max_columns)
+            optimizer = SKFAC(
+                module, lr=0.0, reduction=reduction, max_columns=max_columns, settings='published'
+            )
             with torch.autocast('cpu', dtype, enabled=not whole):
                 out = module(x)
             assert out.dtype == dtype
@@ -264,7 +282,7 @@ def test_the_loss_scale_is_divided_out(scale: Any) -> None:
     for given in (None, scale):
         torch.manual_seed(0)
         module = nn.Conv2d(2, 9, 3).double()
-        optimizer = SKFAC(module, lr=0.0, max_columns=5, positions=3)
+        optimizer = SKFAC(module, lr=0.0, max_columns=5, positions=3, settings='published')
         optimizer.loss_scale = given
         (
             loss_of(module(torch.randn(3, 2, 5, 5).double())) * (1.0 if given is None else 256.0)
@@ -296,6 +314,7 @@ def test_layers_with_columns_of_their_own() -> None:
                 stat_decay=0.0,
                 reduction=reduction,
                 max_columns=columns,
+                settings='published',
             ),
         )
         for k, (reduction, columns) in enumerate([('sample', 4), ('reduce', 7), ('sample', 21)])
@@ -323,7 +342,7 @@ def test_graphs_of_other_kinds(way: str) -> None:
             module = copy.deepcopy(module).double()
             for p in module.parameters():
                 nn.init.normal_(p)
-            optimizer = SKFAC(module, lr=0.0, max_columns=4, positions=3)
+            optimizer = SKFAC(module, lr=0.0, max_columns=4, positions=3, settings='published')
             part = lambda x: F.relu(module(x), inplace=kind == 'in place')
             if kind == 'extra forward':
                 module(x)

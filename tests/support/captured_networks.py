@@ -16,7 +16,7 @@ Captured = dict[str, tuple[Tensor, Tensor, int]]
 
 def captured(model: nn.Module, backward: Callable[[NKFAC], None], **options: Any) -> Captured:
     """What a new optimizer captures of `backward`, by weight name."""
-    optimizer = NKFAC(model, lr=0.1, **options)
+    optimizer = NKFAC(model, lr=0.1, **options, settings='published')
     optimizer.zero_grad()
     backward(optimizer)
     found = {

@@ -31,7 +31,14 @@ class Classifier(BaseModel):
 def build(model: nn.Module, **cfg: Any) -> OptimWrapper:
     cfg.setdefault(
         'optimizer',
-        dict(type='NKFAC', lr=0.1, weight_decay=0.0, stat_interval=2, refresh_interval=4),
+        dict(
+            type='NKFAC',
+            lr=0.1,
+            weight_decay=0.0,
+            stat_interval=2,
+            refresh_interval=4,
+            early_refreshes=False,
+        ),
     )
     return build_optim_wrapper(model, dict(constructor='PrecondOptimWrapperConstructor', **cfg))
 

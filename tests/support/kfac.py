@@ -31,7 +31,7 @@ def both(
     groups = [
         dict(params=[p], **(overrides or {}).get(name, {})) for name, p in model.named_parameters()
     ]
-    return model, KFAC(groups, model=model, **rule, **settings), reference
+    return model, KFAC(groups, model=model, **rule, **settings, settings='published'), reference
 
 
 def tokens(step: int) -> list[Loss]:

@@ -149,16 +149,20 @@ def optimizer_of(case: Case, net: Net) -> PreconditionedOptimizer:
     params: Any = net
     if overrides or case.grouped:
         params = [dict(params=[p], **overrides.get(name, {})) for name, p in net.named_parameters()]
-    entry = dict(preconditioner=dict(type=METHODS[case.kind], **case.settings))
+    entry = dict(
+        preconditioner=dict(type=METHODS[case.kind], **case.settings, settings='published')
+    )
     if case.head:
-        other = dict(type=METHODS[case.head], **case.head_settings)
+        other = dict(type=METHODS[case.head], **case.head_settings, settings='published')
         layers = [dict(match=dict(name='head'), preconditioner=other), entry]
         return Preconditioned(params, model=net, rule=case.rule, layers=layers)
     if case.via:
         return Preconditioned(params, model=net, rule=case.rule, layers=[entry])
     rule = {key: value for key, value in case.rule.items() if key not in ('type', 'decay')}
     more = dict(rule='Adan') if case.rule['type'] == 'Adan' else {}
-    return getattr(optimizers, case.kind)(params, model=net, **rule, **more, **case.settings)
+    return getattr(optimizers, case.kind)(
+        params, model=net, **rule, **more, **case.settings, settings='published'
+    )
 
 
 class Run:

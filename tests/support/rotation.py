@@ -20,6 +20,8 @@ ADAN = dict(lr=0.01, betas=(0.8, 0.7, 0.95), eps=1e-4, weight_decay=0.1, rule='A
 RULES = {'AdamW': ADAMW, 'Adan': ADAN}
 EVERY = dict(stat_interval=1, refresh_interval=1)
 SECOND = dict(stat_interval=2, refresh_interval=4)
+#: The thesis has no early refreshes.
+LATE = dict(early_refreshes=False)
 
 
 def both(
@@ -35,7 +37,7 @@ def both(
     groups = [
         dict(params=[p], **(overrides or {}).get(name, {})) for name, p in model.named_parameters()
     ]
-    return model, AdamR(groups, model=model, **rule, **settings), reference
+    return model, AdamR(groups, model=model, **rule, **settings, **LATE), reference
 
 
 def tokens(step: int, **kwargs: Any) -> list[Loss]:

@@ -271,8 +271,5 @@ def test_three_lines_equal_the_preset() -> None:
     preset = Config.fromfile(ROOT / f'{QUICK}.py')
     use_optimizer(preset, 'NKFAC')
     by_hand = Config.fromfile(ROOT / f'{QUICK}_nkfac.py')
-    chosen = dict(by_hand.optim_wrapper.optimizer)
-    assert (chosen.pop('stat_interval'), chosen.pop('refresh_interval')) == (5, 25)
-    assert (chosen.pop('solver'), chosen.pop('matmul_precision')) == ('lowrank', 'medium')
-    assert dict(preset.optim_wrapper.optimizer) == chosen
+    assert preset.optim_wrapper.optimizer == by_hand.optim_wrapper.optimizer
     assert preset.optim_wrapper.constructor == by_hand.optim_wrapper.constructor

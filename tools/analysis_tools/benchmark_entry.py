@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import mmprecond.optimizers as optimizers
-from common.contestants import EVERY_STEP
 from common.timing import now
 from mmprecond.engine.peers import with_groups
 from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
@@ -118,8 +117,9 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
                 f'they do; leave out {", ".join(taken)} and see --intervals'
             )
         kind = getattr(optimizers, name)
-        if kind.needs == 'capture' and name not in EVERY_STEP:
-            options = dict(stat_interval=CAPTURE, refresh_interval=REFRESH, **options)
+        if kind.needs == 'capture' and name != 'AdaAct':
+            intervals = dict(stat_interval=CAPTURE, refresh_interval=REFRESH)
+            options = dict(**intervals, early_refreshes=False, **options)
         elif kind.needs == 'loss':
             options = dict(total_steps=10**6, **options)
         return kind(model, lr=1e-5, **options)

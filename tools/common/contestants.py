@@ -13,8 +13,6 @@ FOLDER = ROOT / 'configs/quickstart'
 RATE = 'optim_wrapper.optimizer.lr'
 RULE_RATE = 'optim_wrapper.optimizer.rule.lr'
 DECAY = 'optim_wrapper.optimizer.weight_decay'
-#: The default intervals suit runs of 10,000 iterations and more.
-OFTEN = {'optim_wrapper.optimizer.stat_interval': 5, 'optim_wrapper.optimizer.refresh_interval': 25}
 #: Weight decay for optimizers like SGD (added to the gradient) and like Adam (outside it).
 DECAYS = (1e-4, 0.05)
 TORCH_OPTIMIZERS = ('SGD', 'AdamW')
@@ -22,8 +20,6 @@ TORCH_OPTIMIZERS = ('SGD', 'AdamW')
 KINDS = {'AdaAct': False, 'AdaFisher': True, 'AdaFisherW': True}
 #: Optimizers like Adam that still add weight decay to the gradient.
 ADDED_DECAY = ('AdaFisher',)
-#: Optimizers that always measure at every step.
-EVERY_STEP = ('AdaAct',)
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,6 @@ class Model:
         contestants: Optimizers by name that are compared by default.
         grid: Further learning rates for the plain optimizer.
         iterations: Length of a run.
-        options: Settings of our other optimizers in addition to lr and decay.
         rates: Learning rates of other optimizers: for those like SGD, and for those like Adam.
         metrics: Titles of the reported metrics by name in the log; the first is the headline.
         data: Default folder of the data.
@@ -68,7 +63,6 @@ class Model:
     contestants: dict[str, Contestant]
     grid: str
     iterations: int
-    options: dict[str, Any]
     rates: tuple[float, float]
     metrics: dict[str, str]
     data: str = 'shapes'
@@ -91,7 +85,6 @@ class Model:
             return self.contestants[name]
         from mmprecond.engine.peers import find_peer, is_peer
         from mmprecond.engine.registration import optimizer_types
-        from mmprecond.optimizers import PreconditionedOptimizer
 
         kinds: dict[str, type] = {
             kind.__name__: kind for kind in optimizer_types() if kind.__name__ != 'Preconditioned'
@@ -108,12 +101,9 @@ class Model:
             )
         taken = inspect.signature(kinds[name]).parameters if name in kinds else {}
         adaptive = KINDS.get(name, name == 'AdamW' or 'betas' in taken)
-        measured = name in kinds and issubclass(kinds[name], PreconditionedOptimizer)
-        options = self.options if measured else {}
-        if name in EVERY_STEP:
-            options = {key: value for key, value in options.items() if key not in OFTEN}
+        options: dict[str, Any] = {}
         if name in TORCH_OPTIMIZERS or 'weight_decay' in taken:
-            options = {**options, DECAY: DECAYS[adaptive and name not in ADDED_DECAY]}
+            options = {DECAY: DECAYS[adaptive and name not in ADDED_DECAY]}
         return Contestant(
             self.contestants[self.plain].config,
             self.rates[adaptive],
@@ -129,25 +119,16 @@ RESNET_CLS, SWIN_CLS = 'resnet18_shapes-cls', 'swin_shapes-cls'
 BOXES = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
 MASKS = {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'}
 TOP_1 = {'accuracy/top1': 'top-1 %'}
-#: With random weights and no warm-up the classifier's statistics change quickly, and training with
-#: the operator of the first batch diverged. The classifier therefore takes the plain rule.
-_R18_OPTIONS = {**OFTEN, 'optim_wrapper.paramwise_cfg.custom_keys.fc_cls.precondition': False}
-#: Settings for comparisons by time; bfloat16 is faster on CPUs with units for it.
-_CHEAP = {
-    'optim_wrapper.optimizer.solver': 'lowrank',
-    'optim_wrapper.optimizer.matmul_precision': 'medium',
-}
 MODELS = {
     'r18': Model(
         'Faster R-CNN R18-FPN',
         'SGD',
         {
             'SGD': Contestant(R18, 0.01),
-            'NKFAC': Contestant(R18, 0.01, ('--optimizer', 'NKFAC'), _R18_OPTIONS | _CHEAP),
+            'NKFAC': Contestant(R18, 0.01, ('--optimizer', 'NKFAC')),
         },
         '0.02',
         150,
-        _R18_OPTIONS,
         (0.01, 1e-3),
         BOXES,
     ),
@@ -157,7 +138,6 @@ MODELS = {
         {'SGD': Contestant(f'{R18}_narrow', 0.02)},
         '',
         200,
-        _R18_OPTIONS,
         (0.02, 1e-3),
         BOXES,
     ),
@@ -172,7 +152,6 @@ MODELS = {
         },
         '',
         300,
-        OFTEN,
         (0.02, 1e-3),
         BOXES | MASKS,
     ),
@@ -185,7 +164,6 @@ MODELS = {
         },
         '',
         300,
-        OFTEN,
         (0.01, 1e-3),
         BOXES,
     ),
@@ -194,11 +172,10 @@ MODELS = {
         'SGD',
         {
             'SGD': Contestant(RESNET_CLS, 0.05),
-            'NKFAC': Contestant(RESNET_CLS, 0.05, ('--optimizer', 'NKFAC'), OFTEN),
+            'NKFAC': Contestant(RESNET_CLS, 0.05, ('--optimizer', 'NKFAC')),
         },
         '0.02,0.1',
         400,
-        OFTEN,
         (0.05, 1e-3),
         TOP_1,
         'shapes-cls',
@@ -209,7 +186,7 @@ MODELS = {
         {
             'AdamW': Contestant(SWIN_CLS, 1e-3, adaptive=True),
             'AdaAFOpt': Contestant(
-                SWIN_CLS, 1e-3, ('--optimizer', 'AdaAFOpt'), {**OFTEN, DECAY: 0.05}, adaptive=True
+                SWIN_CLS, 1e-3, ('--optimizer', 'AdaAFOpt'), {DECAY: 0.05}, adaptive=True
             ),
             'AFOpt+NKFAC': Contestant(
                 f'{SWIN_CLS}_afopt-nkfac', 1e-3, rate=RULE_RATE, adaptive=True
@@ -220,7 +197,6 @@ MODELS = {
         },
         '',
         400,
-        OFTEN,
         (0.05, 1e-3),
         TOP_1,
         'shapes-cls',

@@ -207,7 +207,13 @@ class Sampler:
         self.model = shift_window('mmdet', 1)
         self.x = feature_map((3, 15), batch=1)
         self.reads = reads
-        self.optimizer = AFOpt(self.model, lr=0.1, variant=variant, **{'max_windows': 2, **options})
+        self.optimizer = AFOpt(
+            self.model,
+            lr=0.1,
+            variant=variant,
+            **{'max_windows': 2, **options},
+            settings='published',
+        )
         self.capture = self.optimizer.curvature.capture
         self.layer = layer_of(self.optimizer, QKV)
 
@@ -319,5 +325,5 @@ def test_few_windows_are_all_measured(windows: int, reads: Reads) -> None:
 
 
 def test_a_window_layer_is_read_as_one() -> None:
-    layer = layer_of(AFOpt(shift_window(), lr=0.1), QKV)
+    layer = layer_of(AFOpt(shift_window(), lr=0.1, settings='published'), QKV)
     assert type(layer) is WindowAttention and layer.shape == (6, 3, 6) and layer.bias is None
