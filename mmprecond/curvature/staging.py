@@ -86,7 +86,6 @@ class _Pending:
     sums: Staged = field(default_factory=Staged)
     columns: list[tuple[Statistic, str, int, Tensor]] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
-    calls: int = 0
 
 
 class Staging:
@@ -162,8 +161,8 @@ class Staging:
         }
         pending.columns.extend(placed.values())
         pending.visits.append(visit)
-        pending.calls += rows > 0  # empty calls change no draws
-        pending.sums.add({key: value for key, value in sums.items() if key not in placed}, rows)
+        rest = {key: value for key, value in sums.items() if key not in placed}
+        pending.sums.add(rest, rows, calls=int(rows > 0))  # empty calls change no draws
 
     def draws(self, layer: Layer) -> torch.Generator:
         """Generator for a call of a layer, seeded by the number of its calls that count before.
@@ -172,7 +171,7 @@ class Staging:
         """
         pending = self._pending.get((layer, torch._C._current_graph_task_id()))
         staged = self.staged.get(layer)
-        calls = (pending.calls if pending else 0) + (staged.calls if staged else 0)
+        calls = (pending.sums.calls if pending else 0) + (staged.calls if staged else 0)
         seed = layer.seed_of(f'draws {self._seed} {calls}')
         return self._draws.manual_seed(seed)
 
@@ -194,7 +193,7 @@ class Staging:
         for statistic, key, width, columns in pending.columns:
             slots = self._slots(staged, key, width)
             staged.add({key: statistic.form.stage(columns, slots)}, 0)
-        staged.add(pending.sums.sums, pending.sums.rows, pending.calls)
+        staged.add(pending.sums.sums, pending.sums.rows, pending.sums.calls)
         staged.note_gradient(layer.weight.grad)
         for visit in pending.visits:
             visit.count()

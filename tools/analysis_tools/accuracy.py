@@ -55,7 +55,9 @@ def train_model(args: argparse.Namespace) -> tuple[Any, NKFAC]:
         lr=args.lr,
         momentum=0.9,
         weight_decay=1e-4,
-        solver='lowrank',
+        input_factor='patch',
+        rank_share=None,
+        max_rows=None,
         stat_interval=args.stat_interval,
         refresh_interval=args.refresh_interval,
     )
@@ -101,7 +103,7 @@ def count_numbers(factors: Factors) -> int:
 
 def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[Any, ...]]]:
     """Rows by method: name of a layer, sides, columns, cosine, numbers kept, dense numbers."""
-    method = NewtonKronecker(solver='lowrank')
+    method = NewtonKronecker(rank_share=None)
     rows_by_way: dict[str, list[tuple[Any, ...]]] = {}
     jobs = [
         (stack, k, slot.layer)
