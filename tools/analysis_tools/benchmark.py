@@ -5,7 +5,7 @@ the configs of MMDetection and MMPretrain, with random weights and noise as inpu
 table in Markdown, the numbers as JSON, and a bar chart.
 
     python tools/analysis_tools/benchmark.py --models resnet18 --size 112 112 --batch 16 \\
-        --optimizers SGD,AdamW,NKFAC,NKFAC:solver=cholesky,NKFAC:solver=lowrank
+        --optimizers SGD,AdamW,NKFAC,NKFAC:settings=published
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from common import ROOT
 from common.models import CONFIGS, build_model, noise
 from common.timing import now
 
-USUAL = 'SGD,AdamW,NKFAC:solver=cholesky,NKFAC:solver=lowrank,AdamR,FSGD,FAdam:solver=lowrank'
+USUAL = 'SGD,AdamW,NKFAC,NKFAC:settings=published,AdamR,FSGD,FAdam'
 #: Cycles of `REFRESH` steps that are not counted: Newton's first three refreshes are exact.
 WARM_UP = 3
 #: Number of different batches, taken in turns; moments of a single batch would have a low rank.

@@ -110,7 +110,9 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
         extra = dict(momentum=0.9) if name == 'SGD' else {}
         return getattr(torch.optim, name)(model.parameters(), lr=1e-5, **extra, **options)
     if name in timed():
-        taken = sorted({'stat_interval', 'refresh_interval', 'stagger'} & set(options))
+        taken = sorted(
+            {'stat_interval', 'refresh_interval', 'early_refreshes', 'stagger'} & set(options)
+        )
         if taken:
             raise ValueError(
                 f'{spec}: this tool sets the intervals, to tell steps apart by what '
