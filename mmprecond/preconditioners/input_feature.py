@@ -27,15 +27,16 @@ class InputFeature(InversePreconditioner):
     Source: thesis 5.2.2, (5.1) and (5.2). `stat_decay` is the weight of the old statistic, where
     (5.18) prints the opposite. Exponent 0.5 is feature whitening (EFW, ECCV 2022).
 
-    State: 2 i^2 numbers per block. A refresh costs i^3 FLOPs, a step costs 2 o i^2 FLOPs.
+    State and cost of a dense R: 2 i^2 numbers per block. A refresh costs i^3 FLOPs, a step costs
+    2 o i^2 FLOPs.
 
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
         damping: Damping relative to the largest eigenvalue.
         exponent: p of ``G R^-p``; 0.5 for feature whitening.
         norm_recovery: Whether V is scaled to the norm of G.
-        solver: 'exact', or 'lowrank', which keeps the eigenvectors that stand out from the damping
-            if they are fewer than half.
+        solver: 'lowrank' (default), which keeps the eigenvectors that stand out from the damping;
+            or 'exact', as published.
     """
 
     stat_interval: int = 50

@@ -22,13 +22,14 @@ class NewtonKronecker(InversePreconditioner):
 
     R (i x i) and L (o x o) are running averages of the input and gradient second moments. Each
     capture is first divided by its Frobenius norm. The damping of a factor is
-    max(damping_floor, damping * lambda_max). Newton steps update the inverses.
+    max(damping_floor, damping * lambda_max).
 
     Source: thesis chapter 3, (3.4), (3.7), (3.9), Algorithms 2-4. Capture normalisation, damping
     floor and the schedule of exact inverses are those of the published code.
 
-    State: 2 (o^2 + i^2) numbers per block. A refresh costs 4 n^3 FLOPs per Newton step and factor.
-    A step costs 2 o i (o + i) FLOPs.
+    State and cost of dense sides: 2 (o^2 + i^2) numbers per block. A refresh costs 4 n^3 FLOPs per
+    Newton step and factor. A step costs 2 o i (o + i) FLOPs. The default forms keep far less (see
+    `PatchPreconditioner` and `InversePreconditioner`).
 
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
@@ -37,9 +38,9 @@ class NewtonKronecker(InversePreconditioner):
         newton_steps: Newton steps per refresh.
         exact_interval: A layer's refreshes 0, 1, 2 and every `exact_interval`-th one compute exact
             inverses (C in the thesis).
-        solver: 'newton'; 'cholesky' for exact inverses at every refresh; or 'lowrank'. The last
-            keeps the eigenvectors of a side that stand out from the damping, if they are fewer
-            than half. It computes exact inverses of the other sides.
+        solver: 'lowrank' (default) keeps the eigenvectors of a side that stand out from the damping,
+            and computes exact inverses of short sides. 'newton' updates dense inverses by Newton
+            steps, as published. 'cholesky' computes exact inverses at every refresh.
     """
 
     stat_decay: float = 0.95
