@@ -38,9 +38,9 @@ class NewtonKronecker(InversePreconditioner):
         newton_steps: Newton steps per refresh.
         exact_interval: A layer's refreshes 0, 1, 2 and every `exact_interval`-th one compute exact
             inverses (C in the thesis).
-        solver: 'lowrank' (default) keeps the eigenvectors of a side that stand out from the damping,
-            and computes exact inverses of short sides. 'newton' updates dense inverses by Newton
-            steps, as published. 'cholesky' computes exact inverses at every refresh.
+        solver: 'lowrank' (default) keeps the eigenvectors of a side that stand out from the
+            damping, and computes exact inverses of short sides. 'newton' updates dense inverses by
+            Newton steps, as published. 'cholesky' computes exact inverses at every refresh.
     """
 
     stat_decay: float = 0.95
