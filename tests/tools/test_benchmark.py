@@ -31,8 +31,8 @@ def test_a_small_classifier(tmp_path: Path) -> None:
     specs = [
         'SGD',
         'AdamW',
-        'NKFAC:solver=cholesky',
-        'NKFAC:solver=lowrank:tolerance=0.3',
+        'NKFAC:settings=published:solver=cholesky',
+        'NKFAC:settings=published:solver=lowrank:tolerance=0.3',
         'AdamR',
         'AdaAct',
         'SOAA',
@@ -68,13 +68,13 @@ def test_a_small_classifier(tmp_path: Path) -> None:
         )
         assert r['state_mb'] > 0 and r['peak_mb'] > 100
     assert found['AdamR']['base'] == 'AdamW'
-    dense = found['NKFAC:solver=cholesky']
+    dense = found['NKFAC:settings=published:solver=cholesky']
     assert dense['apply_gflop'] == pytest.approx(dense['forecast_gflop'], rel=0.2)
     assert found['SGD']['overhead']['5/25'] == 1
     plain, measured, refreshed = (dense['iteration'][kind] for kind in benchmark.KINDS)
     average = 0.8 * plain + 0.16 * measured + 0.04 * refreshed
     assert dense['overhead']['5/25'] == pytest.approx(average / found['SGD']['iteration']['plain'])
-    assert found['NKFAC:solver=lowrank:tolerance=0.3']['ranks']
+    assert found['NKFAC:settings=published:solver=lowrank:tolerance=0.3']['ranks']
     table = (tmp_path / 'resnet18_shapes-cls.md').read_text()
     assert all(re.search(rf'\| {re.escape(name)} +\|', table) for name in specs)
     assert (tmp_path / 'resnet18_shapes-cls.png').stat().st_size > 1000
