@@ -19,7 +19,7 @@ PRECISIONS = ('auto', 'highest', 'high', 'medium')
 @functools.cache
 def has_bfloat16_units() -> bool:
     """True if the CPU has instructions for products of bfloat16 (AMX or AVX-512)."""
-    checks = ('_is_amx_tile_supported', '_is_avx512_bf16_supported')  # missing before torch 2.4
+    checks = ('_is_amx_tile_supported', '_is_avx512_bf16_supported')  # private: may be missing
     return any(check() for name in checks if (check := getattr(torch.cpu, name, None)))
 
 

@@ -332,12 +332,12 @@ class InversePreconditioner(PatchPreconditioner):
 
     Attributes:
         solver: 'lowrank', or one of the method's own solvers. 'lowrank' keeps the eigenvectors of
-            a side that stand out from the damping, if they are fewer than half (see `RankSearch`).
+            a side that stand out from the damping (see `RankSearch`).
         tolerance: Relative error of an operator that 'lowrank' allows in any direction, less than
             1. At 0.1 and exponent 1 it omits eigenvalues below 0.22 times the damping.
         rank_share: Most columns that 'lowrank' keeps, as a share of a side's length. One value
             stands for all other directions, so that the tolerance may not hold. None keeps as many
-            as the tolerance needs.
+            as the tolerance needs, if they are fewer than half.
     """
 
     solver: str = 'lowrank'

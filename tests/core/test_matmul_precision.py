@@ -40,6 +40,18 @@ def level() -> str:
     return LEVELS.get(tuple(backend.fp32_precision for backend in backends), 'other')
 
 
+@pytest.mark.parametrize('units, wanted', [(True, 'medium'), (False, 'high')])
+def test_auto_takes_bfloat16_where_the_cpu_has_units(
+    units: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr('mmprecond.linalg.precision.has_bfloat16_units', lambda: units)
+    optimizer = NKFAC(nn.Linear(2, 2), lr=0.1)
+    with matmul_precision(optimizer.curvature.options.matmul_precision):
+        assert level() == wanted
+    published = NKFAC(nn.Linear(2, 2), lr=0.1, settings='published')
+    assert published.curvature.options.matmul_precision == 'highest'
+
+
 @pytest.mark.parametrize('chosen', ['highest', 'high', 'medium'])
 @pytest.mark.parametrize('kind', [NKFAC, AdamR])
 def test_each_part_has_its_own(kind: Any, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:

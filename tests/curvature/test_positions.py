@@ -29,6 +29,8 @@ from tests.support.capture import loss_of
 from tests.support.every_optimizer import net, train
 from tests.support.patches import METHODS, layer_of, measured
 
+EACH: dict[str, Any] = dict(stat_interval=1, refresh_interval=1, settings='published')
+
 
 def test_layers_that_lack_it() -> None:
     conv = layer_of(nn.Conv2d(4, 3, 3))
@@ -182,14 +184,7 @@ def test_a_failed_decomposition_is_tried_in_float64(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, 'position_power', fails)
     torch.manual_seed(0)
     model = nn.Conv2d(3, 4, 3)
-    optimizer = FSGD(
-        model,
-        lr=0.1,
-        stat_interval=1,
-        refresh_interval=1,
-        input_factor='kernel',
-        settings='published',
-    )
+    optimizer = FSGD(model, lr=0.1, input_factor='kernel', **EACH)
     model(torch.randn(2, 3, 5, 5)).square().mean().backward()
     optimizer.step()
     (stack,) = optimizer.curvature.stacks
@@ -200,14 +195,7 @@ def test_a_failed_decomposition_is_tried_in_float64(monkeypatch: pytest.MonkeyPa
 def test_it_keeps_next_to_nothing() -> None:
     """96 channels, 3 x 3: the forecast, and what is held."""
     model = nn.Conv2d(96, 8, 3)
-    optimizer = FSGD(
-        model,
-        lr=0.1,
-        stat_interval=1,
-        refresh_interval=1,
-        input_factor='kernel',
-        settings='published',
-    )
+    optimizer = FSGD(model, lr=0.1, input_factor='kernel', **EACH)
     model(torch.randn(1, 96, 4, 4)).square().mean().backward()
     optimizer.step()
     (stack,) = optimizer.curvature.stacks

@@ -97,13 +97,16 @@ def test_grouped_convolutions(rule: str, exponent: float) -> None:
 
 @pytest.mark.parametrize('kind', [FSGD, FAdam])
 def test_default_settings(kind: type[PreconditionedOptimizer]) -> None:
-    optimizer = kind(TokenNet(), lr=0.1, settings='published')
+    optimizer = kind(TokenNet(), lr=0.1)
     (method,) = {stack.method for stack in optimizer.curvature.stacks}
     assert (method.stat_interval, method.refresh_interval) == (50, 500)
     assert (method.stat_decay, method.damping, method.exponent) == (0.95, 0.01, 1.0)
     assert method.norm_recovery and all(
-        [s.key for s in stack.kept] == ['input_moment'] for stack in optimizer.curvature.stacks
+        [s.key for s in stack.kept] == ['input_moment_sampled']
+        for stack in optimizer.curvature.stacks
     )
+    assert (method.solver, method.rank_share, method.input_factor) == ('lowrank', 1 / 16, 'auto')
+    assert method.early_refreshes and method.max_rows == 512
 
 
 @pytest.mark.parametrize('rule', RULES)

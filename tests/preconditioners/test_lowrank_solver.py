@@ -56,15 +56,20 @@ def batch(step: int, count: int = 64) -> Tensor:
     return torch.randn(count, 80, generator=generator, dtype=torch.float64) * scales + 0.3 * scales
 
 
+OFTEN = dict(
+    lr=1e-3,
+    stat_interval=1,
+    refresh_interval=2,
+    damping=0.05,
+    rank_share=None,
+    settings='published',
+)
+
+
 def make(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = Wide().to(dtype)
-    settings = (
-        dict(lr=1e-3, stat_interval=1, refresh_interval=2, damping=0.05, settings='published')
-        | dict(rank_share=None)
-        | options
-    )
-    return model, KINDS[kind](model, **settings)
+    return model, KINDS[kind](model, **OFTEN | options)
 
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:
@@ -101,16 +106,7 @@ def test_a_resumed_run_continues_bit_for_bit(kind: str, at: int, dtype: torch.dt
     model, optimizer = make(kind, dtype, solver='lowrank')
     train(model, optimizer, range(at))
     twin = copy.deepcopy(model)
-    other = KINDS[kind](
-        twin,
-        lr=1e-3,
-        stat_interval=1,
-        refresh_interval=2,
-        damping=0.05,
-        solver='lowrank',
-        rank_share=None,
-        settings='published',
-    )
+    other = KINDS[kind](twin, **OFTEN, solver='lowrank')
     other.load_state_dict(saved(optimizer.state_dict()))
     train(model, optimizer, range(at, 8)), train(twin, other, range(at, 8))
     assert differences(everything(model, optimizer), everything(twin, other)) == []

@@ -119,7 +119,7 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
                 f'they do; leave out {", ".join(taken)} and see --intervals'
             )
         kind = getattr(optimizers, name)
-        if kind.needs == 'capture' and name != 'AdaAct':
+        if kind.needs == 'capture' and name != 'AdaAct':  # which measures at every step
             intervals = dict(stat_interval=CAPTURE, refresh_interval=REFRESH)
             options = dict(**intervals, early_refreshes=False, **options)
         elif kind.needs == 'loss':

@@ -101,14 +101,13 @@ class Model:
             )
         taken = inspect.signature(kinds[name]).parameters if name in kinds else {}
         adaptive = KINDS.get(name, name == 'AdamW' or 'betas' in taken)
-        options: dict[str, Any] = {}
-        if name in TORCH_OPTIMIZERS or 'weight_decay' in taken:
-            options = {DECAY: DECAYS[adaptive and name not in ADDED_DECAY]}
+        decays = name in TORCH_OPTIMIZERS or 'weight_decay' in taken
+        decay = DECAYS[adaptive and name not in ADDED_DECAY]
         return Contestant(
             self.contestants[self.plain].config,
             self.rates[adaptive],
             ('--optimizer', name),
-            options,
+            {DECAY: decay} if decays else {},
             adaptive=adaptive,
         )
 
