@@ -146,6 +146,11 @@ def _check_samples(
             by_sample[1][..., drawn].flatten(2),
             'sampled gradient',
         )
+        _assert_close(
+            layer.position_sizes(module, gradient),
+            by_sample[1].square().sum((0, 1, 2)),
+            'the squared gradient rows at each position',
+        )
 
 
 def _check_moments(

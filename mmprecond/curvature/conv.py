@@ -136,6 +136,10 @@ class ConvLayer(Layer):
     def position_count(self, module: nn.Module, gradient: Tensor) -> int:
         return gradient.shape[-self.axes :].numel()
 
+    def position_sizes(self, module: nn.Module, gradient: Tensor) -> Tensor:
+        maps = self._add_batch_axis(gradient).flatten(2)
+        return torch.linalg.vector_norm(maps, dim=(0, 1), dtype=self.working_dtype).square()
+
     def sampled_input(self, module: Any, inputs: Tensor, drawn: Tensor) -> Tensor:
         view = self._extract_patches(module, inputs)
         size = view.shape[-self.axes :]
@@ -369,6 +373,9 @@ class ConvTranspose2dLayer(ConvLayer):
 
     def sampled_gradient(self, module: Any, gradient: Tensor, drawn: Tensor) -> Tensor:
         return super().sampled_input(module, gradient, drawn)
+
+    def position_sizes(self, module: Any, gradient: Tensor) -> Tensor:
+        return Layer.position_sizes(self, module, gradient)
 
     def position_count(self, module: Any, gradient: Tensor) -> int:
         return self._output_size(module, self._add_batch_axis(gradient)).numel()

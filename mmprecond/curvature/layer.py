@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..linalg import Shape
 from .calls import Call, Observer, Tap
+from .drawing import Drawing
 from .gram import gram
 from .moments import Blocks
 from .patch_form import PatchForm
@@ -262,17 +263,10 @@ class Layer:
         Returns:
             Sums by tensor name, in `working_dtype`, from `Form.measure`.
         """
-        drawn = torch.arange(0, device='cpu')
-        sampled = [s.rows for s in statistics if isinstance(s.rows, SampledRows)]
-        if sampled:  # the same for both sides
-            drawn = torch.randperm(
-                self.position_count(call.module, gradient), generator=generator, device='cpu'
-            )
-            samples = self.sample_count(call.module, gradient)
-            drawn = drawn[: sampled[0].count(samples)].to(gradient.device)
+        drawing = Drawing(self, call.module, gradient, generator)
         sums: dict[str, Tensor] = {}
         for statistic in statistics:
-            rows = LayerRows(self, call.module, kept[0], gradient, statistic, drawn, generator)
+            rows = LayerRows(self, call.module, kept[0], gradient, statistic, drawing)
             sums.update(zip(statistic.keys, statistic.form.measure(rows), strict=True))
         return sums
 
@@ -382,6 +376,12 @@ class Layer:
     def position_count(self, module: nn.Module, gradient: Tensor) -> int:
         """Number of positions per sample."""
         raise TypeError(f'{type(self).__name__} must say what the rows of a sample are')
+
+    def position_sizes(self, module: nn.Module, gradient: Tensor) -> Tensor:
+        """Sum over samples of the squared gradient rows at each position (positions,)."""
+        rows = self.gradient_rows(module, gradient.to(self.working_dtype))
+        samples = self.sample_count(module, gradient)
+        return rows.square().sum((0, 1)).unflatten(0, (samples, -1)).sum(0)
 
     def sampled_input(self, module: nn.Module, inputs: Tensor, drawn: Tensor) -> Tensor:
         """Input rows at the drawn positions of each sample (blocks, i without bias, rows)."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .drawing import Drawing
 from .form import Form
 from .gram import gram
 from .statistic import ALL, REDUCED, SampledRows, Statistic
@@ -28,8 +29,7 @@ class LayerRows:
         inputs: Input of the module.
         gradient: Gradient of the loss with respect to the module's output.
         statistic: The statistic.
-        drawn: Random positions for sampled rows.
-        generator: Generator of further random choices.
+        drawing: Random choices of the call.
     """
 
     layer: Layer
@@ -37,8 +37,7 @@ class LayerRows:
     inputs: Tensor
     gradient: Tensor
     statistic: Statistic
-    drawn: Tensor
-    generator: torch.Generator
+    drawing: Drawing
 
     @property
     def key(self) -> str:
@@ -89,7 +88,7 @@ class LayerRows:
             return total, self._reduced_rows[:, -1:].square().sum(2, keepdim=True)
         inputs, scale = self.inputs, 1.0
         if isinstance(rows, SampledRows):
-            inputs, scale = layer.sampled_maps(inputs, rows, self.generator)
+            inputs, scale = layer.sampled_maps(inputs, rows, self.drawing.generator)
         gram(layer.position_rows(self.module, inputs), total)
         count = layer.sample_count(self.module, self.gradient)
         count *= layer.position_count(self.module, self.gradient)
@@ -129,20 +128,17 @@ class LayerRows:
             if rows == REDUCED:
                 yield layer.with_ones(layer.reduced_input(self.module, self.inputs))
             elif isinstance(rows, SampledRows):
-                sampled = layer.sampled_input(self.module, self.inputs, self.drawn)
-                yield layer.with_ones(sampled) * self._sampling_scale()
+                draw = self.drawing.draw(rows)
+                sampled = layer.sampled_input(self.module, self.inputs, draw.positions)
+                yield draw.scale(layer.with_ones(sampled))
             else:
                 yield from map(layer.with_ones, layer.input_rows(self.module, self.inputs))
             return
+        if isinstance(rows, SampledRows):
+            draw = self.drawing.draw(rows)
+            sampled = layer.sampled_gradient(self.module, self.gradient, draw.positions)
+            yield draw.scale(sampled.to(layer.working_dtype))
+            return
         gradient = self.gradient.to(layer.working_dtype)
-        if rows == REDUCED:
-            yield layer.reduced_gradient(self.module, gradient)
-        elif isinstance(rows, SampledRows):
-            yield layer.sampled_gradient(self.module, gradient, self.drawn) * self._sampling_scale()
-        else:
-            yield layer.gradient_rows(self.module, gradient)
-
-    def _sampling_scale(self) -> float:
-        """Factor of drawn rows that makes their products an estimate for all rows."""
-        positions: int = self.layer.position_count(self.module, self.gradient)
-        return (positions / max(1, len(self.drawn))) ** 0.5
+        reduced = rows == REDUCED
+        yield (layer.reduced_gradient if reduced else layer.gradient_rows)(self.module, gradient)

@@ -57,11 +57,13 @@ class SampledRows(Rows):
         positions: Number of positions of each sample.
         most_rows: Bound on the rows of all samples of a call, in place of `positions`. At least
             one position of each sample is drawn.
+        by_size: Whether gradient rows are drawn by their size; otherwise all positions are alike.
     """
 
     suffix: ClassVar[str] = '_sampled'
     positions: int = 8
     most_rows: int | None = None
+    by_size: bool = False
 
     def count(self, samples: int) -> int:
         """Number of positions to draw of each sample, given the number of samples."""

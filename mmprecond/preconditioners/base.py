@@ -70,8 +70,9 @@ class Preconditioner(ABC):
             and the largest rank of solver='lowrank' (default: as many as the tolerance needs).
         max_rows: Most rows that a capture takes from one call of a convolution or a layer on
             tokens. It draws equally many random positions of each sample, at least one, and
-            scales the sums to all rows, so that the statistics are unbiased. None takes all rows.
-            Of separable sides, kernel positions alone are sampled, by images and channels.
+            scales the sums to all rows, so that the statistics are unbiased. Output gradients are
+            drawn by size, because a detector's are zero at most positions. None takes all rows. Of
+            separable sides, kernel positions alone are sampled, by images and channels.
     """
 
     stat_interval: int = 20
@@ -193,7 +194,8 @@ class Preconditioner(ABC):
 
     def _with_sampled_rows(self, layer: Layer, statistic: Statistic) -> Statistic:
         """The statistic over at most `max_rows` random rows, if the layer can draw rows."""
-        sampled = SampledRows(most_rows=self.max_rows)
+        by_size = statistic.side.of_gradient  # of a detector, most gradient rows are zero
+        sampled = SampledRows(most_rows=self.max_rows, by_size=by_size)
         if (
             self.max_rows is None
             or statistic.rows != ALL

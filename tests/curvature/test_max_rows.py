@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mmprecond.curvature.drawing import draw_by_size
 from mmprecond.optimizers import NKFAC, AdamR, AFOpt, PreconditionedOptimizer
 from mmprecond.rules import SGDM
 from tests.support.attention import feature_map, shift_window
@@ -62,6 +65,53 @@ def test_a_sample_is_right_in_the_mean(name: str) -> None:
         error = (stacked.mean(0) - value).abs()
         assert bool((error <= 5 * stacked.std(0) / 300**0.5 + 1e-12).all())
         assert not torch.allclose(stacked[0], value, rtol=1e-3)
+
+
+def test_few_rows_of_a_detector_are_not_missed() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 5, 1).double()
+    twin = copy.deepcopy(conv)
+    x = torch.randn(2, 2, 30, 30).double()
+    gradient = torch.zeros(2, 5, 30, 30).double()
+    gradient[:, :, 3:6, 7] = torch.randn(2, 5, 3).double()
+    moments = []
+    for module, max_rows in ((conv, None), (twin, 8)):  # 4 of 900 positions, where 3 count
+        optimizer = NKFAC(module, lr=0.1, rank_share=None, max_rows=max_rows)
+        module(x).backward(gradient)
+        (staged,) = optimizer.curvature.capture.staged.values()
+        (moment,) = (value for key, value in staged.sums.items() if key.startswith('gradient'))
+        moments.append(moment)
+    torch.testing.assert_close(moments[1], moments[0], rtol=1e-12, atol=0)
+
+
+@given(
+    sizes=st.lists(st.floats(0, 1e3, width=32), min_size=2, max_size=40),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_draws_by_size(sizes: list[float], share: float, seed: int) -> None:
+    """Each row drawn counts at least once, zeros count nothing, few rows are all drawn."""
+    values = torch.tensor(sizes, dtype=torch.float64)
+    taken = min(len(sizes) - 1, 1 + int(share * (len(sizes) - 1)))
+    draw = draw_by_size(values, taken, torch.Generator().manual_seed(seed))
+    assert len(draw.positions.unique()) == taken
+    assert isinstance(draw.factors, torch.Tensor)
+    drawn = values[draw.positions]
+    assert bool((draw.factors[drawn > 0] >= 1).all()) and not draw.factors[drawn == 0].any()
+    if int((values > 0).sum()) <= taken:
+        torch.testing.assert_close(drawn @ draw.factors, values.sum())
+
+
+def test_draws_by_size_are_right_in_the_mean() -> None:
+    torch.manual_seed(0)
+    sizes, values = torch.rand(30).double() ** 6, torch.randn(30).double()
+    totals = []
+    for seed in range(4000):
+        draw = draw_by_size(sizes, 8, torch.Generator().manual_seed(seed))
+        drawn = (sizes * values)[draw.positions]
+        totals.append(drawn @ draw.factors)
+    stacked = torch.stack(totals)
+    assert abs(stacked.mean() - sizes @ values) < 4 * stacked.std() / 4000**0.5
 
 
 class Net(nn.Module):
