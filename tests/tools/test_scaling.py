@@ -15,19 +15,8 @@ from tests.support.paths import ROOT
 
 
 def test_table_and_figure(tmp_path: Path) -> None:
-    arguments = [
-        '--widths',
-        '16,32,300',
-        '--rows',
-        '64,128',
-        '--turns',
-        '1',
-        '--solvers',
-        'cholesky',
-        'lowrank',
-        '--out',
-        str(tmp_path),
-    ]
+    arguments = ['--widths', '8,16,32', '--kernels', '1,3', '--rows', '256,512', '--turns', '1']
+    arguments += ['--forms', 'dense', 'separable', '--out', str(tmp_path)]
     done = subprocess.run(
         [sys.executable, 'tools/analysis_tools/scaling.py', *arguments],
         cwd=ROOT,
@@ -38,14 +27,21 @@ def test_table_and_figure(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / 'scaling.json').read_text())
-    assert found['width'][0] == [16, 32, 300] and found['rows'][0] == [64, 128]
-    for _, solvers in found.values():
-        assert set(solvers) == {'cholesky', 'lowrank'}
+    sizes = {axis: values for axis, (values, _) in found.items()}
+    assert sizes == {'width': [8, 16, 32], 'kernel': [1, 3], 'rows': [256, 512]}
+    for _, forms in found.values():
+        assert set(forms) == {'dense', 'separable'}
         assert all(
-            seconds > 0 for times in solvers.values() for one in times for seconds in one.values()
+            seconds > 0 for times in forms.values() for one in times for seconds in one.values()
         )
-    assert re.search(r'\| refresh +\| lowrank +\|', (tmp_path / 'scaling.md').read_text())
+    assert re.search(r'\| refresh +\| separable +\|', (tmp_path / 'scaling.md').read_text())
     assert (tmp_path / 'scaling.png').stat().st_size > 1000
+
+
+def test_rows_must_fill_images() -> None:
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', ['scaling.py', '--rows', '100'])
+        scaling.parse_args()
 
 
 def test_slopes_are_exponents_of_the_larger_half() -> None:

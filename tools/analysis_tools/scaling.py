@@ -1,10 +1,10 @@
-"""Growth of the cost of preconditioning with a layer's width, and with the batch.
+"""Growth of the cost of preconditioning with a convolution's width, its kernel, and the batch.
 
-The model is one square linear layer. The moments of its inputs and gradients have eigenvalues that
-decrease like 1 / k^2. The tool times a step, a capture and a refresh, with the solvers in turns,
-and fits slopes to the logarithms. The output is a figure and a table.
+The model is one square convolution. Its inputs and output gradients have channel moments with
+eigenvalues that decrease like 1 / k^2. The tool times a step, a capture and a refresh of NKFAC,
+with its forms in turns, and fits slopes to the logarithms. The output is a figure and a table.
 
-    python tools/analysis_tools/scaling.py --widths 256,512,1024,2048,4096 --rows 256,1024,4096
+    python tools/analysis_tools/scaling.py --widths 32,64,128,256 --kernels 1,3,5 --rows 256,1024
 """
 
 from __future__ import annotations
@@ -31,23 +31,35 @@ from common import ROOT
 from common.tables import markdown
 from common.timing import seconds_of
 
-SOLVERS = ('newton', 'cholesky', 'lowrank')
+#: Settings of NKFAC by form.
+FORMS: dict[str, dict[str, Any]] = {
+    'dense': dict(input_factor='patch', solver='cholesky', max_rows=None),
+    'low rank': dict(input_factor='patch'),
+    'separable, dense': dict(input_factor='separable', solver='cholesky', max_rows=None),
+    'separable': dict(input_factor='separable'),
+}
 PARTS = ('step', 'capture', 'refresh')
-#: Number of refreshes before the clock starts. Later ones of Newton are no longer exact, and those
-#: of low rank start from an earlier one.
+SIDE = 16  # pixels of the images
+#: Number of refreshes before the clock starts; later ones of low rank start from an earlier one.
 WARM_UP = 4
 
 
-def measure_parts(solver: str, width: int, rows: int, turns: int) -> dict[str, float]:
+def measure_parts(form: str, width: int, kernel: int, rows: int, turns: int) -> dict[str, float]:
     """Seconds of each part, the least of several runs."""
     torch.manual_seed(0)
-    layer = nn.Linear(width, width, bias=False)
+    layer = nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False)
     optimizer = NKFAC(
-        layer, lr=1e-6, stat_interval=1, refresh_interval=1, solver=solver, max_dim=width
+        layer,
+        lr=1e-6,
+        stat_interval=1,
+        refresh_interval=1,
+        max_dim=width * kernel**2,
+        matmul_precision='highest',
+        **FORMS[form],
     )
     best = dict.fromkeys((*PARTS, 'pass'), math.inf)
     for turn in range(WARM_UP + turns):
-        inputs, gradients = decaying_rows(rows, width), decaying_rows(rows, width) / rows
+        inputs, gradients = decaying_maps(rows, width), decaying_maps(rows, width) / rows
 
         def train(inputs: Tensor = inputs, gradients: Tensor = gradients) -> None:
             layer(inputs).backward(gradients)
@@ -70,9 +82,10 @@ def measure_parts(solver: str, width: int, rows: int, turns: int) -> dict[str, f
     return best
 
 
-def decaying_rows(rows: int, width: int) -> Tensor:
-    """Random rows, with eigenvalues of the second moment that decrease like 1 / k^2."""
-    return torch.randn(rows, width) / torch.arange(1, width + 1)
+def decaying_maps(rows: int, width: int) -> Tensor:
+    """Random images, with eigenvalues of the channels' second moment that decrease like 1 / k^2."""
+    images = torch.randn(rows // SIDE**2, width, SIDE, SIDE)
+    return images / torch.arange(1, width + 1)[:, None, None]
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:
@@ -82,16 +95,16 @@ def slope(sizes: list[int], seconds: list[float]) -> float:
     return linear_regression(*logs).slope if len(logs[0]) > 1 else math.nan
 
 
-def table(axis: str, sizes: list[int], times_by_solver: dict[str, list[dict[str, float]]]) -> str:
+def table(axis: str, sizes: list[int], times_by_form: dict[str, list[dict[str, float]]]) -> str:
     """Table of times by size, with slopes."""
     rows = []
     for part in PARTS:
-        for solver, times in times_by_solver.items():
+        for form, times in times_by_form.items():
             seconds = [entry[part] for entry in times]
             rows.append(
-                (part, solver, *(f'{s:.4f}' for s in seconds), f'{slope(sizes, seconds):.2f}')
+                (part, form, *(f'{s:.4f}' for s in seconds), f'{slope(sizes, seconds):.2f}')
             )
-    return markdown(('part', 'solver', *(f'{axis} {n}' for n in sizes), 'slope'), rows)
+    return markdown(('part', 'form', *(f'{axis} {n}' for n in sizes), 'slope'), rows)
 
 
 def draw(
@@ -102,12 +115,12 @@ def draw(
 
     figure = Figure(figsize=(4 * len(PARTS), 3.2 * len(results)), layout='constrained')
     panels = figure.subplots(len(results), len(PARTS), squeeze=False)
-    for row, (axis, (sizes, times_by_solver)) in zip(panels, results.items(), strict=True):
+    for row, (axis, (sizes, times_by_form)) in zip(panels, results.items(), strict=True):
         for panel, part in zip(row, PARTS, strict=True):
-            for solver, times in times_by_solver.items():
+            for form, times in times_by_form.items():
                 seconds = [entry[part] for entry in times]
                 panel.loglog(
-                    sizes, seconds, marker='o', label=f'{solver}, slope {slope(sizes, seconds):.1f}'
+                    sizes, seconds, marker='o', label=f'{form}, slope {slope(sizes, seconds):.1f}'
                 )
             panel.set_title(f'{part}, seconds')
             panel.set_xlabel(axis)
@@ -123,33 +136,38 @@ def parse_args() -> argparse.Namespace:
     def sizes(text: str) -> list[int]:
         return [int(n) for n in re.split(',', text)]
 
-    parser.add_argument('--widths', type=sizes, default=[256, 512, 1024, 2048, 4096, 8192])
+    parser.add_argument('--widths', type=sizes, default=[32, 64, 128, 256, 512])
+    parser.add_argument('--kernels', type=sizes, default=[1, 3, 5, 7])
     parser.add_argument(
         '--rows',
         type=sizes,
         default=[256, 1024, 4096, 16384],
-        help='of a batch; widths are measured with the first, rows with the middle width',
+        help=f'output positions of a batch, in multiples of {SIDE**2}',
     )
     parser.add_argument('--turns', type=int, default=3)
-    parser.add_argument('--solvers', nargs='+', choices=SOLVERS, default=SOLVERS)
+    parser.add_argument('--forms', nargs='+', choices=FORMS, default=list(FORMS))
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/scaling')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if any(rows % SIDE**2 for rows in args.rows):
+        parser.error(f'--rows takes multiples of {SIDE**2}, the positions of one image')
+    return args
 
 
 def main() -> None:
     args = parse_args()
-    middle = args.widths[len(args.widths) // 2]
+    width, kernel, rows = args.widths[len(args.widths) // 2], 3, args.rows[1 % len(args.rows)]
     jobs = {
-        'width': (args.widths, [(width, args.rows[0]) for width in args.widths]),
-        'rows': (args.rows, [(middle, rows) for rows in args.rows]),
+        'width': (args.widths, [(size, kernel, rows) for size in args.widths]),
+        'kernel': (args.kernels, [(width, size, rows) for size in args.kernels]),
+        'rows': (args.rows, [(width, kernel, size) for size in args.rows]),
     }
     results = {}
-    for axis, (sizes, pairs) in jobs.items():
-        times_by_solver: dict[str, list[dict[str, float]]] = {solver: [] for solver in args.solvers}
-        for width, rows in tqdm(pairs, desc=axis):
-            for solver in args.solvers:
-                times_by_solver[solver].append(measure_parts(solver, width, rows, args.turns))
-        results[axis] = sizes, times_by_solver
+    for axis, (sizes, triples) in jobs.items():
+        times_by_form: dict[str, list[dict[str, float]]] = {form: [] for form in args.forms}
+        for triple in tqdm(triples, desc=axis):
+            for form in args.forms:
+                times_by_form[form].append(measure_parts(form, *triple, args.turns))
+        results[axis] = sizes, times_by_form
     args.out.mkdir(parents=True, exist_ok=True)
     text = '\n\n'.join(table(axis, *result) for axis, result in results.items())
     (args.out / 'scaling.md').write_text(text + '\n')
