@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calls import Call
+from .gram import gram_flops
 from .layer import EVERY_ROW_KIND, Layer
 from .moments import Moment
 from .patch_form import PatchForm
 from .patches import Axis, PatchMoment
+from .separable import Separable
 from .statistic import INPUT, REDUCED, Rows, SampledRows, Statistic
 
 #: Pixels of one channel that are worth as much as one sampled row of all channels.
@@ -79,20 +81,27 @@ class ConvLayer(Layer):
         # A pixel counts as often as patches read it, so no patch has to be laid out.
         inputs = self._add_batch_axis(inputs)
         size = self._output_size(module, inputs)
+        weight = self._reads(module, inputs, size).sqrt()
         image_bytes = self.working_dtype.itemsize * max(1, inputs[0].numel() if len(inputs) else 1)
         images = max(1, int(min(self.capture_mb * 2**20 / image_bytes, len(inputs))))
         for batch in inputs.split(images):
-            padded = self._pad(module, batch.to(self.working_dtype))
-            weight = self._reads(module, padded.shape[-self.axes :], size).sqrt()
-            yield self._maps_to_rows((padded * weight.to(padded)).flatten(2))
+            maps = batch.to(self.working_dtype)
+            if module.padding_mode != 'zeros':
+                maps = self._pad(module, maps)
+            yield self._maps_to_rows((maps * weight.to(maps)).flatten(2))
 
-    def _reads(self, module: Any, pixels: torch.Size, size: torch.Size) -> Tensor:
-        """Number of patches that read each pixel of a padded map, times the kernel entry's."""
+    def _reads(self, module: Any, inputs: Tensor, size: torch.Size) -> Tensor:
+        """Number of kernel entries that read each pixel, of maps that are padded unless by 0."""
+        pads = self._padding(module)
         counts = torch.ones((), dtype=torch.float64)
-        for axis in range(self.axes):
+        for axis, pixels in enumerate(inputs.shape[-self.axes :]):
+            before, after = pads[-2 * axis - 2], pads[-2 * axis - 1]
             entries = torch.arange(module.kernel_size[axis])[:, None] * module.dilation[axis]
-            read = entries + torch.arange(size[axis]) * module.stride[axis]
-            counts = counts[..., None] * torch.bincount(read.flatten(), minlength=pixels[axis])
+            read = (entries + torch.arange(size[axis]) * module.stride[axis]).flatten()
+            times = torch.bincount(read, minlength=before + pixels + after)
+            if module.padding_mode == 'zeros':  # zeros add nothing
+                times = times[before : before + pixels]
+            counts = counts[..., None] * times
         return counts
 
     def _patch_chunks(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
@@ -155,11 +164,17 @@ class ConvLayer(Layer):
         """Approximate FLOPs of one call's statistic (see the base class)."""
         flops = super().measure_flops(call, kept, output, statistic)
         form, rows = statistic.form, statistic.rows
-        if isinstance(form, PatchForm) and isinstance(rows, SampledRows):
-            maps = self._add_batch_axis(kept[0]).unflatten(1, (self.blocks, -1))
+        if not isinstance(form, PatchForm) or rows == REDUCED:
+            return flops
+        count = self.count_rows(call, output, (statistic,))
+        maps = self._add_batch_axis(kept[0]).unflatten(1, (self.blocks, -1))
+        if isinstance(form, Separable):  # its channels are read at every pixel, once
+            pixels = len(maps) * maps.shape[3:].numel()
+            products = gram_flops(form.channels, pixels) - gram_flops(form.channels, count)
+            flops += self.blocks * products
+        if isinstance(rows, SampledRows):
             images, channels = _sample_size(maps, rows)
             left_out = 1 - images * channels / max(1, maps.shape[0] * maps.shape[2])
-            count = self.count_rows(call, output, (statistic,))
             flops -= left_out * self.blocks * form.position_flops(count)
         return flops
 

@@ -157,8 +157,10 @@ def test_it_costs_as_many_rows() -> None:
 @pytest.mark.parametrize('max_rows', [None, 16, 64])
 @pytest.mark.parametrize('form', ['separable', 'kernel'])
 def test_forms_of_patches_cost_what_is_forecast(form: str, max_rows: int | None) -> None:
-    model = nn.Sequential(nn.Conv2d(16, 12, 3, padding=1), nn.Tanh())
-    compare(NKFAC, model, (torch.randn(4, 16, 24, 24),), input_factor=form, max_rows=max_rows)
+    model = nn.Sequential(
+        nn.Conv2d(16, 12, 3, padding=1), nn.Tanh(), nn.Conv2d(12, 16, 3, stride=2)
+    )
+    compare(NKFAC, model, (torch.randn(4, 16, 12, 12),), input_factor=form, max_rows=max_rows)
 
 
 def test_attention_and_errors() -> None:
