@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,15 +10,26 @@ from typing import Any
 
 from torch import nn
 
-from ..preconditioners import METHODS, Preconditioner, build_preconditioner
+from ..curvature import attention_type
+from ..preconditioners import METHODS, Preconditioner, build_preconditioner, find_method
 
-MATCH_KEYS = ('module_type', 'name')
+logger = logging.getLogger('mmprecond')
+
+MATCH_KEYS = ('module_type', 'name', 'attention')
 ENTRY_KEYS = ('match', 'preconditioner')
+#: Keys of `layers` as a dict.
+PARTS = ('attention', 'elsewhere')
+#: What `layers` may be, for errors.
+FORMS = (
+    "'NKFAC' for all layers, 'AFOpt+NKFAC' (the first on attention modules), "
+    "dict(attention='AFOpt', elsewhere='NKFAC'), or a list of entries "
+    "[dict(preconditioner=dict(type='NewtonKronecker'))]"
+)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A preconditioner (None: the plain rule) for the layers that meet both conditions.
+    """A preconditioner (None: the plain rule) for the layers that meet all conditions.
 
     Attributes:
         preconditioner: The preconditioner.
@@ -25,28 +37,40 @@ class Entry:
             means all.
         name: Pattern as in `fnmatch` for the dotted name of the layer's module, or of a module
             around it. None means all.
+        attention: Whether the layer's module, or a module around it, must be an attention module
+            that can be read as a whole.
+        optional: Whether the entry may match nothing.
     """
 
     preconditioner: Preconditioner | None
     module_types: tuple[str, ...] | None = None
     name: str | None = None
+    attention: bool = False
+    optional: bool = False
 
     @property
     def is_open(self) -> bool:
         """True if the entry applies to all remaining layers."""
-        return self.module_types is None and self.name is None
+        return self.module_types is None and self.name is None and not self.attention
 
     def meets(self, path: Sequence[tuple[str, nn.Module]]) -> bool:
         """True if the entry matches a module, given with all modules around it."""
+        types, pattern = self.module_types, self.name
         return (
-            self.module_types is None or any(type(m).__name__ in self.module_types for _, m in path)
-        ) and (self.name is None or any(fnmatchcase(n, self.name) for n, _ in path))
+            (types is None or any(type(m).__name__ in types for _, m in path))
+            and (pattern is None or any(fnmatchcase(n, pattern) for n, _ in path))
+            and (not self.attention or any(_is_readable_attention(m) for _, m in path))
+        )
 
     @property
     def match(self) -> str:
         """The conditions in a config's notation."""
         types = self.module_types
-        parts = {'module_type': types[0] if types and len(types) == 1 else types, 'name': self.name}
+        parts = {
+            'module_type': types[0] if types and len(types) == 1 else types,
+            'name': self.name,
+            'attention': self.attention or None,
+        }
         conditions = (f'{key}={value!r}' for key, value in parts.items() if value is not None)
         return f'dict({", ".join(conditions)})'
 
@@ -79,13 +103,20 @@ class BoundAssignment:
     """Assignment for one model (see `Assignment.bind`)."""
 
     def __init__(self, entries: list[Entry], model: nn.Module) -> None:
-        self.entries = entries
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in self.modules.items():
             self.names.setdefault(module, []).append(name)
+        missed = [e for e in entries if not any(e.meets(self._path(n)) for n in self.modules)]
+        self.entries = [entry for entry in entries if entry not in missed]
         for position, entry in enumerate(entries):
-            if not any(entry.meets(self._path(name)) for name in self.modules):
+            if entry in missed and entry.optional:
+                logger.info(
+                    '%s has no attention module that can be read, so %s takes no layer',
+                    type(model).__name__,
+                    type(entry.preconditioner).__name__,
+                )
+            elif entry in missed:
                 kinds = sorted({type(m).__name__ for m in self.modules.values()})
                 raise ValueError(
                     f'layers[{position}]: match={entry.match} hits nothing in '
@@ -145,17 +176,34 @@ def parse_layers(layers: Any) -> Assignment:
     """Reads the `layers` of a config.
 
     Args:
-        layers: List of ``dict(match=..., preconditioner=...)``, see `Preconditioned`.
+        layers: One of the forms that `Preconditioned` takes.
 
     Raises:
-        ValueError: If the list is invalid; the message says what to write instead.
+        ValueError: If it is none of them; the message says what to write instead.
     """
+    if isinstance(layers, str):
+        names = [name.strip() for name in layers.split('+')]
+        if len(names) > len(PARTS) or not all(names):
+            raise ValueError(f'layers={layers!r}: write {FORMS}')
+        layers = dict(zip(PARTS[-len(names) :], names, strict=True))
+    if isinstance(layers, dict) and layers:
+        return Assignment(_parse_parts(layers))
     if not isinstance(layers, (list, tuple)) or not layers:
-        raise ValueError(
-            f'layers={layers!r} is not a list of entries; write '
-            "layers=[dict(preconditioner=dict(type='NewtonKronecker'))]"
-        )
+        raise ValueError(f'layers={layers!r} is not a list of entries: write {FORMS}')
     return Assignment([_parse_entry(f'layers[{k}]', entry) for k, entry in enumerate(layers)])
+
+
+def _parse_parts(parts: dict[str, Any]) -> list[Entry]:
+    """Entries of attention modules, if there are any, and of all other layers."""
+    _reject_keys('layers', parts, PARTS)
+    entries = []
+    for part, config in parts.items():
+        if isinstance(config, str):
+            config = dict(type=config)
+        attention = part == 'attention'
+        method = _parse_method(f'layers: {part}', config)
+        entries.append(Entry(method, attention=attention, optional=attention))
+    return sorted(entries, key=lambda entry: entry.is_open)
 
 
 def _parse_entry(where: str, entry: Any) -> Entry:
@@ -183,9 +231,11 @@ def _parse_entry(where: str, entry: Any) -> Entry:
         )
     if name is not None and not isinstance(name, str):
         raise ValueError(f"{where}: name={name!r} is no pattern; write name='backbone.*'")
-    return Entry(
-        _parse_method(where, entry['preconditioner']), None if types is None else tuple(types), name
-    )
+    attention = match.get('attention', False)
+    if not isinstance(attention, bool):
+        raise ValueError(f'{where}: attention={attention!r} is no bool; write attention=True')
+    method = _parse_method(where, entry['preconditioner'])
+    return Entry(method, None if types is None else tuple(types), name, attention)
 
 
 def _parse_method(where: str, config: Any) -> Preconditioner | None:
@@ -199,9 +249,10 @@ def _parse_method(where: str, config: Any) -> Preconditioner | None:
         )
     settings = dict(config)
     kind = settings.pop('type')
-    method = METHODS.get(kind) if isinstance(kind, str) else kind
-    if not (isinstance(method, type) and issubclass(method, Preconditioner)):
-        raise ValueError(f'{where}: unknown preconditioner type {kind!r}; choose one of {names}')
+    try:
+        method = find_method(kind)
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from None
     if method.precomputed:
         raise ValueError(
             f'{where}: {method.__name__} is never measured; its statistics are given '
@@ -218,6 +269,12 @@ def _reject_keys(where: str, config: dict[str, Any], known: Sequence[str]) -> No
     unknown = sorted(set(map(str, config)) - set(known))
     if unknown:
         raise ValueError(f'{where} does not take {", ".join(unknown)}; it takes {", ".join(known)}')
+
+
+def _is_readable_attention(module: nn.Module) -> bool:
+    """True for attention modules that a layer type reads as a whole."""
+    kind, reason = attention_type(module)
+    return kind is not None and not reason
 
 
 def _join_names(names: list[str], limit: int = 12) -> str:

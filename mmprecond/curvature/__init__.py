@@ -22,6 +22,7 @@ from .positions import Positions
 from .registry import (
     ATTENTION_TYPES,
     LAYER_TYPES,
+    attention_type,
     layer_type,
     qualified_name,
     register_attention,
@@ -85,6 +86,7 @@ __all__ = [
     'WEIGHT',
     'WindowAttention',
     'add_damping',
+    'attention_type',
     'find_layers',
     'input_form',
     'layer_type',

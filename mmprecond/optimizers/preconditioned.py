@@ -14,13 +14,14 @@ from .base import PreconditionedOptimizer
 
 
 class Preconditioned(PreconditionedOptimizer):
-    """Rule with preconditioners that an ordered list assigns to the layers.
+    """Rule with preconditioners that are chosen layer by layer.
 
-    The example takes AFOpt on Swin's attention and NKFAC elsewhere::
+    The two examples are the same: AFOpt on attention modules and NKFAC elsewhere::
 
-        Preconditioned(model, rule=dict(type='AdamW', lr=1e-4, weight_decay=0.05), layers=[
-            dict(match=dict(module_type='WindowMSA'),
-                 preconditioner=dict(type='AttentionFeature')),
+        rule = dict(type='AdamW', lr=1e-4, weight_decay=0.05)
+        Preconditioned(model, rule=rule, layers='AFOpt+NKFAC')
+        Preconditioned(model, rule=rule, layers=[
+            dict(match=dict(attention=True), preconditioner=dict(type='AttentionFeature')),
             dict(preconditioner=dict(type='NewtonKronecker'))])
 
     Args:
@@ -28,11 +29,16 @@ class Preconditioned(PreconditionedOptimizer):
         model: The module that owns the parameters.
         rule: ``dict(type='SGDM' | 'EMASGD' | 'AdamW' | 'Adan' | 'ARO' | 'DCTAdamW', lr=..., ...)``
             with the rule's hyper-parameters and options.
-        layers: Entries ``dict(match=..., preconditioner=...)``. The first entry that matches a
-            layer wins. `match` has `module_type` (one or several class names), `name` (a pattern as
-            in `fnmatch`), or both. They apply to the layer's module and to the modules around it.
-            An entry without `match` applies to all remaining layers. `preconditioner` is
-            ``dict(type=..., **settings)``, or None for the plain rule.
+        layers: 'NKFAC' for all layers; or 'AFOpt+NKFAC', where the first method takes all layers of
+            attention modules that can be read as a whole. A model without any takes the second for
+            all layers, and the log says so. With settings:
+            ``dict(attention='AFOpt', elsewhere=dict(type='NKFAC', damping=0.02))``.
+            Or a list of entries ``dict(match=..., preconditioner=...)``, of which the first that
+            matches a layer wins. `match` has `module_type` (one or several class names), `name` (a
+            pattern as in `fnmatch`), ``attention=True``, or several of them. They apply to the
+            layer's module and to the modules around it. An entry without `match` applies to all
+            remaining layers. `preconditioner` is ``dict(type=..., **settings)``, or None for the
+            plain rule. A type is a class ('NewtonKronecker') or the method's name ('NKFAC').
         **options: `capture_mb`, `save_curvature`, `sharding`, `clip_update`, `check_memory`,
             `stagger` and `matmul_precision`, as in `PreconditionedOptimizer`.
 
@@ -46,7 +52,7 @@ class Preconditioned(PreconditionedOptimizer):
         params: Any,
         *,
         rule: dict[str, Any] | None = None,
-        layers: list[dict[str, Any]] | None = None,
+        layers: str | dict[str, Any] | list[dict[str, Any]] | None = None,
         model: nn.Module | None = None,
         **options: Any,
     ) -> None:

@@ -12,7 +12,7 @@ from .input_feature import InputFeature
 from .kronecker_root import KroneckerRoot
 from .newton_kronecker import NewtonKronecker
 from .nystrom_feature import NystromFeature
-from .registry import METHODS, SETS, build_preconditioner, register_preconditioner
+from .registry import METHODS, SETS, build_preconditioner, find_method, register_preconditioner
 from .statistic_checks import check_statistics
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     'Preconditioner',
     'RefreshError',
     'build_preconditioner',
+    'find_method',
     'check_statistics',
     'register_preconditioner',
 ]

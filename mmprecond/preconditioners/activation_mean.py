@@ -119,6 +119,7 @@ class ActivationMean(Preconditioner):
 
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Mean()),)
 
+    word: ClassVar[str] = 'MAC'
     #: The authors' code.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=5,

@@ -83,6 +83,8 @@ class Preconditioner(ABC):
     max_rank: int | None = None
     max_rows: int | None = None
 
+    #: Name of the method in the literature, which `layers` and `precondition` take.
+    word: ClassVar[str] = ''
     #: Statistics that the method keeps of a linear layer or convolution.
     statistics: ClassVar[tuple[Statistic, ...]] = ()
     #: Settings of the method's source, which its published numbers were made with.

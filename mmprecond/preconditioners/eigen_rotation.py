@@ -78,6 +78,7 @@ class EigenRotation(PatchPreconditioner):
     rotates: ClassVar[bool] = True
     acts_after_rule: ClassVar[bool] = True
 
+    word: ClassVar[str] = 'AdamR'
     #: Thesis chapter 4, where moments stay as they are.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=100,

@@ -52,6 +52,7 @@ class FisherDiagonal(Preconditioner):
     rules: ClassVar[tuple[str, ...]] = ('EMASGD',)
     acts_after_rule: ClassVar[bool] = True
 
+    word: ClassVar[str] = 'AdaFisher'
     #: The authors' code.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=100,

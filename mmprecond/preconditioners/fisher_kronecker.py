@@ -95,6 +95,7 @@ class FisherKronecker(PatchPreconditioner):
         Statistic(GRADIENT, Moment()),
     )
 
+    word: ClassVar[str] = 'KFAC'
     #: The baseline of the thesis's tables.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=20,

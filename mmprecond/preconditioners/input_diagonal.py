@@ -47,6 +47,7 @@ class InputDiagonal(Preconditioner):
     #: Least entry of v, relative to the mean.
     FLOOR: ClassVar[float] = 1e-12
 
+    word: ClassVar[str] = 'AdaAct'
     #: The authors' code.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=1, refresh_interval=1, stat_decay=0.999, eps=1e-8, **WHOLE_LAYERS

@@ -51,6 +51,7 @@ class InputFeature(InversePreconditioner):
     dense_solvers: ClassVar[tuple[str, ...]] = ('exact',)
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)
 
+    word: ClassVar[str] = 'FSGD'
     #: Thesis chapter 5.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=50,

@@ -61,6 +61,7 @@ class KroneckerRoot(InversePreconditioner):
         Statistic(GRADIENT, Moment()),
     )
 
+    word: ClassVar[str] = 'AdaBK'
     #: AdaBK's code.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=200,

@@ -57,6 +57,7 @@ class NewtonKronecker(InversePreconditioner):
         Statistic(GRADIENT, Moment()),
     )
 
+    word: ClassVar[str] = 'NKFAC'
     #: Thesis chapter 3 and its code.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=20,

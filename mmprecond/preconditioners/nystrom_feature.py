@@ -57,6 +57,7 @@ class NystromFeature(Preconditioner):
     rank: int = 10
     sketch: str = 'gaussian'
 
+    word: ClassVar[str] = 'NysAct'
     #: The authors' code.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from ..checks import check_choice
@@ -69,6 +70,25 @@ def register_preconditioner(method: Method, name: str | None = None) -> Method:
         )
     METHODS[name] = method
     return method
+
+
+def find_method(name: Any) -> type[Preconditioner]:
+    """Preconditioner that a config names: by its class, its class's name, or its word.
+
+    Raises:
+        ValueError: If the name is unknown; the message has the nearest names.
+    """
+    if isinstance(name, type) and issubclass(name, Preconditioner):
+        return name
+    words = {method.word: method for method in METHODS.values() if method.word}
+    known = words | METHODS
+    if isinstance(name, str) and name in known:
+        return known[name]
+    near = get_close_matches(str(name).lower(), [key.lower() for key in known], 3)
+    nearest = [key for key in known if key.lower() in near]
+    advice = f'did you mean {" or ".join(nearest)}? ' if nearest else ''
+    names = ', '.join([*sorted(words), *sorted(METHODS)])
+    raise ValueError(f'unknown preconditioner type {name!r}; {advice}choose one of {names}')
 
 
 def build_preconditioner(method: type[Preconditioner], settings: dict[str, Any]) -> Preconditioner:

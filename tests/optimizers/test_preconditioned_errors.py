@@ -35,10 +35,9 @@ pytestmark = pytest.mark.usefixtures('window_attention_is_known')
 NAMES_OF_METHODS = ', '.join(sorted(METHODS))
 EXAMPLE = "preconditioner=dict(type='NewtonKronecker')"
 WRONG: dict[str, tuple[Any, list[str]]] = {
-    'missing': (None, ['layers=None', 'write layers=[', EXAMPLE]),
-    'empty': ([], ['layers=[]', 'write layers=[', EXAMPLE]),
-    'a dict': (entry(KRONECKER), ['layers=', 'write layers=[', EXAMPLE]),
-    'a string': ('NewtonKronecker', ['layers=', 'write layers=[', EXAMPLE]),
+    'missing': (None, ['layers=None', "write 'NKFAC' for all", EXAMPLE]),
+    'empty': ([], ['layers=[]', "write 'NKFAC' for all", EXAMPLE]),
+    'a dict': (entry(KRONECKER), ['layers does not take preconditioner', 'attention, elsewhere']),
     'a name in the list': (['NewtonKronecker'], ['layers[0]', EXAMPLE, 'preconditioner=None']),
     'no preconditioner': ([*ALL, dict(match=dict(name='head'))], ['layers[1]', EXAMPLE]),
     'an unknown key': (
@@ -46,7 +45,7 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
         ['layers[0]', 'where', 'it takes match, preconditioner'],
     ),
     'unknown method': ([entry(dict(type='KFACK'))], ["'KFACK'", NAMES_OF_METHODS]),
-    'an optimizer for a method': ([entry(dict(type='NKFAC'))], ["'NKFAC'", NAMES_OF_METHODS]),
+    'an optimizer for a method': ([entry(dict(type='AdamW'))], ["'AdamW'", NAMES_OF_METHODS]),
     'another class': ([entry(dict(type=nn.Linear))], ['layers[0]', NAMES_OF_METHODS]),
     'a list for a method': ([entry(dict(type=['InputFeature']))], [NAMES_OF_METHODS]),
     'no type': ([entry(dict(damping=0.1))], ['has no type', NAMES_OF_METHODS]),
