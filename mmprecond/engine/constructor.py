@@ -13,6 +13,7 @@ from torch import nn
 
 from ..curvature import unwrap
 from ..optimizers import Preconditioned, RuleOptimizer
+from ..optimizers.replacement import rule_for
 from ..rules import build_rule
 from ..second_order import refuse_single_backward
 from .peers import find_peer, is_peer, needs_of, with_groups
@@ -28,10 +29,22 @@ class PrecondOptimWrapperConstructor:
     work. Optimizers of the package pytorch_optimizer are given as
     ``type='pytorch_optimizer.NAME'``; those that need second derivatives get them.
 
+    With `precondition` the config's own SGD, Adam, AdamW or Adan stays, with its rate, decay and
+    other settings, as the rule of a `Preconditioned` optimizer::
+
+        optim_wrapper = dict(
+            constructor='PrecondOptimWrapperConstructor', precondition='AFOpt+NKFAC')
+
     Args:
         optim_wrapper_cfg: The config; its `base_constructor` names the base constructor (default
-            'DefaultOptimWrapperConstructor').
+            'DefaultOptimWrapperConstructor'). Its `precondition` is one of the forms of `layers` in
+            `Preconditioned`: 'NKFAC', 'AFOpt+NKFAC' (attention and elsewhere), a dict or a list.
+            None (default) adds nothing.
         paramwise_cfg: Settings of parameter groups, as in MMEngine.
+
+    Raises:
+        ValueError: If `precondition` stands beside an optimizer of this package, or beside one that
+            no rule can replace.
     """
 
     def __init__(
@@ -39,6 +52,9 @@ class PrecondOptimWrapperConstructor:
     ) -> None:
         cfg = optim_wrapper_cfg.copy()
         base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
+        precondition = cfg.pop('precondition', None)
+        if precondition is not None:
+            cfg['optimizer'] = _attach(cfg.get('optimizer'), precondition)
         hoisted = _rule_defaults(cfg.get('optimizer'))
         if isinstance(cfg.get('optimizer'), dict):  # a copy of its kind, which is completed below
             cfg['optimizer'] = cfg['optimizer'].copy()
@@ -81,6 +97,24 @@ class PrecondOptimWrapperConstructor:
         wrapper = _resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper'))
         refuse_sharding(cfg, wrapper)
         cfg['type'] = mixed_wrapper(wrapper, needs, owner)
+
+
+def _attach(optimizer: Any, precondition: Any) -> dict[str, Any]:
+    """Config of `Preconditioned` with an optimizer of torch or Adan as its rule."""
+    settings = dict(optimizer or {})
+    name = settings.pop('type', None)
+    if name is None:
+        raise ValueError('precondition=... needs optimizer=dict(type=..., lr=...) beside it')
+    if is_peer(name):
+        kind: Any = find_peer(name)
+    else:
+        kind = _resolve(OPTIMIZERS, name)
+    if inspect.isclass(kind) and issubclass(kind, RuleOptimizer):
+        raise ValueError(
+            f'{kind.__name__} is an optimizer of mmprecond already; leave precondition out, or '
+            "take type='SGD' or 'AdamW' as its rule"
+        )
+    return dict(type='Preconditioned', rule=rule_for(kind, settings), layers=precondition)
 
 
 def _rule_defaults(optimizer: Any) -> dict[str, Any]:

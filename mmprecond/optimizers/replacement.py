@@ -1,0 +1,65 @@
+"""Rules that stand in for torch's own optimizers, with the same settings."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+#: Rule by the name of an optimizer's class, and the settings that the rule takes over.
+REPLACEMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    'SGD': ('SGDM', ('lr', 'momentum', 'weight_decay')),
+    'Adam': ('AdamW', ('lr', 'betas', 'eps')),
+    'AdamW': ('AdamW', ('lr', 'betas', 'eps', 'weight_decay')),
+    'Adan': ('Adan', ('lr', 'betas', 'eps', 'weight_decay')),
+}
+#: Settings that choose an implementation and change no result.
+IMPLEMENTATION = ('foreach', 'fused')
+
+
+def rule_for(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> dict[str, Any]:
+    """Rule that updates as an optimizer does.
+
+    Args:
+        kind: SGD, Adam or AdamW of torch, or Adan.
+        settings: Its keyword arguments; others have the defaults of its signature.
+
+    Returns:
+        ``dict(type=..., lr=..., ...)`` for `build_rule`.
+
+    Raises:
+        ValueError: If no rule does what the optimizer does; the message names what to change.
+    """
+    if kind.__name__ not in REPLACEMENTS:
+        raise ValueError(
+            f'{kind.__name__} cannot be a rule under a preconditioner; '
+            f'choose one of {", ".join(REPLACEMENTS)}, or write precondition=None'
+        )
+    rule, taken = REPLACEMENTS[kind.__name__]
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    config: dict[str, Any] = {'type': rule}
+    for name, value in {**defaults, **settings}.items():
+        if name in taken:
+            config[name] = value
+        elif name not in IMPLEMENTATION and value != _neutral(name, defaults):
+            raise ValueError(
+                f'{kind.__name__} with {name}={value!r} has no rule that does the same; '
+                f'{_advice(kind, name)}, or write precondition=None'
+            )
+    return config
+
+
+def _neutral(name: str, defaults: dict[str, Any]) -> Any:
+    """Value of a setting that leaves it without effect."""
+    return 0 if name == 'weight_decay' else defaults.get(name)
+
+
+def _advice(kind: type, name: str) -> str:
+    if kind.__name__ == 'Adam' and name == 'weight_decay':
+        return "take type='AdamW', whose decay is decoupled"
+    return f'leave {name} out'
