@@ -8,7 +8,8 @@ import torch
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmprecond.engine import launch, use_optimizer
+from mmprecond.engine import attach, launch, use_optimizer
+from mmprecond.engine.presets import BASELINES
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,6 +21,12 @@ def parse_args() -> argparse.Namespace:
         help="train with this optimizer of mmprecond (or torch's SGD or AdamW) "
         'instead, or pytorch_optimizer.NAME of that package, keeping the '
         "config's lr, momentum, weight decay and paramwise_cfg",
+    )
+    parser.add_argument(
+        '--precondition',
+        metavar='METHOD',
+        help="add curvature to the config's own SGD, Adam, AdamW or Adan: NKFAC, or AFOpt+NKFAC "
+        'for AFOpt on attention modules and NKFAC elsewhere',
     )
     parser.add_argument(
         '--resume',
@@ -34,7 +41,10 @@ def parse_args() -> argparse.Namespace:
         help="scale lr to the batch size by the config's auto_scale_lr",
     )
     launch.add_common_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.optimizer and args.precondition and args.optimizer not in BASELINES:
+        parser.error(f'--precondition adds curvature to SGD or AdamW, not to {args.optimizer}')
+    return args
 
 
 def build(args: argparse.Namespace) -> Runner:
@@ -43,6 +53,8 @@ def build(args: argparse.Namespace) -> Runner:
     cfg = launch.load_config(args.config)
     if args.optimizer:
         use_optimizer(cfg, args.optimizer)
+    if args.precondition:
+        attach(cfg, args.precondition)
     launch.finish_config(cfg, args)
     if args.amp:
         if not torch.cuda.is_available():

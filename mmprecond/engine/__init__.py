@@ -2,13 +2,14 @@
 
 from .constructor import PrecondOptimWrapperConstructor
 from .hooks import CalibrationHook, CurvatureHook
-from .presets import use_optimizer
+from .presets import attach, use_optimizer
 from .registration import register_all
 
 __all__ = [
     'CalibrationHook',
     'CurvatureHook',
     'PrecondOptimWrapperConstructor',
+    'attach',
     'register_all',
     'use_optimizer',
 ]

@@ -89,10 +89,36 @@ def use_optimizer(cfg: Config, name: str) -> None:
     cfg.pop('paper', None)
     if name in BASELINES:
         return
+    _use_constructor(wrapper)
+    hooks = cfg.get('custom_hooks') or []
+    if name in ('MAC', 'SMAC') and CALIBRATION not in [hook['type'] for hook in hooks]:
+        cfg.custom_hooks = [*hooks, dict(type=CALIBRATION)]
+
+
+def attach(cfg: Config, precondition: Any) -> None:
+    """Adds curvature to a config's own optimizer, which stays as the rule.
+
+    Args:
+        cfg: A config of MMDetection, MMPretrain or a similar toolbox; changed in place.
+        precondition: One of the forms of `layers` in `Preconditioned`, such as 'AFOpt+NKFAC'.
+
+    Raises:
+        ValueError: If the config has no optimizer.
+    """
+    wrapper = cfg.get('optim_wrapper')
+    if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
+        raise ValueError(
+            'the config has no optim_wrapper.optimizer to add curvature to; write '
+            'optim_wrapper=dict(optimizer=dict(...)) in it'
+        )
+    _use_constructor(wrapper)
+    wrapper['precondition'] = precondition
+    cfg.pop('paper', None)
+
+
+def _use_constructor(wrapper: dict[str, Any]) -> None:
+    """Names our constructor, with a toolbox's own as its base."""
     base = wrapper.pop('constructor', None)
     if base not in (None, 'DefaultOptimWrapperConstructor', 'PrecondOptimWrapperConstructor'):
         wrapper['base_constructor'] = base
     wrapper['constructor'] = 'PrecondOptimWrapperConstructor'
-    hooks = cfg.get('custom_hooks') or []
-    if name in ('MAC', 'SMAC') and CALIBRATION not in [hook['type'] for hook in hooks]:
-        cfg.custom_hooks = [*hooks, dict(type=CALIBRATION)]

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
 from torch import nn
 
 from mmprecond import Preconditioned, RuleOptimizer
+from mmprecond.engine import attach as add_curvature
 from mmprecond.optimizers.replacement import rule_for
 from mmprecond.rules import build_rule
 from tests.support.classifier import Classifier, batch
@@ -94,6 +96,26 @@ def test_rules_update_as_the_optimizers_that_they_replace(
             parameter.grad = gradient.clone()
             optimizer.step()
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_config_keeps_its_constructor() -> None:
+    cfg = Config(
+        dict(
+            optim_wrapper=dict(
+                optimizer=ADAMW,
+                constructor='HalfRateConstructor',
+                paramwise_cfg=dict(a=1),
+            ),
+            paper={},
+        )
+    )
+    add_curvature(cfg, 'NKFAC')
+    wrapper = build_optim_wrapper(Classifier(), cfg.optim_wrapper)
+    assert isinstance(wrapper.optimizer, Preconditioned) and 'paper' not in cfg
+    rates = {group['lr'] for group in wrapper.optimizer.param_groups}
+    assert 1e-3 in rates  # half of the config's
+    with pytest.raises(ValueError, match='no optim_wrapper.optimizer to add curvature to'):
+        add_curvature(Config(dict(model={})), 'NKFAC')
 
 
 def test_the_wrapper_and_forms_of_the_value(amp_on_cpu: None) -> None:

@@ -156,7 +156,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     width, kernel, rows = args.widths[len(args.widths) // 2], 3, args.rows[1 % len(args.rows)]
-    jobs = {
+    jobs: dict[str, tuple[list[int], list[tuple[int, int, int]]]] = {
         'width': (args.widths, [(size, kernel, rows) for size in args.widths]),
         'kernel': (args.kernels, [(width, size, rows) for size in args.kernels]),
         'rows': (args.rows, [(width, kernel, size) for size in args.rows]),
@@ -164,9 +164,10 @@ def main() -> None:
     results = {}
     for axis, (sizes, triples) in jobs.items():
         times_by_form: dict[str, list[dict[str, float]]] = {form: [] for form in args.forms}
-        for triple in tqdm(triples, desc=axis):
+        for channels, side, batch in tqdm(triples, desc=axis):
             for form in args.forms:
-                times_by_form[form].append(measure_parts(form, *triple, args.turns))
+                parts = measure_parts(form, channels, side, batch, args.turns)
+                times_by_form[form].append(parts)
         results[axis] = sizes, times_by_form
     args.out.mkdir(parents=True, exist_ok=True)
     text = '\n\n'.join(table(axis, *result) for axis, result in results.items())
