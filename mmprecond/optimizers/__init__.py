@@ -15,6 +15,7 @@ from .mac import MAC, SMAC
 from .nkfac import NKFAC, AdaNKFAC
 from .nysact import NysAct
 from .preconditioned import Preconditioned
+from .replacement import precondition
 from .rule_optimizer import RuleOptimizer
 from .sgdph import SGDPH
 from .soaa import SOAA
@@ -45,5 +46,6 @@ __all__ = [
     'SMAC',
     'SOAA',
     'WeightNormConv2d',
+    'precondition',
     'weight_norm',
 ]

@@ -1,4 +1,4 @@
-"""Rules that stand in for torch's own optimizers, with the same settings."""
+"""Curvature for torch's own optimizers, which stay as rules with the same settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
+
+from .preconditioned import Preconditioned
 
 #: Rule by the name of an optimizer's class, and the settings that the rule takes over.
 REPLACEMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -52,6 +55,45 @@ def rule_for(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> dic
                 f'{_advice(kind, name)}, or write precondition=None'
             )
     return config
+
+
+def precondition(
+    model: nn.Module, optimizer: torch.optim.Optimizer, layers: Any = 'AFOpt+NKFAC', **options: Any
+) -> Preconditioned:
+    """Adds curvature to an optimizer of torch.
+
+    Build schedulers for the returned optimizer; the given one is not changed, and no longer needed.
+
+    Args:
+        model: The module that owns the parameters.
+        optimizer: SGD, Adam or AdamW, new or after some steps.
+        layers: Methods as in `Preconditioned`; default: AFOpt on attention modules and NKFAC
+            elsewhere.
+        **options: Further options of `Preconditioned`.
+
+    Returns:
+        An optimizer with the same groups and moments.
+
+    Raises:
+        ValueError: If no rule does what the optimizer does, or `layers` is invalid.
+    """
+    kind = type(optimizer)
+    names = inspect.signature(kind).parameters  # torch notes more in its defaults
+
+    def rule_of(group: dict[str, Any]) -> dict[str, Any]:
+        return rule_for(kind, {key: group[key] for key in optimizer.defaults if key in names})
+
+    groups = [
+        {key: value for key, value in group.items() if key not in optimizer.defaults}
+        | {key: value for key, value in rule_of(group).items() if key != 'type'}
+        for group in optimizer.param_groups
+    ]
+    rule = rule_of(optimizer.defaults)
+    built = Preconditioned(groups, model=model, rule=rule, layers=layers, **options)
+    if optimizer.state:
+        state = built.state_dict()
+        built.load_state_dict({**state, 'state': optimizer.state_dict()['state']})
+    return built
 
 
 def _neutral(name: str, defaults: dict[str, Any]) -> Any:

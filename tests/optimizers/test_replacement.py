@@ -1,0 +1,97 @@
+"""`precondition`: curvature for an optimizer of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmprecond
+from mmprecond import Preconditioned
+
+KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    'SGD': (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.01)),
+    'Adam': (torch.optim.Adam, dict(lr=0.01)),
+    'AdamW': (torch.optim.AdamW, dict(lr=0.01, betas=(0.8, 0.9))),
+}
+
+
+class Net(nn.Module):
+    """A linear layer, and a parameter that takes the plain rule and has gradients of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 3).double()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def loss(self, step: int) -> Tensor:
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).double()
+        return self.linear(x).square().mean() + (self.scale * x[:3, 0] + self.scale**2).sum()
+
+
+def train(model: Net, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        optimizer.step()
+
+
+def groups_of(model: Net) -> list[dict[str, Any]]:
+    return [dict(params=[model.linear.weight], lr=0.02), dict(params=[model.linear.bias])]
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_moments_and_settings_go_on(name: str) -> None:
+    kind, settings = KINDS[name]
+    model, twin = Net(), Net()
+    optimizer, plain = kind(model.parameters(), **settings), kind(twin.parameters(), **settings)
+    train(model, optimizer, range(3))
+    train(twin, plain, range(3))
+    train(model, mmprecond.precondition(model, optimizer, 'NKFAC'), range(3, 8))
+    train(twin, plain, range(3, 8))
+    torch.testing.assert_close(model.scale, twin.scale, rtol=1e-12, atol=0)
+    assert not torch.allclose(model.linear.weight, twin.linear.weight)
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_it_equals_the_same_written_out(name: str) -> None:
+    kind, settings = KINDS[name]
+    weights = []
+    for attached in (True, False):
+        model = Net()
+        groups = [*groups_of(model), dict(params=[model.scale], weight_decay=0.0)]
+        optimizer: torch.optim.Optimizer
+        if attached:
+            optimizer = mmprecond.precondition(model, kind(groups, **settings))
+        else:
+            rule = {'Adam': dict(type='AdamW'), 'AdamW': dict(type='AdamW', weight_decay=0.01)}
+            written = rule.get(name, dict(type='SGDM')) | settings
+            optimizer = Preconditioned(groups, model=model, rule=written, layers='AFOpt+NKFAC')
+        train(model, optimizer, range(6))
+        weights.append([p.detach().clone() for p in model.parameters()])
+        assert [group['lr'] for group in optimizer.param_groups][0] == 0.02
+    assert all(map(torch.equal, *weights))
+
+
+def test_entries_of_groups_and_options_are_kept() -> None:
+    model = Net()
+    groups = groups_of(model)
+    groups[0]['damping'] = 0.5
+    optimizer = mmprecond.precondition(
+        model, torch.optim.SGD(groups, lr=0.1), 'NKFAC', clip_update=1.0
+    )
+    assert optimizer.param_groups[0]['damping'] == 0.5
+    assert optimizer.curvature.options.clip_update == 1.0
+    assert 'nesterov' not in optimizer.param_groups[0]
+
+
+def test_what_no_rule_does_is_refused() -> None:
+    model = Net()
+    groups = [dict(params=[model.linear.weight]), dict(params=[model.scale], nesterov=True)]
+    with pytest.raises(ValueError, match='SGD with nesterov=True has no rule'):
+        mmprecond.precondition(model, torch.optim.SGD(groups, lr=0.1, momentum=0.9))
+    with pytest.raises(ValueError, match='RMSprop cannot be a rule under a preconditioner'):
+        mmprecond.precondition(model, torch.optim.RMSprop(model.parameters()))
