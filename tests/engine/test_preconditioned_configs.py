@@ -141,7 +141,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     'no lr': (dict(rule=dict(type='AdamW')), ['no lr', "write rule=dict(type='AdamW', lr=...)"]),
     'no rule': (dict(rule=None), ['rule=None', 'write rule=dict(type=...']),
     'rule is a name': (dict(rule='AdamW'), ["rule='AdamW'", 'write rule=dict(type=...']),
-    'no layers': (dict(layers=None), ['layers=None', 'write layers=[']),
+    'no layers': (dict(layers=None), ['layers=None', "write 'NKFAC' for all layers"]),
     'bad lr': (dict(rule=dict(RULE, lr=-1)), ['lr=-']),
     'no match': (
         dict(layers=[dict(match=dict(name='head'), preconditioner=None), *LAYERS]),
