@@ -103,6 +103,7 @@ def _attach(optimizer: Any, precondition: Any) -> dict[str, Any]:
     """Config of `Preconditioned` with an optimizer of torch or Adan as its rule."""
     settings = dict(optimizer or {})
     name = settings.pop('type', None)
+    settings.pop('_scope_', None)  # of a toolbox's config, whose scope is the run's
     if name is None:
         raise ValueError('precondition=... needs optimizer=dict(type=..., lr=...) beside it')
     if is_peer(name):

@@ -40,7 +40,7 @@ def train(optimizer: dict[str, Any], steps: int = 6, **cfg: Any) -> list[torch.T
         (ADAMW, dict(ADAMW, weight_decay=0.01, eps=1e-8)),  # torch's default decay
         (dict(type='SGD', lr=0.1), dict(type='SGDM', lr=0.1, momentum=0, weight_decay=0)),
         (
-            dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-3, foreach=True),
+            dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-3, _scope_='mmengine'),
             dict(type='SGDM', lr=0.1, momentum=0.9, weight_decay=1e-3),
         ),
         (dict(type='Adam', lr=1e-3), dict(type='AdamW', lr=1e-3, weight_decay=0.0)),
