@@ -111,10 +111,11 @@ class BoundAssignment:
         self.entries = [entry for entry in entries if entry not in missed]
         for position, entry in enumerate(entries):
             if entry in missed and entry.optional:
+                method = entry.preconditioner
                 logger.info(
                     '%s has no attention module that can be read, so %s takes no layer',
                     type(model).__name__,
-                    type(entry.preconditioner).__name__,
+                    type(method).__name__ if method else 'the plain rule',
                 )
             elif entry in missed:
                 kinds = sorted({type(m).__name__ for m in self.modules.values()})

@@ -107,9 +107,8 @@ def _attach(optimizer: Any, precondition: Any) -> dict[str, Any]:
     if name is None:
         raise ValueError('precondition=... needs optimizer=dict(type=..., lr=...) beside it')
     if is_peer(name):
-        kind: Any = find_peer(name)
-    else:
-        kind = _resolve(OPTIMIZERS, name)
+        raise ValueError(f'{name} cannot be a rule under a preconditioner; leave precondition out')
+    kind = _resolve(OPTIMIZERS, name)
     if inspect.isclass(kind) and issubclass(kind, RuleOptimizer):
         raise ValueError(
             f'{kind.__name__} is an optimizer of mmprecond already; leave precondition out, or '

@@ -58,12 +58,7 @@ def use_optimizer(cfg: Config, name: str) -> None:
             f'unknown optimizer {name!r}; choose one of {", ".join(names)}, or of '
             f'torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package'
         )
-    wrapper = cfg.get('optim_wrapper')
-    if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
-        raise ValueError(
-            'the config has no optim_wrapper.optimizer to take lr and weight_decay '
-            'from; write optim_wrapper=dict(optimizer=dict(...)) in it'
-        )
+    wrapper = _wrapper_of(cfg, 'take lr and weight_decay from')
     old = dict(wrapper['optimizer'])
     if name in BASELINES and old['type'] == name:
         return
@@ -105,15 +100,21 @@ def attach(cfg: Config, precondition: Any) -> None:
     Raises:
         ValueError: If the config has no optimizer.
     """
-    wrapper = cfg.get('optim_wrapper')
-    if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
-        raise ValueError(
-            'the config has no optim_wrapper.optimizer to add curvature to; write '
-            'optim_wrapper=dict(optimizer=dict(...)) in it'
-        )
+    wrapper = _wrapper_of(cfg, 'add curvature to')
     _use_constructor(wrapper)
     wrapper['precondition'] = precondition
     cfg.pop('paper', None)
+
+
+def _wrapper_of(cfg: Config, purpose: str) -> Any:
+    """The config's `optim_wrapper`, which must have an optimizer."""
+    wrapper = cfg.get('optim_wrapper')
+    if not wrapper or not isinstance(wrapper.get('optimizer'), dict):
+        raise ValueError(
+            f'the config has no optim_wrapper.optimizer to {purpose}; '
+            'write optim_wrapper=dict(optimizer=dict(...)) in it'
+        )
+    return wrapper
 
 
 def _use_constructor(wrapper: dict[str, Any]) -> None:

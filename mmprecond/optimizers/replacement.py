@@ -34,7 +34,9 @@ def rule_for(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> dic
     Raises:
         ValueError: If no rule does what the optimizer does; the message names what to change.
     """
-    if kind.__name__ not in REPLACEMENTS:
+    # Another package's class of one of torch's names may update otherwise.
+    foreign = getattr(torch.optim, kind.__name__, kind) is not kind
+    if foreign or kind.__name__ not in REPLACEMENTS:
         raise ValueError(
             f'{kind.__name__} cannot be a rule under a preconditioner; '
             f'choose one of {", ".join(REPLACEMENTS)}, or write precondition=None'

@@ -32,7 +32,7 @@ __all__ = [
     'Preconditioner',
     'RefreshError',
     'build_preconditioner',
-    'find_method',
     'check_statistics',
+    'find_method',
     'register_preconditioner',
 ]

@@ -80,7 +80,8 @@ def find_method(name: Any) -> type[Preconditioner]:
     """
     if isinstance(name, type) and issubclass(name, Preconditioner):
         return name
-    words = {method.word: method for method in METHODS.values() if method.word}
+    # A subclass does not take its parent's word.
+    words = {method.word: method for method in METHODS.values() if 'word' in vars(method)}
     known = words | METHODS
     if isinstance(name, str) and name in known:
         return known[name]

@@ -95,3 +95,6 @@ def test_what_no_rule_does_is_refused() -> None:
         mmprecond.precondition(model, torch.optim.SGD(groups, lr=0.1, momentum=0.9))
     with pytest.raises(ValueError, match='RMSprop cannot be a rule under a preconditioner'):
         mmprecond.precondition(model, torch.optim.RMSprop(model.parameters()))
+    kind: Any = type('AdamW', (torch.optim.AdamW,), {})  # another package's
+    with pytest.raises(ValueError, match='AdamW cannot be a rule'):
+        mmprecond.precondition(model, kind(model.parameters()))

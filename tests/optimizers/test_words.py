@@ -118,3 +118,8 @@ def test_every_method_has_a_word_of_its_own() -> None:
     measured = {m for m in METHODS.values() if m.__module__.startswith('mmprecond.') and m.word}
     assert len({method.word for method in measured}) == len(measured) == 10
     assert all(find_method(method.word) is method for method in measured)
+
+
+def test_a_subclass_does_not_take_its_parents_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, 'Own', type('Own', (METHODS['NewtonKronecker'],), {}))
+    assert find_method('NKFAC') is METHODS['NewtonKronecker']
