@@ -59,6 +59,7 @@ def use_optimizer(cfg: Config, name: str) -> None:
             f'torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package'
         )
     wrapper = _wrapper_of(cfg, 'take lr and weight_decay from')
+    wrapper.pop('precondition', None)  # a baseline is one
     old = dict(wrapper['optimizer'])
     if name in BASELINES and old['type'] == name:
         return

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmprecond import Preconditioned, RuleOptimizer
 from mmprecond.engine import attach as add_curvature
+from mmprecond.engine import use_optimizer
 from mmprecond.optimizers.replacement import rule_for
 from mmprecond.rules import build_rule
 from tests.support.classifier import Classifier, batch
@@ -116,6 +117,15 @@ def test_a_config_keeps_its_constructor() -> None:
     assert 1e-3 in rates  # half of the config's
     with pytest.raises(ValueError, match='no optim_wrapper.optimizer to add curvature to'):
         add_curvature(Config(dict(model={})), 'NKFAC')
+
+
+@pytest.mark.parametrize('name', ['AdamW', 'SGD', 'NKFAC'])
+def test_another_optimizer_replaces_what_was_attached(name: str) -> None:
+    cfg = Config(dict(optim_wrapper=dict(optimizer=dict(ADAMW, weight_decay=0.1))))
+    add_curvature(cfg, 'NKFAC')
+    use_optimizer(cfg, name)
+    built = build_optim_wrapper(Classifier(), cfg.optim_wrapper).optimizer
+    assert type(built).__name__ == name
 
 
 def test_the_wrapper_and_forms_of_the_value(amp_on_cpu: None) -> None:
