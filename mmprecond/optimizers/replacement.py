@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..rules import RULES
 from .preconditioned import Preconditioned
 
 #: Rule by the name of an optimizer's class, and the settings that the rule takes over.
 REPLACEMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    'SGD': ('SGDM', ('lr', 'momentum', 'weight_decay')),
+    'SGD': ('SGDM', ('lr', 'momentum', 'weight_decay', 'nesterov')),
     'Adam': ('AdamW', ('lr', 'betas', 'eps')),
     'AdamW': ('AdamW', ('lr', 'betas', 'eps', 'weight_decay')),
     'Adan': ('Adan', ('lr', 'betas', 'eps', 'weight_decay')),
@@ -85,12 +86,19 @@ def precondition(
     def rule_of(group: dict[str, Any]) -> dict[str, Any]:
         return rule_for(kind, {key: group[key] for key in optimizer.defaults if key in names})
 
-    groups = [
-        {key: value for key, value in group.items() if key not in optimizer.defaults}
-        | {key: value for key, value in rule_of(group).items() if key != 'type'}
-        for group in optimizer.param_groups
-    ]
     rule = rule_of(optimizer.defaults)
+    hyper = RULES[rule['type']].hyper
+    groups = []
+    for group in optimizer.param_groups:
+        own = rule_of(group)
+        differing = [key for key in own if key not in hyper and own[key] != rule[key]]
+        if differing:
+            raise ValueError(
+                f'the groups of {kind.__name__} differ in {", ".join(differing)}, which a rule '
+                'has for all; set it for the whole optimizer'
+            )
+        kept = {key: value for key, value in group.items() if key not in optimizer.defaults}
+        groups.append(kept | {key: value for key, value in own.items() if key in hyper})
     built = Preconditioned(groups, model=model, rule=rule, layers=layers, **options)
     if optimizer.state:
         state = built.state_dict()

@@ -26,6 +26,7 @@ class PartialHessianSGDM(SGDM):
     """
 
     def __init__(self, rate: float, eps: float) -> None:
+        super().__init__()
         self.rate = rate
         self.eps = eps
         self.cycle = 1

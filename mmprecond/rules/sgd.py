@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number
+from ..checks import check_choice, check_flag, check_number
 from .base import Group, Rule, State, moments_of
 
 
@@ -15,11 +15,18 @@ class SGDM(Rule):
     """SGD with heavy-ball momentum; weight decay is added after preconditioning.
 
     For the direction V: ``d = V + weight_decay p; buf = momentum buf + d; p -= lr buf``.
+
+    Args:
+        nesterov: Whether the update is ``p -= lr (d + momentum buf)``, as in torch.
     """
 
     hyper = ('lr', 'momentum', 'weight_decay')
     defaults = dict(momentum=0.9, weight_decay=0.0)
     linear_moments = ('momentum_buffer',)
+
+    def __init__(self, nesterov: bool = False) -> None:
+        check_flag('nesterov', nesterov)
+        self.nesterov = nesterov
 
     @classmethod
     def check(cls, group: Group) -> None:
@@ -38,7 +45,12 @@ class SGDM(Rule):
         torch._foreach_add_(buffers, directions)
         if decay:
             torch._foreach_add_(buffers, params, alpha=decay)
-        return buffers
+        if not self.nesterov:
+            return buffers
+        updates = torch._foreach_add(directions, buffers, alpha=group['momentum'])
+        if decay:
+            torch._foreach_add_(updates, params, alpha=decay)
+        return list(updates)
 
     def apply_updates(
         self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group

@@ -77,6 +77,7 @@ def test_nothing_is_attached_without_a_word() -> None:
     [
         (torch.optim.SGD, dict(lr=0.1)),
         (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.1)),
+        (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)),
         (torch.optim.Adam, dict(lr=0.1, betas=(0.7, 0.9), eps=1e-4)),
         (torch.optim.AdamW, dict(lr=0.1)),
         (torch.optim.AdamW, dict(lr=0.1, weight_decay=0.3, fused=False)),
@@ -144,7 +145,6 @@ def test_the_wrapper_and_forms_of_the_value(amp_on_cpu: None) -> None:
 @pytest.mark.parametrize(
     ('optimizer', 'precondition', 'message'),
     [
-        (dict(type='SGD', lr=0.1, momentum=0.9, nesterov=True), 'NKFAC', 'nesterov=True'),
         (dict(type='SGD', lr=0.1, momentum=0.9, dampening=0.1), 'NKFAC', 'leave dampening out'),
         (dict(type='AdamW', lr=0.1, amsgrad=True), 'NKFAC', 'amsgrad=True'),
         (dict(type='Adam', lr=0.1, weight_decay=0.1), 'NKFAC', "take type='AdamW'"),

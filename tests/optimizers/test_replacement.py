@@ -13,6 +13,10 @@ from mmprecond import Preconditioned
 
 KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     'SGD': (torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=0.01)),
+    'Nesterov': (
+        torch.optim.SGD,
+        dict(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
+    ),
     'Adam': (torch.optim.Adam, dict(lr=0.01)),
     'AdamW': (torch.optim.AdamW, dict(lr=0.01, betas=(0.8, 0.9))),
 }
@@ -91,7 +95,7 @@ def test_entries_of_groups_and_options_are_kept() -> None:
 def test_what_no_rule_does_is_refused() -> None:
     model = Net()
     groups = [dict(params=[model.linear.weight]), dict(params=[model.scale], nesterov=True)]
-    with pytest.raises(ValueError, match='SGD with nesterov=True has no rule'):
+    with pytest.raises(ValueError, match='the groups of SGD differ in nesterov'):
         mmprecond.precondition(model, torch.optim.SGD(groups, lr=0.1, momentum=0.9))
     with pytest.raises(ValueError, match='RMSprop cannot be a rule under a preconditioner'):
         mmprecond.precondition(model, torch.optim.RMSprop(model.parameters()))

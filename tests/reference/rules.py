@@ -36,16 +36,20 @@ class ReferenceRule:
 
 
 class ReferenceSGDM(ReferenceRule):
-    """Heavy ball: p -= lr * sum of momentum^age (direction + weight_decay p)."""
+    """Heavy ball: p -= lr * buf with buf = sum of momentum^age (direction + weight_decay p).
 
-    def __init__(self, momentum: float) -> None:
+    Nesterov's: p -= lr (the newest term of that sum + momentum buf).
+    """
+
+    def __init__(self, momentum: float, nesterov: bool = False) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.nesterov = momentum, nesterov
 
     def moved(self, p: Tensor, seen: list[Tensor], lr: float, weight_decay: float) -> Tensor:
         seen[-1] += weight_decay * p  # each with the parameter of its own step
         ages = reversed(range(len(seen)))
-        return p - lr * sum(self.momentum**age * d for age, d in zip(ages, seen, strict=True))
+        buffer = sum(self.momentum**age * d for age, d in zip(ages, seen, strict=True))
+        return p - lr * (seen[-1] + self.momentum * buffer if self.nesterov else buffer)
 
 
 class ReferenceAdamW(ReferenceRule):

@@ -118,6 +118,7 @@ def test_published_decay_is_larger_by_the_bias_correction() -> None:
 
 REFERENCES = {
     'SGDM': (dict(momentum=0.7), lambda: ReferenceSGDM(0.7)),
+    'nesterov SGDM': (dict(momentum=0.7, nesterov=True), lambda: ReferenceSGDM(0.7, True)),
     'AdamW': (dict(betas=(0.8, 0.95), eps=1e-7), lambda: ReferenceAdamW((0.8, 0.95), 1e-7)),
     'Adan': (dict(betas=(0.8, 0.7, 0.95), eps=1e-4), lambda: ReferenceAdan((0.8, 0.7, 0.95), 1e-4)),
     'default Adan': ({}, lambda: ReferenceAdan((0.98, 0.92, 0.99), 1e-8)),
