@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_flag, check_number
-from ..curvature import Capture, Layer, LeftOut, Statistic, find_layers, unwrap
+from ..curvature import Capture, Layer, Statistic, unwrap
 from ..distributed import rank, world_size
 from ..linalg import PRECISIONS, Operators, matmul_precision
-from ..preconditioners import Preconditioner, check_statistics
+from ..preconditioners import Preconditioner
 from . import checkpoint, report
-from .assignment import Assignment, BoundAssignment
+from .assignment import Assignment
 from .basis import BasisSnapshot, snapshot
 from .clipping import clip_norm, kl_clip
+from .coverage import assign_methods
 from .failures import FailurePolicy
 from .memory import check_memory_budget, forecast, held_megabytes
 from .monitor import Monitor
@@ -97,10 +98,11 @@ class Curvature:
     ) -> None:
         self.options = options
         self.sharding = Sharding(options.sharding, options.save_curvature)
-        self.left_out: list[LeftOut] = []
         self.monitor: Monitor | None = None
         self._failures = FailurePolicy()
-        methods = self._assign_methods(unwrap(model), groups, method, owner)
+        methods, self.left_out = assign_methods(
+            unwrap(model), groups, method, owner, options.capture_mb
+        )
         self._owners = self.sharding.assign(methods)
         self.layers: dict[Layer, LayerStack] = {}
         self.stacks: list[LayerStack] = []
@@ -118,38 +120,6 @@ class Curvature:
         return self._samples.dropped
 
     # ---------------------------------------------------------------- construction
-
-    def _assign_methods(
-        self,
-        model: nn.Module,
-        groups: Sequence[dict[str, Any]],
-        method: Preconditioner | Assignment,
-        owner: str,
-    ) -> dict[Layer, Preconditioner]:
-        """Gives each layer its preconditioner."""
-        bound = (method if isinstance(method, Assignment) else Assignment(method)).bind(model)
-
-        def reading(name: str) -> Any:
-            chosen = bound.method(name)
-            return chosen.attention_reading if chosen else None
-
-        layers, self.left_out = find_layers(
-            model, groups, capture_mb=self.options.capture_mb, attention=reading
-        )
-        bound.check_use(list(layers))
-        methods: dict[Layer, Preconditioner] = {}
-        for name, layer in layers.items():
-            chosen = bound.method(name)
-            reason = _fallback_reason(name, layer, bound)
-            if chosen is None or reason:
-                self.left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
-            else:
-                methods[layer] = chosen
-        if not methods:
-            raise ValueError(
-                f'{owner} found no layer to precondition: {_no_layer_reason(layers, self.left_out)}'
-            )
-        return methods
 
     def _add_layer(self, layer: Layer, method: Preconditioner) -> None:
         """Puts a layer into the stack with an equal key, or into a new stack."""
@@ -364,37 +334,3 @@ def _transform(
         for layer, matrix in zip(layers, results, strict=True):
             pieces = zip(layer.parameters, layer.split(matrix), strict=True)
             tensors.update((p, piece) for p, piece in pieces if p in tensors)
-
-
-def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
-    """Reason why a layer takes the plain rule, or ''."""
-    method = bound.method(name)
-    if method is None:
-        return (
-            'preconditioner=None'
-            if bound.entry(name) is not None
-            else 'no entry of layers matches it'
-        )
-    kind, candidates = type(method).__name__, method.candidate_statistics(layer)
-    check_statistics(kind, candidates)
-    if not candidates:
-        return f'{kind} measures nothing of a {type(layer).__name__}'
-    for statistic in candidates:
-        reason = layer.lacks(statistic)
-        if reason:
-            return f'{kind} needs {statistic.key}: {reason}'
-    if not method.selected_statistics(layer):
-        return f'{layer.rows} x {layer.columns} is over max_dim={method.max_dim}'
-    return ''
-
-
-def _no_layer_reason(layers: Mapping[str, Layer], left_out: Sequence[LeftOut]) -> str:
-    """Reason why a model has nothing to precondition."""
-    if layers:
-        reasons = sorted({left.reason for left in left_out if left.name in layers})
-        return f'all {len(layers)} are left to the plain rule ({"; ".join(reasons)})'
-    refusals = sorted({f'{left.kind}: {left.reason}' for left in left_out})
-    return (
-        f'its modules with parameters are {"; ".join(refusals) or "none"}; it needs a Linear or a '
-        'convolution whose weight is in params'
-    )

@@ -1,0 +1,91 @@
+"""Preconditioner of each layer of a model, and reasons for layers without one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..curvature import AttentionReading, Layer, LeftOut, find_layers
+from ..preconditioners import Preconditioner, check_statistics
+from .assignment import Assignment, BoundAssignment
+
+
+def assign_methods(
+    model: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    method: Preconditioner | Assignment,
+    owner: str,
+    capture_mb: float,
+) -> tuple[dict[Layer, Preconditioner], list[LeftOut]]:
+    """Gives each layer of a model its preconditioner.
+
+    Args:
+        model: The unwrapped model.
+        groups: The optimizer's parameter groups.
+        method: The preconditioner of every supported layer, or one for each by an assignment.
+        owner: The optimizer's name, for errors.
+        capture_mb: Limit in megabytes for laid-out patches (see `find_layers`).
+
+    Returns:
+        Preconditioners by layer, and the modules that take the plain rule.
+
+    Raises:
+        ValueError: If there is no layer to precondition.
+    """
+    bound = (method if isinstance(method, Assignment) else Assignment(method)).bind(model)
+
+    def reading(name: str) -> AttentionReading | None:
+        chosen = bound.method(name)
+        return chosen.attention_reading if chosen else None
+
+    layers, left_out = find_layers(model, groups, capture_mb=capture_mb, attention=reading)
+    bound.check_use(list(layers))
+    methods: dict[Layer, Preconditioner] = {}
+    for name, layer in layers.items():
+        chosen = bound.method(name)
+        reason = _fallback_reason(name, layer, bound)
+        if chosen is None or reason:
+            left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
+        else:
+            methods[layer] = chosen
+    if not methods:
+        raise ValueError(
+            f'{owner} found no layer to precondition: {_no_layer_reason(layers, left_out)}'
+        )
+    return methods, left_out
+
+
+def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
+    """Reason why a layer takes the plain rule, or ''."""
+    method = bound.method(name)
+    if method is None:
+        return (
+            'preconditioner=None'
+            if bound.entry(name) is not None
+            else 'no entry of layers matches it'
+        )
+    kind, candidates = type(method).__name__, method.candidate_statistics(layer)
+    check_statistics(kind, candidates)
+    if not candidates:
+        return f'{kind} measures nothing of a {type(layer).__name__}'
+    for statistic in candidates:
+        reason = layer.lacks(statistic)
+        if reason:
+            return f'{kind} needs {statistic.key}: {reason}'
+    if not method.selected_statistics(layer):
+        return f'{layer.rows} x {layer.columns} is over max_dim={method.max_dim}'
+    return ''
+
+
+def _no_layer_reason(layers: Mapping[str, Layer], left_out: Sequence[LeftOut]) -> str:
+    """Reason why a model has nothing to precondition."""
+    if layers:
+        reasons = sorted({left.reason for left in left_out if left.name in layers})
+        return f'all {len(layers)} are left to the plain rule ({"; ".join(reasons)})'
+    refusals = sorted({f'{left.kind}: {left.reason}' for left in left_out})
+    return (
+        f'its modules with parameters are {"; ".join(refusals) or "none"}; it needs a Linear or a '
+        'convolution whose weight is in params'
+    )
