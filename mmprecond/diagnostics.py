@@ -37,15 +37,7 @@ def forecast(
 
 def amortised(curvature: Curvature, costs: dict[Layer, LayerCost]) -> float:
     """FLOPs per step, with captures and refreshes averaged over their intervals."""
-    total = 0.0
-    for layer, stack in curvature.layers.items():
-        cost, method = costs[layer], stack.method
-        total += (
-            cost.apply
-            + cost.capture / method.capture_interval
-            + cost.refresh / method.refresh_interval
-        )
-    return total
+    return sum(costs[layer].per_step(stack.method) for layer, stack in curvature.layers.items())
 
 
 def table(curvature: Curvature, costs: dict[Layer, LayerCost], own: float) -> str:

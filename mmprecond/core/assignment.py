@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -53,13 +53,18 @@ class Entry:
         """True if the entry applies to all remaining layers."""
         return self.module_types is None and self.name is None and not self.attention
 
-    def meets(self, path: Sequence[tuple[str, nn.Module]]) -> bool:
-        """True if the entry matches a module, given with all modules around it."""
+    def meets(self, path: Sequence[tuple[str, nn.Module]], readable: Container[nn.Module]) -> bool:
+        """True if the entry matches a module.
+
+        Args:
+            path: The module and all modules around it, with their names.
+            readable: Attention modules that can be read as a whole.
+        """
         types, pattern = self.module_types, self.name
         return (
             (types is None or any(type(m).__name__ in types for _, m in path))
             and (pattern is None or any(fnmatchcase(n, pattern) for n, _ in path))
-            and (not self.attention or any(_is_readable_attention(m) for _, m in path))
+            and (not self.attention or any(m in readable for _, m in path))
         )
 
     @property
@@ -107,7 +112,9 @@ class BoundAssignment:
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in self.modules.items():
             self.names.setdefault(module, []).append(name)
-        missed = [e for e in entries if not any(e.meets(self._path(n)) for n in self.modules)]
+        asked = any(entry.attention for entry in entries)
+        self.readable = {m for m in self.names if asked and _is_readable_attention(m)}
+        missed = [e for e in entries if not any(self._meets(e, n) for n in self.modules)]
         self.entries = [entry for entry in entries if entry not in missed]
         for position, entry in enumerate(entries):
             if entry in missed and entry.optional:
@@ -128,8 +135,7 @@ class BoundAssignment:
 
     def entry(self, name: str) -> Entry | None:
         """The entry for a layer, by the dotted name of its module."""
-        path = self._path(name)
-        return next((entry for entry in self.entries if entry.meets(path)), None)
+        return next((entry for entry in self.entries if self._meets(entry, name)), None)
 
     def method(self, name: str) -> Preconditioner | None:
         """The preconditioner for a layer, or None for the plain rule."""
@@ -144,7 +150,7 @@ class BoundAssignment:
         """
         used_entries = [self.entry(name) for name in names]
         for position, entry in enumerate(self.entries):
-            met = any(entry.meets(self._path(name)) for name in names)
+            met = any(self._meets(entry, name) for name in names)
             used = any(other is entry for other in used_entries)
             shadowed = (
                 any(earlier.is_open for earlier in self.entries[:position])
@@ -162,6 +168,9 @@ class BoundAssignment:
                     f'layers[{position}]: match={entry.match} is of no use, because it hits '
                     'no layer that can be preconditioned'
                 )
+
+    def _meets(self, entry: Entry, name: str) -> bool:
+        return entry.meets(self._path(name), self.readable)
 
     def _path(self, name: str) -> list[tuple[str, nn.Module]]:
         """A module and the modules around it, under all their names."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..curvature import Call, Capture, Layer
+from ..preconditioners import Preconditioner
 from .memory import megabytes
 from .stack import LayerStack
 
@@ -40,6 +41,26 @@ class LayerCost:
         self.calls += 1
         self.capture += flops
 
+    def per_step(self, method: Preconditioner) -> float:
+        """FLOPs of a step, with captures and refreshes averaged over the method's intervals."""
+        return (
+            self.apply
+            + self.capture / method.capture_interval
+            + self.refresh / method.refresh_interval
+        )
+
+
+def cost_of(layer: Layer, stack: LayerStack) -> LayerCost:
+    """Costs of a layer that are known before a forward pass: all but those of captures."""
+    method = stack.method
+    return LayerCost(
+        layer.name,
+        type(method).__name__,
+        megabytes(layer, stack),
+        method.apply_flops(layer),
+        method.refresh_flops(layer),
+    )
+
 
 @contextmanager
 def measured_costs(
@@ -51,16 +72,7 @@ def measured_costs(
         layers: The layers and their stacks.
         capture: Capture of the layers, suspended in the context.
     """
-    costs = {
-        layer: LayerCost(
-            layer.name,
-            type(stack.method).__name__,
-            megabytes(layer, stack),
-            stack.method.apply_flops(layer),
-            stack.method.refresh_flops(layer),
-        )
-        for layer, stack in layers.items()
-    }
+    costs = {layer: cost_of(layer, stack) for layer, stack in layers.items()}
 
     def observe(call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
         costs[call.layer].add_call(

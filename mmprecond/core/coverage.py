@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..curvature import AttentionReading, Layer, LeftOut, find_layers
+from ..curvature import AttentionReading, Layer, LeftOut, find_layers, unread_attention
 from ..preconditioners import Preconditioner, check_statistics
 from .assignment import Assignment, BoundAssignment
+
+logger = logging.getLogger('mmprecond')
 
 
 def assign_methods(
@@ -18,7 +22,7 @@ def assign_methods(
     method: Preconditioner | Assignment,
     owner: str,
     capture_mb: float,
-) -> tuple[dict[Layer, Preconditioner], list[LeftOut]]:
+) -> tuple[dict[Layer, Preconditioner], list[LeftOut], list[LeftOut]]:
     """Gives each layer of a model its preconditioner.
 
     Args:
@@ -29,12 +33,14 @@ def assign_methods(
         capture_mb: Limit in megabytes for laid-out patches (see `find_layers`).
 
     Returns:
-        Preconditioners by layer, and the modules that take the plain rule.
+        Preconditioners by layer, the modules that take the plain rule, and attention modules that
+        a method asks for but that are not read as a whole.
 
     Raises:
         ValueError: If there is no layer to precondition.
     """
-    bound = (method if isinstance(method, Assignment) else Assignment(method)).bind(model)
+    assignment = method if isinstance(method, Assignment) else Assignment(method)
+    bound = assignment.bind(model)
 
     def reading(name: str) -> AttentionReading | None:
         chosen = bound.method(name)
@@ -54,7 +60,26 @@ def assign_methods(
         raise ValueError(
             f'{owner} found no layer to precondition: {_no_layer_reason(layers, left_out)}'
         )
-    return methods, left_out
+    reads_attention = any(chosen.attention_reading for chosen in assignment.methods)
+    return methods, left_out, _unread(model, owner) if reads_attention else []
+
+
+def _unread(model: nn.Module, owner: str) -> list[LeftOut]:
+    """Attention modules that are not read as a whole, with a warning."""
+    modules = dict(model.named_modules())
+    found = [
+        LeftOut(name, type(modules[name]).__name__, reason)
+        for name, reason in unread_attention(model).items()
+    ]
+    for (kind, reason), number in Counter((left.kind, left.reason) for left in found).items():
+        logger.warning(
+            '%s does not read %d x %s as attention: %s. Their linear layers are taken one by one.',
+            owner,
+            number,
+            kind,
+            reason,
+        )
+    return found
 
 
 def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:

@@ -79,6 +79,7 @@ class Curvature:
         layers: Stack of each preconditioned layer.
         stacks: All stacks, each once.
         left_out: Modules that take the plain rule, with the reasons.
+        unread: Attention modules that a method asks for but that are not read as a whole.
         capture: Hooks, with the sums that they measured since the last step.
         dropped: Number of samples that were dropped because they were not finite.
         monitor: Monitor that reports refreshes, or None (see `watch_refreshes`).
@@ -100,7 +101,7 @@ class Curvature:
         self.sharding = Sharding(options.sharding, options.save_curvature)
         self.monitor: Monitor | None = None
         self._failures = FailurePolicy()
-        methods, self.left_out = assign_methods(
+        methods, self.left_out, self.unread = assign_methods(
             unwrap(model), groups, method, owner, options.capture_mb
         )
         self._owners = self.sharding.assign(methods)
@@ -306,9 +307,10 @@ class Curvature:
         )
         return restored
 
-    def table(self) -> str:
-        """Table of all modules with parameters: preconditioner or reason, factors, memory."""
-        return report.table(self.layers, self.left_out, self.sharding)
+    def table(self, groups: Sequence[dict[str, Any]]) -> str:
+        """Summary in one sentence, and a table of all modules with parameters (see `report`)."""
+        totals = report.summary(self.layers, self.left_out, self.sharding, groups)
+        return f'{totals}\n{report.table(self.layers, self.left_out, self.unread, self.sharding)}'
 
     def forecast(self) -> dict[torch.device, tuple[float, float]]:
         """Megabytes by device: memory kept between steps, and extra memory of a refresh."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ..curvature import Layer, LeftOut
+from .cost import cost_of
 from .memory import forecast, megabytes
 from .sharding import Sharding
 from .stack import LayerStack
@@ -20,8 +23,41 @@ def count(layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut]) -> di
     }
 
 
+def summary(
+    layers: Mapping[Layer, LayerStack],
+    left_out: Sequence[LeftOut],
+    sharding: Sharding,
+    groups: Iterable[Mapping[str, Any]],
+) -> str:
+    """One sentence: methods with their layers, parameters covered, forecast price.
+
+    Args:
+        layers: The layers and their stacks.
+        left_out: Modules that take the plain rule.
+        sharding: Division of the work among ranks.
+        groups: The optimizer's parameter groups.
+    """
+    trained = [(layer, stack) for layer, stack in layers.items() if layer.weight.requires_grad]
+    costs = {stack: cost_of(layer, stack) for layer, stack in trained}  # equal in a stack
+    flops = sum(costs[stack].per_step(stack.method) for _, stack in trained)
+    covered = sum(p.numel() for layer, _ in trained for p in layer.parameters)
+    total = sum(p.numel() for group in groups for p in group['params'] if p.requires_grad)
+    methods = Counter(stack.method.title for stack in layers.values())
+    kept, more = (sum(sizes) for sizes in zip(*forecast(layers, sharding).values(), strict=True))
+    return (
+        f'{" and ".join(f"{name} on {n}" for name, n in methods.items())} '
+        f'{"layer" if len(layers) == 1 else "layers"}, which hold '
+        f'{100 * covered / max(1, total):.1f} % of {total / 1e6:.2f} M trained parameters; '
+        f'forecast price: {flops / 1e9:.3g} GFLOP a step beside captures, {kept:.0f} MB, '
+        f'and {more:.0f} MB more during a refresh; {len(left_out)} modules take the plain rule'
+    )
+
+
 def table(
-    layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut], sharding: Sharding
+    layers: Mapping[Layer, LayerStack],
+    left_out: Sequence[LeftOut],
+    unread: Sequence[LeftOut],
+    sharding: Sharding,
 ) -> str:
     """Layer table: layer, preconditioner or reason for the plain rule, factor sizes, memory."""
     rows = [('layer', 'treatment', 'factors', 'MB')]
@@ -33,6 +69,9 @@ def table(
         notes = '; '.join(note for note in (stack.method.note(layer), frozen) if note)
         treatment = type(stack.method).__name__ + (f' ({notes})' if notes else '')
         rows.append((layer.name.removesuffix('.weight'), treatment, factors, f'{memory:.1f}'))
+    rows += [
+        (left.name, f'not read as attention: {left.kind}, {left.reason}', '', '') for left in unread
+    ]
     for left in left_out:
         rows.append((left.name or '(root)', f'plain rule: {left.kind}, {left.reason}', '', ''))
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
@@ -41,13 +80,9 @@ def table(
         for row in rows
     ]
     lines.insert(1, '  '.join('-' * width for width in widths))
-    sizes = forecast(layers, sharding).values()
     counts = count(layers, left_out)
     lines.append(
         f'{len(layers)} layers preconditioned ({counts["measured"]} measured and '
-        f'{counts["preconditioned"]} with an operator so far), '
-        f'{sum(kept for kept, _ in sizes):.0f} MB of statistics and operators in total, '
-        f'{sum(more for _, more in sizes):.0f} MB more at a refresh; '
-        f'{len(left_out)} modules take the plain rule'
+        f'{counts["preconditioned"]} with an operator so far)'
     )
     return '\n'.join(lines)

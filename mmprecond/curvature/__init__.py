@@ -27,6 +27,7 @@ from .registry import (
     qualified_name,
     register_attention,
     register_layer,
+    unread_attention,
 )
 from .selection import AttentionReading, LeftOut, find_layers, unwrap
 from .separable import Separable
@@ -94,5 +95,6 @@ __all__ = [
     'register_attention',
     'register_layer',
     'softmax_gram',
+    'unread_attention',
     'unwrap',
 ]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from .attention import ATTENTION_TYPES, UNREADABLE, AttentionLayer
+from .attention import (
+    ATTENTION_TYPES,
+    UNREADABLE,
+    AttentionLayer,
+    PackedAttention,
+    recognise,
+)
 from .conv import Conv1dLayer, Conv2dLayer, Conv3dLayer, ConvTranspose2dLayer
 from .layer import Layer
 from .linear import LinearLayer
@@ -32,6 +38,7 @@ __all__ = [
     'qualified_name',
     'register_attention',
     'register_layer',
+    'unread_attention',
 ]
 
 
@@ -47,12 +54,47 @@ def layer_type(module: nn.Module) -> type[Layer] | None:
 
 
 def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]:
-    """Layer type that reads an attention module as a whole, or None; and the reason, or ''."""
-    name = qualified_name(type(module))
-    kind = ATTENTION_TYPES.get(name)
+    """Layer type that reads an attention module as a whole, or None; and the reason, or ''.
+
+    A class that is not registered is recognised by what it computes (see `recognise`). Of torch's
+    own, subclasses are read that keep its forward pass.
+    """
+    kind = type(module)
+    name = qualified_name(kind)
+    reader = ATTENTION_TYPES.get(name)
     if name in UNREADABLE:
-        return kind, UNREADABLE[name](module)
-    return kind, kind.refusal(module) if kind else ''
+        return reader, UNREADABLE[name](module)
+    if reader is None and kind.forward is nn.MultiheadAttention.forward:
+        reader = PackedAttention
+    if reader is None:
+        return recognise(module)[0], ''
+    return reader, reader.refusal(module)
+
+
+def unread_attention(model: nn.Module) -> dict[str, str]:
+    """Reasons why attention modules of a model cannot be read as a whole, by their names.
+
+    A module counts as attention by its class's name, if it holds weights. Of nested ones, such as
+    Swin's `ShiftWindowMSA`, the innermost counts.
+    """
+    reasons: dict[str, str] = {}
+    inner: set[nn.Module] = set()
+    for name, module in reversed(list(model.named_modules())):
+        kind, reason = attention_type(module)
+        if kind is None and not _is_named_attention(module) or inner & set(module.modules()):
+            continue
+        inner.add(module)
+        if kind is None or reason:
+            reasons[name] = reason or recognise(module)[1]
+    return reasons
+
+
+def _is_named_attention(module: nn.Module) -> bool:
+    """True if the class of a module with weighted parts has the name of an attention."""
+    words = [word for word in ('attention', 'attn', 'msa') if word in type(module).__name__.lower()]
+    return bool(words) and any(
+        part is not module and list(part.parameters()) for part in module.modules()
+    )
 
 
 def register_layer(module_type: type[nn.Module] | str, layer: type[Layer]) -> None:

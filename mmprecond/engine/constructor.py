@@ -78,7 +78,7 @@ class PrecondOptimWrapperConstructor:
             self.base.optimizer_cfg['model'] = unwrap(model)
         built = self.base(model)
         print_log(
-            f'{kind.__name__} on {type(unwrap(model)).__name__}:\n{built.optimizer.table()}',
+            f'{kind.__name__} on {type(unwrap(model)).__name__}: {built.optimizer.table()}',
             logger='current',
         )
         return built

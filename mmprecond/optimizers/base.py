@@ -216,6 +216,10 @@ class PreconditionedOptimizer(RuleOptimizer):
         self._prepare_next_step()
 
     def table(self) -> str:
-        """Table of all modules with parameters: preconditioner or reason, factors, memory."""
+        """Summary in one sentence, and a table of all modules with parameters.
+
+        The table has the preconditioner, or the reason for the plain rule, factors and memory.
+        """
         names: dict[Tensor, str] = {layer.weight: layer.name for layer in self.curvature.layers}
-        return '\n'.join([self.curvature.table(), *self.rule.notes(self.param_groups, names)])
+        table = self.curvature.table(self.param_groups)
+        return '\n'.join([table, *self.rule.notes(self.param_groups, names)])

@@ -214,6 +214,11 @@ class Preconditioner(ABC):
 
     # ---------------------------------------------------------------- costs and notes
 
+    @property
+    def title(self) -> str:
+        """The method's word, or the name of its class where it has none of its own."""
+        return vars(type(self)).get('word') or type(self).__name__
+
     def outline(self, layer: Layer) -> Operators:
         """The operators of one layer in likely shapes, on the meta device."""
         return {

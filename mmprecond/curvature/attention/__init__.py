@@ -9,6 +9,7 @@ from .modules import (
     TokenAttention,
     WindowAttention,
 )
+from .recognition import recognise
 from .sides import (
     KEY_CURVATURE,
     KEY_FEATURE_MOMENT,
@@ -45,6 +46,7 @@ __all__ = [
     'TokenAttention',
     'WindowAttention',
     'counted_row',
+    'recognise',
     'softmax_gram',
     'weighted_sum',
 ]

@@ -1,7 +1,7 @@
-"""Readers of the attention modules of MMDetection, MMPretrain and torch, by exact type.
+"""Readers of attention modules, and classes of MMDetection, MMPretrain and torch that they read.
 
-The readers are found by qualified name, because no toolbox is imported here. `register_attention`
-adds a reader for another class.
+These classes have their qualified names here, because no toolbox is imported. `register_attention`
+adds a reader for another class. Other classes are recognised by what they compute.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class WindowAttention(AttentionLayer):
 
 
 class TokenAttention(WindowAttention):
-    """MMPretrain's `MultiheadAttention` (ViT): recomputes its fused softmax from Q and K.
+    """ViT's attention, as MMPretrain's `MultiheadAttention`: recomputes its softmax from Q and K.
 
     Attention dropout acts after the softmax and is not part of it.
     """
@@ -142,8 +142,12 @@ class TokenAttention(WindowAttention):
     def _scale(module: Any) -> float | None:
         """Factor of the module's logits, or None if it is not known."""
         function = getattr(module, 'scaled_dot_product_attention', None)
+        usual = (module.qkv.out_features / (3 * module.num_heads)) ** -0.5
+        if function is None:
+            scale = getattr(module, 'scale', usual)
+            return scale if isinstance(scale, float) else None
         if function is F.scaled_dot_product_attention:
-            return module.head_dims**-0.5
+            return usual
         if isinstance(function, partial) and set(function.keywords) == {'scale'}:
             return 1 / function.keywords['scale']  # MMPretrain divides by it
         return None

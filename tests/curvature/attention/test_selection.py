@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmprecond.curvature import LinearLayer
+from mmprecond.curvature import LinearLayer, WindowAttention
 from mmprecond.optimizers import NKFAC, AFOpt, Preconditioned
 from tests.reference.attention import normal
 from tests.support.attention import (
@@ -76,12 +76,21 @@ def test_an_unknown_attention_function_is_refused() -> None:
     assert 'attention function is not known' in reasons(AFOpt(model, lr=0.1))['attn.qkv']
 
 
-def test_subclasses_are_not_read_as_what_they_derive_from() -> None:
+@pytest.mark.parametrize('replaced', [False, True])
+def test_subclasses_are_read_by_what_they_compute(
+    replaced: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     base = pretrain('WindowMSA')
-    model = beside(attn=type('Sigmoid', (base,), {})(6, (3, 3), 2))
-    optimizer = AFOpt(model, lr=0.1)
+    model = beside(attn=type('SigmoidMSA', (base,), {})(6, (3, 3), 2))
+    if replaced:
+        model['attn'].softmax = nn.Sigmoid()
+    with caplog.at_level(logging.WARNING, 'mmprecond'):
+        optimizer = AFOpt(model, lr=0.1)
     kinds = {layer.name: type(layer) for layer in optimizer.curvature.layers}
-    assert kinds['attn.qkv.weight'] is kinds['attn.proj.weight'] is LinearLayer
+    assert kinds['attn.qkv.weight'] is (LinearLayer if replaced else WindowAttention)
+    assert kinds['attn.proj.weight'] is LinearLayer
+    text = 'its logits are no scaled dot products of queries and keys'
+    assert (text in caplog.text) == (text in optimizer.table()) == replaced
 
 
 def test_swin_v2_trains_with_its_projection_preconditioned(
@@ -94,7 +103,9 @@ def test_swin_v2_trains_with_its_projection_preconditioned(
         loss_of(model(feature_map((5, 4)), (5, 4))).backward()
         old = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.step()
-    assert not caplog.records and {layer.name for layer in optimizer.curvature.layers} == {
+    (warning,) = caplog.messages
+    assert 'does not read 1 x WindowMSAV2 as attention: its attention is cosine' in warning
+    assert {layer.name for layer in optimizer.curvature.layers} == {
         'w_msa.proj.weight',
         'w_msa.cpb_mlp.0.weight',
         'w_msa.cpb_mlp.2.weight',
