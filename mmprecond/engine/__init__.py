@@ -4,10 +4,13 @@ from .constructor import PrecondOptimWrapperConstructor
 from .hooks import CalibrationHook, CurvatureHook
 from .presets import attach, use_optimizer
 from .registration import register_all
+from .wrapper import PrecondAmpOptimWrapper, PrecondOptimWrapper
 
 __all__ = [
     'CalibrationHook',
     'CurvatureHook',
+    'PrecondAmpOptimWrapper',
+    'PrecondOptimWrapper',
     'PrecondOptimWrapperConstructor',
     'attach',
     'register_all',

@@ -16,45 +16,51 @@ from ..optimizers import Preconditioned, RuleOptimizer
 from ..optimizers.replacement import rule_for
 from ..rules import build_rule
 from ..second_order import refuse_single_backward
+from .base_constructor import find_base
 from .peers import find_peer, is_peer, needs_of, with_groups
 from .wrapper import mixed_wrapper, refuse_sharding
+
+#: What is attached to a config's own optimizer if `precondition` does not say.
+DEFAULT = 'AFOpt+NKFAC'
 
 
 class PrecondOptimWrapperConstructor:
     """Builds a preconditioned optimizer and its wrapper from a config.
 
+    The config's own SGD, Adam, AdamW or Adan stays, with its rate, decay and other settings, as the
+    rule of a `Preconditioned` optimizer. Attention modules get AFOpt and all other layers NKFAC,
+    unless `precondition` says otherwise::
+
+        optim_wrapper = dict(constructor='PrecondOptimWrapperConstructor', precondition='NKFAC')
+
+    An optimizer of this package is built as it is. So is one of the package pytorch_optimizer,
+    given as ``type='pytorch_optimizer.NAME'``; those that need second derivatives get them.
+
     A base constructor makes the parameter groups, so `paramwise_cfg` has its usual meaning. Further
     entries of `custom_keys` reach the optimizer (``precondition=False``, ``damping=0.1``,
-    ``input_positions=49``). For an optimizer of another package the base constructor does all the
-    work. Optimizers of the package pytorch_optimizer are given as
-    ``type='pytorch_optimizer.NAME'``; those that need second derivatives get them.
-
-    With `precondition` the config's own SGD, Adam, AdamW or Adan stays, with its rate, decay and
-    other settings, as the rule of a `Preconditioned` optimizer::
-
-        optim_wrapper = dict(
-            constructor='PrecondOptimWrapperConstructor', precondition='AFOpt+NKFAC')
+    ``input_positions=49``).
 
     Args:
-        optim_wrapper_cfg: The config; its `base_constructor` names the base constructor (default
-            'DefaultOptimWrapperConstructor'). Its `precondition` is one of the forms of `layers` in
-            `Preconditioned`: 'NKFAC', 'AFOpt+NKFAC' (attention and elsewhere), a dict or a list.
-            None (default) adds nothing.
+        optim_wrapper_cfg: The config. Its `precondition` is one of the forms of `layers` in
+            `Preconditioned`: 'NKFAC', 'AFOpt+NKFAC' (attention and elsewhere; the default), a dict
+            or a list. With None the base constructor does all the work. Its `base_constructor`
+            names the base constructor (default: the one that reads all keys of `paramwise_cfg`).
         paramwise_cfg: Settings of parameter groups, as in MMEngine.
 
     Raises:
-        ValueError: If `precondition` stands beside an optimizer of this package, or beside one that
-            no rule can replace.
+        ValueError: If no rule can replace the optimizer, `precondition` stands beside an optimizer
+            of this package, or the base constructor is unclear.
     """
 
     def __init__(
         self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None
     ) -> None:
         cfg = optim_wrapper_cfg.copy()
-        base = cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
-        precondition = cfg.pop('precondition', None)
-        if precondition is not None:
-            cfg['optimizer'] = _attach(cfg.get('optimizer'), precondition)
+        base = cfg.pop('base_constructor', None) or find_base(paramwise_cfg)
+        given, optimizer = 'precondition' in cfg, cfg.get('optimizer')
+        precondition = cfg.pop('precondition', DEFAULT)
+        if precondition is not None and (given or not _does_without(optimizer)):
+            cfg['optimizer'] = _attach(optimizer, precondition)
         hoisted = _rule_defaults(cfg.get('optimizer'))
         if isinstance(cfg.get('optimizer'), dict):  # a copy of its kind, which is completed below
             cfg['optimizer'] = cfg['optimizer'].copy()
@@ -78,7 +84,7 @@ class PrecondOptimWrapperConstructor:
             self.base.optimizer_cfg['model'] = unwrap(model)
         built = self.base(model)
         print_log(
-            f'{kind.__name__} on {type(unwrap(model)).__name__}: {built.optimizer.table()}',
+            f'{type(unwrap(model)).__name__}: {built.optimizer.table()}',
             logger='current',
         )
         return built
@@ -99,13 +105,27 @@ class PrecondOptimWrapperConstructor:
         cfg['type'] = mixed_wrapper(wrapper, needs, owner)
 
 
+def _does_without(optimizer: Any) -> bool:
+    """True for an optimizer of this package or of pytorch_optimizer."""
+    name = (optimizer or {}).get('type')
+    if name is None:
+        return False
+    if is_peer(name):
+        return True
+    kind = _resolve(OPTIMIZERS, name)
+    return inspect.isclass(kind) and issubclass(kind, RuleOptimizer)
+
+
 def _attach(optimizer: Any, precondition: Any) -> dict[str, Any]:
     """Config of `Preconditioned` with an optimizer of torch or Adan as its rule."""
     settings = dict(optimizer or {})
     name = settings.pop('type', None)
     settings.pop('_scope_', None)  # of a toolbox's config, whose scope is the run's
     if name is None:
-        raise ValueError('precondition=... needs optimizer=dict(type=..., lr=...) beside it')
+        raise ValueError(
+            'optim_wrapper has no optimizer to precondition; write '
+            "optimizer=dict(type='SGD', lr=...) in it"
+        )
     if is_peer(name):
         raise ValueError(f'{name} cannot be a rule under a preconditioner; leave precondition out')
     kind = _resolve(OPTIMIZERS, name)
@@ -114,7 +134,8 @@ def _attach(optimizer: Any, precondition: Any) -> dict[str, Any]:
             f'{kind.__name__} is an optimizer of mmprecond already; leave precondition out, or '
             "take type='SGD' or 'AdamW' as its rule"
         )
-    return dict(type='Preconditioned', rule=rule_for(kind, settings), layers=precondition)
+    rule = rule_for(kind, settings)
+    return type(optimizer)(type='Preconditioned', rule=rule, layers=precondition)
 
 
 def _rule_defaults(optimizer: Any) -> dict[str, Any]:

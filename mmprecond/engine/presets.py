@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from .. import optimizers
+from .constructor import PrecondOptimWrapperConstructor
 from .peers import PACKAGE, find_peer, is_peer
 from .registration import optimizer_types
 
@@ -59,7 +60,9 @@ def use_optimizer(cfg: Config, name: str) -> None:
             f'torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package'
         )
     wrapper = _wrapper_of(cfg, 'take lr and weight_decay from')
-    wrapper.pop('precondition', None)  # a baseline is one
+    wrapper.pop('precondition', None)
+    if name in BASELINES and _is_ours(wrapper.get('constructor')):
+        wrapper['precondition'] = None  # a baseline stays one
     old = dict(wrapper['optimizer'])
     if name in BASELINES and old['type'] == name:
         return
@@ -121,6 +124,11 @@ def _wrapper_of(cfg: Config, purpose: str) -> Any:
 def _use_constructor(wrapper: dict[str, Any]) -> None:
     """Names our constructor, with a toolbox's own as its base."""
     base = wrapper.pop('constructor', None)
-    if base not in (None, 'DefaultOptimWrapperConstructor', 'PrecondOptimWrapperConstructor'):
+    if base not in (None, 'DefaultOptimWrapperConstructor') and not _is_ours(base):
         wrapper['base_constructor'] = base
-    wrapper['constructor'] = 'PrecondOptimWrapperConstructor'
+    wrapper['constructor'] = PrecondOptimWrapperConstructor.__name__
+
+
+def _is_ours(constructor: Any) -> bool:
+    """True if a config's constructor is this package's, by its name or by a dotted path to it."""
+    return str(constructor).split('.')[-1] == PrecondOptimWrapperConstructor.__name__

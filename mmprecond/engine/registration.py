@@ -6,12 +6,20 @@ import logging
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, Registry
+from mmengine.registry import (
+    HOOKS,
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    Registry,
+)
 
 from .. import optimizers
 from ..optimizers import PreconditionedOptimizer, RuleOptimizer, WeightNormConv2d
 from .constructor import PrecondOptimWrapperConstructor
 from .hooks import CalibrationHook, CurvatureHook
+from .wrapper import PrecondAmpOptimWrapper, PrecondOptimWrapper
 
 
 def optimizer_types() -> list[type[RuleOptimizer]]:
@@ -33,7 +41,7 @@ class _MMEngineHandler(logging.Handler):
 
 
 def register_all() -> None:
-    """Registers optimizers, hooks and modules once; a second call changes nothing.
+    """Registers optimizers, wrappers, hooks and modules once; a second call changes nothing.
 
     Raises:
         KeyError: If another package has registered one of the names; the message names both.
@@ -41,6 +49,8 @@ def register_all() -> None:
     for kind in optimizer_types():
         _register(OPTIMIZERS, kind)
     _register(OPTIM_WRAPPER_CONSTRUCTORS, PrecondOptimWrapperConstructor)
+    for wrapper in (PrecondOptimWrapper, PrecondAmpOptimWrapper):
+        _register(OPTIM_WRAPPERS, wrapper)
     _register(MODELS, WeightNormConv2d)
     for hook in (CalibrationHook, CurvatureHook):
         _register(HOOKS, hook)

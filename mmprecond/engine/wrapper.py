@@ -51,6 +51,11 @@ class PrecondMixin(CompiledMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(self.optimizer, PreconditionedOptimizer):
+            raise TypeError(
+                f'{type(self).__name__} is for optimizers that precondition, not for '
+                f"{type(self.optimizer).__name__}; write type='OptimWrapper' or 'AmpOptimWrapper'"
+            )
         self.optimizer.take_loss_scale(getattr(self, 'loss_scaler', None))
 
     @_disable_dynamo
@@ -146,6 +151,14 @@ class LossMixin(CompiledMixin):
             self.optimizer.plan_steps(math.ceil(max_counts / accumulated))
 
 
+class PrecondOptimWrapper(PrecondMixin, OptimWrapper):
+    """`OptimWrapper` for a `PreconditionedOptimizer`."""
+
+
+class PrecondAmpOptimWrapper(PrecondMixin, AmpOptimWrapper):
+    """`AmpOptimWrapper` for a `PreconditionedOptimizer`."""
+
+
 #: Mixins by the needs of an optimizer (see `RuleOptimizer.needs`).
 MIXINS: dict[str, type] = {'capture': PrecondMixin, 'graph': DoubleBackwardMixin, 'loss': LossMixin}
 
@@ -161,7 +174,14 @@ def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[Opti
     Raises:
         ValueError: If the wrapper cannot supply these needs.
     """
-    if not needs or issubclass(base, MIXINS[needs]):
+    if needs and issubclass(base, MIXINS[needs]):
+        return base
+    if issubclass(base, CompiledMixin):
+        raise ValueError(
+            f"{base.__name__} is not for {owner}; write type='OptimWrapper' or 'AmpOptimWrapper', "
+            'which PrecondOptimWrapperConstructor completes'
+        )
+    if not needs:
         return base
     if not issubclass(base, OptimWrapper):
         raise ValueError(
@@ -185,6 +205,9 @@ def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[Opti
 def _build_mixed_type(base: Any, needs: str) -> Any:
     mixin = MIXINS[needs]
     name = f'{mixin.__name__.removesuffix("Mixin")}{base.__name__}'
+    known: Any = globals().get(name)
+    if known is not None and known.__bases__ == (mixin, base):
+        return known
     mixed = type(name, (mixin, base), {'__module__': __name__})
     globals()[mixed.__name__] = mixed  # makes the class picklable, like its base
     return mixed

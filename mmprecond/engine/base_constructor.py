@@ -1,0 +1,63 @@
+"""Base constructor that a config's `paramwise_cfg` asks for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+
+def find_base(paramwise_cfg: dict[str, Any] | None) -> type:
+    """Finds the constructor that reads all keys of a `paramwise_cfg`.
+
+    This is MMEngine's default one, unless it ignores a key: a config that names our constructor in
+    place of its own, for layer decay say, has the keys still.
+
+    Raises:
+        ValueError: If no registered constructor, or more than one, reads all keys.
+    """
+    keys = set(paramwise_cfg or {})
+    ignored = sorted(keys - _strings_in(DefaultOptimWrapperConstructor))
+    if not ignored:
+        return DefaultOptimWrapperConstructor
+    with OPTIM_WRAPPER_CONSTRUCTORS.switch_scope_and_registry(None) as scoped:
+        scoped.import_from_location()
+        kinds = [kind for kind in scoped.module_dict.values() if keys <= _strings_in(kind)]
+    # A deprecated name of a constructor is a subclass of it.
+    bases = [kind for kind in kinds if not set(kind.__mro__[1:]) & set(kinds)]
+    if len(bases) != 1:
+        names = ', '.join(kind.__name__ for kind in bases) or 'none registered here does'
+        raise ValueError(
+            f'DefaultOptimWrapperConstructor ignores {", ".join(ignored)} of paramwise_cfg; name '
+            f"the constructor that reads it: base_constructor='...' in optim_wrapper ({names})"
+        )
+    print_log(
+        f'{bases[0].__name__} makes the parameter groups, because paramwise_cfg has '
+        f'{", ".join(ignored)}',
+        logger='current',
+    )
+    return bases[0]
+
+
+def _strings_in(kind: type) -> set[str]:
+    """String constants in the methods of a class and its bases: keys that it may read."""
+    functions = [
+        member
+        for base in kind.__mro__
+        for member in vars(base).values()
+        if inspect.isfunction(member)
+    ]
+    return {text for function in functions for text in _constants(function.__code__)}
+
+
+def _constants(code: CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _constants(constant)
