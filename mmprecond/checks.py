@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
@@ -74,3 +75,10 @@ def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[st
             '`_delete_=True` to the optimizer of your config'
         )
         raise TypeError(f'{owner} does not take {keys} (it takes {", ".join(known)}); {hint}')
+
+
+def did_you_mean(name: Any, names: Iterable[str]) -> str:
+    """``'did you mean A or B? '`` with the nearest names, whatever their case; '' if none is near."""
+    by_key = {known.lower(): known for known in names}
+    near = get_close_matches(str(name).lower(), by_key, 3)
+    return f'did you mean {" or ".join(by_key[key] for key in near)}? ' if near else ''

@@ -122,8 +122,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--optimizers',
-        help='names, separated by commas: ours, SGD, '
-        'AdamW, or pytorch_optimizer.NAME of that package, if it is installed',
+        help='names, separated by commas: ours, SGD, AdamW, AFOpt+NKFAC (the plain optimizer with '
+        'curvature), or pytorch_optimizer.NAME of that package, if it is installed',
     )
     parser.add_argument('--lr', type=float, help='of every run')
     parser.add_argument('--grid', help="further rates for the plain optimizer, '' for none")

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
+from .toolboxes import find_config, installed
+
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that MMDetection's and MMPretrain's own tools share."""
@@ -45,16 +47,14 @@ def load_config(path: str) -> Config:
     """Loads a config file, or a config of an installed toolbox (`mmdet::faster_rcnn/NAME.py`).
 
     Raises:
-        FileNotFoundError: If the file does not exist.
+        FileNotFoundError: If the file or the toolbox does not exist.
     """
     if '::' in path:
-        from mmengine.hub import get_config
-
-        return get_config(path)
+        return Config.fromfile(find_config(path))
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f'there is no config {path}; give a file, or mmdet::FOLDER/NAME.py '
-            'for one of MMDetection'
+            f'there is no config {path}; give a file, or TOOLBOX::FOLDER/NAME.py for one of '
+            f'{" or ".join(installed()) or "an installed toolbox"}'
         )
     return Config.fromfile(path)
 

@@ -10,6 +10,8 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from .. import optimizers
+from ..checks import did_you_mean
+from ..core import parse_layers
 from .constructor import PrecondOptimWrapperConstructor
 from .peers import PACKAGE, find_peer, is_peer
 from .registration import optimizer_types
@@ -50,13 +52,13 @@ def use_optimizer(cfg: Config, name: str) -> None:
     ]
     if name == 'Preconditioned':
         raise ValueError(
-            'Preconditioned needs a list of layers: write it in the config, or start '
-            'from one of configs/_base_'
+            'Preconditioned needs layers: take --precondition AFOpt+NKFAC, or write them in the '
+            'config'
         )
     peer = find_peer(name) if is_peer(name) else None
     if peer is None and name not in [*names, *BASELINES]:
         raise ValueError(
-            f'unknown optimizer {name!r}; choose one of {", ".join(names)}, or of '
+            f'unknown optimizer {name!r}; {did_you_mean(name, [*names, *BASELINES])}choose one of {", ".join(names)}, or of '
             f'torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package'
         )
     wrapper = _wrapper_of(cfg, 'take lr and weight_decay from')
@@ -102,8 +104,10 @@ def attach(cfg: Config, precondition: Any) -> None:
         precondition: One of the forms of `layers` in `Preconditioned`, such as 'AFOpt+NKFAC'.
 
     Raises:
-        ValueError: If the config has no optimizer.
+        ValueError: If the config has no optimizer, or the methods are unknown.
     """
+    if precondition is not None:
+        parse_layers(precondition)
     wrapper = _wrapper_of(cfg, 'add curvature to')
     _use_constructor(wrapper)
     wrapper['precondition'] = precondition

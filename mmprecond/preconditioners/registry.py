@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from ..checks import check_choice
+from ..checks import check_choice, did_you_mean
 from .base import Preconditioner
 from .statistic_checks import check_statistics
 
@@ -85,11 +84,11 @@ def find_method(name: Any) -> type[Preconditioner]:
     known = words | METHODS
     if isinstance(name, str) and name in known:
         return known[name]
-    near = get_close_matches(str(name).lower(), [key.lower() for key in known], 3)
-    nearest = [key for key in known if key.lower() in near]
-    advice = f'did you mean {" or ".join(nearest)}? ' if nearest else ''
-    names = ', '.join([*sorted(words), *sorted(METHODS)])
-    raise ValueError(f'unknown preconditioner type {name!r}; {advice}choose one of {names}')
+    names = [*sorted(words), *sorted(METHODS)]
+    raise ValueError(
+        f'unknown preconditioner type {name!r}; {did_you_mean(name, names)}choose one of '
+        f'{", ".join(names)}'
+    )
 
 
 def build_preconditioner(method: type[Preconditioner], settings: dict[str, Any]) -> Preconditioner:

@@ -206,7 +206,7 @@ def test_the_table_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constructor, 'print_log', lambda text, **_: lines.append(text))
     build(model())
     (text,) = lines
-    assert text.startswith('Preconditioned on Classifier')
+    assert text.startswith('Classifier: FSGD on 1 and NKFAC on 1 layers, which hold ')
     for part in ('conv', 'InputFeature', 'fc', 'NewtonKronecker', 'plain rule: BatchNorm2d'):
         assert part in text
 
@@ -214,9 +214,9 @@ def test_the_table_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_preset_needs_a_list() -> None:
     cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.02))))
     before = cfg.to_dict()
-    with pytest.raises(ValueError, match='list of layers.*write it in the config') as caught:
+    with pytest.raises(ValueError, match='needs layers.*write them in the config') as caught:
         use_optimizer(cfg, 'Preconditioned')
-    assert '\n' not in str(caught.value) and 'configs/_base_' in str(caught.value)
+    assert '\n' not in str(caught.value) and 'take --precondition' in str(caught.value)
     assert cfg.to_dict() == before
 
 

@@ -15,7 +15,7 @@ from mmprecond import AFOpt
 from mmprecond.curvature import AttentionLayer
 
 pytest.importorskip('mmdet')
-CONFIG = 'configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco_afopt-nkfac_adamw.py'
+CONFIG = 'configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco_afopt-nkfac.py'
 MB = 2**20
 
 

@@ -38,6 +38,7 @@ def test_a_small_classifier(tmp_path: Path) -> None:
         'SOAA',
         'DCTAdamW',
         'Muon',
+        'AFOpt+AdamR',
     ]
     done = run(
         '--models',
@@ -62,7 +63,7 @@ def test_a_small_classifier(tmp_path: Path) -> None:
     found = {r['name']: r for r in record['results']}
     assert list(found) == specs
     for name, r in found.items():
-        measured = name.startswith('NKFAC') or name == 'AdamR'
+        measured = name[:5] in ('NKFAC', 'AdamR', 'AFOpt')
         assert set(r['iteration']) == (
             {'plain', 'statistics', 'refresh'} if measured else {'plain'}
         )
@@ -83,7 +84,8 @@ def test_a_small_classifier(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_is_not_there_is_one_line() -> None:
     done = run('--optimizers', 'SDG')
-    assert done.returncode == 2 and "cannot time 'SDG'" in done.stderr.splitlines()[-2]
+    last = done.stderr.splitlines()[-2]
+    assert done.returncode == 2 and "cannot time 'SDG' here; did you mean SGD" in last
     assert 'SGDPH' not in done.stderr
     done = run('--optimizers', 'NKFAC:stat_interval=3')
     assert done.returncode == 2 and 'this tool sets the intervals' in done.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from analysis_tools.results import at, best_rate, usual
 from analysis_tools.results import table as comparison
 from common.contestants import MODELS
@@ -50,6 +52,31 @@ def test_the_verdict_compares_with_the_same_and_the_best_rate() -> None:
         'NKFAC lr 0.1: 2.00 x the box AP of SGD with its best rate (lr 0.2), at 2.00 x its '
         'training time',
     ]
+
+
+@pytest.mark.parametrize('model', ['r18', 'swin-cls'])
+def test_words_add_curvature_to_the_plain_optimizer(model: str) -> None:
+    known = MODELS[model]
+    attached = known.contestant('FSGD+NKFAC')
+    assert attached.arguments == ('--precondition', 'FSGD+NKFAC')
+    plain = known.contestants[known.plain]
+    assert attached.config == plain.config and attached.adaptive == plain.adaptive
+    assert attached.lr == known.rates[plain.adaptive] and not attached.options
+
+
+@pytest.mark.parametrize(
+    ('name', 'text'),
+    [
+        ('AFOpt+NFKAC', 'did you mean .*NKFAC'),
+        ('AFOpt+NKFAC+AdamR', 'AFOpt.NKFAC'),
+        ('NFKAC', 'there is no optimizer NFKAC; did you mean .*NKFAC'),
+        ('adamr', 'did you mean AdamR'),
+    ],
+)
+def test_unknown_words_name_the_nearest(name: str, text: str) -> None:
+    with pytest.raises(SystemExit, match=text) as caught:
+        MODELS['r18'].contestant(name)
+    assert '\n' not in str(caught.value)
 
 
 def test_the_verdict_without_the_same_rate_or_without_a_score() -> None:

@@ -251,7 +251,7 @@ def parse_args() -> argparse.Namespace:
         '--optimizers',
         type=names,
         default=USUAL.split(','),
-        help=f'each as NAME or NAME:key=value:key=value; default: {USUAL}, and '
+        help=f'each as NAME or NAME:key=value:key=value, or as AFOpt+NKFAC; default: {USUAL}, and '
         f'{", ".join(PEERS)} where pytorch_optimizer is installed',
     )
     parser.add_argument('--batch', type=launch.count, default=16, help='images; default: 16')

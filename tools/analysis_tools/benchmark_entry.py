@@ -12,6 +12,7 @@ from torch import nn
 
 import mmprecond.optimizers as optimizers
 from common.timing import now
+from mmprecond.checks import did_you_mean
 from mmprecond.engine.peers import with_groups
 from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
 
@@ -19,6 +20,8 @@ from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
 CAPTURE, REFRESH = 2, 4
 KINDS = ('plain', 'statistics', 'refresh')
 PEERS = ('SOAP', 'Shampoo', 'Muon')
+#: Settings that tell the steps of all methods apart.
+INTERVALS = dict(stat_interval=CAPTURE, refresh_interval=REFRESH, early_refreshes=False)
 
 
 @dataclass
@@ -50,11 +53,12 @@ class Entry:
         """Kind of a step: plain, with a capture, or with a refresh."""
         if not isinstance(self.optimizer, PreconditionedOptimizer):
             return 'plain'
-        method = self.optimizer.curvature.stacks[0].method
-        if method.stat_interval != CAPTURE:  # the method always measures at every step
+        methods = {stack.method for stack in self.optimizer.curvature.stacks}
+        # Methods with other intervals measure at every step.
+        counts = [step + method.phase for method in methods if method.stat_interval == CAPTURE]
+        if all(count % CAPTURE for count in counts):
             return 'plain'
-        count = step + method.phase
-        return 'plain' if count % CAPTURE else 'statistics' if count % REFRESH else 'refresh'
+        return 'statistics' if all(count % REFRESH for count in counts) else 'refresh'
 
     def train(self, batch: dict[str, Any]) -> tuple[float, float]:
         """Runs one iteration; returns its seconds, and those of the optimizer's step."""
@@ -104,11 +108,19 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
-    """Builds an optimizer of torch, ours or pytorch_optimizer, at a rate that changes little."""
+    """Builds an optimizer of torch, ours or pytorch_optimizer, at a rate that changes little.
+
+    A name such as AFOpt+NKFAC stands for these methods under AdamW.
+    """
     name, options = parse_spec(spec)
     if name in ('SGD', 'AdamW'):
         extra = dict(momentum=0.9) if name == 'SGD' else {}
         return getattr(torch.optim, name)(model.parameters(), lr=1e-5, **extra, **options)
+    if '+' in name:
+        parts = zip(('attention', 'elsewhere'), name.split('+', 1), strict=True)
+        layers = {part: dict(type=word, **INTERVALS) for part, word in parts}
+        rule = dict(type='AdamW', lr=1e-5)
+        return optimizers.Preconditioned(model, rule=rule, layers=layers, **options)
     if name in timed():
         taken = sorted(
             {'stat_interval', 'refresh_interval', 'early_refreshes', 'stagger'} & set(options)
@@ -120,17 +132,16 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
             )
         kind = getattr(optimizers, name)
         if kind.needs == 'capture' and name != 'AdaAct':  # which measures at every step
-            intervals = dict(stat_interval=CAPTURE, refresh_interval=REFRESH)
-            options = dict(**intervals, early_refreshes=False, **options)
+            options = dict(**INTERVALS, **options)
         elif kind.needs == 'loss':
             options = dict(total_steps=10**6, **options)
         return kind(model, lr=1e-5, **options)
     peers = installed_peers()
     if name in peers:
         return peers[name]([dict(params=list(model.parameters()))], lr=1e-5, **options)
-    choices = ['SGD', 'AdamW', *timed(), *PEERS]
+    choices = ['SGD', 'AdamW', 'AFOpt+NKFAC', *timed(), *PEERS]
     raise ValueError(
-        f'cannot time {name!r} here; choose from {", ".join(choices)} (the last '
+        f'cannot time {name!r} here; {did_you_mean(name, choices)}choose from {", ".join(choices)} (the last '
         f'{len(PEERS)} from the package pytorch_optimizer, if it is installed)'
     )
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import ROOT
 
 FOLDER = ROOT / 'configs/quickstart'
 RATE = 'optim_wrapper.optimizer.lr'
-RULE_RATE = 'optim_wrapper.optimizer.rule.lr'
 DECAY = 'optim_wrapper.optimizer.weight_decay'
+#: Argument of tools/train.py that adds curvature to a config's own optimizer.
+ATTACH = '--precondition'
 #: Weight decay for optimizers like SGD (added to the gradient) and like Adam (outside it).
 DECAYS = (1e-4, 0.05)
 TORCH_OPTIMIZERS = ('SGD', 'AdamW')
@@ -31,7 +32,6 @@ class Contestant:
         lr: Learning rate, unless the user gives one.
         arguments: Arguments of tools/train.py.
         options: Settings for its --cfg-options.
-        rate: Config key of the learning rate.
         adaptive: Whether the rule is like Adam, rather than like SGD.
     """
 
@@ -39,7 +39,6 @@ class Contestant:
     lr: float
     arguments: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    rate: str = RATE
     adaptive: bool = False
 
 
@@ -79,10 +78,13 @@ class Model:
         """Returns one of `contestants`, or any other optimizer with the plain one's config.
 
         The other optimizer may be ours, a baseline, or one of the package pytorch_optimizer, such
-        as pytorch_optimizer.SOAP.
+        as pytorch_optimizer.SOAP. A name such as AFOpt+NKFAC adds curvature to the plain one.
         """
         if name in self.contestants:
             return self.contestants[name]
+        if '+' in name:
+            return self._attached(name)
+        from mmprecond.checks import did_you_mean
         from mmprecond.engine.peers import find_peer, is_peer
         from mmprecond.engine.registration import optimizer_types
 
@@ -94,10 +96,11 @@ class Model:
                 kinds[name] = find_peer(name)
             except (ImportError, ValueError) as error:
                 sys.exit(str(error))
-        if name not in (*kinds, *TORCH_OPTIMIZERS):
+        choices = sorted({*self.contestants, *kinds, *TORCH_OPTIMIZERS})
+        if name not in choices:
             sys.exit(
-                f'there is no optimizer {name}; choose from '
-                f'{", ".join(sorted({*self.contestants, *kinds, *TORCH_OPTIMIZERS}))}'
+                f'there is no optimizer {name}; {did_you_mean(name, choices)}choose from '
+                f'{", ".join(choices)}'
             )
         taken = inspect.signature(kinds[name]).parameters if name in kinds else {}
         adaptive = KINDS.get(name, name == 'AdamW' or 'betas' in taken)
@@ -110,6 +113,17 @@ class Model:
             {DECAY: decay} if decays else {},
             adaptive=adaptive,
         )
+
+    def _attached(self, words: str) -> Contestant:
+        """The plain optimizer with curvature, by the words of `precondition`."""
+        from mmprecond.core import parse_layers
+
+        try:
+            parse_layers(words)
+        except ValueError as error:
+            sys.exit(str(error))
+        plain = self.contestants[self.plain]
+        return replace(plain, lr=self.rates[plain.adaptive], arguments=(ATTACH, words))
 
 
 R18, SWIN = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes'
@@ -146,8 +160,8 @@ MODELS = {
         {
             'AdamW': Contestant(SWIN, 2.5e-4, adaptive=True),
             'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3, adaptive=True),
-            'AFOpt+NKFAC': Contestant(f'{SWIN}_afopt-nkfac', 1e-3, rate=RULE_RATE, adaptive=True),
-            'AFOpt+AdamR': Contestant(f'{SWIN}_afopt-adamr', 1e-3, rate=RULE_RATE, adaptive=True),
+            'AFOpt+NKFAC': Contestant(SWIN, 1e-3, (ATTACH, 'AFOpt+NKFAC'), adaptive=True),
+            'AFOpt+AdamR': Contestant(SWIN, 1e-3, (ATTACH, 'AFOpt+AdamR'), adaptive=True),
         },
         '',
         300,
@@ -159,7 +173,7 @@ MODELS = {
         'SGD',
         {
             'SGD': Contestant(RETINA, 0.01),
-            'AFOpt+NKFAC': Contestant(f'{RETINA}_afopt-nkfac', 0.01, rate=RULE_RATE),
+            'AFOpt+NKFAC': Contestant(RETINA, 0.01, (ATTACH, 'AFOpt+NKFAC')),
         },
         '',
         300,
@@ -187,12 +201,8 @@ MODELS = {
             'AdaAFOpt': Contestant(
                 SWIN_CLS, 1e-3, ('--optimizer', 'AdaAFOpt'), {DECAY: 0.05}, adaptive=True
             ),
-            'AFOpt+NKFAC': Contestant(
-                f'{SWIN_CLS}_afopt-nkfac', 1e-3, rate=RULE_RATE, adaptive=True
-            ),
-            'AFOpt+AdamR': Contestant(
-                f'{SWIN_CLS}_afopt-adamr', 1e-3, rate=RULE_RATE, adaptive=True
-            ),
+            'AFOpt+NKFAC': Contestant(SWIN_CLS, 1e-3, (ATTACH, 'AFOpt+NKFAC'), adaptive=True),
+            'AFOpt+AdamR': Contestant(SWIN_CLS, 1e-3, (ATTACH, 'AFOpt+AdamR'), adaptive=True),
         },
         '',
         400,

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import ROOT
-from .contestants import FOLDER
+from .contestants import FOLDER, RATE
 from .logs import Curves, entries, log_files
 
 
@@ -62,7 +62,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         'train_cfg.val_interval': args.val_interval,
         'default_hooks.checkpoint.interval': args.iterations,
         'randomness.seed': run.seed,
-        contestant.rate: run.lr,
+        RATE: run.lr,
         'train_dataloader.dataset.data_root': f'{args.data}/',
         'val_dataloader.dataset.data_root': f'{args.data}/',
         **contestant.options,

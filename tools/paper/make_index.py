@@ -67,11 +67,16 @@ METRICS = {
 
 
 def rows() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
-    """Yields each config's path, its `paper` entry (empty for hybrids) and our run (or empty)."""
+    """Yields each config's path, its `paper` entry and our run (or empty).
+
+    The entry of hybrids has at most the data.
+    """
     runs = json.loads(RUNS.read_text())
     for path in all_configs():
-        paper = launch.load_config(str(path)).get('paper') or {}
-        yield path, dict(paper), runs.get(path.stem, {})
+        paper = dict(launch.load_config(str(path)).get('paper') or {})
+        if not paper and '_in1k_' in path.stem:
+            paper['data'] = 'ImageNet'
+        yield path, paper, runs.get(path.stem, {})
 
 
 def metafile(folder: str, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
@@ -129,7 +134,7 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
         for path, paper, run in entries:
             if path.parent.name != folder:
                 continue
-            optimizer = paper.get('optimizer') or path.stem.split('_coco_')[1].replace('_', ', ')
+            optimizer = paper.get('optimizer') or _hybrid(path)
             source = ' '.join(f'{key} {paper[key]}' for key in ('table', 'chapter') if key in paper)
             cells.append(
                 (
@@ -149,6 +154,13 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
         ]
     lines += compared_with(entries)
     return '\n'.join(lines + ablations())
+
+
+def _hybrid(path: Path) -> str:
+    """Methods and rule of a config that is none of the thesis's."""
+    wrapper = launch.load_config(str(path)).optim_wrapper
+    rule = wrapper.optimizer.get('rule', wrapper.optimizer).type
+    return f'{wrapper.get("precondition", "AFOpt")}, {rule}'
 
 
 def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[str]:

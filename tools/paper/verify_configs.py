@@ -43,11 +43,12 @@ FOLDERS = DETECTORS + CLASSIFIERS
 OURS = (
     'optim_wrapper.optimizer.',
     'optim_wrapper.constructor',
+    'optim_wrapper.precondition',
     'custom_imports.',
     'paper.',
     'optim_wrapper.paramwise_cfg.custom_keys.mask_head.upsample',
-    'afopt',
-)  # of configs/_base_
+    'afopt',  # of configs/_base_
+)
 SMALL = 32  # pixels of CIFAR's images
 #: Names of COCO's categories for the shapes, in the order of the shapes' categories.
 NAMES = ('person', 'bicycle', 'car', 'motorcycle')
@@ -215,8 +216,13 @@ def _adapt_to_cpu(cfg: Any, data: Path) -> str:
     ]
     # AdamR captures at step stat_interval first. A ResNet's branches begin at zero: no gradients.
     blind = cfg.default_scope == 'mmpretrain' and cfg.model.backbone.type.startswith('ResNet')
+    words = cfg.optim_wrapper.get('precondition')
+    if words:
+        parts = dict(zip(('attention', 'elsewhere'), words.split('+'), strict=True))
+        cfg.optim_wrapper.precondition = {part: dict(type=word) for part, word in parts.items()}
+        entries += cfg.optim_wrapper.precondition.values()
     for entry in entries:
-        if entry.get('type') in ('AdamR', 'EigenRotation') or blind and 'stat_interval' in entry:
+        if entry.get('type') == 'AdamR' or blind and 'stat_interval' in entry:
             entry.update(stat_interval=2, refresh_interval=2)
             notes.append(f'intervals of 2 for {entry["type"]}')
     return ', '.join(notes)

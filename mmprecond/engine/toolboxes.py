@@ -1,0 +1,55 @@
+"""Configs of installed toolboxes. Nothing here installs a package."""
+
+from __future__ import annotations
+
+from importlib.metadata import packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..checks import did_you_mean
+
+#: Folder of a toolbox's package that holds its configs.
+CONFIGS = Path('.mim/configs')
+
+
+def find_config(name: str) -> Path:
+    """File of a toolbox's config.
+
+    MMEngine's own `get_config` installs a package that it does not find, and it looks for the names
+    of one stack only.
+
+    Args:
+        name: ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``; the suffix may be missing.
+
+    Raises:
+        FileNotFoundError: If the toolbox or the config is not there; the message has the nearest
+            names.
+    """
+    toolbox, _, path = name.partition('::')
+    folder = _configs_of(toolbox)
+    if folder is None:
+        raise FileNotFoundError(
+            f'no toolbox {toolbox!r} is installed for the config {name}; '
+            f'{did_you_mean(toolbox, installed())}installed: {", ".join(installed()) or "none"}'
+        )
+    file = folder / (path if Path(path).suffix else f'{path}.py')
+    if not file.is_file():
+        files = [str(known.relative_to(folder)) for known in sorted(folder.rglob('*.py'))]
+        text = f'{toolbox} has no config {path}; {did_you_mean(path, files)}'
+        raise FileNotFoundError(text.rstrip('; '))
+    return file
+
+
+def installed() -> list[str]:
+    """Names of the installed packages that have configs."""
+    names = {name for name in packages_distributions() if name.isidentifier()}
+    return sorted(name for name in names if name[:2] == 'mm' and _configs_of(name) is not None)
+
+
+def _configs_of(toolbox: str) -> Path | None:
+    """Folder with the configs of a package, or None."""
+    spec = find_spec(toolbox) if toolbox.isidentifier() else None
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / CONFIGS
+    return folder if folder.is_dir() else None
