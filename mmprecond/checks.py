@@ -78,7 +78,7 @@ def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[st
 
 
 def did_you_mean(name: Any, names: Iterable[str]) -> str:
-    """``'did you mean A or B? '`` with the nearest names, whatever their case; '' if none is near."""
+    """``'did you mean A or B? '`` with the nearest names, or ''; upper and lower case are equal."""
     by_key = {known.lower(): known for known in names}
     near = get_close_matches(str(name).lower(), by_key, 3)
     return f'did you mean {" or ".join(by_key[key] for key in near)}? ' if near else ''

@@ -58,8 +58,8 @@ def use_optimizer(cfg: Config, name: str) -> None:
     peer = find_peer(name) if is_peer(name) else None
     if peer is None and name not in [*names, *BASELINES]:
         raise ValueError(
-            f'unknown optimizer {name!r}; {did_you_mean(name, [*names, *BASELINES])}choose one of {", ".join(names)}, or of '
-            f'torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package'
+            f'unknown optimizer {name!r}; {did_you_mean(name, [*names, *BASELINES])}choose one of '
+            f'{", ".join(names)}, or of torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package'
         )
     wrapper = _wrapper_of(cfg, 'take lr and weight_decay from')
     wrapper.pop('precondition', None)

@@ -141,7 +141,8 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
         return peers[name]([dict(params=list(model.parameters()))], lr=1e-5, **options)
     choices = ['SGD', 'AdamW', 'AFOpt+NKFAC', *timed(), *PEERS]
     raise ValueError(
-        f'cannot time {name!r} here; {did_you_mean(name, choices)}choose from {", ".join(choices)} (the last '
+        f'cannot time {name!r} here; {did_you_mean(name, choices)}choose from '
+        f'{", ".join(choices)} (the last '
         f'{len(PEERS)} from the package pytorch_optimizer, if it is installed)'
     )
 
