@@ -59,7 +59,8 @@ def use_optimizer(cfg: Config, name: str) -> None:
     if peer is None and name not in [*names, *BASELINES]:
         raise ValueError(
             f'unknown optimizer {name!r}; {did_you_mean(name, [*names, *BASELINES])}choose one of '
-            f'{", ".join(names)}, or of torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of that package'
+            f'{", ".join(names)}, or of torch: {", ".join(BASELINES)}, or {PACKAGE}.NAME of '
+            'that package'
         )
     wrapper = _wrapper_of(cfg, 'take lr and weight_decay from')
     wrapper.pop('precondition', None)
