@@ -1,6 +1,6 @@
 """Forecasts the cost of an optimizer on a config's model, before training.
 
-    python -m mmprecond.diagnostics CONFIG [--optimizer NKFAC] [--batch 2] [--size 800 1333]
+    python -m mmprecond.diagnostics CONFIG --precondition AFOpt+NKFAC --batch 2 --size 800 1333
 
 Prints a table of all layers with their memory and with the floating-point operations of each step,
 of a step that measures statistics, and of a refresh. The forecast takes one forward pass on noise.
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import Curvature
 from .core.cost import LayerCost, measured_costs
 from .curvature import Layer
-from .engine import launch, use_optimizer
+from .engine import attach, launch, use_optimizer
 from .engine.synthetic import random_model, synthetic_batch
 from .optimizers import PreconditionedOptimizer
 
@@ -87,7 +87,8 @@ def build(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
     if not isinstance(optimizer, PreconditionedOptimizer):
         raise ValueError(
             f'the config trains with {type(optimizer).__name__}, which has no '
-            'preconditioner; choose one of ours by --optimizer NAME'
+            'preconditioner; add one by --precondition AFOpt+NKFAC, or choose one of ours by '
+            '--optimizer NAME'
         )
     return model, optimizer
 
@@ -103,6 +104,7 @@ def parse_args() -> argparse.Namespace:
         metavar='NAME',
         help="forecast for this optimizer of mmprecond in place of the config's",
     )
+    launch.add_precondition(parser)
     parser.add_argument('--batch', type=launch.count, default=2, help='images; default: 2')
     parser.add_argument(
         '--size',
@@ -124,6 +126,8 @@ def main() -> None:
         cfg = launch.load_config(args.config)
         if args.optimizer:
             use_optimizer(cfg, args.optimizer)
+        if args.precondition:
+            attach(cfg, args.precondition)
         if args.cfg_options:
             cfg.merge_from_dict(args.cfg_options)
         model, optimizer = build(cfg)

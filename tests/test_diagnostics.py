@@ -103,7 +103,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_command() -> None:
     config = 'configs/quickstart/faster-rcnn_r18_fpn_shapes_narrow.py'
-    done = run(config, '--optimizer', 'NKFAC', '--size', '96', '128', '--batch', '2')
+    done = run(config, '--precondition', 'AFOpt+NKFAC', '--size', '96', '128', '--batch', '2')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     start = next(k for k, line in enumerate(lines) if 'step GFLOP' in line)

@@ -29,7 +29,7 @@ EXAMPLES = dict(
 CONFIGS = [
     pytest.param(name, marks=pytest.mark.slow) if name == 'hybrid' else name
     for name in EXAMPLES
-    if name != 'pytorch'
+    if name not in ('pytorch', 'attached')
 ]
 
 
@@ -111,9 +111,10 @@ def test_configs_train(name: str, tmp_path: Path) -> None:
     assert sum(moved) > len(moved) / 3
 
 
-def test_the_example_in_plain_pytorch() -> None:
+@pytest.mark.parametrize('name', ['pytorch', 'attached'])
+def test_the_examples_in_plain_pytorch(name: str) -> None:
     scope: dict[str, Any] = {}
-    exec(EXAMPLES['pytorch'], scope)  # noqa: S102
+    exec(EXAMPLES[name], scope)  # noqa: S102
     assert scope['optimizer'].t == 3
 
 
@@ -125,6 +126,7 @@ def test_examples_are_all_there() -> None:
         'mmpretrain',
         'layer decay',
         'pytorch',
+        'attached',
     }
 
 

@@ -22,12 +22,7 @@ def parse_args() -> argparse.Namespace:
         'instead, or pytorch_optimizer.NAME of that package, keeping the '
         "config's lr, momentum, weight decay and paramwise_cfg",
     )
-    parser.add_argument(
-        '--precondition',
-        metavar='METHOD',
-        help="add curvature to the config's own SGD, Adam, AdamW or Adan: NKFAC, or AFOpt+NKFAC "
-        'for AFOpt on attention modules and NKFAC elsewhere',
-    )
+    launch.add_precondition(parser)
     parser.add_argument(
         '--resume',
         nargs='?',

@@ -36,6 +36,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def add_precondition(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that attaches curvature to a config's own optimizer."""
+    parser.add_argument(
+        '--precondition',
+        metavar='METHOD',
+        help="add curvature to the config's own SGD, Adam, AdamW or Adan: NKFAC, or AFOpt+NKFAC "
+        'for AFOpt on attention modules and NKFAC elsewhere',
+    )
+
+
 def count(text: str) -> int:
     """Parses a whole number of at least 1, as an argument's type."""
     if not text.isdecimal() or int(text) < 1:

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from mmprecond.engine import launch
-from mmprecond.engine.toolboxes import installed
+from mmprecond.engine.toolboxes import find_config, installed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -89,7 +89,7 @@ def attached(log: str) -> tuple[str, str]:
 
 
 def left_to_the_rule(log: str) -> str:
-    """What takes the plain rule, with the reasons, and attention that is not read, by a run's log."""
+    """What takes the plain rule and why, and attention that is not read, by a run's log."""
     kinds = Counter(re.findall(r'plain rule: (\w+), (.*?)(?=  |\n)', log))
     norms = sum(number for (kind, _), number in kinds.items() if 'Norm' in kind)
     others = [
@@ -103,7 +103,7 @@ def left_to_the_rule(log: str) -> str:
 
 def find_script(toolbox: str) -> Path:
     """The toolbox's own tools/train.py."""
-    return launch.find_config(f'{toolbox}::_base_/default_runtime.py').parents[2] / 'tools/train.py'
+    return find_config(f'{toolbox}::_base_/default_runtime.py').parents[2] / 'tools/train.py'
 
 
 def prove(name: str, args: argparse.Namespace, data: Path) -> tuple[str, ...]:
