@@ -74,8 +74,9 @@ def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]
 def unread_attention(model: nn.Module) -> dict[str, str]:
     """Reasons why attention modules of a model cannot be read as a whole, by their names.
 
-    A module counts as attention by its class's name, if it holds weights. Of nested ones, such as
-    Swin's `ShiftWindowMSA`, the innermost counts.
+    A module counts as attention by its class's name and its `num_heads`, which channel attention
+    (squeeze and excitation) has not. Of nested ones, such as Swin's `ShiftWindowMSA`, the innermost
+    counts.
     """
     reasons: dict[str, str] = {}
     inner: set[nn.Module] = set()
@@ -90,11 +91,11 @@ def unread_attention(model: nn.Module) -> dict[str, str]:
 
 
 def _is_named_attention(module: nn.Module) -> bool:
-    """True if the class of a module with weighted parts has the name of an attention."""
+    """True for a module with heads and weighted parts whose class has the name of an attention."""
     words = [word for word in ('attention', 'attn', 'msa') if word in type(module).__name__.lower()]
-    return bool(words) and any(
-        part is not module and list(part.parameters()) for part in module.modules()
-    )
+    parts = (part for part in module.modules() if part is not module)
+    heads = isinstance(getattr(module, 'num_heads', None), int)
+    return bool(words) and heads and any(list(part.parameters()) for part in parts)
 
 
 def register_layer(module_type: type[nn.Module] | str, layer: type[Layer]) -> None:

@@ -52,7 +52,7 @@ _POSE = 'mmpose::body_2d_keypoint/'
 #: Families that no test of this project has, five of each toolbox.
 FAMILIES = {
     'DETR R50': Family('mmdet::detr/detr_r50_8xb2-150e_coco'),
-    'DINO R50': Family('mmdet::dino/dino-4scale_r50_8xb2-12e_coco'),
+    'DINO R50': Family('mmdet::dino/dino-4scale_r50_8xb2-12e_coco', size=256),  # 900 queries
     'RTMDet-tiny': Family('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco', batch=4),
     'YOLOX-tiny': Family('mmdet::yolox/yolox_tiny_8xb8-300e_coco', batch=4),
     'Mask R-CNN ConvNeXt-T': Family(

@@ -140,6 +140,17 @@ def test_a_module_that_takes_other_arguments() -> None:
     ]
 
 
+def test_channel_attention_is_no_such_attention() -> None:
+    """Squeeze and excitation, which has no heads."""
+
+    class ChannelAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Conv2d(WIDTH, WIDTH, 1)
+
+    assert not unread_attention(nn.Sequential(ChannelAttention()))
+
+
 def test_subclasses_of_torchs_own_that_keep_its_forward() -> None:
     class Named(nn.MultiheadAttention):
         pass
