@@ -209,6 +209,8 @@ BORROWED = {
     '_version',
     '_accumulative_counts',
     '_scope_',
+    '_forward_hooks',
+    '_forward_pre_hooks',
 }
 
 

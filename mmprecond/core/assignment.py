@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..curvature import attention_type
+from ..checks import did_you_mean
+from ..curvature import AttentionTypes
 from ..preconditioners import METHODS, Preconditioner, build_preconditioner, find_method
-
-logger = logging.getLogger('mmprecond')
 
 MATCH_KEYS = ('module_type', 'name', 'attention')
 ENTRY_KEYS = ('match', 'preconditioner')
@@ -90,13 +88,23 @@ class Assignment:
     def __init__(self, entries: Sequence[Entry] | Preconditioner) -> None:
         self.entries = [Entry(entries)] if isinstance(entries, Preconditioner) else list(entries)
 
-    def bind(self, model: nn.Module) -> BoundAssignment:
+    def bind(self, model: nn.Module, types: AttentionTypes) -> BoundAssignment:
         """Binds the assignment to a model.
+
+        Args:
+            model: The model.
+            types: What `attention_types` says of the model, if `reads_attention`.
 
         Raises:
             ValueError: If an entry matches no module.
         """
-        return BoundAssignment(self.entries, model)
+        return BoundAssignment(self.entries, model, types)
+
+    @property
+    def reads_attention(self) -> bool:
+        """True if an entry or a method asks for attention modules."""
+        asked = any(entry.attention for entry in self.entries)
+        return asked or any(method.attention_reading for method in self.methods)
 
     @property
     def methods(self) -> list[Preconditioner]:
@@ -107,24 +115,16 @@ class Assignment:
 class BoundAssignment:
     """Assignment for one model (see `Assignment.bind`)."""
 
-    def __init__(self, entries: list[Entry], model: nn.Module) -> None:
+    def __init__(self, entries: list[Entry], model: nn.Module, types: AttentionTypes) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in self.modules.items():
             self.names.setdefault(module, []).append(name)
-        asked = any(entry.attention for entry in entries)
-        self.readable = {m for m in self.names if asked and _is_readable_attention(m)}
+        self.readable = {m for m, (kind, reason) in types.items() if kind and not reason}
         missed = [e for e in entries if not any(self._meets(e, n) for n in self.modules)]
         self.entries = [entry for entry in entries if entry not in missed]
         for position, entry in enumerate(entries):
-            if entry in missed and entry.optional:
-                method = entry.preconditioner
-                logger.info(
-                    '%s has no attention module that can be read, so %s takes no layer',
-                    type(model).__name__,
-                    type(method).__name__ if method else 'the plain rule',
-                )
-            elif entry in missed:
+            if entry in missed and not entry.optional:
                 kinds = sorted({type(m).__name__ for m in self.modules.values()})
                 raise ValueError(
                     f'layers[{position}]: match={entry.match} hits nothing in '
@@ -163,7 +163,8 @@ class BoundAssignment:
                     f'layers[{position}]: match={entry.match} is of no use, because all its '
                     'layers are taken by entries before it; put it first'
                 )
-            if not met and entry.preconditioner is not None and not entry.is_open:
+            needed = entry.preconditioner is not None and not entry.optional
+            if not met and needed and not entry.is_open:
                 raise ValueError(
                     f'layers[{position}]: match={entry.match} is of no use, because it hits '
                     'no layer that can be preconditioned'
@@ -278,13 +279,10 @@ def _parse_method(where: str, config: Any) -> Preconditioner | None:
 def _reject_keys(where: str, config: dict[str, Any], known: Sequence[str]) -> None:
     unknown = sorted(set(map(str, config)) - set(known))
     if unknown:
-        raise ValueError(f'{where} does not take {", ".join(unknown)}; it takes {", ".join(known)}')
-
-
-def _is_readable_attention(module: nn.Module) -> bool:
-    """True for attention modules that a layer type reads as a whole."""
-    kind, reason = attention_type(module)
-    return kind is not None and not reason
+        near = did_you_mean(unknown[0], known)
+        raise ValueError(
+            f'{where} does not take {", ".join(unknown)}; {near}it takes {", ".join(known)}'
+        )
 
 
 def _join_names(names: list[str], limit: int = 12) -> str:

@@ -5,15 +5,41 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..curvature import AttentionReading, Layer, LeftOut, find_layers, unread_attention
+from ..curvature import (
+    AttentionReading,
+    AttentionTypes,
+    Layer,
+    LeftOut,
+    attention_types,
+    find_layers,
+    unread_attention,
+)
 from ..preconditioners import Preconditioner, check_statistics
 from .assignment import Assignment, BoundAssignment
 
 logger = logging.getLogger('mmprecond')
+
+
+@dataclass
+class Coverage:
+    """Layers of a model with a preconditioner, and modules without.
+
+    Attributes:
+        methods: Preconditioner of each layer.
+        left_out: Modules that take the plain rule, with the reasons.
+        unread: Attention modules that a method asks for but that are not read as a whole.
+        idle: Methods for attention modules that take no layer.
+    """
+
+    methods: dict[Layer, Preconditioner]
+    left_out: list[LeftOut]
+    unread: list[LeftOut]
+    idle: list[Preconditioner]
 
 
 def assign_methods(
@@ -22,7 +48,7 @@ def assign_methods(
     method: Preconditioner | Assignment,
     owner: str,
     capture_mb: float,
-) -> tuple[dict[Layer, Preconditioner], list[LeftOut], list[LeftOut]]:
+) -> Coverage:
     """Gives each layer of a model its preconditioner.
 
     Args:
@@ -32,21 +58,20 @@ def assign_methods(
         owner: The optimizer's name, for errors.
         capture_mb: Limit in megabytes for laid-out patches (see `find_layers`).
 
-    Returns:
-        Preconditioners by layer, the modules that take the plain rule, and attention modules that
-        a method asks for but that are not read as a whole.
-
     Raises:
         ValueError: If there is no layer to precondition.
     """
     assignment = method if isinstance(method, Assignment) else Assignment(method)
-    bound = assignment.bind(model)
+    types = attention_types(model) if assignment.reads_attention else {}
+    bound = assignment.bind(model, types)
 
     def reading(name: str) -> AttentionReading | None:
         chosen = bound.method(name)
         return chosen.attention_reading if chosen else None
 
-    layers, left_out = find_layers(model, groups, capture_mb=capture_mb, attention=reading)
+    layers, left_out = find_layers(
+        model, groups, capture_mb=capture_mb, attention=reading, types=types
+    )
     bound.check_use(list(layers))
     methods: dict[Layer, Preconditioner] = {}
     for name, layer in layers.items():
@@ -60,16 +85,22 @@ def assign_methods(
         raise ValueError(
             f'{owner} found no layer to precondition: {_no_layer_reason(layers, left_out)}'
         )
-    reads_attention = any(chosen.attention_reading for chosen in assignment.methods)
-    return methods, left_out, _unread(model, owner) if reads_attention else []
+    unread = _unread(model, types, owner) if types else []
+    idle = [
+        entry.preconditioner
+        for entry in assignment.entries
+        if entry.optional and entry.preconditioner
+        if entry.preconditioner not in methods.values()
+    ]
+    return Coverage(methods, left_out, unread, idle)
 
 
-def _unread(model: nn.Module, owner: str) -> list[LeftOut]:
+def _unread(model: nn.Module, types: AttentionTypes, owner: str) -> list[LeftOut]:
     """Attention modules that are not read as a whole, with a warning."""
     modules = dict(model.named_modules())
     found = [
         LeftOut(name, type(modules[name]).__name__, reason)
-        for name, reason in unread_attention(model).items()
+        for name, reason in unread_attention(model, types).items()
     ]
     for (kind, reason), number in Counter((left.kind, left.reason) for left in found).items():
         logger.warning(

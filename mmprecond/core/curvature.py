@@ -78,8 +78,8 @@ class Curvature:
     Attributes:
         layers: Stack of each preconditioned layer.
         stacks: All stacks, each once.
+        coverage: What is preconditioned of the model, and what is not.
         left_out: Modules that take the plain rule, with the reasons.
-        unread: Attention modules that a method asks for but that are not read as a whole.
         capture: Hooks, with the sums that they measured since the last step.
         dropped: Number of samples that were dropped because they were not finite.
         monitor: Monitor that reports refreshes, or None (see `watch_refreshes`).
@@ -101,9 +101,10 @@ class Curvature:
         self.sharding = Sharding(options.sharding, options.save_curvature)
         self.monitor: Monitor | None = None
         self._failures = FailurePolicy()
-        methods, self.left_out, self.unread = assign_methods(
-            unwrap(model), groups, method, owner, options.capture_mb
-        )
+        own_model = unwrap(model)
+        self.model_name = type(own_model).__name__
+        self.coverage = assign_methods(own_model, groups, method, owner, options.capture_mb)
+        methods, self.left_out = self.coverage.methods, self.coverage.left_out
         self._owners = self.sharding.assign(methods)
         self.layers: dict[Layer, LayerStack] = {}
         self.stacks: list[LayerStack] = []
@@ -307,10 +308,13 @@ class Curvature:
         )
         return restored
 
-    def table(self, groups: Sequence[dict[str, Any]]) -> str:
-        """Summary in one sentence, and a table of all modules with parameters (see `report`)."""
-        totals = report.summary(self.layers, self.left_out, self.sharding, groups)
-        return f'{totals}\n{report.table(self.layers, self.left_out, self.unread, self.sharding)}'
+    def summary(self, groups: Iterable[Mapping[str, Any]]) -> str:
+        """One sentence: methods with their layers, parameters covered, forecast price."""
+        return report.summary(self.model_name, self.layers, self.coverage, self.sharding, groups)
+
+    def table(self) -> str:
+        """Table of all modules with parameters: preconditioner or reason, factors, memory."""
+        return report.table(self.layers, self.coverage, self.sharding)
 
     def forecast(self) -> dict[torch.device, tuple[float, float]]:
         """Megabytes by device: memory kept between steps, and extra memory of a refresh."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..curvature import Layer, LeftOut
 from .cost import cost_of
+from .coverage import Coverage
 from .memory import forecast, megabytes
 from .sharding import Sharding
 from .stack import LayerStack
@@ -24,16 +25,18 @@ def count(layers: Mapping[Layer, LayerStack], left_out: Sequence[LeftOut]) -> di
 
 
 def summary(
+    model: str,
     layers: Mapping[Layer, LayerStack],
-    left_out: Sequence[LeftOut],
+    coverage: Coverage,
     sharding: Sharding,
     groups: Iterable[Mapping[str, Any]],
 ) -> str:
     """One sentence: methods with their layers, parameters covered, forecast price.
 
     Args:
+        model: Name of the model.
         layers: The layers and their stacks.
-        left_out: Modules that take the plain rule.
+        coverage: What is preconditioned.
         sharding: Division of the work among ranks.
         groups: The optimizer's parameter groups.
     """
@@ -44,21 +47,21 @@ def summary(
     total = sum(p.numel() for group in groups for p in group['params'] if p.requires_grad)
     methods = Counter(stack.method.title for stack in layers.values())
     kept, more = (sum(sizes) for sizes in zip(*forecast(layers, sharding).values(), strict=True))
+    idle = ''.join(
+        f'; {method.title} takes no layer: no attention module can be read and is trained'
+        for method in coverage.idle
+    )
     return (
-        f'{" and ".join(f"{name} on {n}" for name, n in methods.items())} '
-        f'{"layer" if len(layers) == 1 else "layers"}, which hold '
+        f'mmprecond attached {" and ".join(f"{name} to {n}" for name, n in methods.items())} '
+        f'{"layer" if len(layers) == 1 else "layers"} of {model}, which hold '
         f'{100 * covered / max(1, total):.1f} % of {total / 1e6:.2f} M trained parameters; '
         f'forecast price: {flops / 1e9:.3g} GFLOP a step beside captures, {kept:.0f} MB, '
-        f'and {more:.0f} MB more during a refresh; {len(left_out)} modules take the plain rule'
+        f'and {more:.0f} MB more during a refresh; {len(coverage.left_out)} modules take the plain '
+        f'rule{idle}'
     )
 
 
-def table(
-    layers: Mapping[Layer, LayerStack],
-    left_out: Sequence[LeftOut],
-    unread: Sequence[LeftOut],
-    sharding: Sharding,
-) -> str:
+def table(layers: Mapping[Layer, LayerStack], coverage: Coverage, sharding: Sharding) -> str:
     """Layer table: layer, preconditioner or reason for the plain rule, factor sizes, memory."""
     rows = [('layer', 'treatment', 'factors', 'MB')]
     for layer, stack in layers.items():
@@ -67,12 +70,13 @@ def table(
         factors = ' + '.join((f'{b} x ' if b > 1 else '') + f'{n}x{m}' for b, n, m in shapes)
         frozen = '' if layer.weight.requires_grad else 'frozen, costs nothing until it is trained'
         notes = '; '.join(note for note in (stack.method.note(layer), frozen) if note)
-        treatment = type(stack.method).__name__ + (f' ({notes})' if notes else '')
+        treatment = stack.method.title + (f' ({notes})' if notes else '')
         rows.append((layer.name.removesuffix('.weight'), treatment, factors, f'{memory:.1f}'))
     rows += [
-        (left.name, f'not read as attention: {left.kind}, {left.reason}', '', '') for left in unread
+        (left.name, f'not read as attention: {left.kind}, {left.reason}', '', '')
+        for left in coverage.unread
     ]
-    for left in left_out:
+    for left in coverage.left_out:
         rows.append((left.name or '(root)', f'plain rule: {left.kind}, {left.reason}', '', ''))
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
     lines = [
@@ -80,9 +84,9 @@ def table(
         for row in rows
     ]
     lines.insert(1, '  '.join('-' * width for width in widths))
-    counts = count(layers, left_out)
+    counts = count(layers, coverage.left_out)
     lines.append(
-        f'{len(layers)} layers preconditioned ({counts["measured"]} measured and '
-        f'{counts["preconditioned"]} with an operator so far)'
+        f'{counts["measured"]} of {len(layers)} layers measured so far, '
+        f'{counts["preconditioned"]} with an operator'
     )
     return '\n'.join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from .attention import (
@@ -30,10 +32,15 @@ LAYER_TYPES: dict[type[nn.Module] | str, type[Layer]] = {
     'mmcv.cnn.bricks.wrappers.ConvTranspose2d': ConvTranspose2dLayer,
 }
 
+#: Layer type of each module that is read as attention, or None; and the reason, or ''.
+AttentionTypes = Mapping[nn.Module, tuple[type[AttentionLayer] | None, str]]
+
 __all__ = [
     'ATTENTION_TYPES',
     'LAYER_TYPES',
+    'AttentionTypes',
     'attention_type',
+    'attention_types',
     'layer_type',
     'qualified_name',
     'register_attention',
@@ -71,7 +78,12 @@ def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]
     return reader, reader.refusal(module)
 
 
-def unread_attention(model: nn.Module) -> dict[str, str]:
+def attention_types(model: nn.Module) -> AttentionTypes:
+    """Results of `attention_type` for each module of a model."""
+    return {module: attention_type(module) for module in model.modules()}
+
+
+def unread_attention(model: nn.Module, types: AttentionTypes) -> dict[str, str]:
     """Reasons why attention modules of a model cannot be read as a whole, by their names.
 
     A module counts as attention by its class's name and its `num_heads`, which channel attention
@@ -81,7 +93,7 @@ def unread_attention(model: nn.Module) -> dict[str, str]:
     reasons: dict[str, str] = {}
     inner: set[nn.Module] = set()
     for name, module in reversed(list(model.named_modules())):
-        kind, reason = attention_type(module)
+        kind, reason = types[module]
         if kind is None and not _is_named_attention(module) or inner & set(module.modules()):
             continue
         inner.add(module)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .flattened import find_flattened
 from .layer import Layer
 from .linear import LinearLayer
-from .registry import ATTENTION_TYPES, attention_type, layer_type, qualified_name
+from .registry import AttentionTypes, layer_type
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def find_layers(
     *,
     capture_mb: float = 64.0,
     attention: Callable[[str], AttentionReading | None] = lambda name: None,
+    types: AttentionTypes | None = None,
 ) -> tuple[dict[str, Layer], list[LeftOut]]:
     """Finds the layers of a model whose weights an optimizer holds.
 
@@ -84,6 +85,7 @@ def find_layers(
         capture_mb: Limit for laid-out convolution patches and attention matrices, in megabytes.
         attention: Function that returns the reading of an attention module, given the name of its
             projection, or None to treat its linear layers one by one.
+        types: What `attention_types` says of the model; default: nothing is attention.
 
     Returns:
         Layers by the name of their (first) module, in module order, and the modules left out.
@@ -91,7 +93,7 @@ def find_layers(
     Raises:
         ValueError: If `input_positions` does not fit a layer.
     """
-    return _Search(model, groups, capture_mb, attention).run()
+    return _Search(model, groups, capture_mb, attention, types or {}).run()
 
 
 class _Search:
@@ -103,10 +105,12 @@ class _Search:
         groups: Iterable[dict[str, Any]],
         capture_mb: float,
         attention: Callable[[str], AttentionReading | None],
+        types: AttentionTypes,
     ) -> None:
         self.model = model
         self.capture_mb = capture_mb
         self.attention = attention
+        self.types = types
         self.owned = {id(p): group for group in groups for p in group['params']}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.flattened = find_flattened(model)
@@ -155,7 +159,7 @@ class _Search:
 
     def _visit_attention(self, name: str, block: nn.Module) -> None:
         """Takes the projections of an attention module as one layer, where that is wanted."""
-        kind, reason = attention_type(block)
+        kind, reason = self.types.get(block, (None, ''))
         if kind is None and not reason:
             return
         part, key = kind.weight_owner(block) if kind else ('qkv', 'weight')
@@ -219,11 +223,11 @@ def _is_preconditioned(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> b
 
 def _type_refusal(module: nn.Module) -> str:
     """Reason why the parameters that a module owns belong to no layer."""
-    if qualified_name(type(module)) in ATTENTION_TYPES:
-        names = ', '.join(name for name, _ in module.named_parameters(recurse=False))
-        return f'parameters of its own ({names})'
     if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return 'nn.MultiheadAttention uses its weight without calling it'
+    if any(True for _ in module.children()):
+        names = ', '.join(name for name, _ in module.named_parameters(recurse=False))
+        return f'parameters of its own ({names})'
     return 'type is not supported'
 
 

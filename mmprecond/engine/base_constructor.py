@@ -12,11 +12,15 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 
-def find_base(paramwise_cfg: dict[str, Any] | None) -> type:
+def find_base(paramwise_cfg: dict[str, Any] | None, *, strict: bool = True) -> type:
     """Finds the constructor that reads all keys of a `paramwise_cfg`.
 
     This is MMEngine's default one, unless it ignores a key: a config that names our constructor in
     place of its own, for layer decay say, has the keys still.
+
+    Args:
+        paramwise_cfg: Settings of parameter groups.
+        strict: Whether it is an error if none or several read all keys, or MMEngine's is taken.
 
     Raises:
         ValueError: If no registered constructor, or more than one, reads all keys.
@@ -27,9 +31,12 @@ def find_base(paramwise_cfg: dict[str, Any] | None) -> type:
         return DefaultOptimWrapperConstructor
     with OPTIM_WRAPPER_CONSTRUCTORS.switch_scope_and_registry(None) as scoped:
         scoped.import_from_location()
-        kinds = [kind for kind in scoped.module_dict.values() if keys <= _strings_in(kind)]
+        known = {**OPTIM_WRAPPER_CONSTRUCTORS.module_dict, **scoped.module_dict}
+    kinds = [kind for kind in known.values() if inspect.isclass(kind) and keys <= _strings_in(kind)]
     # A deprecated name of a constructor is a subclass of it.
     bases = [kind for kind in kinds if not set(kind.__mro__[1:]) & set(kinds)]
+    if len(bases) != 1 and not strict:
+        return DefaultOptimWrapperConstructor
     if len(bases) != 1:
         names = ', '.join(kind.__name__ for kind in bases) or 'none registered here does'
         raise ValueError(
@@ -57,7 +64,7 @@ def _strings_in(kind: type) -> set[str]:
 
 def _constants(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, CodeType):
+        if isinstance(constant, CodeType):
             yield from _constants(constant)
+        parts = constant if isinstance(constant, (tuple, frozenset)) else (constant,)
+        yield from (part for part in parts if isinstance(part, str))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -56,24 +58,30 @@ class PrecondOptimWrapperConstructor:
         self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None
     ) -> None:
         cfg = optim_wrapper_cfg.copy()
-        base = cfg.pop('base_constructor', None) or find_base(paramwise_cfg)
+        base = cfg.pop('base_constructor', None)
+        self._check_groups: Callable[[list[dict[str, Any]]], None] = lambda groups: None
+        for key in cfg:
+            if key != 'precondition' and get_close_matches(key, ['precondition'], 1, 0.8):
+                raise ValueError(f'optim_wrapper has {key}; did you mean precondition?')
         given, optimizer = 'precondition' in cfg, cfg.get('optimizer')
         precondition = cfg.pop('precondition', DEFAULT)
         if precondition is not None and (given or not _does_without(optimizer)):
-            cfg['optimizer'] = _attach(optimizer, precondition)
+            self._check_groups, cfg['optimizer'] = _attach(optimizer, precondition)
+        if base is None:
+            base = find_base(paramwise_cfg, strict=precondition is not None)
         hoisted = _rule_defaults(cfg.get('optimizer'))
         if isinstance(cfg.get('optimizer'), dict):  # a copy of its kind, which is completed below
             cfg['optimizer'] = cfg['optimizer'].copy()
             cfg['optimizer'].update(hoisted)
+        self._type = (cfg.get('optimizer') or {}).get('type')
+        self._hoisted = list(hoisted)
         self.base = OPTIM_WRAPPER_CONSTRUCTORS.build(
             dict(type=base, optim_wrapper_cfg=cfg, paramwise_cfg=paramwise_cfg)
         )
-        for key in hoisted:
-            del self.base.optimizer_cfg[key]
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Builds the wrapper for a model, which may be wrapped for data parallelism."""
-        kind = self.base.optimizer_cfg['type']
+        kind = self._type
         if is_peer(kind):
             return self._build_peer(find_peer(kind), model)
         kind = _resolve(OPTIMIZERS, kind)
@@ -82,12 +90,18 @@ class PrecondOptimWrapperConstructor:
         self._mix_wrapper(kind.needs, kind.__name__)
         if 'model' in inspect.signature(kind.__init__).parameters:
             self.base.optimizer_cfg['model'] = unwrap(model)
+        if self._hoisted:
+            self.base.optimizer_cfg['type'] = self._build_without_hoisted
         built = self.base(model)
-        print_log(
-            f'{type(unwrap(model)).__name__}: {built.optimizer.table()}',
-            logger='current',
-        )
+        self._check_groups(built.optimizer.param_groups)
+        print_log(built.optimizer.report(), logger='current')
         return built
+
+    def _build_without_hoisted(self, params: Any, **settings: Any) -> Preconditioned:
+        """`Preconditioned` without the entries that only the base constructor reads."""
+        return Preconditioned(
+            params, **{key: value for key, value in settings.items() if key not in self._hoisted}
+        )
 
     def _build_peer(self, kind: type[torch.optim.Optimizer], model: nn.Module) -> OptimWrapper:
         needs = needs_of(kind)
@@ -116,8 +130,15 @@ def _does_without(optimizer: Any) -> bool:
     return inspect.isclass(kind) and issubclass(kind, RuleOptimizer)
 
 
-def _attach(optimizer: Any, precondition: Any) -> dict[str, Any]:
-    """Config of `Preconditioned` with an optimizer of torch or Adan as its rule."""
+def _attach(
+    optimizer: Any, precondition: Any
+) -> tuple[Callable[[list[dict[str, Any]]], None], dict[str, Any]]:
+    """Config of `Preconditioned` with an optimizer of torch or Adan as its rule.
+
+    Returns:
+        A function that raises ValueError if a group has a setting that the rule has not, and the
+        config.
+    """
     settings = dict(optimizer or {})
     name = settings.pop('type', None)
     settings.pop('_scope_', None)  # of a toolbox's config, whose scope is the run's
@@ -134,8 +155,22 @@ def _attach(optimizer: Any, precondition: Any) -> dict[str, Any]:
             f'{kind.__name__} is an optimizer of mmprecond already; leave precondition out, or '
             "take type='SGD' or 'AdamW' as its rule"
         )
-    rule = rule_for(kind, settings)
-    return type(optimizer)(type='Preconditioned', rule=rule, layers=precondition)
+
+    def rule_of(settings: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return rule_for(kind, settings)
+        except ValueError as error:
+            raise ValueError(f'{error}, or write precondition=None') from error
+
+    def check_groups(groups: list[dict[str, Any]]) -> None:
+        known = set(inspect.signature(kind).parameters) - {'params'}
+        for group in groups:
+            given = {key: value for key, value in group.items() if key in known}
+            if rule_of({**settings, **given}).get('nesterov') != rule.get('nesterov'):
+                raise ValueError('nesterov is for all groups; leave it out of custom_keys')
+
+    rule = rule_of(settings)
+    return check_groups, type(optimizer)(type='Preconditioned', rule=rule, layers=precondition)
 
 
 def _rule_defaults(optimizer: Any) -> dict[str, Any]:

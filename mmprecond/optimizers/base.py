@@ -215,11 +215,15 @@ class PreconditionedOptimizer(RuleOptimizer):
                 self.state.pop(p, None)
         self._prepare_next_step()
 
-    def table(self) -> str:
-        """Summary in one sentence, and a table of all modules with parameters.
+    def summary(self) -> str:
+        """One sentence: methods with their layers, parameters covered, forecast price."""
+        return self.curvature.summary(self.param_groups)
 
-        The table has the preconditioner, or the reason for the plain rule, factors and memory.
-        """
+    def report(self) -> str:
+        """The summary and the table."""
+        return f'{self.summary()}\n{self.table()}'
+
+    def table(self) -> str:
+        """Table of all modules with parameters: preconditioner or reason, factors, memory."""
         names: dict[Tensor, str] = {layer.weight: layer.name for layer in self.curvature.layers}
-        table = self.curvature.table(self.param_groups)
-        return '\n'.join([table, *self.rule.notes(self.param_groups, names)])
+        return '\n'.join([self.curvature.table(), *self.rule.notes(self.param_groups, names)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -35,12 +36,10 @@ def rule_for(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> dic
     Raises:
         ValueError: If no rule does what the optimizer does; the message names what to change.
     """
-    # Another package's class of one of torch's names may update otherwise.
-    foreign = getattr(torch.optim, kind.__name__, kind) is not kind
-    if foreign or kind.__name__ not in REPLACEMENTS:
+    if kind.__name__ not in REPLACEMENTS or _is_foreign(kind):
         raise ValueError(
             f'{kind.__name__} cannot be a rule under a preconditioner; '
-            f'choose one of {", ".join(REPLACEMENTS)}, or write precondition=None'
+            f'choose one of {", ".join(REPLACEMENTS)}'
         )
     rule, taken = REPLACEMENTS[kind.__name__]
     defaults = {
@@ -55,7 +54,7 @@ def rule_for(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> dic
         elif name not in IMPLEMENTATION and value != _neutral(name, defaults):
             raise ValueError(
                 f'{kind.__name__} with {name}={value!r} has no rule that does the same; '
-                f'{_advice(kind, name)}, or write precondition=None'
+                f'{_advice(kind, name)}'
             )
     return config
 
@@ -69,7 +68,7 @@ def precondition(
 
     Args:
         model: The module that owns the parameters.
-        optimizer: SGD, Adam or AdamW, new or after some steps.
+        optimizer: SGD, Adam or AdamW of torch, new or after some steps; or a new Adan.
         layers: Methods as in `Preconditioned`; default: AFOpt on attention modules and NKFAC
             elsewhere.
         **options: Further options of `Preconditioned`.
@@ -101,9 +100,18 @@ def precondition(
         groups.append(kept | {key: value for key, value in own.items() if key in hyper})
     built = Preconditioned(groups, model=model, rule=rule, layers=layers, **options)
     if optimizer.state:
-        state = built.state_dict()
-        built.load_state_dict({**state, 'state': optimizer.state_dict()['state']})
+        moments = copy.deepcopy(optimizer.state_dict()['state'])
+        built.load_state_dict({**built.state_dict(), 'state': moments})
     return built
+
+
+def _is_foreign(kind: type[torch.optim.Optimizer]) -> bool:
+    """True for another package's class of a known name, which may update otherwise."""
+    if hasattr(torch.optim, kind.__name__):
+        return getattr(torch.optim, kind.__name__) is not kind
+    betas = inspect.signature(kind).parameters.get('betas')  # some count the new value's weights
+    usual = RULES[REPLACEMENTS[kind.__name__][0]].defaults['betas']
+    return betas is None or betas.default != usual
 
 
 def _neutral(name: str, defaults: dict[str, Any]) -> Any:

@@ -164,7 +164,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 params, [updates[p] for p in params], [self.state[p] for p in params], group
             )
 
-    def table(self) -> str:
+    def report(self) -> str:
         """Treatment of the parameters, for the log."""
         count = sum(len(group['params']) for group in self.param_groups)
         return f'{count} parameters take {type(self.rule).__name__}'

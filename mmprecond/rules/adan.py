@@ -32,6 +32,15 @@ class Adan(AdamW):
     def key(self, group: Group, state: State) -> Hashable:
         return super().key(group, state), _first_beta(group)
 
+    def check_state(self, param: Tensor, state: State, group: Group) -> None:
+        """Raises ValueError for the state of another Adan, which has other names."""
+        missing = [name for name in ('step', *self.linear_moments) if name not in state]
+        if missing:
+            raise ValueError(
+                f'the state has no {", ".join(missing)}, so it is not of this Adan; start afresh '
+                'from the weights alone'
+            )
+
     def complete(self, group: Group, defaults: Group) -> Group:
         """With the first beta as 'momentum', the entry that schedulers of momentum change."""
         betas = group['betas'] if 'betas' in group else defaults['betas']

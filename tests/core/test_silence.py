@@ -150,12 +150,12 @@ def test_the_table_and_the_monitor_count_layers() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3), nn.Linear(3, 2))
     model[3].requires_grad_(False)
     optimizer = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=2)
-    assert '3 layers preconditioned (0 measured and 0 with an operator so far)' in optimizer.table()
+    assert '0 of 3 layers measured so far, 0 with an operator' in optimizer.table()
     monitor = Monitor()
     optimizer.curvature.watch_refreshes(monitor)
     model(torch.randn(6, 4)).square().mean().backward()
     optimizer.step()
-    assert '(2 measured and 2 with an operator so far)' in optimizer.table()
+    assert '2 of 3 layers measured so far, 2 with an operator' in optimizer.table()
     summary = monitor.take_report().summary()
     for kind in ('measured', 'preconditioned', 'plain'):
         assert summary[f'layers/{kind}'] == 2

@@ -110,10 +110,11 @@ def test_the_constructor_alone_attaches_both_methods(capsys: pytest.CaptureFixtu
     plain = sum(n for name, n in sizes.items() if 'norm' in name or name[-8:] == 'qkv.bias')
     share = 100 * (1 - plain / sum(sizes.values()))
     assert re.fullmatch(
-        rf'NKFAC on 6 and AFOpt on 4 layers, which hold {share:.1f} % of 0.00 M trained '
+        rf'mmprecond attached NKFAC to 6 and AFOpt to 4 layers of Net, which hold {share:.1f} % of '
+        r'0.00 M trained '
         r'parameters; forecast price: [\d.e-]+ GFLOP a step beside captures, 0 MB, and 0 MB more '
         'during a refresh; 2 modules take the plain rule',
-        optimizer.table().splitlines()[0],
+        optimizer.summary(),
     )
     assert all(map(torch.equal, train(ADAMW), train(ADAMW, precondition='AFOpt+NKFAC')))
 
@@ -185,6 +186,55 @@ def test_a_key_that_no_constructor_reads(
     if kinds:
         named = dict(base_constructor='Decaying', paramwise_cfg=dict(test_decay_rate=0.5))
         assert attach(Classifier(), ADAMW, **named).optimizer.param_groups[0]['lr'] == 1e-3
+
+
+class Popping(DefaultOptimWrapperConstructor):
+    """Takes the weight decay out of the optimizer's config when it is called."""
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        decay = self.optimizer_cfg.pop('weight_decay', 0)
+        wrapper = super().__call__(model)
+        for group in wrapper.optimizer.param_groups:
+            group['weight_decay'] = 2 * decay
+        self.optimizer_cfg['weight_decay'] = decay
+        return wrapper
+
+
+@pytest.mark.parametrize('precondition', ['NKFAC', None])
+def test_a_constructor_that_reads_the_decay_when_it_is_called(
+    precondition: str | None, registered: Callable[..., None]
+) -> None:
+    registered(Popping)
+    optimizer = attach(
+        Classifier(),
+        dict(ADAMW, weight_decay=0.3),
+        base_constructor='Popping',
+        precondition=precondition,
+    ).optimizer
+    assert {group['weight_decay'] for group in optimizer.param_groups} == {0.6}
+
+
+@pytest.mark.parametrize(
+    ('optimizer', 'settings', 'message'),
+    [
+        (dict(type='Adam', lr=0.1), dict(weight_decay=0.1), 'Adam with weight_decay=0.1'),
+        (ADAMW, dict(amsgrad=True), 'AdamW with amsgrad=True'),
+        (dict(type='SGD', lr=0.1, momentum=0.9), dict(nesterov=True), 'nesterov is for all groups'),
+        (dict(type='SGD', lr=0.1, momentum=0.9), dict(dampening=0.1), 'SGD with dampening=0.1'),
+    ],
+)
+def test_settings_of_groups_that_no_rule_has(
+    optimizer: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    paramwise = dict(custom_keys=dict(conv=settings))
+    with pytest.raises(ValueError, match=message):
+        attach(Classifier(), optimizer, paramwise_cfg=paramwise)
+    attach(Classifier(), optimizer, paramwise_cfg=dict(custom_keys=dict(conv=dict(lr_mult=0.1))))
+
+
+def test_a_typing_error_in_the_key() -> None:
+    with pytest.raises(ValueError, match='optim_wrapper has preconditon; did you mean precond'):
+        attach(Classifier(), ADAMW, preconditon='NKFAC')
 
 
 # ------------------------------------------------------------------- rules

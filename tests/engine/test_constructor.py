@@ -303,7 +303,7 @@ def test_what_needs_nothing_gets_the_wrapper_as_it_is(kind: Any) -> None:
     settings = dict(label='mine') if kind is Labelled else {}
     wrapper = build(Classifier(), type=kind, optimizer=dict(type=Plain, lr=0.1), **settings)
     assert type(wrapper) is kind
-    assert wrapper.optimizer.table() == '6 parameters take AdamW'
+    assert wrapper.optimizer.report() == '6 parameters take AdamW'
 
 
 def test_the_wrapper_is_chosen_by_need() -> None:

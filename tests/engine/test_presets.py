@@ -206,8 +206,8 @@ def test_the_table_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constructor, 'print_log', lambda text, **_: lines.append(text))
     build(model())
     (text,) = lines
-    assert text.startswith('Classifier: FSGD on 1 and NKFAC on 1 layers, which hold ')
-    for part in ('conv', 'InputFeature', 'fc', 'NewtonKronecker', 'plain rule: BatchNorm2d'):
+    assert text.startswith('mmprecond attached FSGD to 1 and NKFAC to 1 layers of Classifier')
+    for part in ('conv', 'FSGD', 'fc', 'NKFAC', 'plain rule: BatchNorm2d'):
         assert part in text
 
 

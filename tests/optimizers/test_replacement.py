@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -90,6 +91,58 @@ def test_entries_of_groups_and_options_are_kept() -> None:
     assert optimizer.param_groups[0]['damping'] == 0.5
     assert optimizer.curvature.options.clip_update == 1.0
     assert 'nesterov' not in optimizer.param_groups[0]
+
+
+class Adan(torch.optim.Optimizer):
+    """Another package's, whose state has other names."""
+
+    def __init__(self, params: Any, lr: float, betas: Any = (0.98, 0.92, 0.99)) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas))
+
+
+def test_adan_can_stay_if_its_betas_mean_the_same() -> None:
+    model = Net()
+    adan = Adan(model.parameters(), lr=0.1)
+    assert type(mmprecond.precondition(model, adan, 'NKFAC').rule).__name__ == 'Adan'
+    adan.state[model.linear.weight]['exp_avg'] = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match='has no step, exp_avg_diff, previous, so it is not of'):
+        mmprecond.precondition(model, adan, 'NKFAC')
+
+    class Other(Adan):
+        def __init__(self, params: Any, lr: float, betas: Any = (0.02, 0.08, 0.01)) -> None:
+            super().__init__(params, lr, betas)
+
+    Other.__name__ = 'Adan'
+    with pytest.raises(ValueError, match='Adan cannot be a rule'):
+        mmprecond.precondition(model, Other(model.parameters(), lr=0.1))
+
+
+def test_the_given_optimizer_stays_as_it_is() -> None:
+    model = Net()
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train(model, adamw, range(2))
+    before = copy.deepcopy(adamw.state_dict())
+    train(model, mmprecond.precondition(model, adamw, 'NKFAC'), range(2, 4))
+    after = adamw.state_dict()['state']
+    for key, state in before['state'].items():
+        assert all(torch.equal(value, after[key][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    'layers',
+    [
+        'NKFAC',
+        'AFOpt+NKFAC',
+        dict(attention='AFOpt', elsewhere=dict(type='NKFAC', damping=0.02)),
+        [dict(preconditioner=dict(type='NKFAC', damping=0.02))],
+    ],
+)
+def test_each_form_of_layers(layers: Any) -> None:
+    model = Net()
+    optimizer = mmprecond.precondition(model, torch.optim.SGD(model.parameters(), lr=0.1), layers)
+    (stack,) = optimizer.curvature.stacks
+    assert stack.method.title == 'NKFAC'
+    assert (stack.method.damping == 0.02) == (not isinstance(layers, str))
 
 
 def test_what_no_rule_does_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -74,11 +73,12 @@ def test_words_train_as_the_list_that_they_stand_for() -> None:
     assert all(map(torch.equal, *weights))
 
 
-def test_a_model_without_attention_takes_the_second(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_without_attention_takes_the_second() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    with caplog.at_level(logging.INFO, 'mmprecond'):
-        assert set(methods('AFOpt+NKFAC', model).values()) == {'NewtonKronecker'}
-    assert 'Sequential has no attention module that can be read' in caplog.text
+    assert set(methods('AFOpt+NKFAC', model).values()) == {'NewtonKronecker'}
+    optimizer = Preconditioned(model, rule=RULE, layers='AFOpt+NKFAC')
+    text = 'rule; AFOpt takes no layer: no attention module can be read and is trained'
+    assert optimizer.summary().partition('the plain ')[2] == text
     with pytest.raises(ValueError, match='hits nothing in Sequential'):
         methods([dict(match=dict(attention=True), preconditioner=dict(type='AFOpt'))], model)
 

@@ -84,12 +84,12 @@ def run(family: Family, folder: Path, data: Path, options: argparse.Namespace) -
 
 def attached(log: str) -> tuple[str, str]:
     """Methods with their numbers of layers, and the share of parameters, by a run's log."""
-    found = re.search(r'INFO - \w+: (.*?) layers?, which hold ([\d.]+) %', log)
-    return (found[1].replace(' on ', ' '), found[2]) if found else ('', '')
+    found = re.search(r'mmprecond attached (.*?) layers? of \w+, which hold ([\d.]+) %', log)
+    return (found[1].replace(' to ', ' '), found[2]) if found else ('', '')
 
 
 def left_to_the_rule(log: str) -> str:
-    """What takes the plain rule and why, and attention that is not read, by a run's log."""
+    """Modules with the plain rule, with the reasons, and unread attention, by a run's log."""
     kinds = Counter(re.findall(r'plain rule: (\w+), (.*?)(?=  |\n)', log))
     norms = sum(number for (kind, _), number in kinds.items() if 'Norm' in kind)
     others = [
@@ -138,7 +138,7 @@ def prove(name: str, args: argparse.Namespace, data: Path) -> tuple[str, ...]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two checkpoints have equal weights, bit for bit."""
+    """True if two checkpoints have equal weights, bit for bit."""
     states = [torch.load(path, weights_only=False)['state_dict'] for path in (one, other)]
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 

@@ -79,8 +79,8 @@ FAMILIES = {
     'Rotated RetinaNet R50': Family(
         f'{_ROTATE}rotated_retinanet/rotated-retinanet-rbox-le90_r50_fpn_1x_dota'
     ),
-    'Rotated FCOS R50': Family(f'{_ROTATE}rotated_fcos/rotated-fcos-le90_r50_fpn_1x_dota'),
-    'Rotated RTMDet-tiny': Family(f'{_ROTATE}rotated_rtmdet/rotated_rtmdet_tiny-3x-dota', batch=4),
+    'Rotated FCOS R50, KLD': Family(f'{_ROTATE}rotated_fcos/rotated-fcos-le90_r50_fpn_kld_1x_dota'),
+    'Rotated ATSS R50': Family(f'{_ROTATE}rotated_atss/rotated-atss-le90_r50_fpn_1x_dota'),
     'Oriented R-CNN Swin-T': Family(
         f'{_ROTATE}oriented_rcnn/oriented-rcnn-le90_swin-tiny_fpn_1x_dota'
     ),
@@ -147,8 +147,9 @@ def make_config(family: Family, data: Path, iterations: int, saved: int, seed: i
         saved: Iterations between checkpoints.
         seed: Seed of the weights and of everything random in an iteration.
     """
-    cfg = launch.load_config(family.config)
-    _drop_pretrained(cfg._cfg_dict)
+    settings = launch.load_config(family.config).to_dict()
+    _drop_pretrained(settings)
+    cfg = Config(settings)
     loader: dict[str, Any] = dict(batch_size=family.batch, num_workers=0, persistent_workers=False)
     sampler = dict(type='InfiniteSampler', shuffle=True)
     cfg.train_dataloader = loader | dict(

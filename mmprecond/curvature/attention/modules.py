@@ -34,7 +34,7 @@ class WindowAttention(AttentionLayer):
             part for part in cls.parts if not isinstance(getattr(module, part, None), nn.Module)
         ]
         heads = getattr(module, 'num_heads', None)
-        if not isinstance(heads, int):
+        if not isinstance(heads, int) or heads < 1:
             return 'it has no number num_heads'
         if missing:
             return f'it has no submodule {", ".join(missing)}'
@@ -119,9 +119,10 @@ class TokenAttention(WindowAttention):
     def refusal(cls, module: nn.Module) -> str:
         if getattr(module, 'v_shortcut', False):
             return 'v_shortcut=True passes the values around the attention'
-        if cls._scale(module) is None:
+        reason = super().refusal(module)
+        if not reason and cls._scale(module) is None:
             return 'its attention function is not known'
-        return super().refusal(module)
+        return reason
 
     def kept(self, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         return seen['qkv'][0], seen['qkv'][1], seen['proj'][0]

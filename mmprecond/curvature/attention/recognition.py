@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calls import Call
@@ -15,68 +16,75 @@ from .heads import Heads
 from .layer import AttentionLayer
 from .modules import TokenAttention, WindowAttention
 
+#: Layers that act in training alone, and after the softmax.
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 #: Largest relative error of what a reader reads, in float64.
 TOLERANCE = 1e-9
-#: Number of tokens for modules without a window of fixed size.
-TOKENS = 5
+#: Number of tokens for modules without a window of fixed size: more than a local window has.
+TOKENS = 70
+#: Most tokens that a module is tried out on.
+MOST_TOKENS = 1024
 
 
-def recognise(module: Any) -> tuple[type[AttentionLayer] | None, str]:
+def recognise(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]:
     """Finds the reader of an attention module by its parts, and tries it out.
 
     The parts are those of Swin's and ViT's attention: linear layers `qkv` and `proj`, a number
     `num_heads`, and possibly a module `softmax`. A copy of the module runs on random weights and
-    inputs. A reader is right if what it reads is softmax attention of dot products.
+    inputs, in evaluation and in training without dropout. A reader is right if what it reads is
+    softmax attention of dot products, of which `proj` makes the module's output.
 
     Returns:
         The reader and '', or None and the reason.
     """
-    parts = [getattr(module, part, None) for part in ('qkv', 'proj')]
-    if not all(isinstance(part, nn.Linear) for part in parts):
+    parts = dict(module.named_children())
+    if not all(isinstance(parts.get(name), nn.Linear) for name in ('qkv', 'proj')):
         return None, 'it has no linear layers qkv and proj'
-    has_softmax = isinstance(getattr(module, 'softmax', None), nn.Module)
-    kind = WindowAttention if has_softmax else TokenAttention
-    reason = kind.refusal(module) or _hidden_input(module, kind) or _try_out(module, kind)
+    kind = WindowAttention if 'softmax' in parts else TokenAttention
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            reason = kind.refusal(module) or _hidden_input(module, kind) or _try_out(module, kind)
+    except Exception as error:  # whatever code of another package raises on such inputs
+        text = str(error).splitlines() or ['']
+        reason = f'it cannot be tried out on tokens alone ({type(error).__name__}: {text[0]})'
     return (None, reason) if reason else (kind, '')
 
 
 def _hidden_input(module: nn.Module, kind: type[AttentionLayer]) -> str:
-    """Reason why a softmax that is not a module cannot be recomputed, or ''."""
+    """Reason why a module may read more than its tokens, or ''."""
     others = list(inspect.signature(module.forward).parameters)[1:]
-    if kind is WindowAttention or not others:
-        return ''
-    return f'its softmax may depend on {", ".join(others)}, which its qkv does not show'
+    if kind is WindowAttention:  # whose softmax has seen a mask
+        others = [name for name in others if 'mask' not in name]
+    return f'it may depend on {", ".join(others)} too' if others else ''
 
 
-def _try_out(module: Any, kind: type[AttentionLayer]) -> str:
+def _try_out(module: nn.Module, kind: type[AttentionLayer]) -> str:
     """Reason why a reader does not suit a module, or ''."""
-    complaints: list[str] = []
-    read: list[Heads] = []
+    twin: Any = copy.deepcopy(module).to('cpu', torch.float64)
+    own = {*module.modules(), *module.parameters(), *module.buffers()}
+    if own & {*twin.modules(), *twin.parameters(), *twin.buffers()}:
+        return 'its copy is no copy'
+    for part in twin.modules():  # hooks of the user
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    generator = torch.Generator().manual_seed(0)
 
-    def observe(call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
-        layer: Any = call.layer
-        read.append(layer.read(call, kept, torch.arange(2)))
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    try:
-        twin = copy.deepcopy(module).to('cpu', torch.float64).eval()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in twin.parameters():
-                p.copy_(
-                    torch.randn(p.shape, generator=generator, dtype=p.dtype) / p.shape[-1] ** 0.5
-                )
-            layer = kind('', [twin], twin.qkv.weight)
-            handles = layer.watch(observe, lambda _, reason: complaints.append(reason))
-            width = twin.qkv.weight.shape[1]
-            twin(torch.randn(2, _tokens(twin), width, generator=generator, dtype=torch.float64))
-            for handle in handles:
-                handle.remove()
-            if not read:
-                return (complaints or ['its proj was not called as a module'])[0]
-            return _doubt(read[-1])
-    except Exception as error:  # whatever code of another package raises on such inputs
-        text = str(error).splitlines() or ['']
-        return f'it does not take windows of tokens alone ({type(error).__name__}: {text[0]})'
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        if tensor.is_floating_point():
+            tensor.copy_(draw(*tensor.shape) / (tensor.shape[-1] if tensor.dim() else 1) ** 0.5)
+    tokens, width = _tokens(twin), twin.qkv.in_features
+    if tokens > MOST_TOKENS:
+        return f'its windows have {tokens} tokens, and it is tried out on {MOST_TOKENS} at most'
+    for training in (False, True):
+        for part in twin.modules():
+            part.train(training and not isinstance(part, DROPOUTS))
+        reason = _doubt(twin, kind, [draw(2, tokens, width) for _ in range(2)])
+        if reason:
+            return f'{reason}, in training' if training else reason
+    return ''
 
 
 def _tokens(module: Any) -> int:
@@ -86,21 +94,44 @@ def _tokens(module: Any) -> int:
     return math.prod(sides) if isinstance(sides, (tuple, list)) and sides else TOKENS
 
 
-def _doubt(heads: Heads) -> str:
-    """Reason why what was read of two windows is no dot-product attention, or ''."""
-    outputs = (heads.scores @ heads.value).transpose(1, 2).flatten(2)
-    if not _is_close(outputs, heads.outputs):
-        return 'the input of its proj is not softmax times values'
-    logits, products = (
-        t - t.mean(-1, keepdim=True) for t in (heads.scores.log(), heads.query @ heads.key.mT)
-    )
-    # Biases are common to both windows, and cancel.
-    logits, products = logits[0] - logits[1], products[0] - products[1]
+def _doubt(module: Any, kind: type[AttentionLayer], inputs: list[Tensor]) -> str:
+    """Reason why what a reader reads of some calls is no dot-product attention, or ''."""
+    complaints: list[str] = []
+    read: list[tuple[Heads, tuple[Tensor, ...]]] = []
+    projected: list[Tensor] = []
+
+    def observe(call: Call, kept: tuple[Tensor, ...], output: Tensor) -> None:
+        layer: Any = call.layer
+        read.append((layer.read(call, kept, torch.arange(2)), kept))
+
+    layer = kind('', [module], module.qkv.weight)
+    handles = layer.watch(observe, lambda _, reason: complaints.append(reason))
+    handles.append(module.proj.register_forward_hook(lambda *call: projected.append(call[-1])))
+    results = [module(x) for x in inputs]
+    for handle in handles:
+        handle.remove()
+    if len(read) != len(inputs) or len(projected) != len(inputs):
+        return (complaints or ['its proj was not called once as a module'])[0]
+    for result, output, (heads, (x, qkv, *_)) in zip(results, projected, read, strict=True):
+        if not isinstance(result, Tensor) or not _is_close(result, output):
+            return 'its output is not that of its proj'
+        if not _is_close(qkv, F.linear(x, module.qkv.weight, module.qkv.bias)):
+            return 'its qkv is no linear layer'
+        values = (heads.scores @ heads.value).transpose(1, 2).flatten(2)
+        if not _is_close(values, heads.outputs):
+            return 'the input of its proj is not softmax times values'
+    logits = torch.cat([heads.scores.log() for heads, _ in read])
+    products = torch.cat([heads.query @ heads.key.mT for heads, _ in read])
+    logits, products = (t - t.mean(-1, keepdim=True) for t in (logits, products))
+    # Biases are common to all windows, and cancel.
+    logits, products = logits[1:] - logits[:1], products[1:] - products[:1]
     scale = (logits * products).sum() / products.square().sum()
-    if not _is_close(scale * products, logits):
-        return 'its logits are no scaled dot products of queries and keys'
-    return ''
+    return (
+        ''
+        if _is_close(scale * products, logits)
+        else 'its logits are no scaled dot products of queries and keys'
+    )
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).norm() <= TOLERANCE * b.norm())
+    return a.shape == b.shape and bool((a - b).norm() <= TOLERANCE * b.norm())
