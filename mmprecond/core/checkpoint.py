@@ -26,17 +26,23 @@ class Restored:
 
     Attributes:
         steps: Number of steps taken; 0 if the schedule starts over.
+        reached: Share of its target that the learning rate had reached.
         unfit: Layers whose saved state does not fit.
         lost: Layers whose moments are in a basis that was not restored.
     """
 
     steps: int
+    reached: float
     unfit: list[Layer] = field(default_factory=list)
     lost: list[Layer] = field(default_factory=list)
 
 
 def export(
-    layers: Mapping[Layer, LayerStack], sharding: Sharding, steps: int, complete: bool
+    layers: Mapping[Layer, LayerStack],
+    sharding: Sharding,
+    steps: int,
+    reached: float,
+    complete: bool,
 ) -> dict[str, Any]:
     """Exports the steps and, if `complete`, each layer's method, statistics and operators.
 
@@ -44,6 +50,7 @@ def export(
         layers: The layers and their stacks.
         sharding: Distribution of the operators over ranks.
         steps: Number of steps taken.
+        reached: Share of its target that the learning rate has reached so far.
         complete: Whether to save statistics and operators.
     """
     stacks = list(dict.fromkeys(layers.values()))
@@ -59,6 +66,7 @@ def export(
     rotated = [layer.name for stack in stacks if stack.method.rotates for _, layer in stack.ready()]
     return {
         'steps': steps,
+        **({'reached': reached} if reached < 1 else {}),
         'complete': complete,
         'rotated': rotated,
         'whole': not saved or sharding.is_whole(),
@@ -120,7 +128,8 @@ def restore(
         logger.warning('%d layers lost the basis of their moments, which start anew', len(lost))
     # Without operators the schedule starts over: step 0 captures and refreshes.
     resumed = steps if (fitting or whole) and isinstance(steps, int) else 0
-    return Restored(resumed, unfit, lost)
+    reached = saved.get('reached', 1.0)
+    return Restored(resumed, reached if isinstance(reached, float) else 1.0, unfit, lost)
 
 
 def _match_states(

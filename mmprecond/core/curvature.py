@@ -26,7 +26,7 @@ from .memory import check_memory_budget, forecast, held_megabytes
 from .monitor import Monitor
 from .refresh import finish_refresh, start_refresh
 from .samples import SampleCollector, to_host
-from .schedule import Schedule
+from .schedule import LEAST_REACHED, Schedule, share_reached
 from .sharding import SHARDINGS, Sharding
 from .stack import LayerStack
 
@@ -82,6 +82,7 @@ class Curvature:
         left_out: Modules that take the plain rule, with the reasons.
         capture: Hooks, with the sums that they measured since the last step.
         dropped: Number of samples that were dropped because they were not finite.
+        reached: Share of its target that the learning rate has reached so far.
         monitor: Monitor that reports refreshes, or None (see `watch_refreshes`).
 
     Raises:
@@ -100,6 +101,7 @@ class Curvature:
         self.options = options
         self.sharding = Sharding(options.sharding, options.save_curvature)
         self.monitor: Monitor | None = None
+        self.reached = LEAST_REACHED
         self._failures = FailurePolicy()
         own_model = unwrap(model)
         self.model_name = type(own_model).__name__
@@ -179,8 +181,12 @@ class Curvature:
         """Removes the hooks; the measured sums stay until the step."""
         self.capture.disarm()
 
-    def update(self, step: int) -> list[BasisSnapshot]:
+    def update(self, step: int, groups: Iterable[Mapping[str, Any]]) -> list[BasisSnapshot]:
         """Merges the statistics measured for a step, then refreshes the operators that are due.
+
+        Args:
+            step: The step.
+            groups: The optimizer's parameter groups, whose learning rates may be warming up.
 
         Returns:
             Snapshots, from before the refresh, of stacks whose basis may change (see `rotate`).
@@ -188,6 +194,8 @@ class Curvature:
         if self.monitor is not None:
             self.monitor.begin()
         self.merge(step)
+        if self.reached < 1:
+            self.reached = max(self.reached, share_reached(groups))
         return self.refresh(step)
 
     def merge(self, step: int) -> None:
@@ -232,14 +240,16 @@ class Curvature:
     def _refresh_own_stacks(self, due: Sequence[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
         """Refreshes this rank's stacks, with one wait for the device; returns the successes."""
         started = [
-            start_refresh(stack, positions) if self.sharding.mine(stack) else None
+            start_refresh(stack, positions, self.reached) if self.sharding.mine(stack) else None
             for stack, positions in due
         ]
         flags = iter(to_host([outcome for outcome in started if outcome is not None]))
         return [
             [False] * len(positions)
             if outcome is None
-            else finish_refresh(stack, positions, [bool(next(flags)) for _ in positions])
+            else finish_refresh(
+                stack, positions, [bool(next(flags)) for _ in positions], self.reached
+            )
             for (stack, positions), outcome in zip(due, started, strict=True)
         ]
 
@@ -292,7 +302,8 @@ class Curvature:
 
     def state_dict(self, steps: int) -> dict[str, Any]:
         """State after a number of steps: tensors, numbers and strings by parameter name."""
-        return checkpoint.export(self.layers, self.sharding, steps, self.options.save_curvature)
+        complete = self.options.save_curvature
+        return checkpoint.export(self.layers, self.sharding, steps, self.reached, complete)
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> checkpoint.Restored:
         """Loads a state; missing statistics are measured at the next step.
@@ -302,6 +313,7 @@ class Curvature:
         """
         self.capture.restart()
         restored = checkpoint.restore(self.layers, self.sharding, saved)
+        self.reached = restored.reached
         # These layers had statistics in the saved run, so they are measured at once.
         self._schedule.recapture(
             layer for layer in restored.unfit if self.layers[layer].method.refresh_on_first_sample

@@ -14,12 +14,13 @@ from .stack import LayerStack
 CHUNK_BYTES = 2**29
 
 
-def start_refresh(stack: LayerStack, positions: Sequence[int]) -> Tensor:
+def start_refresh(stack: LayerStack, positions: Sequence[int], reached: float = 1.0) -> Tensor:
     """Refreshes operators where that succeeds, without waiting for the device.
 
     Args:
         stack: The stack.
         positions: Positions in the stack.
+        reached: Share of its target that the learning rate has reached.
 
     Returns:
         Bool tensor of successes, for `finish_refresh`.
@@ -29,7 +30,7 @@ def start_refresh(stack: LayerStack, positions: Sequence[int]) -> Tensor:
     for chunk, exact in _chunks(stack, positions):
         previous = stack.operators_of(chunk) if stack.operators else None
         operators, succeeded = stack.method.refresh(
-            stack.factors(chunk), None if exact else previous, stack.damping(chunk)
+            stack.factors(chunk), None if exact else previous, stack.damping(chunk, reached)
         )
         stack.write(chunk, stack.method.align(operators, previous), succeeded)
         outcomes[[place[k] for k in chunk]] = succeeded
@@ -37,16 +38,17 @@ def start_refresh(stack: LayerStack, positions: Sequence[int]) -> Tensor:
 
 
 def finish_refresh(
-    stack: LayerStack, positions: Sequence[int], succeeded: Sequence[bool]
+    stack: LayerStack, positions: Sequence[int], succeeded: Sequence[bool], reached: float = 1.0
 ) -> list[bool]:
     """Retries failures in float64; returns the final successes."""
-    return [outcome or _retry(stack, k) for k, outcome in zip(positions, succeeded, strict=True)]
+    pairs = zip(positions, succeeded, strict=True)
+    return [outcome or _retry(stack, k, reached) for k, outcome in pairs]
 
 
-def _retry(stack: LayerStack, position: int) -> bool:
+def _retry(stack: LayerStack, position: int, reached: float) -> bool:
     """Refreshes one layer from scratch in float64."""
     operators, succeeded = stack.method.refresh(
-        stack.factors([position], torch.float64), None, stack.damping([position])
+        stack.factors([position], torch.float64), None, stack.damping([position], reached)
     )
     previous = map_tensors(stack.operators_of([position]), Tensor.double)
     operators = stack.method.align(operators, previous or None)

@@ -1,13 +1,29 @@
-"""Schedule of captures and refreshes."""
+"""Schedule of captures and refreshes, and progress of the learning rate's warm-up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ..curvature import Layer
 from ..distributed import longest_first
 from ..preconditioners import Preconditioner
 from .stack import LayerStack
+
+#: Least share of its target that a learning rate counts as having reached.
+LEAST_REACHED = 0.01
+
+
+def share_reached(groups: Iterable[Mapping[str, Any]]) -> float:
+    """Share of its target that the learning rate has reached, from `LEAST_REACHED` to 1.
+
+    The target is the entry `initial_lr` of schedulers. Of several groups the largest share counts.
+    """
+    shares = [
+        float(group['lr']) / float(group['initial_lr']) if group.get('initial_lr') else 1.0
+        for group in groups
+    ]
+    return min(1.0, max([LEAST_REACHED, *shares]))
 
 
 class Schedule:

@@ -215,13 +215,20 @@ class LayerStack:
             factors[WEIGHT] = Factor(Moment(), (weights.to(dtype or weights.dtype),))
         return factors
 
-    def damping(self, positions: Sequence[int]) -> Tensor | None:
-        """Dampings (k, 1) if one of the layers overrides the setting, else None."""
+    def damping(self, positions: Sequence[int], reached: float = 1.0) -> Tensor | None:
+        """Dampings (k, 1) if they differ from the setting, else None.
+
+        Args:
+            positions: Positions of the layers.
+            reached: Share of its target that the learning rate has reached.
+        """
         values = [self.slots[k].layer.damping for k in positions]
-        if all(value is None for value in values):
+        reached = reached if self.method.warm_damping else 1.0
+        default = getattr(self.method, 'damping', None)
+        if all(value is None for value in values) and (reached == 1.0 or default is None):
             return None
-        default = getattr(self.method, 'damping', 0.0)
-        return self.like.new_tensor([[default if v is None else v] for v in values])
+        own = [(default or 0.0) if value is None else value for value in values]
+        return self.like.new_tensor([[value / reached] for value in own])
 
     # ---------------------------------------------------------------- operators
 

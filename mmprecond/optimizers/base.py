@@ -168,7 +168,7 @@ class PreconditionedOptimizer(RuleOptimizer):
     # ---------------------------------------------------------------- step
 
     def _update_curvature(self) -> None:
-        snapshots = self.curvature.update(self.t)
+        snapshots = self.curvature.update(self.t, self.param_groups)
         if not snapshots:
             return
         with matmul_precision('highest'):

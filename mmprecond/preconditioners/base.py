@@ -44,7 +44,12 @@ Factors = Mapping[Side, Factor]
 
 #: Published settings of methods whose code has no size limits and takes all rows.
 WHOLE_LAYERS: dict[str, Any] = dict(
-    early_refreshes=False, max_dim=8192, oversize='skip', max_rank=None, max_rows=None
+    early_refreshes=False,
+    warm_damping=False,
+    max_dim=8192,
+    oversize='skip',
+    max_rank=None,
+    max_rows=None,
 )
 
 OVERSIZE = ('skip', 'one_sided', 'block', 'lowrank')
@@ -60,6 +65,10 @@ class Preconditioner(ABC):
             `stat_interval`.
         early_refreshes: Whether captures and refreshes also come at counts 1, 2, 4, 8, ... within
             the first `refresh_interval` steps, while statistics of random weights change fast.
+        warm_damping: Whether a refresh during the learning rate's warm-up divides the damping by
+            the share of its target that the rate has reached. Small steps gain most along the
+            gradient: ``(lr A + I)^-1 g``, the implicit step, tends to g as lr tends to 0. The
+            target is `initial_lr`, which a scheduler writes into the parameter groups.
         max_dim: Largest side of a factor. A matrix of side 8192 takes 268 MB in float32.
         oversize: Treatment of a layer with a larger side. 'skip' gives the layer to the plain
             rule. 'one_sided' leaves the larger side alone and preconditions the other. 'block'
@@ -78,6 +87,7 @@ class Preconditioner(ABC):
     stat_interval: int = 20
     refresh_interval: int = 200
     early_refreshes: bool = True
+    warm_damping: bool = True
     max_dim: int = 8192
     oversize: str = 'skip'
     max_rank: int | None = None
@@ -110,6 +120,7 @@ class Preconditioner(ABC):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_flag('early_refreshes', self.early_refreshes)
+        check_flag('warm_damping', self.warm_damping)
         check_choice('oversize', self.oversize, OVERSIZE)
         if self.rotates and self._oversize_form is not None:
             raise ValueError(

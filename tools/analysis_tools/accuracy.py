@@ -69,7 +69,7 @@ def train_model(args: argparse.Namespace) -> tuple[Any, NKFAC]:
         F.cross_entropy(model.head(features), labels[chosen]).backward()
         if optimizer.t < args.steps:
             optimizer.step()
-    optimizer.curvature.update(optimizer.t)
+    optimizer.curvature.update(optimizer.t, optimizer.param_groups)
     return model, optimizer
 
 

@@ -1,0 +1,121 @@
+"""Damping during the warm-up of the learning rate, divided by the share that it has reached."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mmprecond.core.schedule import share_reached
+from mmprecond.optimizers import FSGD, NKFAC, AdamR, AdaNKFAC, PreconditionedOptimizer
+
+SETTINGS: dict[str, Any] = dict(lr=0.1, stat_interval=1, refresh_interval=1)
+DENSE = dict(solver='cholesky', damping_floor=0.0, momentum=0.0)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def train(optimizer_of: Any, rates: list[float], **groups: Any) -> list[torch.Tensor]:
+    model = net()
+    optimizer = optimizer_of(model)
+    for seed, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group.update(lr=rate, **groups)
+        step(model, optimizer, seed)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_the_share_of_the_rate() -> None:
+    assert share_reached([dict(lr=0.1)]) == 1
+    assert share_reached([dict(lr=0.01, initial_lr=0.1), dict(lr=0.05, initial_lr=0.1)]) == 0.5
+    assert share_reached([dict(lr=0.0, initial_lr=0.1)]) == 0.01
+    assert share_reached([dict(lr=0.3, initial_lr=0.1)]) == 1  # a cycle that rises above it
+    assert share_reached([dict(lr=0.0, initial_lr=0.0)]) == 1
+
+
+@pytest.mark.parametrize('share', [0.25, 0.5])
+@pytest.mark.parametrize('kind', [NKFAC, FSGD])
+def test_damping_is_divided_by_the_share(kind: type[PreconditionedOptimizer], share: float) -> None:
+    settings = SETTINGS | (DENSE if kind is NKFAC else dict(momentum=0.0))
+    rate = 0.1 * share
+    warm = train(lambda m: kind(m, damping=0.02, **settings), [rate], initial_lr=0.1)
+    plain = train(lambda m: kind(m, damping=0.02 / share, **settings), [rate])
+    for a, b in zip(warm, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    off = train(lambda m: kind(m, damping=0.02, warm_damping=False, **settings), [rate])
+    assert not all(map(torch.allclose, warm, off))
+
+
+def test_the_largest_share_so_far_counts() -> None:
+    """A rate that decays after the warm-up changes no damping."""
+    warm = train(lambda m: NKFAC(m, **SETTINGS, **DENSE), [0.1, 0.01, 0.001], initial_lr=0.1)
+    plain = train(lambda m: NKFAC(m, **SETTINGS, **DENSE), [0.1, 0.01, 0.001])
+    assert all(map(torch.equal, warm, plain))
+
+
+def test_small_steps_go_along_the_gradient() -> None:
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = NKFAC(model, damping=0.05, **SETTINGS, **DENSE)
+    for group in optimizer.param_groups:
+        group.update(lr=1e-4, initial_lr=1e4)
+    step(model, optimizer, 0)
+    cosines = []
+    for start, p in zip(before, model.parameters(), strict=True):
+        moved, gradient = (start - p).detach().flatten(), p.grad.flatten()
+        cosines.append(float(moved @ gradient / (moved.norm() * gradient.norm())))
+    assert min(cosines) > 0.9
+
+
+@pytest.mark.parametrize('kind', [NKFAC, AdaNKFAC, AdamR])
+def test_resume_in_and_after_the_warm_up(kind: type[PreconditionedOptimizer]) -> None:
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda k: [0.1, 0.3, 0.5, 1.0, 0.4, 0.2, 0.1, 0.1][k]
+        )
+
+    for stop in (2, 5):
+        straight: list[Any] = []
+        model = net()
+        optimizer = kind(model, **SETTINGS)
+        scheduler = schedule(optimizer)
+        for seed in range(7):
+            if seed == stop:
+                saved = copy.deepcopy(
+                    (model.state_dict(), optimizer.state_dict(), scheduler.state_dict())
+                )
+            step(model, optimizer, seed)
+            scheduler.step()
+        straight = [p.detach().clone() for p in model.parameters()]
+        resumed = net()
+        again = kind(resumed, **SETTINGS)
+        scheduler = schedule(again)
+        for part, state in zip((resumed, again, scheduler), saved, strict=True):
+            part.load_state_dict(state)
+        for seed in range(stop, 7):
+            step(resumed, again, seed)
+            scheduler.step()
+        assert all(map(torch.equal, straight, resumed.parameters()))
+
+
+def test_checkpoints_from_before_have_reached_the_rate() -> None:
+    model = net()
+    optimizer = NKFAC(model, **SETTINGS)
+    step(model, optimizer, 0)
+    state = optimizer.state_dict()
+    assert 'reached' not in state['precond']
+    optimizer.load_state_dict(state)
+    assert optimizer.curvature.reached == 1.0
