@@ -48,8 +48,10 @@ def _chunk_size(scores: Tensor) -> int:
 
 def _gram_of_chunk(scores: Tensor, masked_scores: Tensor, values: Tensor) -> Tensor:
     """T of some windows and heads (m, n_k, n_k), with few temporary matrices."""
-    # T depends only on differences of the values; without their mean less cancels in rounding.
-    values = values - values.mean(-2, keepdim=True)
+    # T depends only on differences of the values; without their mean less cancels in rounding. The
+    # first value is taken away before, so that equal values make zeros, not rounding errors.
+    values = values - values[..., :1, :]
+    values -= values.mean(-2, keepdim=True)
     outputs = scores @ values
     # Half of the last term joins each of the two before it.
     weights = outputs @ values.mT

@@ -86,3 +86,11 @@ def test_masked_groups_of_tokens_do_not_meet() -> None:
         rows = group == g
         alone = softmax_gram(logits[rows][:, rows].softmax(-1), values[rows])
         assert distance(found[rows][:, rows], alone) < 1e-12
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_equal_values_make_exact_zeros(dtype: torch.dtype) -> None:
+    """Rounding errors would be indefinite, and no damping relative to them would help."""
+    scores = normal(0, 3, 6, 7).softmax(-1).to(dtype)
+    values = (1e-4 * normal(1, 3, 1, 5)).expand(3, 7, 5).to(dtype)
+    assert not softmax_gram(scores, values).any()
