@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_flag, check_number
 from ..curvature import Capture, Layer, Statistic, unwrap
 from ..distributed import rank, world_size
-from ..linalg import PRECISIONS, Operators, matmul_precision
+from ..linalg import PRECISIONS, matmul_precision
 from ..preconditioners import Preconditioner
 from . import checkpoint, report
 from .assignment import Assignment
 from .basis import BasisSnapshot, snapshot
 from .clipping import clip_norm, kl_clip
 from .coverage import assign_methods
+from .directions import recover_norms, transform
 from .failures import FailurePolicy
 from .memory import check_memory_budget, forecast, held_megabytes
 from .monitor import Monitor
@@ -31,9 +32,6 @@ from .sharding import SHARDINGS, Sharding
 from .stack import LayerStack
 
 logger = logging.getLogger('mmprecond')
-
-#: Least number of entries of matrices that a CPU takes one by one, so that its cache holds them.
-LARGE_MATRIX = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,9 +264,15 @@ class Curvature:
         """
         directions = dict(gradients)
         with matmul_precision(self.options.matmul_precision):
-            for stack in self.stacks:
-                if self.sharding.holds(stack):
-                    _transform(stack, stack.method.apply, directions)
+            batches = [
+                batch
+                for stack in self.stacks
+                if self.sharding.holds(stack)
+                for batch in transform(stack, stack.method.apply, directions)
+            ]
+        recover_norms(batches)
+        for batch in batches:
+            batch.write(directions)
         self.sharding.exchange_directions(self.stacks, directions)
         if self.monitor is not None:
             self.monitor.record_directions(gradients, directions)
@@ -280,7 +284,8 @@ class Curvature:
         with matmul_precision(self.options.matmul_precision):
             for stack in self.stacks:
                 if stack.method.acts_after_rule:
-                    _transform(stack, stack.method.restore, updates)
+                    for batch in transform(stack, stack.method.restore, updates):
+                        batch.write(updates)
 
     def _clip(
         self,
@@ -331,24 +336,3 @@ class Curvature:
     def forecast(self) -> dict[torch.device, tuple[float, float]]:
         """Megabytes by device: memory kept between steps, and extra memory of a refresh."""
         return forecast(self.layers, self.sharding)
-
-
-def _transform(
-    stack: LayerStack,
-    function: Callable[[Operators, Tensor], Tensor],
-    tensors: dict[Tensor, Tensor],
-) -> None:
-    """Applies a function to the matrix form of a stack's tensors, in the dict."""
-    ready = [(k, layer) for k, layer in stack.ready() if layer.weight in tensors]
-    if not ready:
-        return
-    one_by_one = stack.like.device.type == 'cpu' and ready[0][1].weight.numel() >= LARGE_MATRIX
-    for batch in [[one] for one in ready] if one_by_one else [ready]:
-        positions, layers = zip(*batch, strict=True)
-        matrices = [layer.join(*(tensors.get(p) for p in layer.parameters)) for layer in layers]
-        # A single matrix is not copied, so the function must not write to it.
-        stacked = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
-        results = function(stack.operators_of(positions), stacked)
-        for layer, matrix in zip(layers, results, strict=True):
-            pieces = zip(layer.parameters, layer.split(matrix), strict=True)
-            tensors.update((p, piece) for p, piece in pieces if p in tensors)

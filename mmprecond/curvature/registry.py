@@ -71,7 +71,7 @@ def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]
     reader = ATTENTION_TYPES.get(name)
     if name in UNREADABLE:
         return reader, UNREADABLE[name](module)
-    if reader is None and kind.forward is nn.MultiheadAttention.forward:
+    if reader is None and getattr(kind, 'forward', None) is nn.MultiheadAttention.forward:
         reader = PackedAttention
     if reader is None:
         return recognise(module)[0], ''

@@ -22,7 +22,6 @@ from ..linalg import Dense, Operators, stacked_product
 from .base import Factors
 from .input_feature import InputFeature, damped_inverse
 from .registry import register_preconditioner
-from .two_sided import recover_norm
 
 VARIANTS = ('thesis', 'gauss_newton')
 
@@ -177,18 +176,18 @@ class AttentionFeature(InputFeature):
         return {slot: ProjectionMatrix(matrix) for slot, (matrix, _) in results.items()}, succeeded
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """Applies the operators of the table above, with norm recovery for each projection."""
+        """Applies the operators of the table above."""
         if 'query_left' not in operators:
             return super().apply(operators, gradients)
         heads = gradients.shape[1] // 3
         first, value = gradients.split([2 * heads, heads], 1)  # W_Q and W_K; W_V
-        directions = torch.cat(
+        return torch.cat(
             [_query_key_directions(operators, first), operators['value_right'].right(value)], 1
         )
-        if not self.norm_recovery:
-            return directions
-        projections = [t.unflatten(1, (3, heads)).flatten(0, 1) for t in (directions, gradients)]
-        return recover_norm(*projections).view(directions.shape)
+
+    def norm_parts(self, layer: Layer) -> int:
+        """One norm for each projection of an attention module."""
+        return super().norm_parts(layer) * (3 if _is_attention(layer) else 1)
 
 
 def _query_key_directions(operators: Operators, gradients: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ from ..linalg import (
     eigenbasis,
     orthogonal_iteration,
 )
-from .base import WHOLE_LAYERS, Factors, PatchPreconditioner
+from .base import WHOLE_LAYERS, Factors
+from .inverse import PatchPreconditioner
 from .registry import register_preconditioner
 from .two_sided import two_sided
 

@@ -26,9 +26,10 @@ from ..curvature import (
     Statistic,
 )
 from ..linalg import Operators, cholesky_inverse
-from .base import WHOLE_LAYERS, Factors, PatchPreconditioner, check_damping
+from .base import WHOLE_LAYERS, Factors, check_damping
+from .inverse import PatchPreconditioner
 from .registry import register_preconditioner
-from .two_sided import damped_powers, recover_norm, relative_damping, two_sided
+from .two_sided import damped_powers, relative_damping, two_sided
 
 REDUCTIONS = ('expand', 'reduce', 'sample')
 SOLVERS = ('inverse', 'woodbury')
@@ -199,10 +200,11 @@ class FisherKronecker(PatchPreconditioner):
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
         """``L^-1 G R^-1``; the KL clip follows later, over all layers."""
-        directions = two_sided(operators, gradients)
-        if self.scaling == 'norm_recovery':
-            return recover_norm(directions, gradients)
-        return directions
+        return two_sided(operators, gradients)
+
+    def norm_parts(self, layer: Layer) -> int:
+        """One norm for the layer with scaling='norm_recovery'."""
+        return int(self.scaling == 'norm_recovery')
 
     @property
     def clip(self) -> float | None:

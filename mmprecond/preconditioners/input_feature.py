@@ -8,11 +8,21 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..checks import check_flag, check_number
-from ..curvature import INPUT, Factor, Moment, Power, RunningAverage, Statistic, add_damping
+from ..curvature import (
+    INPUT,
+    Factor,
+    Layer,
+    Moment,
+    Power,
+    RunningAverage,
+    Statistic,
+    add_damping,
+)
 from ..linalg import Operators, inverse_power
-from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
+from .base import WHOLE_LAYERS, Factors, check_damping
+from .inverse import InversePreconditioner
 from .registry import register_preconditioner
-from .two_sided import damped_powers, recover_norm, relative_damping, two_sided
+from .two_sided import damped_powers, relative_damping, two_sided
 
 
 @register_preconditioner
@@ -104,9 +114,12 @@ class InputFeature(InversePreconditioner):
         )
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """``G R^-p`` with norm recovery."""
-        directions = two_sided(operators, gradients)
-        return recover_norm(directions, gradients) if self.norm_recovery else directions
+        """``G R^-p``."""
+        return two_sided(operators, gradients)
+
+    def norm_parts(self, layer: Layer) -> int:
+        """One norm for the layer with `norm_recovery`."""
+        return int(self.norm_recovery)
 
 
 def damped_inverse(moment: Tensor, damping: Tensor | float) -> tuple[Tensor, Tensor]:

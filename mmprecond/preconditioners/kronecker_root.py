@@ -9,16 +9,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..checks import check_count, check_number
-from ..curvature import GRADIENT, INPUT, Moment, Power, RunningAverage, Statistic
+from ..curvature import GRADIENT, INPUT, Layer, Moment, Power, RunningAverage, Statistic
 from ..linalg import (
     Operators,
     inverse_power,
     newton_schulz_inverse_root,
     newton_schulz_inverse_root_of_values,
 )
-from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
+from .base import WHOLE_LAYERS, Factors, check_damping
+from .inverse import InversePreconditioner
 from .registry import register_preconditioner
-from .two_sided import damped_powers, exact_relative_damping, recover_norm, two_sided
+from .two_sided import damped_powers, exact_relative_damping, two_sided
 
 #: Least damping of 'lowrank'; almost all eigenvalues stand out from smaller dampings.
 LEAST_LOWRANK_DAMPING = 1e-3
@@ -113,5 +114,9 @@ class KroneckerRoot(InversePreconditioner):
         )
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """``L^-1/2 G R^-1/2`` with norm recovery; a side without an operator is left alone."""
-        return recover_norm(two_sided(operators, gradients), gradients)
+        """``L^-1/2 G R^-1/2``; a side without an operator is left alone."""
+        return two_sided(operators, gradients)
+
+    def norm_parts(self, layer: Layer) -> int:
+        """One norm for the layer."""
+        return 1

@@ -8,11 +8,22 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..checks import check_count, check_number
-from ..curvature import GRADIENT, INPUT, Factor, Moment, Power, RunningAverage, Side, Statistic
+from ..curvature import (
+    GRADIENT,
+    INPUT,
+    Factor,
+    Layer,
+    Moment,
+    Power,
+    RunningAverage,
+    Side,
+    Statistic,
+)
 from ..linalg import Operators, cholesky_inverse, newton_inverse
-from .base import WHOLE_LAYERS, Factors, InversePreconditioner, check_damping
+from .base import WHOLE_LAYERS, Factors, check_damping
+from .inverse import InversePreconditioner
 from .registry import register_preconditioner
-from .two_sided import damped_powers, recover_norm, two_sided
+from .two_sided import damped_powers, two_sided
 
 
 @register_preconditioner
@@ -112,5 +123,9 @@ class NewtonKronecker(InversePreconditioner):
         return damped_powers(factors, amount, Power(invert, search=self.rank_search), previous)
 
     def apply(self, operators: Operators, gradients: Tensor) -> Tensor:
-        """``L^-1 G R^-1`` with norm recovery; a side without an operator is left alone."""
-        return recover_norm(two_sided(operators, gradients), gradients)
+        """``L^-1 G R^-1``; a side without an operator is left alone."""
+        return two_sided(operators, gradients)
+
+    def norm_parts(self, layer: Layer) -> int:
+        """One norm for the layer."""
+        return 1

@@ -1,4 +1,4 @@
-"""Preconditioning from both sides: damped powers, products with the gradient, norm recovery."""
+"""Preconditioning from both sides: damped powers, and products with the gradient."""
 
 from __future__ import annotations
 
@@ -73,16 +73,3 @@ def exact_relative_damping(factor: Factor, damping: Tensor | float) -> Tensor:
     value = factor.largest_eigenvalue()
     amount = damping * torch.where(value > 0, value, value.amax(-1, keepdim=True))
     return torch.where(amount > 0, amount, 1)
-
-
-def recover_norm(directions: Tensor, gradients: Tensor) -> Tensor:
-    """Scales each layer's direction (k, b, o, i) to its gradient's Frobenius norm (thesis (3.7)).
-
-    Each layer has one scalar for all its blocks, weight and joint bias together. The change is in
-    place unless `directions` and `gradients` are the same tensor.
-    """
-    target = torch.linalg.vector_norm(gradients, dim=(1, 2, 3), keepdim=True)
-    size = torch.linalg.vector_norm(directions, dim=(1, 2, 3), keepdim=True)
-    if directions is gradients:
-        return directions * (target / (size + 1e-12))
-    return directions.mul_(target / (size + 1e-12))

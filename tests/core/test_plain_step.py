@@ -96,7 +96,7 @@ def test_large_matrices_of_a_stack_are_taken_one_by_one(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(NewtonKronecker, 'apply', counted)
     for least in (1, 10**9):
-        monkeypatch.setattr('mmprecond.core.curvature.LARGE_MATRIX', least)
+        monkeypatch.setattr('mmprecond.core.directions.LARGE_MATRIX', least)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
         optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1, settings='published')

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mmprecond.core.directions import Transformed, recover_norms
 from mmprecond.curvature.attention import softmax_gram
 from mmprecond.linalg import named_tensors
 from mmprecond.preconditioners.attention_feature import AttentionFeature, value_operator
@@ -44,7 +45,11 @@ def direct(
     """Preconditioned gradients (k, b, o, i)."""
     operator, fine = preconditioner.refresh(factors_of(statistics), None, damping)
     assert fine.shape == (len(gradients),) and fine.dtype == torch.bool and fine.all()
-    return preconditioner.apply(operator, gradients)
+    directions = preconditioner.apply(operator, gradients)
+    parts = 3 if 'query_left' in operator else 1  # W_Q, W_K, W_V
+    parts *= preconditioner.norm_recovery
+    recover_norms([Transformed((), gradients, directions, parts)])
+    return directions
 
 
 # ------------------------------------------------------------------- the factors
