@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -42,18 +43,22 @@ class Kronecker(Operator):
     ones: Tensor
     suffixes: ClassVar[tuple[str, ...]] = ('channels', 'positions', 'gain', 'rest', 'ones')
 
+    @cached_property
+    def rest_matrix(self) -> Tensor:
+        """``sum_m rest_m v_m v_m'`` (k, b, p, p)."""
+        return (self.positions * self.rest) @ self.positions.mT
+
     def right(self, matrices: Tensor) -> Tensor:
         """``M A`` for matrices M (k, b, o, c p), or (k, b, o, c p + 1) with a joint bias."""
         size = self.channels.shape[2] * self.positions.shape[2]
         weights = _by_position(matrices[..., :size], self.positions.shape[2])
         turned = _times_basis(weights, self.channels, self.positions)
         turned *= self.gain.mT[..., None, :]
-        rest = (self.positions * self.rest) @ self.positions.mT
-        product = stacked_product(rest, weights.flatten(3)).view(weights.shape)
+        product = stacked_product(self.rest_matrix, weights.flatten(3)).view(weights.shape)
         added = _back(turned, self.positions).flatten(2, 3).flatten(0, 1)
         total = product.flatten(2, 3).flatten(0, 1)  # a view
         add_product(total, added, self.channels.mT.flatten(0, 1))
-        return _by_output(product, matrices[..., size:] * self.ones)
+        return _by_output(product, matrices[..., size:], self.ones)
 
     def left(self, matrices: Tensor) -> Tensor:
         """``A M`` (see the base class)."""
@@ -121,10 +126,21 @@ def _by_position(matrices: Tensor, positions: int) -> Tensor:
     return matrices.unflatten(-1, (-1, positions)).movedim(-1, 2).contiguous()
 
 
-def _by_output(weights: Tensor, rest: Tensor) -> Tensor:
-    """Weights (k, b, p, o, c) and further columns (k, b, o, n) as matrices (k, b, o, c p + n)."""
-    matrices = weights.movedim(2, -1).flatten(-2)
-    return torch.cat([matrices, rest], -1) if rest.shape[-1] else matrices
+def _by_output(weights: Tensor, rest: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Weights (k, b, p, o, c) as matrices (k, b, o, c p + n), with further columns.
+
+    Args:
+        weights: The weights.
+        rest: The columns (k, b, o, n).
+        factor: Factor of the columns, which broadcasts; default: 1.
+    """
+    positions, channels = weights.shape[2], weights.shape[-1]
+    size = positions * channels
+    matrices = weights.new_empty(*rest.shape[:-1], size + rest.shape[-1])
+    matrices[..., :size].unflatten(-1, (channels, positions)).copy_(weights.movedim(2, -1))
+    if rest.shape[-1]:
+        matrices[..., size:] = rest if factor is None else rest * factor
+    return matrices
 
 
 def _times_basis(weights: Tensor, channels: Tensor, positions: Tensor) -> Tensor:

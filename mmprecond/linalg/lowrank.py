@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .eigen import checked_eigh
 from .inverse import all_finite
-from .products import stacked_product
+from .products import add_product, stacked_product
 
 #: Least number of extra random columns, which find new directions.
 MARGIN = 16
@@ -100,8 +100,9 @@ def power_of_columns(
 
 def apply_columns(matrix: Tensor, basis: Tensor, scale: Tensor) -> Tensor:
     """``scale M (I - U U')`` for M (..., o, n), U (..., n, m), scale (..., 1, 1): (..., o, n)."""
-    taken = stacked_product(stacked_product(matrix, basis) * -scale, basis.mT)
-    return taken.addcmul_(matrix, scale)  # one pass, as memory bandwidth is the limit
+    total = (matrix * scale).contiguous()
+    add_product(total, stacked_product(total, basis), basis.mT, sign=-1)
+    return total
 
 
 def nystrom_columns(sketch: Tensor, test: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from .lowrank import apply_columns, columns_to_matrix
-from .products import stacked_product
+from .products import add_product, stacked_product
 
 #: Shape (b, n, m) of a tensor of one layer.
 Shape = tuple[int, int, int]
@@ -42,7 +42,7 @@ class Operator(ABC):
     @property
     def tensors(self) -> list[Tensor]:
         """Tensors of the operator, in the order of `suffixes`."""
-        return list(vars(self).values())  # the dataclass's fields, in their order
+        return [getattr(self, field.name) for field in fields(self)]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Applies a function to each tensor of the operator."""
@@ -129,8 +129,9 @@ class LowRank(Operator):
 
     def left(self, matrices: Tensor) -> Tensor:
         """``A M`` (see the base class)."""
-        taken = stacked_product(self.columns.mT, matrices) * -self.scale
-        return stacked_product(self.columns, taken).addcmul_(matrices, self.scale)
+        total = (matrices * self.scale).contiguous()
+        add_product(total, self.columns, stacked_product(self.columns.mT, total), sign=-1)
+        return total
 
     def to_dense(self) -> Dense:
         """The same matrices in dense form."""

@@ -24,16 +24,19 @@ def stacked_product(first: Tensor, second: Tensor) -> Tensor:
     return result
 
 
-def add_product(total: Tensor, first: Tensor, second: Tensor, old: bool = True) -> None:
-    """``T += A B`` in place, for T (b, m, n), A (b, m, k) and B (b, k, n).
+def add_product(
+    total: Tensor, first: Tensor, second: Tensor, old: bool = True, sign: int = 1
+) -> None:
+    """``T += sign A B`` in place, for contiguous T (..., m, n), A (..., m, k) and B (..., k, n).
 
-    If `old` is false, T is overwritten: ``T = A B``.
+    If `old` is false, T is overwritten: ``T = sign A B``.
     """
     if not _should_loop(first, second):
-        total.baddbmm_(first, second, beta=int(old))
+        flat, left, right = (t.flatten(0, -3) for t in (total, first, second))
+        flat.baddbmm_(left, right, beta=int(old), alpha=sign)
         return
     for left, right, out in _zip_matrices(first, second, total):
-        out.addmm_(left, right, beta=int(old))
+        out.addmm_(left, right, beta=int(old), alpha=sign)
 
 
 def _should_loop(first: Tensor, second: Tensor) -> bool:
