@@ -32,7 +32,7 @@ def add_product(
     If `old` is false, T is overwritten: ``T = sign A B``.
     """
     if not _should_loop(first, second):
-        flat, left, right = (t.flatten(0, -3) for t in (total, first, second))
+        flat, left, right = (t[None].flatten(0, -3) for t in (total, first, second))
         flat.baddbmm_(left, right, beta=int(old), alpha=sign)
         return
     for left, right, out in _zip_matrices(first, second, total):
