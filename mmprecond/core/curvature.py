@@ -270,7 +270,7 @@ class Curvature:
                 if self.sharding.holds(stack)
                 for batch in transform(stack, stack.method.apply, directions)
             ]
-        recover_norms(batches)
+        recover_norms(batches, self.reached)
         for batch in batches:
             batch.write(directions)
         self.sharding.exchange_directions(self.stacks, directions)

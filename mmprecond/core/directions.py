@@ -27,16 +27,23 @@ class Transformed:
         given: The layers' tensors as matrices (k, b, o, i).
         results: The function's results (k, b, o, i).
         parts: Number of equal parts of the b blocks with a norm of their own, or 0 for none.
+        warm_up: Whether the directions follow a warm-up of the learning rate.
     """
 
     layers: tuple[Layer, ...]
     given: Tensor
     results: Tensor
     parts: int
+    warm_up: bool = False
 
     def rows(self, matrices: Tensor) -> tuple[Tensor, ...]:
         """Views of the parts of matrices (k, b, o, i)."""
         return matrices.unflatten(1, (self.parts, -1)).flatten(0, 1).unbind()
+
+    def cosines(self, norms: Tensor) -> Tensor:
+        """Cosines of the parts of given matrices and results, from products of their norms."""
+        products = (self.given * self.results).unflatten(1, (self.parts, -1))
+        return products.sum((2, 3, 4)).flatten() / (norms + TINY)
 
     def scale(self, factors: Tensor) -> None:
         """Scales the results' parts, in place, by factors (k * parts,)."""
@@ -73,14 +80,23 @@ def transform(
         # A single matrix is not copied, so the function must not write to it.
         given = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
         results = function(stack.operators_of(positions), given)
-        transformed.append(Transformed(layers, given, results, stack.method.norm_parts(layers[0])))
+        method = stack.method
+        parts = method.norm_parts(layers[0])
+        transformed.append(Transformed(layers, given, results, parts, method.warm_up))
     return transformed
 
 
-def recover_norms(batches: Iterable[Transformed]) -> None:
+def recover_norms(batches: Iterable[Transformed], reached: float = 1.0) -> None:
     """Scales directions, in place, to the Frobenius norms of their gradients (thesis (3.7)).
 
-    Each part of a layer has one scalar for all its blocks, weight and joint bias together.
+    Each part of a layer has one scalar for all its blocks, weight and joint bias together. During a
+    warm-up of the learning rate directions get the gradient's slope in place of its norm,
+    ``<d, g> = |g|^2``, if that makes them at most ``1 / reached`` as long. An update is then no
+    longer than at the full rate, and small steps lower the loss as much as the gradient's.
+
+    Args:
+        batches: Directions of all layers.
+        reached: Share of its target that the learning rate has reached.
     """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Transformed]] = {}
     for batch in batches:
@@ -89,9 +105,12 @@ def recover_norms(batches: Iterable[Transformed]) -> None:
     for group in by_kind.values():
         targets = _norms([row for batch in group for row in batch.rows(batch.given)])
         sizes = _norms([row for batch in group for row in batch.rows(batch.results)])
-        factors = (targets / sizes.add_(TINY)).split([len(b.given) * b.parts for b in group])
-        for batch, own in zip(group, factors, strict=True):
-            batch.scale(own)
+        counts = [len(batch.given) * batch.parts for batch in group]
+        factors, norms = (t.split(counts) for t in (targets / (sizes + TINY), targets * sizes))
+        for batch, factor, norm in zip(group, factors, norms, strict=True):
+            if reached < 1 and batch.warm_up:
+                factor = factor / batch.cosines(norm).clamp(reached, 1)
+            batch.scale(factor)
 
 
 def _norms(matrices: list[Tensor]) -> Tensor:

@@ -223,7 +223,7 @@ class LayerStack:
             reached: Share of its target that the learning rate has reached.
         """
         values = [self.slots[k].layer.damping for k in positions]
-        reached = reached if self.method.warm_damping else 1.0
+        reached = reached if self.method.warm_up else 1.0
         default = getattr(self.method, 'damping', None)
         if all(value is None for value in values) and (reached == 1.0 or default is None):
             return None

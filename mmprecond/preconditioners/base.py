@@ -42,7 +42,7 @@ Factors = Mapping[Side, Factor]
 #: Published settings of methods whose code has no size limits and takes all rows.
 WHOLE_LAYERS: dict[str, Any] = dict(
     early_refreshes=False,
-    warm_damping=False,
+    warm_up=False,
     max_dim=8192,
     oversize='skip',
     max_rank=None,
@@ -62,10 +62,12 @@ class Preconditioner(ABC):
             `stat_interval`.
         early_refreshes: Whether captures and refreshes also come at counts 1, 2, 4, 8, ... within
             the first `refresh_interval` steps, while statistics of random weights change fast.
-        warm_damping: Whether a refresh during the learning rate's warm-up divides the damping by
-            the share of its target that the rate has reached. Small steps gain most along the
-            gradient: ``(lr A + I)^-1 g``, the implicit step, tends to g as lr tends to 0. The
-            target is `initial_lr`, which a scheduler writes into the parameter groups.
+        warm_up: Whether directions follow a warm-up of the learning rate. Small steps gain most
+            along the gradient: ``(lr A + I)^-1 g``, the implicit step, tends to g as lr tends to 0.
+            Refreshes divide the damping by the share of its target that the rate has reached.
+            Directions that would get the gradient's norm get its slope, ``<d, g> = |g|^2``, if that
+            makes them at most 1 / share as long. The target is `initial_lr`, which a scheduler
+            writes into the parameter groups.
         max_dim: Largest side of a factor. A matrix of side 8192 takes 268 MB in float32.
         oversize: Treatment of a layer with a larger side. 'skip' gives the layer to the plain
             rule. 'one_sided' leaves the larger side alone and preconditions the other. 'block'
@@ -84,7 +86,7 @@ class Preconditioner(ABC):
     stat_interval: int = 20
     refresh_interval: int = 200
     early_refreshes: bool = True
-    warm_damping: bool = True
+    warm_up: bool = True
     max_dim: int = 8192
     oversize: str = 'skip'
     max_rank: int | None = None
@@ -117,7 +119,7 @@ class Preconditioner(ABC):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_flag('early_refreshes', self.early_refreshes)
-        check_flag('warm_damping', self.warm_damping)
+        check_flag('warm_up', self.warm_up)
         check_choice('oversize', self.oversize, OVERSIZE)
         if self.rotates and self._oversize_form is not None:
             raise ValueError(

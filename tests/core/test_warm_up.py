@@ -1,4 +1,4 @@
-"""Damping during the warm-up of the learning rate, divided by the share that it has reached."""
+"""Warm-up of the learning rate: damping by the share that it has reached, slopes of gradients."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import nn
 
+from mmprecond.core.directions import recover_norms
 from mmprecond.core.schedule import share_reached
-from mmprecond.optimizers import FSGD, NKFAC, AdamR, AdaNKFAC, PreconditionedOptimizer
+from mmprecond.optimizers import (
+    FSGD,
+    NKFAC,
+    AdamR,
+    AdaNKFAC,
+    AFOpt,
+    PreconditionedOptimizer,
+)
+from tests.support.mixed import Net
 
 SETTINGS: dict[str, Any] = dict(lr=0.1, stat_interval=1, refresh_interval=1)
 DENSE = dict(solver='cholesky', damping_floor=0.0, momentum=0.0)
@@ -48,15 +57,52 @@ def test_the_share_of_the_rate() -> None:
 
 @pytest.mark.parametrize('share', [0.25, 0.5])
 @pytest.mark.parametrize('kind', [NKFAC, FSGD])
-def test_damping_is_divided_by_the_share(kind: type[PreconditionedOptimizer], share: float) -> None:
+def test_damping_is_divided_by_the_share(
+    kind: type[PreconditionedOptimizer], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        'mmprecond.core.curvature.recover_norms', lambda batches, _: recover_norms(batches)
+    )
     settings = SETTINGS | (DENSE if kind is NKFAC else dict(momentum=0.0))
     rate = 0.1 * share
     warm = train(lambda m: kind(m, damping=0.02, **settings), [rate], initial_lr=0.1)
     plain = train(lambda m: kind(m, damping=0.02 / share, **settings), [rate])
     for a, b in zip(warm, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-    off = train(lambda m: kind(m, damping=0.02, warm_damping=False, **settings), [rate])
+    off = train(lambda m: kind(m, damping=0.02, warm_up=False, **settings), [rate])
     assert not all(map(torch.allclose, warm, off))
+
+
+@pytest.mark.parametrize('share', [0.01, 0.5, 0.8])
+@pytest.mark.parametrize('kind', [NKFAC, AFOpt])
+def test_directions_have_the_slope_of_the_gradient(
+    kind: type[PreconditionedOptimizer], share: float
+) -> None:
+    """Or the length that they have at the full rate, if that is less."""
+    model = Net().double()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = kind(model, **SETTINGS, momentum=0.0)
+    for group in optimizer.param_groups:
+        group.update(lr=0.1 * share, initial_lr=0.1)
+    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    model(x).square().mean().backward()
+    optimizer.step()
+    seen = 0
+    for layer in optimizer.curvature.layers:
+        parts = optimizer.curvature.layers[layer].method.norm_parts(layer)
+        moves, gradients = [], []
+        for name, p in model.named_parameters():
+            if any(p is own for own in layer.parameters):
+                moves.append((before[name] - p.detach()) / (0.1 * share))
+                gradients.append(p.grad)
+        direction, gradient = layer.join(*moves), layer.join(*gradients)
+        for d, g in zip(direction.chunk(parts), gradient.chunk(parts), strict=True):
+            slope, square = float((d * g).sum()), float(g.square().sum())
+            longest = float(d.norm() / g.norm()) * share
+            assert longest < 1 + 1e-6 and slope < square * (1 + 1e-6)
+            assert abs(slope / square - 1) < 1e-6 or abs(longest - 1) < 1e-6
+            seen += 1
+    assert seen >= len(optimizer.curvature.layers)
 
 
 def test_the_largest_share_so_far_counts() -> None:
