@@ -93,7 +93,7 @@ class Assignment:
 
         Args:
             model: The model.
-            types: What `attention_types` says of the model, if `reads_attention`.
+            types: What `attention_types` says of the model.
 
         Raises:
             ValueError: If an entry matches no module.

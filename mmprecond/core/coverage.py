@@ -62,7 +62,7 @@ def assign_methods(
         ValueError: If there is no layer to precondition.
     """
     assignment = method if isinstance(method, Assignment) else Assignment(method)
-    types = attention_types(model) if assignment.reads_attention else {}
+    types = attention_types(model)
     bound = assignment.bind(model, types)
 
     def reading(name: str) -> AttentionReading | None:
@@ -85,7 +85,7 @@ def assign_methods(
         raise ValueError(
             f'{owner} found no layer to precondition: {_no_layer_reason(layers, left_out)}'
         )
-    unread = _unread(model, types, owner) if types else []
+    unread = _unread(model, types, owner) if assignment.reads_attention else []
     idle = [
         entry.preconditioner
         for entry in assignment.entries

@@ -8,6 +8,7 @@ from torch import nn
 
 from .attention import (
     ATTENTION_TYPES,
+    UNCALLED,
     UNREADABLE,
     AttentionLayer,
     PackedAttention,
@@ -63,7 +64,8 @@ def layer_type(module: nn.Module) -> type[Layer] | None:
 def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]:
     """Layer type that reads an attention module as a whole, or None; and the reason, or ''.
 
-    A class that is not registered is recognised by what it computes (see `recognise`). Of torch's
+    A reason without a type says that the module's `qkv` is not called, so that no hook sees it. A
+    class that is not registered is recognised by what it computes (see `recognise`). Of torch's
     own, subclasses are read that keep its forward pass.
     """
     kind = type(module)
@@ -74,7 +76,8 @@ def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]
     if reader is None and getattr(kind, 'forward', None) is nn.MultiheadAttention.forward:
         reader = PackedAttention
     if reader is None:
-        return recognise(module)[0], ''
+        reader, reason = recognise(module)
+        return reader, reason if reason == UNCALLED else ''
     return reader, reader.refusal(module)
 
 

@@ -166,7 +166,7 @@ class _Search:
         module: Any = getattr(block, part, None) if part else block
         owner = name if module is None else f'{name}.{part}'.strip('.')
         reading = self.attention(owner)
-        if reading is None:
+        if reading is None and kind is not None:
             return
         weight: Any = module._parameters.get(key) if isinstance(module, nn.Module) else None
         if not reason and (module in self.claimed or len(self.users.get(id(weight), [])) > 1):
@@ -178,7 +178,7 @@ class _Search:
                 self.left_out.append(LeftOut(before, type(block).__name__, reason))
         if reason:
             self.left_out.append(LeftOut(owner, type(block).__name__, reason))
-        elif kind:
+        elif kind and reading:
             bias = module._parameters.get(key.replace('weight', 'bias'))
             joint = reading.bias and bias is not None and self._is_joint_bias(bias, weight)
             self.layers[owner] = kind(

@@ -9,7 +9,7 @@ from .modules import (
     TokenAttention,
     WindowAttention,
 )
-from .recognition import recognise
+from .recognition import UNCALLED, recognise
 from .sides import (
     KEY_CURVATURE,
     KEY_FEATURE_MOMENT,
@@ -35,6 +35,7 @@ __all__ = [
     'QUERY_CURVATURE',
     'QUERY_MEAN',
     'QUERY_MOMENT',
+    'UNCALLED',
     'UNREADABLE',
     'VALUE_FEATURE_MOMENT',
     'VALUE_MEAN',

@@ -22,6 +22,8 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 TOLERANCE = 1e-9
 #: Number of tokens for modules without a window of fixed size: more than a local window has.
 TOKENS = 70
+#: Reason of modules whose qkv is a layer of its own that calls no hooks.
+UNCALLED = 'its qkv was not called as a module'
 #: Most tokens that a module is tried out on.
 MOST_TOKENS = 1024
 

@@ -181,7 +181,7 @@ def test_what_is_no_such_attention_is_said(
     make: Callable[[], nn.Module], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), make(), make())
-    assert attention_type(model[1]) == (None, '')
+    assert attention_type(model[1])[0] is None
     with caplog.at_level(logging.WARNING, 'mmprecond'):
         table = Preconditioned(model, rule=dict(type='SGDM', lr=0.1), layers='AFOpt+NKFAC').table()
     (warning,) = caplog.messages
@@ -290,6 +290,16 @@ def test_a_block_that_shows_the_parts_of_its_attention() -> None:
         layers='AFOpt+NKFAC',
     )
     assert '1.inner.qkv.weight' in [layer.name for layer in optimizer.curvature.layers]
+
+
+@pytest.mark.parametrize('words', ['NKFAC', 'AFOpt+NKFAC', 'FSGD+FSGD'])
+def test_a_weight_that_no_call_shows_is_left_out(words: str) -> None:
+    """Under every method: nothing may look preconditioned and not be."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), TokenAttn(kind='functional'))
+    optimizer = Preconditioned(model, rule=dict(type='SGDM', lr=0.1), layers=words)
+    names = [layer.name for layer in optimizer.curvature.layers]
+    assert names == ['0.weight', '1.proj.weight']
+    assert '1.qkv' in [left.name for left in optimizer.curvature.left_out]
 
 
 def test_heads_of_another_name_are_no_attention() -> None:
