@@ -90,13 +90,14 @@ def recover_norms(batches: Iterable[Transformed], reached: float = 1.0) -> None:
     """Scales directions, in place, to the Frobenius norms of their gradients (thesis (3.7)).
 
     Each part of a layer has one scalar for all its blocks, weight and joint bias together. During a
-    warm-up of the learning rate directions get the gradient's slope in place of its norm,
-    ``<d, g> = |g|^2``, if that makes them at most ``1 / reached`` as long. An update is then no
-    longer than at the full rate, and small steps lower the loss as much as the gradient's.
+    warm-up of the learning rate a direction d is lengthened until ``<d, g> = |g|^2``, where g is
+    the gradient. It is at most |g| / reached long. An update is therefore no longer than at the
+    full rate. A small step along a direction that meets the equation lowers the loss as much as one
+    along the gradient.
 
     Args:
         batches: Directions of all layers.
-        reached: Share of its target that the learning rate has reached.
+        reached: Share of its target that the learning rate has reached; default: 1.
     """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Transformed]] = {}
     for batch in batches:

@@ -228,7 +228,7 @@ class LayerStack:
         if all(value is None for value in values) and (reached == 1.0 or default is None):
             return None
         own = [(default or 0.0) if value is None else value for value in values]
-        return self.like.new_tensor([[value / reached] for value in own])
+        return self.like.new_tensor([[value / reached**2] for value in own])
 
     # ---------------------------------------------------------------- operators
 

@@ -62,12 +62,12 @@ class Preconditioner(ABC):
             `stat_interval`.
         early_refreshes: Whether captures and refreshes also come at counts 1, 2, 4, 8, ... within
             the first `refresh_interval` steps, while statistics of random weights change fast.
-        warm_up: Whether directions follow a warm-up of the learning rate. Small steps gain most
-            along the gradient: ``(lr A + I)^-1 g``, the implicit step, tends to g as lr tends to 0.
-            Refreshes divide the damping by the share of its target that the rate has reached.
-            Directions that would get the gradient's norm get its slope, ``<d, g> = |g|^2``, if that
-            makes them at most 1 / share as long. The target is `initial_lr`, which a scheduler
-            writes into the parameter groups.
+        warm_up: Whether preconditioning follows a warm-up of the learning rate (default: True). Let
+            s be the largest share of `initial_lr` that the rate has reached so far, from 0.01 to 1.
+            A scheduler writes `initial_lr` into the parameter groups; without it, s is 1. Refreshes
+            divide the damping by s^2. Directions d that would get the gradient's norm are
+            lengthened until ``<d, g> = |g|^2``, to at most |g| / s. Small steps then go along the
+            gradient g, as those of the implicit step ``(lr A + I)^-1 g`` do.
         max_dim: Largest side of a factor. A matrix of side 8192 takes 268 MB in float32.
         oversize: Treatment of a layer with a larger side. 'skip' gives the layer to the plain
             rule. 'one_sided' leaves the larger side alone and preconditions the other. 'block'

@@ -66,7 +66,7 @@ def test_damping_is_divided_by_the_share(
     settings = SETTINGS | (DENSE if kind is NKFAC else dict(momentum=0.0))
     rate = 0.1 * share
     warm = train(lambda m: kind(m, damping=0.02, **settings), [rate], initial_lr=0.1)
-    plain = train(lambda m: kind(m, damping=0.02 / share, **settings), [rate])
+    plain = train(lambda m: kind(m, damping=0.02 / share**2, **settings), [rate])
     for a, b in zip(warm, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     off = train(lambda m: kind(m, damping=0.02, warm_up=False, **settings), [rate])
