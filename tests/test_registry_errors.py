@@ -72,7 +72,7 @@ def test_forms_that_cannot_be_written(make: Callable[[], Any]) -> None:
             ValueError,
             'over different rows',
         ),
-        ((), ValueError, 'measures nothing of a LinearLayer'),
+        ((), ValueError, 'has no statistic for a LinearLayer'),
         ((Statistic(INPUT, Mean(), REDUCED),), ValueError, 'Mean is taken of all rows'),
         ((Statistic(INPUT, CountedMean()),), ValueError, 'CountedMean is not a form of input'),
         ((QUERY_MOMENT,), ValueError, "no side 'query'"),

@@ -58,8 +58,11 @@ def assign_methods(
         owner: The optimizer's name, for errors.
         capture_mb: Limit in megabytes for laid-out patches (see `find_layers`).
 
+    Returns:
+        The layers with their preconditioners, and the modules without.
+
     Raises:
-        ValueError: If there is no layer to precondition.
+        ValueError: If there is no layer to precondition, or an entry is never used.
     """
     assignment = method if isinstance(method, Assignment) else Assignment(method)
     types = attention_types(model)
@@ -125,7 +128,7 @@ def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
     kind, candidates = type(method).__name__, method.candidate_statistics(layer)
     check_statistics(kind, candidates)
     if not candidates:
-        return f'{kind} measures nothing of a {type(layer).__name__}'
+        return f'{kind} has no statistic for a {type(layer).__name__}'
     for statistic in candidates:
         reason = layer.lacks(statistic)
         if reason:

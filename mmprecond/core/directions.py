@@ -1,4 +1,4 @@
-"""Directions of stacks: functions of tensors in matrix form, and norms of all layers at once."""
+"""Directions of layers: preconditioning in matrix form, and rescaling to the gradients' norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..curvature import Layer
 from ..linalg import Operators
 from .stack import LayerStack
 
-#: Least number of entries of matrices that a CPU takes one by one, so that its cache holds them.
+#: Number of weight entries from which a CPU takes layers one by one, so that its cache holds them.
 LARGE_MATRIX = 2**18
 #: Added to norms that are divided by.
 TINY = 1e-12
@@ -37,11 +37,11 @@ class Transformed:
     warm_up: bool = False
 
     def rows(self, matrices: Tensor) -> tuple[Tensor, ...]:
-        """Views of the parts of matrices (k, b, o, i)."""
+        """Views (b / parts, o, i) of the k * parts parts of matrices (k, b, o, i)."""
         return matrices.unflatten(1, (self.parts, -1)).flatten(0, 1).unbind()
 
     def cosines(self, norms: Tensor) -> Tensor:
-        """Cosines of the parts of given matrices and results, from products of their norms."""
+        """Cosines (k * parts,) of the parts of given matrices and results, by products of norms."""
         products = (self.given * self.results).unflatten(1, (self.parts, -1))
         return products.sum((2, 3, 4)).flatten() / (norms + TINY)
 
@@ -68,6 +68,9 @@ def transform(
         stack: The stack.
         function: Function of operators and matrices (k, b, o, i).
         tensors: Tensors by parameter.
+
+    Returns:
+        Batches of layers with operators; an empty list if there are none.
     """
     ready = [(k, layer) for k, layer in stack.ready() if layer.weight in tensors]
     if not ready:

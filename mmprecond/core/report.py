@@ -31,7 +31,7 @@ def summary(
     sharding: Sharding,
     groups: Iterable[Mapping[str, Any]],
 ) -> str:
-    """One sentence: methods with their layers, parameters covered, forecast price.
+    """Sentence with the methods and their numbers of layers, the share of parameters, the price.
 
     Args:
         model: Name of the model.
@@ -48,14 +48,14 @@ def summary(
     methods = Counter(stack.method.title for stack in layers.values())
     kept, more = (sum(sizes) for sizes in zip(*forecast(layers, sharding).values(), strict=True))
     idle = ''.join(
-        f'; {method.title} takes no layer: no attention module can be read and is trained'
+        f'; {method.title} takes no layer, because no attention module is trained and can be read'
         for method in coverage.idle
     )
     return (
         f'mmprecond attached {" and ".join(f"{name} to {n}" for name, n in methods.items())} '
         f'{"layer" if len(layers) == 1 else "layers"} of {model}, which hold '
         f'{100 * covered / max(1, total):.1f} % of {total / 1e6:.2f} M trained parameters; '
-        f'forecast price: {flops / 1e9:.3g} GFLOP a step beside captures, {kept:.0f} MB, '
+        f'forecast price: {flops / 1e9:.3g} GFLOP a step without captures, {kept:.0f} MB, '
         f'and {more:.0f} MB more during a refresh; {len(coverage.left_out)} modules take the plain '
         f'rule{idle}'
     )

@@ -10,14 +10,16 @@ from ..distributed import longest_first
 from ..preconditioners import Preconditioner
 from .stack import LayerStack
 
-#: Least share of its target that a learning rate counts as having reached.
+#: Lower limit of `share_reached`.
 LEAST_REACHED = 0.01
 
 
 def share_reached(groups: Iterable[Mapping[str, Any]]) -> float:
-    """Share of its target that the learning rate has reached, from `LEAST_REACHED` to 1.
+    """Largest share of its target that the learning rate of a group has, `LEAST_REACHED` to 1.
 
-    The target is the entry `initial_lr` of schedulers. Of several groups the largest share counts.
+    Args:
+        groups: The optimizer's parameter groups. The target is `initial_lr`, which schedulers write
+            into a group. A group without it counts as 1.
     """
     shares = [
         float(group['lr']) / float(group['initial_lr']) if group.get('initial_lr') else 1.0

@@ -62,11 +62,14 @@ def layer_type(module: nn.Module) -> type[Layer] | None:
 
 
 def attention_type(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]:
-    """Layer type that reads an attention module as a whole, or None; and the reason, or ''.
+    """Layer type that reads an attention module as a whole, or None; and a reason, or ''.
 
-    A reason without a type says that the module's `qkv` is not called, so that no hook sees it. A
-    class that is not registered is recognised by what it computes (see `recognise`). Of torch's
-    own, subclasses are read that keep its forward pass.
+    An unregistered class is tested by `recognise`. Subclasses of `nn.MultiheadAttention` are read
+    if they keep its `forward`.
+
+    Returns:
+        (type, ''): the module is read. (type, reason): its type is known, but it cannot be read.
+        (None, reason): its `qkv` cannot be seen by a hook. (None, ''): it is no known attention.
     """
     kind = type(module)
     name = qualified_name(kind)
@@ -89,9 +92,9 @@ def attention_types(model: nn.Module) -> AttentionTypes:
 def unread_attention(model: nn.Module, types: AttentionTypes) -> dict[str, str]:
     """Reasons why attention modules of a model cannot be read as a whole, by their names.
 
-    A module counts as attention by its class's name and its `num_heads`, which channel attention
-    (squeeze and excitation) has not. Of nested ones, such as Swin's `ShiftWindowMSA`, the innermost
-    counts.
+    A module counts as attention if its class's name says so and it has `num_heads`; channel
+    attention (squeeze and excitation) lacks it. If such modules are nested, as in Swin's
+    `ShiftWindowMSA`, the innermost counts.
     """
     reasons: dict[str, str] = {}
     inner: set[nn.Module] = set()
@@ -149,7 +152,8 @@ def register_attention(module_type: type[nn.Module] | str, layer: type[Attention
             cannot read one of them.
 
     Raises:
-        TypeError: If `layer` is no subclass of `AttentionLayer`.
+        TypeError: If `layer` is no subclass of `AttentionLayer` or does not define `read`, or
+            `module_type` is neither a module class nor a qualified name.
     """
     if not (isinstance(layer, type) and issubclass(layer, AttentionLayer)):
         raise TypeError(f'register_attention takes a subclass of AttentionLayer, not {layer!r}')

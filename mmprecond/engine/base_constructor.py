@@ -1,4 +1,4 @@
-"""Base constructor that a config's `paramwise_cfg` asks for."""
+"""Selection of the base constructor by the keys of `paramwise_cfg`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 def find_base(paramwise_cfg: dict[str, Any] | None, *, strict: bool = True) -> type:
     """Finds the constructor that reads all keys of a `paramwise_cfg`.
 
-    This is MMEngine's default one, unless it ignores a key: a config that names our constructor in
-    place of its own, for layer decay say, has the keys still.
+    MMEngine's default constructor comes first. It ignores some keys, such as those of layer decay;
+    then the toolboxes' registered constructors are searched.
 
     Args:
-        paramwise_cfg: Settings of parameter groups.
-        strict: Whether it is an error if none or several read all keys, or MMEngine's is taken.
+        paramwise_cfg: Settings of parameter groups, or None.
+        strict: Whether to raise an error if not exactly one constructor reads all keys (default:
+            True). Otherwise MMEngine's is returned.
+
+    Returns:
+        The constructor's class.
 
     Raises:
-        ValueError: If no registered constructor, or more than one, reads all keys.
+        ValueError: If `strict`, and no registered constructor or more than one reads all keys.
     """
     keys = set(paramwise_cfg or {})
     ignored = sorted(keys - _strings_in(DefaultOptimWrapperConstructor))
@@ -38,10 +42,10 @@ def find_base(paramwise_cfg: dict[str, Any] | None, *, strict: bool = True) -> t
     if len(bases) != 1 and not strict:
         return DefaultOptimWrapperConstructor
     if len(bases) != 1:
-        names = ', '.join(kind.__name__ for kind in bases) or 'none registered here does'
+        names = ', '.join(kind.__name__ for kind in bases) or 'none is registered'
         raise ValueError(
             f'DefaultOptimWrapperConstructor ignores {", ".join(ignored)} of paramwise_cfg; name '
-            f"the constructor that reads it: base_constructor='...' in optim_wrapper ({names})"
+            f"one that reads it by base_constructor='...' in optim_wrapper (candidates: {names})"
         )
     print_log(
         f'{bases[0].__name__} makes the parameter groups, because paramwise_cfg has '

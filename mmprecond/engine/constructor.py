@@ -22,7 +22,7 @@ from .base_constructor import find_base
 from .peers import find_peer, is_peer, needs_of, with_groups
 from .wrapper import mixed_wrapper, refuse_sharding
 
-#: What is attached to a config's own optimizer if `precondition` does not say.
+#: Default of `precondition`.
 DEFAULT = 'AFOpt+NKFAC'
 
 
@@ -35,8 +35,8 @@ class PrecondOptimWrapperConstructor:
 
         optim_wrapper = dict(constructor='PrecondOptimWrapperConstructor', precondition='NKFAC')
 
-    An optimizer of this package is built as it is. So is one of the package pytorch_optimizer,
-    given as ``type='pytorch_optimizer.NAME'``; those that need second derivatives get them.
+    Optimizers of this package and of the package pytorch_optimizer are built unchanged. The latter
+    are given as ``type='pytorch_optimizer.NAME'``; those that need second derivatives get them.
 
     A base constructor makes the parameter groups, so `paramwise_cfg` has its usual meaning. Further
     entries of `custom_keys` reach the optimizer (``precondition=False``, ``damping=0.1``,
@@ -51,7 +51,8 @@ class PrecondOptimWrapperConstructor:
 
     Raises:
         ValueError: If no rule can replace the optimizer, `precondition` stands beside an optimizer
-            of this package, or the base constructor is unclear.
+            of this package or is misspelt, or the base constructor is unclear.
+        KeyError: If a type is not registered.
     """
 
     def __init__(
@@ -167,7 +168,9 @@ def _attach(
         for group in groups:
             given = {key: value for key, value in group.items() if key in known}
             if rule_of({**settings, **given}).get('nesterov') != rule.get('nesterov'):
-                raise ValueError('nesterov is for all groups; leave it out of custom_keys')
+                raise ValueError(
+                    'nesterov must be the same in all groups; leave it out of custom_keys'
+                )
 
     rule = rule_of(settings)
     return check_groups, type(optimizer)(type='Preconditioned', rule=rule, layers=precondition)

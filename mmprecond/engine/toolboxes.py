@@ -13,13 +13,17 @@ CONFIGS = Path('.mim/configs')
 
 
 def find_config(name: str) -> Path:
-    """File of a toolbox's config.
+    """Finds the file of a toolbox's config.
 
-    MMEngine's own `get_config` installs a package that it does not find, and it looks for the names
-    of one stack only.
+    MMEngine's `get_config` is not used: it installs missing packages, and knows the package names
+    of only one of the two OpenMMLab distributions.
 
     Args:
-        name: ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``; the suffix may be missing.
+        name: TOOLBOX::PATH, such as ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``; the
+            suffix .py is optional.
+
+    Returns:
+        The path of the file.
 
     Raises:
         FileNotFoundError: If the toolbox or the config is not there; the message has the nearest

@@ -24,7 +24,7 @@ IMPLEMENTATION = ('foreach', 'fused')
 
 
 def rule_for(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> dict[str, Any]:
-    """Rule that updates as an optimizer does.
+    """Config of the rule that makes the same updates as an optimizer.
 
     Args:
         kind: SGD, Adam or AdamW of torch, or Adan.
@@ -80,7 +80,7 @@ def precondition(
         ValueError: If no rule does what the optimizer does, or `layers` is invalid.
     """
     kind = type(optimizer)
-    names = inspect.signature(kind).parameters  # torch notes more in its defaults
+    names = inspect.signature(kind).parameters  # `defaults` has entries too that are no arguments
 
     def rule_of(group: dict[str, Any]) -> dict[str, Any]:
         return rule_for(kind, {key: group[key] for key in optimizer.defaults if key in names})
@@ -93,8 +93,8 @@ def precondition(
         differing = [key for key in own if key not in hyper and own[key] != rule[key]]
         if differing:
             raise ValueError(
-                f'the groups of {kind.__name__} differ in {", ".join(differing)}, which a rule '
-                'has for all; set it for the whole optimizer'
+                f'the groups of {kind.__name__} differ in {", ".join(differing)}, which must be '
+                'the same in all groups'
             )
         kept = {key: value for key, value in group.items() if key not in optimizer.defaults}
         groups.append(kept | {key: value for key, value in own.items() if key in hyper})
@@ -109,7 +109,9 @@ def _is_foreign(kind: type[torch.optim.Optimizer]) -> bool:
     """True for another package's class of a known name, which may update otherwise."""
     if hasattr(torch.optim, kind.__name__):
         return getattr(torch.optim, kind.__name__) is not kind
-    betas = inspect.signature(kind).parameters.get('betas')  # some count the new value's weights
+    betas = inspect.signature(kind).parameters.get(
+        'betas'
+    )  # of some packages they are weights of the new value
     usual = RULES[REPLACEMENTS[kind.__name__][0]].defaults['betas']
     return betas is None or betas.default != usual
 

@@ -112,7 +112,7 @@ def test_the_constructor_alone_attaches_both_methods(capsys: pytest.CaptureFixtu
     assert re.fullmatch(
         rf'mmprecond attached NKFAC to 6 and AFOpt to 4 layers of Net, which hold {share:.1f} % of '
         r'0.00 M trained '
-        r'parameters; forecast price: [\d.e-]+ GFLOP a step beside captures, 0 MB, and 0 MB more '
+        r'parameters; forecast price: [\d.e-]+ GFLOP a step without captures, 0 MB, and 0 MB more '
         'during a refresh; 2 modules take the plain rule',
         optimizer.summary(),
     )
@@ -179,7 +179,7 @@ def test_a_key_that_no_constructor_reads(
     kinds: tuple[type, ...], registered: Callable[..., None]
 ) -> None:
     registered(*kinds)
-    names = ', '.join(kind.__name__ for kind in kinds) or 'none registered here does'
+    names = ', '.join(kind.__name__ for kind in kinds) or 'none is registered'
     text = f'ignores test_decay_rate of paramwise_cfg; name .* base_constructor.*{names}'
     with pytest.raises(ValueError, match=text):
         attach(Classifier(), ADAMW, paramwise_cfg=dict(test_decay_rate=0.5))
@@ -219,7 +219,11 @@ def test_a_constructor_that_reads_the_decay_when_it_is_called(
     [
         (dict(type='Adam', lr=0.1), dict(weight_decay=0.1), 'Adam with weight_decay=0.1'),
         (ADAMW, dict(amsgrad=True), 'AdamW with amsgrad=True'),
-        (dict(type='SGD', lr=0.1, momentum=0.9), dict(nesterov=True), 'nesterov is for all groups'),
+        (
+            dict(type='SGD', lr=0.1, momentum=0.9),
+            dict(nesterov=True),
+            'nesterov must be the same in all groups',
+        ),
         (dict(type='SGD', lr=0.1, momentum=0.9), dict(dampening=0.1), 'SGD with dampening=0.1'),
     ],
 )

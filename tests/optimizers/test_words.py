@@ -77,7 +77,7 @@ def test_a_model_without_attention_takes_the_second() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     assert set(methods('AFOpt+NKFAC', model).values()) == {'NewtonKronecker'}
     optimizer = Preconditioned(model, rule=RULE, layers='AFOpt+NKFAC')
-    text = 'rule; AFOpt takes no layer: no attention module can be read and is trained'
+    text = 'rule; AFOpt takes no layer, because no attention module is trained and can be read'
     assert optimizer.summary().partition('the plain ')[2] == text
     with pytest.raises(ValueError, match='hits nothing in Sequential'):
         methods([dict(match=dict(attention=True), preconditioner=dict(type='AFOpt'))], model)

@@ -45,7 +45,12 @@ COMPARED = ('Faster R-CNN R50', 'Mask R-CNN Swin-T', 'DETR R50', 'SegFormer-B0',
 
 
 def run(family: Family, folder: Path, data: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains by the toolbox's own script; returns its losses, its log and the end of errors."""
+    """Trains with the toolbox's own script, or reads the record of a finished run.
+
+    Returns:
+        A dict with `losses` (one per iteration), `attached`, `plain` (see the functions below) and
+        `error` (the last line of the error output, or '').
+    """
     record = folder / 'record.json'
     if record.exists():
         return json.loads(record.read_text())

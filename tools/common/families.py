@@ -1,6 +1,8 @@
 """Model families of MMEngine's toolboxes, on drawn data that a CPU can train on.
 
-A family is a toolbox's own config. Only its data, its length and its pretrained weights change.
+A family is a toolbox's own config. Its model, optimizer and schedules by iteration stay. Its data,
+batch size, length and hooks are ours. Pretrained weights, random augmentation, validation,
+schedules by epoch and mixed precision are removed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from mmprecond.engine import launch
 SIZE = 160  # pixels of a drawn image
 CLASSES = ('circle', 'square', 'triangle', 'star')
 KEYPOINTS = 17  # as many as COCO's
-#: Hooks that change the pipelines of a data set, which are ours here.
+#: Hooks that would replace the pipeline of a data set; they are removed.
 PIPELINE_HOOKS = ('YOLOXModeSwitchHook', 'PipelineSwitchHook', 'mmdet.PipelineSwitchHook')
 
 
@@ -49,7 +51,7 @@ class Family:
 
 _SEG, _ROTATE = 'mmseg::', 'mmrotate::'
 _POSE = 'mmpose::body_2d_keypoint/'
-#: Families that no test of this project has, five of each toolbox.
+#: Models that no test of this project trains, five of each toolbox.
 FAMILIES = {
     'DETR R50': Family('mmdet::detr/detr_r50_8xb2-150e_coco'),
     'DINO R50': Family('mmdet::dino/dino-4scale_r50_8xb2-12e_coco', size=256),  # 900 queries
@@ -95,7 +97,7 @@ FAMILIES = {
     'ViTPose-S': Family(f'{_POSE}topdown_heatmap/coco/td-hm_ViTPose-small_8xb64-210e_coco-256x192'),
     'RTMPose-t': Family(f'{_POSE}rtmpose/coco/rtmpose-t_8xb256-420e_coco-256x192', batch=4),
 }
-#: Detectors of the quickest start, whose families the tests have.
+#: Models to compare that the tests of this project train too.
 USUAL = {
     'Faster R-CNN R50': Family('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco'),
     'Mask R-CNN Swin-T': Family('mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco', masks=True),

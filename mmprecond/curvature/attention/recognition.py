@@ -18,26 +18,30 @@ from .modules import TokenAttention, WindowAttention
 
 #: Layers that act in training alone, and after the softmax.
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-#: Largest relative error of what a reader reads, in float64.
+#: Largest relative error of recomputed tensors that count as equal, in float64.
 TOLERANCE = 1e-9
-#: Number of tokens for modules without a window of fixed size: more than a local window has.
+#: Number of tokens for modules without a fixed window size. Local windows are smaller.
 TOKENS = 70
-#: Reason of modules whose qkv is a layer of its own that calls no hooks.
+#: Reason for modules that use the weight of `qkv` without calling it, so that no hook runs.
 UNCALLED = 'its qkv was not called as a module'
-#: Most tokens that a module is tried out on.
+#: Largest number of tokens in a test of a module.
 MOST_TOKENS = 1024
 
 
 def recognise(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]:
-    """Finds the reader of an attention module by its parts, and tries it out.
+    """Finds the layer type that reads an attention module, and tests it on a copy of the module.
 
-    The parts are those of Swin's and ViT's attention: linear layers `qkv` and `proj`, a number
-    `num_heads`, and possibly a module `softmax`. A copy of the module runs on random weights and
-    inputs, in evaluation and in training without dropout. A reader is right if what it reads is
-    softmax attention of dot products, of which `proj` makes the module's output.
+    The module must have the parts of Swin's or ViT's attention: linear layers `qkv` and `proj`, a
+    number `num_heads`, and possibly a module `softmax`. The copy runs in float64 on random weights
+    and inputs, in evaluation mode and in training mode without dropout. The layer type is accepted
+    if the softmax is that of scaled dot products, the input of `proj` is softmax times values, and
+    the output of `proj` is the module's output. The module itself is not changed.
+
+    Args:
+        module: Any module. An exception in the test becomes a reason.
 
     Returns:
-        The reader and '', or None and the reason.
+        The layer type and '', or None and the reason.
     """
     parts = dict(module.named_children())
     if not all(isinstance(parts.get(name), nn.Linear) for name in ('qkv', 'proj')):
@@ -48,7 +52,7 @@ def recognise(module: nn.Module) -> tuple[type[AttentionLayer] | None, str]:
             reason = kind.refusal(module) or _hidden_input(module, kind) or _try_out(module, kind)
     except Exception as error:  # whatever code of another package raises on such inputs
         text = str(error).splitlines() or ['']
-        reason = f'it cannot be tried out on tokens alone ({type(error).__name__}: {text[0]})'
+        reason = f'its forward pass failed on random tokens ({type(error).__name__}: {text[0]})'
     return (None, reason) if reason else (kind, '')
 
 
@@ -65,7 +69,7 @@ def _try_out(module: nn.Module, kind: type[AttentionLayer]) -> str:
     twin: Any = copy.deepcopy(module).to('cpu', torch.float64)
     own = {*module.modules(), *module.parameters(), *module.buffers()}
     if own & {*twin.modules(), *twin.parameters(), *twin.buffers()}:
-        return 'its copy is no copy'
+        return 'copy.deepcopy of it shares modules or tensors with it'
     for part in twin.modules():  # hooks of the user
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
@@ -79,7 +83,7 @@ def _try_out(module: nn.Module, kind: type[AttentionLayer]) -> str:
             tensor.copy_(draw(*tensor.shape) / (tensor.shape[-1] if tensor.dim() else 1) ** 0.5)
     tokens, width = _tokens(twin), twin.qkv.in_features
     if tokens > MOST_TOKENS:
-        return f'its windows have {tokens} tokens, and it is tried out on {MOST_TOKENS} at most'
+        return f'its windows have {tokens} tokens, more than the {MOST_TOKENS} of the test'
     for training in (False, True):
         for part in twin.modules():
             part.train(training and not isinstance(part, DROPOUTS))
@@ -97,7 +101,7 @@ def _tokens(module: Any) -> int:
 
 
 def _doubt(module: Any, kind: type[AttentionLayer], inputs: list[Tensor]) -> str:
-    """Reason why what a reader reads of some calls is no dot-product attention, or ''."""
+    """Reason why some calls are not softmax attention of dot products, or ''."""
     complaints: list[str] = []
     read: list[tuple[Heads, tuple[Tensor, ...]]] = []
     projected: list[Tensor] = []
@@ -118,7 +122,7 @@ def _doubt(module: Any, kind: type[AttentionLayer], inputs: list[Tensor]) -> str
         if not isinstance(result, Tensor) or not _is_close(result, output):
             return 'its output is not that of its proj'
         if not _is_close(qkv, F.linear(x, module.qkv.weight, module.qkv.bias)):
-            return 'its qkv is no linear layer'
+            return 'the output of its qkv is not weight times input plus bias'
         values = (heads.scores @ heads.value).transpose(1, 2).flatten(2)
         if not _is_close(values, heads.outputs):
             return 'the input of its proj is not softmax times values'

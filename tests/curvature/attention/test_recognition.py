@@ -165,10 +165,10 @@ def test_dot_product_attention_is_read(
         (lambda: TokenAttn(kind='drops keys'), 'is not softmax times values, in training'),
         (lambda: TokenAttn(kind='shortcut'), 'its output is not that of its proj'),
         (lambda: TokenAttn(kind='bias'), 'is not softmax times values'),
-        (lambda: SignedAttn(), 'its qkv is no linear layer'),
+        (lambda: SignedAttn(), 'the output of its qkv is not weight times input'),
         (lambda: CrossAttn(), 'it may depend on memory too'),
         (lambda: WindowAttn(kind='batch bias'), 'its logits are no scaled dot products'),
-        (lambda: SelfCopyAttn(), 'its copy is no copy'),
+        (lambda: SelfCopyAttn(), 'shares modules or tensors with it'),
         (lambda: with_heads(0), 'it has no number num_heads'),
         (lambda: with_heads(5), 'queries, keys and values must have equally many heads'),
         (lambda: WindowAttn(kind='columns'), 'its logits are no scaled dot products'),
@@ -198,7 +198,7 @@ def test_a_module_that_takes_other_arguments() -> None:
             raise RuntimeError('needs a map\nof another shape')
 
     assert unread(NeedyAttention()) == (
-        'it cannot be tried out on tokens alone (RuntimeError: needs a map)'
+        'its forward pass failed on random tokens (RuntimeError: needs a map)'
     )
 
 
