@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..linalg import Shape
+from ..linalg import Shape, at_least_float32
 from .calls import Call, Observer, Tap
 from .drawing import Drawing
 from .gram import gram
@@ -87,7 +87,7 @@ class Layer:
     @property
     def working_dtype(self) -> torch.dtype:
         """Dtype of all statistics: the dtype of the weight, but at least float32."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return at_least_float32(self.weight.dtype)
 
     @property
     def is_replaced(self) -> bool:

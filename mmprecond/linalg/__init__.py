@@ -32,7 +32,7 @@ from .operators import (
     write,
 )
 from .positions import PositionBasis, PositionMatrix, position_power
-from .precision import PRECISIONS, matmul_precision, rounded
+from .precision import PRECISIONS, at_least_float32, matmul_precision, rounded
 from .products import add_product, stacked_product
 from .roots import inverse_power, newton_schulz_inverse_root, newton_schulz_inverse_root_of_values
 from .spectrum import largest_eigenvalue, largest_eigenvalue_of_columns
@@ -55,6 +55,7 @@ __all__ = [
     'add_product',
     'all_finite',
     'apply_columns',
+    'at_least_float32',
     'assign_columns',
     'cholesky_inverse',
     'columns_to_matrix',

@@ -70,3 +70,9 @@ def rounded(tensor: Tensor) -> Tensor:
     products = getattr(torch.backends.mkldnn, 'matmul', None)  # torch < 2.9 has none
     level = getattr(products, 'fp32_precision', None) or torch.get_float32_matmul_precision()
     return tensor.bfloat16().float() if level in ('bf16', 'medium') else tensor
+
+
+@functools.cache
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of statistics for weights of a dtype: the same, but at least float32."""
+    return torch.promote_types(dtype, torch.float32)

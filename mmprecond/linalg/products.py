@@ -16,8 +16,11 @@ def stacked_product(first: Tensor, second: Tensor) -> Tensor:
     last one. Large or single matrices are therefore multiplied one after the other, without
     autograd.
     """
-    if not _should_loop(first, second):
+    if first.dim() < 3 or first.shape[:-2] != second.shape[:-2]:
         return first @ second
+    if not _should_loop(first, second):  # a call of bmm makes fewer views than @
+        product = torch.bmm(_in_batch(first), _in_batch(second))
+        return product.view(*first.shape[:-1], second.shape[-1])
     result = first.new_empty(*first.shape[:-1], second.shape[-1])
     for left, right, out in _zip_matrices(first, second, result):
         torch.mm(left, right, out=out)
@@ -32,11 +35,18 @@ def add_product(
     If `old` is false, T is overwritten: ``T = sign A B``.
     """
     if not _should_loop(first, second):
-        flat, left, right = (t[None].flatten(0, -3) for t in (total, first, second))
-        flat.baddbmm_(left, right, beta=int(old), alpha=sign)
+        left, right = _in_batch(first), _in_batch(second)
+        _in_batch(total).baddbmm_(left, right, beta=int(old), alpha=sign)
         return
     for left, right, out in _zip_matrices(first, second, total):
         out.addmm_(left, right, beta=int(old), alpha=sign)
+
+
+def _in_batch(stack: Tensor) -> Tensor:
+    """Matrices (..., m, n) as (b, m, n)."""
+    if stack.dim() == 3:
+        return stack
+    return stack.flatten(0, -3) if stack.dim() > 3 else stack[None]
 
 
 def _should_loop(first: Tensor, second: Tensor) -> bool:
