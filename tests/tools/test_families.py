@@ -43,7 +43,7 @@ def test_five_families_of_each_toolbox() -> None:
     assert set(families.COMPARED) <= set(FAMILIES | USUAL)
 
 
-@pytest.mark.parametrize('name', ['DETR R50', 'Mask R-CNN ConvNeXt-T', 'BEiT-B, fine-tuned'])
+@pytest.mark.parametrize('name', ['DETR R50', 'Mask R-CNN ConvNeXt-T', 'BEiT-B (fine-tuned)'])
 def test_a_config_keeps_all_but_its_data(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     if family.toolbox not in installed():

@@ -60,10 +60,10 @@ FAMILIES = {
     'Mask R-CNN ConvNeXt-T': Family(
         'mmdet::convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco', masks=True
     ),
-    'ViT-B, fine-tuned after MAE': Family(
+    'ViT-B (fine-tuned after MAE)': Family(
         'mmpretrain::mae/benchmarks/vit-base-p16_8xb128-coslr-100e_in1k', size=224
     ),
-    'BEiT-B, fine-tuned': Family(
+    'BEiT-B (fine-tuned)': Family(
         'mmpretrain::beit/benchmarks/beit-base-p16_8xb128-coslr-100e_in1k', size=224
     ),
     'ConvNeXt-T': Family('mmpretrain::convnext/convnext-tiny_32xb128_in1k', batch=4),
@@ -81,7 +81,9 @@ FAMILIES = {
     'Rotated RetinaNet R50': Family(
         f'{_ROTATE}rotated_retinanet/rotated-retinanet-rbox-le90_r50_fpn_1x_dota'
     ),
-    'Rotated FCOS R50, KLD': Family(f'{_ROTATE}rotated_fcos/rotated-fcos-le90_r50_fpn_kld_1x_dota'),
+    'Rotated FCOS R50 (KLD)': Family(
+        f'{_ROTATE}rotated_fcos/rotated-fcos-le90_r50_fpn_kld_1x_dota'
+    ),
     'Rotated ATSS R50': Family(f'{_ROTATE}rotated_atss/rotated-atss-le90_r50_fpn_1x_dota'),
     'Oriented R-CNN Swin-T': Family(
         f'{_ROTATE}oriented_rcnn/oriented-rcnn-le90_swin-tiny_fpn_1x_dota'
