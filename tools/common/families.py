@@ -84,7 +84,7 @@ FAMILIES = {
     'Rotated FCOS R50 (KLD)': Family(
         f'{_ROTATE}rotated_fcos/rotated-fcos-le90_r50_fpn_kld_1x_dota'
     ),
-    'Rotated ATSS R50': Family(f'{_ROTATE}rotated_atss/rotated-atss-le90_r50_fpn_1x_dota'),
+    'S2ANet R50': Family(f'{_ROTATE}s2anet/s2anet-le135_r50_fpn_1x_dota'),
     'Oriented R-CNN Swin-T': Family(
         f'{_ROTATE}oriented_rcnn/oriented-rcnn-le90_swin-tiny_fpn_1x_dota'
     ),
