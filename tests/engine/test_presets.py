@@ -150,7 +150,7 @@ def test_schedulers_change_all_rates(
         for mine, theirs in zip(
             wrapper.optimizer.param_groups, by_hand.optimizer.param_groups, strict=True
         ):
-            theirs['lr'] = mine['lr']
+            theirs.update(lr=mine['lr'], initial_lr=mine['initial_lr'])  # as a scheduler does
         ours.train_step(batch(seed=step), wrapper)
         other.train_step(batch(seed=step), by_hand)
         scheduler.step()

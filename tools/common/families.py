@@ -81,8 +81,8 @@ FAMILIES = {
     'Rotated RetinaNet R50': Family(
         f'{_ROTATE}rotated_retinanet/rotated-retinanet-rbox-le90_r50_fpn_1x_dota'
     ),
-    'Rotated FCOS R50 (KLD)': Family(
-        f'{_ROTATE}rotated_fcos/rotated-fcos-le90_r50_fpn_kld_1x_dota'
+    'Rotated Faster R-CNN R50': Family(
+        f'{_ROTATE}rotated_faster_rcnn/rotated-faster-rcnn-le90_r50_fpn_1x_dota'
     ),
     'S2ANet R50': Family(f'{_ROTATE}s2anet/s2anet-le135_r50_fpn_1x_dota'),
     'Oriented R-CNN Swin-T': Family(
