@@ -1,7 +1,7 @@
 """Curvature of a model: layers, stacks, schedules, checkpoints and reports."""
 
 from ..preconditioners import RefreshError
-from .assignment import Assignment, parse_layers
+from .assignment import Assignment, parse_layers, split_words
 from .basis import rotate
 from .curvature import Curvature, CurvatureOptions
 from .monitor import Monitor, RefreshReport
@@ -17,4 +17,5 @@ __all__ = [
     'RefreshReport',
     'parse_layers',
     'rotate',
+    'split_words',
 ]

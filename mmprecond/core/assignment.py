@@ -193,15 +193,24 @@ def parse_layers(layers: Any) -> Assignment:
         ValueError: If it is none of them; the message says what to write instead.
     """
     if isinstance(layers, str):
-        names = [name.strip() for name in layers.split('+')]
-        if len(names) > len(PARTS) or not all(names):
-            raise ValueError(f'layers={layers!r}: write {FORMS}')
-        layers = dict(zip(PARTS[-len(names) :], names, strict=True))
+        layers = split_words(layers)
     if isinstance(layers, dict) and layers:
         return Assignment(_parse_parts(layers))
     if not isinstance(layers, (list, tuple)) or not layers:
         raise ValueError(f'layers={layers!r} is not a list of entries: write {FORMS}')
     return Assignment([_parse_entry(f'layers[{k}]', entry) for k, entry in enumerate(layers)])
+
+
+def split_words(words: str) -> dict[str, str]:
+    """Reads 'NKFAC' or 'AFOpt+NKFAC' as the dict with the keys 'attention' and 'elsewhere'.
+
+    Raises:
+        ValueError: If there are more than two names, or an empty one.
+    """
+    names = [name.strip() for name in words.split('+')]
+    if len(names) > len(PARTS) or not all(names):
+        raise ValueError(f'layers={words!r}: write {FORMS}')
+    return dict(zip(PARTS[-len(names) :], names, strict=True))
 
 
 def _parse_parts(parts: dict[str, Any]) -> list[Entry]:

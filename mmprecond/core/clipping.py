@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import Layer
+from ..linalg import at_least_float32
 
 
 def kl_clip(
@@ -57,7 +58,7 @@ def clip_norm(directions: dict[Tensor, Tensor], largest: float) -> None:
     if not directions:
         return
     device = next(iter(directions.values())).device
-    wide = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in directions.values()]
+    wide = [d.to(at_least_float32(d.dtype)) for d in directions.values()]
     norms = torch._foreach_norm(wide)
     total = torch.stack([norm.to(device, torch.float64) for norm in norms]).norm()
     factor = (largest / total.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1)

@@ -74,5 +74,5 @@ def rounded(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics for weights of a dtype: the same, but at least float32."""
+    """The wider of a dtype and float32."""
     return torch.promote_types(dtype, torch.float32)

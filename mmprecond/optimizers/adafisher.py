@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..linalg import at_least_float32
 from ..preconditioners import FisherDiagonal
 from ..rules import EMASGD
 from .base import PreconditionedOptimizer
@@ -77,7 +78,7 @@ class AdaFisher(PreconditionedOptimizer):
 
     def _update_own_factors(self, state: dict[str, Any], gradient: Tensor) -> None:
         """Merges the squared gradient of a parameter, with ones as its inputs."""
-        sample = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square()
+        sample = gradient.to(at_least_float32(gradient.dtype)).square()
         if 'fisher_gradient' not in state:
             state['fisher_gradient'] = torch.zeros_like(sample)
             state['fisher_input'] = sample.new_zeros(())

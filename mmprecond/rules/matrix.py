@@ -6,10 +6,10 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..checks import check_count
+from ..linalg import at_least_float32
 from .adam import AdamW
 from .base import Group, State
 
@@ -125,7 +125,7 @@ def matrix_shape(param: Tensor) -> tuple[int, int]:
 
 def _upcast(matrix: Tensor) -> Tensor:
     """The matrix in at least float32."""
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return matrix.to(at_least_float32(matrix.dtype))
 
 
 def _chunks(members: list[int], shape: tuple[int, int]) -> Iterator[list[int]]:

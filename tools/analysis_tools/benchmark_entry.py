@@ -13,6 +13,7 @@ from torch import nn
 import mmprecond.optimizers as optimizers
 from common.timing import now
 from mmprecond.checks import did_you_mean
+from mmprecond.core import split_words
 from mmprecond.engine.peers import with_groups
 from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
 
@@ -117,8 +118,7 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
         extra = dict(momentum=0.9) if name == 'SGD' else {}
         return getattr(torch.optim, name)(model.parameters(), lr=1e-5, **extra, **options)
     if '+' in name:
-        parts = zip(('attention', 'elsewhere'), name.split('+', 1), strict=True)
-        layers = {part: dict(type=word, **INTERVALS) for part, word in parts}
+        layers = {part: dict(type=word, **INTERVALS) for part, word in split_words(name).items()}
         rule = dict(type='AdamW', lr=1e-5)
         return optimizers.Preconditioned(model, rule=rule, layers=layers, **options)
     if name in timed():

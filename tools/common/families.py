@@ -17,11 +17,10 @@ import numpy as np
 from mmengine.config import Config
 from PIL import Image, ImageDraw
 
-from mmprecond.datasets import make_shape_folders, make_shapes
+from mmprecond.datasets import CLASSES, make_shape_folders, make_shapes
 from mmprecond.engine import launch
 
 SIZE = 160  # pixels of a drawn image
-CLASSES = ('circle', 'square', 'triangle', 'star')
 KEYPOINTS = 17  # as many as COCO's
 #: Hooks that would replace the pipeline of a data set; they are removed.
 PIPELINE_HOOKS = ('YOLOXModeSwitchHook', 'PipelineSwitchHook', 'mmdet.PipelineSwitchHook')
@@ -51,7 +50,7 @@ class Family:
 
 _SEG, _ROTATE = 'mmseg::', 'mmrotate::'
 _POSE = 'mmpose::body_2d_keypoint/'
-#: Models that no test of this project trains, five of each toolbox.
+#: Models that no test but the tool's own trains, five of each toolbox.
 FAMILIES = {
     'DETR R50': Family('mmdet::detr/detr_r50_8xb2-150e_coco'),
     'DINO R50': Family('mmdet::dino/dino-4scale_r50_8xb2-12e_coco', size=256),  # 900 queries

@@ -27,6 +27,7 @@ import torch
 from mmengine.logging import MMLogger
 from tqdm import tqdm
 
+from mmprecond.core import split_words
 from mmprecond.datasets import make_shape_folders, make_shapes
 from mmprecond.engine import launch
 
@@ -218,8 +219,8 @@ def _adapt_to_cpu(cfg: Any, data: Path) -> str:
     blind = cfg.default_scope == 'mmpretrain' and cfg.model.backbone.type.startswith('ResNet')
     words = cfg.optim_wrapper.get('precondition')
     if words:
-        parts = dict(zip(('attention', 'elsewhere'), words.split('+'), strict=True))
-        cfg.optim_wrapper.precondition = {part: dict(type=word) for part, word in parts.items()}
+        parts = split_words(words).items()
+        cfg.optim_wrapper.precondition = {part: dict(type=word) for part, word in parts}
         entries += cfg.optim_wrapper.precondition.values()
     for entry in entries:
         if entry.get('type') == 'AdamR' or blind and 'stat_interval' in entry:
