@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,9 @@ class Transformed:
 
     def rows(self, matrices: Tensor) -> tuple[Tensor, ...]:
         """Views (b / parts, o, i) of the k * parts parts of matrices (k, b, o, i)."""
-        return matrices.unflatten(1, (self.parts, -1)).flatten(0, 1).unbind()
+        if self.parts > 1:
+            matrices = matrices.unflatten(1, (self.parts, -1)).flatten(0, 1)
+        return matrices.unbind()
 
     def cosines(self, norms: Tensor) -> Tensor:
         """Cosines (k * parts,) of the parts of given matrices and results, by products of norms."""
@@ -52,7 +54,7 @@ class Transformed:
 
     def write(self, tensors: dict[Tensor, Tensor]) -> None:
         """Puts the results into a dict by parameter, where it has the parameter."""
-        for layer, matrix in zip(self.layers, self.results, strict=True):
+        for layer, matrix in zip(self.layers, self.results.unbind(), strict=True):
             pieces = zip(layer.parameters, layer.split(matrix), strict=True)
             tensors.update((p, piece) for p, piece in pieces if p in tensors)
 
@@ -66,7 +68,7 @@ def transform(
 
     Args:
         stack: The stack.
-        function: Function of operators and matrices (k, b, o, i).
+        function: Function of operators and matrices (k, b, o, i), which it must not change.
         tensors: Tensors by parameter.
 
     Returns:
@@ -79,14 +81,27 @@ def transform(
     transformed = []
     for batch in [[one] for one in ready] if one_by_one else [ready]:
         positions, layers = zip(*batch, strict=True)
-        matrices = [layer.join(*(tensors.get(p) for p in layer.parameters)) for layer in layers]
-        # A single matrix is not copied, so the function must not write to it.
-        given = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+        given = _gather(layers, tensors)
         results = function(stack.operators_of(positions), given)
         method = stack.method
         parts = method.norm_parts(layers[0])
         transformed.append(Transformed(layers, given, results, parts, method.warm_up))
     return transformed
+
+
+def _gather(layers: Sequence[Layer], tensors: Mapping[Tensor, Tensor]) -> Tensor:
+    """Matrices (k, b, o, i) of some layers' tensors; that of a single weight is not copied."""
+    weights = [layer.weight_matrix(tensors[layer.weight]) for layer in layers]
+    if len({weight.shape for weight in weights}) > 1:  # a bias, or one more input in its place
+        rest = [map(tensors.get, layer.parameters[1:]) for layer in layers]
+        pairs = zip(layers, rest, strict=True)
+        return torch.stack([layer.join(tensors[layer.weight], *bias) for layer, bias in pairs])
+    matrices = torch.stack(weights) if len(weights) > 1 else weights[0][None]
+    if layers[0].bias is None:
+        return matrices
+    biases = [layer.bias_column(tensors.get(layer.parameters[1])) for layer in layers]
+    columns = torch.stack(biases) if len(biases) > 1 else biases[0][None]
+    return torch.cat([matrices, columns], 3)
 
 
 def recover_norms(batches: Iterable[Transformed], reached: float = 1.0) -> None:

@@ -350,7 +350,7 @@ class ConvTranspose2dLayer(ConvLayer):
         super().__init__(*args, **options)
         self.rows, self.columns = self.weight[0].numel(), self.weight.shape[0] // self.blocks
 
-    def join(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def weight_matrix(self, weight: Tensor) -> Tensor:
         return weight.to(self.working_dtype).reshape(self.blocks, self.columns, -1).mT
 
     def split(self, matrix: Tensor) -> list[Tensor]:

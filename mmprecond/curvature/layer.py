@@ -190,17 +190,21 @@ class Layer:
         """The weight, and the bias if it is joint."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
+    def weight_matrix(self, weight: Tensor) -> Tensor:
+        """Puts a weight-shaped tensor into the matrix form, without the column of a joint bias."""
+        return weight.to(self.working_dtype).reshape(self.blocks, self.rows, -1)
+
     def join(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Puts weight- and bias-shaped tensors into the matrix form (blocks, o, i)."""
-        matrix = weight.to(self.working_dtype).reshape(self.blocks, self.rows, -1)
-        if self.bias is None:
-            return matrix
-        column = (
-            matrix.new_zeros(self.blocks, self.rows, 1)
-            if bias is None
-            else bias.to(self.working_dtype).reshape(self.blocks, self.rows, 1)
-        )
-        return torch.cat([matrix, column], dim=2)
+        matrix = self.weight_matrix(weight)
+        return matrix if self.bias is None else torch.cat([matrix, self.bias_column(bias)], 2)
+
+    def bias_column(self, bias: Tensor | None) -> Tensor:
+        """Puts a bias-shaped tensor into the matrix form (blocks, o, 1); None gives zeros."""
+        shape = (self.blocks, self.rows, 1)
+        if bias is None:
+            return self.weight.new_zeros(shape, dtype=self.working_dtype)
+        return bias.to(self.working_dtype).reshape(shape)
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of `join`: tensors shaped and typed like `parameters`."""

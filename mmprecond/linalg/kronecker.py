@@ -139,7 +139,7 @@ def _by_output(weights: Tensor, rest: Tensor, factor: Tensor | None = None) -> T
     matrices = weights.new_empty(*rest.shape[:-1], size + rest.shape[-1])
     matrices[..., :size].unflatten(-1, (channels, positions)).copy_(weights.movedim(2, -1))
     if rest.shape[-1]:
-        matrices[..., size:] = rest if factor is None else rest * factor
+        torch.mul(rest, 1.0 if factor is None else factor, out=matrices[..., size:])
     return matrices
 
 

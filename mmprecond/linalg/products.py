@@ -58,8 +58,8 @@ def _should_loop(first: Tensor, second: Tensor) -> bool:
 
 def _zip_matrices(first: Tensor, second: Tensor, result: Tensor) -> zip[tuple[Tensor, ...]]:
     return zip(
-        first.flatten(0, -3),
-        second.flatten(0, -3),
-        result.view(-1, *result.shape[-2:]),
+        first.flatten(0, -3).unbind(),
+        second.flatten(0, -3).unbind(),
+        result.view(-1, *result.shape[-2:]).unbind(),
         strict=True,
     )
