@@ -25,6 +25,7 @@ from .directions import recover_norms, transform
 from .failures import FailurePolicy
 from .memory import check_memory_budget, forecast, held_megabytes
 from .monitor import Monitor
+from .overhead import OverheadSearch, with_intervals
 from .refresh import finish_refresh, start_refresh
 from .samples import SampleCollector, to_host
 from .schedule import LEAST_REACHED, Schedule, share_reached
@@ -44,6 +45,7 @@ class CurvatureOptions:
     clip_update: float | None = None
     check_memory: bool = True
     stagger: bool = False
+    overhead: float | None = None
     matmul_precision: str = 'auto'
 
     #: Settings behind published numbers.
@@ -51,6 +53,8 @@ class CurvatureOptions:
 
     def __post_init__(self) -> None:
         check_flag('stagger', self.stagger)
+        if self.overhead is not None:
+            check_number('overhead', self.overhead, high=1, open_low=True)
         check_choice('matmul_precision', self.matmul_precision, PRECISIONS)
         check_number('capture_mb', self.capture_mb, open_low=True, finite=False)
         check_choice('sharding', self.sharding, SHARDINGS)
@@ -111,6 +115,10 @@ class Curvature:
         for layer, chosen in methods.items():
             self._add_layer(layer, chosen)
         self._schedule = Schedule(methods, options.stagger)
+        self._search: OverheadSearch | None = None
+        if options.overhead is not None:
+            device = next(iter(methods)).weight.device
+            self._search = OverheadSearch(options.overhead, device, methods.values())
         if options.check_memory:
             check_memory_budget(self.layers, self.sharding, owner)
         self.capture = Capture(partial(matmul_precision, options.matmul_precision))
@@ -146,6 +154,17 @@ class Curvature:
         """
         self.reassign(layer, method)
         self.layers[layer].merge({layer: statistics})
+
+    def _set_intervals(self, intervals: tuple[int, int] | None) -> None:
+        """Captures and refreshes at other intervals from the next step on; None keeps them."""
+        if intervals is None:
+            return
+        for stack in self.stacks:
+            stack.change_method(with_intervals(stack.method, intervals))
+        methods = {layer: stack.method for layer, stack in self.layers.items()}
+        # While times are measured, all layers are captured at the same steps.
+        searching = self._search is not None and self._search.found is None
+        self._schedule = Schedule(methods, self.options.stagger and not searching)
 
     def watch_refreshes(self, monitor: Monitor | None) -> None:
         """Sets the monitor that reports refreshes; None stops the reports."""
@@ -191,29 +210,37 @@ class Curvature:
         """
         if self.monitor is not None:
             self.monitor.begin()
-        self.merge(step)
+        if self._search is not None:
+            self._search.begin()
+        captured = self.merge(step)
         if self.reached < 1:
             self.reached = max(self.reached, share_reached(groups))
-        return self.refresh(step)
+        due = self._stacks_to_refresh(step)
+        snapshots = self.refresh(step, due)
+        if self._search is not None:
+            self._set_intervals(self._search.end(captured, bool(due)))
+        return snapshots
 
-    def merge(self, step: int) -> None:
-        """Merges the statistics measured for a step into the running statistics."""
+    def merge(self, step: int) -> bool:
+        """Merges the statistics measured for a step; returns False if it measured nothing."""
         due = list(self.due(step))
         if due:
             self._schedule.recapture(())  # this step includes the pending recaptures
             self._samples.collect(due, self.layers, step)
+        return bool(due)
 
-    def refresh(self, step: int) -> list[BasisSnapshot]:
-        """Refreshes layers that are due, and layers with statistics but without an operator.
-
-        Returns:
-            The same snapshots as `update`.
-        """
-        due = [
+    def _stacks_to_refresh(self, step: int) -> list[tuple[LayerStack, list[int]]]:
+        """Stacks with the positions that are due, or that have statistics but no operator."""
+        return [
             (stack, positions)
             for stack in self.stacks
             if (positions := self._schedule.refreshes(stack, step))
         ]
+
+    def refresh(
+        self, step: int, due: Sequence[tuple[LayerStack, list[int]]]
+    ) -> list[BasisSnapshot]:
+        """Refreshes layers of stacks; returns the same snapshots as `update`."""
         if not due:
             return []
         self.sharding.check_ranks()
@@ -308,7 +335,8 @@ class Curvature:
     def state_dict(self, steps: int) -> dict[str, Any]:
         """State after a number of steps: tensors, numbers and strings by parameter name."""
         complete = self.options.save_curvature
-        return checkpoint.export(self.layers, self.sharding, steps, self.reached, complete)
+        state = checkpoint.export(self.layers, self.sharding, steps, self.reached, complete)
+        return state | (self._search.state_dict() if self._search is not None else {})
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> checkpoint.Restored:
         """Loads a state; missing statistics are measured at the next step.
@@ -319,6 +347,8 @@ class Curvature:
         self.capture.restart()
         restored = checkpoint.restore(self.layers, self.sharding, saved)
         self.reached = restored.reached
+        if self._search is not None:
+            self._set_intervals(self._search.load_state_dict(saved))
         # These layers had statistics in the saved run, so they are measured at once.
         self._schedule.recapture(
             layer for layer in restored.unfit if self.layers[layer].method.refresh_on_first_sample

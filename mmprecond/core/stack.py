@@ -70,7 +70,6 @@ class LayerStack:
         kept: Statistics that the stack keeps.
         needed: Statistics that must be nonzero for a sample to count.
         outline: Operators of one layer in their likely shapes, on the meta device.
-        key: Key that is equal for all layers of one stack.
         archive: Another rank's operators in host memory, for checkpoints only.
         slots: Layers of the stack, in the order of the stacked tensors.
         statistics: Running statistics (k, b, n, m) by tensor name.
@@ -89,8 +88,7 @@ class LayerStack:
             (slot, type(operator), tuple(t.shape for t in operator.tensors))
             for slot, operator in self.outline.items()
         )
-        self.key = (
-            method,
+        self._layout = (
             layer.shape,
             operators,
             self.kept,
@@ -100,6 +98,15 @@ class LayerStack:
             owner,
         )
         self.clear()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Key that is equal for all layers of one stack."""
+        return (self.method, *self._layout)
+
+    def change_method(self, method: Preconditioner) -> None:
+        """Replaces the method by one that differs in its intervals only."""
+        self.method = method
 
     def clear(self) -> None:
         """Forgets all layers."""

@@ -13,6 +13,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
 from torch import nn
 
+from ..core import CurvatureOptions
 from ..curvature import unwrap
 from ..optimizers import Preconditioned, RuleOptimizer
 from ..optimizers.replacement import rule_for
@@ -45,13 +46,15 @@ class PrecondOptimWrapperConstructor:
     Args:
         optim_wrapper_cfg: The config. Its `precondition` is one of the forms of `layers` in
             `Preconditioned`: 'NKFAC', 'AFOpt+NKFAC' (attention and elsewhere; the default), a dict
-            or a list. With None the base constructor does all the work. Its `base_constructor`
-            names the base constructor (default: the one that reads all keys of `paramwise_cfg`).
+            or a list. With None the base constructor does all the work. Further options of
+            `Preconditioned` (``overhead=0.05``) stand beside it. Its `base_constructor` names
+            the base constructor (default: the one that reads all keys of `paramwise_cfg`).
         paramwise_cfg: Settings of parameter groups, as in MMEngine.
 
     Raises:
-        ValueError: If no rule can replace the optimizer, `precondition` stands beside an optimizer
-            of this package or is misspelt, or the base constructor is unclear.
+        ValueError: If no rule can replace the optimizer, `precondition` or an option stands beside
+            an optimizer of this package, `precondition` is misspelt, or the base constructor is
+            unclear.
         KeyError: If a type is not registered.
     """
 
@@ -66,8 +69,14 @@ class PrecondOptimWrapperConstructor:
                 raise ValueError(f'optim_wrapper has {key}; did you mean precondition?')
         given, optimizer = 'precondition' in cfg, cfg.get('optimizer')
         precondition = cfg.pop('precondition', DEFAULT)
+        options = {key: cfg.pop(key) for key in CurvatureOptions.names() if key in cfg}
         if precondition is not None and (given or not _does_without(optimizer)):
-            self._check_groups, cfg['optimizer'] = _attach(optimizer, precondition)
+            self._check_groups, cfg['optimizer'] = _attach(optimizer, precondition, options)
+        elif options:
+            raise ValueError(
+                f'optim_wrapper has {", ".join(options)}, which goes with precondition; an '
+                'optimizer of mmprecond takes it among its own settings'
+            )
         if base is None:
             base = find_base(paramwise_cfg, strict=precondition is not None)
         hoisted = _rule_defaults(cfg.get('optimizer'))
@@ -132,7 +141,7 @@ def _does_without(optimizer: Any) -> bool:
 
 
 def _attach(
-    optimizer: Any, precondition: Any
+    optimizer: Any, precondition: Any, options: dict[str, Any]
 ) -> tuple[Callable[[list[dict[str, Any]]], None], dict[str, Any]]:
     """Config of `Preconditioned` with an optimizer of torch or Adan as its rule.
 
@@ -173,7 +182,9 @@ def _attach(
                 )
 
     rule = rule_of(settings)
-    return check_groups, type(optimizer)(type='Preconditioned', rule=rule, layers=precondition)
+    return check_groups, type(optimizer)(
+        type='Preconditioned', rule=rule, layers=precondition, **options
+    )
 
 
 def _rule_defaults(optimizer: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,6 @@ class AdaFisher(PreconditionedOptimizer):
         **settings: Any,
     ) -> None:
         method, options = split_settings(self, FisherDiagonal, settings)
-        self.method = method
         super().__init__(
             params,
             model=model,
@@ -68,6 +67,11 @@ class AdaFisher(PreconditionedOptimizer):
             **options,
         )
         self._layer_params = {p for layer in self.curvature.layers for p in layer.parameters}
+
+    @property
+    def method(self) -> FisherDiagonal:
+        """The method of all layers, at its present intervals."""
+        return cast(FisherDiagonal, self.curvature.stacks[0].method)
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if self.t % self.method.stat_interval == 0:

@@ -40,7 +40,7 @@ class Preconditioned(PreconditionedOptimizer):
             remaining layers. `preconditioner` is ``dict(type=..., **settings)``, or None for the
             plain rule. A type is a class ('NewtonKronecker') or the method's name ('NKFAC').
         **options: `capture_mb`, `save_curvature`, `sharding`, `clip_update`, `check_memory`,
-            `stagger` and `matmul_precision`, as in `PreconditionedOptimizer`.
+            `stagger`, `overhead` and `matmul_precision`, as in `PreconditionedOptimizer`.
 
     Raises:
         ValueError: If a type or setting is unknown, an entry matches nothing, a preconditioner does

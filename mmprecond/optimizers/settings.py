@@ -49,7 +49,8 @@ def split_settings(
         [*argument_names(type(owner)), *known, *option_names, 'settings'],
     )
     base = owner.preset if named == 'default' else {**method.published, **owner.published}
-    return method(**{**base, **{k: v for k, v in overrides.items() if k in known}}), options
+    own = {key: value for key, value in overrides.items() if key in known}
+    return method(**{**base, **own}, given=frozenset(own)), options
 
 
 def takes_settings(init: Callable[..., None]) -> Callable[..., None]:

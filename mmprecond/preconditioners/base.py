@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -81,6 +81,7 @@ class Preconditioner(ABC):
             scales the sums to all rows, so that the statistics are unbiased. Output gradients are
             drawn by size, because a detector's are zero at most positions. None takes all rows. Of
             separable sides, kernel positions alone are sampled, by images and channels.
+        given: Names of the settings that the user gave. No setting itself.
     """
 
     stat_interval: int = 20
@@ -91,6 +92,7 @@ class Preconditioner(ABC):
     oversize: str = 'skip'
     max_rank: int | None = None
     max_rows: int | None = None
+    given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     #: Name of the method in the literature, which `layers` and `precondition` take.
     word: ClassVar[str] = ''
@@ -135,7 +137,7 @@ class Preconditioner(ABC):
     @classmethod
     def options(cls) -> list[str]:
         """Names of the settings."""
-        return [field.name for field in fields(cls)]
+        return [setting.name for setting in fields(cls) if setting.name != 'given']
 
     # ---------------------------------------------------------------- statistics
 

@@ -96,4 +96,5 @@ def build_preconditioner(method: type[Preconditioner], settings: dict[str, Any])
     overrides = dict(settings)
     named = overrides.pop('settings', 'default')
     check_choice('settings', named, SETS)
-    return method(**{**(method.published if named == 'published' else {}), **overrides})
+    base = method.published if named == 'published' else {}
+    return method(**{**base, **overrides}, given=frozenset(overrides))

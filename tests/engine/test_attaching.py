@@ -241,6 +241,16 @@ def test_a_typing_error_in_the_key() -> None:
         attach(Classifier(), ADAMW, preconditon='NKFAC')
 
 
+def test_options_stand_beside_precondition() -> None:
+    optimizer = attach(Classifier(), ADAMW, overhead=0.05, clip_update=1.0).optimizer
+    assert optimizer.curvature.options.overhead == 0.05
+    assert optimizer.curvature.options.clip_update == 1.0
+    for wrong in (dict(optimizer=dict(type='NKFAC', lr=0.1)), dict(optimizer=ADAMW)):
+        rest = {} if wrong['optimizer'] is not ADAMW else dict(precondition=None)
+        with pytest.raises(ValueError, match='optim_wrapper has overhead, which goes with precond'):
+            attach(Classifier(), **wrong, overhead=0.05, **rest)
+
+
 # ------------------------------------------------------------------- rules
 
 
