@@ -199,7 +199,7 @@ class Curvature:
         self.capture.disarm()
 
     def update(self, step: int, groups: Iterable[Mapping[str, Any]]) -> list[BasisSnapshot]:
-        """Merges the statistics measured for a step, then refreshes the operators that are due.
+        """Takes the statistics measured for a step, then refreshes the operators that are due.
 
         Args:
             step: The step.
@@ -212,22 +212,32 @@ class Curvature:
             self.monitor.begin()
         if self._search is not None:
             self._search.begin()
-        captured = self.merge(step)
+        measured = self.start_merge(step)
+        known = all(self.layers[layer].holds(layer) for layer in measured)
+        if not known or self._stacks_to_refresh(step):
+            self.finish_merge()
         if self.reached < 1:
             self.reached = max(self.reached, share_reached(groups))
-        due = self._stacks_to_refresh(step)
-        snapshots = self.refresh(step, due)
+        refreshed = bool(self._stacks_to_refresh(step))
+        snapshots = self.refresh(step)
         if self._search is not None:
-            self._set_intervals(self._search.end(captured, bool(due)))
+            self._set_intervals(self._search.end(bool(measured), refreshed))
         return snapshots
 
-    def merge(self, step: int) -> bool:
-        """Merges the statistics measured for a step; returns False if it measured nothing."""
+    def start_merge(self, step: int) -> list[Layer]:
+        """Starts to sum the statistics measured for a step over ranks; returns their layers."""
         due = list(self.due(step))
         if due:
             self._schedule.recapture(())  # this step includes the pending recaptures
-            self._samples.collect(due, self.layers, step)
-        return bool(due)
+            self._samples.start(due, self.layers, step)
+        return due
+
+    def finish_merge(self) -> None:
+        """Merges the statistics of the step; called at its end.
+
+        Where no refresh needs them, their sums over ranks travel during the rest of the step.
+        """
+        self._samples.finish()
 
     def _stacks_to_refresh(self, step: int) -> list[tuple[LayerStack, list[int]]]:
         """Stacks with the positions that are due, or that have statistics but no operator."""
@@ -237,10 +247,9 @@ class Curvature:
             if (positions := self._schedule.refreshes(stack, step))
         ]
 
-    def refresh(
-        self, step: int, due: Sequence[tuple[LayerStack, list[int]]]
-    ) -> list[BasisSnapshot]:
-        """Refreshes layers of stacks; returns the same snapshots as `update`."""
+    def refresh(self, step: int) -> list[BasisSnapshot]:
+        """Refreshes the operators that are due; returns the same snapshots as `update`."""
+        due = self._stacks_to_refresh(step)
         if not due:
             return []
         self.sharding.check_ranks()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..curvature import Capture, Layer
-from ..distributed import sum_over_ranks, world_size
+from ..distributed import start_sum, sum_over_ranks, world_size
 from .guard import SilenceGuard
 from .stack import LayerStack
 
@@ -17,6 +18,25 @@ logger = logging.getLogger('mmprecond')
 
 #: Tensors of one layer's statistics by name.
 Sample = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Samples of a step whose sums over ranks are under way.
+
+    Attributes:
+        samples: Samples by layer.
+        rows: Number of rows of each layer that was due.
+        layers: Stack of each layer.
+        step: The step.
+        wait: Function that completes the sums.
+    """
+
+    samples: dict[Layer, Sample]
+    rows: dict[Layer, float]
+    layers: Mapping[Layer, LayerStack]
+    step: int
+    wait: Callable[[], None]
 
 
 class SampleCollector:
@@ -32,20 +52,46 @@ class SampleCollector:
     def __init__(self, capture: Capture) -> None:
         self.dropped = 0
         self._capture = capture
+        self._pending: _Pending | None = None
         self._zero_reported: set[Layer] = set()
         self._guard = SilenceGuard()
 
-    def collect(self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack], step: int) -> None:
-        """Merges the samples of the layers that are due.
-
-        The method waits for the device once, for the norms that show which samples are valid.
+    def start(self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack], step: int) -> None:
+        """Takes the samples of the layers that are due, and starts to sum them over ranks.
 
         Args:
             due: Layers that the step measures, the same on all ranks.
             layers: Stack of each layer.
             step: The step.
         """
-        samples = self._reduce_samples(due, layers)
+        self.finish()  # those of a step that ended in an error
+        rows = self._count_rows(due)
+        staged = self._capture.staged
+        samples: dict[Layer, Sample] = {}
+        for layer, count in rows.items():
+            if count:
+                sums = staged.pop(layer).sums if layer in staged else {}
+                samples[layer] = _fill_missing(layer, layers[layer], sums)
+            else:
+                self._warn_uncalled(layer)
+            self._guard.note(layer, bool(count))
+        self._guard.warn()
+        self._capture.drop()
+        wait = start_sum([s for sample in samples.values() for s in sample.values()])
+        self._pending = _Pending(samples, rows, layers, step, wait)
+
+    def finish(self) -> None:
+        """Merges the samples that were started, if there are any.
+
+        The method waits for the device once, for the norms that show which samples are valid.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        pending.wait()
+        samples, layers, step = pending.samples, pending.layers, pending.step
+        for layer, sample in samples.items():
+            _rescale(sample, layers[layer], pending.rows[layer])
         sums = [s for sample in samples.values() for s in sample.values()]
         norms = iter(to_host(torch._foreach_norm(sums) if sums else []))
         sizes = {layer: {name: next(norms) for name in sample} for layer, sample in samples.items()}
@@ -84,38 +130,15 @@ class SampleCollector:
         self._zero_reported.add(layer)
         return False
 
-    def _reduce_samples(
-        self, due: Sequence[Layer], layers: Mapping[Layer, LayerStack]
-    ) -> dict[Layer, Sample]:
-        """Joint samples of all ranks: L = sum g'g for the joint loss, means for all others."""
+    def _count_rows(self, due: Sequence[Layer]) -> dict[Layer, float]:
+        """Number of rows of each layer on all ranks."""
         staged = self._capture.staged
-        ranks = world_size()
         rows = [float(staged[layer].rows) if layer in staged else 0.0 for layer in due]
-        if ranks > 1:
+        if world_size() > 1:
             counts = torch.tensor(rows, dtype=torch.float64, device=due[0].weight.device)
             sum_over_ranks([counts])
             rows = counts.tolist()
-        samples: dict[Layer, Sample] = {}
-        for layer, count in zip(due, rows, strict=True):
-            if count:
-                sums = staged.pop(layer).sums if layer in staged else {}
-                samples[layer] = _fill_missing(layer, layers[layer], sums)
-            else:
-                self._warn_uncalled(layer)
-            self._guard.note(layer, bool(count))
-        self._guard.warn()
-        self._capture.drop()
-        sum_over_ranks([s for sample in samples.values() for s in sample.values()])
-        counted = dict(zip(due, rows, strict=True))
-        for layer, sample in samples.items():
-            for statistic in layers[layer].kept:
-                factor = 1 / counted[layer]
-                if statistic.side.of_gradient:
-                    # A rank's loss is a share 1 / ranks of the joint mean loss.
-                    factor = layers[layer].method.gradient_factor(counted[layer]) / ranks**2
-                for key in statistic.keys:
-                    statistic.form.rescale(sample[key], factor)
-        return samples
+        return dict(zip(due, rows, strict=True))
 
     def _warn_uncalled(self, layer: Layer) -> None:
         """Warns once that a weight is trained although its module is never called."""
@@ -128,6 +151,17 @@ class SampleCollector:
                 'is used elsewhere); without statistics it takes the plain rule',
                 layer.name,
             )
+
+
+def _rescale(sample: Sample, stack: LayerStack, rows: float) -> None:
+    """Turns sums over all ranks, in place, into L = sum g'g for the joint loss, and means."""
+    for statistic in stack.kept:
+        factor = 1 / rows
+        if statistic.side.of_gradient:
+            # A rank's loss is a share 1 / ranks of the joint mean loss.
+            factor = stack.method.gradient_factor(rows) / world_size() ** 2
+        for key in statistic.keys:
+            statistic.form.rescale(sample[key], factor)
 
 
 def _fill_missing(layer: Layer, stack: LayerStack, sums: Mapping[str, Tensor]) -> Sample:

@@ -37,11 +37,12 @@ class Sharding:
     Args:
         mode: 'none', 'refresh' or 'apply'.
         archive: Whether the first rank keeps all operators for its checkpoints.
+        ranks: Number of ranks; default: those that run.
     """
 
-    def __init__(self, mode: str, archive: bool) -> None:
+    def __init__(self, mode: str, archive: bool, ranks: int | None = None) -> None:
         self.requested = mode
-        self.ranks = world_size()
+        self.ranks = ranks or world_size()
         self.mode = mode if self.ranks > 1 else 'none'
         self.archive = archive
 
@@ -61,7 +62,7 @@ class Sharding:
         if self.mode == 'none':
             return dict.fromkeys(chosen)
         costs = [self._layer_cost(layer, method) for layer, method in chosen.items()]
-        return dict(zip(chosen, longest_first(costs, world_size()), strict=True))
+        return dict(zip(chosen, longest_first(costs, self.ranks), strict=True))
 
     def check_ranks(self) -> None:
         """Raises RuntimeError if the number of ranks has changed since the construction."""
@@ -116,10 +117,12 @@ class Sharding:
             [_operator_layouts(stack.operators) if self.mine(stack) else None for stack in stacks],
             [stack.owner or 0 for stack in stacks],
         )
-        for stack, known in zip(stacks, forms, strict=True):
-            if self.mode == 'apply':
+        if self.mode == 'apply':
+            for stack, known in zip(stacks, forms, strict=True):
                 self._archive_operators(stack, known)
-                continue
+            return
+        owned: list[tuple[int, Tensor]] = []
+        for stack, known in zip(stacks, forms, strict=True):
             if not self.mine(stack):
                 stack.receive(
                     {
@@ -127,8 +130,8 @@ class Sharding:
                         for slot, (form, shapes) in known.items()
                     }
                 )
-            tensors = list(stack.operator_tensors.values())
-            broadcast_from([stack.owner or 0] * len(tensors), tensors)
+            owned += [(stack.owner or 0, tensor) for tensor in stack.operator_tensors.values()]
+        broadcast_from([owner for owner, _ in owned], [tensor for _, tensor in owned])
 
     def exchange_directions(
         self, stacks: Sequence[LayerStack], directions: dict[Tensor, Tensor]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+#: Size of messages.
+BUCKET_MB = 64.0
+#: Size of messages that a sum sends ahead, before its result is needed.
+AHEAD_MB = 256.0
 
 
 def world_size() -> int:
@@ -20,31 +26,66 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def sum_over_ranks(tensors: Sequence[Tensor], bucket_mb: float = 64.0) -> None:
-    """Sums tensors over all ranks, in place.
+def sum_over_ranks(tensors: Sequence[Tensor], bucket_mb: float = BUCKET_MB) -> None:
+    """Sums tensors over all ranks, in place (see `start_sum`)."""
+    start_sum(tensors, bucket_mb)()
 
-    Every rank must call this with tensors of the same shapes and dtypes in the same order.
+
+def start_sum(tensors: Sequence[Tensor], bucket_mb: float = BUCKET_MB) -> Callable[[], None]:
+    """Starts to sum tensors over all ranks, in place.
+
+    Every rank must call this, and then the returned function, with tensors of the same shapes and
+    dtypes in the same order. Until then the tensors must not be used.
 
     Args:
         tensors: The tensors, on one device.
         bucket_mb: Messages are filled up to this many megabytes.
+
+    Returns:
+        A function that completes the sums. It also sends what exceeds `AHEAD_MB`, because messages
+        under way take memory.
     """
     if world_size() == 1:
-        return
+        return lambda: None
+    waiting = list(sum_buckets(tensors, bucket_mb))
+    started: list[tuple[list[Tensor], Tensor, Any]] = []
+    ahead = 0.0
+    while waiting and ahead < AHEAD_MB:
+        bucket = waiting.pop(0)
+        message = _flatten_dense_tensors(bucket)
+        started.append((bucket, message, dist.all_reduce(message, async_op=True)))
+        ahead += megabytes(bucket)
+
+    def finish() -> None:
+        for bucket, message, work in started:
+            work.wait()
+            _write(bucket, message)
+        started.clear()
+        for bucket in waiting:
+            message = _flatten_dense_tensors(bucket)
+            dist.all_reduce(message)
+            _write(bucket, message)
+
+    return finish
+
+
+def sum_buckets(tensors: Iterable[Tensor], bucket_mb: float = BUCKET_MB) -> Iterator[list[Tensor]]:
+    """Yields the tensors of each message of a sum."""
     bucket: list[Tensor] = []
-    size = 0.0
     for tensor in tensors:
-        megabytes = tensor.numel() * tensor.element_size() / 2**20
-        if bucket and (size + megabytes > bucket_mb or tensor.dtype != bucket[0].dtype):
-            _sum_bucket(bucket)
-            bucket, size = [], 0.0
+        full = bucket and megabytes([*bucket, tensor]) > bucket_mb
+        if full or bucket and tensor.dtype != bucket[0].dtype:
+            yield bucket
+            bucket = []
         bucket.append(tensor)
-        size += megabytes
     if bucket:
-        _sum_bucket(bucket)
+        yield bucket
 
 
-def _sum_bucket(bucket: list[Tensor]) -> None:
-    message = _flatten_dense_tensors(bucket)
-    dist.all_reduce(message)
+def megabytes(tensors: Iterable[Tensor]) -> float:
+    """Size of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+
+
+def _write(bucket: list[Tensor], message: Tensor) -> None:
     torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(message, bucket)))

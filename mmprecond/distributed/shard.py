@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .reduce import rank, world_size
+from .reduce import BUCKET_MB, megabytes, rank, world_size
 
 
 def longest_first(costs: Sequence[float], ranks: int) -> list[int]:
@@ -33,7 +33,7 @@ def longest_first(costs: Sequence[float], ranks: int) -> list[int]:
 
 
 def broadcast_from(
-    owners: Sequence[int], tensors: Sequence[Tensor], bucket_mb: float = 64.0
+    owners: Sequence[int], tensors: Sequence[Tensor], bucket_mb: float = BUCKET_MB
 ) -> None:
     """Overwrites each tensor with that of its owner, in packed asynchronous messages.
 
@@ -47,7 +47,7 @@ def broadcast_from(
     if world_size() == 1:
         return
     pending = []
-    for owner, bucket in _buckets(owners, tensors, bucket_mb):
+    for owner, bucket in owner_buckets(owners, tensors, bucket_mb):
         message = _flatten_dense_tensors(bucket)
         pending.append((owner, bucket, message, dist.broadcast(message, owner, async_op=True)))
     for owner, bucket, message, work in pending:
@@ -94,18 +94,17 @@ def send_to_first(
     return None
 
 
-def _buckets(
-    owners: Sequence[int], tensors: Sequence[Tensor], bucket_mb: float
+def owner_buckets(
+    owners: Sequence[int], tensors: Sequence[Tensor], bucket_mb: float = BUCKET_MB
 ) -> list[tuple[int, list[Tensor]]]:
-    """Groups tensors of one owner and dtype up to a size; a larger tensor is its own bucket."""
+    """Owner and tensors of each message of `broadcast_from`; each has one owner and one dtype."""
     buckets: list[tuple[int, list[Tensor]]] = []
-    open_ones: dict[tuple[int, torch.dtype], tuple[float, list[Tensor]]] = {}
+    open_ones: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     for owner, tensor in zip(owners, tensors, strict=True):
-        megabytes = tensor.numel() * tensor.element_size() / 2**20
-        size, bucket = open_ones.get((owner, tensor.dtype), (0.0, []))
-        if not bucket or size + megabytes > bucket_mb:
-            size, bucket = 0.0, []
+        bucket = open_ones.get((owner, tensor.dtype), [])
+        if not bucket or megabytes([*bucket, tensor]) > bucket_mb:
+            bucket = []
             buckets.append((owner, bucket))
         bucket.append(tensor)
-        open_ones[owner, tensor.dtype] = size + megabytes, bucket
+        open_ones[owner, tensor.dtype] = bucket
     return buckets

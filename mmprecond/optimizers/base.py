@@ -186,6 +186,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         self.curvature.restore(updates)
 
     def _prepare_next_step(self) -> None:
+        self.curvature.finish_merge()
         if self._arms_itself:
             self.curvature.arm(self.t, at_forward=True)
         else:

@@ -199,7 +199,7 @@ def test_buckets_keep_every_tensor_with_its_owner(
         for k, (_, n) in enumerate(sizes)
     ]
     owners = [owner for owner, _ in sizes]
-    buckets = shard._buckets(owners, tensors, bucket_mb)
+    buckets = shard.owner_buckets(owners, tensors, bucket_mb)
     placed = [id(t) for _, bucket in buckets for t in bucket]
     assert sorted(placed) == sorted(map(id, tensors))
     for owner, bucket in buckets:

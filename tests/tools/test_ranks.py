@@ -1,0 +1,52 @@
+"""tools/analysis_tools/ranks.py: a simulation of many ranks from the pieces of one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from analysis_tools import ranks
+from mmprecond.core.traffic import Messages
+from mmprecond.optimizers import NKFAC
+from tests.support.mixed import Net
+from tests.support.paths import ROOT
+
+FAST = ranks.Network(bandwidth=1e12, latency=0.0)
+PIECES = ranks.Pieces(iteration=1.0, capture=0.2, refresh=2.0, apply=0.1)
+
+
+def test_messages_take_their_time() -> None:
+    network = ranks.Network(bandwidth=1000.0, latency=1e-3)
+    assert network.sum_seconds(Messages(1, 100.0), 2) == pytest.approx(0.1 + 2e-3)
+    assert network.broadcast_seconds(Messages(2, 100.0), 8) == pytest.approx(0.1 + 6e-3)
+
+
+def test_shares_and_memory() -> None:
+    curvature = NKFAC(Net(), lr=0.1, solver='cholesky').curvature
+    found = {
+        mode: ranks.simulate(curvature, PIECES, FAST, 4, mode, (10, 100))
+        for mode in ('none', 'refresh', 'apply')
+    }
+    assert found['none'][0] == pytest.approx(0.1 + 0.02 + 0.02)
+    assert 0.125 <= found['refresh'][0] < found['none'][0]  # at best a quarter of the refresh
+    assert found['apply'][0] < found['refresh'][0] and found['apply'][1] < found['none'][1]
+    slow = ranks.Network(bandwidth=1e-3, latency=0.0)
+    assert ranks.simulate(curvature, PIECES, slow, 4, 'apply', (10, 100))[0] > 1
+    assert ranks.largest_share([3.0, 1.0], 512) == 0.75
+
+
+@pytest.mark.slow
+def test_tables() -> None:
+    command = [sys.executable, 'tools/analysis_tools/ranks.py', 'resnet18', '--size', '32', '32']
+    done = subprocess.run(
+        [*command, '--batch', '2', '--ranks', '2,8', '--iteration', '0.1'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'least time' in done.stdout and '| apply ' in done.stdout
