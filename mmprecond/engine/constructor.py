@@ -16,11 +16,11 @@ from torch import nn
 from ..core import CurvatureOptions
 from ..curvature import unwrap
 from ..optimizers import Preconditioned, RuleOptimizer
+from ..optimizers.peers import find_peer, is_peer, needs_of, with_groups
 from ..optimizers.replacement import rule_for
 from ..rules import build_rule
 from ..second_order import refuse_single_backward
 from .base_constructor import find_base
-from .peers import find_peer, is_peer, needs_of, with_groups
 from .wrapper import mixed_wrapper, refuse_sharding
 
 #: Default of `precondition`.

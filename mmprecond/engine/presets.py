@@ -12,8 +12,8 @@ from mmengine.logging import print_log
 from .. import optimizers
 from ..checks import did_you_mean
 from ..core import parse_layers
+from ..optimizers.peers import PACKAGE, find_peer, is_peer
 from .constructor import PrecondOptimWrapperConstructor
-from .peers import PACKAGE, find_peer, is_peer
 from .registration import optimizer_types
 
 #: Settings of a first-order optimizer that another one takes over.

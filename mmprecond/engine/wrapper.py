@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..optimizers import SOAA, PreconditionedOptimizer, RuleOptimizer
-from .peers import PeerHessian
+from ..optimizers.peers import PeerHessian
 
 
 class CompiledMixin:

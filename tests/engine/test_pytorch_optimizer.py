@@ -18,7 +18,8 @@ from mmengine.optim import LinearLR, OptimWrapper, build_optim_wrapper
 from torch import Tensor, nn
 
 from common.contestants import DECAY, DECAYS, MODELS
-from mmprecond.engine import peers, use_optimizer
+from mmprecond.engine import use_optimizer
+from mmprecond.optimizers import peers
 from tests.support.classifier import Classifier, Labelled, batch, build
 from tests.support.distributed import leave
 from tests.support.errors import refused

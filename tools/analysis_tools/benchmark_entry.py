@@ -14,8 +14,8 @@ import mmprecond.optimizers as optimizers
 from common.timing import now
 from mmprecond.checks import did_you_mean
 from mmprecond.core import split_words
-from mmprecond.engine.peers import with_groups
 from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
+from mmprecond.optimizers.peers import with_groups
 
 #: Steps between captures and between refreshes while the clock runs.
 CAPTURE, REFRESH = 2, 4

@@ -85,8 +85,8 @@ class Model:
         if '+' in name:
             return self._attached(name)
         from mmprecond.checks import did_you_mean
-        from mmprecond.engine.peers import find_peer, is_peer
         from mmprecond.engine.registration import optimizer_types
+        from mmprecond.optimizers.peers import find_peer, is_peer
 
         kinds: dict[str, type] = {
             kind.__name__: kind for kind in optimizer_types() if kind.__name__ != 'Preconditioned'

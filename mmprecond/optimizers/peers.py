@@ -67,7 +67,7 @@ def with_groups(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.
     parameters take AdamW at `adamw_lr` and `adamw_wd`. A group's own ``use_muon`` (by
     `custom_keys`, for instance for embeddings and the last layer) has priority over the shape.
     """
-    if not kind.__module__.startswith(f'{PACKAGE}.optimizer.muon'):
+    if kind.__module__.split('.')[:3] != [PACKAGE, 'optimizer', 'muon']:
         return kind
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()}
 
