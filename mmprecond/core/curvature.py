@@ -214,11 +214,11 @@ class Curvature:
             self._search.begin()
         measured = self.start_merge(step)
         known = all(self.layers[layer].holds(layer) for layer in measured)
-        if not known or self._stacks_to_refresh(step):
+        if measured and (not known or self._stacks_to_refresh(step)):
             self.finish_merge()
         if self.reached < 1:
             self.reached = max(self.reached, share_reached(groups))
-        refreshed = bool(self._stacks_to_refresh(step))
+        refreshed = self._search is not None and bool(self._stacks_to_refresh(step))
         snapshots = self.refresh(step)
         if self._search is not None:
             self._set_intervals(self._search.end(bool(measured), refreshed))

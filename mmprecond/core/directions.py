@@ -55,8 +55,9 @@ class Transformed:
     def write(self, tensors: dict[Tensor, Tensor]) -> None:
         """Puts the results into a dict by parameter, where it has the parameter."""
         for layer, matrix in zip(self.layers, self.results.unbind(), strict=True):
-            pieces = zip(layer.parameters, layer.split(matrix), strict=True)
-            tensors.update((p, piece) for p, piece in pieces if p in tensors)
+            for p, piece in zip(layer.parameters, layer.split(matrix), strict=True):
+                if p in tensors:
+                    tensors[p] = piece
 
 
 def transform(

@@ -5,15 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..rules import Group, Rule, State
 
-#: A parameter group, and some parameters with equal hyper-parameters.
-Batch = tuple[Group, list[Tensor]]
+
+class Batch(NamedTuple):
+    """Some parameters of a group with equal hyper-parameters, and their states."""
+
+    group: Group
+    params: list[Tensor]
+    states: list[State]
 
 
 #: Attributes that torch makes anew for a copy, and those that its schedulers hang on an optimizer.
@@ -140,8 +145,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group['params']:
                 if p in directions:
-                    key = (self.rule.key(group, self.state[p]), p.device, p.dtype)
-                    batches.setdefault(key, (group, []))[1].append(p)
+                    state = self.state[p]
+                    key = (self.rule.key(group, state), p.device, p.dtype)
+                    batch = batches.get(key)
+                    if batch is None:
+                        batch = batches[key] = Batch(group, [], [])
+                    batch.params.append(p)
+                    batch.states.append(state)
         return list(batches.values())
 
     def _compute_updates(
@@ -149,8 +159,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     ) -> dict[Tensor, Tensor]:
         """Computes the rule's updates by parameter."""
         updates: dict[Tensor, Tensor] = {}
-        for group, params in batches:
-            states = [self.state[p] for p in params]
+        for group, params, states in batches:
             computed = self.rule.compute_updates(
                 params, [directions[p] for p in params], states, group
             )
@@ -159,10 +168,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         return updates
 
     def _apply_updates(self, batches: list[Batch], updates: dict[Tensor, Tensor]) -> None:
-        for group, params in batches:
-            self.rule.apply_updates(
-                params, [updates[p] for p in params], [self.state[p] for p in params], group
-            )
+        for group, params, states in batches:
+            self.rule.apply_updates(params, [updates[p] for p in params], states, group)
 
     def report(self) -> str:
         """Treatment of the parameters, for the log."""
