@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18
 
+from mmprecond.core.cost import measured_costs
 from mmprecond.core.schedule import assign_offsets
 from mmprecond.optimizers import FSGD, NKFAC, AdamR, Preconditioned, PreconditionedOptimizer
 
@@ -107,6 +110,35 @@ def test_a_resumed_run_continues_bit_for_bit(kind: type[PreconditionedOptimizer]
     train(model, optimizer, range(at, 20))
     train(twin, other, range(at, 20))
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def largest_addition(stagger: bool) -> float:
+    """Most operations that captures and refreshes add to a step, as a share of the model's own."""
+    torch.manual_seed(0)
+    model = resnet18()
+    optimizer = NKFAC(model, lr=0.1, stagger=stagger)
+    curvature = optimizer.curvature
+    counter = FlopCounterMode(display=False)
+    with measured_costs(curvature.layers, curvature.capture) as costs, torch.no_grad(), counter:
+        model(torch.randn(16, 3, 112, 112))
+    method = next(iter(curvature.stacks)).method
+    offsets = assign_offsets(dict.fromkeys(curvature.layers, method)) if stagger else {}
+    additions = []
+    for step in range(method.refresh_interval + 60):
+        flops = 0.0
+        for layer in curvature.due(step):  # every refresh comes with a capture
+            count = step - offsets.get(layer, 0)
+            early = 0 < count < method.refresh_interval and count & (count - 1) == 0
+            refreshed = count % method.refresh_interval == 0 or early
+            flops += costs[layer].capture + costs[layer].refresh * refreshed
+        additions.append(flops)
+    return max(additions) / (3 * counter.get_total_flops())
+
+
+def test_no_step_adds_much_at_the_defaults() -> None:
+    # Times, on one core: the slowest of 260 steps took 1.17 medians with, 1.76 without.
+    spread, joint = largest_addition(True), largest_addition(False)
+    assert spread <= joint / 2 and joint <= 0.5
 
 
 def test_settings() -> None:
