@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -164,6 +166,12 @@ def test_accumulation_is_the_joint_batch(reduction: str) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+def double(sums: Sequence[Tensor]) -> None:
+    """The sum over two ranks with equal values."""
+    for value in sums:
+        value.mul_(2)
+
+
 @pytest.mark.parametrize('reduction', REDUCTIONS)
 def test_two_ranks_are_the_joint_batch(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two ranks with equal shards, each with the mean loss of its own."""
@@ -175,7 +183,8 @@ def test_two_ranks_are_the_joint_batch(reduction: str, monkeypatch: pytest.Monke
         x = torch.randn(3, 2, 4, 5).double()
         if ranks == 2:
             monkeypatch.setattr(samples, 'world_size', lambda: 2)
-            monkeypatch.setattr(samples, 'sum_over_ranks', lambda sums: [s.mul_(2) for s in sums])
+            monkeypatch.setattr(samples, 'sum_over_ranks', double)
+            monkeypatch.setattr(samples, 'start_sum', lambda sums: partial(double, sums))
         else:
             x = torch.cat([x, x])
         module(x).pow(4).mean().backward()
