@@ -8,7 +8,15 @@ set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd -- "$root"
-bash tools/setup_env.sh --quiet
 venv=${MMPRECOND_VENV:-.venv}
 case $venv in /*) ;; *) venv=$root/$venv ;; esac
+for argument in "$@"; do
+  case $argument in
+    -h | --help)  # needs no environment
+      python=$venv/bin/python
+      [ -x "$python" ] || python=python3
+      exec "$python" tools/quickstart.py --help ;;
+  esac
+done
+bash tools/setup_env.sh --quiet
 exec "$venv/bin/python" tools/quickstart.py "$@"

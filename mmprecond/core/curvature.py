@@ -368,6 +368,10 @@ class Curvature:
         """One sentence: methods with their layers, parameters covered, forecast price."""
         return report.summary(self.model_name, self.layers, self.coverage, self.sharding, groups)
 
+    def description(self) -> list[str]:
+        """A line for each method, with its number of layers and its intervals."""
+        return report.describe_methods(self.layers)
+
     def table(self) -> str:
         """Table of all modules with parameters: preconditioner or reason, factors, memory."""
         return report.table(self.layers, self.coverage, self.sharding)

@@ -61,6 +61,16 @@ def summary(
     )
 
 
+def describe_methods(layers: Mapping[Layer, LayerStack]) -> list[str]:
+    """A line for each method, with its number of layers and its intervals."""
+    counts = Counter(stack.method for stack in layers.values())
+    return [
+        f'{method.title} on {number} {"layer" if number == 1 else "layers"}: captures every '
+        f'{method.capture_interval} steps, refreshes every {method.refresh_interval}'
+        for method, number in counts.items()
+    ]
+
+
 def table(layers: Mapping[Layer, LayerStack], coverage: Coverage, sharding: Sharding) -> str:
     """Layer table: layer, preconditioner or reason for the plain rule, factor sizes, memory."""
     rows = [('layer', 'treatment', 'factors', 'MB')]

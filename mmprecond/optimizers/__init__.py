@@ -8,6 +8,7 @@ from .adamr import AdamR
 from .afopt import AdaAFOpt, AFOpt
 from .aro import ARO
 from .base import PreconditionedOptimizer
+from .catalogue import OptimizerInfo, get_optimizer_info, list_optimizers
 from .dct import DCTAdamW
 from .fsgd import FSGD, FAdam
 from .kfac import KFAC, SKFAC
@@ -37,6 +38,7 @@ __all__ = [
     'MAC',
     'NKFAC',
     'NysAct',
+    'OptimizerInfo',
     'Preconditioned',
     'PreconditionedOptimizer',
     'RuleOptimizer',
@@ -46,6 +48,8 @@ __all__ = [
     'SMAC',
     'SOAA',
     'WeightNormConv2d',
+    'get_optimizer_info',
+    'list_optimizers',
     'precondition',
     'weight_norm',
 ]

@@ -36,6 +36,8 @@ class AdaAct(PreconditionedOptimizer):
         TypeError: If a setting is unknown.
     """
 
+    preconditioner = InputDiagonal
+
     def __init__(
         self,
         params: Any,
@@ -52,7 +54,7 @@ class AdaAct(PreconditionedOptimizer):
         for beta in betas:
             check_number('betas', beta, high=1)
         settings = {'stat_decay': betas[1], 'eps': eps, **settings}
-        method, own = split_settings(self, InputDiagonal, settings)
+        method, own = split_settings(self, self.preconditioner, settings)
         rule = EMASGD()
         super().__init__(
             params,

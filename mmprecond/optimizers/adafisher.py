@@ -45,6 +45,7 @@ class AdaFisher(PreconditionedOptimizer):
         TypeError: If a setting is unknown.
     """
 
+    preconditioner = FisherDiagonal
     decay: ClassVar[str] = 'added'
 
     def __init__(
@@ -57,7 +58,7 @@ class AdaFisher(PreconditionedOptimizer):
         model: nn.Module | None = None,
         **settings: Any,
     ) -> None:
-        method, options = split_settings(self, FisherDiagonal, settings)
+        method, options = split_settings(self, self.preconditioner, settings)
         super().__init__(
             params,
             model=model,

@@ -13,6 +13,7 @@ from ..linalg import matmul_precision
 from ..preconditioners import Preconditioner
 from ..rules import Rule
 from .rule_optimizer import RuleOptimizer
+from .settings import FullSignature
 
 
 class PreconditionedOptimizer(RuleOptimizer):
@@ -73,6 +74,7 @@ class PreconditionedOptimizer(RuleOptimizer):
     adds_to_state = True
     #: Settings whose default differs from the preconditioner's own.
     preset: ClassVar[dict[str, Any]] = {}
+    __signature__ = FullSignature()
 
     def __init__(
         self,
@@ -219,6 +221,9 @@ class PreconditionedOptimizer(RuleOptimizer):
             for p in layer.parameters:
                 self.state.pop(p, None)
         self._prepare_next_step()
+
+    def _description(self) -> list[str]:
+        return [*self.curvature.description(), *super()._description()]
 
     def summary(self) -> str:
         """One sentence: methods with their layers, parameters covered, forecast price."""

@@ -171,6 +171,20 @@ class RuleOptimizer(torch.optim.Optimizer):
         for group, params, states in batches:
             self.rule.apply_updates(params, [updates[p] for p in params], states, group)
 
+    def __repr__(self) -> str:
+        """The optimizer's class, and lines about what it does; equal groups have one."""
+        return '\n  '.join([f'{type(self).__name__}:', *self._description()])
+
+    def _description(self) -> list[str]:
+        """Lines about the rule and the groups."""
+        groups: dict[str, int] = {}
+        for group in self.param_groups:
+            settings = {key: value for key, value in group.items() if key != 'params'}
+            text = ', '.join(f'{key} {value}' for key, value in settings.items())
+            groups[text] = groups.get(text, 0) + len(group['params'])
+        lines = [f'{number} parameters: {text}' for text, number in groups.items()]
+        return [f'rule {type(self.rule).__name__}, {self.t} steps taken', *lines]
+
     def report(self) -> str:
         """Treatment of the parameters, for the log."""
         count = sum(len(group['params']) for group in self.param_groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from ..checks import argument_names, check_choice, reject_unexpected
@@ -51,6 +52,30 @@ def split_settings(
     base = owner.preset if named == 'default' else {**method.published, **owner.published}
     own = {key: value for key, value in overrides.items() if key in known}
     return method(**{**base, **own}, given=frozenset(own)), options
+
+
+class FullSignature:
+    """Signature of an optimizer's class with all that its ``**settings`` take, at their defaults.
+
+    It is what `help`, `inspect.signature` and editors show.
+    """
+
+    def __get__(self, _: Any, owner: type[Any]) -> inspect.Signature | None:
+        own = list(inspect.signature(owner.__init__).parameters.values())[1:]
+        if not own or own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+            return None
+        method = getattr(owner, 'preconditioner', None)
+        sources = [*(fields(method) if method else ()), *fields(CurvatureOptions)]
+        defaults = {field.name: field.default for field in sources if field.name != 'given'}
+        if method:
+            defaults = {**defaults, **owner.preset, 'settings': 'default'}
+        taken = {parameter.name for parameter in own[:-1]}
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in defaults.items()
+            if name not in taken
+        ]
+        return inspect.Signature([*own[:-1], *more])
 
 
 def takes_settings(init: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -136,3 +140,22 @@ def test_scores_between_evaluations() -> None:
         0.3,
     ]
     assert best_rate([one, run('SGD', 0.2, 0, 0.4), run('SGD', 0.3, 0, 0.4)], BOX) == 0.2
+
+
+def test_help_comes_at_once_and_without_an_environment(tmp_path: Path) -> None:
+    bare = tmp_path / 'python3'
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # no package is seen
+    bare.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ['PATH']])
+    done = subprocess.run(
+        ['bash', 'tools/quickstart.sh', '--help'],
+        cwd=ROOT,
+        env=dict(os.environ, PATH=path, MMPRECOND_VENV=str(tmp_path / 'none')),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('usage:') and '--optimizers' in done.stdout
+    assert not (tmp_path / 'none').exists()

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
 
-from tabulate import tabulate
-
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Returns a Markdown table of the cells, without escapes."""
+    from tabulate import tabulate  # help texts must come without an environment
+
     return str(tabulate(list(rows), headers, tablefmt='github', disable_numparse=True))
 
 

@@ -10,8 +10,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from . import ROOT
 from .contestants import FOLDER, RATE
 from .logs import Curves, entries, log_files
@@ -98,6 +96,8 @@ def watch(
     process: subprocess.Popen[bytes], work_dir: Path, started: float, label: str, iterations: int
 ) -> float:
     """Shows the progress of a run until it ends; returns the peak memory of the process in MB."""
+    from tqdm import tqdm  # help texts must come without an environment
+
     with tqdm(total=iterations, desc=label.ljust(24), unit='it', mininterval=5.0) as bar:
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
