@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmprecond import diagnostics
 from mmprecond.curvature.conv import Conv2dLayer
 from mmprecond.optimizers import (
     FSGD,
@@ -103,15 +104,51 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_command() -> None:
     config = 'configs/quickstart/faster-rcnn_r18_fpn_shapes_narrow.py'
-    done = run(config, '--precondition', 'AFOpt+NKFAC', '--size', '96', '128', '--batch', '2')
+    options = ['--precondition', 'AFOpt+NKFAC', '--size', '96', '128', '--batch', '2']
+    done = run(config, *options)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     start = next(k for k, line in enumerate(lines) if 'step GFLOP' in line)
-    rows = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : -1]}
-    assert rows['rpn_head.rpn_conv'][1] == '5'  # levels
-    assert float(rows['all'][-3]) == pytest.approx(
-        sum(float(row[-3]) for name, row in rows.items() if name != 'all'), abs=0.05
-    )
-    assert 'preconditioning adds' in lines[-1]
+    assert lines[start - 3].startswith('FasterRCNN, batch 2 of 96 x 128 px, on cpu: NKFAC on')
+    assert 'captures every 20 steps, refreshes every 200' in lines[start - 3]
+    assert 'preconditioning adds' in lines[start - 2]
+    rows = [line.split() for line in lines[start + 1 :]]
+    assert {row[0] for row in rows} >= {'backbone.layer1', 'rpn_head.rpn_conv'}
+    shares = [float(row[-1]) for row in rows]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=1)
+    whole = run(config, *options, '--layers', '--suggest')
+    table, _, advice = whole.stdout.partition('with other settings')
+    by_name = {line.split()[0]: line.split() for line in table.splitlines() if line.strip()}
+    assert by_name['rpn_head.rpn_conv'][2] == '5'  # levels
+    prices = [float(line.split(': ')[1].split()[0]) for line in advice.strip().splitlines()[1:]]
+    assert len(prices) >= 3 and prices == sorted(prices)
+    # Settings are compared on the same batch, so that the best is no dearer than the config's own.
+    assert prices[0] < float(lines[start - 2].split('adds ')[1].split()[0])
     done = run(config)
     assert done.returncode == 2 and 'trains with SGD, which has no preconditioner' in done.stderr
+
+
+def test_frozen_layers_cost_nothing_and_stages_are_those_of_the_name() -> None:
+    model = Task(Net())
+    model.network.wide.requires_grad_(False)
+    optimizer = NKFAC(model, lr=0.1)
+    layers, capture = optimizer.curvature.layers, optimizer.curvature.capture
+    costs, own = diagnostics.forecast(model, layers, capture, dict(x=torch.randn(2, 3, 24, 24)))
+    assert 'network.wide.weight' not in {layer.name for layer in costs} and own > 0
+    assert sorted(layer.name for layer in costs) == sorted(
+        layer.name for layer in layers if layer.weight.requires_grad
+    )
+    assert diagnostics.stage_of('backbone.layer4.0.conv1.weight') == 'backbone.layer4'
+    assert diagnostics.stage_of('backbone.stages.3.blocks.0.ffn.weight') == 'backbone.stages.3'
+    assert diagnostics.stage_of('neck.fpn_convs.0.conv.weight') == 'neck.fpn_convs'
+
+
+class Task(nn.Module):
+    """A network that is called with a mode."""
+
+    def __init__(self, network: Net) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, mode: str) -> Tensor:
+        return self.network(x)
