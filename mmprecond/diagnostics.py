@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import LayerStack
 from .core.cost import LayerCost, measured_costs
+from .core.overview import aligned, stage_of
 from .core.report import describe_methods
 from .curvature import Capture, Layer
 from .engine import attach, launch, use_optimizer
@@ -69,13 +70,6 @@ def amortised(layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCos
     return sum(cost.per_step(layers[layer].method) for layer, cost in costs.items())
 
 
-def stage_of(name: str) -> str:
-    """Stage of a layer: the first two parts of its name, of a backbone's lists three."""
-    parts = name.removesuffix('.weight').split('.')
-    listed = parts[0] == 'backbone' and len(parts) > 3 and not parts[1][-1].isdigit()
-    return '.'.join(parts[: 3 if listed else 2])
-
-
 def table(
     layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCost], whole: bool = False
 ) -> str:
@@ -102,14 +96,7 @@ def table(
         share = f'{100 * shares[name]:.1f}'
         rows.append((name, words, str(sums[0]), f'{sums[1]:.1f}', *gigaflops, share))
     rows.insert(0, ('layer' if whole else 'stage', *HEADERS))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return '\n'.join(
-        '  '.join(
-            cell.ljust(w) if k < 2 else cell.rjust(w)
-            for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return '\n'.join(aligned(rows, left=2))
 
 
 def totals(layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCost], own: float) -> str:

@@ -26,6 +26,7 @@ from .failures import FailurePolicy
 from .memory import check_memory_budget, forecast, held_megabytes
 from .monitor import Monitor
 from .overhead import OverheadSearch, with_intervals
+from .overview import overview
 from .refresh import finish_refresh, start_refresh
 from .samples import SampleCollector, to_host
 from .schedule import LEAST_REACHED, Schedule, share_reached
@@ -116,6 +117,8 @@ class Curvature:
             self._add_layer(layer, chosen)
         self._schedule = Schedule(methods, options.stagger)
         self._search: OverheadSearch | None = None
+        self._kind = False, False  # whether the step captured and refreshed
+        self._intervals: tuple[int, int] | None = None
         if options.overhead is not None:
             device = next(iter(methods)).weight.device
             self._search = OverheadSearch(options.overhead, device, methods.values())
@@ -140,7 +143,9 @@ class Curvature:
     def reassign(self, layer: Layer, method: Preconditioner) -> None:
         """Gives a layer another preconditioner and restarts its statistics."""
         self.layers[layer].leave(layer)
-        self._add_layer(layer, method)
+        self._add_layer(
+            layer, with_intervals(method, self._intervals) if self._intervals else method
+        )
 
     def precompute(
         self, layer: Layer, method: Preconditioner, statistics: dict[str, Tensor]
@@ -159,6 +164,7 @@ class Curvature:
         """Captures and refreshes at other intervals from the next step on; None keeps them."""
         if intervals is None:
             return
+        self._intervals = intervals
         for stack in self.stacks:
             stack.change_method(with_intervals(stack.method, intervals))
         methods = {layer: stack.method for layer, stack in self.layers.items()}
@@ -218,11 +224,9 @@ class Curvature:
             self.finish_merge()
         if self.reached < 1:
             self.reached = max(self.reached, share_reached(groups))
-        refreshed = self._search is not None and bool(self._stacks_to_refresh(step))
-        snapshots = self.refresh(step)
         if self._search is not None:
-            self._set_intervals(self._search.end(bool(measured), refreshed))
-        return snapshots
+            self._kind = bool(measured), bool(self._stacks_to_refresh(step))
+        return self.refresh(step)
 
     def start_merge(self, step: int) -> list[Layer]:
         """Starts to sum the statistics measured for a step over ranks; returns their layers."""
@@ -233,11 +237,18 @@ class Curvature:
         return due
 
     def finish_merge(self) -> None:
-        """Merges the statistics of the step; called at its end.
-
-        Where no refresh needs them, their sums over ranks travel during the rest of the step.
-        """
+        """Merges the statistics of the step, whose sums over ranks may be under way."""
         self._samples.finish()
+
+    def finish_step(self) -> None:
+        """Ends a step.
+
+        Statistics that no refresh needed are merged here: their sums over ranks travel during the
+        rest of the step.
+        """
+        self.finish_merge()
+        if self._search is not None:
+            self._set_intervals(self._search.end(*self._kind))
 
     def _stacks_to_refresh(self, step: int) -> list[tuple[LayerStack, list[int]]]:
         """Stacks with the positions that are due, or that have statistics but no operator."""
@@ -371,6 +382,10 @@ class Curvature:
     def description(self) -> list[str]:
         """A line for each method, with its number of layers and its intervals."""
         return report.describe_methods(self.layers)
+
+    def overview(self) -> str:
+        """What is attached by stage of the model, and what is not (see `overview`)."""
+        return overview(self.layers, self.coverage, self.sharding)
 
     def table(self) -> str:
         """Table of all modules with parameters: preconditioner or reason, factors, memory."""

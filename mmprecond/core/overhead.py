@@ -17,15 +17,17 @@ from ..preconditioners import Preconditioner
 
 logger = logging.getLogger('mmprecond')
 
-#: Intervals of captures and refreshes while the search measures times.
-TRIAL = (5, 10)
+#: Intervals of captures and refreshes while the search measures times; other periodic work of a
+#: loop (logs, hooks) seldom has a period of 7.
+TRIAL = (7, 14)
 #: Bounds of the search. Shorter intervals were never better in our experiments; published numbers
 #: were made with none that are longer.
 SHORTEST, LONGEST = (5, 25), (200, 2000)
 #: First steps, which are slower than others and do not count.
 IGNORED = 4
-#: Steps of each kind that the search waits for.
-NEEDED = {'plain': 10, 'capture': 3, 'refresh': 2}
+#: Steps of each kind that the search waits for, and the number of steps that ends it anyway: given
+#: intervals can rule out a kind.
+NEEDED, LIMIT = {'plain': 10, 'capture': 3, 'refresh': 2}, 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Times:
 
 @dataclass(frozen=True)
 class _Step:
-    """Clock readings at the beginning and the end of a step's work on curvature."""
+    """Clock readings at the beginning and the end of an optimizer's step."""
 
     kind: str
     begin: Any
@@ -53,8 +55,8 @@ class _Step:
 class OverheadSearch:
     """Measures iterations, and chooses intervals by their times.
 
-    The first rank decides for all. Iterations that capture nothing count as plain, so captures at a
-    given interval of 1 are not limited.
+    The first rank decides for all. Where every step captures, a capture is a part of a plain
+    iteration. Where every capture comes with a refresh, it is a part of the refresh.
 
     Args:
         share: Largest share of a plain iteration that captures and refreshes may add per iteration.
@@ -71,10 +73,11 @@ class OverheadSearch:
     def __init__(
         self, share: float, device: torch.device, methods: Iterable[Preconditioner]
     ) -> None:
+        methods = list(methods)
         self.share = share
-        self._given = _common_intervals(list(methods))
+        self._given = _common_intervals(methods)
         self.found: tuple[int, int] | None = None
-        if None not in self._given:
+        if all({'stat_interval', 'refresh_interval'} <= method.given for method in methods):
             raise ValueError(
                 f'overhead={share:g} chooses intervals, but stat_interval and refresh_interval '
                 'are given; leave one of them out'
@@ -84,25 +87,32 @@ class OverheadSearch:
         self._begin: Any = None
 
     def begin(self) -> None:
-        """Starts the work on curvature of a step, after its backward pass."""
+        """Starts an optimizer's step, after the backward pass."""
         self._begin = self._mark() if self.found is None else None
 
     def end(self, captured: bool, refreshed: bool) -> tuple[int, int] | None:
-        """Ends the work on curvature of a step.
+        """Ends the optimizer's step.
 
         Returns:
             Intervals from the next step on: after the first step `TRIAL`, at the end of the search
             those that it found, else None.
         """
-        if self.found is not None:
+        if self.found is not None or self._begin is None:
             return None
         kind = 'refresh' if refreshed else 'capture' if captured else 'plain'
         self._steps.append(_Step(kind, self._begin, self._mark()))
+        self._begin = None
         kinds = [step.kind for step in self._steps[IGNORED:]]
-        if all(kinds.count(kind) >= number for kind, number in NEEDED.items()):
+        enough = all(kinds.count(kind) >= number for kind, number in NEEDED.items())
+        if enough or len(kinds) >= LIMIT:
             self.found = self.choose()
+            self._steps.clear()
             return self.found
         return TRIAL if len(self._steps) == 1 else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but clock readings, which mean nothing in a copy: it measures anew."""
+        return {**self.__dict__, '_steps': [], '_begin': None}
 
     def state_dict(self) -> dict[str, Any]:
         """Share and intervals under the key 'overhead'; an empty dict during the search."""
@@ -112,11 +122,15 @@ class OverheadSearch:
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> tuple[int, int] | None:
         """Takes the intervals that a saved run found for the same share, and returns them."""
-        known = (saved or {}).get('overhead') or {}
-        if known.get('share') != self.share:
+        known = (saved or {}).get('overhead')
+        if not isinstance(known, dict) or known.get('share') != self.share:
             return None
-        capture, refresh = known['intervals']
-        self.found = capture, refresh
+        intervals: Any = known.get('intervals')
+        if not _are_intervals(intervals):
+            logger.warning('overhead: saved intervals %r are corrupt; measured anew', intervals)
+            return None
+        self.found = intervals[0], intervals[1]
+        self._steps.clear()
         logger.info(
             'overhead=%g: captures every %d and refreshes every %d steps, as the saved run found',
             self.share,
@@ -129,17 +143,22 @@ class OverheadSearch:
         steps = self._steps
         if self._device.type == 'cuda':
             steps[-1].end.synchronize()
-        whole: dict[str, list[float]] = {kind: [] for kind in NEEDED}
-        inside: dict[str, list[float]] = {kind: [] for kind in NEEDED}
+        whole: dict[str, list[float]] = {}
+        inside: dict[str, list[float]] = {}
         for last, step in zip(steps[IGNORED - 1 :], steps[IGNORED:], strict=False):
-            whole[step.kind].append(_seconds(last.end, step.end))
-            inside[step.kind].append(_seconds(step.begin, step.end))
-        plain = median(whole['plain'])
-        return Times(
-            plain,
-            max(0.0, median(whole['capture']) - plain),
-            max(0.0, median(inside['refresh']) - median(inside['capture'])),
-        )
+            whole.setdefault(step.kind, []).append(_seconds(last.end, step.end))
+            inside.setdefault(step.kind, []).append(_seconds(step.begin, step.end))
+        iteration = {kind: median(seconds) for kind, seconds in whole.items()}
+        step_alone = {kind: median(seconds) for kind, seconds in inside.items()}
+        plain = iteration.get('plain', min(iteration.values()))
+        capture = max(0.0, iteration.get('capture', plain) - plain)
+        if 'refresh' not in iteration:
+            refresh = 0.0
+        elif 'capture' in iteration:
+            refresh = step_alone['refresh'] - step_alone['capture']
+        else:
+            refresh = iteration['refresh'] - plain
+        return Times(plain, capture, max(0.0, refresh))
 
     def choose(self) -> tuple[int, int]:
         """Intervals of captures and refreshes, equal on all ranks, with a line in the log."""
@@ -209,9 +228,25 @@ def choose_intervals(
 
 def _bounded(cost: float, budget: float, kind: int) -> int:
     """Interval at which a cost is within a budget per iteration, within the bounds."""
+    if not cost:
+        return SHORTEST[kind]
     ratio = cost / budget if budget > 0 else LONGEST[kind]
     needed = math.ceil(ratio * (1 - 1e-9))  # rounding errors are no reason for one step more
     return max(SHORTEST[kind], min(needed, LONGEST[kind]))
+
+
+def _are_intervals(value: Any) -> bool:
+    """True for two positive integers, of which the first divides the second."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    counts = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
+    return counts and value[1] % value[0] == 0
+
+
+def trial_intervals(method: Preconditioner) -> tuple[int, int]:
+    """Intervals of a method during the search: every second capture comes without a refresh."""
+    capture = method.stat_interval if 'stat_interval' in method.given else TRIAL[0]
+    return capture, 2 * capture
 
 
 def _divisor(number: int, least: int) -> int:
@@ -225,9 +260,9 @@ def with_intervals(method: Preconditioner, intervals: tuple[int, int]) -> Precon
     A given interval of refreshes has the shortest divisor that is no shorter than the interval of
     captures. To a given interval of captures belongs the next multiple.
     """
-    capture, refresh = intervals
     if method.precomputed:
         return method
+    capture, refresh = trial_intervals(method) if intervals == TRIAL else intervals
     if 'refresh_interval' in method.given:
         refresh = method.refresh_interval
         capture = _divisor(refresh, capture)

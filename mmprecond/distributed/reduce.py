@@ -46,7 +46,7 @@ def start_sum(tensors: Sequence[Tensor], bucket_mb: float = BUCKET_MB) -> Callab
         under way take memory.
     """
     if world_size() == 1:
-        return lambda: None
+        return _nothing
     waiting = list(sum_buckets(tensors, bucket_mb))
     started: list[tuple[list[Tensor], Tensor, Any]] = []
     ahead = 0.0
@@ -67,6 +67,10 @@ def start_sum(tensors: Sequence[Tensor], bucket_mb: float = BUCKET_MB) -> Callab
             _write(bucket, message)
 
     return finish
+
+
+def _nothing() -> None:
+    """The end of a sum over one rank."""
 
 
 def sum_buckets(tensors: Iterable[Tensor], bucket_mb: float = BUCKET_MB) -> Iterator[list[Tensor]]:

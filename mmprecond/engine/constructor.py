@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
 from torch import nn
 
 from ..core import CurvatureOptions
 from ..curvature import unwrap
-from ..optimizers import Preconditioned, RuleOptimizer
+from ..distributed import rank
+from ..optimizers import Preconditioned, PreconditionedOptimizer, RuleOptimizer
 from ..optimizers.peers import find_peer, is_peer, needs_of, with_groups
 from ..optimizers.replacement import rule_for
 from ..rules import build_rule
@@ -105,6 +107,7 @@ class PrecondOptimWrapperConstructor:
         built = self.base(model)
         self._check_groups(built.optimizer.param_groups)
         print_log(built.optimizer.report(), logger='current')
+        _write_table(built.optimizer)
         return built
 
     def _build_without_hoisted(self, params: Any, **settings: Any) -> Preconditioned:
@@ -127,6 +130,15 @@ class PrecondOptimWrapperConstructor:
         wrapper = _resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper'))
         refuse_sharding(cfg, wrapper)
         cfg['type'] = mixed_wrapper(wrapper, needs, owner)
+
+
+def _write_table(optimizer: torch.optim.Optimizer) -> None:
+    """Writes the table of all modules beside the log, if there is a log file."""
+    log = getattr(MMLogger.get_current_instance(), 'log_file', None)
+    if isinstance(optimizer, PreconditionedOptimizer) and log and rank() == 0:
+        file = Path(log).with_name('layers.txt')
+        file.write_text(optimizer.table() + '\n')
+        print_log(f'every module: {file}', logger='current')
 
 
 def _does_without(optimizer: Any) -> bool:

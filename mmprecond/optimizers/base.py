@@ -188,7 +188,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         self.curvature.restore(updates)
 
     def _prepare_next_step(self) -> None:
-        self.curvature.finish_merge()
+        self.curvature.finish_step()
         if self._arms_itself:
             self.curvature.arm(self.t, at_forward=True)
         else:
@@ -230,10 +230,13 @@ class PreconditionedOptimizer(RuleOptimizer):
         return self.curvature.summary(self.param_groups)
 
     def report(self) -> str:
-        """The summary and the table."""
-        return f'{self.summary()}\n{self.table()}'
+        """The summary, and what is attached by stage of the model; `table` has every module."""
+        return '\n'.join([self.summary(), self.curvature.overview(), *self._notes()])
 
     def table(self) -> str:
         """Table of all modules with parameters: preconditioner or reason, factors, memory."""
+        return '\n'.join([self.curvature.table(), *self._notes()])
+
+    def _notes(self) -> list[str]:
         names: dict[Tensor, str] = {layer.weight: layer.name for layer in self.curvature.layers}
-        return '\n'.join([self.curvature.table(), *self.rule.notes(self.param_groups, names)])
+        return self.rule.notes(self.param_groups, names)

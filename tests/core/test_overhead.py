@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch import nn
 
 from mmprecond.core import overhead
 from mmprecond.core.overhead import LONGEST, SHORTEST, Times, choose_intervals
-from mmprecond.optimizers import NKFAC, AdaFisher, AdamR, AFOpt, Preconditioned
+from mmprecond.core.samples import SampleCollector
+from mmprecond.optimizers import KFAC, NKFAC, AdaFisher, AdamR, AFOpt, Preconditioned
 from mmprecond.preconditioners import NewtonKronecker
 from tests.support.distributed import leave
 from tests.support.mixed import Net
@@ -158,6 +160,80 @@ def test_given_intervals_stay(
     assert (method.stat_interval, method.refresh_interval) == found
 
 
+@pytest.mark.parametrize(
+    ('kind', 'setting', 'found'),
+    [
+        (NKFAC, dict(stat_interval=20), (20, 80)),  # 0.2 / 20 leaves 0.04 of 0.05 for 3 / 80
+        (NKFAC, dict(stat_interval=10), (10, 100)),
+        (NKFAC, dict(stat_interval=1), (1, 50)),  # every step captures, which is plain then
+        (KFAC, dict(stat_decay=0.0), (5, 65)),  # captures come with refreshes, 3.2 together
+        (NKFAC, dict(refresh_interval=2000, early_refreshes=False), (5, 2000)),
+    ],
+)
+def test_the_search_ends_whatever_is_given(
+    kind: Any, setting: dict[str, Any], found: tuple[int, int], clock: Clock
+) -> None:
+    if kind is KFAC:
+        refresh = KFAC.preconditioner.refresh
+
+        def slow(method: Any, *args: Any) -> Any:
+            clock.now += REFRESH
+            return refresh(method, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KFAC.preconditioner, 'refresh', slow)
+            optimizer = searched(kind, setting, clock)
+    else:
+        optimizer = searched(kind, setting, clock)
+    method = optimizer.curvature.stacks[0].method
+    assert (method.stat_interval, method.refresh_interval) == found
+
+
+def searched(kind: Any, setting: dict[str, Any], clock: Clock) -> Any:
+    """An optimizer after its search."""
+    model = net()
+    optimizer = kind(model, lr=1e-3, overhead=0.05, **setting)
+    train(model, optimizer, range(100), clock)
+    assert 'overhead' in optimizer.state_dict()['precond']
+    return optimizer
+
+
+def test_merging_is_a_part_of_a_capture(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes at the end of a step, where it must not fall into the next iteration."""
+    finish = SampleCollector.finish
+
+    def slow(collector: Any) -> None:
+        clock.now += 1.0 * (collector._pending is not None)
+        finish(collector)
+
+    monkeypatch.setattr(SampleCollector, 'finish', slow)
+    optimizer = searched(NKFAC, {}, clock)
+    # 1.2 / 48 and 3 / 144 of a second.
+    assert optimizer.state_dict()['precond']['overhead']['intervals'] == [48, 144]
+
+
+@pytest.mark.parametrize('steps', [5, STEPS])
+def test_copies_hold_no_clock_readings(steps: int, clock: Clock) -> None:
+    model = net()
+    optimizer = NKFAC(model, lr=0.01, overhead=0.05)
+    train(model, optimizer, range(steps), clock)
+    search = optimizer.curvature._search
+    assert search is not None and bool(search._steps) == (steps == 5)
+    assert pickle.loads(pickle.dumps(search)).__dict__['_steps'] == []
+
+
+@pytest.mark.parametrize('saved', [None, [7, 50], [0, 0], [True, 4], 'often', {}])
+def test_corrupt_intervals_are_measured_anew(saved: Any, caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = NKFAC(net(), lr=0.01, overhead=0.05)
+    state = optimizer.state_dict()
+    state['precond']['overhead'] = {'share': 0.05, 'intervals': saved}
+    optimizer.load_state_dict(state)
+    assert 'are corrupt; measured anew' in caplog.text
+    assert optimizer.curvature.stacks[0].method.stat_interval == 20
+    state['precond']['overhead'] = 'often'
+    optimizer.load_state_dict(state)
+
+
 def test_hybrids_and_layer_lists(clock: Clock) -> None:
     for layers in ('AFOpt+NKFAC', [dict(preconditioner=dict(type='NKFAC', stat_interval=4))]):
         model = net()
@@ -199,6 +275,10 @@ def test_mistakes() -> None:
         NKFAC(net(), lr=0.1, overhead=5)
     with pytest.raises(ValueError, match='overhead=0.05 chooses intervals, but stat_interval and'):
         NKFAC(net(), lr=0.1, overhead=0.05, stat_interval=5, refresh_interval=25)
+    own = dict(type='NKFAC', stat_interval=10, refresh_interval=50)
+    parts = dict(attention=own, elsewhere={**own, 'refresh_interval': 100})
+    with pytest.raises(ValueError, match='chooses intervals, but stat_interval and'):
+        Preconditioned(Net(), rule=dict(type='SGDM', lr=0.1), layers=parts, overhead=0.05)
 
 
 def test_real_time_chooses_something() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from analysis_tools import ranks
 from mmprecond.core.traffic import Messages
-from mmprecond.optimizers import NKFAC
+from mmprecond.optimizers import NKFAC, AdamR
 from tests.support.mixed import Net
 from tests.support.paths import ROOT
 
@@ -34,7 +34,10 @@ def test_shares_and_memory() -> None:
     assert found['apply'][0] < found['refresh'][0] and found['apply'][1] < found['none'][1]
     slow = ranks.Network(bandwidth=1e-3, latency=0.0)
     assert ranks.simulate(curvature, PIECES, slow, 4, 'apply', (10, 100))[0] > 1
-    assert ranks.largest_share([3.0, 1.0], 512) == 0.75
+
+
+def test_methods_that_act_after_the_rule_have_no_apply() -> None:
+    assert ranks.modes_of(AdamR(Net(), lr=0.1).curvature) == ['none', 'refresh']
 
 
 @pytest.mark.slow

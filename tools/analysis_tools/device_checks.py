@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analysis_tools.device_times import first_line
 from common.vision import Task, batch_of, classifier
 from mmprecond import optimizers
 from mmprecond.optimizers import PreconditionedOptimizer
@@ -65,8 +66,7 @@ def attempt(
     try:
         return Check(name, subject, *check(*args))
     except Exception as error:
-        lines = str(error).strip().splitlines() or ['']
-        return Check(name, subject, False, f'{type(error).__name__}: {lines[0]}')
+        return Check(name, subject, False, first_line(error))
 
 
 def small_model(device: torch.device, dtype: torch.dtype = torch.float32) -> Task:

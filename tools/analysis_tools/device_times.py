@@ -86,22 +86,31 @@ def time_workload(work: Workload, device: torch.device, seconds: float) -> list[
         if name in PEERS and name not in installed_peers():
             rows.append(dict(name=name, error='the package pytorch_optimizer is not installed'))
             continue
-        twin = copy.deepcopy(model).to(device)
-        entries.append(Entry(name, twin, build_optimizer(name, twin)))
+        try:
+            twin = copy.deepcopy(model).to(device)
+            entries.append(Entry(name, twin, build_optimizer(name, twin)))
+        except Exception as error:  # a peer's fault must not end the table
+            rows.append(dict(name=name, error=first_line(error)))
     step = 0
     least = (WARM_UP + CYCLES) * REFRESH
     while entries and (step < least or step % REFRESH or time.perf_counter() < end):
         for entry in list(entries):
             try:
                 _train(entry, batches[step % len(batches)], step, device)
-            except Exception as error:  # a peer's fault must not end the table
-                rows.append(dict(name=entry.name, error=str(error).splitlines()[0]))
+            except Exception as error:
+                rows.append(dict(name=entry.name, error=first_line(error)))
                 entries.remove(entry)
         step += 1
     rows += _results(entries)
     del entries, batches
     gc.collect()
     return rows
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an error."""
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {lines[0]}'
 
 
 def _train(entry: Entry, batch: dict[str, Any], step: int, device: torch.device) -> None:
@@ -122,7 +131,7 @@ def _results(entries: list[Entry]) -> list[dict[str, Any]]:
     rows = []
     for entry in entries:
         times = {kind: median(values) for kind, values in entry.seconds.items() if values}
-        base = plain.get(entry.base, plain.get('AdamW', times['plain']))
+        base = plain.get(entry.base, plain.get('AdamW', float('nan')))
         capture = times.get('statistics', times['plain'])
         mean = (
             times['plain']

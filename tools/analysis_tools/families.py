@@ -72,7 +72,8 @@ def run(family: Family, folder: Path, data: Path, options: argparse.Namespace) -
         text=True,
         check=False,
     )
-    log = done.stdout + done.stderr
+    tables = sorted((folder / 'out').glob('*/layers.txt'))
+    log = done.stdout + done.stderr + ''.join(file.read_text() for file in tables[-1:])
     (folder / 'output.log').write_text(log)
     files = sorted((folder / 'out').glob('*/vis_data/scalars.json'))
     losses = [entry['loss'] for file in files[-1:] for entry in entries(file) if 'loss' in entry]

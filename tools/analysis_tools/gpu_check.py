@@ -76,7 +76,7 @@ def time_table(rows: Sequence[dict[str, Any]]) -> str:
         seconds = (row['seconds'].get(kind) for kind in ('plain', 'statistics', 'refresh'))
         times = ('' if s is None else f'{1000 * s:.1f}' for s in seconds)
         ratios = (f'{row["plain_ratio"]:.3f}', f'{row["ratio_20_200"]:.3f}')
-        memory = (f'{row["state_mb"]:.0f}', f'{row["peak_mb"]:.0f}')
+        memory = (f'{row["state_mb"]:.0f}', f'{row["peak_mb"]:.0f}' if row['peak_mb'] else '')
         cells.append((row['name'], *times, *ratios, *memory))
     heads = ('optimizer', 'plain ms', 'capture ms', 'refresh ms', 'plain ratio', 'ratio at 20/200')
     return table((*heads, 'state MB', 'peak MB'), cells)
@@ -103,8 +103,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--minutes', type=float, default=8.0, help='at most, about; default: 8')
     args = parser.parse_args()
-    if args.minutes <= 0:
+    if not 0 < args.minutes < float('inf'):
         parser.error(f'--minutes {args.minutes:g} is out of range; give a number greater than 0')
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f'--out {args.out} cannot be made ({error.strerror}); name a folder')
     try:
         args.device = torch.device(args.device)
         torch.zeros(1, device=args.device)
@@ -118,7 +122,6 @@ def main() -> int:
     args = parse_args()
     torch.backends.cudnn.deterministic = True
     start = time.perf_counter()
-    args.out.mkdir(parents=True, exist_ok=True)
     facts = describe(args.device)
     checks = run_checks(args.device)
     torch.backends.cudnn.deterministic = False
@@ -136,8 +139,12 @@ def main() -> int:
     text = '\n\n'.join(parts) + '\n'
     (args.out / 'gpu_check.md').write_text(text)
     print(text)
-    failed = sum(check.passed is False for check in checks)
-    print(f'{failed} of {len(checks)} checks failed; {time.perf_counter() - start:.0f} s in all')
+    outcomes = [check.passed for check in checks]
+    failed = outcomes.count(False)
+    print(
+        f'{outcomes.count(True)} checks passed, {failed} failed, {outcomes.count(None)} left out; '
+        f'{time.perf_counter() - start:.0f} s in all'
+    )
     print(f'results: {args.out}/gpu_check.md and .json')
     return int(failed > 0)
 

@@ -16,16 +16,17 @@ import argparse
 import copy
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mmprecond.core import Curvature
-from mmprecond.core.memory import forecast
+from mmprecond.core import Curvature, LayerStack
+from mmprecond.core.memory import megabytes
 from mmprecond.core.sharding import SHARDINGS, Sharding
 from mmprecond.core.traffic import Messages, assign_stacks, traffic
-from mmprecond.distributed import longest_first
+from mmprecond.curvature import Layer
 from mmprecond.engine import launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -103,33 +104,49 @@ def simulate(
     messages = traffic(curvature.layers, sharding)
     refresh, apply = pieces.refresh, pieces.apply
     if mode != 'none':
-        costs = [stack.method.refresh_flops(layer) for layer, stack in layers.items()]
-        refresh *= largest_share(costs, ranks)
+        costs = {layer: stack.method.refresh_flops(layer) for layer, stack in layers.items()}
+        refresh *= largest_load(layers, costs) / sum(costs.values())
     if mode == 'apply':
-        costs = [stack.method.apply_flops(layer) for layer, stack in layers.items()]
-        apply *= largest_share(costs, ranks)
+        costs = {layer: stack.method.apply_flops(layer) for layer, stack in layers.items()}
+        apply *= largest_load(layers, costs) / sum(costs.values())
     seconds = (
         apply
         + network.broadcast_seconds(messages.step, ranks)
         + (pieces.capture + network.sum_seconds(messages.capture, ranks)) / intervals[0]
         + (refresh + network.broadcast_seconds(messages.refresh, ranks)) / intervals[1]
     )
-    held = sum(sum(sizes) for sizes in forecast(layers, sharding).values())
-    return seconds / pieces.iteration, held
+    return seconds / pieces.iteration, held_by_the_fullest(layers, mode)
 
 
-def largest_share(costs: list[float], ranks: int) -> float:
-    """Share of all costs that the rank with most of them has."""
-    loads = [0.0] * ranks
-    for owner, cost in zip(longest_first(costs, ranks), costs, strict=True):
-        loads[owner] += cost
-    return max(loads) / sum(costs)
+def largest_load(layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, float]) -> float:
+    """Sum of the costs of the rank that has most."""
+    loads: dict[int, float] = {}
+    for layer, stack in layers.items():
+        owner = stack.owner or 0
+        loads[owner] = loads.get(owner, 0.0) + costs[layer]
+    return max(loads.values())
+
+
+def held_by_the_fullest(layers: Mapping[Layer, LayerStack], mode: str) -> float:
+    """Megabytes of statistics and operators on the rank that holds most, between refreshes."""
+    whole = {layer: megabytes(layer, stack) for layer, stack in layers.items()}
+    if mode != 'apply':
+        return sum(whole.values())
+    statistics = {layer: megabytes(layer, stack, False) for layer, stack in layers.items()}
+    own = {layer: whole[layer] - statistics[layer] for layer in layers}
+    return sum(statistics.values()) + largest_load(layers, own)
+
+
+def modes_of(curvature: Curvature) -> list[str]:
+    """Kinds of sharding that the methods allow."""
+    after_rule = any(stack.method.acts_after_rule for stack in curvature.stacks)
+    return [mode for mode in SHARDINGS if mode != 'apply' or not after_rule]
 
 
 def describe(curvature: Curvature, ranks: int) -> str:
     """Table of the messages by sharding."""
     rows = []
-    for mode in SHARDINGS:
+    for mode in modes_of(curvature):
         counted = traffic(curvature.layers, Sharding(mode, True, ranks))
         cells = (f'{m.number}, {m.megabytes:.1f}' for m in vars(counted).values())
         rows.append((mode, *cells))
@@ -149,7 +166,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--ranks',
-        type=lambda text: [int(k) for k in text.split(',')],
+        type=lambda text: [launch.count(k) for k in text.split(',')],
         default=[8, 64, 512],
         help='default: 8,64,512',
     )
@@ -158,7 +175,15 @@ def parse_args() -> argparse.Namespace:
         '--bandwidth', type=float, default=25.0, help='GB/s of each rank; default: 25'
     )
     parser.add_argument('--latency', type=float, default=20.0, help='microseconds; default: 20')
-    return parser.parse_args()
+    args = parser.parse_args()
+    pair = args.intervals.split('/')
+    if len(pair) != 2 or not all(part.isdigit() and int(part) for part in pair):
+        parser.error(f'--intervals {args.intervals} is no pair; write 20/200')
+    for name in ('iteration', 'bandwidth', 'latency'):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f'--{name} {value:g} is out of range; give a number greater than 0')
+    return args
 
 
 def main() -> None:
@@ -169,24 +194,26 @@ def main() -> None:
     batches = noise(model, args.batch, tuple(args.size), 2) * 4
     twin = copy.deepcopy(model)
     entry = Entry(args.optimizer, model, build_optimizer(args.optimizer, model))
+    curvature = getattr(entry.optimizer, 'curvature', None)
+    if curvature is None:
+        sys.exit(f'{args.optimizer} measures no curvature; choose an optimizer such as NKFAC')
     base = Entry(entry.base, twin, build_optimizer(entry.base, twin))
     pieces = measure_pieces(entry, base, batches)
     print(f'measured: {pieces}')
     if args.iteration:
         pieces = pieces.scaled_to(args.iteration)
         print(f'scaled: {pieces}')
-    curvature = entry.optimizer.curvature
     print(describe(curvature, args.ranks[0]), '', sep='\n')
     rows = []
     for ranks in args.ranks:
         results = {
             mode: simulate(curvature, pieces, network, ranks, mode, (capture, refresh))
-            for mode in SHARDINGS
+            for mode in modes_of(curvature)
         }
         best = min(results, key=lambda mode: results[mode][0])
         cells = (f'{100 * share:.1f} %, {held:,.0f} MB' for share, held in results.values())
         rows.append((str(ranks), *cells, best))
-    print(markdown(('ranks', *SHARDINGS, 'least time'), rows))
+    print(markdown(('ranks', *modes_of(curvature), 'least time'), rows))
 
 
 if __name__ == '__main__':
