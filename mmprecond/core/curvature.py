@@ -384,7 +384,7 @@ class Curvature:
         return report.describe_methods(self.layers)
 
     def overview(self) -> str:
-        """What is attached by stage of the model, and what is not (see `overview`)."""
+        """Lines for the log: modules that are left out, the stages of the model, the norms."""
         return overview(self.layers, self.coverage, self.sharding)
 
     def table(self) -> str:
