@@ -20,8 +20,8 @@ logger = logging.getLogger('mmprecond')
 #: Intervals of captures and refreshes while the search measures times; other periodic work of a
 #: loop (logs, hooks) seldom has a period of 7.
 TRIAL = (7, 14)
-#: Bounds of the search. Shorter intervals were never better in our experiments; published numbers
-#: were made with none that are longer.
+#: Bounds of the search: the shortest intervals that our experiments took, and the longest ones of
+#: published numbers.
 SHORTEST, LONGEST = (5, 25), (200, 2000)
 #: First steps, which are slower than others and do not count.
 IGNORED = 4
@@ -177,9 +177,9 @@ class OverheadSearch:
             *chosen,
             100 * added,
         )
-        if added > self.share:
+        if added > 1.01 * self.share:
             logger.warning(
-                'overhead=%g is exceeded at the longest intervals, %d and %d; choose '
+                'overhead=%g is exceeded at %d and %d, the longest intervals allowed; choose '
                 "input_factor='kernel', a smaller max_rows, or sharding='refresh' on several ranks",
                 self.share,
                 *chosen,
