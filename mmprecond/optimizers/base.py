@@ -49,7 +49,7 @@ class PreconditionedOptimizer(RuleOptimizer):
             steps later (AdamR's first bases up to `refresh_interval`). Until then the layer takes
             the plain rule.
         overhead: Share of an iteration's time that captures and refreshes may add per iteration, in
-            (0, 1); default: None. If set, times of 25 to 70 iterations choose the intervals, within
+            (0, 1); default: None. If set, times of 36 to 70 iterations choose the intervals, within
             5 to 200 steps for captures and 25 to 2000 for refreshes. Given intervals stay. All
             ranks and resumed runs use the intervals that were found. The log has them.
         matmul_precision: Precision of the float32 products that measure statistics and precondition
