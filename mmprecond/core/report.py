@@ -10,6 +10,7 @@ from ..curvature import Layer, LeftOut
 from .cost import cost_of
 from .coverage import Coverage
 from .memory import forecast, megabytes
+from .overview import aligned
 from .sharding import Sharding
 from .stack import LayerStack
 
@@ -73,7 +74,7 @@ def describe_methods(layers: Mapping[Layer, LayerStack]) -> list[str]:
 
 def table(layers: Mapping[Layer, LayerStack], coverage: Coverage, sharding: Sharding) -> str:
     """Layer table: layer, preconditioner or reason for the plain rule, factor sizes, memory."""
-    rows = [('layer', 'treatment', 'factors', 'MB')]
+    rows: list[tuple[str, ...]] = [('layer', 'treatment', 'factors', 'MB')]
     for layer, stack in layers.items():
         memory = megabytes(layer, stack, sharding.holds(stack))
         shapes = [shape for statistic in stack.kept for shape in layer.shapes(statistic).values()]
@@ -88,12 +89,9 @@ def table(layers: Mapping[Layer, LayerStack], coverage: Coverage, sharding: Shar
     ]
     for left in coverage.left_out:
         rows.append((left.name or '(root)', f'plain rule: {left.kind}, {left.reason}', '', ''))
-    widths = [max(len(row[k]) for row in rows) for k in range(4)]
-    lines = [
-        '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, '  '.join('-' * width for width in widths))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple('-' * width for width in widths))
+    lines = aligned(rows, left=4)
     counts = count(layers, coverage.left_out)
     lines.append(
         f'{counts["measured"]} of {len(layers)} layers measured so far, '

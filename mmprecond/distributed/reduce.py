@@ -76,12 +76,14 @@ def _nothing() -> None:
 def sum_buckets(tensors: Iterable[Tensor], bucket_mb: float = BUCKET_MB) -> Iterator[list[Tensor]]:
     """Yields the tensors of each message of a sum."""
     bucket: list[Tensor] = []
+    held = 0.0
     for tensor in tensors:
-        full = bucket and megabytes([*bucket, tensor]) > bucket_mb
-        if full or bucket and tensor.dtype != bucket[0].dtype:
+        size = megabytes([tensor])
+        if bucket and (held + size > bucket_mb or tensor.dtype != bucket[0].dtype):
             yield bucket
-            bucket = []
+            bucket, held = [], 0.0
         bucket.append(tensor)
+        held += size
     if bucket:
         yield bucket
 

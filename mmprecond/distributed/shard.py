@@ -99,12 +99,13 @@ def owner_buckets(
 ) -> list[tuple[int, list[Tensor]]]:
     """Owner and tensors of each message of `broadcast_from`; each has one owner and one dtype."""
     buckets: list[tuple[int, list[Tensor]]] = []
-    open_ones: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+    open_ones: dict[tuple[int, torch.dtype], tuple[float, list[Tensor]]] = {}
     for owner, tensor in zip(owners, tensors, strict=True):
-        bucket = open_ones.get((owner, tensor.dtype), [])
-        if not bucket or megabytes([*bucket, tensor]) > bucket_mb:
-            bucket = []
+        size = megabytes([tensor])
+        held, bucket = open_ones.get((owner, tensor.dtype), (0.0, []))
+        if not bucket or held + size > bucket_mb:
+            held, bucket = 0.0, []
             buckets.append((owner, bucket))
         bucket.append(tensor)
-        open_ones[owner, tensor.dtype] = bucket
+        open_ones[owner, tensor.dtype] = held + size, bucket
     return buckets

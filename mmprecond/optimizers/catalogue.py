@@ -10,7 +10,11 @@ from fnmatch import fnmatch
 from typing import Any
 
 from ..checks import did_you_mean
+from .base import PreconditionedOptimizer
 from .rule_optimizer import RuleOptimizer
+
+#: Classes that other optimizers are made of.
+BASES = (RuleOptimizer, PreconditionedOptimizer)
 
 
 @dataclass(frozen=True)
@@ -80,5 +84,5 @@ def _kinds() -> dict[str, type[RuleOptimizer]]:
     return {
         name: kind
         for name, kind in members
-        if isinstance(kind, type) and issubclass(kind, RuleOptimizer) and 'Optimizer' not in name
+        if isinstance(kind, type) and issubclass(kind, RuleOptimizer) and kind not in BASES
     }

@@ -70,7 +70,10 @@ def test_ours_and_mmengines_constructor(package: Any, name: str) -> None:
     torch.manual_seed(1)
     trained(other, plain, steps)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q)  # Kron's products once rounded differently in two runs
+        if name == 'Kron':  # its products once rounded differently in two runs
+            torch.testing.assert_close(p, q)
+        else:
+            assert torch.equal(p, q)
 
 
 def test_a_class_and_another_wrapper_serve_as_well(package: Any) -> None:

@@ -31,10 +31,10 @@ from mmprecond.optimizers import PreconditionedOptimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis_tools.benchmark_entry import (
-    KINDS,
     PEERS,
     REFRESH,
     Entry,
+    amortised,
     build_optimizer,
     installed_peers,
 )
@@ -86,8 +86,6 @@ def summary(
 ) -> dict[str, Any]:
     """Results of one optimizer, with times in seconds and memory in MB."""
     whole = {kind: median(times) for kind, times in entry.seconds.items() if times}
-    plain = whole['plain']
-    extra = {kind: whole.get(kind, plain) for kind in KINDS}
     base = bases.get(entry.base)
     result: dict[str, Any] = dict(
         name=entry.name,
@@ -102,11 +100,7 @@ def summary(
     )
     for capture, refresh in intervals:
         key = f'{capture}/{refresh}'
-        result['amortised'][key] = (
-            plain
-            + (extra['statistics'] - plain) / capture
-            + (extra['refresh'] - extra['statistics']) / refresh
-        )
+        result['amortised'][key] = amortised(whole, capture, refresh)
         result['p99'][key] = p99(entry.seconds, capture, refresh)
         if base is not None:
             result['overhead'][key] = result['amortised'][key] / median(base.seconds['plain'])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,14 @@ class Entry:
         for stack in curvature.stacks if curvature else []:
             tensors += [*stack.statistics.values(), *stack.operator_tensors.values()]
         return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+
+
+def amortised(seconds: Mapping[str, float], capture: int, refresh: int) -> float:
+    """Seconds of an average iteration at some intervals, from those of each kind of step."""
+    plain = seconds['plain']
+    measured = seconds.get('statistics', plain)
+    refreshed = seconds.get('refresh', measured)
+    return plain + (measured - plain) / capture + (refreshed - measured) / refresh
 
 
 def flatten_state(state: Any) -> list[torch.Tensor]:

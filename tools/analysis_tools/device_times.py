@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from analysis_tools.benchmark_entry import PEERS, REFRESH, Entry, build_optimizer, installed_peers
+from analysis_tools.benchmark_entry import (
+    PEERS,
+    REFRESH,
+    Entry,
+    amortised,
+    build_optimizer,
+    installed_peers,
+)
 from common.vision import Task, batch_of, classifier, feature_pyramid
 
 #: Cycles of `REFRESH` steps that do not count.
@@ -70,9 +77,9 @@ def time_workload(work: Workload, device: torch.device, seconds: float) -> list[
         seconds: Time to spend; at least `CYCLES` cycles are measured, whatever they take.
 
     Returns:
-        Rows with medians of an iteration by kind of step, in seconds, the share that a plain
-        iteration adds to that of the first-order optimizer, the same at 20/200, state and peak
-        memory in MB, and `error` for an optimizer that failed.
+        Rows with medians of an iteration by kind of step, in seconds, the ratio of a plain
+        iteration to that of the first-order optimizer, the same of an average iteration at 20/200,
+        state and peak memory in MB, and `error` for an optimizer that failed.
     """
     end = time.perf_counter() + seconds
     torch.manual_seed(0)
@@ -132,18 +139,12 @@ def _results(entries: list[Entry]) -> list[dict[str, Any]]:
     for entry in entries:
         times = {kind: median(values) for kind, values in entry.seconds.items() if values}
         base = plain.get(entry.base, plain.get('AdamW', float('nan')))
-        capture = times.get('statistics', times['plain'])
-        mean = (
-            times['plain']
-            + (capture - times['plain']) / 20
-            + (times.get('refresh', capture) - capture) / 200
-        )
         rows.append(
             dict(
                 name=entry.name,
                 seconds=times,
                 plain_ratio=times['plain'] / base,
-                ratio_20_200=mean / base,
+                ratio_20_200=amortised(times, 20, 200) / base,
                 state_mb=entry.state_mb(),
                 peak_mb=entry.peak_mb,
             )
