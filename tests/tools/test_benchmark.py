@@ -72,7 +72,7 @@ def test_a_small_classifier(tmp_path: Path) -> None:
     dense = found['NKFAC:settings=published:solver=cholesky']
     assert dense['apply_gflop'] == pytest.approx(dense['forecast_gflop'], rel=0.2)
     assert found['SGD']['overhead']['5/25'] == 1
-    plain, measured, refreshed = (dense['iteration'][kind] for kind in benchmark.KINDS)
+    plain, measured, refreshed = (dense['iteration'][kind] for kind in benchmark_entry.KINDS)
     average = 0.8 * plain + 0.16 * measured + 0.04 * refreshed
     assert dense['overhead']['5/25'] == pytest.approx(average / found['SGD']['iteration']['plain'])
     assert found['NKFAC:settings=published:solver=lowrank:tolerance=0.3']['ranks']
