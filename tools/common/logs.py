@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .scores import is_score
+
+#: Prefix of all names in a log with LogProcessor(log_with_hierarchy=True).
+PHASE = re.compile(r'^(train|val)/')
 
 Point = tuple[int, float, float]  # iteration, seconds of training so far, value
 
@@ -34,7 +40,7 @@ class Curves:
 
     Attributes:
         losses: The loss over time.
-        scores: Each score over time, by its name in the log.
+        scores: Each score over time, by its name in the log. At least one point each.
         memory: Peak memory in MB.
     """
 
@@ -61,7 +67,8 @@ class Curves:
         """Appends a log, and replaces earlier entries of the same iterations (after a resume)."""
         begun = False
         iteration, seconds = self.iterations, self.seconds
-        for entry in entries(file):
+        for line in entries(file):
+            entry = {PHASE.sub('', name): value for name, value in line.items()}
             if 'loss' in entry and 'iter' in entry:
                 if not begun:
                     self.cut(int(entry['iter']))
@@ -72,13 +79,14 @@ class Curves:
                 self.memory = max(self.memory, entry.get('memory', 0))
                 continue
             for name, value in entry.items():
-                if '/' in name and not name.startswith('curvature/'):
+                if is_score(name, value):
                     self.scores.setdefault(name, []).append((iteration, seconds, value))
 
     def cut(self, start: int) -> None:
         """Removes entries from an iteration on."""
         self.losses = [point for point in self.losses if point[0] < start]
         self.scores = {
-            name: [point for point in points if point[0] < start]
+            name: kept
             for name, points in self.scores.items()
+            if (kept := [point for point in points if point[0] < start])
         }
