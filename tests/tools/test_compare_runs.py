@@ -1,8 +1,9 @@
-"""Reports of compare_runs.py: logs of MMEngine beside the paper, in Markdown and in a browser."""
+"""Reports of compare_runs.py: in the terminal, in Markdown and in a browser."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -173,12 +174,80 @@ def test_the_report(folders: list[Path], tmp_path: Path) -> None:
         [compare_runs.read_run(f) for f in folders], tmp_path / 'report', 'Two <runs>'
     )
     text = markdown.read_text()
-    assert '| nkfac | NKFAC | 40 | 0.01 | 0.395 | 0.370 |' in text
+    assert '| nkfac | NKFAC | 40 | 20 s | 0.395 | 0.370 |' in text and 'hours' not in text
     assert '| APb | 39.5 | 40.1 | -0.6 |' in text
     assert '| optim_wrapper.optimizer.lr | 0.02 | 0.01 |' in text and 'work_dir' not in text
     html = page.read_text()
     assert 'Two &lt;runs&gt;' in html and '&lt;none &amp; such&gt;' in html
+    assert '<td class="number">20 s</td>' in html and '<th>training time</th>' in html
     assert html.count('<svg') == 3 and 'src=' not in html and 'http-equiv' not in html
+
+
+def test_the_curves_in_markdown(folders: list[Path], tmp_path: Path) -> None:
+    """The pictures lie beside the report, which can be moved with them."""
+    markdown, _ = compare_runs.write(
+        [compare_runs.read_run(f) for f in folders], tmp_path / 'report', 'Two'
+    )
+    pictures = re.findall(r'!\[(.*?)\]\((.*?)\)', markdown.read_text())
+    assert pictures == [
+        ('training loss', 'training_loss.png'),
+        ('coco/bbox_mAP', 'coco_bbox_mAP.png'),
+        ('coco/segm_mAP', 'coco_segm_mAP.png'),
+    ]
+    for _, file in pictures:
+        assert (tmp_path / 'report' / file).read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_terminal(
+    folders: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The table of the runs first, then where the reports are."""
+    out = tmp_path / 'report'
+    arguments = ['compare_runs.py', *map(str, folders), '--out', str(out)]
+    monkeypatch.setattr(sys, 'argv', arguments)
+    compare_runs.main()
+    assert capsys.readouterr().out.splitlines() == [
+        'run    optimizer  iterations  training time  coco/bbox_mAP  coco/segm_mAP',
+        'nkfac  NKFAC              40           20 s          0.395          0.370',
+        'sgd    SGD                40           20 s          0.300          0.370',
+        '',
+        str(out / 'report.md'),
+        str(out / 'report.html'),
+    ]
+
+
+def test_scores_of_segmentation(tmp_path: Path) -> None:
+    """MMSegmentation names them without a slash; mIoU has the column and the curve."""
+    data = tmp_path / 'segformer/1/vis_data'
+    data.mkdir(parents=True)
+    (data / 'scalars.json').write_text(
+        '{"lr": 0.1, "loss": 1.0, "decode.acc_seg": 9.0, "time": 0.5, "iter": 10, "step": 10}\n'
+        '{"aAcc": 81.5, "mIoU": 40.25, "mAcc": 52.0, "data_time": 0.01, "time": 0.2, "step": 10}\n'
+    )
+    run = compare_runs.read_run(tmp_path / 'segformer')
+    markdown, page = compare_runs.write([run], tmp_path / 'report', 'Segmentation')
+    text = markdown.read_text()
+    assert '| segformer | unknown | 10 | 5.0 s | 40.250 |' in text and '(mIoU.png)' in text
+    assert '| aAcc | 81.500 |' in text and '| mAcc | 52.000 |' in text
+    assert 'time' not in re.findall(r'^\| (\w+) \|', text, flags=re.MULTILINE)
+    assert 'id="others"' in page.read_text()
+
+
+def test_absent_values(tmp_path: Path) -> None:
+    """A run that was not trained or evaluated; a key that one config does not have."""
+    runs = [
+        compare_runs.Run('a', config={'x': 1, 'y': '-'}, scores={'mIoU': [(1, 1.0, 0.5)]}),
+        compare_runs.Run('b', config={'x': 1}),
+        compare_runs.Run('c', notes=['its config cannot be read']),
+    ]
+    assert compare_runs.run_table(runs)[1][1] == ['b', 'unknown', '0', '-', '-']
+    assert compare_runs.config_differences(runs) == [('y', ["'-'", 'not set', 'unknown'])]
+    markdown, page = compare_runs.write(runs, tmp_path / 'report', 'Absent')
+    assert "| y | '-' | not set | unknown |" in markdown.read_text()
+    assert '<td>not set</td>' in page.read_text()
 
 
 @pytest.mark.skipif(shutil.which('chromium') is None, reason='no browser is installed')

@@ -1,8 +1,8 @@
 """Compares finished or running trainings from MMEngine's own logs.
 
-Reads the work folders of tools/train.py (or of MMDetection's and MMPretrain's own tools), and
-writes report.md and report.html. The reports have final scores (beside those of the thesis if the
-config names them), curves of loss and scores against iterations and seconds, the differences
+Reads the work folders of tools/train.py (or of a toolbox's own tool), prints a table of the runs,
+and writes report.md and report.html. The reports have final scores (beside those of the thesis if
+the config names them), curves of loss and scores against iterations and seconds, the differences
 between the configs, and the machines.
 """
 
@@ -14,7 +14,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader
 from mmengine.config import Config
@@ -22,7 +22,13 @@ from mmengine.config import Config
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.logs import Curves, log_files
+from common.scores import headlines
+from common.tables import duration
+from mmprecond.engine.console import print_table
 from paper.rows import departures, plain, row_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).resolve().parent / 'templates'
 #: Scores in a table row of the paper, by their names in the log: for boxes, and for masks too.
@@ -43,8 +49,6 @@ MASK = {
     'APm75': 'coco/segm_mAP_75',
 }
 TOP_1 = {'top1': 'accuracy/top1'}  # in per cent already
-#: Scores with a curve, if a run has them.
-HEADLINES = ('coco/bbox_mAP', 'coco/segm_mAP', 'accuracy/top1')
 MACHINE = (
     'Python',
     'GPU 0',
@@ -55,6 +59,8 @@ MACHINE = (
     'Distributed training',
     'GPU number',
 )
+#: Number of columns with text in the table of runs.
+TEXTS = 2
 #: Parts of a config that do not concern the method.
 UNINTERESTING = ('work_dir', 'resume', 'load_from', 'launcher', 'visualizer', 'vis_backends')
 
@@ -188,18 +194,59 @@ def flat(config: Any, prefix: str = '') -> dict[str, Any]:
 
 def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Keys in which the configs differ, with the value of each run."""
-    keys = sorted({key for run in runs for key in run.config})
-    values_by_key = [
-        (key, [repr(run.config.get(key, '-')) for run in runs])
-        for key in keys
-        if key.split('.')[0] not in (*UNINTERESTING, 'paper')
+    known = [run for run in runs if run.config]
+    differences = []
+    for key in sorted({key for run in known for key in run.config}):
+        if key.split('.')[0] in (*UNINTERESTING, 'paper'):
+            continue
+        if len({_setting(run, key) for run in known}) > 1:
+            differences.append((key, [_setting(run, key) for run in runs]))
+    return differences
+
+
+def _setting(run: Run, key: str) -> str:
+    """Value of a key in a run's config as text."""
+    if not run.config:
+        return 'unknown'
+    return repr(run.config[key]) if key in run.config else 'not set'
+
+
+def main_scores(runs: list[Run]) -> list[str]:
+    """Scores with a column and a curve: the main ones of each run."""
+    return list(dict.fromkeys(name for run in runs for name in headlines(run.scores)))
+
+
+def run_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the table of runs; the first `TEXTS` columns are text."""
+    scores = main_scores(runs)
+    return ['run', 'optimizer', 'iterations', 'training time', *scores], [
+        [
+            run.name,
+            run.optimizer,
+            str(run.iterations),
+            duration(run.seconds),
+            *(_number(run.last(name)) for name in scores),
+        ]
+        for run in runs
     ]
-    return [(key, values) for key, values in values_by_key if len(set(values)) > 1]
 
 
-def draw(runs: list[Run], score: str | None) -> str:
-    """Plots the loss, or a score, against iterations and seconds, as SVG."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+def other_scores(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Scores without a column in the table of runs, with the last value of each run."""
+    names = dict.fromkeys(name for run in runs for name in run.scores)
+    shown = main_scores(runs)
+    return [
+        (name, [_number(run.last(name)) for run in runs]) for name in names if name not in shown
+    ]
+
+
+def _number(score: float | None) -> str:
+    """Text of a score, '-' for a run that does not have it."""
+    return '-' if score is None else f'{score:.3f}'
+
+
+def draw(runs: list[Run], score: str | None) -> Figure:
+    """Plots the loss, or a score, against iterations and seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout='constrained')
@@ -217,21 +264,37 @@ def draw(runs: list[Run], score: str | None) -> str:
         axes.set(xlabel=label, ylabel='' if position else score or 'loss')
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
-    text = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(text)
-    return text.getvalue()[text.getvalue().index('<svg') :]
+    return figure
+
+
+def write_pictures(runs: list[Run], folder: Path) -> list[dict[str, str]]:
+    """Writes the curves as PNG; returns the title, file name and SVG of each picture."""
+    pictures = []
+    for score in (None, *main_scores(runs)):
+        title = score or 'training loss'
+        file = re.sub(r'[^\w.-]+', '_', title) + '.png'
+        figure = draw(runs, score)
+        figure.savefig(folder / file, dpi=110)
+        text = io.StringIO()
+        figure.savefig(text, format='svg')
+        svg = text.getvalue()
+        pictures.append(dict(title=title, file=file, svg=svg[svg.index('<svg') :]))
+    return pictures
 
 
 def write(runs: list[Run], folder: Path, title: str) -> tuple[Path, Path]:
-    """Writes report.md and report.html; returns their paths."""
+    """Writes report.md, its pictures and report.html; returns the paths of the reports."""
     folder.mkdir(parents=True, exist_ok=True)
-    scores = [name for name in HEADLINES if any(name in run.scores for run in runs)]
+    headers, rows = run_table(runs)
     known = dict(
         title=title,
         runs=runs,
-        scores=scores,
+        headers=headers,
+        rows=rows,
+        texts=TEXTS,
+        others=other_scores(runs),
         differences=config_differences(runs),
-        pictures=[draw(runs, score) for score in (None, *scores)],
+        pictures=write_pictures(runs, folder),
     )
     paths = folder / 'report.md', folder / 'report.html'
     for path in paths:
@@ -240,7 +303,6 @@ def write(runs: list[Run], folder: Path, title: str) -> tuple[Path, Path]:
             autoescape=path.suffix == '.html',
             keep_trailing_newline=True,
         )
-        environment.filters['number'] = lambda value: '-' if value is None else f'{value:.3f}'
         path.write_text(environment.get_template(f'{path.name}.j2').render(known))
     return paths
 
@@ -264,7 +326,10 @@ def main() -> None:
         runs = [read_run(folder) for folder in args.folders]
     except ValueError as error:
         sys.exit(str(error))
-    for path in write(runs, args.out, args.title):
+    paths = write(runs, args.out, args.title)
+    print_table(*run_table(runs), left=TEXTS)
+    print()
+    for path in paths:
         print(path)
 
 
