@@ -17,7 +17,13 @@ from .optimizers import *  # noqa: E402, F403
 __all__ = ['__version__', *optimizers.__all__]
 
 if find_spec('mmengine') is not None:
-    from .engine import PrecondOptimWrapperConstructor, register_all
+    from .engine import (
+        CalibrationHook,
+        CurvatureHook,
+        PrecondOptimWrapperConstructor,
+        register_all,
+    )
 
     register_all()
-    __all__ += ['PrecondOptimWrapperConstructor']
+    # Configs may name them with the package's name too: `type='mmprecond.CurvatureHook'`.
+    __all__ += ['CalibrationHook', 'CurvatureHook', 'PrecondOptimWrapperConstructor']

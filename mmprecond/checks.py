@@ -67,18 +67,26 @@ def argument_names(kind: type) -> list[str]:
 def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[str]) -> None:
     """Raises TypeError for unexpected keyword arguments, with their likely origin."""
     if unexpected:
+        known = list(known)
         keys = ', '.join(sorted(unexpected))
+        near = ''.join(did_you_mean(key, known) for key in sorted(unexpected))
         hint = (
             'MMEngine removes `_delete_` only from configs with a `_base_`: leave it out here'
             if '_delete_' in unexpected
             else 'if a base config left the key behind, add '
             '`_delete_=True` to the optimizer of your config'
         )
-        raise TypeError(f'{owner} does not take {keys} (it takes {", ".join(known)}); {hint}')
+        raise TypeError(f'{owner} does not take {keys}; {near}{hint} (it takes {", ".join(known)})')
 
 
-def did_you_mean(name: Any, names: Iterable[str]) -> str:
-    """``'did you mean A or B? '`` with the nearest names, or ''; upper and lower case are equal."""
+def did_you_mean(name: Any, names: Iterable[str], likeness: float = 0.6) -> str:
+    """``'did you mean A or B? '`` with the nearest names, or ''; upper and lower case are equal.
+
+    Args:
+        name: The unknown name.
+        names: The known names.
+        likeness: Least likeness of a name, in [0, 1]; default: 0.6, as in `difflib`.
+    """
     by_key = {known.lower(): known for known in names}
-    near = get_close_matches(str(name).lower(), by_key, 3)
+    near = get_close_matches(str(name).lower(), by_key, 3, likeness)
     return f'did you mean {" or ".join(by_key[key] for key in near)}? ' if near else ''

@@ -18,7 +18,7 @@ launch() {  # launch TOOL GPUS [arguments of the tool ...]: never returns
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   fi
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-  exec "$python" -m torch.distributed.run \
+  exec "$python" "$root/tools/common/torchrun.py" \
     --nnodes="${NNODES:-1}" \
     --node_rank="${NODE_RANK:-0}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \

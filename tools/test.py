@@ -9,6 +9,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmprecond.engine import launch
+from mmprecond.engine.preflight import check_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,6 +31,7 @@ def build(args: argparse.Namespace) -> Runner:
         )
     launch.finish_config(cfg, args)
     cfg.load_from = args.checkpoint
+    check_config(cfg, ['test'])
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 

@@ -9,6 +9,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmprecond.engine import attach, launch, use_optimizer
+from mmprecond.engine.preflight import check_config
 from mmprecond.engine.presets import BASELINES
 
 
@@ -65,6 +66,7 @@ def build(args: argparse.Namespace) -> Runner:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    check_config(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 

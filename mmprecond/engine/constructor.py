@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.logging import MMLogger, print_log
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, Registry
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
+from ..checks import did_you_mean
 from ..core import CurvatureOptions
 from ..curvature import unwrap
 from ..distributed import rank
 from ..optimizers import Preconditioned, PreconditionedOptimizer, RuleOptimizer
 from ..optimizers.peers import find_peer, is_peer, needs_of, with_groups
+from ..optimizers.preconditioned import read_settings
 from ..optimizers.replacement import rule_for
 from ..rules import build_rule
 from ..second_order import refuse_single_backward
 from .base_constructor import find_base
+from .resolution import resolve
 from .wrapper import mixed_wrapper, refuse_sharding
 
 #: Default of `precondition`.
@@ -66,9 +69,10 @@ class PrecondOptimWrapperConstructor:
         cfg = optim_wrapper_cfg.copy()
         base = cfg.pop('base_constructor', None)
         self._check_groups: Callable[[list[dict[str, Any]]], None] = lambda groups: None
+        names = ['precondition', *CurvatureOptions.names()]
         for key in cfg:
-            if key != 'precondition' and get_close_matches(key, ['precondition'], 1, 0.8):
-                raise ValueError(f'optim_wrapper has {key}; did you mean precondition?')
+            if key not in names and (near := did_you_mean(key, names, 0.8)):
+                raise ValueError(f'optim_wrapper has {key}; {near.rstrip()}')
         given, optimizer = 'precondition' in cfg, cfg.get('optimizer')
         precondition = cfg.pop('precondition', DEFAULT)
         options = {key: cfg.pop(key) for key in CurvatureOptions.names() if key in cfg}
@@ -81,7 +85,7 @@ class PrecondOptimWrapperConstructor:
             )
         if base is None:
             base = find_base(paramwise_cfg, strict=precondition is not None)
-        hoisted = _rule_defaults(cfg.get('optimizer'))
+        hoisted = _defaults_for_base(cfg.get('optimizer'))
         if isinstance(cfg.get('optimizer'), dict):  # a copy of its kind, which is completed below
             cfg['optimizer'] = cfg['optimizer'].copy()
             cfg['optimizer'].update(hoisted)
@@ -96,25 +100,41 @@ class PrecondOptimWrapperConstructor:
         kind = self._type
         if is_peer(kind):
             return self._build_peer(find_peer(kind), model)
-        kind = _resolve(OPTIMIZERS, kind)
+        kind = resolve(OPTIMIZERS, kind)
         if not (inspect.isclass(kind) and issubclass(kind, RuleOptimizer)):
             return self.base(model)
         self._mix_wrapper(kind.needs, kind.__name__)
         if 'model' in inspect.signature(kind.__init__).parameters:
             self.base.optimizer_cfg['model'] = unwrap(model)
         if self._hoisted:
-            self.base.optimizer_cfg['type'] = self._build_without_hoisted
+            self.base.optimizer_cfg['type'] = partial(self._build_without_hoisted, kind)
         built = self.base(model)
         self._check_groups(built.optimizer.param_groups)
         print_log(built.optimizer.report(), logger='current')
         _write_table(built.optimizer)
         return built
 
-    def _build_without_hoisted(self, params: Any, **settings: Any) -> Preconditioned:
-        """`Preconditioned` without the entries that only the base constructor reads."""
-        return Preconditioned(
-            params, **{key: value for key, value in settings.items() if key not in self._hoisted}
-        )
+    def check_settings(self) -> None:
+        """Raises the errors of the optimizer's settings that can be found without the model."""
+        kind = None if is_peer(self._type) else resolve(OPTIMIZERS, self._type)
+        if not (inspect.isclass(kind) and issubclass(kind, RuleOptimizer)):
+            return
+        given = {key: v for key, v in self.base.optimizer_cfg.items() if key not in self._hoisted}
+        settings = {key: value for key, value in given.items() if key not in ('type', '_scope_')}
+        if issubclass(kind, Preconditioned):
+            read_settings(settings.pop('rule', None), settings.pop('layers', None), settings)
+            return
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2))
+        if 'model' in inspect.signature(kind.__init__).parameters:
+            settings['model'] = model
+        kind(model.parameters(), **settings)
+
+    def _build_without_hoisted(
+        self, kind: type[RuleOptimizer], params: Any, **settings: Any
+    ) -> RuleOptimizer:
+        """The optimizer without the entries that only the base constructor reads."""
+        own = {key: value for key, value in settings.items() if key not in self._hoisted}
+        return kind(params, **own)  # type: ignore[call-arg]
 
     def _build_peer(self, kind: type[torch.optim.Optimizer], model: nn.Module) -> OptimWrapper:
         needs = needs_of(kind)
@@ -127,7 +147,7 @@ class PrecondOptimWrapperConstructor:
     def _mix_wrapper(self, needs: str, owner: str) -> None:
         """Replaces the wrapper's type by one that gives the optimizer what it needs."""
         cfg = self.base.optim_wrapper_cfg
-        wrapper = _resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper'))
+        wrapper = resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper'))
         refuse_sharding(cfg, wrapper)
         cfg['type'] = mixed_wrapper(wrapper, needs, owner)
 
@@ -148,7 +168,7 @@ def _does_without(optimizer: Any) -> bool:
         return False
     if is_peer(name):
         return True
-    kind = _resolve(OPTIMIZERS, name)
+    kind = resolve(OPTIMIZERS, name)
     return inspect.isclass(kind) and issubclass(kind, RuleOptimizer)
 
 
@@ -171,7 +191,7 @@ def _attach(
         )
     if is_peer(name):
         raise ValueError(f'{name} cannot be a rule under a preconditioner; leave precondition out')
-    kind = _resolve(OPTIMIZERS, name)
+    kind = resolve(OPTIMIZERS, name)
     if inspect.isclass(kind) and issubclass(kind, RuleOptimizer):
         raise ValueError(
             f'{kind.__name__} is an optimizer of mmprecond already; leave precondition out, or '
@@ -199,29 +219,20 @@ def _attach(
     )
 
 
-def _rule_defaults(optimizer: Any) -> dict[str, Any]:
-    """Learning rate and weight decay in the rule of a `Preconditioned` config.
+def _defaults_for_base(optimizer: Any) -> dict[str, Any]:
+    """Learning rate and weight decay that a config does not give beside the optimizer's type.
 
-    Other constructors look for them beside the rule, to scale them.
+    Base constructors look for them there, to scale them: those in the rule of a `Preconditioned`
+    config, and the decay that another optimizer of this package has by default.
     """
-    if not isinstance(optimizer, dict) or optimizer.get('type') not in (
-        'Preconditioned',
-        Preconditioned,
-    ):
+    name = (optimizer or {}).get('type') if isinstance(optimizer, dict) else None
+    kind = None if name is None or is_peer(name) else resolve(OPTIMIZERS, name)
+    if not (inspect.isclass(kind) and issubclass(kind, RuleOptimizer)):
         return {}
-    _, defaults = build_rule(optimizer.get('rule'))
-    return {key: defaults[key] for key in ('lr', 'weight_decay') if key not in optimizer}
-
-
-def _resolve(registry: Registry, kind: Any) -> Any:
-    """Class that a config's `type` names."""
-    if not isinstance(kind, str):
-        return kind
-    with registry.switch_scope_and_registry(None) as scoped:
-        resolved = scoped.get(kind)
-    if resolved is None:
-        raise KeyError(
-            f'{kind} is not registered as {registry.name}; is the package that defines '
-            'it named in custom_imports?'
-        )
-    return resolved
+    if issubclass(kind, Preconditioned):
+        _, defaults = build_rule(optimizer.get('rule'))
+        return {key: defaults[key] for key in ('lr', 'weight_decay') if key not in optimizer}
+    parameter = inspect.signature(kind.__init__).parameters.get('weight_decay')
+    if parameter is None or 'weight_decay' in optimizer:
+        return {}
+    return {'weight_decay': parameter.default}

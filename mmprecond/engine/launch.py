@@ -6,15 +6,24 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
+from ..checks import did_you_mean
+from .preflight import check_options
 from .toolboxes import find_config, installed
+
+#: Exit status of a mistake in the command or the config, as that of argparse.
+USAGE = 2
+#: Seconds that other processes of a machine wait for the first one to report an error.
+PATIENCE = 20.0
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +32,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OptionsAction,
         metavar='KEY=VALUE',
         help='settings that override the config, such as optim_wrapper.optimizer.lr=0.01',
     )
@@ -46,6 +55,19 @@ def add_precondition(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class OptionsAction(DictAction):  # type: ignore[misc]
+    """MMEngine's `DictAction`, with a one-line error for an entry without '='."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, *others: Any
+    ) -> None:
+        """Parses KEY=VALUE entries."""
+        for text in values or ():
+            if '=' not in text.strip('='):
+                parser.error(f'{self.option_strings[0]} takes KEY=VALUE, got {text!r}')
+        super().__call__(parser, namespace, values, *others)
+
+
 def count(text: str) -> int:
     """Parses a whole number of at least 1, as an argument's type."""
     if not text.isdecimal() or int(text) < 1:
@@ -62,23 +84,55 @@ def load_config(path: str) -> Config:
     if '::' in path:
         return Config.fromfile(find_config(path))
     if not Path(path).is_file():
+        near = did_you_mean(path, map(str, Path(path).parent.glob('*.py')))
         raise FileNotFoundError(
-            f'there is no config {path}; give a file, or TOOLBOX::FOLDER/NAME.py for one of '
+            f'there is no config {path}; {near}give a file, or TOOLBOX::FOLDER/NAME.py for one of '
             f'{" or ".join(installed()) or "an installed toolbox"}'
         )
     return Config.fromfile(path)
 
 
 def finish_config(cfg: Config, args: argparse.Namespace) -> None:
-    """Applies the common arguments and prepares the processes."""
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    """Applies the common arguments and prepares the processes.
+
+    Raises:
+        ValueError: If a key of `--cfg-options` looks misspelt, or the launcher did not start the
+            processes.
+    """
+    merge_options(cfg, args.cfg_options)
+    check_launcher(args.launcher)
     name = re.split(r'[/\\:]+', args.config)[-1].removesuffix('.py')
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / name)
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         _use_gloo(cfg)
+
+
+def merge_options(cfg: Config, options: dict[str, Any] | None) -> None:
+    """Merges `--cfg-options` into a config; raises ValueError for a key that looks misspelt."""
+    if options:
+        check_options(cfg, options)
+        cfg.merge_from_dict(options)
+
+
+#: Variables that each launcher sets for its processes, and what starts them.
+LAUNCHERS = {
+    'none': ('', ''),
+    'pytorch': ('RANK', 'bash tools/dist_train.sh CONFIG GPUS'),
+    'slurm': ('SLURM_PROCID', 'bash tools/slurm_train.sh'),
+    'mpi': ('OMPI_COMM_WORLD_LOCAL_RANK', 'mpirun -np GPUS python tools/train.py CONFIG'),
+}
+
+
+def check_launcher(launcher: str) -> None:
+    """Raises ValueError if the launcher has not started this process."""
+    variable, command = LAUNCHERS[launcher]
+    if variable and variable not in os.environ:
+        raise ValueError(
+            f'--launcher {launcher} is for processes that it started, and {variable} is not set; '
+            f'start them with `{command}`, or leave --launcher out for one process'
+        )
 
 
 def _use_gloo(cfg: Config) -> None:
@@ -118,12 +172,15 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get('MMPRECOND_TRACEBACK'):
             raise
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        if int(os.environ.get('LOCAL_RANK', 0)):
+            # The first process of the machine says it, and its end stops this one.
+            time.sleep(PATIENCE)
         print(
             f'{type(error).__name__}: {text}\n'
             '(set MMPRECOND_TRACEBACK=1 to see where it came from)',
             file=sys.stderr,
         )
-        sys.exit(2)
+        sys.exit(USAGE)
 
 
 def run(main: Callable[[], None]) -> None:

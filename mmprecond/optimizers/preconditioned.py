@@ -56,25 +56,40 @@ class Preconditioned(PreconditionedOptimizer):
         model: nn.Module | None = None,
         **options: Any,
     ) -> None:
-        unexpected = {
-            key: value for key, value in options.items() if key not in CurvatureOptions.names()
-        }
-        if isinstance(rule, dict) and set(unexpected) & set(rule):
-            keys = ', '.join(sorted(unexpected))
-            raise TypeError(
-                f'Preconditioned does not take {keys} beside rule and layers, its rule '
-                'does (write optimizer.rule.lr and the like); if a base config left '
-                'the key behind, add `_delete_=True` to the optimizer of your config'
-            )
-        reject_unexpected(
-            'Preconditioned', unexpected, ['rule', 'layers', *CurvatureOptions.names()]
-        )
-        built, defaults = build_rule(rule)
-        assignment = parse_layers(layers)
-        _check_rule(built, assignment)
+        built, defaults, assignment = read_settings(rule, layers, options)
         super().__init__(
             params, model=model, rule=built, method=assignment, defaults=defaults, **options
         )
+
+
+def read_settings(
+    rule: dict[str, Any] | None, layers: Any, options: dict[str, Any]
+) -> tuple[Rule, dict[str, Any], Assignment]:
+    """Reads the settings of `Preconditioned`, as its constructor does.
+
+    Returns:
+        The rule, its hyper-parameters, and the methods.
+
+    Raises:
+        ValueError: If a type or value is invalid, or a preconditioner does not work with the rule.
+        TypeError: If an option is unknown.
+    """
+    unexpected = {
+        key: value for key, value in options.items() if key not in CurvatureOptions.names()
+    }
+    if isinstance(rule, dict) and set(unexpected) & set(rule):
+        keys = ', '.join(sorted(unexpected))
+        raise TypeError(
+            f'Preconditioned does not take {keys} beside rule and layers, its rule '
+            'does (write optimizer.rule.lr and the like); if a base config left '
+            'the key behind, add `_delete_=True` to the optimizer of your config'
+        )
+    reject_unexpected('Preconditioned', unexpected, ['rule', 'layers', *CurvatureOptions.names()])
+    built, defaults = build_rule(rule)
+    assignment = parse_layers(layers)
+    _check_rule(built, assignment)
+    CurvatureOptions(**options)
+    return built, defaults, assignment
 
 
 def _check_rule(rule: Rule, assignment: Assignment) -> None:

@@ -24,8 +24,8 @@ from torch import nn
 
 import mmprecond
 from mmprecond.engine import PrecondOptimWrapperConstructor, use_optimizer
-from mmprecond.engine.constructor import _resolve
 from mmprecond.engine.registration import _register, optimizer_types, register_all
+from mmprecond.engine.resolution import resolve
 from mmprecond.engine.wrapper import MIXINS, mixed_wrapper
 from mmprecond.optimizers import NKFAC, AdaNKFAC, RuleOptimizer
 from mmprecond.rules import AdamW
@@ -296,7 +296,7 @@ class Plain(RuleOptimizer):
 
 @pytest.mark.parametrize('kind', [OptimWrapper, Labelled, 'ApexOptimWrapper'])
 def test_what_needs_nothing_gets_the_wrapper_as_it_is(kind: Any) -> None:
-    base = _resolve(OPTIM_WRAPPERS, kind)
+    base = resolve(OPTIM_WRAPPERS, kind)
     assert mixed_wrapper(base, Plain.needs, 'Plain') is base
     if issubclass(base, ApexOptimWrapper):  # is not installed
         return

@@ -255,14 +255,33 @@ def test_train_resume_and_test(tmp_path: Path, shapes: Path) -> None:
             [f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.damping=-1'],
             'damping=-1',
         ),
-        ([f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.dampnig=1'], 'dampnig'),
+        (
+            [f'{QUICK}_nkfac.py', '--cfg-options', 'optim_wrapper.optimizer.dampnig=1'],
+            'dampnig; did you mean damping',
+        ),
+        ([f'{QUICK}.py', '--cfg-options', 'foo'], "--cfg-options takes KEY=VALUE, got 'foo'"),
+        (
+            [f'{QUICK}.py', '--cfg-options', 'train_dataloader.dataset.data_root=/none/'],
+            'the data are not there: /none/annotations/train.json, /none/train/',
+        ),
+        ([f'{QUICK}.py', '--launcher', 'pytorch'], 'RANK is not set'),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     if torch.cuda.is_available() and '--amp' in arguments:
         pytest.skip('there is a GPU')
     output = tool(sys.executable, 'tools/train.py', *arguments, '--work-dir', tmp_path, expect=2)
-    assert message in output.splitlines()[-2] and 'Traceback' not in output
+    assert message in ''.join(output.splitlines()[-2:]) and 'Traceback' not in output
+    assert len(output.splitlines()) < 12  # neither the environment nor the config was logged
+
+
+@pytest.mark.slow
+def test_errors_of_several_processes_come_once(tmp_path: Path) -> None:
+    options = ['--cfg-options', 'train_dataloader.dataset.data_root=/none/']
+    command = ['bash', 'tools/dist_train.sh', f'{QUICK}.py', 2, '--work-dir', tmp_path, *options]
+    output = tool(*command, expect=2, PORT='29612')
+    assert output.count('the data are not there') == 1 and 'Traceback' not in output
+    assert len(output.splitlines()) < 12
 
 
 def test_three_lines_equal_the_preset() -> None:

@@ -40,6 +40,7 @@ from analysis_tools.benchmark_entry import (
 )
 from analysis_tools.benchmark_report import chart, describe, report
 from common import ROOT
+from common.devices import device
 from common.models import CONFIGS, build_model, noise
 from common.timing import now
 
@@ -50,7 +51,7 @@ WARM_UP = 3
 BATCHES = 8
 
 
-def gemm_rate(device: str, size: int = 2048) -> float:
+def gemm_rate(device: torch.device, size: int = 2048) -> float:
     """FLOPs per second of a square product, the best of several."""
     matrix = torch.randn(size, size, device=device)
     best = float('inf')
@@ -201,7 +202,7 @@ def run(name: str, args: argparse.Namespace, say: Callable[[str], None] = print)
     rate = gemm_rate(args.device)
     measure(entries, batches, args.cycles)
     rate = max(rate, gemm_rate(args.device))
-    if args.memory and args.device == 'cpu':
+    if args.memory and args.device.type == 'cpu':
         for entry in entries:
             entry.peak_mb = peak_on_cpu(name, entry.name, args)
     bases = {entry.name: entry for entry in entries if entry.name in ('SGD', 'AdamW')}
@@ -271,7 +272,9 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='measure peak memory on CPU too, each optimizer in its own process',
     )
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument(
+        '--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu'
+    )
     parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/benchmark')
     parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
 
 from analysis_tools.device_checks import Check, run_checks
 from analysis_tools.device_times import time_workload, workloads
+from common.devices import device
 from mmprecond import __version__
 
 #: Share of the time that timing gets for each model; the rest is for checks and set-up.
@@ -97,7 +98,7 @@ def detector_table(device: torch.device, folder: Path) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='gpu_check.sh', description=__doc__.splitlines()[0])
-    parser.add_argument('--device', default='cuda', help='cuda (default), cuda:1, cpu')
+    parser.add_argument('--device', type=device, default='cuda', help='cuda (default), cuda:1, cpu')
     parser.add_argument(
         '--out', type=Path, default=ROOT / 'work_dirs/gpu_check', help='folder of the results'
     )
@@ -109,12 +110,6 @@ def parse_args() -> argparse.Namespace:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f'--out {args.out} cannot be made ({error.strerror}); name a folder')
-    try:
-        args.device = torch.device(args.device)
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        parser.error(f'{args.device} cannot be used ({reason}); --device cpu tries the script')
     return args
 
 

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis_tools.benchmark import measure
 from analysis_tools.benchmark_entry import Entry, build_optimizer
+from common.devices import device
 from common.models import CONFIGS, build_model, noise
 from common.tables import markdown
 
@@ -160,7 +161,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--optimizer', default='NKFAC', help='as in benchmark.py; default: NKFAC')
     parser.add_argument('--batch', type=launch.count, default=2, help='images a rank; default: 2')
     parser.add_argument('--size', type=launch.count, nargs=2, default=(224, 224))
-    parser.add_argument('--device', default='cpu', help='default: cpu')
+    parser.add_argument('--device', type=device, default='cpu', help='default: cpu')
     parser.add_argument(
         '--iteration', type=float, help='seconds of a plain iteration; default: as measured'
     )

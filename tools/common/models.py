@@ -19,7 +19,7 @@ CONFIGS = {
 }
 
 
-def build_model(name: str, device: str = 'cpu') -> nn.Module:
+def build_model(name: str, device: torch.device | str = 'cpu') -> nn.Module:
     """Returns a model of `CONFIGS`, or of a config file, in training mode."""
     torch.manual_seed(0)
     return random_model(launch.load_config(CONFIGS.get(name, name))).to(device)
