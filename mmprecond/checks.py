@@ -35,10 +35,10 @@ def check_number(
         raise ValueError(f'{name}={value!r} is out of range; give a number {bound}{below}')
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless value is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f'{name}={value!r} is out of range; give an integer of at least 1')
+def check_count(name: str, value: Any, low: int = 1) -> None:
+    """Raises ValueError unless value is an integer of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f'{name}={value!r} is out of range; give an integer of at least {low}')
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -3,8 +3,9 @@
 from ..preconditioners import RefreshError
 from .assignment import Assignment, parse_layers, split_words
 from .basis import rotate
-from .curvature import Curvature, CurvatureOptions
+from .curvature import Curvature
 from .monitor import Monitor, RefreshReport
+from .options import CurvatureOptions
 from .stack import LayerStack
 
 __all__ = [

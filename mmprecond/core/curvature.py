@@ -4,68 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_number
 from ..curvature import Capture, Layer, Statistic, unwrap
 from ..distributed import rank, world_size
-from ..linalg import PRECISIONS, matmul_precision
+from ..linalg import matmul_precision
 from ..preconditioners import Preconditioner
 from . import checkpoint, report
 from .assignment import Assignment
 from .basis import BasisSnapshot, snapshot
 from .clipping import clip_norm, kl_clip
 from .coverage import assign_methods
+from .damping import Dampings
 from .directions import recover_norms, transform
 from .failures import FailurePolicy
+from .inspection import LayerView, view_layer
+from .intervals import IntervalControl
 from .memory import check_memory_budget, forecast, held_megabytes
 from .monitor import Monitor
-from .overhead import OverheadSearch, with_intervals
+from .options import CurvatureOptions
 from .overview import overview
 from .refresh import finish_refresh, start_refresh
 from .samples import SampleCollector, to_host
 from .schedule import LEAST_REACHED, Schedule, share_reached
-from .sharding import SHARDINGS, Sharding
+from .sharding import Sharding
 from .stack import LayerStack
 
 logger = logging.getLogger('mmprecond')
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvatureOptions:
-    """Settings that hold for all layers (see `PreconditionedOptimizer`)."""
-
-    capture_mb: float = 64.0
-    save_curvature: bool = True
-    sharding: str = 'none'
-    clip_update: float | None = None
-    check_memory: bool = True
-    stagger: bool = False
-    overhead: float | None = None
-    matmul_precision: str = 'auto'
-
-    #: Settings behind published numbers.
-    published: ClassVar[dict[str, Any]] = dict(matmul_precision='highest')
-
-    def __post_init__(self) -> None:
-        check_flag('stagger', self.stagger)
-        if self.overhead is not None:
-            check_number('overhead', self.overhead, high=1, open_low=True)
-        check_choice('matmul_precision', self.matmul_precision, PRECISIONS)
-        check_number('capture_mb', self.capture_mb, open_low=True, finite=False)
-        check_choice('sharding', self.sharding, SHARDINGS)
-        if self.clip_update is not None:
-            check_number('clip_update', self.clip_update, open_low=True)
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """Names of the settings."""
-        return [field.name for field in fields(cls)]
 
 
 class Curvature:
@@ -83,6 +52,7 @@ class Curvature:
         stacks: All stacks, each once.
         coverage: What is preconditioned of the model, and what is not.
         left_out: Modules that take the plain rule, with the reasons.
+        dampings: Dampings of the layers, which the parameter groups may change.
         capture: Hooks, with the sums that they measured since the last step.
         dropped: Number of samples that were dropped because they were not finite.
         reached: Share of its target that the learning rate has reached so far.
@@ -115,13 +85,12 @@ class Curvature:
         self.stacks: list[LayerStack] = []
         for layer, chosen in methods.items():
             self._add_layer(layer, chosen)
-        self._schedule = Schedule(methods, options.stagger)
-        self._search: OverheadSearch | None = None
-        self._kind = False, False  # whether the step captured and refreshed
-        self._intervals: tuple[int, int] | None = None
-        if options.overhead is not None:
-            device = next(iter(methods)).weight.device
-            self._search = OverheadSearch(options.overhead, device, methods.values())
+        self.dampings = Dampings(groups, methods)
+        self._schedule = Schedule(methods, options.stagger, options.start_step)
+        device = next(iter(methods)).weight.device
+        self._intervals = IntervalControl(
+            options.intervals, options.overhead, options.start_step, methods.values(), device
+        )
         if options.check_memory:
             check_memory_budget(self.layers, self.sharding, owner)
         self.capture = Capture(partial(matmul_precision, options.matmul_precision))
@@ -143,9 +112,7 @@ class Curvature:
     def reassign(self, layer: Layer, method: Preconditioner) -> None:
         """Gives a layer another preconditioner and restarts its statistics."""
         self.layers[layer].leave(layer)
-        self._add_layer(
-            layer, with_intervals(method, self._intervals) if self._intervals else method
-        )
+        self._add_layer(layer, self._intervals.applied(method))
 
     def precompute(
         self, layer: Layer, method: Preconditioner, statistics: dict[str, Tensor]
@@ -160,17 +127,14 @@ class Curvature:
         self.reassign(layer, method)
         self.layers[layer].merge({layer: statistics})
 
-    def _set_intervals(self, intervals: tuple[int, int] | None) -> None:
-        """Captures and refreshes at other intervals from the next step on; None keeps them."""
-        if intervals is None:
-            return
-        self._intervals = intervals
+    def _change_intervals(self) -> None:
+        """Captures and refreshes at other intervals from the next step on."""
         for stack in self.stacks:
-            stack.change_method(with_intervals(stack.method, intervals))
+            stack.change_method(self._intervals.applied(stack.method))
         methods = {layer: stack.method for layer, stack in self.layers.items()}
         # While times are measured, all layers are captured at the same steps.
-        searching = self._search is not None and self._search.found is None
-        self._schedule = Schedule(methods, self.options.stagger and not searching)
+        stagger = self.options.stagger and not self._intervals.searching
+        self._schedule.plan(methods, stagger)
 
     def watch_refreshes(self, monitor: Monitor | None) -> None:
         """Sets the monitor that reports refreshes; None stops the reports."""
@@ -216,17 +180,15 @@ class Curvature:
         """
         if self.monitor is not None:
             self.monitor.begin()
-        if self._search is not None:
-            self._search.begin()
+        self._intervals.begin(step)
         measured = self.start_merge(step)
         known = all(self.layers[layer].holds(layer) for layer in measured)
         if measured and (not known or self._stacks_to_refresh(step)):
             self.finish_merge()
         if self.reached < 1:
             self.reached = max(self.reached, share_reached(groups))
-        if self._search is not None:
-            self._kind = bool(measured), bool(self._stacks_to_refresh(step))
-        return self.refresh(step)
+        self._intervals.note(bool(measured), bool(self._stacks_to_refresh(step)))
+        return self.refresh(step, groups)
 
     def start_merge(self, step: int) -> list[Layer]:
         """Starts to sum the statistics measured for a step over ranks; returns their layers."""
@@ -240,15 +202,18 @@ class Curvature:
         """Merges the statistics of the step, whose sums over ranks may be under way."""
         self._samples.finish()
 
-    def finish_step(self) -> None:
-        """Ends a step.
+    def finish_step(self, step: int) -> None:
+        """Ends a step and prepares the next one.
 
         Statistics that no refresh needed are merged here: their sums over ranks travel during the
         rest of the step.
+
+        Args:
+            step: The next step.
         """
         self.finish_merge()
-        if self._search is not None:
-            self._set_intervals(self._search.end(*self._kind))
+        if self._intervals.end(step):
+            self._change_intervals()
 
     def _stacks_to_refresh(self, step: int) -> list[tuple[LayerStack, list[int]]]:
         """Stacks with the positions that are due, or that have statistics but no operator."""
@@ -258,7 +223,7 @@ class Curvature:
             if (positions := self._schedule.refreshes(stack, step))
         ]
 
-    def refresh(self, step: int) -> list[BasisSnapshot]:
+    def refresh(self, step: int, groups: Iterable[Mapping[str, Any]] = ()) -> list[BasisSnapshot]:
         """Refreshes the operators that are due; returns the same snapshots as `update`."""
         due = self._stacks_to_refresh(step)
         if not due:
@@ -269,7 +234,7 @@ class Curvature:
         outcomes = [[False] * len(positions) for _, positions in due]
         try:
             with matmul_precision('highest'):
-                outcomes = self._refresh_own_stacks(due)
+                outcomes = self._refresh_own_stacks(due, self.dampings.current(groups))
         except Exception as raised:  # the other ranks must hear of it first
             error = raised
         device = next(iter(self.layers)).weight.device
@@ -282,10 +247,14 @@ class Curvature:
             self.monitor.refreshed(step, due, held, report.count(self.layers, self.left_out))
         return snapshots
 
-    def _refresh_own_stacks(self, due: Sequence[tuple[LayerStack, list[int]]]) -> list[list[bool]]:
+    def _refresh_own_stacks(
+        self, due: Sequence[tuple[LayerStack, list[int]]], dampings: Mapping[Layer, float]
+    ) -> list[list[bool]]:
         """Refreshes this rank's stacks, with one wait for the device; returns the successes."""
         started = [
-            start_refresh(stack, positions, self.reached) if self.sharding.mine(stack) else None
+            start_refresh(stack, positions, self.reached, dampings)
+            if self.sharding.mine(stack)
+            else None
             for stack, positions in due
         ]
         flags = iter(to_host([outcome for outcome in started if outcome is not None]))
@@ -293,7 +262,7 @@ class Curvature:
             [False] * len(positions)
             if outcome is None
             else finish_refresh(
-                stack, positions, [bool(next(flags)) for _ in positions], self.reached
+                stack, positions, [bool(next(flags)) for _ in positions], self.reached, dampings
             )
             for (stack, positions), outcome in zip(due, started, strict=True)
         ]
@@ -356,7 +325,7 @@ class Curvature:
         """State after a number of steps: tensors, numbers and strings by parameter name."""
         complete = self.options.save_curvature
         state = checkpoint.export(self.layers, self.sharding, steps, self.reached, complete)
-        return state | (self._search.state_dict() if self._search is not None else {})
+        return state | self._intervals.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> checkpoint.Restored:
         """Loads a state; missing statistics are measured at the next step.
@@ -367,8 +336,8 @@ class Curvature:
         self.capture.restart()
         restored = checkpoint.restore(self.layers, self.sharding, saved)
         self.reached = restored.reached
-        if self._search is not None:
-            self._set_intervals(self._search.load_state_dict(saved))
+        if self._intervals.load_state_dict(saved):
+            self._change_intervals()
         # These layers had statistics in the saved run, so they are measured at once.
         self._schedule.recapture(
             layer for layer in restored.unfit if self.layers[layer].method.refresh_on_first_sample
@@ -390,6 +359,17 @@ class Curvature:
     def table(self) -> str:
         """Table of all modules with parameters: preconditioner or reason, factors, memory."""
         return report.table(self.layers, self.coverage, self.sharding)
+
+    def layer(self, name: str) -> LayerView:
+        """Copies of one layer's statistics and operators, to look at.
+
+        Args:
+            name: Name of the module or of its weight: 'backbone.layer4.0.conv1'.
+
+        Raises:
+            ValueError: If no such layer is preconditioned, or it was never measured.
+        """
+        return view_layer(self.layers, name)
 
     def forecast(self) -> dict[torch.device, tuple[float, float]]:
         """Megabytes by device: memory kept between steps, and extra memory of a refresh."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from ..curvature import Layer
 from ..linalg import map_tensors
 from .stack import LayerStack
 
@@ -14,13 +16,19 @@ from .stack import LayerStack
 CHUNK_BYTES = 2**29
 
 
-def start_refresh(stack: LayerStack, positions: Sequence[int], reached: float = 1.0) -> Tensor:
+def start_refresh(
+    stack: LayerStack,
+    positions: Sequence[int],
+    reached: float = 1.0,
+    dampings: Mapping[Layer, float] = MappingProxyType({}),
+) -> Tensor:
     """Refreshes operators where that succeeds, without waiting for the device.
 
     Args:
         stack: The stack.
         positions: Positions in the stack.
         reached: Share of its target that the learning rate has reached.
+        dampings: Dampings of layers whose damping is not their method's.
 
     Returns:
         Bool tensor of successes, for `finish_refresh`.
@@ -30,7 +38,9 @@ def start_refresh(stack: LayerStack, positions: Sequence[int], reached: float = 
     for chunk, exact in _chunks(stack, positions):
         previous = stack.operators_of(chunk) if stack.operators else None
         operators, succeeded = stack.method.refresh(
-            stack.factors(chunk), None if exact else previous, stack.damping(chunk, reached)
+            stack.factors(chunk),
+            None if exact else previous,
+            stack.damping(chunk, reached, dampings),
         )
         stack.write(chunk, stack.method.align(operators, previous), succeeded)
         outcomes[[place[k] for k in chunk]] = succeeded
@@ -38,17 +48,23 @@ def start_refresh(stack: LayerStack, positions: Sequence[int], reached: float = 
 
 
 def finish_refresh(
-    stack: LayerStack, positions: Sequence[int], succeeded: Sequence[bool], reached: float = 1.0
+    stack: LayerStack,
+    positions: Sequence[int],
+    succeeded: Sequence[bool],
+    reached: float = 1.0,
+    dampings: Mapping[Layer, float] = MappingProxyType({}),
 ) -> list[bool]:
     """Retries failures in float64; returns the final successes."""
     pairs = zip(positions, succeeded, strict=True)
-    return [outcome or _retry(stack, k, reached) for k, outcome in pairs]
+    return [
+        outcome or _retry(stack, k, stack.damping([k], reached, dampings)) for k, outcome in pairs
+    ]
 
 
-def _retry(stack: LayerStack, position: int, reached: float) -> bool:
+def _retry(stack: LayerStack, position: int, damping: Tensor | None) -> bool:
     """Refreshes one layer from scratch in float64."""
     operators, succeeded = stack.method.refresh(
-        stack.factors([position], torch.float64), None, stack.damping([position], reached)
+        stack.factors([position], torch.float64), None, damping
     )
     previous = map_tensors(stack.operators_of([position]), Tensor.double)
     operators = stack.method.align(operators, previous or None)

@@ -34,18 +34,26 @@ class Schedule:
     Args:
         methods: Preconditioner of each layer.
         stagger: Whether to give layers different offsets within an interval.
+        start: First step that measures; intervals count from there.
     """
 
-    def __init__(self, methods: Mapping[Layer, Preconditioner], stagger: bool) -> None:
-        self._offsets = assign_offsets(methods) if stagger else {}
+    def __init__(
+        self, methods: Mapping[Layer, Preconditioner], stagger: bool, start: int = 0
+    ) -> None:
+        self._start = start
         self._recaptured: set[Layer] = set()
+        self.plan(methods, stagger)
+
+    def plan(self, methods: Mapping[Layer, Preconditioner], stagger: bool) -> None:
+        """Takes methods with other intervals."""
+        self._offsets = assign_offsets(methods) if stagger else {}
 
     def captures(self, stack: LayerStack, layer: Layer, step: int) -> bool:
         """True if a layer is measured at a step.
 
         A layer without statistics follows `stat_interval`, even if `capture_interval` is longer.
         """
-        if stack.method.precomputed:
+        if stack.method.precomputed or step < self._start:
             return False
         method = stack.method
         interval = method.capture_interval if stack.holds(layer) else method.stat_interval
@@ -57,6 +65,8 @@ class Schedule:
 
         With `refresh_on_first_sample` the first refresh comes as soon as there are statistics.
         """
+        if step < self._start:
+            return []
         at_once = stack.method.refresh_on_first_sample
         return [
             k
@@ -70,7 +80,7 @@ class Schedule:
 
     def _count(self, stack: LayerStack, layer: Layer, step: int) -> int:
         """Step count of a layer, which is due where an interval divides the count."""
-        return step + stack.method.phase - self._offsets.get(layer, 0)
+        return step - self._start + stack.method.phase - self._offsets.get(layer, 0)
 
     def _is_due(self, stack: LayerStack, layer: Layer, step: int) -> bool:
         method, count = stack.method, self._count(stack, layer, step)

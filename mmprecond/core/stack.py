@@ -222,14 +222,20 @@ class LayerStack:
             factors[WEIGHT] = Factor(Moment(), (weights.to(dtype or weights.dtype),))
         return factors
 
-    def damping(self, positions: Sequence[int], reached: float = 1.0) -> Tensor | None:
+    def damping(
+        self,
+        positions: Sequence[int],
+        reached: float = 1.0,
+        dampings: Mapping[Layer, float] = MappingProxyType({}),
+    ) -> Tensor | None:
         """Dampings (k, 1) if they differ from the setting, else None.
 
         Args:
             positions: Positions of the layers.
             reached: Share of its target that the learning rate has reached.
+            dampings: Dampings of layers whose damping is not their method's.
         """
-        values = [self.slots[k].layer.damping for k in positions]
+        values = [dampings.get(self.slots[k].layer) for k in positions]
         reached = reached if self.method.warm_up else 1.0
         default = getattr(self.method, 'damping', None)
         if all(value is None for value in values) and (reached == 1.0 or default is None):

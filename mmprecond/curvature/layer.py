@@ -52,7 +52,6 @@ class Layer:
         blocks: Number of independent blocks.
         rows: o, output features of one block.
         columns: i, input features of one block, including the trailing 1 of a joint bias.
-        damping: Damping of this layer in place of its preconditioner's, or None.
     """
 
     #: Module classes whose forward pass the layer describes; an empty tuple means any.
@@ -72,14 +71,12 @@ class Layer:
         bias: nn.Parameter | None,
         *,
         capture_mb: float = 64.0,
-        damping: float | None = None,
     ) -> None:
         self.name = name
         self.modules = modules
         self.weight = weight
         self.bias = bias
         self.capture_mb = capture_mb
-        self.damping = damping
         self.blocks = self.count_blocks(modules[0])
         self.rows = weight.shape[0] // self.blocks
         self.columns = weight[0].numel() + (bias is not None)

@@ -203,7 +203,7 @@ class _Search:
         self, kind: type[Layer], weight: Tensor, module: nn.Module
     ) -> dict[str, Any]:
         group = self.owned[id(weight)]
-        options = dict(capture_mb=self.capture_mb, damping=group.get('damping'))
+        options: dict[str, Any] = dict(capture_mb=self.capture_mb)
         given = group.get('input_positions')
         if issubclass(kind, LinearLayer):
             return options | dict(input_positions=given or self.flattened.get(module, 1))

@@ -25,9 +25,11 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     Args:
         params: Parameters or groups, as in torch, with `model`; or the module itself. A group may
-            hold ``precondition=False`` or ``damping=...`` for its weights. ``input_positions=49``
-            says that linear layers read a flattened feature map of 49 positions, for their
-            `input_factor`. Box heads of MMDetection say so themselves.
+            hold ``precondition=False`` or ``damping=...`` for its weights. All groups then have the
+            entry 'damping', which a scheduler may change: the next refresh takes it. In a group of
+            several methods their dampings keep their ratios. ``input_positions=49`` says that
+            linear layers read a flattened feature map of 49 positions, for their `input_factor`.
+            Box heads of MMDetection say so themselves.
         model: The module that owns the parameters, wrapped in DistributedDataParallel or not.
         rule: The rule.
         method: The preconditioner of every supported layer, or one for each by an assignment.
@@ -52,6 +54,11 @@ class PreconditionedOptimizer(RuleOptimizer):
             (0, 1); default: None. If set, times of 36 to 70 iterations choose the intervals, within
             5 to 200 steps for captures and 25 to 2000 for refreshes. Given intervals stay. All
             ranks and resumed runs use the intervals that were found. The log has them.
+        intervals: Entries (step, stat_interval, refresh_interval) with increasing steps, such as
+            ``[(0, 5, 25), (1000, 20, 200)]``: intervals of all methods from a step on. Before the
+            first entry methods have their own (default: no entries).
+        start_step: First step that captures and refreshes (default 0); intervals count from there.
+            All layers take the plain rule before.
         matmul_precision: Precision of the float32 products that measure statistics and precondition
             gradients, by torch's names. 'highest': float32; 'high': TensorFloat-32 on a GPU;
             'medium': also bfloat16 on a CPU; 'auto' (default): 'medium' on a CPU with units for
@@ -99,6 +106,8 @@ class PreconditionedOptimizer(RuleOptimizer):
         super().__init__(params, rule, defaults)
         self._arms_itself = True
         self.curvature = Curvature(model, self.param_groups, method, type(self).__name__, chosen)
+        self.curvature.dampings.complete(self.param_groups)
+        self.defaults.update(self.curvature.dampings.default)  # of groups that are added later
         self._prepare_next_step()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -188,7 +197,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         self.curvature.restore(updates)
 
     def _prepare_next_step(self) -> None:
-        self.curvature.finish_step()
+        self.curvature.finish_step(self.t)
         if self._arms_itself:
             self.curvature.arm(self.t, at_forward=True)
         else:
@@ -214,7 +223,9 @@ class PreconditionedOptimizer(RuleOptimizer):
         """Loads a state; missing curvature is measured at the next step."""
         self.check_state_dict(state_dict)
         rest = {key: value for key, value in state_dict.items() if key != checkpoint.CURVATURE_KEY}
+        own = [dict(group) for group in self.param_groups]
         super().load_state_dict(rest)
+        self.curvature.dampings.restore(self.param_groups, own)
         restored = self.curvature.load_state_dict(state_dict.get(checkpoint.CURVATURE_KEY))
         self.t = restored.steps
         for layer in restored.lost:

@@ -99,7 +99,8 @@ class MAC(PreconditionedSGDM):
             )
         method, mean = self._build_calibrated_method(), moment / rows
         factors = {INPUT: Factor(Moment(), (mean[None],))}
-        if not bool(method.refresh(factors, None, layer.damping)[1].all()):
+        damping = self.curvature.dampings.current(self.param_groups).get(layer)
+        if not bool(method.refresh(factors, None, damping)[1].all()):
             raise ValueError(
                 f'the second moment of the inputs of {layer.name} cannot be inverted; raise damping'
             )

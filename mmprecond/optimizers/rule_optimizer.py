@@ -21,6 +21,8 @@ class Batch(NamedTuple):
     states: list[State]
 
 
+#: Entries of a group that `print` leaves out: the parameters, and notes of schedulers.
+HIDDEN = ('params', 'initial_lr', 'initial_momentum', 'initial_damping')
 #: Attributes that torch makes anew for a copy, and those that its schedulers hang on an optimizer.
 _NOT_COPIED = {'step', '_opt_called', *vars(torch.optim.SGD([torch.zeros(1)], lr=0.0))} - {
     'defaults',
@@ -179,7 +181,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Lines about the rule and the groups."""
         groups: dict[str, int] = {}
         for group in self.param_groups:
-            settings = {key: value for key, value in group.items() if key != 'params'}
+            settings = {key: value for key, value in group.items() if key not in HIDDEN}
             text = ', '.join(f'{key} {value}' for key, value in settings.items())
             groups[text] = groups.get(text, 0) + len(group['params'])
         lines = [f'{number} parameters: {text}' for text, number in groups.items()]

@@ -153,7 +153,11 @@ def test_it_loads_to_the_bit_and_goes_on_as_it_did(case: str) -> None:
     model.load_state_dict(recorded['before'])
     optimizer.load_state_dict(recorded['optimizer'])
     if case != 'SMAC':  # whose calibrated layer is inverted anew
-        assert differences(optimizer.state_dict(), recorded['optimizer']) == []
+        loaded = optimizer.state_dict()
+        for group in loaded['param_groups']:  # which were not there yet
+            group.pop('damping', None)
+            group.pop('initial_damping', None)
+        assert differences(loaded, recorded['optimizer']) == []
     train(case, model, optimizer, range(3, 6))
     moved = 0.0
     for name, p in model.state_dict().items():

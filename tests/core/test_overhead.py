@@ -217,7 +217,7 @@ def test_copies_hold_no_clock_readings(steps: int, clock: Clock) -> None:
     model = net()
     optimizer = NKFAC(model, lr=0.01, overhead=0.05)
     train(model, optimizer, range(steps), clock)
-    search = optimizer.curvature._search
+    search = optimizer.curvature._intervals._search
     assert search is not None and bool(search._steps) == (steps == 5)
     assert pickle.loads(pickle.dumps(search)).__dict__['_steps'] == []
 

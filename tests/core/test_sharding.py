@@ -234,7 +234,7 @@ def failing_worker(rank: int, folder: str) -> None:
     optimizer = METHODS['NKFAC'](wrapped, sharding='refresh')
     if rank == 1:
 
-        def start(stack: Any, positions: list[int], reached: float) -> Tensor:
+        def start(stack: Any, positions: list[int], *_: Any) -> Tensor:
             raise torch.linalg.LinAlgError('no convergence')
 
         mmprecond.core.curvature.start_refresh = start

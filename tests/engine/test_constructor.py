@@ -59,7 +59,9 @@ def test_custom_keys_reach_the_optimizer() -> None:
     keys = {'fc': dict(precondition=False), 'conv': dict(lr_mult=0.5, damping=0.1)}
     wrapper = build(Classifier(), paramwise_cfg=dict(custom_keys=keys))
     assert [layer.name for layer in wrapper.optimizer.curvature.layers] == ['conv.weight']
-    assert next(iter(wrapper.optimizer.curvature.layers)).damping == 0.1
+    groups = wrapper.optimizer.param_groups
+    layer = next(iter(wrapper.optimizer.curvature.layers))
+    assert wrapper.optimizer.curvature.dampings.current(groups)[layer] == 0.1
     assert 'precondition=False' in wrapper.optimizer.table()
     assert wrapper.optimizer.param_groups[0]['lr'] == 0.05
 

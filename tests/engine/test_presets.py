@@ -35,7 +35,7 @@ def test_it_is_what_the_class_itself_makes() -> None:
     assert OPTIMIZER == before
     assert type(wrapper.optimizer) is Preconditioned is OPTIMIZERS.get('Preconditioned')
     assert wrapper.optimizer.defaults == dict(
-        lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1
+        lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, damping=0.01
     )
     direct = OptimWrapper(Preconditioned(other, rule=RULE, layers=LAYERS))
     for seed in range(5):
@@ -115,7 +115,9 @@ def test_custom_keys_of_ours() -> None:
         optimizer=dict(OPTIMIZER, layers=[dict(preconditioner=LAYERS[0]['preconditioner'])]),
     )
     assert [layer.name for layer in wrapper.optimizer.curvature.layers] == ['fc.weight']
-    assert next(iter(wrapper.optimizer.curvature.layers)).damping == 0.5
+    groups = wrapper.optimizer.param_groups
+    layer = next(iter(wrapper.optimizer.curvature.layers))
+    assert wrapper.optimizer.curvature.dampings.current(groups)[layer] == 0.5
     assert 'precondition=False' in wrapper.optimizer.table()
 
 

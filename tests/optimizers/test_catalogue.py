@@ -81,8 +81,8 @@ def test_print() -> None:
         'NKFAC:',
         '  NKFAC on 2 layers: captures every 20 steps, refreshes every 200',
         '  rule SGDM, 0 steps taken',
-        '  2 parameters: weight_decay 0.1, lr 0.5, momentum 0.9',
-        '  4 parameters: weight_decay 0.0, lr 0.5, momentum 0.9',
+        '  2 parameters: weight_decay 0.1, lr 0.5, momentum 0.9, damping 0.01',
+        '  4 parameters: weight_decay 0.0, lr 0.5, momentum 0.9, damping 0.01',
     ]
     matrix = nn.Parameter(torch.zeros(3, 3))
     assert repr(ARO([matrix], lr=0.1)).splitlines()[:2] == ['ARO:', '  rule ARORule, 0 steps taken']

@@ -176,7 +176,8 @@ def test_default_settings() -> None:
             )
         )
     assert optimizer.rule.decay == 'published'
-    assert optimizer.defaults == dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    usual = dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, damping=1e-5)
+    assert optimizer.defaults == usual
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -298,7 +298,7 @@ def test_settings_of_ada_afopt() -> None:
     assert adamw.rule.decay == 'decoupled'
     own = AdaAFOpt(net(), 0.1, betas=(0.1, 0.2, 0.3), eps=0.1, weight_decay=0.2, rule='Adan')
     shared = dict(lr=0.1, betas=(0.1, 0.2, 0.3), eps=0.1, weight_decay=0.2)
-    assert own.defaults == dict(shared, momentum=0.1)  # for schedulers of momentum
+    assert own.defaults == dict(shared, momentum=0.1, damping=0.01)  # for schedulers of momentum
     for rule in ('SGDM', 'Adam', None):
         refused(ValueError, lambda: AdaAFOpt(net(), 0.1, rule=rule), repr(rule), 'AdamW, Adan')
     refused(TypeError, lambda: AdaAFOpt(net(), 0.1, momentum=0.9), 'momentum', '`_delete_=True`')

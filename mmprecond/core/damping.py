@@ -1,0 +1,85 @@
+"""Damping of each layer, as the optimizer's parameter groups have it now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..curvature import Layer
+from ..preconditioners import Preconditioner
+
+#: Entry of a parameter group, and its value before a scheduler changed it. MMEngine's schedulers
+#: use the same names.
+KEY, INITIAL = 'damping', 'initial_damping'
+
+
+class Dampings:
+    """Dampings of the layers at the start, which the groups then change.
+
+    A group has the damping of its layers as ``group['damping']``. A scheduler or a loop may change
+    it; the next refresh takes it. Where the layers of a group have different dampings, the group
+    has the first one's, and the others keep their ratios to it.
+
+    Args:
+        groups: The optimizer's parameter groups, of which some have a damping of their own.
+        methods: Preconditioner of each layer.
+    """
+
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], methods: Mapping[Layer, Preconditioner]
+    ) -> None:
+        self._given: dict[Layer, float] = {}
+        self._start: dict[Layer, float] = {}
+        owned = _group_of_each(groups)
+        for layer, method in methods.items():
+            given = owned.get(layer.weight, {}).get(KEY)
+            usual = getattr(method, 'damping', None)
+            if given is not None:
+                self._given[layer] = given
+            start = usual if given is None else given
+            if start is not None:
+                self._start[layer] = start
+
+    @property
+    def default(self) -> dict[str, float]:
+        """Entry of a group without layers, which a scheduler also looks for; the first layer's."""
+        return {KEY: next(iter(self._start.values()))} if self._start else {}
+
+    def complete(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Writes the dampings into groups that have none, if any layer has one."""
+        by_weight = {layer.weight: damping for layer, damping in self._start.items()}
+        for group in groups if self._start else ():
+            own = next((by_weight[p] for p in group['params'] if p in by_weight), self.default[KEY])
+            if group.get(KEY) is None:
+                group[KEY] = own
+            group.setdefault(INITIAL, group[KEY])
+
+    def restore(self, groups: Sequence[dict[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+        """Gives groups of a loaded state this optimizer's damping, unless it had been changed.
+
+        Args:
+            groups: The groups, with the values of the state.
+            own: Entries of the groups before.
+        """
+        for group, before in zip(groups, own, strict=True):
+            changed = INITIAL in group and group[KEY] != group[INITIAL]
+            if KEY in before and not changed:
+                group[KEY], group[INITIAL] = before[KEY], before[INITIAL]
+        self.complete(groups)
+
+    def current(self, groups: Iterable[Mapping[str, Any]]) -> dict[Layer, float]:
+        """Dampings of now, of layers whose damping is not their method's."""
+        owned = _group_of_each(groups)
+        found = {}
+        for layer, start in self._start.items():
+            group = owned.get(layer.weight, {})
+            now, initial = group.get(KEY, start), group.get(INITIAL, start)
+            if now != initial:
+                found[layer] = start * (now / initial)
+            elif layer in self._given:
+                found[layer] = start
+        return found
+
+
+def _group_of_each(groups: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
+    return {p: group for group in groups for p in group['params']}

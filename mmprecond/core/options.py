@@ -1,0 +1,50 @@
+"""Settings that hold for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from ..checks import check_choice, check_count, check_flag, check_number
+from ..linalg import PRECISIONS
+from .intervals import Entry, check_plan
+from .sharding import SHARDINGS
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureOptions:
+    """Settings that hold for all layers (see `PreconditionedOptimizer`)."""
+
+    capture_mb: float = 64.0
+    save_curvature: bool = True
+    sharding: str = 'none'
+    clip_update: float | None = None
+    check_memory: bool = True
+    stagger: bool = False
+    overhead: float | None = None
+    intervals: Sequence[Entry] = ()
+    start_step: int = 0
+    matmul_precision: str = 'auto'
+
+    #: Settings behind published numbers.
+    published: ClassVar[dict[str, Any]] = dict(matmul_precision='highest')
+
+    def __post_init__(self) -> None:
+        check_flag('stagger', self.stagger)
+        if self.overhead is not None:
+            check_number('overhead', self.overhead, high=1, open_low=True)
+        if self.overhead is not None and self.intervals:
+            raise ValueError('overhead chooses the intervals; leave it or intervals out')
+        check_plan(self.intervals)
+        check_count('start_step', self.start_step, low=0)
+        check_choice('matmul_precision', self.matmul_precision, PRECISIONS)
+        check_number('capture_mb', self.capture_mb, open_low=True, finite=False)
+        check_choice('sharding', self.sharding, SHARDINGS)
+        if self.clip_update is not None:
+            check_number('clip_update', self.clip_update, open_low=True)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of the settings."""
+        return [field.name for field in fields(cls)]
