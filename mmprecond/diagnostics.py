@@ -5,28 +5,31 @@
 Prints a table of the model's stages, or of all layers, with their memory and with the
 floating-point operations of each step, of a step that measures statistics, and of a refresh. The
 forecast takes one forward pass on noise. Frozen layers cost nothing. `--suggest` compares settings.
+The command needs MMEngine; the functions need only torch, except `forecast_on_noise`.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import LayerStack
 from .core.cost import LayerCost, measured_costs
-from .core.overview import aligned, stage_of
+from .core.overview import stage_of
 from .core.report import describe_methods
 from .curvature import Capture, Layer
-from .engine import attach, launch, use_optimizer
-from .engine.synthetic import random_model, synthetic_batch
-from .optimizers import PreconditionedOptimizer
+
+logger = logging.getLogger('mmprecond')
 
 HEADERS = (
     'preconditioner',
@@ -56,13 +59,65 @@ def forecast(
         model: The model.
         layers: Its layers and their stacks; frozen ones cost nothing.
         capture: Capture of the layers.
-        batch: Arguments of the model's forward pass.
+        batch: Arguments of the model's forward, such as inputs, labels and mode. With mode='tensor'
+            layers that the pass does not call are left out.
     """
     trained = {layer: stack for layer, stack in layers.items() if layer.weight.requires_grad}
     counter = FlopCounterMode(display=False)
     with measured_costs(trained, capture) as costs, torch.no_grad(), counter:
-        model(**batch, mode='loss')
+        model(**batch)
+    if batch.get('mode') == 'tensor':
+        costs = {layer: cost for layer, cost in costs.items() if cost.calls}
     return costs, 3.0 * counter.get_total_flops()
+
+
+def forecast_on_noise(
+    model: nn.Module,
+    layers: Mapping[Layer, LayerStack],
+    capture: Capture,
+    images: int,
+    size: Sequence[int] | None = None,
+) -> tuple[dict[str, Any], dict[Layer, LayerCost], float]:
+    """Forecast on a batch of noise, without the loss if the loss does not take noise.
+
+    Args:
+        model: A model derived from MMEngine's `BaseModel`.
+        layers: Its layers and their stacks.
+        capture: Capture of the layers.
+        images: Number of images.
+        size: Their height and width; None takes those that the model is made for, else 224 x 224.
+
+    Returns:
+        The batch with its mode, and what `forecast` returns.
+
+    Raises:
+        ValueError: If the model's forward does not take such a batch.
+    """
+    from .engine.synthetic import batch_without_loss, own_size, synthetic_batch
+
+    failures: list[Exception] = []
+    height, width = size or own_size(model)
+    for make in (synthetic_batch, batch_without_loss):
+        # A model raises errors of any kind on data that are not its own.
+        try:
+            batch = make(model, images, (height, width))
+            costs, own = forecast(model, layers, capture, batch)
+        except Exception as error:
+            failures.append(error)
+            continue
+        if failures:
+            logger.warning('The loss takes no batch of noise (%s)', _first_line(failures[0]))
+        return batch, costs, own
+    raise ValueError(
+        f'{type(model).__name__} takes no batch of noise ({_first_line(failures[0])}); give '
+        'another --batch or --size, or call mmprecond.diagnostics.forecast with a batch of your '
+        'data'
+    ) from failures[0]
+
+
+def _first_line(error: Exception) -> str:
+    """Kind of an error, with the first line of its text if it has one."""
+    return f'{type(error).__name__}: {error}'.splitlines()[0].removesuffix(': ')
 
 
 def amortised(layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCost]) -> float:
@@ -72,8 +127,8 @@ def amortised(layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCos
 
 def table(
     layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCost], whole: bool = False
-) -> str:
-    """Forecast by stage, or by layer if `whole`, the dearest first."""
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headers, and a row for each stage, or for each layer if `whole`, the dearest first."""
     price = amortised(layers, costs)
     groups: dict[str, list[Layer]] = {}
     for layer in costs:
@@ -95,8 +150,7 @@ def table(
         gigaflops = (f'{flops / 1e9:.3f}' for flops in sums[2:])
         share = f'{100 * shares[name]:.1f}'
         rows.append((name, words, str(sums[0]), f'{sums[1]:.1f}', *gigaflops, share))
-    rows.insert(0, ('layer' if whole else 'stage', *HEADERS))
-    return '\n'.join(aligned(rows, left=2))
+    return ('layer' if whole else 'stage', *HEADERS), rows
 
 
 def totals(layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCost], own: float) -> str:
@@ -148,78 +202,56 @@ def _with_settings(layer: Layer, stack: LayerStack, settings: dict[str, Any]) ->
     return other if other.kept else stack
 
 
-def intro(args: argparse.Namespace, model: nn.Module, layers: Mapping[Layer, LayerStack]) -> str:
+def intro(
+    model: nn.Module,
+    layers: Mapping[Layer, LayerStack],
+    costs: Mapping[Layer, LayerCost],
+    batch: Mapping[str, Any],
+) -> str:
     """Line with the model, the batch, the device, and the methods with their intervals."""
-    trained = {layer: stack for layer, stack in layers.items() if layer.weight.requires_grad}
-    methods = '; '.join(describe_methods(trained))
+    images = next(value for value in batch.values() if isinstance(value, Tensor))
+    methods = '; '.join(describe_methods({layer: layers[layer] for layer in costs}))
+    partial = batch.get('mode') == 'tensor'
+    note = '; forward without the loss: layers used only in training are not counted'
     return (
-        f'{type(model).__name__}, batch {args.batch} of {args.size[0]} x {args.size[1]} px, on '
-        f'{next(model.parameters()).device}: {methods}'
+        f'{type(model).__name__}, batch {len(images)} of {images.shape[-2]} x {images.shape[-1]} '
+        f'px, on {images.device}: {methods}{note if partial else ""}'
     )
-
-
-def build(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
-    """Builds the model of a config, with random weights, and its optimizer."""
-    from mmengine.optim import build_optim_wrapper
-
-    model = random_model(cfg)
-    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
-    if not isinstance(optimizer, PreconditionedOptimizer):
-        raise ValueError(
-            f'the config trains with {type(optimizer).__name__}, which has no '
-            'preconditioner; add one by --precondition AFOpt+NKFAC, or choose one of ours by '
-            '--optimizer NAME'
-        )
-    return model, optimizer
 
 
 def parse_args() -> argparse.Namespace:
     """Parses the command line."""
+    from .engine import forecast_inputs
+
     parser = argparse.ArgumentParser(
         prog='python -m mmprecond.diagnostics', description=__doc__.splitlines()[0]
     )
-    parser.add_argument('config', help='a config file, or mmdet::FOLDER/NAME.py')
-    parser.add_argument(
-        '--optimizer',
-        metavar='NAME',
-        help="forecast for this optimizer of mmprecond in place of the config's",
-    )
-    launch.add_precondition(parser)
-    parser.add_argument('--batch', type=launch.count, default=2, help='images; default: 2')
-    parser.add_argument(
-        '--size',
-        type=launch.count,
-        nargs=2,
-        default=(224, 224),
-        metavar=('HEIGHT', 'WIDTH'),
-        help='default: 224 224',
-    )
+    forecast_inputs.add_arguments(parser)
     parser.add_argument('--layers', action='store_true', help='a row for each layer')
     parser.add_argument(
         '--suggest', action='store_true', help='compare settings that may lower the price'
     )
-    launch.add_common_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Prints the forecast."""
+    if find_spec('mmengine') is None:
+        sys.exit(
+            'the forecast takes an MMEngine config, and MMEngine is not installed: run '
+            '`pip install onedl-mmengine` or `pip install mmengine`; in plain PyTorch, '
+            'print(optimizer.report()) shows the layers, the memory and the price'
+        )
+    from .engine import forecast_inputs, launch
+    from .engine.console import print_table
+
     args = parse_args()
     with launch.one_line_errors():
-        launch.check_mmcv()
-        cfg = launch.load_config(args.config)
-        if args.optimizer:
-            use_optimizer(cfg, args.optimizer)
-        if args.precondition:
-            attach(cfg, args.precondition)
-        if args.cfg_options:
-            cfg.merge_from_dict(args.cfg_options)
-        model, optimizer = build(cfg)
-        batch = synthetic_batch(model, args.batch, tuple(args.size))
+        model, optimizer = forecast_inputs.build(args)
         layers, capture = optimizer.curvature.layers, optimizer.curvature.capture
-        costs, own = forecast(model, layers, capture, batch)
-        print(intro(args, model, layers), totals(layers, costs, own), '', sep='\n')
-        print(table(layers, costs, args.layers))
+        batch, costs, own = forecast_on_noise(model, layers, capture, args.batch, args.size)
+        print(intro(model, layers, costs, batch), totals(layers, costs, own), '', sep='\n')
+        print_table(*table(layers, costs, args.layers), left=2)
         if args.suggest:
             lines = suggestions(model, layers, capture, batch, own)
             print('\nwith other settings, preconditioning adds:', *lines, sep='\n  ')

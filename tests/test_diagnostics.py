@@ -128,12 +128,51 @@ def test_the_command() -> None:
     assert done.returncode == 2 and 'trains with SGD, which has no preconditioner' in done.stderr
 
 
+@pytest.mark.parametrize('option', ['--work-dir', '--launcher'])
+def test_the_command_refuses_what_it_does_not_use(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, 'argv', ['diagnostics', 'config.py', option, 'none'])
+    with pytest.raises(SystemExit):
+        diagnostics.parse_args()
+    assert f'unrecognized arguments: {option}' in capsys.readouterr().err
+
+
+def test_without_mmengine_one_line_says_what_to_install() -> None:
+    script = (
+        "import runpy, sys; sys.modules['mmengine'] = None; "
+        "runpy.run_module('mmprecond.diagnostics', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert '`pip install onedl-mmengine`' in line and 'print(optimizer.report())' in line
+
+
+def test_rows_are_stages_or_layers() -> None:
+    model = Task(Net())
+    curvature = NKFAC(model, lr=0.1).curvature
+    batch = dict(x=torch.randn(2, 3, 24, 24), mode='loss')
+    costs, _ = diagnostics.forecast(model, curvature.layers, curvature.capture, batch)
+    headers, rows = diagnostics.table(curvature.layers, costs, whole=True)
+    assert headers[0] == 'layer' and {len(row) for row in rows} == {len(headers)}
+    assert {row[0] for row in rows} == {layer.name.removesuffix('.weight') for layer in costs}
+    assert diagnostics.table(curvature.layers, costs)[0][0] == 'stage'
+
+
 def test_frozen_layers_cost_nothing() -> None:
     model = Task(Net())
     model.network.wide.requires_grad_(False)
     optimizer = NKFAC(model, lr=0.1)
     layers, capture = optimizer.curvature.layers, optimizer.curvature.capture
-    costs, own = diagnostics.forecast(model, layers, capture, dict(x=torch.randn(2, 3, 24, 24)))
+    batch = dict(x=torch.randn(2, 3, 24, 24), mode='loss')
+    costs, own = diagnostics.forecast(model, layers, capture, batch)
     assert 'network.wide.weight' not in {layer.name for layer in costs} and own > 0
     assert sorted(layer.name for layer in costs) == sorted(
         layer.name for layer in layers if layer.weight.requires_grad

@@ -103,7 +103,7 @@ def test_configs_train(name: str, tmp_path: Path) -> None:
     size = (224, 224) if name == 'layer decay' else (64, 96)
     before = [p.detach().clone() for p in model.parameters()]
     with wrapper.optim_context(model):
-        losses = model(**synthetic_batch(model, 2, size), mode='loss')
+        losses = model(**synthetic_batch(model, 2, size))
     loss, _ = model.parse_losses(losses)
     wrapper.update_params(loss)
     assert sum(len(stack.ready()) for stack in wrapper.optimizer.curvature.stacks) > 10

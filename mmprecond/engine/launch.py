@@ -29,13 +29,7 @@ PATIENCE = 20.0
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that MMDetection's and MMPretrain's own tools share."""
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=OptionsAction,
-        metavar='KEY=VALUE',
-        help='settings that override the config, such as optim_wrapper.optimizer.lr=0.01',
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -43,6 +37,17 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help='how the processes were started',
     )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that overrides settings of a config."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=OptionsAction,
+        metavar='KEY=VALUE',
+        help='settings that override the config, such as optim_wrapper.optimizer.lr=0.01',
+    )
 
 
 def add_precondition(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +97,11 @@ def load_config(path: str) -> Config:
     return Config.fromfile(path)
 
 
+def config_name(path: str) -> str:
+    """Name of a config without its folder, toolbox and suffix."""
+    return re.split(r'[/\\:]+', path)[-1].removesuffix('.py')
+
+
 def finish_config(cfg: Config, args: argparse.Namespace) -> None:
     """Applies the common arguments and prepares the processes.
 
@@ -101,8 +111,8 @@ def finish_config(cfg: Config, args: argparse.Namespace) -> None:
     """
     merge_options(cfg, args.cfg_options)
     check_launcher(args.launcher)
-    name = re.split(r'[/\\:]+', args.config)[-1].removesuffix('.py')
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / name)
+    own = str(Path('work_dirs') / config_name(args.config))
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or own
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher == 'pytorch' and not torch.cuda.is_available():

@@ -136,7 +136,7 @@ def against_forecast(entry: Entry, batch: dict[str, Any], rate: float) -> dict[s
     optimizer: Any = entry.optimizer
     while entry.kind(optimizer.t) != 'plain':
         entry.train(batch)
-    loss = entry.model.parse_losses(entry.model(**batch, mode='loss'))[0]
+    loss = entry.model.parse_losses(entry.model(**batch))[0]
     optimizer.zero_grad()
     loss.backward()
     with FlopCounterMode(display=False) as counter:

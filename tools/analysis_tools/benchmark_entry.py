@@ -65,7 +65,7 @@ class Entry:
     def train(self, batch: dict[str, Any]) -> tuple[float, float]:
         """Runs one iteration; returns its seconds, and those of the optimizer's step."""
         start = now(batch['inputs'])
-        loss = self.model.parse_losses(self.model(**batch, mode='loss'))[0]
+        loss = self.model.parse_losses(self.model(**batch))[0]
         self.optimizer.zero_grad()
         loss.backward()
         if getattr(self.optimizer, 'needs', '') == 'loss':

@@ -54,7 +54,7 @@ def record(model: Any, batch: dict[str, Any], optimizer: NKFAC) -> list[Recorded
         if layer.blocks == 1
         for handle in layer.watch(observe, lambda *_: None)
     ]
-    model.parse_losses(model(**batch, mode='loss'))[0].backward()
+    model.parse_losses(model(**batch))[0].backward()
     for handle in handles:
         handle.remove()
     return calls

@@ -27,4 +27,7 @@ def build_model(name: str, device: torch.device | str = 'cpu') -> nn.Module:
 
 def noise(model: nn.Module, batch: int, size: tuple[int, int], count: int) -> list[dict[str, Any]]:
     """Returns different batches, as the moments of a single batch would have a low rank."""
-    return [synthetic_batch(model, batch, size) for _ in range(count)]
+    batches = [synthetic_batch(model, batch, size) for _ in range(count)]
+    if any(one['mode'] != 'loss' for one in batches):
+        raise ValueError(f'there are no synthetic labels for {type(model).__name__}, so no loss')
+    return batches
