@@ -21,15 +21,17 @@ from tests.support.paths import ROOT
 EXAMPLES = dict(
     re.findall(
         r'```python\n# example: ([^\n]+)\n(.*?)```',
-        (ROOT / 'docs/adapting.md').read_text(),
+        ''.join((ROOT / f'docs/{page}.md').read_text() for page in ('adapting', 'coming_from')),
         flags=re.DOTALL,
     )
 )
+#: Examples in plain PyTorch.
+PLAIN = ('pytorch', 'attached', 'schedules')
 #: The hybrid is a Mask R-CNN Swin-T at its own width.
 CONFIGS = [
     pytest.param(name, marks=pytest.mark.slow) if name == 'hybrid' else name
     for name in EXAMPLES
-    if name not in ('pytorch', 'attached')
+    if name not in PLAIN
 ]
 
 
@@ -111,7 +113,7 @@ def test_configs_train(name: str, tmp_path: Path) -> None:
     assert sum(moved) > len(moved) / 3
 
 
-@pytest.mark.parametrize('name', ['pytorch', 'attached'])
+@pytest.mark.parametrize('name', PLAIN)
 def test_the_examples_in_plain_pytorch(name: str) -> None:
     scope: dict[str, Any] = {}
     exec(EXAMPLES[name], scope)  # noqa: S102
@@ -125,8 +127,7 @@ def test_examples_are_all_there() -> None:
         'hybrid',
         'mmpretrain',
         'layer decay',
-        'pytorch',
-        'attached',
+        *PLAIN,
     }
 
 

@@ -243,6 +243,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f'of {own_sizes}: it was saved for another model or other groups'
             )
         for p, group, state in self._saved_states(state_dict):
+            foreign = [
+                key for key, value in state.items() if isinstance(value, (dict, list, tuple))
+            ]
+            if foreign:  # SOAP, Shampoo: their moments may be in another basis
+                raise ValueError(
+                    f'the state has {", ".join(map(str, foreign))}, which no optimizer of mmprecond '
+                    'has; start afresh from the weights alone (load_from without resume)'
+                )
             self.rule.check_state(p, state, group)
 
     def _saved_states(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Group, State]]:

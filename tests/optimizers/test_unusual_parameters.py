@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmprecond import optimizers
-from mmprecond.optimizers import NKFAC, SGDPH, Preconditioned
+from mmprecond.optimizers import NKFAC, SGDPH, AdamR, Preconditioned
 from tests.support.errors import refused
 from tests.support.every_optimizer import MEASURED, SETTINGS, backward, images, make, net, train
 from tests.support.states import differences
@@ -270,3 +270,17 @@ def test_distributed_checkpoints_are_exact_or_refused(name: str) -> None:
 def test_nkfac_keeps_its_state_where_it_is_asked_for_by_others() -> None:
     """Only torch.distributed.checkpoint is refused."""
     assert 'precond' in NKFAC(net(), lr=0.1).state_dict()
+
+
+def test_the_state_of_soap_is_refused() -> None:
+    """Its moments are in another basis, under the names of Adam's."""
+    peers = pytest.importorskip('pytorch_optimizer')
+    model = nn.Linear(4, 3)
+    soap = peers.SOAP(model.parameters())
+    for _ in range(2):
+        soap.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        soap.step()
+    optimizer = AdamR(model, lr=0.1)
+    with pytest.raises(ValueError, match='which no optimizer of mmprecond has; start afresh from'):
+        optimizer.load_state_dict(soap.state_dict())
