@@ -248,8 +248,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             ]
             if foreign:  # SOAP, Shampoo: their moments may be in another basis
                 raise ValueError(
-                    f'the state has {", ".join(map(str, foreign))}, which no optimizer of mmprecond '
-                    'has; start afresh from the weights alone (load_from without resume)'
+                    f'the state has {", ".join(map(str, foreign))}, which no optimizer of '
+                    'mmprecond has; start afresh from the weights alone (load_from without resume)'
                 )
             self.rule.check_state(p, state, group)
 
