@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ def _labelled(model: nn.Module, images: int, size: tuple[int, int]) -> dict[str,
 
 def _pack_detections(model: nn.Module, images: int, size: tuple[int, int]) -> dict[str, Any]:
     """Images with random boxes, rotated ones for models of MMRotate."""
-    classes = _count_classes(model)
+    classes = _count_things(model)
     count = dict(num_items=[BOXES] * images, num_classes=max(2, classes))
     shapes = [(3, *size)] * images
     kinds = _box_kinds(model)
@@ -120,13 +120,40 @@ def _pack_detections(model: nn.Module, images: int, size: tuple[int, int]) -> di
     else:
         from mmdet.testing import demo_mm_inputs
 
-        masks = bool(getattr(getattr(model, 'roi_head', None), 'with_mask', False))
-        masks |= hasattr(model, 'mask_head') or hasattr(model, 'panoptic_head')
-        semantic = hasattr(model, 'panoptic_head') or hasattr(model, 'semantic_head')
-        packed = demo_mm_inputs(images, shapes, with_mask=masks, with_semantic=semantic, **count)
+        packed = demo_mm_inputs(images, shapes, **_map_settings(model), **count)
+    semantic = _part(model, 'semantic_head')
     for sample in packed['data_samples']:
         sample.gt_instances.labels.remainder_(classes)
+        if semantic is not None:
+            sample.gt_sem_seg.sem_seg.remainder_(semantic.num_classes)
     return dict(packed)
+
+
+def _map_settings(model: nn.Module) -> dict[str, Any]:
+    """Settings of MMDetection's batches for models that learn masks or maps of classes."""
+    second = getattr(model, 'roi_head', None)
+    cascaded = bool(getattr(second, 'with_semantic', False))
+    panoptic = hasattr(model, 'panoptic_head')
+    masks = hasattr(model, 'mask_head') or bool(getattr(second, 'with_mask', False))
+    return dict(
+        with_mask=panoptic or masks,
+        with_semantic=panoptic or cascaded or hasattr(model, 'semantic_head'),
+        sem_seg_output_strides=8 if cascaded else 1,
+    )
+
+
+def _part(model: nn.Module, name: str) -> Any:
+    """A part of a model or of its second stage, or None."""
+    second = getattr(model, 'roi_head', None)
+    return getattr(model, name, None) or getattr(second, name, None)
+
+
+def _count_things(model: nn.Module) -> int:
+    """Number of classes of boxes; models that learn maps also have classes without boxes."""
+    maps = _part(model, 'semantic_head')
+    modules = [module for module in model.modules() if module is not maps]
+    counts = [getattr(module, 'num_things_classes', None) for module in modules]
+    return max((count for count in counts if count), default=0) or _count_classes(modules)
 
 
 def _box_kinds(model: nn.Module) -> set[type]:
@@ -142,9 +169,10 @@ def _pack_classes(model: nn.Module, images: int, size: tuple[int, int]) -> dict[
     """Images with random classes."""
     from mmpretrain.structures import DataSample
 
-    drawn = torch.randint(_count_classes(model), (images,)).tolist()
+    drawn = torch.randint(_count_classes(model.modules()), (images,)).tolist()
     samples = [DataSample().set_gt_label(label) for label in drawn]
-    return dict(inputs=_noise(images, size), data_samples=samples)
+    # A list would hold views of the images for self-supervised models.
+    return dict(inputs=torch.stack(_noise(images, size)), data_samples=samples)
 
 
 def _pack_maps(model: nn.Module, images: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -152,7 +180,7 @@ def _pack_maps(model: nn.Module, images: int, size: tuple[int, int]) -> dict[str
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    classes = getattr(model, 'num_classes', None) or _count_classes(model)
+    classes = getattr(model, 'num_classes', None) or _count_classes(model.modules())
     samples = []
     for _ in range(images):
         coarse = torch.randint(classes, (1, *(-(-side // SQUARE) for side in size)))
@@ -176,7 +204,7 @@ def _noise(images: int, size: tuple[int, int]) -> list[Tensor]:
     return list(torch.randint(256, (images, 3, *size), dtype=torch.uint8))
 
 
-def _count_classes(model: nn.Module) -> int:
+def _count_classes(modules: Iterable[nn.Module]) -> int:
     """Largest number of classes of a model's heads (a proposal head has one)."""
-    counts = [getattr(module, 'num_classes', None) for module in model.modules()]
+    counts = [getattr(module, 'num_classes', None) for module in modules]
     return max((count for count in counts if isinstance(count, int) and count > 0), default=10)

@@ -18,6 +18,9 @@ POSE = 'mmpose::body_2d_keypoint'
 MODELS = {
     'mmdet::retinanet/retinanet_r18_fpn_1xb8-1x_coco.py': ('loss', (224, 224)),
     'mmdet::detr/detr_r50_8xb2-150e_coco.py': ('loss', (224, 224)),
+    'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py': ('loss', (224, 224)),
+    'mmdet::htc/htc_r50_fpn_1x_coco.py': ('loss', (224, 224)),
+    'mmpretrain::mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py': ('loss', (224, 224)),
     'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py': ('loss', (224, 224)),
     'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py': ('loss', (512, 512)),
     'mmrotate::s2anet/s2anet-le135_r50_fpn_1x_dota.py': ('loss', (224, 224)),
