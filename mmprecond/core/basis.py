@@ -62,7 +62,7 @@ def rotate(
             if name in param_states[0]:
                 _rotate_moment(name, param_states, stack, slot.layer, rotation)
         squared_rotation = map_tensors(rotation, torch.square)
-        for name in quadratic:
+        for name in quadratic if stack.method.rotates_squares else ():
             if name in param_states[0]:
                 _rotate_moment(name, param_states, stack, slot.layer, squared_rotation)
 

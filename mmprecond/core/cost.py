@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..curvature import Call, Capture, Layer
+from ..curvature import Call, Capture, Layer, matrix_flops
 from ..preconditioners import Preconditioner
 from .memory import megabytes
 from .stack import LayerStack
@@ -59,6 +59,7 @@ def cost_of(layer: Layer, stack: LayerStack) -> LayerCost:
         megabytes(layer, stack),
         method.apply_flops(layer),
         method.refresh_flops(layer),
+        sum(matrix_flops(layer, statistic) for statistic in stack.kept if statistic.of_matrix),
     )
 
 
@@ -79,6 +80,7 @@ def measured_costs(
             sum(
                 call.layer.measure_flops(call, kept, output, statistic)
                 for statistic in layers[call.layer].kept
+                if not statistic.of_matrix
             )
         )
 

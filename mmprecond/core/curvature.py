@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -150,6 +151,13 @@ class Curvature:
             if self._schedule.captures(stack, layer, step)
         }
 
+    @staticmethod
+    def _by_hooks(
+        due: Mapping[Layer, tuple[Statistic, ...]],
+    ) -> dict[Layer, tuple[Statistic, ...]]:
+        """Those that hooks measure; others are of the gradient matrix."""
+        return {layer: kept for layer, kept in due.items() if not kept[0].of_matrix}
+
     def arm(self, step: int, *, at_forward: bool = False) -> None:
         """Installs hooks on the layers that a step measures, if there are any.
 
@@ -157,23 +165,30 @@ class Curvature:
             step: The step.
             at_forward: True to put them there when the step's forward pass begins.
         """
+        by_hooks = self._by_hooks(self.due(step))
         seed, share = step * world_size() + rank(), (rank(), world_size())
-        self.capture.arm(self.due(step), seed, share, at_forward=at_forward)
+        self.capture.arm(by_hooks, seed, share, at_forward=at_forward)
 
     def expect(self, step: int) -> None:
         """Prepares compiled models for a step that is armed later (see `Capture.expect`)."""
-        self.capture.expect(self.due(step))
+        self.capture.expect(self._by_hooks(self.due(step)))
 
     def disarm(self) -> None:
         """Removes the hooks; the measured sums stay until the step."""
         self.capture.disarm()
 
-    def update(self, step: int, groups: Iterable[Mapping[str, Any]]) -> list[BasisSnapshot]:
+    def update(
+        self,
+        step: int,
+        groups: Iterable[Mapping[str, Any]],
+        gradients: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    ) -> list[BasisSnapshot]:
         """Takes the statistics measured for a step, then refreshes the operators that are due.
 
         Args:
             step: The step.
             groups: The optimizer's parameter groups, whose learning rates may be warming up.
+            gradients: Gradients by parameter.
 
         Returns:
             Snapshots, from before the refresh, of stacks whose basis may change (see `rotate`).
@@ -185,14 +200,17 @@ class Curvature:
         known = all(self.layers[layer].holds(layer) for layer in measured)
         if measured and (not known or self._stacks_to_refresh(step)):
             self.finish_merge()
+        matrices = [layer for layer, kept in self.due(step).items() if kept[0].of_matrix]
+        if matrices:
+            self._samples.take_matrices(matrices, self.layers, step, gradients)
         if self.reached < 1:
             self.reached = max(self.reached, share_reached(groups))
-        self._intervals.note(bool(measured), bool(self._stacks_to_refresh(step)))
+        self._intervals.note(bool(measured or matrices), bool(self._stacks_to_refresh(step)))
         return self.refresh(step, groups)
 
     def start_merge(self, step: int) -> list[Layer]:
         """Starts to sum the statistics measured for a step over ranks; returns their layers."""
-        due = list(self.due(step))
+        due = list(self._by_hooks(self.due(step)))
         if due:
             self._schedule.recapture(())  # this step includes the pending recaptures
             self._samples.start(due, self.layers, step)
@@ -212,6 +230,7 @@ class Curvature:
             step: The next step.
         """
         self.finish_merge()
+        self._samples.finish_late()
         if self._intervals.end(step):
             self._change_intervals()
 
@@ -290,6 +309,11 @@ class Curvature:
         for batch in batches:
             batch.write(directions)
         self.sharding.exchange_directions(self.stacks, directions)
+        for layer in self._samples.late_layers:
+            stack = self.layers[layer]
+            if stack.method.waits and not stack.holds(layer):
+                for p in layer.parameters:
+                    directions.pop(p, None)
         if self.monitor is not None:
             self.monitor.record_directions(gradients, directions)
         self._clip(gradients, directions, groups)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..curvature import Capture, Layer
+from ..curvature import Capture, Layer, measure_matrix
 from ..distributed import start_sum, sum_over_ranks, world_size
 from .guard import SilenceGuard
 from .stack import LayerStack
@@ -53,6 +53,7 @@ class SampleCollector:
         self.dropped = 0
         self._capture = capture
         self._pending: _Pending | None = None
+        self._late: _Pending | None = None
         self._zero_reported: set[Layer] = set()
         self._guard = SilenceGuard()
 
@@ -89,9 +90,50 @@ class SampleCollector:
             return
         pending, self._pending = self._pending, None
         pending.wait()
-        samples, layers, step = pending.samples, pending.layers, pending.step
-        for layer, sample in samples.items():
-            _rescale(sample, layers[layer], pending.rows[layer])
+        for layer, sample in pending.samples.items():
+            _rescale(sample, pending.layers[layer], pending.rows[layer])
+        self._merge(pending.samples, pending.layers, pending.step)
+
+    def take_matrices(
+        self,
+        due: Sequence[Layer],
+        layers: Mapping[Layer, LayerStack],
+        step: int,
+        gradients: Mapping[Tensor, Tensor],
+    ) -> None:
+        """Takes the statistics of gradient matrices; those that count later wait for `finish_late`.
+
+        Args:
+            due: Layers that the step measures.
+            layers: Stack of each layer.
+            step: The step.
+            gradients: Gradients by parameter, the same on all ranks.
+        """
+        samples: dict[Layer, Sample] = {}
+        for layer in due:
+            if layer.weight in gradients:
+                bias = [gradients.get(p) for p in layer.parameters[1:]]
+                matrix = layer.join(gradients[layer.weight], *bias)
+                samples[layer] = measure_matrix(layer, matrix, layers[layer].kept)
+        later = {layer: s for layer, s in samples.items() if layers[layer].method.counts_later}
+        self._late = _Pending(later, {}, layers, step, lambda: None) if later else None
+        self._merge({k: s for k, s in samples.items() if k not in later}, layers, step)
+
+    @property
+    def late_layers(self) -> list[Layer]:
+        """Layers whose statistics of this step count later."""
+        return list(self._late.samples) if self._late else []
+
+    def finish_late(self) -> None:
+        """Merges the statistics of gradient matrices that count from the next step on."""
+        late, self._late = self._late, None
+        if late is not None:
+            self._merge(late.samples, late.layers, late.step)
+
+    def _merge(
+        self, samples: dict[Layer, Sample], layers: Mapping[Layer, LayerStack], step: int
+    ) -> None:
+        """Merges the valid ones of some samples, after one wait for the device."""
         sums = [s for sample in samples.values() for s in sample.values()]
         norms = iter(to_host(torch._foreach_norm(sums) if sums else []))
         sizes = {layer: {name: next(norms) for name in sample} for layer, sample in samples.items()}

@@ -47,6 +47,7 @@ def traffic(layers: Mapping[Layer, LayerStack], sharding: Sharding) -> Traffic:
         torch.empty(shape, dtype=layer.working_dtype, device='meta')
         for layer, stack in trained.items()
         for statistic in stack.kept
+        if not statistic.of_matrix
         for shape in layer.shapes(statistic).values()
     )
     capture = _count([[rows], *sum_buckets(statistics)])

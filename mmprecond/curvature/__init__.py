@@ -13,6 +13,7 @@ from .capture import Capture
 from .conv import Conv2dLayer
 from .eager import Eager
 from .form import Factor, Form, Power, add_damping
+from .gradient_matrix import matrix_flops, measure_matrix
 from .input_factor import INPUT_FACTORS, input_form
 from .layer import Layer
 from .linear import LinearLayer
@@ -38,6 +39,7 @@ from .statistic import (
     ALL,
     GRADIENT,
     INPUT,
+    MATRIX,
     REDUCED,
     WEIGHT,
     Rows,
@@ -69,6 +71,7 @@ __all__ = [
     'LeftOut',
     'LinearLayer',
     'Mean',
+    'MATRIX',
     'Moment',
     'PackedAttention',
     'PatchForm',
@@ -95,6 +98,8 @@ __all__ = [
     'find_layers',
     'input_form',
     'layer_type',
+    'matrix_flops',
+    'measure_matrix',
     'qualified_name',
     'register_attention',
     'register_layer',

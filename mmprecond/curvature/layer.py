@@ -30,6 +30,7 @@ from .statistic import (
     INPUT,
     REDUCED,
     AllRows,
+    MatrixRows,
     ReducedRows,
     Rows,
     SampledRows,
@@ -155,7 +156,7 @@ class Layer:
         if not self.has_side(statistic.side):
             return f'{kind} has no side {statistic.side.name!r}'
         rows, form = type(statistic.rows).__name__, type(statistic.form).__name__
-        if not isinstance(statistic.rows, self.row_kinds):
+        if not isinstance(statistic.rows, (MatrixRows, *self.row_kinds)):
             return f'{kind} cannot take {rows} of a call'
         if not statistic.form.is_product and statistic.rows != ALL:
             return f'{form} is taken of all rows, not of {rows}'

@@ -27,7 +27,8 @@ class LayerRows:
         layer: The layer.
         module: The module that was called.
         inputs: Input of the module.
-        gradient: Gradient of the loss with respect to the module's output.
+        gradient: Gradient of the loss with respect to the module's output; of statistics of the
+            gradient matrix that matrix (b, o, i).
         statistic: The statistic.
         drawing: Random choices of the call.
     """
@@ -64,7 +65,7 @@ class LayerRows:
         """
         layer: Any = self.layer  # of patches
         total = self._unwritten_part(channels)
-        if self.statistic.rows == REDUCED:
+        if self._come_as_patches:
             gram([self._reduced_patches(channels, positions).flatten(2)], total)
         else:
             gram(layer.channel_rows(self.module, self.inputs), total)
@@ -82,7 +83,7 @@ class LayerRows:
         """
         layer: Any = self.layer  # of patches
         total, rows = self._unwritten_part(positions), self.statistic.rows
-        if rows == REDUCED:
+        if self._come_as_patches:
             patches = self._reduced_patches(channels, positions)
             gram([patches.transpose(1, 2).flatten(2)], total)
             return total, self._reduced_rows[:, -1:].square().sum(2, keepdim=True)
@@ -94,9 +95,14 @@ class LayerRows:
         count *= layer.position_count(self.module, self.gradient)
         return total.mul_(scale), total.new_full((layer.blocks, 1, 1), count)
 
+    @property
+    def _come_as_patches(self) -> bool:
+        """True for rows that are few enough to be laid out as patches."""
+        return self.statistic.rows == REDUCED or self.statistic.of_matrix
+
     @cached_property
     def _reduced_rows(self) -> Tensor:
-        """Reduced rows, which come in one chunk (b, n, rows)."""
+        """Reduced rows, or those of the gradient matrix, in one chunk (b, n, rows)."""
         (rows,) = self.chunks()
         return rows
 
@@ -124,6 +130,9 @@ class LayerRows:
     def chunks(self) -> Iterator[Tensor]:
         """Yields the rows in chunks (b, n, rows); inputs have the trailing 1 of a joint bias."""
         layer, rows = self.layer, self.statistic.rows
+        if self.statistic.of_matrix:
+            yield self.gradient if self.statistic.side.of_gradient else self.gradient.mT
+            return
         if not self.statistic.side.of_gradient:
             if rows == REDUCED:
                 yield layer.with_ones(layer.reduced_input(self.module, self.inputs))

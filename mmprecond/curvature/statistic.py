@@ -72,8 +72,20 @@ class SampledRows(Rows):
         return max(1, self.most_rows // max(1, samples))
 
 
+@dataclass(frozen=True)
+class MatrixRows(Rows):
+    """Rows of the gradient matrix G (o x i) that the optimizer's step sees.
+
+    Those of the input side are its o rows, so that their products sum to G'G (i x i). Those of the
+    gradient side are its i columns, so that theirs sum to GG' (o x o). No hook measures them.
+    """
+
+    suffix: ClassVar[str] = '_matrix'
+
+
 ALL = AllRows()
 REDUCED = ReducedRows()
+MATRIX = MatrixRows()
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,11 @@ class Statistic:
     def over(self, rows: Rows) -> Statistic:
         """The same form of the same side over other rows, under these rows' name."""
         return Statistic(self.side, self.form, rows)
+
+    @property
+    def of_matrix(self) -> bool:
+        """True if the statistic is taken of the gradient matrix, in the optimizer's step."""
+        return isinstance(self.rows, MatrixRows)
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -29,7 +29,9 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, lef
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for number, header in enumerate(headers):
         # Text, as rich would read [brackets] in a plain string as a style.
-        table.add_column(Text(header), justify='left' if number < left else 'right')
+        table.add_column(
+            Text(header), justify='left' if number < left else 'right', overflow='fold'
+        )
     for row in cells:
         table.add_row(*map(Text, row))
     Console().print(table)

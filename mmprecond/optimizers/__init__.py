@@ -19,7 +19,9 @@ from .preconditioned import Preconditioned
 from .replacement import precondition
 from .rule_optimizer import RuleOptimizer
 from .sgdph import SGDPH
+from .shampoo import Shampoo
 from .soaa import SOAA
+from .soap import SOAP
 
 __all__ = [
     'AFOpt',
@@ -47,6 +49,8 @@ __all__ = [
     'SKFAC',
     'SMAC',
     'SOAA',
+    'SOAP',
+    'Shampoo',
     'WeightNormConv2d',
     'get_optimizer_info',
     'list_optimizers',

@@ -183,7 +183,7 @@ class PreconditionedOptimizer(RuleOptimizer):
     # ---------------------------------------------------------------- step
 
     def _update_curvature(self) -> None:
-        snapshots = self.curvature.update(self.t, self.param_groups)
+        snapshots = self.curvature.update(self.t, self.param_groups, self._gradients())
         if not snapshots:
             return
         with matmul_precision('highest'):

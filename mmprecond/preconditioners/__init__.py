@@ -7,6 +7,8 @@ from .calibrated_input import CalibratedInput
 from .eigen_rotation import EigenRotation
 from .fisher_diagonal import FisherDiagonal
 from .fisher_kronecker import FisherKronecker
+from .gradient_root import GradientRoot
+from .gradient_rotation import GradientRotation
 from .input_diagonal import InputDiagonal
 from .input_feature import InputFeature
 from .kronecker_root import KroneckerRoot
@@ -24,6 +26,8 @@ __all__ = [
     'EigenRotation',
     'FisherDiagonal',
     'FisherKronecker',
+    'GradientRoot',
+    'GradientRotation',
     'InputDiagonal',
     'InputFeature',
     'KroneckerRoot',

@@ -79,6 +79,7 @@ class AttentionFeature(InputFeature):
     variant: str = 'thesis'
     max_windows: int = 64
 
+    sources: ClassVar[tuple[str, ...]] = ('activation',)
     word: ClassVar[str] = 'AFOpt'
     published: ClassVar[dict[str, Any]] = dict(
         **InputFeature.published, variant='thesis', max_windows=256

@@ -111,6 +111,13 @@ class Preconditioner(ABC):
     #: Whether the rule works in a rotated space: `apply` leads into it, `restore` leads back. The
     #: rule must then be elementwise.
     rotates: ClassVar[bool] = False
+    #: Whether a step's statistics count from the next step on, so that no direction depends on an
+    #: operator of its own gradient. For statistics of the gradient matrix.
+    counts_later: ClassVar[bool] = False
+    #: Whether a layer makes no update in the step of its first statistics, if they count later.
+    waits: ClassVar[bool] = False
+    #: Whether a new basis also rotates the rule's second moments.
+    rotates_squares: ClassVar[bool] = True
     #: Whether `restore` changes the rule's updates.
     acts_after_rule: ClassVar[bool] = False
 

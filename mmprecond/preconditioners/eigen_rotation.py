@@ -88,6 +88,7 @@ class EigenRotation(PatchPreconditioner):
         basis_solver='eigh',
         rotate_moments=False,
         input_factor='patch',
+        source='activation',
         **WHOLE_LAYERS,
     )
 

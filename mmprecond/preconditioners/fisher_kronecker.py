@@ -96,6 +96,7 @@ class FisherKronecker(PatchPreconditioner):
         Statistic(GRADIENT, Moment()),
     )
 
+    sources: ClassVar[tuple[str, ...]] = ('activation',)
     word: ClassVar[str] = 'KFAC'
     #: The baseline of the thesis's tables.
     published: ClassVar[dict[str, Any]] = dict(
@@ -111,6 +112,7 @@ class FisherKronecker(PatchPreconditioner):
         scaling='kl_clip',
         kl_clip=1e-3,
         input_factor='patch',
+        source='activation',
         **WHOLE_LAYERS,
     )
 

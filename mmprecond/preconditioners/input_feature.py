@@ -72,6 +72,7 @@ class InputFeature(InversePreconditioner):
         norm_recovery=True,
         solver='exact',
         input_factor='patch',
+        source='activation',
         **WHOLE_LAYERS,
     )
 

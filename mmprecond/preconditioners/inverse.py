@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..checks import check_choice, check_number
-from ..curvature import INPUT, INPUT_FACTORS, Layer, Moment, Statistic, input_form
+from ..curvature import INPUT, INPUT_FACTORS, MATRIX, Layer, Moment, Statistic, input_form
 from ..linalg import RankSearch
 from .base import Preconditioner
+
+#: Sources of statistics.
+SOURCES = ('activation', 'gradient')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +28,28 @@ class PatchPreconditioner(Preconditioner):
             refreshes of c^3. 'kernel' takes ``I (x) K / c``, with channels left alone: p^2 numbers,
             refreshes of p^3. Both leave out the covariance of a joint bias with the patch. 'auto'
             takes 'separable' for patches longer than 256, and 'patch' for shorter ones.
+        source: 'activation' measures R and L of inputs and output gradients, by hooks. 'gradient'
+            takes G'G and GG' of the gradient matrix G in their place, in the optimizer's step and
+            without hooks (Shampoo). Captures then cost two products with G.
     """
 
     input_factor: str = 'auto'
+    source: str = 'activation'
+
+    #: Sources that the method can take.
+    sources: ClassVar[tuple[str, ...]] = SOURCES
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice('input_factor', self.input_factor, INPUT_FACTORS)
+        check_choice('source', self.source, self.sources)
+
+    def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
+        """The method's statistics, of the chosen source."""
+        candidates = super().candidate_statistics(layer)
+        if self.source == 'activation':
+            return candidates
+        return tuple(statistic.over(MATRIX) for statistic in candidates)
 
     def _with_input_factor(self, layer: Layer, statistic: Statistic) -> Statistic:
         form = input_form(layer, self.input_factor)

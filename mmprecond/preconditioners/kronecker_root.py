@@ -72,6 +72,7 @@ class KroneckerRoot(InversePreconditioner):
         solver='newton_schulz',
         root_steps=10,
         input_factor='patch',
+        source='activation',
         **WHOLE_LAYERS,
     )
 

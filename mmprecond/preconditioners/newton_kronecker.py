@@ -80,6 +80,7 @@ class NewtonKronecker(InversePreconditioner):
         exact_interval=500,
         solver='newton',
         input_factor='patch',
+        source='activation',
         **WHOLE_LAYERS,
     )
 

@@ -26,7 +26,9 @@ KINDS = [
     for name in optimizers.__all__
     if isinstance(kind := getattr(optimizers, name), type)
     and issubclass(kind, PreconditionedOptimizer)
-    and kind.__name__ not in ('PreconditionedOptimizer', 'Preconditioned', 'AdaAct')
+    # The last three capture at every step.
+    and kind.__name__
+    not in ('PreconditionedOptimizer', 'Preconditioned', 'AdaAct', 'SOAP', 'Shampoo')
 ]
 
 

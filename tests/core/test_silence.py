@@ -13,7 +13,7 @@ from mmprecond.core import Monitor
 from mmprecond.optimizers import NKFAC
 from tests.support.classifier import Classifier, batch, build
 from tests.support.errors import warnings_of
-from tests.support.every_optimizer import MEASURED, SETTINGS, images, make, net, train
+from tests.support.every_optimizer import HOOKED, MEASURED, SETTINGS, images, make, net, train
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [text for text in warnings_of(caplog) if 'not measured by the last' in text]
 
 
-@pytest.mark.parametrize('name', MEASURED)
+@pytest.mark.parametrize('name', HOOKED)
 def test_layers_that_are_never_measured_are_named_once(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -116,7 +116,7 @@ def test_mistakes_take_one_line(layers: Any, message: str) -> None:
 
 def test_every_method_has_a_word_of_its_own() -> None:
     measured = {m for m in METHODS.values() if m.__module__.startswith('mmprecond.') and m.word}
-    assert len({method.word for method in measured}) == len(measured) == 10
+    assert len({method.word for method in measured}) == len(measured) == 12
     assert all(find_method(method.word) is method for method in measured)
 
 

@@ -38,6 +38,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'SMAC': {},
     'SKFAC': dict(reduction='reduce', max_columns=12),
     'SOAA': dict(total_steps=20),
+    # One gradient spans few directions of the longer side; so does the first basis.
+    'SOAP': dict(max_dim=7, oversize='one_sided'),
+    'Shampoo': {},
     'Preconditioned': dict(
         rule=dict(type='Adan', lr=1e-2),
         layers=[
@@ -61,6 +64,8 @@ def mostly_slow(names: Iterable[str]) -> list[Any]:
 MEASURED = [
     name for name in SETTINGS if issubclass(getattr(optimizers, name), PreconditionedOptimizer)
 ]
+#: Those whose statistics come from hooks.
+HOOKED = [name for name in MEASURED if name not in ('SOAP', 'Shampoo')]
 
 
 class Net(nn.Module):

@@ -1,0 +1,47 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..preconditioners import GradientRotation
+from .families import PreconditionedAdam
+
+
+class SOAP(PreconditionedAdam):
+    """AdamW or Adan in the eigenbasis of the gradient matrix's second moments (arXiv 2409.11321).
+
+    It needs no hooks. The first step of a layer makes no update (see `GradientRotation`, whose
+    settings it takes). The second moment is divided as in AdamW: eps is added after the bias
+    correction, where SOAP's code adds it before.
+
+    Args:
+        params: Parameters or groups, with `model`; or the module itself.
+        lr: Learning rate.
+        betas: Decays of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        model: The module that owns the parameters.
+        rule: 'AdamW' or 'Adan'.
+        **settings: Settings of `GradientRotation` and of `PreconditionedOptimizer`.
+    """
+
+    preconditioner = GradientRotation
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 3e-3,
+        betas: tuple[float, ...] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        model: nn.Module | None = None,
+        rule: str = 'AdamW',
+        **settings: Any,
+    ) -> None:
+        if betas is None and rule == 'AdamW':
+            betas = (0.95, 0.95)
+        super().__init__(params, lr, betas, eps, weight_decay, model=model, rule=rule, **settings)

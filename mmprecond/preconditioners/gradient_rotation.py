@@ -1,0 +1,82 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..checks import check_number
+from ..curvature import RunningAverage
+from ..linalg import Operators
+from .base import WHOLE_LAYERS
+from .eigen_rotation import EigenRotation
+from .registry import register_preconditioner
+
+
+@register_preconditioner
+@dataclass(frozen=True, kw_only=True)
+class GradientRotation(EigenRotation):
+    """SOAP: Adam on ``U1' G U2``, with the update D rotated back to ``U1 D U2'``.
+
+    U1 and U2 are eigenvectors of running averages of GG' (o x o) and G'G (i x i). The first bases
+    are exact; later ones come from one step of orthogonal iteration. A step's gradient counts in
+    the averages from the next step on, and the first step of a layer makes no update, because it
+    has no basis yet. The momentum is rotated into each new basis; second moments keep their
+    places.
+
+    Source: SOAP (Vyas et al., 2024, arXiv 2409.11321, Algorithm 3) and its code. Theirs rotates
+    each dimension of a convolution's weight. 'separable' does so for outputs, channels and all
+    kernel positions as one dimension; 'patch' merges channels and positions. A joint bias is one
+    more column.
+
+    State: 2 (o^2 + i^2) numbers per block. A capture costs 2 o i (o + i) FLOPs, a refresh about
+    4 n^3 FLOPs per factor, a step 4 o i (o + i) FLOPs.
+
+    Attributes:
+        stat_decay: Weight of the old average, in [0, 1).
+    """
+
+    stat_interval: int = 1
+    refresh_interval: int = 10
+    early_refreshes: bool = False
+    basis_solver: str = 'qr'
+    basis_eps: float = 0.0
+    source: str = 'gradient'
+    stat_decay: float = 0.95
+
+    sources: ClassVar[tuple[str, ...]] = ('gradient',)
+    phase: ClassVar[int] = -1
+    refresh_on_first_sample: ClassVar[bool] = True
+    counts_later: ClassVar[bool] = True
+    waits: ClassVar[bool] = True
+    rotates_squares: ClassVar[bool] = False
+
+    word: ClassVar[str] = 'SOAP'
+    #: The authors' code.
+    published: ClassVar[dict[str, Any]] = {
+        **WHOLE_LAYERS,
+        **dict(
+            stat_interval=1,
+            refresh_interval=10,
+            basis_solver='qr',
+            basis_eps=0.0,
+            rotate_moments=True,
+            input_factor='separable',
+            source='gradient',
+            stat_decay=0.95,
+            max_dim=10000,
+            oversize='one_sided',
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number('stat_decay', self.stat_decay, high=1)
+
+    def average(self) -> RunningAverage:
+        """Moving average from zero, without bias correction."""
+        return RunningAverage(self.stat_decay)
+
+    def align(self, operators: Operators, previous: Operators | None) -> Operators:
+        """Leaves the columns where orthogonal iteration has them (see the base class)."""
+        return operators if self.basis_solver == 'qr' else super().align(operators, previous)
