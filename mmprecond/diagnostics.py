@@ -97,6 +97,7 @@ def forecast_on_noise(
 
     failures: list[Exception] = []
     height, width = size or own_size(model)
+    torch.manual_seed(0)  # proposals, and so the price of their heads, depend on the noise
     for make in (synthetic_batch, batch_without_loss):
         # A model raises errors of any kind on data that are not its own.
         try:
@@ -247,9 +248,9 @@ def main() -> None:
 
     args = parse_args()
     with launch.one_line_errors():
-        model, optimizer = forecast_inputs.build(args)
+        model, optimizer, images, size = forecast_inputs.build(args)
         layers, capture = optimizer.curvature.layers, optimizer.curvature.capture
-        batch, costs, own = forecast_on_noise(model, layers, capture, args.batch, args.size)
+        batch, costs, own = forecast_on_noise(model, layers, capture, images, size)
         print(intro(model, layers, costs, batch), totals(layers, costs, own), '', sep='\n')
         print_table(*table(layers, costs, args.layers), left=2)
         if args.suggest:

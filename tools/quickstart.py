@@ -140,6 +140,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--data', type=Path, help='default: data/shapes, or data/shapes-cls')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/quickstart_MODEL')
+    parser.add_argument('--parse-only', action='store_true', help=argparse.SUPPRESS)
     add_options(parser)
     args = parser.parse_args()
     args.work_dir = args.work_dir or ROOT / f'work_dirs/quickstart_{args.model}'
@@ -155,6 +156,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.parse_only:  # by quickstart.sh, which has no environment yet
+        return
     from mmprecond.datasets import make_shape_folders, make_shapes
 
     make = make_shapes if args.model.detects else make_shape_folders

@@ -10,13 +10,12 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd -- "$root"
 venv=${MMPRECOND_VENV:-.venv}
 case $venv in /*) ;; *) venv=$root/$venv ;; esac
+python=$venv/bin/python
+[ -x "$python" ] || python=python3
+# Prints the help, or complains about the options, before anything is built.
+"$python" tools/quickstart.py --parse-only "$@"
 for argument in "$@"; do
-  case $argument in
-    -h | --help)  # needs no environment
-      python=$venv/bin/python
-      [ -x "$python" ] || python=python3
-      exec "$python" tools/quickstart.py --help ;;
-  esac
+  case $argument in -h | --help) exit 0 ;; esac
 done
 bash tools/setup_env.sh --quiet
 exec "$venv/bin/python" tools/quickstart.py "$@"

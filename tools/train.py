@@ -76,7 +76,8 @@ def main() -> None:
         runner = build(args)
         if isinstance(runner, Runner):  # early, so that errors of settings also take one line
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    runner.train()
+    with launch.one_line_errors(inside='check_state_dict'):  # of a checkpoint to resume
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -374,7 +374,7 @@ class Curvature:
 
     def description(self) -> list[str]:
         """A line for each method, with its number of layers and its intervals."""
-        return report.describe_methods(self.layers)
+        return report.describe_methods(self.layers) + self.options.notes()
 
     def overview(self) -> str:
         """Lines for the log: modules that are left out, the stages of the model, the norms."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..checks import check_number
 from ..curvature import Layer
 from ..preconditioners import Preconditioner
 
@@ -75,6 +76,7 @@ class Dampings:
             group = owned.get(layer.weight, {})
             now, initial = group.get(KEY, start), group.get(INITIAL, start)
             if now != initial:
+                check_number(f'damping of the group of {layer.name}', now, open_low=True)
                 found[layer] = start * (now / initial)
             elif layer in self._given:
                 found[layer] = start

@@ -44,6 +44,15 @@ class CurvatureOptions:
         if self.clip_update is not None:
             check_number('clip_update', self.clip_update, open_low=True)
 
+    def notes(self) -> list[str]:
+        """A line for each setting that changes what methods do during training."""
+        lines = [f'nothing is captured before step {self.start_step}'] if self.start_step else []
+        lines += [
+            f'from step {step} on: captures every {capture} steps, refreshes every {refresh}'
+            for step, capture, refresh in self.intervals
+        ]
+        return lines
+
     @classmethod
     def names(cls) -> list[str]:
         """Names of the settings."""

@@ -137,39 +137,44 @@ class SampleCollector:
         sums = [s for sample in samples.values() for s in sample.values()]
         norms = iter(to_host(torch._foreach_norm(sums) if sums else []))
         sizes = {layer: {name: next(norms) for name in sample} for layer, sample in samples.items()}
+        zero = []
         for layer in list(samples):
-            if not self._is_valid(layer, layers[layer], sizes[layer], step):
-                del samples[layer]
+            stack, norms_of = layers[layer], sizes[layer]
+            finite = self._is_finite(layer, norms_of, step)
+            # A zero sample (a dropped block, no positives) has no information.
+            if finite and all(norms_of[key] for s in stack.needed for key in s.keys):
+                continue
+            del samples[layer]
+            if not finite:
+                continue
+            if layer not in self._zero_reported and not stack.holds(layer):
+                zero.append(layer.name)
+            self._zero_reported.add(layer)
+        if zero:
+            logger.info(
+                '%d layers have zero statistics at step %d and take the plain rule until they have '
+                'others: %s',
+                len(zero),
+                step,
+                ', '.join(zero[:5]) + (', ...' if len(zero) > 5 else ''),
+            )
         for stack in dict.fromkeys(layers.values()):
             stack.merge(
                 {layer: samples.pop(layer) for layer in list(samples) if layers[layer] is stack},
                 sizes,
             )
 
-    def _is_valid(
-        self, layer: Layer, stack: LayerStack, sizes: Mapping[str, float], step: int
-    ) -> bool:
-        """True if a sample is valid, given the norms of its tensors; logs the reason if not."""
-        if not all(size < float('inf') for size in sizes.values()):
-            self.dropped += 1
-            logger.warning(
-                '%s: non-finite statistics at step %d were dropped (%d so far)',
-                layer.name,
-                step,
-                self.dropped,
-            )
-            return False
-        # A zero sample (a dropped block, no positives) has no information.
-        if all(sizes[key] for statistic in stack.needed for key in statistic.keys):
+    def _is_finite(self, layer: Layer, sizes: Mapping[str, float], step: int) -> bool:
+        """True if the norms of a sample's tensors are finite; a warning tells of others."""
+        if all(size < float('inf') for size in sizes.values()):
             return True
-        if layer not in self._zero_reported and not stack.holds(layer):
-            logger.info(
-                '%s: its statistics at step %d are zero; it takes the plain rule until '
-                'they are not',
-                layer.name,
-                step,
-            )
-        self._zero_reported.add(layer)
+        self.dropped += 1
+        logger.warning(
+            '%s: non-finite statistics at step %d were dropped (%d so far)',
+            layer.name,
+            step,
+            self.dropped,
+        )
         return False
 
     def _count_rows(self, due: Sequence[Layer]) -> dict[Layer, float]:

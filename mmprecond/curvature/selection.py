@@ -227,7 +227,7 @@ def _type_refusal(module: nn.Module) -> str:
         return 'nn.MultiheadAttention uses its weight without calling it'
     if any(True for _ in module.children()):
         names = ', '.join(name for name, _ in module.named_parameters(recurse=False))
-        return f'parameters of its own ({names})'
+        return f'{names}: no weight of a layer; its layers are listed apart'
     return 'type is not supported'
 
 

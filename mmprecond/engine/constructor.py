@@ -19,6 +19,7 @@ from ..core import CurvatureOptions
 from ..curvature import unwrap
 from ..distributed import rank
 from ..optimizers import Preconditioned, PreconditionedOptimizer, RuleOptimizer
+from ..optimizers.base import GROUP_KEYS
 from ..optimizers.peers import find_peer, is_peer, needs_of, with_groups
 from ..optimizers.preconditioned import read_settings
 from ..optimizers.replacement import rule_for
@@ -58,8 +59,8 @@ class PrecondOptimWrapperConstructor:
 
     Raises:
         ValueError: If no rule can replace the optimizer, `precondition` or an option stands beside
-            an optimizer of this package, `precondition` is misspelt, or the base constructor is
-            unclear.
+            an optimizer of this package, `precondition` is misspelt, the base constructor is
+            unclear, or a key of `custom_keys` with a setting of ours fits no parameter.
         KeyError: If a type is not registered.
     """
 
@@ -103,6 +104,7 @@ class PrecondOptimWrapperConstructor:
         kind = resolve(OPTIMIZERS, kind)
         if not (inspect.isclass(kind) and issubclass(kind, RuleOptimizer)):
             return self.base(model)
+        self._check_custom_keys(model)
         self._mix_wrapper(kind.needs, kind.__name__)
         if 'model' in inspect.signature(kind.__init__).parameters:
             self.base.optimizer_cfg['model'] = unwrap(model)
@@ -113,6 +115,20 @@ class PrecondOptimWrapperConstructor:
         print_log(built.optimizer.report(), logger='current')
         _write_table(built.optimizer)
         return built
+
+    def _check_custom_keys(self, model: nn.Module) -> None:
+        """Raises ValueError if a key with a setting of this package is in no parameter's name."""
+        names = [name for name, _ in unwrap(model).named_parameters()]
+        keys = (self.base.paramwise_cfg or {}).get('custom_keys') or {}
+        for key, settings in keys.items():
+            if set(settings) & set(GROUP_KEYS) and not any(key in name for name in names):
+                parts = {
+                    '.'.join(n.split('.')[:k]) for n in names for k in range(1, 1 + n.count('.'))
+                }
+                raise ValueError(
+                    f'custom_keys has {key!r}, which is in the name of no parameter; '
+                    f'{did_you_mean(key, parts)}'.rstrip('; ')
+                )
 
     def check_settings(self) -> None:
         """Raises the errors of the optimizer's settings that can be found without the model."""

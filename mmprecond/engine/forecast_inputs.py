@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
@@ -17,6 +18,15 @@ from .synthetic import random_model
 #: Texts of MMEngine's warnings about frozen parameters and about its registries.
 NOISE = ('is skipped since', 'Failed to search registry')
 
+#: Settings with the size of images, by the name of a transform. 'scale' has the width first.
+SIZES = {
+    'Resize': ('scale',),
+    'RandomResize': ('scale',),
+    'RandomChoiceResize': ('scales',),
+    'RandomResizedCrop': ('scale',),
+    'RandomCrop': ('crop_size',),
+    'CenterCrop': ('crop_size',),
+}
 #: Settings of MMEngine's `AmpOptimWrapper` alone.
 MIXED_PRECISION = ('loss_scale', 'dtype', 'use_fp16')
 
@@ -30,18 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="forecast for this optimizer of mmprecond in place of the config's",
     )
     launch.add_precondition(parser)
-    parser.add_argument('--batch', type=launch.count, default=2, help='images; default: 2')
+    parser.add_argument(
+        '--batch', type=launch.count, help="images; default: the config's batch of one GPU, or 2"
+    )
     parser.add_argument(
         '--size',
         type=launch.count,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
-        help='default: the size that a pose estimator or a segmentor is made for, else 224 224',
+        help="default: the size of the config's training images, else 224 224",
     )
     launch.add_cfg_options(parser)
 
 
-def build(args: argparse.Namespace) -> tuple[nn.Module, PreconditionedOptimizer]:
+class Inputs(NamedTuple):
+    """A model, its optimizer, the number of images, and their size (None: the model's own)."""
+
+    model: nn.Module
+    optimizer: PreconditionedOptimizer
+    batch: int
+    size: Sequence[int] | None
+
+
+def build(args: argparse.Namespace) -> Inputs:
     """Builds the model with random weights, and its optimizer.
 
     Args:
@@ -60,7 +81,38 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, PreconditionedOptimizer]
         attach(cfg, args.precondition)
     launch.merge_options(cfg, args.cfg_options)
     _quieten_log()
-    return build_model(cfg)
+    loader = cfg.get('train_dataloader') or {}
+    return Inputs(
+        *build_model(cfg),
+        args.batch or loader.get('batch_size') or 2,
+        args.size or image_size(loader.get('dataset')),
+    )
+
+
+def image_size(dataset: Any) -> tuple[int, int] | None:
+    """Height and width of a config's training images, by its last transform with a size, or None.
+
+    Of several sizes the last counts, which is the largest by custom.
+    """
+    if not isinstance(dataset, dict):
+        return None
+    found = None
+    for transform in dataset.get('pipeline') or ():
+        kind = str(transform.get('type')).split('.')[-1] if isinstance(transform, dict) else ''
+        for key in SIZES.get(kind, ()):
+            given = transform.get(key)
+            pair = (
+                isinstance(given, (list, tuple)) and given and isinstance(given[-1], (list, tuple))
+            )
+            value = given[-1] if pair else given
+            if isinstance(value, int):
+                found = value, value
+            elif isinstance(value, (list, tuple)) and len(value) == 2:
+                width_first = key in ('scale', 'scales') and kind != 'RandomResizedCrop'
+                first, second = (int(side) for side in value)
+                found = (second, first) if width_first else (first, second)
+    inner = dataset.get('datasets') or [dataset.get('dataset')]
+    return found or next((size for part in inner if (size := image_size(part))), None)
 
 
 def _quieten_log() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,12 +175,17 @@ def check_mmcv() -> None:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the program with a one-line message for errors that a user can fix."""
+def one_line_errors(inside: str = '') -> Iterator[None]:
+    """Ends the program with a one-line message for errors that a user can fix.
+
+    Args:
+        inside: Name of the function whose errors are meant; default: all.
+    """
     try:
         yield
-    except (ValueError, TypeError, KeyError, FileNotFoundError, ImportError) as error:
-        if os.environ.get('MMPRECOND_TRACEBACK'):
+    except (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError) as error:
+        names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        if os.environ.get('MMPRECOND_TRACEBACK') or (inside and inside not in names):
             raise
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         if int(os.environ.get('LOCAL_RANK', 0)):

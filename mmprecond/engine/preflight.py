@@ -18,8 +18,18 @@ from mmengine.registry import (
 from ..checks import did_you_mean
 from ..optimizers import Preconditioned, PreconditionedOptimizer
 from .constructor import PrecondOptimWrapperConstructor
+from .preflight_types import check_types
 from .resolution import resolve
 
+#: Keys of configs before MMEngine, and those of today.
+OLD_KEYS = {
+    'optimizer': 'optim_wrapper.optimizer',
+    'optimizer_config': 'optim_wrapper.clip_grad',
+    'lr_config': 'param_scheduler',
+    'runner': 'train_cfg',
+    'total_epochs': 'train_cfg.max_epochs',
+    'data': 'train_dataloader, val_dataloader and test_dataloader',
+}
 #: Entries of `optim_wrapper` that its constructor does not get.
 NOT_OURS = ('constructor', 'paramwise_cfg')
 
@@ -54,6 +64,7 @@ def check_config(cfg: Config, loaders: Sequence[str] = ('train', 'val')) -> None
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     if 'train' in loaders:
+        check_types(cfg)
         check_optimizer(cfg)
     check_checkpoints(cfg)
     check_data(cfg, loaders)
@@ -99,17 +110,22 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
             built = _build_lazily(dataset)
             if built is None:
                 continue
-            missing += [path for path in _paths(built) if _is_missing(path)]
+            missing += [f'{path} ({key})' for path in _paths(built) if _is_missing(path)]
             if loader == 'train' and type(built).__module__.split('.')[0] in KNOW_CLASSES:
                 check_classes(cfg, built.metainfo.get('classes'))
         if cfg.get(key):
             evaluators = [(k, path) for k, path in _entries(cfg.get(f'{loader}_evaluator'))]
-            missing += [p for k, p in evaluators if k == 'ann_file' and _is_missing(p)]
+            missing += [
+                f'{path} ({loader}_evaluator.ann_file)'
+                for name, path in evaluators
+                if name == 'ann_file' and _is_missing(path)
+            ]
     if missing:
         found = ', '.join(dict.fromkeys(missing))
         raise FileNotFoundError(
             f'the data are not there: {found}; set their folder in the config, or by '
-            f'--cfg-options {loaders[0]}_dataloader.dataset.data_root=FOLDER and the like'
+            f'--cfg-options {loaders[0]}_dataloader.dataset.data_root=FOLDER and so on for each (a '
+            'data_root at the top of a config reaches none of them)'
         )
 
 
@@ -141,6 +157,10 @@ def check_options(cfg: Config, options: dict[str, Any]) -> None:
     """
     for dotted in options:
         part: Any = cfg.to_dict()
+        if dotted.split('.')[0] in OLD_KEYS and dotted.split('.')[0] not in part:
+            raise ValueError(
+                f'--cfg-options {dotted}: MMEngine reads {OLD_KEYS[dotted.split(".")[0]]}'
+            )
         for name in dotted.split('.'):
             if isinstance(part, list | tuple) and name.isdecimal() and int(name) < len(part):
                 part = part[int(name)]

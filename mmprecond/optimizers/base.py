@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..checks import check_count, check_number, reject_unexpected
+from ..checks import check_count, check_number, did_you_mean, reject_unexpected
 from ..core import Assignment, Curvature, CurvatureOptions, Monitor, checkpoint, rotate
 from ..curvature import LeftOut
 from ..linalg import matmul_precision
@@ -14,6 +14,9 @@ from ..preconditioners import Preconditioner
 from ..rules import Rule
 from .rule_optimizer import RuleOptimizer
 from .settings import FullSignature
+
+#: Entries of a parameter group that choose how its weights are preconditioned.
+GROUP_KEYS = ('precondition', 'damping', 'initial_damping', 'input_positions')
 
 
 class PreconditionedOptimizer(RuleOptimizer):
@@ -114,6 +117,9 @@ class PreconditionedOptimizer(RuleOptimizer):
         """Adds a group of parameters, as in torch; they take the plain rule."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for key in group:
+            if key not in GROUP_KEYS and (near := did_you_mean(key, GROUP_KEYS, 0.9)):
+                raise ValueError(f'a parameter group has {key}; {near.rstrip()}')
         if group.get('damping') is not None:
             check_number('damping', group['damping'], open_low=True)
         if group.get('input_positions') is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..checks import reject_unexpected
 from ..core import Assignment, CurvatureOptions, parse_layers
-from ..preconditioners import Preconditioner
+from ..preconditioners import METHODS, Preconditioner
 from ..rules import RULES, Rule, build_rule, rule_name
 from .base import PreconditionedOptimizer
 
@@ -83,6 +83,13 @@ def read_settings(
             f'Preconditioned does not take {keys} beside rule and layers, its rule '
             'does (write optimizer.rule.lr and the like); if a base config left '
             'the key behind, add `_delete_=True` to the optimizer of your config'
+        )
+    if unexpected and any(set(unexpected) <= set(m.options()) for m in METHODS.values()):
+        settings = ', '.join(f'{key}={value!r}' for key, value in unexpected.items())
+        raise TypeError(
+            f'Preconditioned does not take {", ".join(unexpected)}, its methods do; write '
+            f"layers=dict(elsewhere=dict(type='NKFAC', {settings})); if a base config left the key "
+            'behind, add `_delete_=True` to the optimizer of your config'
         )
     reject_unexpected('Preconditioned', unexpected, ['rule', 'layers', *CurvatureOptions.names()])
     built, defaults = build_rule(rule)

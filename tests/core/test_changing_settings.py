@@ -208,3 +208,46 @@ def test_a_search_begins_at_the_start() -> None:
 def test_a_start_must_be_a_step() -> None:
     with pytest.raises(ValueError, match='start_step=-1 is out of range; give an integer of at l'):
         NKFAC(net(), lr=0.1, start_step=-1)
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def test_print_shows_the_plan() -> None:
+    text = repr(NKFAC(net(), lr=0.1, start_step=5, intervals=[(8, 2, 4)]))
+    assert 'nothing is captured before step 5' in text
+    assert 'from step 8 on: captures every 2 steps, refreshes every 4' in text
+
+
+@pytest.mark.parametrize('damping', [-1.0, 'a', float('nan')])
+def test_a_damping_by_hand_is_checked(damping: Any) -> None:
+    model = net()
+    optimizer = NKFAC(model, lr=0.1, **EVERY)
+    optimizer.param_groups[0]['damping'] = damping
+    with pytest.raises(ValueError, match='damping of the group of 0.weight=.* is out of range'):
+        train(model, optimizer, range(1))
+
+
+def test_misspelt_entries_of_groups_are_refused() -> None:
+    model = net()
+    with pytest.raises(ValueError, match='a parameter group has dampng; did you mean damping'):
+        NKFAC([dict(params=list(model.parameters()), dampng=0.5)], lr=0.1, model=model)
+
+
+def test_settings_of_a_method_are_sent_there() -> None:
+    from mmprecond import precondition
+
+    model = net()
+    with pytest.raises(TypeError, match=r"elsewhere=dict\(type='NKFAC', damping=0.1\)"):
+        precondition(model, torch.optim.SGD(model.parameters(), lr=0.1), 'NKFAC', damping=0.1)
+
+
+def test_the_scheduler_of_the_docs_works() -> None:
+    model = net()
+    optimizer = NKFAC(model, lr=0.1, damping=0.1)
+    scheduler = LinearParamScheduler(
+        optimizer, 'damping', start_factor=1.0, end_factor=0.1, begin=0, end=1000, by_epoch=False
+    )
+    for _ in range(1000):
+        scheduler.step()
+    assert optimizer.param_groups[0]['damping'] == pytest.approx(0.01)

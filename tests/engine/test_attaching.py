@@ -25,6 +25,7 @@ from mmprecond.engine import use_optimizer
 from mmprecond.optimizers.replacement import rule_for
 from mmprecond.rules import build_rule
 from tests.support.classifier import Classifier, batch
+from tests.support.classifier import build as build_wrapper
 from tests.support.mixed import Net
 
 ADAMW = dict(type='AdamW', lr=2e-3, betas=(0.8, 0.95))
@@ -344,3 +345,11 @@ def test_mistakes_take_one_line(optimizer: dict[str, Any], precondition: Any, me
     with pytest.raises(ValueError, match=message) as caught:
         attach(Classifier(), optimizer, precondition=precondition)
     assert '\n' not in str(caught.value)
+
+
+def test_custom_keys_must_fit_a_parameter() -> None:
+    keys = dict(convv=dict(precondition=False))
+    with pytest.raises(ValueError, match="custom_keys has 'convv', which .*; did you mean conv"):
+        build_wrapper(Classifier(), paramwise_cfg=dict(custom_keys=keys))
+    settings = dict(convv=dict(lr_mult=0.1))  # MMEngine's alone
+    build_wrapper(Classifier(), paramwise_cfg=dict(custom_keys=settings))

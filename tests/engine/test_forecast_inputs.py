@@ -47,3 +47,16 @@ def test_a_config_without_a_part_is_one_line(missing: str, cfg: Any) -> None:
     cfg.pop(missing)
     with pytest.raises(ValueError, match='no model or no optim_wrapper'):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ('config', 'size'),
+    [
+        ('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', (800, 1333)),
+        ('mmpretrain::resnet/resnet18_8xb32_in1k.py', (224, 224)),
+        ('configs/quickstart/faster-rcnn_r18_fpn_shapes.py', (160, 160)),
+    ],
+)
+def test_images_have_the_size_of_the_config(config: str, size: tuple[int, int]) -> None:
+    cfg = launch.load_config(str(ROOT / config) if '::' not in config else config)
+    assert forecast_inputs.image_size(cfg.train_dataloader.dataset) == size

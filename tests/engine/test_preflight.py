@@ -76,7 +76,7 @@ def config(**changes: Any) -> Config:
         ),
         (
             dict(train_dataloader__dataset__ann_file='/no/such.json'),
-            'not there: /no/such.json; set',
+            'not there: /no/such.json .train_dataloader.; set',
         ),
         (dict(train_dataloader__dataset__data_prefix=dict(img='/no/images')), '/no/images'),
         (dict(val_dataloader=dict(), val_evaluator=[dict(type='M', ann_file='/no/val.json')]), ''),
@@ -120,7 +120,7 @@ def test_a_good_config_passes(tmp_path: Path) -> None:
         cfg.optim_wrapper.optimizer = optimizer
         check_config(cfg)
     dataset['ann_file'] = 'other.json'
-    with pytest.raises(FileNotFoundError, match='not there: .*/other.json; set'):
+    with pytest.raises(FileNotFoundError, match='not there: .*/other.json .train_dataloader.; set'):
         check_config(config(train_dataloader=dict(dataset=repeated)))
 
 
@@ -176,3 +176,36 @@ def test_multipliers_do_not_need_a_decay() -> None:
     )
     built = build_optim_wrapper(Classifier(), cfg)
     assert {group['weight_decay'] for group in built.optimizer.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(custom_hooks=[dict(type='CurvatureHok')]), 'did you mean CurvatureHook'),
+        (
+            dict(custom_hooks=[dict(type='CurvatureHook', map_intervl=1)]),
+            'CurvatureHook does not take map_intervl; did you mean map_interval',
+        ),
+        (dict(custom_hooks=["dict(type='CurvatureHook')"]), 'write the hook into a config file'),
+        (dict(param_scheduler=[dict(type='LinearLRR')]), 'did you mean LinearLR'),
+        (
+            dict(param_scheduler=dict(type='LinearParamScheduler', param_name='dampng')),
+            "param_name='dampng'; did you mean damping",
+        ),
+        (dict(optim_wrapper__type='AmpOptimWraper'), 'did you mean AmpOptimWrapper'),
+        (dict(optim_wrapper__clip_grad=dict(max_nrom=35)), 'has max_nrom; did you mean max_norm'),
+        (
+            dict(optim_wrapper__paramwise_cfg=dict(custom_keys=dict(fc=dict(precondtion=False)))),
+            "custom_keys\\['fc'\\] has precondtion; did you mean precondition",
+        ),
+    ],
+    ids=str,
+)
+def test_misspelt_names_are_found(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError, KeyError), match=message):
+        check_config(config(**changes))
+
+
+def test_keys_of_old_configs_are_named() -> None:
+    with pytest.raises(ValueError, match='MMEngine reads optim_wrapper.optimizer'):
+        launch.merge_options(config(), {'optimizer.lr': 0.1})

@@ -228,7 +228,6 @@ def test_wrong_rules(name: str) -> None:
         dict(momentum=0.9),
         dict(betas=(0.9, 0.99)),
         dict(lr=0.1, weight_decay=0.0, momentum=0.9),
-        dict(damping=0.1),
     ],
 )
 def test_left_over_keys_say_delete(keys: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from analysis_tools import compare_runs  # noqa: E402
 from tests.support.paths import ROOT
 
+OURS = 'PrecondOptimWrapperConstructor'
 PAPER = """
 paper = dict(table='3.9', detector='mask_rcnn', optimizer='NKFAC', result=dict(APb=40.1, APm=36.6))
 """
@@ -209,7 +210,9 @@ def test_the_terminal(
     arguments = ['compare_runs.py', *map(str, folders), '--out', str(out)]
     monkeypatch.setattr(sys, 'argv', arguments)
     compare_runs.main()
-    assert capsys.readouterr().out.splitlines() == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(4).startswith('nkfac: whether it was trained as the row that it names is not')
+    assert lines == [
         'run    optimizer  iterations  training time  coco/bbox_mAP  coco/segm_mAP',
         'nkfac  NKFAC              40           20 s          0.395          0.370',
         'sgd    SGD                40           20 s          0.300          0.370',
@@ -314,3 +317,26 @@ def test_classifiers_are_compared_by_top_1() -> None:
     )
     assert run.against_paper() == [('top1', pytest.approx(70.5), 71.12)]
     assert run.source == 'chapter 3'
+
+
+@pytest.mark.parametrize(
+    ('wrapper', 'name'),
+    [
+        (dict(optimizer=dict(type='AdamW')), 'AdamW'),
+        (dict(constructor=OURS, optimizer=dict(type='AdamW')), 'AFOpt+NKFAC on AdamW'),
+        (dict(constructor=OURS, optimizer=dict(type='SGD'), precondition='NKFAC'), 'NKFAC on SGD'),
+        (dict(constructor=OURS, optimizer=dict(type='SGD'), precondition=None), 'SGD'),
+        (dict(constructor=OURS, optimizer=dict(type='NKFAC')), 'NKFAC'),
+        (
+            dict(
+                constructor=OURS,
+                optimizer=dict(type='SGD'),
+                precondition=dict(attention='AFOpt', elsewhere=dict(type='KFAC', damping=0.1)),
+            ),
+            'AFOpt+KFAC on SGD',
+        ),
+    ],
+    ids=str,
+)
+def test_attached_curvature_is_in_the_name(wrapper: dict[str, Any], name: str) -> None:
+    assert compare_runs.optimizer_name(wrapper) == name

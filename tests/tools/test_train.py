@@ -262,7 +262,7 @@ def test_train_resume_and_test(tmp_path: Path, shapes: Path) -> None:
         ([f'{QUICK}.py', '--cfg-options', 'foo'], "--cfg-options takes KEY=VALUE, got 'foo'"),
         (
             [f'{QUICK}.py', '--cfg-options', 'train_dataloader.dataset.data_root=/none/'],
-            'the data are not there: /none/annotations/train.json, /none/train/',
+            '/none/annotations/train.json (train_dataloader), /none/train/ (train_dataloader)',
         ),
         ([f'{QUICK}.py', '--launcher', 'pytorch'], 'RANK is not set'),
     ],

@@ -25,6 +25,8 @@ from common.logs import Curves, log_files
 from common.scores import headlines
 from common.tables import duration
 from mmprecond.engine.console import print_table
+from mmprecond.engine.constructor import DEFAULT, PrecondOptimWrapperConstructor
+from mmprecond.optimizers.replacement import REPLACEMENTS
 from paper.rows import departures, plain, row_of
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Run(Curves):
 
     Attributes:
         name: Name of the folder.
+        optimizer: Name of the optimizer, with the curvature that is attached to it.
         losses, scores, memory: See `Curves`.
         config: The config with dotted keys.
         paper: The `paper` entry of the config.
@@ -79,14 +82,11 @@ class Run(Curves):
     """
 
     name: str
+    optimizer: str = 'unknown'
     config: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def optimizer(self) -> str:
-        return str(self.config.get('optim_wrapper.optimizer.type', 'unknown'))
 
     @property
     def source(self) -> str:
@@ -123,6 +123,10 @@ def read_run(folder: Path) -> Run:
         run.read(file)
     for log in sorted(folder.glob('*/*.log'))[-1:]:
         run.machine = _read_machine(log)
+    if not run.losses:
+        run.notes.append(
+            'no loss was logged: lower default_hooks.logger.interval, or train for longer'
+        )
     dumped = files[-1].parent / 'config.py'
     if dumped.exists():
         _read_config(run, dumped)
@@ -140,6 +144,7 @@ def _read_config(run: Run, file: Path) -> None:
     if run.paper:
         run.notes += _paper_departures(config, run)
     run.config = flat(config)
+    run.optimizer = optimizer_name(config.get('optim_wrapper') or {})
     window = run.config.get('log_processor.window_size', 10)
     interval = run.config.get('default_hooks.logger.interval', 10)
     if isinstance(window, int) and window < interval:
@@ -178,6 +183,20 @@ def _read_machine(log: Path) -> dict[str, str]:
     head = log.read_text(errors='replace')[:20000]
     entries = dict(re.findall(r'^    ([^:\n]+): (.*)$', head, flags=re.MULTILINE))
     return {key: entries[key] for key in MACHINE if key in entries}
+
+
+def optimizer_name(wrapper: dict[str, Any]) -> str:
+    """Name of an `optim_wrapper`'s optimizer: 'NKFAC', or 'AFOpt+NKFAC on AdamW' if attached."""
+    kind = str((wrapper.get('optimizer') or {}).get('type', 'unknown'))
+    methods = wrapper.get('precondition', DEFAULT)
+    ours = PrecondOptimWrapperConstructor.__name__ in str(wrapper.get('constructor'))
+    if not ours or methods is None or kind not in REPLACEMENTS:
+        return kind
+    if isinstance(methods, str):
+        return f'{methods} on {kind}'
+    parts = list(methods.values()) if isinstance(methods, dict) else []
+    words = [str(part.get('type') if isinstance(part, dict) else part) for part in parts]
+    return f'{"+".join(words) or "several methods"} on {kind}'
 
 
 def flat(config: Any, prefix: str = '') -> dict[str, Any]:
@@ -241,8 +260,8 @@ def other_scores(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _number(score: float | None) -> str:
-    """Text of a score, '-' for a run that does not have it."""
-    return '-' if score is None else f'{score:.3f}'
+    """Text of a score, '-' for a run that does not have it (in COCO's metrics: -1)."""
+    return '-' if score is None or score == -1 else f'{score:.3f}'
 
 
 def draw(runs: list[Run], score: str | None) -> Figure:
@@ -329,6 +348,9 @@ def main() -> None:
     paths = write(runs, args.out, args.title)
     print_table(*run_table(runs), left=TEXTS)
     print()
+    for run in runs:
+        for note in run.notes:
+            print(f'{run.name}: {note}')
     for path in paths:
         print(path)
 

@@ -200,11 +200,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with launch.one_line_errors():
-        model, optimizer = forecast_inputs.build(args)
+        model, optimizer, images, size = forecast_inputs.build(args)
         layers, capture = optimizer.curvature.layers, optimizer.curvature.capture
-        batch, costs, own = diagnostics.forecast_on_noise(
-            model, layers, capture, args.batch, args.size
-        )
+        batch, costs, own = diagnostics.forecast_on_noise(model, layers, capture, images, size)
         line = diagnostics.totals(layers, costs, own)
         stages = by_stage(model, layers, costs)
         lines = (
