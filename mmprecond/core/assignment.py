@@ -142,6 +142,11 @@ class BoundAssignment:
         entry = self.entry(name)
         return entry.preconditioner if entry else None
 
+    @property
+    def open_method(self) -> Preconditioner | None:
+        """The preconditioner of the entry for all remaining layers, if there is one."""
+        return next((entry.preconditioner for entry in self.entries if entry.is_open), None)
+
     def check_use(self, names: Sequence[str]) -> None:
         """Raises ValueError if an entry can never be used.
 

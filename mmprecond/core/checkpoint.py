@@ -80,6 +80,23 @@ def method_of(saved: Mapping[str, Any] | None, layer: Layer) -> str | None:
     return entry.get('method') if isinstance(entry, dict) else None
 
 
+def of_gradients(
+    layers: Mapping[Layer, LayerStack], saved: Mapping[str, Any] | None
+) -> list[Layer]:
+    """Layers whose saved statistics are of the gradient matrix, and whose present ones are not."""
+    found = []
+    entries = (saved or {}).get('layers') or {}
+    for layer, stack in layers.items():
+        other = stack.method.with_gradient_source()
+        entry = entries.get(layer.name)
+        if other is None or other == stack.method or not isinstance(entry, dict):
+            continue
+        keys = {key for s in other.selected_statistics(layer) for key in s.keys}
+        if keys == set(entry.get('statistics') or ()):
+            found.append(layer)
+    return found
+
+
 def refuse_partial(saved: Mapping[str, Any] | None) -> None:
     """Raises ValueError for the state of a rank that had only a part of the operators."""
     if not (saved or {}).get('whole', True):

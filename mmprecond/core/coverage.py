@@ -17,10 +17,13 @@ from ..curvature import (
     LeftOut,
     attention_types,
     find_layers,
+    find_matrices,
+    matrix_dims,
     unread_attention,
 )
 from ..preconditioners import Preconditioner, check_statistics
 from .assignment import Assignment, BoundAssignment
+from .options import CurvatureOptions
 
 logger = logging.getLogger('mmprecond')
 
@@ -47,7 +50,7 @@ def assign_methods(
     groups: Sequence[dict[str, Any]],
     method: Preconditioner | Assignment,
     owner: str,
-    capture_mb: float,
+    options: CurvatureOptions,
 ) -> Coverage:
     """Gives each layer of a model its preconditioner.
 
@@ -56,7 +59,7 @@ def assign_methods(
         groups: The optimizer's parameter groups.
         method: The preconditioner of every supported layer, or one for each by an assignment.
         owner: The optimizer's name, for errors.
-        capture_mb: Limit in megabytes for laid-out patches (see `find_layers`).
+        options: Settings for all layers.
 
     Returns:
         The layers with their preconditioners, and the modules without.
@@ -73,9 +76,8 @@ def assign_methods(
         return chosen.attention_reading if chosen else None
 
     layers, left_out = find_layers(
-        model, groups, capture_mb=capture_mb, attention=reading, types=types
+        model, groups, capture_mb=options.capture_mb, attention=reading, types=types
     )
-    bound.check_use(list(layers))
     methods: dict[Layer, Preconditioner] = {}
     for name, layer in layers.items():
         chosen = bound.method(name)
@@ -84,6 +86,10 @@ def assign_methods(
             left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
         else:
             methods[layer] = chosen
+    matrices = _matrices(model, groups, bound, methods, options.fallback == 'gradient')
+    bound.check_use([*layers, *(name for name, _, _ in matrices)])
+    methods |= {layer: chosen for _, layer, chosen in matrices}
+    left_out = _still_left_out(model, left_out, methods)
     if not methods:
         raise ValueError(
             f'{owner} found no layer to precondition: {_no_layer_reason(layers, left_out)}'
@@ -96,6 +102,48 @@ def assign_methods(
         if entry.preconditioner not in methods.values()
     ]
     return Coverage(methods, left_out, unread, idle)
+
+
+def _matrices(
+    model: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    bound: BoundAssignment,
+    methods: Mapping[Layer, Preconditioner],
+    fallback: bool,
+) -> list[tuple[str, Layer, Preconditioner]]:
+    """Parameters that take statistics of their gradient matrix, as no layer reads them.
+
+    Returns:
+        Names of their modules, layers, and their methods: those on gradients alone, and with
+        `fallback` all others that have such a form.
+    """
+    taken = {p for layer in methods for p in layer.parameters}
+    found: list[tuple[str, Layer, Preconditioner]] = []
+    for name, layer in find_matrices(model, groups, taken):
+        method = bound.method(name)
+        if method is None:
+            continue
+        chosen = method.with_gradient_source()
+        if chosen is None and bound.open_method:  # such as AFOpt on attention
+            chosen = bound.open_method.with_gradient_source()
+        if chosen and (fallback or chosen == method) and chosen.selected_statistics(layer):
+            found.append((name, layer, chosen))
+    return found
+
+
+def _still_left_out(
+    model: nn.Module, left_out: Sequence[LeftOut], methods: Mapping[Layer, Preconditioner]
+) -> list[LeftOut]:
+    """Modules of which a matrix takes the plain rule, and those without any matrix."""
+    taken = {p for layer in methods for p in layer.parameters}
+    modules = dict(model.named_modules())
+
+    def stays(left: LeftOut) -> bool:
+        own = modules[left.name].parameters(recurse=False) if left.name in modules else ()
+        matrices = [p for p in own if len(matrix_dims(p)) > 1]
+        return not matrices or any(p not in taken for p in matrices)
+
+    return [left for left in left_out if stays(left)]
 
 
 def _unread(model: nn.Module, types: AttentionTypes, owner: str) -> list[LeftOut]:

@@ -30,7 +30,7 @@ from .monitor import Monitor
 from .options import CurvatureOptions
 from .overview import overview
 from .refresh import finish_refresh, start_refresh
-from .samples import SampleCollector, to_host
+from .samples import SampleCollector, by_hooks, to_host
 from .schedule import LEAST_REACHED, Schedule, share_reached
 from .sharding import Sharding
 from .stack import LayerStack
@@ -79,7 +79,7 @@ class Curvature:
         self._failures = FailurePolicy()
         own_model = unwrap(model)
         self.model_name = type(own_model).__name__
-        self.coverage = assign_methods(own_model, groups, method, owner, options.capture_mb)
+        self.coverage = assign_methods(own_model, groups, method, owner, options)
         methods, self.left_out = self.coverage.methods, self.coverage.left_out
         self._owners = self.sharding.assign(methods)
         self.layers: dict[Layer, LayerStack] = {}
@@ -95,7 +95,7 @@ class Curvature:
         if options.check_memory:
             check_memory_budget(self.layers, self.sharding, owner)
         self.capture = Capture(partial(matmul_precision, options.matmul_precision))
-        self._samples = SampleCollector(self.capture)
+        self._samples = SampleCollector(self.capture, options.fallback == 'gradient')
 
     @property
     def dropped(self) -> int:
@@ -114,6 +114,15 @@ class Curvature:
         """Gives a layer another preconditioner and restarts its statistics."""
         self.layers[layer].leave(layer)
         self._add_layer(layer, self._intervals.applied(method))
+
+    def _take_gradients(self, layers: Sequence[Layer]) -> None:
+        """Gives layers that no hook sees their method on the gradient matrix, if it has a form."""
+        methods = {layer: self.layers[layer].method.with_gradient_source() for layer in layers}
+        for layer, method in methods.items():
+            if method is not None:
+                self.reassign(layer, method)
+        if layers:
+            self._schedule.recapture(layers)
 
     def precompute(
         self, layer: Layer, method: Preconditioner, statistics: dict[str, Tensor]
@@ -151,13 +160,6 @@ class Curvature:
             if self._schedule.captures(stack, layer, step)
         }
 
-    @staticmethod
-    def _by_hooks(
-        due: Mapping[Layer, tuple[Statistic, ...]],
-    ) -> dict[Layer, tuple[Statistic, ...]]:
-        """Those that hooks measure; others are of the gradient matrix."""
-        return {layer: kept for layer, kept in due.items() if not kept[0].of_matrix}
-
     def arm(self, step: int, *, at_forward: bool = False) -> None:
         """Installs hooks on the layers that a step measures, if there are any.
 
@@ -165,13 +167,12 @@ class Curvature:
             step: The step.
             at_forward: True to put them there when the step's forward pass begins.
         """
-        by_hooks = self._by_hooks(self.due(step))
         seed, share = step * world_size() + rank(), (rank(), world_size())
-        self.capture.arm(by_hooks, seed, share, at_forward=at_forward)
+        self.capture.arm(by_hooks(self.due(step)), seed, share, at_forward=at_forward)
 
     def expect(self, step: int) -> None:
         """Prepares compiled models for a step that is armed later (see `Capture.expect`)."""
-        self.capture.expect(self._by_hooks(self.due(step)))
+        self.capture.expect(by_hooks(self.due(step)))
 
     def disarm(self) -> None:
         """Removes the hooks; the measured sums stay until the step."""
@@ -200,6 +201,7 @@ class Curvature:
         known = all(self.layers[layer].holds(layer) for layer in measured)
         if measured and (not known or self._stacks_to_refresh(step)):
             self.finish_merge()
+        self._take_gradients(self._samples.take_uncalled())
         matrices = [layer for layer, kept in self.due(step).items() if kept[0].of_matrix]
         if matrices:
             self._samples.take_matrices(matrices, self.layers, step, gradients)
@@ -210,7 +212,7 @@ class Curvature:
 
     def start_merge(self, step: int) -> list[Layer]:
         """Starts to sum the statistics measured for a step over ranks; returns their layers."""
-        due = list(self._by_hooks(self.due(step)))
+        due = list(by_hooks(self.due(step)))
         if due:
             self._schedule.recapture(())  # this step includes the pending recaptures
             self._samples.start(due, self.layers, step)
@@ -309,11 +311,7 @@ class Curvature:
         for batch in batches:
             batch.write(directions)
         self.sharding.exchange_directions(self.stacks, directions)
-        for layer in self._samples.late_layers:
-            stack = self.layers[layer]
-            if stack.method.waits and not stack.holds(layer):
-                for p in layer.parameters:
-                    directions.pop(p, None)
+        self._samples.hold_back(directions)
         if self.monitor is not None:
             self.monitor.record_directions(gradients, directions)
         self._clip(gradients, directions, groups)
@@ -358,6 +356,8 @@ class Curvature:
             Number of steps taken, layers whose state does not fit, layers whose moments are lost.
         """
         self.capture.restart()
+        if self.options.fallback == 'gradient':
+            self._take_gradients(checkpoint.of_gradients(self.layers, saved))
         restored = checkpoint.restore(self.layers, self.sharding, saved)
         self.reached = restored.reached
         if self._intervals.load_state_dict(saved):

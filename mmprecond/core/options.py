@@ -11,6 +11,9 @@ from ..linalg import PRECISIONS
 from .intervals import Entry, check_plan
 from .sharding import SHARDINGS
 
+#: Treatments of parameters that capture cannot read.
+FALLBACKS = ('rule', 'gradient')
+
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureOptions:
@@ -25,6 +28,7 @@ class CurvatureOptions:
     overhead: float | None = None
     intervals: Sequence[Entry] = ()
     start_step: int = 0
+    fallback: str = 'rule'
     matmul_precision: str = 'auto'
 
     #: Settings behind published numbers.
@@ -36,6 +40,7 @@ class CurvatureOptions:
             check_number('overhead', self.overhead, high=1, open_low=True)
         if self.overhead is not None and self.intervals:
             raise ValueError('overhead chooses the intervals; leave it or intervals out')
+        check_choice('fallback', self.fallback, FALLBACKS)
         check_plan(self.intervals)
         check_count('start_step', self.start_step, low=0)
         check_choice('matmul_precision', self.matmul_precision, PRECISIONS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..curvature import Capture, Layer, measure_matrix
+from ..curvature import Capture, Layer, Statistic, measure_matrix
 from ..distributed import start_sum, sum_over_ranks, world_size
 from .guard import SilenceGuard
 from .stack import LayerStack
@@ -18,6 +18,13 @@ logger = logging.getLogger('mmprecond')
 
 #: Tensors of one layer's statistics by name.
 Sample = dict[str, Tensor]
+
+
+def by_hooks(
+    due: Mapping[Layer, tuple[Statistic, ...]],
+) -> dict[Layer, tuple[Statistic, ...]]:
+    """Layers that hooks measure, with their statistics; others are of the gradient matrix."""
+    return {layer: kept for layer, kept in due.items() if not kept[0].of_matrix}
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,17 @@ class SampleCollector:
 
     Args:
         capture: The capture.
+        collect_uncalled: Whether to collect layers whose weights are used by hand, for
+            `take_uncalled`. Otherwise a warning tells of them.
 
     Attributes:
         dropped: Number of samples that were dropped because they were not finite.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, collect_uncalled: bool = False) -> None:
         self.dropped = 0
+        self._collects = collect_uncalled
+        self._uncalled: list[Layer] = []
         self._capture = capture
         self._pending: _Pending | None = None
         self._late: _Pending | None = None
@@ -119,10 +130,18 @@ class SampleCollector:
         self._late = _Pending(later, {}, layers, step, lambda: None) if later else None
         self._merge({k: s for k, s in samples.items() if k not in later}, layers, step)
 
-    @property
-    def late_layers(self) -> list[Layer]:
-        """Layers whose statistics of this step count later."""
-        return list(self._late.samples) if self._late else []
+    def hold_back(self, directions: dict[Tensor, Tensor]) -> None:
+        """Removes the directions of layers that wait for their first statistics to count."""
+        for layer in self._late.samples if self._late else ():
+            stack = self._late.layers[layer] if self._late else None
+            if stack and stack.method.waits and not stack.holds(layer):
+                for p in layer.parameters:
+                    directions.pop(p, None)
+
+    def take_uncalled(self) -> list[Layer]:
+        """Layers found since the last call that have gradients although no module was called."""
+        found, self._uncalled = self._uncalled, []
+        return found
 
     def finish_late(self) -> None:
         """Merges the statistics of gradient matrices that count from the next step on."""
@@ -193,6 +212,13 @@ class SampleCollector:
         if seen and layer not in seen and layer.weight.grad is not None:
             seen.add(layer)
             self._guard.excuse(layer)
+            if self._collects:
+                self._uncalled.append(layer)
+                logger.info(
+                    '%s: its module was not called; statistics of its gradient take over',
+                    layer.name,
+                )
+                return
             logger.warning(
                 '%s: it has a gradient although its module was not called (its weight '
                 'is used elsewhere); without statistics it takes the plain rule',

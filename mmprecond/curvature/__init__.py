@@ -13,7 +13,13 @@ from .capture import Capture
 from .conv import Conv2dLayer
 from .eager import Eager
 from .form import Factor, Form, Power, add_damping
-from .gradient_matrix import matrix_flops, measure_matrix
+from .gradient_matrix import (
+    MatrixLayer,
+    find_matrices,
+    matrix_dims,
+    matrix_flops,
+    measure_matrix,
+)
 from .input_factor import INPUT_FACTORS, input_form
 from .layer import Layer
 from .linear import LinearLayer
@@ -70,6 +76,7 @@ __all__ = [
     'Layer',
     'LeftOut',
     'LinearLayer',
+    'MatrixLayer',
     'Mean',
     'MATRIX',
     'Moment',
@@ -96,6 +103,8 @@ __all__ = [
     'attention_type',
     'attention_types',
     'find_layers',
+    'find_matrices',
+    'matrix_dims',
     'input_form',
     'layer_type',
     'matrix_flops',

@@ -62,6 +62,11 @@ class PreconditionedOptimizer(RuleOptimizer):
             first entry methods have their own (default: no entries).
         start_step: First step that captures and refreshes (default 0); intervals count from there.
             All layers take the plain rule before.
+        fallback: Treatment of matrices that capture cannot read (weights that are used by hand,
+            `nn.MultiheadAttention.out_proj`, deformable convolutions, embeddings, scripted
+            modules). 'rule' (default): they take the plain rule. 'gradient': they take their
+            method on statistics of the gradient matrix, if it has such a form (NKFAC, AdaBK,
+            AdamR, FSGD). Methods with source='gradient' always do so.
         matmul_precision: Precision of the float32 products that measure statistics and precondition
             gradients, by torch's names. 'highest': float32; 'high': TensorFloat-32 on a GPU;
             'medium': also bfloat16 on a CPU; 'auto' (default): 'medium' on a CPU with units for

@@ -233,6 +233,10 @@ class Preconditioner(ABC):
 
     # ---------------------------------------------------------------- costs and notes
 
+    def with_gradient_source(self) -> Preconditioner | None:
+        """The method on statistics of the gradient matrix, or None if it has no such form."""
+        return None
+
     @property
     def title(self) -> str:
         """The method's word, or the name of its class where it has none of its own."""

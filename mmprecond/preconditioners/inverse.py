@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..checks import check_choice, check_number
@@ -44,12 +44,16 @@ class PatchPreconditioner(Preconditioner):
         check_choice('input_factor', self.input_factor, INPUT_FACTORS)
         check_choice('source', self.source, self.sources)
 
+    def with_gradient_source(self) -> Preconditioner | None:
+        """The method with source='gradient', if it can take it."""
+        return replace(self, source='gradient') if 'gradient' in self.sources else None
+
     def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """The method's statistics, of the chosen source."""
         candidates = super().candidate_statistics(layer)
         if self.source == 'activation':
             return candidates
-        return tuple(statistic.over(MATRIX) for statistic in candidates)
+        return tuple(s.over(MATRIX) for s in candidates if layer.has_side(s.side))
 
     def _with_input_factor(self, layer: Layer, statistic: Statistic) -> Statistic:
         form = input_form(layer, self.input_factor)
