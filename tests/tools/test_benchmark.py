@@ -37,7 +37,7 @@ def test_a_small_classifier(tmp_path: Path) -> None:
         'AdaAct',
         'SOAA',
         'DCTAdamW',
-        'Muon',
+        'pytorch_optimizer.Muon',
         'AFOpt+AdamR',
     ]
     done = run(

@@ -16,12 +16,14 @@ from common.timing import now
 from mmprecond.checks import did_you_mean
 from mmprecond.core import split_words
 from mmprecond.optimizers import PreconditionedOptimizer, RuleOptimizer
-from mmprecond.optimizers.peers import with_groups
+from mmprecond.optimizers.peers import PACKAGE, with_groups
 
 #: Steps between captures and between refreshes while the clock runs.
 CAPTURE, REFRESH = 2, 4
 KINDS = ('plain', 'statistics', 'refresh')
-PEERS = ('SOAP', 'Shampoo', 'Muon')
+#: Ours that measure at every step.
+EVERY_STEP = ('AdaAct', 'SOAP', 'Shampoo')
+PEERS = tuple(f'{PACKAGE}.{name}' for name in ('SOAP', 'Shampoo', 'Muon'))
 #: Settings that tell the steps of all methods apart.
 INTERVALS = dict(stat_interval=CAPTURE, refresh_interval=REFRESH, early_refreshes=False)
 
@@ -140,7 +142,7 @@ def build_optimizer(spec: str, model: nn.Module) -> torch.optim.Optimizer:
                 f'they do; leave out {", ".join(taken)} and see --intervals'
             )
         kind = getattr(optimizers, name)
-        if kind.needs == 'capture' and name != 'AdaAct':  # which measures at every step
+        if kind.needs == 'capture' and name not in EVERY_STEP:
             options = dict(**INTERVALS, **options)
         elif kind.needs == 'loss':
             options = dict(total_steps=10**6, **options)
@@ -175,8 +177,5 @@ def installed_peers() -> dict[str, Any]:
         import pytorch_optimizer
     except ImportError:
         return {}
-    return {
-        name: with_groups(getattr(pytorch_optimizer, name))
-        for name in PEERS
-        if hasattr(pytorch_optimizer, name)
-    }
+    kinds = {name: getattr(pytorch_optimizer, name.split('.')[1], None) for name in PEERS}
+    return {name: with_groups(kind) for name, kind in kinds.items() if kind is not None}

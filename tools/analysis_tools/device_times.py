@@ -47,7 +47,7 @@ class Workload:
     optimizers: tuple[str, ...]
 
 
-GPU_PEERS = ('SOAP', 'Muon')
+GPU_PEERS = ('pytorch_optimizer.SOAP', 'pytorch_optimizer.Muon')
 CONVOLUTIONS = ('SGD', 'AdamW', *GPU_PEERS, 'NKFAC', 'AdamR', 'MAC', 'AdaAct')
 ATTENTION = ('AdamW', *GPU_PEERS, 'AFOpt+NKFAC', 'NKFAC', 'AdamR', 'MAC', 'AdaAct')
 
