@@ -117,9 +117,8 @@ class Curvature:
 
     def _take_gradients(self, layers: Sequence[Layer]) -> None:
         """Gives layers that no hook sees their method on the gradient matrix, if it has a form."""
-        methods = {layer: self.layers[layer].method.with_gradient_source() for layer in layers}
-        for layer, method in methods.items():
-            if method is not None:
+        for layer in layers:
+            if (method := self.layers[layer].method.with_gradient_source()) is not None:
                 self.reassign(layer, method)
         if layers:
             self._schedule.recapture(layers)
@@ -204,7 +203,8 @@ class Curvature:
         self._take_gradients(self._samples.take_uncalled())
         matrices = [layer for layer, kept in self.due(step).items() if kept[0].of_matrix]
         if matrices:
-            self._samples.take_matrices(matrices, self.layers, step, gradients)
+            with matmul_precision(self.options.matmul_precision):
+                self._samples.take_matrices(matrices, self.layers, step, gradients)
         if self.reached < 1:
             self.reached = max(self.reached, share_reached(groups))
         self._intervals.note(bool(measured or matrices), bool(self._stacks_to_refresh(step)))

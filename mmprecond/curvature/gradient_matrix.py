@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..linalg import rounded
 from .calls import Observer
 from .drawing import Drawing
 from .layer import Layer
@@ -102,7 +103,7 @@ def measure_matrix(
         Tensors by name, from `Form.measure`.
     """
     sums: dict[str, Tensor] = {}
-    module = layer.modules[0]
+    module, gradient = layer.modules[0], rounded(gradient)
     drawing = Drawing(layer, module, gradient, torch.Generator())  # all rows are taken
     for statistic in statistics:
         rows = LayerRows(layer, module, gradient, gradient, statistic, drawing)
