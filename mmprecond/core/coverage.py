@@ -65,7 +65,8 @@ def assign_methods(
         The layers with their preconditioners, and the modules without.
 
     Raises:
-        ValueError: If there is no layer to precondition, or an entry is never used.
+        ValueError: If there is no layer to precondition, an entry is never used, or no method can
+            take the fallback.
     """
     assignment = method if isinstance(method, Assignment) else Assignment(method)
     types = attention_types(model)
@@ -86,6 +87,13 @@ def assign_methods(
             left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
         else:
             methods[layer] = chosen
+    if options.fallback == 'gradient' and not any(
+        chosen.with_gradient_source() for chosen in assignment.methods
+    ):
+        raise ValueError(
+            f"fallback='gradient' is for NKFAC, AdaBK, AdamR and FSGD, and {owner} has none of "
+            'them; leave it out'
+        )
     matrices = _matrices(model, groups, bound, methods, options.fallback == 'gradient')
     bound.check_use([*layers, *(name for name, _, _ in matrices)])
     methods |= {layer: chosen for _, layer, chosen in matrices}

@@ -66,8 +66,9 @@ def describe_methods(layers: Mapping[Layer, LayerStack]) -> list[str]:
     """A line for each method, with its number of layers and its intervals."""
     counts = Counter(stack.method for stack in layers.values())
     return [
-        f'{method.title} on {number} {"layer" if number == 1 else "layers"}: captures every '
-        f'{method.capture_interval} steps, refreshes every {method.refresh_interval}'
+        f'{method.title} on {number} {"layer" if number == 1 else "layers"}'
+        f'{" by their gradients" if method == method.with_gradient_source() else ""}: '
+        f'captures every {method.capture_interval} steps, refreshes every {method.refresh_interval}'
         for method, number in counts.items()
     ]
 

@@ -64,10 +64,20 @@ def check_config(cfg: Config, loaders: Sequence[str] = ('train', 'val')) -> None
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     if 'train' in loaders:
+        check_old_keys(cfg)
         check_types(cfg)
         check_optimizer(cfg)
     check_checkpoints(cfg)
     check_data(cfg, loaders)
+
+
+def check_old_keys(cfg: Config) -> None:
+    """Raises ValueError for a key of old configs that MMEngine would ignore."""
+    used = (cfg.get('optim_wrapper') or {}).get('optimizer')
+    for key in ('optimizer', 'optimizer_config', 'lr_config', 'runner'):
+        value = cfg.get(key)
+        if isinstance(value, dict) and not (key == 'optimizer' and value == used):
+            raise ValueError(f'the config has {key}, which MMEngine ignores; write {OLD_KEYS[key]}')
 
 
 def check_optimizer(cfg: Config) -> None:
@@ -123,9 +133,10 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
     if missing:
         found = ', '.join(dict.fromkeys(missing))
         raise FileNotFoundError(
-            f'the data are not there: {found}; set their folder in the config, or by '
-            f'--cfg-options {loaders[0]}_dataloader.dataset.data_root=FOLDER and so on for each (a '
-            'data_root at the top of a config reaches none of them)'
+            f'the data are not there: {found}; set the named keys in the config, or by '
+            f'--cfg-options {loaders[0]}_dataloader.dataset.data_root=FOLDER, '
+            f'{loaders[-1]}_evaluator.ann_file=FILE and so on (a data_root at the top of a config '
+            'reaches none of them)'
         )
 
 

@@ -111,11 +111,12 @@ def test_exclusions_are_kept() -> None:
     assert acting(optimizer) == matrices(model) - {'words.weight'}
 
 
-def test_methods_without_the_form_leave_them_to_the_rule() -> None:
-    model = net()
-    optimizer = KFAC(model, lr=0.01, fallback='gradient', **EVERY)
-    train(model, optimizer, range(3))
-    assert acting(optimizer) == {'head.weight'}
+def test_methods_without_the_form_refuse_it() -> None:
+    refused(
+        ValueError,
+        lambda: KFAC(net(), lr=0.01, fallback='gradient', **EVERY),
+        "fallback='gradient' is for NKFAC, AdaBK, AdamR and FSGD, and KFAC has none of them",
+    )
 
 
 @pytest.mark.parametrize('at', [1, 3])

@@ -209,3 +209,11 @@ def test_misspelt_names_are_found(changes: dict[str, Any], message: str) -> None
 def test_keys_of_old_configs_are_named() -> None:
     with pytest.raises(ValueError, match='MMEngine reads optim_wrapper.optimizer'):
         launch.merge_options(config(), {'optimizer.lr': 0.1})
+
+
+def test_an_optimizer_of_old_configs_is_not_ignored() -> None:
+    with pytest.raises(ValueError, match='the config has optimizer, which MMEngine ignores'):
+        check_config(config(optimizer=dict(type='SGD', lr=0.1)))
+    cfg = config()
+    cfg.optimizer = cfg.optim_wrapper.optimizer  # a name for what the wrapper has
+    check_config(cfg)
