@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
 from mmengine.registry import (
     DATASETS,
     OPTIM_WRAPPER_CONSTRUCTORS,
@@ -64,20 +66,24 @@ def check_config(cfg: Config, loaders: Sequence[str] = ('train', 'val')) -> None
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     if 'train' in loaders:
-        check_old_keys(cfg)
+        warn_of_old_keys(cfg)
         check_types(cfg)
         check_optimizer(cfg)
     check_checkpoints(cfg)
     check_data(cfg, loaders)
 
 
-def check_old_keys(cfg: Config) -> None:
-    """Raises ValueError for a key of old configs that MMEngine would ignore."""
+def warn_of_old_keys(cfg: Config) -> None:
+    """Warns of keys of old configs, which MMEngine ignores; some toolboxes' own have them."""
     used = (cfg.get('optim_wrapper') or {}).get('optimizer')
     for key in ('optimizer', 'optimizer_config', 'lr_config', 'runner'):
         value = cfg.get(key)
         if isinstance(value, dict) and not (key == 'optimizer' and value == used):
-            raise ValueError(f'the config has {key}, which MMEngine ignores; write {OLD_KEYS[key]}')
+            print_log(
+                f'the config has {key}, which MMEngine ignores; it reads {OLD_KEYS[key]}',
+                logger='current',
+                level=logging.WARNING,
+            )
 
 
 def check_optimizer(cfg: Config) -> None:

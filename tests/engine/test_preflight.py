@@ -12,7 +12,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, OPTIMIZERS
 
 import mmprecond
-from mmprecond.engine import PrecondOptimWrapperConstructor, launch
+from mmprecond.engine import PrecondOptimWrapperConstructor, launch, preflight
 from mmprecond.engine.preflight import check_config
 from mmprecond.engine.resolution import resolve
 from tests.support.classifier import Classifier
@@ -211,9 +211,14 @@ def test_keys_of_old_configs_are_named() -> None:
         launch.merge_options(config(), {'optimizer.lr': 0.1})
 
 
-def test_an_optimizer_of_old_configs_is_not_ignored() -> None:
-    with pytest.raises(ValueError, match='the config has optimizer, which MMEngine ignores'):
-        check_config(config(optimizer=dict(type='SGD', lr=0.1)))
+def test_an_optimizer_of_old_configs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(preflight, 'print_log', lambda text, **_: said.append(text))
     cfg = config()
     cfg.optimizer = cfg.optim_wrapper.optimizer  # a name for what the wrapper has
     check_config(cfg)
+    assert said == []
+    check_config(config(optimizer=dict(type='SGD', lr=0.1)))
+    assert said == [
+        'the config has optimizer, which MMEngine ignores; it reads optim_wrapper.optimizer'
+    ]

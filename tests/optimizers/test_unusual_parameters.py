@@ -15,7 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from mmprecond import optimizers
 from mmprecond.optimizers import NKFAC, SGDPH, AdamR, Preconditioned
 from tests.support.errors import refused
-from tests.support.every_optimizer import MEASURED, SETTINGS, backward, images, make, net, train
+from tests.support.every_optimizer import (
+    HOOKED,
+    MEASURED,
+    SETTINGS,
+    backward,
+    images,
+    make,
+    net,
+    train,
+)
 from tests.support.states import differences
 
 
@@ -89,7 +98,7 @@ def test_empty_parameters_with_gradients() -> None:
 # ------------------------------------------------------------------- TorchScript
 
 
-@pytest.mark.parametrize('name', MEASURED)
+@pytest.mark.parametrize('name', HOOKED)
 def test_a_scripted_part_takes_the_plain_rule(name: str) -> None:
     model = Odd(head=torch.jit.script(nn.Linear(4, 4).double()))
     optimizer = make(name, model)
