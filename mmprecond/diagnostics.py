@@ -67,7 +67,7 @@ def forecast(
     with measured_costs(trained, capture) as costs, torch.no_grad(), counter:
         model(**batch)
     if batch.get('mode') == 'tensor':
-        costs = {layer: cost for layer, cost in costs.items() if cost.calls}
+        costs = {layer: cost for layer, cost in costs.items() if cost.calls or cost.capture}
     return costs, 3.0 * counter.get_total_flops()
 
 

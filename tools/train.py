@@ -8,9 +8,9 @@ import torch
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmprecond.engine import attach, launch, use_optimizer
+from mmprecond.engine import launch
 from mmprecond.engine.preflight import check_config
-from mmprecond.engine.presets import BASELINES
+from mmprecond.engine.presets import choose_optimizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,20 +37,14 @@ def parse_args() -> argparse.Namespace:
         help="scale lr to the batch size by the config's auto_scale_lr",
     )
     launch.add_common_arguments(parser)
-    args = parser.parse_args()
-    if args.optimizer and args.precondition and args.optimizer not in BASELINES:
-        parser.error(f'--precondition adds curvature to SGD or AdamW, not to {args.optimizer}')
-    return args
+    return parser.parse_args()
 
 
 def build(args: argparse.Namespace) -> Runner:
     """Builds the runner from the arguments."""
     launch.check_mmcv()
     cfg = launch.load_config(args.config)
-    if args.optimizer:
-        use_optimizer(cfg, args.optimizer)
-    if args.precondition:
-        attach(cfg, args.precondition)
+    choose_optimizer(cfg, args.optimizer, args.precondition)
     launch.finish_config(cfg, args)
     if args.amp:
         if not torch.cuda.is_available():

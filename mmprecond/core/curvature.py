@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -115,13 +114,14 @@ class Curvature:
         self.layers[layer].leave(layer)
         self._add_layer(layer, self._intervals.applied(method))
 
-    def _take_gradients(self, layers: Sequence[Layer]) -> None:
-        """Gives layers that no hook sees their method on the gradient matrix, if it has a form."""
+    def _take_gradients(self, layers: Iterable[Layer]) -> list[Layer]:
+        """Gives layers that no hook sees their method on the gradient matrix; returns those."""
+        taken = []
         for layer in layers:
             if (method := self.layers[layer].method.with_gradient_source()) is not None:
                 self.reassign(layer, method)
-        if layers:
-            self._schedule.recapture(layers)
+                taken.append(layer)
+        return taken
 
     def precompute(
         self, layer: Layer, method: Preconditioner, statistics: dict[str, Tensor]
@@ -142,8 +142,7 @@ class Curvature:
             stack.change_method(self._intervals.applied(stack.method))
         methods = {layer: stack.method for layer, stack in self.layers.items()}
         # While times are measured, all layers are captured at the same steps.
-        stagger = self.options.stagger and not self._intervals.searching
-        self._schedule.plan(methods, stagger)
+        self._schedule.plan(methods, self.options.stagger and not self._intervals.searching)
 
     def watch_refreshes(self, monitor: Monitor | None) -> None:
         """Sets the monitor that reports refreshes; None stops the reports."""
@@ -181,14 +180,14 @@ class Curvature:
         self,
         step: int,
         groups: Iterable[Mapping[str, Any]],
-        gradients: Mapping[Tensor, Tensor] = MappingProxyType({}),
+        gradients: Callable[[], Mapping[Tensor, Tensor]] = dict,
     ) -> list[BasisSnapshot]:
         """Takes the statistics measured for a step, then refreshes the operators that are due.
 
         Args:
             step: The step.
             groups: The optimizer's parameter groups, whose learning rates may be warming up.
-            gradients: Gradients by parameter.
+            gradients: Function that returns the gradients by parameter.
 
         Returns:
             Snapshots, from before the refresh, of stacks whose basis may change (see `rotate`).
@@ -196,27 +195,36 @@ class Curvature:
         if self.monitor is not None:
             self.monitor.begin()
         self._intervals.begin(step)
-        measured = self.start_merge(step)
+        measured, matrices = self.start_merge(step)
         known = all(self.layers[layer].holds(layer) for layer in measured)
-        if measured and (not known or self._stacks_to_refresh(step)):
+        if measured and (not known or self._schedule.stacks_to_refresh(self.stacks, step)):
             self.finish_merge()
-        self._take_gradients(self._samples.take_uncalled())
-        matrices = [layer for layer, kept in self.due(step).items() if kept[0].of_matrix]
+        matrices += self._take_gradients(self._samples.take_uncalled())
         if matrices:
             with matmul_precision(self.options.matmul_precision):
-                self._samples.take_matrices(matrices, self.layers, step, gradients)
+                self._samples.take_matrices(matrices, self.layers, step, gradients())
         if self.reached < 1:
             self.reached = max(self.reached, share_reached(groups))
-        self._intervals.note(bool(measured or matrices), bool(self._stacks_to_refresh(step)))
+        if self._intervals.searching:
+            self._intervals.note(
+                bool(measured or matrices),
+                bool(self._schedule.stacks_to_refresh(self.stacks, step)),
+            )
         return self.refresh(step, groups)
 
-    def start_merge(self, step: int) -> list[Layer]:
-        """Starts to sum the statistics measured for a step over ranks; returns their layers."""
-        due = list(by_hooks(self.due(step)))
+    def start_merge(self, step: int) -> tuple[list[Layer], list[Layer]]:
+        """Starts to sum what hooks measured for a step over ranks.
+
+        Returns:
+            The layers that hooks measured, and those whose gradient matrix is due.
+        """
+        due = self.due(step)
+        measured = list(by_hooks(due))
         if due:
             self._schedule.recapture(())  # this step includes the pending recaptures
-            self._samples.start(due, self.layers, step)
-        return due
+        if measured:
+            self._samples.start(measured, self.layers, step)
+        return measured, [layer for layer, kept in due.items() if kept[0].of_matrix]
 
     def finish_merge(self) -> None:
         """Merges the statistics of the step, whose sums over ranks may be under way."""
@@ -236,17 +244,9 @@ class Curvature:
         if self._intervals.end(step):
             self._change_intervals()
 
-    def _stacks_to_refresh(self, step: int) -> list[tuple[LayerStack, list[int]]]:
-        """Stacks with the positions that are due, or that have statistics but no operator."""
-        return [
-            (stack, positions)
-            for stack in self.stacks
-            if (positions := self._schedule.refreshes(stack, step))
-        ]
-
     def refresh(self, step: int, groups: Iterable[Mapping[str, Any]] = ()) -> list[BasisSnapshot]:
         """Refreshes the operators that are due; returns the same snapshots as `update`."""
-        due = self._stacks_to_refresh(step)
+        due = self._schedule.stacks_to_refresh(self.stacks, step)
         if not due:
             return []
         self.sharding.check_ranks()

@@ -132,9 +132,11 @@ class SampleCollector:
 
     def hold_back(self, directions: dict[Tensor, Tensor]) -> None:
         """Removes the directions of layers that wait for their first statistics to count."""
-        for layer in self._late.samples if self._late else ():
-            stack = self._late.layers[layer] if self._late else None
-            if stack and stack.method.waits and not stack.holds(layer):
+        if self._late is None:
+            return
+        for layer in self._late.samples:
+            stack = self._late.layers[layer]
+            if stack.method.waits and not stack.holds(layer):
                 for p in layer.parameters:
                     directions.pop(p, None)
 
@@ -153,6 +155,8 @@ class SampleCollector:
         self, samples: dict[Layer, Sample], layers: Mapping[Layer, LayerStack], step: int
     ) -> None:
         """Merges the valid ones of some samples, after one wait for the device."""
+        if not samples:
+            return
         sums = [s for sample in samples.values() for s in sample.values()]
         norms = iter(to_host(torch._foreach_norm(sums) if sums else []))
         sizes = {layer: {name: next(norms) for name in sample} for layer, sample in samples.items()}

@@ -74,6 +74,14 @@ class Schedule:
             if at_once and slot.waiting or self._is_due(stack, slot.layer, step)
         ]
 
+    def stacks_to_refresh(
+        self, stacks: Iterable[LayerStack], step: int
+    ) -> list[tuple[LayerStack, list[int]]]:
+        """Stacks with the positions that are due, or that have statistics but no operator."""
+        return [
+            (stack, positions) for stack in stacks if (positions := self.refreshes(stack, step))
+        ]
+
     def recapture(self, layers: Iterable[Layer]) -> None:
         """Schedules layers to be measured at the next step, in place of those of earlier calls."""
         self._recaptured = set(layers)

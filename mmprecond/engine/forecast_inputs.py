@@ -12,7 +12,7 @@ from torch import nn
 
 from ..optimizers import PreconditionedOptimizer
 from . import launch
-from .presets import BASELINES, attach, use_optimizer
+from .presets import choose_optimizer
 from .synthetic import random_model
 
 #: Texts of MMEngine's warnings about frozen parameters and about its registries.
@@ -71,14 +71,9 @@ def build(args: argparse.Namespace) -> Inputs:
     Raises:
         ValueError: If the arguments exclude each other, or the optimizer has no preconditioner.
     """
-    if args.optimizer and args.precondition and args.optimizer not in BASELINES:
-        raise ValueError(f'--precondition adds curvature to SGD or AdamW, not to {args.optimizer}')
     launch.check_mmcv()
     cfg = launch.load_config(args.config)
-    if args.optimizer:
-        use_optimizer(cfg, args.optimizer)
-    if args.precondition:
-        attach(cfg, args.precondition)
+    choose_optimizer(cfg, args.optimizer, args.precondition)
     launch.merge_options(cfg, args.cfg_options)
     _quieten_log()
     loader = cfg.get('train_dataloader') or {}

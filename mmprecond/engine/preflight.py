@@ -172,13 +172,13 @@ def check_options(cfg: Config, options: dict[str, Any]) -> None:
         cfg: The config before the options.
         options: Values by dotted key.
     """
+    whole = cfg.to_dict()
     for dotted in options:
-        part: Any = cfg.to_dict()
-        if dotted.split('.')[0] in OLD_KEYS and dotted.split('.')[0] not in part:
-            raise ValueError(
-                f'--cfg-options {dotted}: MMEngine reads {OLD_KEYS[dotted.split(".")[0]]}'
-            )
-        for name in dotted.split('.'):
+        part: Any = whole
+        names = dotted.split('.')
+        if names[0] in OLD_KEYS and names[0] not in whole:
+            raise ValueError(f'--cfg-options {dotted}: MMEngine reads {OLD_KEYS[names[0]]}')
+        for name in names:
             if isinstance(part, list | tuple) and name.isdecimal() and int(name) < len(part):
                 part = part[int(name)]
                 continue

@@ -97,6 +97,25 @@ def use_optimizer(cfg: Config, name: str) -> None:
         cfg.custom_hooks = [*hooks, dict(type=CALIBRATION)]
 
 
+def choose_optimizer(cfg: Config, optimizer: str | None, precondition: str | None) -> None:
+    """Applies `--optimizer` and `--precondition` to a config, in place.
+
+    Args:
+        cfg: A config of MMDetection, MMPretrain or a similar toolbox.
+        optimizer: Name for `use_optimizer`, or None.
+        precondition: Methods for `attach`, or None.
+
+    Raises:
+        ValueError: If the two exclude each other, or one of them is invalid.
+    """
+    if optimizer and precondition and optimizer not in BASELINES:
+        raise ValueError(f'--precondition adds curvature to SGD or AdamW, not to {optimizer}')
+    if optimizer:
+        use_optimizer(cfg, optimizer)
+    if precondition:
+        attach(cfg, precondition)
+
+
 def attach(cfg: Config, precondition: Any) -> None:
     """Adds curvature to a config's own optimizer, which stays as the rule.
 

@@ -123,7 +123,9 @@ class PreconditionedOptimizer(RuleOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for key in group:
-            if key not in GROUP_KEYS and (near := did_you_mean(key, GROUP_KEYS, 0.9)):
+            if key not in {*GROUP_KEYS, *self.defaults} and (
+                near := did_you_mean(key, GROUP_KEYS, 0.9)
+            ):
                 raise ValueError(f'a parameter group has {key}; {near.rstrip()}')
         if group.get('damping') is not None:
             check_number('damping', group['damping'], open_low=True)
@@ -194,7 +196,7 @@ class PreconditionedOptimizer(RuleOptimizer):
     # ---------------------------------------------------------------- step
 
     def _update_curvature(self) -> None:
-        snapshots = self.curvature.update(self.t, self.param_groups, self._gradients())
+        snapshots = self.curvature.update(self.t, self.param_groups, self._gradients)
         if not snapshots:
             return
         with matmul_precision('highest'):

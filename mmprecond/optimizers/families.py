@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..preconditioners import Preconditioner
-from ..rules import SGDM, build_rule
+from ..rules import EMASGD, SGDM, build_rule
 from .base import PreconditionedOptimizer
 from .settings import split_settings
 
@@ -27,6 +27,7 @@ class PreconditionedSGDM(PreconditionedOptimizer):
 
     Attributes:
         preconditioner: The preconditioner's class.
+        rule_type: The rule's class.
 
     Raises:
         ValueError: If a value is out of range or the model is missing.
@@ -34,6 +35,7 @@ class PreconditionedSGDM(PreconditionedOptimizer):
     """
 
     preconditioner: ClassVar[type[Preconditioner]]
+    rule_type: ClassVar[type[SGDM] | type[EMASGD]] = SGDM
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class PreconditionedSGDM(PreconditionedOptimizer):
         super().__init__(
             params,
             model=model,
-            rule=SGDM(),
+            rule=self.rule_type(),
             method=method,
             defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay),
             **options,

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
 from ..preconditioners import GradientRoot
 from ..rules import EMASGD
-from .base import PreconditionedOptimizer
-from .settings import split_settings
+from .families import PreconditionedSGDM
 
 
-class Shampoo(PreconditionedOptimizer):
+class Shampoo(PreconditionedSGDM):
     """Averaged gradients times L^-1/4 and R^-1/4, at the length of the average.
 
     It needs no hooks. Where a layer has no roots yet, it takes the averaged gradients themselves.
@@ -34,23 +29,4 @@ class Shampoo(PreconditionedOptimizer):
     """
 
     preconditioner = GradientRoot
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        *,
-        model: nn.Module | None = None,
-        **settings: Any,
-    ) -> None:
-        method, options = split_settings(self, self.preconditioner, settings)
-        super().__init__(
-            params,
-            model=model,
-            rule=EMASGD(),
-            method=method,
-            defaults=dict(lr=lr, momentum=momentum, weight_decay=weight_decay),
-            **options,
-        )
+    rule_type = EMASGD

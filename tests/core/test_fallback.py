@@ -119,6 +119,26 @@ def test_methods_without_the_form_refuse_it() -> None:
     )
 
 
+def test_a_layer_that_changes_over_keeps_its_interval() -> None:
+    """It is captured in the step that found it, and then with all others."""
+    model = net()
+    settings = dict(stat_interval=4, refresh_interval=4, early_refreshes=False)
+    optimizer = NKFAC(model, lr=0.01, fallback='gradient', **settings)
+    captured = []
+    for step in range(9):
+        due = {layer.name for layer in optimizer.curvature.due(step)}
+        captured += [step] * ('by_hand.weight' in due)
+        train(model, optimizer, range(step, step + 1))
+    assert captured == [0, 4, 8]
+    (samples,) = (
+        slot.samples
+        for stack in optimizer.curvature.stacks
+        for slot in stack.slots
+        if slot.layer.name == 'by_hand.weight'
+    )
+    assert samples == 3
+
+
 @pytest.mark.parametrize('at', [1, 3])
 def test_it_resumes_to_the_bit(at: int) -> None:
     whole, part = net(), net()
