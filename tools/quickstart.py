@@ -1,4 +1,4 @@
-"""Trains one small model with several optimizers on shapes and compares them.
+"""Trains one small model with several optimizers on shapes or digits and compares them.
 
 All runs of a seed start from the same weights and see the same images in the same order. Only the
 optimizer differs. The output is a table, and a picture of loss and score against iterations and
@@ -104,7 +104,7 @@ def draw(runs: list[Run], model: Model, path: Path) -> None:
             axes[row, column].set(xlabel=unit, ylabel=quantity)
             axes[row, column].grid(alpha=0.3)
     axes[0, 0].legend()
-    figure.suptitle(f'{model.title} on shapes, random weights')
+    figure.suptitle(f'{model.title}, random weights')
     figure.savefig(path, dpi=110)
 
 
@@ -118,7 +118,9 @@ def parse_args() -> argparse.Namespace:
         'AdamW, AdaAFOpt and two hybrids; retinanet: a small Swin RetinaNet '
         'with SGD and AFOpt+NKFAC; resnet-cls: a ResNet-18 classifier '
         'with SGD and NKFAC; swin-cls: a small Swin classifier with AdamW, '
-        'AdaAFOpt and two hybrids; default: %(default)s',
+        'AdaAFOpt and two hybrids; digits, digits-cls: the detector at half width '
+        'and the ResNet-18 classifier on handwritten digits, with SGD and NKFAC; '
+        'default: %(default)s',
     )
     parser.add_argument(
         '--optimizers',
@@ -138,7 +140,7 @@ def parse_args() -> argparse.Namespace:
         default=[0],
         help='separated by commas; default: 0',
     )
-    parser.add_argument('--data', type=Path, help='default: data/shapes, or data/shapes-cls')
+    parser.add_argument('--data', type=Path, help='default: data/shapes, or as the data are called')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/quickstart_MODEL')
     parser.add_argument('--parse-only', action='store_true', help=argparse.SUPPRESS)
     add_options(parser)
@@ -158,11 +160,7 @@ def main() -> None:
     args = parse_args()
     if args.parse_only:  # by quickstart.sh, which has no environment yet
         return
-    from mmprecond.datasets import make_shape_folders, make_shapes
-
-    make = make_shapes if args.model.detects else make_shape_folders
-    make(args.data, images=args.images, split='train')
-    make(args.data, images=max(4, args.images // 4), split='val')
+    args.model.make_data(args.data, args.images)
     rates = [
         (name, args.lr or args.model.contestant(name).lr) for name in args.optimizers.split(',')
     ]

@@ -1,22 +1,10 @@
-# Mini-ImageNet: 100 classes in folders, 500 images of each in train/, 100 in val/. The thesis names
-# neither the size nor the stem: 84 px is the data set's usual size, the stem is ImageNet's.
+# Mini-ImageNet: 100 classes in folders, 500 images of each in train/, 100 in val/. Images of 84 px
+# are enlarged to 224 px, as in the thesis; stem and augmentation are those of ImageNet.
 _base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 
 model = dict(head=dict(num_classes=100))
 data_preprocessor = dict(num_classes=100)
 
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='RandomResizedCrop', scale=84),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    dict(type='PackInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='ResizeEdge', scale=96, edge='short'),
-    dict(type='CenterCrop', crop_size=84),
-    dict(type='PackInputs'),
-]
 dataset_type = 'CustomDataset'
 train_dataloader = dict(
     batch_size=128,
@@ -25,7 +13,7 @@ train_dataloader = dict(
         type=dataset_type,
         data_root='data/mini-imagenet',
         data_prefix='train',
-        pipeline=train_pipeline,
+        pipeline={{_base_.train_pipeline}},
     ),
 )
 val_dataloader = dict(
@@ -35,7 +23,7 @@ val_dataloader = dict(
         type=dataset_type,
         data_root='data/mini-imagenet',
         data_prefix='val',
-        pipeline=test_pipeline,
+        pipeline={{_base_.test_pipeline}},
     ),
 )
 test_dataloader = val_dataloader

@@ -1,4 +1,4 @@
-# DenseNet-121, CIFAR-100: AdamR (thesis, chapter 4).
+# DenseNet-121, CIFAR-100: AdamR (thesis, table 4.1).
 _base_ = '../_base_/densenet121_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -17,5 +17,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='CIFAR-100', chapter=4, model='DenseNet121', optimizer='AdamR', result=dict(top1=80.35)
+    data='CIFAR-100', table='4.1', model='DenseNet121', optimizer='AdamR', result=dict(top1=80.35)
 )

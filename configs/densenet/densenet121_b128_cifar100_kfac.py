@@ -1,4 +1,4 @@
-# DenseNet-121, CIFAR-100: KFAC (thesis, chapter 3).
+# DenseNet-121, CIFAR-100: KFAC (thesis, table 3.1).
 _base_ = '../_base_/densenet121_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -18,5 +18,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='CIFAR-100', chapter=3, model='DenseNet121', optimizer='KFAC', result=dict(top1=79.32)
+    data='CIFAR-100', table='3.1', model='DenseNet121', optimizer='KFAC', result=dict(top1=79.32)
 )

@@ -1,4 +1,4 @@
-# GoogLeNet, CIFAR-100: NKFAC (thesis, chapter 3).
+# GoogLeNet, CIFAR-100: NKFAC (thesis, table 3.1).
 _base_ = '../_base_/googlenet_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -18,5 +18,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='CIFAR-100', chapter=3, model='GoogLeNet', optimizer='NKFAC', result=dict(top1=81.65)
+    data='CIFAR-100', table='3.1', model='GoogLeNet', optimizer='NKFAC', result=dict(top1=81.65)
 )

@@ -1,4 +1,4 @@
-# ResNet-18, ImageNet: KFAC (thesis, chapter 3).
+# ResNet-18, ImageNet: KFAC (thesis, table 3.5).
 _base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -17,5 +17,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='ImageNet', chapter=3, model='ResNet18', optimizer='KFAC', result=dict(top1=70.51)
+    data='ImageNet', table='3.5', model='ResNet18', optimizer='KFAC', result=dict(top1=70.51)
 )

@@ -1,4 +1,4 @@
-# ResNet-18, ImageNet: SGDPH (thesis, chapter 2).
+# ResNet-18, ImageNet: SGDPH (thesis, table 2.3).
 _base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -10,5 +10,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='ImageNet', chapter=2, model='ResNet18', optimizer='SGDPH', result=dict(top1=70.59)
+    data='ImageNet', table='2.3', model='ResNet18', optimizer='SGDPH', result=dict(top1=70.59)
 )

@@ -1,4 +1,4 @@
-# ResNet-18, CIFAR-100: AdamR (thesis, chapter 4).
+# ResNet-18, CIFAR-100: AdamR (thesis, table 4.1).
 _base_ = '../_base_/resnet18_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -17,5 +17,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='CIFAR-100', chapter=4, model='ResNet18', optimizer='AdamR', result=dict(top1=78.77)
+    data='CIFAR-100', table='4.1', model='ResNet18', optimizer='AdamR', result=dict(top1=78.77)
 )

@@ -1,4 +1,4 @@
-# ResNet-18, CIFAR-100: NKFAC (thesis, chapter 3).
+# ResNet-18, CIFAR-100: NKFAC (thesis, table 3.1).
 _base_ = '../_base_/resnet18_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -18,5 +18,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='CIFAR-100', chapter=3, model='ResNet18', optimizer='NKFAC', result=dict(top1=80.23)
+    data='CIFAR-100', table='3.1', model='ResNet18', optimizer='NKFAC', result=dict(top1=80.23)
 )

@@ -1,4 +1,4 @@
-# ResNet-18, CIFAR-100: SGDPH (thesis, chapter 2).
+# ResNet-18, CIFAR-100: SGDPH (thesis, table 2.1).
 _base_ = '../_base_/resnet18_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -10,5 +10,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='CIFAR-100', chapter=2, model='ResNet18', optimizer='SGDPH', result=dict(top1=77.96)
+    data='CIFAR-100', table='2.1', model='ResNet18', optimizer='SGDPH', result=dict(top1=77.96)
 )

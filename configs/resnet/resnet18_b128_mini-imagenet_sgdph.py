@@ -1,4 +1,4 @@
-# ResNet-18, Mini-ImageNet: SGDPH (thesis, chapter 2).
+# ResNet-18, Mini-ImageNet: SGDPH (thesis, table 2.2).
 _base_ = '../_base_/resnet18_mini-imagenet.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -10,5 +10,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='Mini-ImageNet', chapter=2, model='ResNet18', optimizer='SGDPH', result=dict(top1=70.53)
+    data='Mini-ImageNet', table='2.2', model='ResNet18', optimizer='SGDPH', result=dict(top1=70.53)
 )

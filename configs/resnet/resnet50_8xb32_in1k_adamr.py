@@ -1,4 +1,4 @@
-# ResNet-50, ImageNet: AdamR (thesis, chapter 4).
+# ResNet-50, ImageNet: AdamR (thesis, table 4.4).
 # Rate and decay are uncertain: our reading of the thesis's table of them is in doubt.
 _base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
 
@@ -18,5 +18,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='ImageNet', chapter=4, model='ResNet50', optimizer='AdamR', result=dict(top1=76.68)
+    data='ImageNet', table='4.4', model='ResNet50', optimizer='AdamR', result=dict(top1=76.68)
 )

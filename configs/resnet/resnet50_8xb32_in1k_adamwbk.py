@@ -1,4 +1,4 @@
-# ResNet-50, ImageNet: AdamWBK (thesis, chapter 4).
+# ResNet-50, ImageNet: AdamWBK (thesis, table 4.4).
 # Rate and decay are uncertain: they are taken to be those of AdamR, which are in doubt too.
 _base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
 
@@ -18,5 +18,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='ImageNet', chapter=4, model='ResNet50', optimizer='AdamWBK', result=dict(top1=76.63)
+    data='ImageNet', table='4.4', model='ResNet50', optimizer='AdamWBK', result=dict(top1=76.63)
 )

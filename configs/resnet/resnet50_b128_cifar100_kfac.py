@@ -1,4 +1,4 @@
-# ResNet-50, CIFAR-100: KFAC (thesis, chapter 3).
+# ResNet-50, CIFAR-100: KFAC (thesis, table 3.1).
 _base_ = '../_base_/resnet50_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -18,5 +18,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='CIFAR-100', chapter=3, model='ResNet50', optimizer='KFAC', result=dict(top1=80.77)
+    data='CIFAR-100', table='3.1', model='ResNet50', optimizer='KFAC', result=dict(top1=80.77)
 )

@@ -1,4 +1,4 @@
-# ResNet-50, CIFAR-100: SGDPH (thesis, chapter 2).
+# ResNet-50, CIFAR-100: SGDPH (thesis, table 2.1).
 _base_ = '../_base_/resnet50_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -10,5 +10,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='CIFAR-100', chapter=2, model='ResNet50', optimizer='SGDPH', result=dict(top1=79.54)
+    data='CIFAR-100', table='2.1', model='ResNet50', optimizer='SGDPH', result=dict(top1=79.54)
 )

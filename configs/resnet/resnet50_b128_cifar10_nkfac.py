@@ -1,21 +1,14 @@
-# ResNet-50, CIFAR-10: NKFAC with the settings of CIFAR-100 (thesis, chapter 3).
-_base_ = 'mmpretrain::resnet/resnet50_8xb16_cifar10.py'
+# ResNet-50, CIFAR-10: NKFAC (thesis, table 3.1).
+_base_ = 'resnet50_b128_cifar100_nkfac.py'
 
-custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
-train_dataloader = dict(batch_size=128)
-param_scheduler = dict(_delete_=True, type='CosineAnnealingLR', T_max=200, eta_min_ratio=1e-3)
-optim_wrapper = dict(
-    constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(
-        _delete_=True,
-        type='NKFAC',
-        settings='published',
-        lr=0.05,
-        momentum=0.9,
-        weight_decay=0.001,
-        stat_interval=20,
-        refresh_interval=200,
-    ),
+model = dict(head=dict(num_classes=10))
+data_preprocessor = dict(
+    num_classes=10, mean=[125.307, 122.961, 113.8575], std=[51.5865, 50.847, 51.255]
 )
+train_dataloader = dict(dataset=dict(type='CIFAR10', data_root='data/cifar10'))
+val_dataloader = dict(dataset=dict(type='CIFAR10', data_root='data/cifar10'))
+test_dataloader = val_dataloader
 
-paper = dict(data='CIFAR-10', chapter=3, model='ResNet50', optimizer='NKFAC')
+paper = dict(
+    data='CIFAR-10', table='3.1', model='ResNet50', optimizer='NKFAC', result=dict(top1=96.07)
+)

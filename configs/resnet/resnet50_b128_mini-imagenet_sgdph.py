@@ -1,4 +1,4 @@
-# ResNet-50, Mini-ImageNet: SGDPH (thesis, chapter 2).
+# ResNet-50, Mini-ImageNet: SGDPH (thesis, table 2.2).
 _base_ = '../_base_/resnet50_mini-imagenet.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -10,5 +10,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='Mini-ImageNet', chapter=2, model='ResNet50', optimizer='SGDPH', result=dict(top1=72.17)
+    data='Mini-ImageNet', table='2.2', model='ResNet50', optimizer='SGDPH', result=dict(top1=72.17)
 )

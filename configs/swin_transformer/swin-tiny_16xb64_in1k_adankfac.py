@@ -1,4 +1,4 @@
-# Swin-T, ImageNet: AdaNKFAC (thesis, chapter 3).
+# Swin-T, ImageNet: AdaNKFAC (thesis, table 3.6).
 _base_ = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -17,5 +17,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='ImageNet', chapter=3, model='Swin-T', optimizer='AdaNKFAC', result=dict(top1=81.63)
+    data='ImageNet', table='3.6', model='Swin-T', optimizer='AdaNKFAC', result=dict(top1=81.63)
 )

@@ -1,4 +1,4 @@
-# VGG-11 with batch normalisation, CIFAR-100: AdamWBK (thesis, chapter 4).
+# VGG-11 with batch normalisation, CIFAR-100: AdamWBK (thesis, table 4.1).
 _base_ = '../_base_/vgg11_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -17,5 +17,5 @@ optim_wrapper = dict(
 )
 
 paper = dict(
-    data='CIFAR-100', chapter=4, model='VGG11', optimizer='AdamWBK', result=dict(top1=73.09)
+    data='CIFAR-100', table='4.1', model='VGG11', optimizer='AdamWBK', result=dict(top1=73.09)
 )

@@ -1,4 +1,4 @@
-# VGG-11 with batch normalisation, CIFAR-100: SGDPH (thesis, chapter 2).
+# VGG-11 with batch normalisation, CIFAR-100: SGDPH (thesis, table 2.1).
 _base_ = '../_base_/vgg11_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -9,4 +9,6 @@ optim_wrapper = dict(
     ),
 )
 
-paper = dict(data='CIFAR-100', chapter=2, model='VGG11', optimizer='SGDPH', result=dict(top1=72.75))
+paper = dict(
+    data='CIFAR-100', table='2.1', model='VGG11', optimizer='SGDPH', result=dict(top1=72.75)
+)

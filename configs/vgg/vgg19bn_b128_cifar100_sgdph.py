@@ -1,4 +1,4 @@
-# VGG-19 with batch normalisation, CIFAR-100: SGDPH (thesis, chapter 2).
+# VGG-19 with batch normalisation, CIFAR-100: SGDPH (thesis, table 2.1).
 _base_ = '../_base_/vgg19_cifar100.py'
 
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
@@ -9,4 +9,6 @@ optim_wrapper = dict(
     ),
 )
 
-paper = dict(data='CIFAR-100', chapter=2, model='VGG19', optimizer='SGDPH', result=dict(top1=73.87))
+paper = dict(
+    data='CIFAR-100', table='2.1', model='VGG19', optimizer='SGDPH', result=dict(top1=73.87)
+)

@@ -58,7 +58,7 @@ class Schedule:
         method = stack.method
         interval = method.capture_interval if stack.holds(layer) else method.stat_interval
         count = self._count(stack, layer, step)
-        return layer in self._recaptured or count % interval == 0 or _is_early(method, count)
+        return layer in self._recaptured or count % interval == 0 or method.is_early(count)
 
     def refreshes(self, stack: LayerStack, step: int) -> list[int]:
         """Positions in a stack to refresh at a step: on schedule, or for the first time.
@@ -88,18 +88,12 @@ class Schedule:
 
     def _count(self, stack: LayerStack, layer: Layer, step: int) -> int:
         """Step count of a layer, which is due where an interval divides the count."""
-        return step - self._start + stack.method.phase - self._offsets.get(layer, 0)
+        return step - self._start + stack.method.count_from - self._offsets.get(layer, 0)
 
     def _is_due(self, stack: LayerStack, layer: Layer, step: int) -> bool:
         method, count = stack.method, self._count(stack, layer, step)
-        due = count >= method.phase and count % method.refresh_interval == 0
-        return (due or _is_early(method, count)) and not method.precomputed
-
-
-def _is_early(method: Preconditioner, count: int) -> bool:
-    """True at 1, 2, 4, 8, ... within the first interval, for a method with early refreshes."""
-    power_of_two = count > 0 and count & (count - 1) == 0
-    return method.early_refreshes and power_of_two and count < method.refresh_interval
+        due = count >= method.count_from and count % method.refresh_interval == 0
+        return (due or method.is_early(count)) and not method.precomputed
 
 
 def assign_offsets(methods: Mapping[Layer, Preconditioner]) -> dict[Layer, int]:

@@ -26,6 +26,9 @@ CALIBRATION = 'CalibrationHook'
 BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     'SGD': (torch.optim.SGD, dict(momentum=0.9)),
     'AdamW': (torch.optim.AdamW, {}),
+    'Adam': (torch.optim.Adam, {}),
+    'Adagrad': (torch.optim.Adagrad, {}),
+    'RAdam': (torch.optim.RAdam, dict(decoupled_weight_decay=True)),
 }
 
 
@@ -38,8 +41,8 @@ def use_optimizer(cfg: Config, name: str) -> None:
     Args:
         cfg: A config of MMDetection, MMPretrain or a similar toolbox; changed in place.
         name: Name of an optimizer of this package; or for comparisons of one of torch, 'SGD'
-            (momentum 0.9 unless the config has another) or 'AdamW', or of another package, such as
-            'pytorch_optimizer.SOAP'.
+            (momentum 0.9 unless the config has another), 'AdamW', 'Adam', 'Adagrad' or 'RAdam'
+            (with decoupled decay), or of another package, such as 'pytorch_optimizer.SOAP'.
 
     Raises:
         ValueError: If the name is unknown, or the config has no optimizer.

@@ -26,18 +26,23 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return inverse, (info == 0) & all_finite(matrix) & all_finite(inverse)
 
 
-def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
+def newton_inverse(
+    matrix: Tensor, inverse: Tensor, steps: int = 1, optimal: bool = False
+) -> tuple[Tensor, Tensor]:
     """Refines approximate inverses B of A by damped Newton (Schulz) iteration.
 
-    With P = B A, one step is ``B <- ((1 + a) I - a P) B``. If ``||I - P||_F < 1``, then a = 1 and
-    convergence is quadratic. Otherwise a = 1 / ||P||_F, which keeps the step contracting.
+    With P = B A and E = P - I, one step is ``B <- (I - a E) B``, after which E is E - a E P. If
+    ``||E||_F < 1``, then a = 1 and convergence is quadratic. Otherwise a = 1 / ||P||_F, which keeps
+    the step contracting, or the a of the least ``||E - a E P||_F``.
 
-    Source: thesis Algorithm 2. The test uses the current iterate, as in the published code.
+    Source: thesis Algorithm 2 and Proposition 3.2. The test uses the current iterate, as in the
+    published code.
 
     Args:
         matrix: A (..., n, n), symmetric positive definite.
         inverse: B (..., n, n), the inverses of the previous refresh; not modified.
         steps: Number of Newton steps.
+        optimal: Whether a long step has the least residual (one more product).
 
     Returns:
         The refined inverses (..., n, n), and a bool tensor (...) that is True where they are
@@ -50,9 +55,17 @@ def newton_inverse(matrix: Tensor, inverse: Tensor, steps: int = 1) -> tuple[Ten
         diagonal -= 1
         residual = torch.linalg.matrix_norm(product)
         diagonal += 1
-        step = torch.where(residual < 1, torch.ones_like(size), 1 / size)[..., None, None]
+        long = _least_residual(product) if optimal else 1 / size
+        step = torch.where(residual < 1, torch.ones_like(size), long)[..., None, None]
         inverse = (1 + step) * inverse - step * stacked_product(product, inverse)
     return inverse, all_finite(inverse)
+
+
+def _least_residual(product: Tensor) -> Tensor:
+    """The a of the least ``||E - a E P||_F`` for E = P - I, of products P (..., n, n): (...)."""
+    change = stacked_product(product, product) - product
+    residual = product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+    return (residual * change).sum((-2, -1)) / change.square().sum((-2, -1))
 
 
 def all_finite(matrix: Tensor) -> Tensor:

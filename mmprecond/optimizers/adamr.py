@@ -7,7 +7,7 @@ from .families import PreconditionedAdam
 
 
 class AdamR(PreconditionedAdam):
-    """AdamW or Adan on U1' G U2, with the update rotated back (thesis chapter 4, Algorithm 6).
+    """An adaptive rule on U1' G U2, with the update rotated back (thesis chapter 4, Algorithm 6).
 
     Steps count from 1: the first capture is at step `stat_interval`, the first basis at step
     `refresh_interval`. Until then the rule takes plain gradients. Arguments are those of

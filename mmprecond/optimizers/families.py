@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..preconditioners import Preconditioner
-from ..rules import EMASGD, SGDM, build_rule
+from ..rules import ADAPTIVE, EMASGD, SGDM, build_rule
 from .base import PreconditionedOptimizer
 from .settings import split_settings
 
@@ -59,17 +59,19 @@ class PreconditionedSGDM(PreconditionedOptimizer):
 
 
 class PreconditionedAdam(PreconditionedOptimizer):
-    """AdamW or Adan on the directions of one preconditioner.
+    """AdamW or another adaptive rule on the directions of one preconditioner.
 
     Args:
         params: Parameters or groups, with `model`; or the module itself.
         lr: Learning rate.
-        betas: Decays of the moments; default: (0.9, 0.999) for AdamW, (0.98, 0.92, 0.99) for Adan.
-        eps: Added to the root of the second moment.
-        weight_decay: Weight decay outside the moments: decoupled with AdamW (but see `decay`),
-            proximal with Adan.
+        betas: Decays of the moments; default: (0.98, 0.92, 0.99) for Adan, (0.9, 0.999) for others.
+            AdaGrad has none.
+        eps: Added to the root of the second moment; default: 1e-16 for AdaBelief, 1e-10 for
+            AdaGrad, 1e-8 for others.
+        weight_decay: Weight decay outside the moments: proximal with Adan, decoupled with others
+            (but see `decay`).
         model: The module that owns the parameters.
-        rule: 'AdamW' or 'Adan'.
+        rule: 'AdamW', 'Adan', 'AdaGrad', 'RAdam' or 'AdaBelief' (see `rules`).
         **settings: Settings of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
             ...) and of `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
             ``settings='published'`` starts from the literal settings of the source.
@@ -91,7 +93,7 @@ class PreconditionedAdam(PreconditionedOptimizer):
         params: Any,
         lr: float,
         betas: tuple[float, ...] | None = None,
-        eps: float = 1e-8,
+        eps: float | None = None,
         weight_decay: float = 0.0,
         *,
         model: nn.Module | None = None,
@@ -99,12 +101,11 @@ class PreconditionedAdam(PreconditionedOptimizer):
         **settings: Any,
     ) -> None:
         method, options = split_settings(self, self.preconditioner, settings)
-        config: dict[str, Any] = dict(type=rule, lr=lr, eps=eps, weight_decay=weight_decay)
-        if betas is not None:
-            config['betas'] = betas
+        config: dict[str, Any] = dict(type=rule, lr=lr, weight_decay=weight_decay)
+        config |= {k: v for k, v in (('betas', betas), ('eps', eps)) if v is not None}
         if rule == 'AdamW':
             config['decay'] = self.decay
-        built, defaults = build_rule(config, choices=('AdamW', 'Adan'))
+        built, defaults = build_rule(config, choices=ADAPTIVE)
         super().__init__(
             params, model=model, rule=built, method=method, defaults=defaults, **options
         )

@@ -69,8 +69,9 @@ class MAC(PreconditionedSGDM):
             return f'{layer.name} is frozen'
         if len(layer.modules) > 1:
             return f'{layer.name} belongs to several modules'
-        if layer.columns > self._usual.max_dim:
-            return f'{layer.name} takes {layer.columns} numbers, over max_dim={self._usual.max_dim}'
+        limit = self._usual.max_dim
+        if limit is not None and layer.columns > limit:
+            return f'{layer.name} takes {layer.columns} numbers, over max_dim={limit}'
         return ''
 
     @torch.no_grad()

@@ -27,8 +27,9 @@ class Preconditioned(PreconditionedOptimizer):
     Args:
         params: Parameters or groups, with `model`; or the module itself.
         model: The module that owns the parameters.
-        rule: ``dict(type='SGDM' | 'EMASGD' | 'AdamW' | 'Adan' | 'ARO' | 'DCTAdamW', lr=..., ...)``
-            with the rule's hyper-parameters and options.
+        rule: ``dict(type=..., lr=..., ...)`` with the rule's hyper-parameters and options; its type
+            is 'SGDM', 'EMASGD', 'AdamW', 'Adan', 'AdaGrad', 'RAdam', 'AdaBelief', 'ARO' or
+            'DCTAdamW'.
         layers: 'NKFAC' for all layers; or 'AFOpt+NKFAC', where the first method takes all layers of
             attention modules that can be read as a whole. A model without any takes the second for
             all layers, and the log says so. With settings:
@@ -111,7 +112,7 @@ def _check_rule(rule: Rule, assignment: Assignment) -> None:
             continue
         others = ', '.join(f'{type(m).__name__} with {" or ".join(names)}' for m, names in bound)
         advice = (
-            f"write rule=dict(type='{min(possible)}', ...)"
+            f"write rule=dict(type='{min(possible, key=list(RULES).index)}', ...)"
             if possible
             else 'no rule suits them all; drop one of them'
         )

@@ -40,14 +40,18 @@ class SGDPH(RuleOptimizer):
     On steps where `needs_graph` is true, call ``loss.backward(create_graph=True)``. MMEngine's
     wrapper does so. The dtype must be float32 or float64, without automatic mixed precision.
 
-    Source: thesis chapter 2, (2.3)-(2.6). The averages, the round-robin, the factor
-    (1 - momentum^n) and the plain rule for the last 1-D parameter are those of the published code.
+    Source: thesis chapter 2, (2.3)-(2.7). The averages, the round-robin, the factor
+    (1 - momentum^n), the plain rule for the last 1-D parameter and `decay` are those of the
+    published code.
 
     Args:
         params: Parameters or groups, or the module itself.
         lr: Learning rate.
         momentum: Heavy-ball momentum.
-        weight_decay: L2 decay, added after the division.
+        weight_decay: L2 decay. Of 1-D parameters it is added after the division.
+        decay: Decay of all other parameters. 'published' adds it to the gradient, so that it
+            enters the momentum, and is 1 / (1 - momentum) times as strong as printed. 'decoupled'
+            adds it after the momentum (2.7).
         model: The module, to refuse modules without second derivatives in advance.
         hessian_decay: Weight of the old diagonal, in [0, 1).
         hessian_lr: tau.
@@ -69,7 +73,13 @@ class SGDPH(RuleOptimizer):
     adds_to_state = True
 
     published: ClassVar[dict[str, Any]] = dict(
-        hessian_decay=0.9, hessian_lr=1e-3, eps=1e-4, refresh='round_robin', interval=1, probes=4
+        hessian_decay=0.9,
+        hessian_lr=1e-3,
+        eps=1e-4,
+        decay='published',
+        refresh='round_robin',
+        interval=1,
+        probes=4,
     )
 
     @takes_settings
@@ -84,6 +94,7 @@ class SGDPH(RuleOptimizer):
         hessian_decay: float = 0.9,
         hessian_lr: float = 1e-3,
         eps: float = 1e-4,
+        decay: str = 'published',
         refresh: str = 'round_robin',
         interval: int = 1,
         probes: int = 4,
@@ -106,7 +117,7 @@ class SGDPH(RuleOptimizer):
         self.probes = probes
         super().__init__(
             params,
-            PartialHessianSGDM(hessian_lr, eps),
+            PartialHessianSGDM(hessian_lr, eps, decay),
             dict(lr=lr, momentum=momentum, weight_decay=weight_decay),
         )
         self.vectors = [

@@ -11,20 +11,20 @@ from .families import PreconditionedAdam
 
 
 class SOAP(PreconditionedAdam):
-    """AdamW or Adan in the eigenbasis of the gradient matrix's second moments (arXiv 2409.11321).
+    """An adaptive rule in the eigenbasis of the gradient matrix's second moments.
 
-    It needs no hooks. The first step of a layer makes no update (see `GradientRotation`, whose
-    settings it takes). The second moment is divided as in AdamW: eps is added after the bias
-    correction, where SOAP's code adds it before.
+    Source: SOAP (arXiv 2409.11321). It needs no hooks. The first step of a layer makes no update
+    (see `GradientRotation`, whose settings it takes). The second moment is divided as in AdamW: eps
+    is added after the bias correction, where SOAP's code adds it before.
 
     Args:
         params: Parameters or groups, with `model`; or the module itself.
         lr: Learning rate.
         betas: Decays of the moments.
-        eps: Added to the root of the second moment.
+        eps: Added to the root of the second moment; default: as for `PreconditionedAdam`.
         weight_decay: Decoupled weight decay.
         model: The module that owns the parameters.
-        rule: 'AdamW' or 'Adan'.
+        rule: As for `PreconditionedAdam`.
         **settings: Settings of `GradientRotation` and of `PreconditionedOptimizer`.
     """
 
@@ -35,7 +35,7 @@ class SOAP(PreconditionedAdam):
         params: Any,
         lr: float = 3e-3,
         betas: tuple[float, ...] | None = None,
-        eps: float = 1e-8,
+        eps: float | None = None,
         weight_decay: float = 0.01,
         *,
         model: nn.Module | None = None,

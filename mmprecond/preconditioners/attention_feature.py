@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, check_flag
 from ..curvature import INPUT, WEIGHT, AttentionReading, Layer, Moment, Statistic
 from ..curvature.attention import (
     KEY_CURVATURE,
@@ -18,6 +18,7 @@ from ..curvature.attention import (
     QUERY_MOMENT,
     VALUE_FEATURE_MOMENT,
 )
+from ..curvature.conv import ConvLayer
 from ..linalg import Dense, Operators, stacked_product
 from .base import Factors
 from .input_feature import InputFeature, damped_inverse
@@ -61,7 +62,8 @@ class AttentionFeature(InputFeature):
 
     The direction of each projection is scaled to the norm of its gradient. In
     `nn.MultiheadAttention` the numbers of queries and keys may differ. The thesis has no form of
-    W_K for that case, so W_K takes G R^-1 there.
+    W_K for that case, so W_K takes G R^-1 there. Convolutions take G R^-1 too; the thesis leaves
+    them to the plain rule (5.3.4), as `convolutions=False` does.
 
     Source: thesis chapter 5, (5.7)-(5.10) and (5.15), Algorithm 7, with the true softmax in place
     of the one recomputed without bias and mask. 'gauss_newton' is this project's own variant with
@@ -74,21 +76,25 @@ class AttentionFeature(InputFeature):
     Attributes:
         variant: 'thesis' or 'gauss_newton'.
         max_windows: Most windows measured in one call, drawn at random.
+        convolutions: Whether convolutions are preconditioned.
     """
 
     variant: str = 'thesis'
     max_windows: int = 64
+    convolutions: bool = True
 
     sources: ClassVar[tuple[str, ...]] = ('activation',)
     word: ClassVar[str] = 'AFOpt'
-    published: ClassVar[dict[str, Any]] = dict(
-        **InputFeature.published, variant='thesis', max_windows=256
-    )
+    published: ClassVar[dict[str, Any]] = {
+        **InputFeature.published,
+        **dict(count_from=1, variant='thesis', max_windows=256, convolutions=False),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice('variant', self.variant, VARIANTS)
         check_count('max_windows', self.max_windows)
+        check_flag('convolutions', self.convolutions)
         if self.exponent != 1:
             raise ValueError(
                 f'exponent={self.exponent!r} is not for attention, whose operators '
@@ -100,8 +106,15 @@ class AttentionFeature(InputFeature):
         """Reading of attention modules as a whole; their biases take the plain rule."""
         return AttentionReading(self.max_windows)
 
+    def omits(self, layer: Layer) -> str:
+        """The setting that leaves a convolution to the plain rule, or ''."""
+        omitted = isinstance(layer, ConvLayer) and not self.convolutions
+        return 'convolutions=False' if omitted else ''
+
     def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """Statistics of an attention module, or the input moment of another layer."""
+        if self.omits(layer):
+            return ()
         if not _is_attention(layer):
             return self.statistics
         common = (Statistic(INPUT, Moment()), QUERY_CURVATURE)

@@ -41,9 +41,10 @@ Factors = Mapping[Side, Factor]
 
 #: Published settings of methods whose code has no size limits and takes all rows.
 WHOLE_LAYERS: dict[str, Any] = dict(
+    count_from=0,
     early_refreshes=False,
     warm_up=False,
-    max_dim=8192,
+    max_dim=None,
     oversize='skip',
     max_rank=None,
     max_rows=None,
@@ -60,6 +61,10 @@ class Preconditioner(ABC):
         stat_interval: Steps between captures. Step t (from 0) captures if t % stat_interval == 0.
         refresh_interval: Steps between refreshes, counted in the same way; a multiple of
             `stat_interval`.
+        count_from: Number of the first step in the count of intervals. From 0 (default), the first
+            step captures, and a layer is refreshed as soon as it has statistics. From 1, as in
+            algorithms that run t = 1, ..., T, the first capture comes at step `stat_interval` and
+            the first refresh at step `refresh_interval`.
         early_refreshes: Whether captures and refreshes also come at counts 1, 2, 4, 8, ... within
             the first `refresh_interval` steps, while statistics of random weights change fast.
         warm_up: Whether preconditioning follows a warm-up of the learning rate (default: True). Let
@@ -68,7 +73,8 @@ class Preconditioner(ABC):
             divide the damping by s^2. Directions d that would get the gradient's norm are
             lengthened until ``<d, g> = |g|^2``, to at most |g| / s. Small steps then go along the
             gradient g, as those of the implicit step ``(lr A + I)^-1 g`` do.
-        max_dim: Largest side of a factor. A matrix of side 8192 takes 268 MB in float32.
+        max_dim: Largest side of a factor; None for no limit. A matrix of side 8192 takes 268 MB in
+            float32.
         oversize: Treatment of a layer with a larger side. 'skip' gives the layer to the plain
             rule. 'one_sided' leaves the larger side alone and preconditions the other. 'block'
             keeps the factor of that side in diagonal blocks of at most `max_dim`. 'lowrank' keeps
@@ -86,9 +92,10 @@ class Preconditioner(ABC):
 
     stat_interval: int = 20
     refresh_interval: int = 200
+    count_from: int = 0
     early_refreshes: bool = True
     warm_up: bool = True
-    max_dim: int = 8192
+    max_dim: int | None = 8192
     oversize: str = 'skip'
     max_rank: int | None = None
     max_rows: int | None = None
@@ -102,10 +109,8 @@ class Preconditioner(ABC):
     published: ClassVar[dict[str, Any]] = {}
     #: Names of the rules that the method works with; an empty tuple means all.
     rules: ClassVar[tuple[str, ...]] = ()
-    #: Number of the first step in the count of intervals. With 0 it captures and refreshes.
-    phase: ClassVar[int] = 0
-    #: Whether a layer is refreshed as soon as it has its first statistics.
-    refresh_on_first_sample: ClassVar[bool] = True
+    #: Possible values of `count_from`.
+    first_counts: ClassVar[tuple[int, ...]] = (0, 1)
     #: Whether the method's only statistic is given at the start and never captured.
     precomputed: ClassVar[bool] = False
     #: Whether the rule works in a rotated space: `apply` leads into it, `restore` leads back. The
@@ -122,14 +127,21 @@ class Preconditioner(ABC):
     acts_after_rule: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ('stat_interval', 'refresh_interval', 'max_dim'):
+        for name in ('stat_interval', 'refresh_interval'):
             check_count(name, getattr(self, name))
-        for name in ('max_rank', 'max_rows'):
+        for name in ('max_dim', 'max_rank', 'max_rows'):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        if self.count_from not in self.first_counts:
+            choices = ' or '.join(map(str, self.first_counts))
+            raise ValueError(f'count_from={self.count_from!r} is unknown; choose {choices}')
         check_flag('early_refreshes', self.early_refreshes)
         check_flag('warm_up', self.warm_up)
         check_choice('oversize', self.oversize, OVERSIZE)
+        if self.max_dim is None and self.oversize != 'skip':
+            raise ValueError(
+                f'oversize={self.oversize!r} has no effect without a limit; give max_dim a number'
+            )
         if self.rotates and self._oversize_form is not None:
             raise ValueError(
                 f'oversize={self.oversize!r} is for inverses; {type(self).__name__} '
@@ -152,6 +164,19 @@ class Preconditioner(ABC):
     def attention_reading(self) -> AttentionReading | None:
         """Reading of attention modules as a whole; None treats their linear layers one by one."""
         return None
+
+    @property
+    def refresh_on_first_sample(self) -> bool:
+        """True if a layer is refreshed as soon as it has its first statistics."""
+        return self.count_from <= 0
+
+    def is_early(self, count: int) -> bool:
+        """True if a capture and a refresh are due at a count off the intervals.
+
+        With `early_refreshes` these are 1, 2, 4, 8, ... within the first `refresh_interval` steps.
+        """
+        power_of_two = count > 0 and count & (count - 1) == 0
+        return self.early_refreshes and power_of_two and count < self.refresh_interval
 
     @property
     def capture_interval(self) -> int:
@@ -185,6 +210,10 @@ class Preconditioner(ABC):
         small = tuple(statistic for statistic in candidates if statistic not in large)
         return small if not large or self.oversize == 'one_sided' else ()
 
+    def omits(self, layer: Layer) -> str:
+        """The setting by which a layer takes the plain rule, or ''."""
+        return ''
+
     def must_be_nonzero(self, layer: Layer) -> tuple[Statistic, ...]:
         """Statistics that must be nonzero for a sample to count."""
         return self.selected_statistics(layer)
@@ -203,11 +232,9 @@ class Preconditioner(ABC):
     @property
     def _oversize_form(self) -> Form | None:
         """Form that replaces moments above max_dim, or None."""
-        forms: dict[str, Form] = {
-            'block': Blocks(self.max_dim),
-            'lowrank': Sketch(self.max_rank or Sketch.rank),
-        }
-        return forms.get(self.oversize)
+        if self.oversize == 'lowrank':
+            return Sketch(self.max_rank or Sketch.rank)
+        return Blocks(self.max_dim) if self.oversize == 'block' and self.max_dim else None
 
     def _with_input_factor(self, layer: Layer, statistic: Statistic) -> Statistic:
         """The statistic in the form that the method prefers for patches."""
@@ -229,7 +256,9 @@ class Preconditioner(ABC):
 
     def _is_large(self, layer: Layer, statistic: Statistic) -> bool:
         widths = [width for _, _, width in layer.shapes(statistic).values()]
-        return not statistic.form.is_bounded and max(widths) > self.max_dim
+        if self.max_dim is None or statistic.form.is_bounded:
+            return False
+        return max(widths) > self.max_dim
 
     # ---------------------------------------------------------------- costs and notes
 

@@ -48,9 +48,8 @@ class EigenRotation(PatchPreconditioner):
     captures of the gradient and input second moments. Before the first basis the rule takes the
     gradients themselves.
 
-    Source: thesis chapter 4, Algorithm 6, (4.25). This project adds `rotate_moments` and 'qr' (from
-    SOAP). It also gives a new basis the order and signs of the old one, so that the entries of the
-    second moment keep their positions.
+    Source: thesis chapter 4, Algorithm 6, (4.25). This project adds `rotate_moments`, `align_bases`
+    and 'qr' (from SOAP).
 
     State: 2 (o^2 + i^2) numbers per block. A refresh costs about 9 n^3 FLOPs per factor ('qr':
     4 n^3). A step costs 4 o i (o + i) FLOPs.
@@ -62,41 +61,49 @@ class EigenRotation(PatchPreconditioner):
             the first.
         rotate_moments: Whether to rotate both moments into each new basis. The thesis leaves them
             as they are.
+        align_bases: Whether a new basis of 'eigh' takes the order and signs of the old one, so that
+            the entries of the second moment keep their positions. Otherwise eigenvectors have the
+            order of their eigenvalues, from the largest, and the signs of the solver.
     """
 
     stat_interval: int = 100
     refresh_interval: int = 1000
+    count_from: int = 1
     basis_eps: float = 0.01
     basis_solver: str = 'eigh'
     rotate_moments: bool = True
+    align_bases: bool = True
 
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic(INPUT, Moment()),
         Statistic(GRADIENT, Moment()),
     )
-    phase: ClassVar[int] = 1
-    refresh_on_first_sample: ClassVar[bool] = False
     rotates: ClassVar[bool] = True
     acts_after_rule: ClassVar[bool] = True
 
     word: ClassVar[str] = 'AdamR'
     #: Thesis chapter 4, where moments stay as they are.
-    published: ClassVar[dict[str, Any]] = dict(
-        stat_interval=100,
-        refresh_interval=1000,
-        basis_eps=0.01,
-        basis_solver='eigh',
-        rotate_moments=False,
-        input_factor='patch',
-        source='activation',
+    published: ClassVar[dict[str, Any]] = {
         **WHOLE_LAYERS,
-    )
+        **dict(
+            stat_interval=100,
+            refresh_interval=1000,
+            count_from=1,
+            basis_eps=0.01,
+            basis_solver='eigh',
+            rotate_moments=False,
+            align_bases=False,
+            input_factor='patch',
+            source='activation',
+        ),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number('basis_eps', self.basis_eps)
         check_choice('basis_solver', self.basis_solver, BASIS_SOLVERS)
         check_flag('rotate_moments', self.rotate_moments)
+        check_flag('align_bases', self.align_bases)
 
     @property
     def moves_moments(self) -> bool:
@@ -133,7 +140,13 @@ class EigenRotation(PatchPreconditioner):
         return operators, torch.stack(outcomes).all(0).all(-1)
 
     def align(self, operators: Operators, previous: Operators | None) -> Operators:
-        """Gives the bases the order and signs of the previous ones, or first of the identity."""
+        """Gives the bases the order and signs of the previous ones, or first of the identity.
+
+        Bases of `align_bases=False` stay as they are, and so do those of orthogonal iteration,
+        whose columns keep their places by themselves.
+        """
+        if not self.align_bases:
+            return operators
         aligned: Operators = {}
         for slot, operator in operators.items():
             last = previous[slot].tensors if previous else [None] * len(operator.tensors)

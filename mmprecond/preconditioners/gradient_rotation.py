@@ -38,6 +38,7 @@ class GradientRotation(EigenRotation):
 
     stat_interval: int = 1
     refresh_interval: int = 10
+    count_from: int = -1
     early_refreshes: bool = False
     basis_solver: str = 'qr'
     basis_eps: float = 0.0
@@ -45,8 +46,7 @@ class GradientRotation(EigenRotation):
     stat_decay: float = 0.95
 
     sources: ClassVar[tuple[str, ...]] = ('gradient',)
-    phase: ClassVar[int] = -1
-    refresh_on_first_sample: ClassVar[bool] = True
+    first_counts: ClassVar[tuple[int, ...]] = (-1,)
     counts_later: ClassVar[bool] = True
     waits: ClassVar[bool] = True
     rotates_squares: ClassVar[bool] = False
@@ -58,9 +58,11 @@ class GradientRotation(EigenRotation):
         **dict(
             stat_interval=1,
             refresh_interval=10,
+            count_from=-1,
             basis_solver='qr',
             basis_eps=0.0,
             rotate_moments=True,
+            align_bases=True,
             input_factor='separable',
             source='gradient',
             stat_decay=0.95,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checks import check_count, check_number
+from ..checks import check_choice, check_count, check_flag, check_number
 from ..curvature import (
     GRADIENT,
     INPUT,
@@ -25,6 +25,9 @@ from .inverse import InversePreconditioner
 from .registry import register_preconditioner
 from .two_sided import damped_powers, two_sided
 
+#: Lengths of a Newton step.
+STEP_SIZES = ('norm', 'optimal')
+
 
 @register_preconditioner
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class NewtonKronecker(InversePreconditioner):
     max(damping_floor, damping * lambda_max).
 
     Source: thesis chapter 3, (3.4), (3.7), (3.9), Algorithms 2-4. Capture normalisation, damping
-    floor and the schedule of exact inverses are those of the published code.
+    floor and the schedule of exact inverses are those of the published code. The algorithms as
+    printed have ``normalise=False, damping_floor=0, exact_start=True, solver='newton'``.
 
     State and cost of dense sides: 2 (o^2 + i^2) numbers per block. A refresh costs 4 n^3 FLOPs per
     Newton step and factor. A step costs 2 o i (o + i) FLOPs. The default forms keep far less (see
@@ -46,9 +50,14 @@ class NewtonKronecker(InversePreconditioner):
         stat_decay: Weight of the old statistic, in [0, 1).
         damping: Damping relative to a factor's largest eigenvalue.
         damping_floor: Least damping.
+        normalise: Whether each capture is divided by its Frobenius norm.
         newton_steps: Newton steps per refresh.
+        newton_step_size: Length of a Newton step from an inverse that is far off. 'norm' takes
+            ``1 / ||B A||``, 'optimal' the least residual along the step (Proposition 3.2).
         exact_interval: A layer's refreshes 0, 1, 2 and every `exact_interval`-th one compute exact
             inverses (C in the thesis).
+        exact_start: Whether each capture of the first 2 `refresh_interval` steps is followed by an
+            exact inverse (Algorithm 3, line 6), for solver='newton'.
         solver: 'lowrank' (default) keeps the eigenvectors of a side that stand out from the
             damping, and computes exact inverses of short sides. 'newton' updates dense inverses by
             Newton steps, as published. 'cholesky' computes exact inverses at every refresh.
@@ -57,8 +66,11 @@ class NewtonKronecker(InversePreconditioner):
     stat_decay: float = 0.95
     damping: float = 0.01
     damping_floor: float = 1e-4
+    normalise: bool = True
     newton_steps: int = 1
+    newton_step_size: str = 'norm'
     exact_interval: int = 500
+    exact_start: bool = False
     solver: str = 'lowrank'
     max_rows: int | None = 512
 
@@ -76,8 +88,11 @@ class NewtonKronecker(InversePreconditioner):
         stat_decay=0.95,
         damping=0.01,
         damping_floor=1e-4,
+        normalise=True,
         newton_steps=1,
+        newton_step_size='norm',
         exact_interval=500,
+        exact_start=False,
         solver='newton',
         input_factor='patch',
         source='activation',
@@ -91,12 +106,27 @@ class NewtonKronecker(InversePreconditioner):
         check_number('damping_floor', self.damping_floor)
         check_count('newton_steps', self.newton_steps)
         check_count('exact_interval', self.exact_interval)
+        check_flag('normalise', self.normalise)
+        check_choice('newton_step_size', self.newton_step_size, STEP_SIZES)
+        check_flag('exact_start', self.exact_start)
+        if self.exact_start and (self.solver != 'newton' or self.early_refreshes):
+            raise ValueError(
+                "exact_start=True is for solver='newton' and early_refreshes=False; set both"
+            )
+
+    def is_early(self, count: int) -> bool:
+        """True too for the captures of the start with `exact_start`."""
+        start = self.exact_start and 0 <= count < 2 * self.refresh_interval
+        return start and count % self.stat_interval == 0 or super().is_early(count)
 
     def is_exact(self, refreshes: int) -> bool:
         """True for Newton's refreshes 0, 1, 2 and every `exact_interval`-th, and for Cholesky's."""
         if self.solver != 'newton':
             return super().is_exact(refreshes)
-        return refreshes <= 2 or refreshes % self.exact_interval == 0
+        if not self.exact_start:
+            return refreshes <= 2 or refreshes % self.exact_interval == 0
+        start = 2 * (self.refresh_interval // self.stat_interval) - self.count_from
+        return refreshes < start or (refreshes - start + 2) % self.exact_interval == 0
 
     @property
     def is_inverse(self) -> bool:
@@ -104,8 +134,8 @@ class NewtonKronecker(InversePreconditioner):
         return True
 
     def average(self) -> RunningAverage:
-        """Moving average of normalised captures."""
-        return RunningAverage(self.stat_decay, normalise='norm')
+        """Moving average of the captures, normalised with `normalise`."""
+        return RunningAverage(self.stat_decay, normalise='norm' if self.normalise else '')
 
     def refresh(
         self, factors: Factors, previous: Operators | None, damping: Tensor | float | None = None
@@ -119,7 +149,8 @@ class NewtonKronecker(InversePreconditioner):
         def invert(damped: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
             if last is None or self.solver == 'lowrank':
                 return cholesky_inverse(damped)
-            return newton_inverse(damped, last, self.newton_steps)
+            optimal = self.newton_step_size == 'optimal'
+            return newton_inverse(damped, last, self.newton_steps, optimal)
 
         return damped_powers(factors, amount, Power(invert, search=self.rank_search), previous)
 

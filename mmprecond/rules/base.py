@@ -84,3 +84,11 @@ def moments_of(states: list[State], name: str, params: list[Tensor]) -> list[Ten
         if name not in state:
             state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
     return [state[name] for state in states]
+
+
+def move_decoupled(params: list[Tensor], updates: list[Tensor], group: Group) -> None:
+    """Moves parameters by decoupled weight decay and then along the negative updates."""
+    decay = group['lr'] * group['weight_decay']
+    if decay:
+        torch._foreach_mul_(params, 1 - decay)
+    torch._foreach_add_(params, updates, alpha=-group['lr'])

@@ -7,6 +7,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
+from .adam import DECAYS
 from .base import Group, State, moments_of
 from .sgd import SGDM
 
@@ -20,13 +22,17 @@ class PartialHessianSGDM(SGDM):
     Args:
         rate: tau.
         eps: Added to the diagonal.
+        decay: Weight decay of all other parameters. 'published' adds it to the direction, before
+            the momentum. 'decoupled' adds it to the update, after the momentum.
 
     Attributes:
         cycle: n, the number of the current cycle over all 1-D parameters, from 1.
     """
 
-    def __init__(self, rate: float, eps: float) -> None:
+    def __init__(self, rate: float, eps: float, decay: str = 'published') -> None:
         super().__init__()
+        check_choice('decay', decay, DECAYS)
+        self.decay = decay
         self.rate = rate
         self.eps = eps
         self.cycle = 1
@@ -42,7 +48,7 @@ class PartialHessianSGDM(SGDM):
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> list[Tensor]:
         if 'hessian' not in states[0]:
-            return super().compute_updates(params, directions, states, group)
+            return self._plain_updates(params, directions, states, group)
         buffers = moments_of(states, 'momentum_buffer', params)
         torch._foreach_mul_(buffers, group['momentum'])
         torch._foreach_add_(buffers, directions)
@@ -51,3 +57,13 @@ class PartialHessianSGDM(SGDM):
         torch._foreach_mul_(updates, self.rate * (1 - group['momentum'] ** self.cycle))
         torch._foreach_add_(updates, params, alpha=group['weight_decay'])
         return list(updates)
+
+    def _plain_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
+        """Updates of parameters without a Hessian."""
+        if self.decay == 'published':
+            return super().compute_updates(params, directions, states, group)
+        undecayed = {**group, 'weight_decay': 0.0}
+        updates = super().compute_updates(params, directions, states, undecayed)
+        return list(torch._foreach_add(updates, params, alpha=group['weight_decay']))

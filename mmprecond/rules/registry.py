@@ -8,6 +8,7 @@ from typing import Any
 
 from .adam import AdamW
 from .adan import Adan
+from .adaptive import AdaBelief, AdaGrad, RAdam
 from .aro import ARORule
 from .base import Group, Rule
 from .dct import DCTAdamWRule
@@ -16,8 +17,10 @@ from .sgd import EMASGD, SGDM
 #: Rules that a config may name.
 RULES: dict[str, type[Rule]] = {
     rule.__name__.removesuffix('Rule'): rule
-    for rule in (SGDM, EMASGD, AdamW, Adan, ARORule, DCTAdamWRule)
+    for rule in (SGDM, EMASGD, AdamW, Adan, AdaGrad, RAdam, AdaBelief, ARORule, DCTAdamWRule)
 }
+#: Rules that scale each entry by its own history, which optimizers like Adam may have.
+ADAPTIVE = ('AdamW', 'Adan', 'AdaGrad', 'RAdam', 'AdaBelief')
 
 
 def rule_name(rule: type[Rule]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_flag, check_number
-from .base import Group, Rule, State, moments_of
+from .base import Group, Rule, State, moments_of, move_decoupled
 
 
 class SGDM(Rule):
@@ -108,6 +108,7 @@ class EMASGD(Rule):
     def apply_updates(
         self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group
     ) -> None:
-        if self.decay == 'decoupled' and group['weight_decay']:
-            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-        torch._foreach_add_(params, updates, alpha=-group['lr'])
+        if self.decay == 'decoupled':
+            move_decoupled(params, updates, group)
+        else:
+            torch._foreach_add_(params, updates, alpha=-group['lr'])

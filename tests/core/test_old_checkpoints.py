@@ -21,12 +21,14 @@ from tests.support.paths import GOLDEN
 RECORDED = GOLDEN / 'checkpoints.pt'
 EACH = dict(stat_interval=1, refresh_interval=2, early_refreshes=False)
 OFTEN = dict(stat_interval=1, refresh_interval=2, settings='published')
+#: As AFOpt was when these were saved.
+AFOPT = dict(OFTEN, count_from=0, convolutions=True)
 HYBRID: dict[str, Any] = dict(
     rule=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     layers=[
         dict(
             match=dict(module_type='MultiheadAttention'),
-            preconditioner=dict(type='AttentionFeature', **OFTEN),
+            preconditioner=dict(type='AttentionFeature', **AFOPT),
         ),
         dict(
             match=dict(name='conv'),
@@ -41,8 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
     'NKFAC block': dict(lr=0.02, max_dim=8, oversize='block', **OFTEN),
     'NKFAC sketch': dict(lr=0.02, max_dim=8, oversize='lowrank', max_rank=4, **OFTEN),
     'AdamR': dict(lr=1e-3, **EACH),
-    'AFOpt': dict(lr=0.01, **OFTEN),
-    'AdaAFOpt': dict(lr=1e-3, variant='gauss_newton', **OFTEN),
+    'AFOpt': dict(lr=0.01, **AFOPT),
+    'AdaAFOpt': dict(lr=1e-3, variant='gauss_newton', **AFOPT),
     'MAC': dict(lr=0.02, **EACH),
     'SMAC': dict(lr=0.02, **EACH),
     'SKFAC': dict(lr=0.02, max_columns=10, **EACH),

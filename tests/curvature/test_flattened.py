@@ -379,7 +379,7 @@ def test_heads_of_mmdetection(heads: Any, kind: str, expected: dict[str, int]) -
 def test_the_box_head_is_preconditioned_with_its_positions(heads: Any) -> None:
     """12,544 inputs are over max_dim; 256 channels and 49 positions are not."""
     head = heads.Shared2FCBBoxHead(in_channels=256, fc_out_channels=8, num_classes=3)
-    plain = NKFAC(head, lr=0.1, settings='published')
+    plain = NKFAC(head, lr=0.1, max_dim=8192, settings='published')
     assert '12545 is over max_dim=8192' in plain.table()
     optimizer = AdamR(
         head, lr=0.1, stat_interval=1, refresh_interval=1, input_factor='auto', settings='published'

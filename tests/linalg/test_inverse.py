@@ -200,6 +200,31 @@ def test_newton_steps_are_the_written_formula() -> None:
         assert torch.allclose(newton_inverse(matrix, start, 1)[0], expected, rtol=1e-12)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(2, 7), st.integers(0, 10**6), st.floats(0.3, 3))
+def test_the_optimal_step_has_the_least_residual(n: int, seed: int, scale: float) -> None:
+    """Proposition 3.2: along D = B (A B - I), of the inverse B of another matrix A."""
+    matrix = spd(n, 0.05, seed)[0]
+    start = scale * torch.linalg.inv(spd(n, 0.05, seed + 1)[0])
+    assume(float(residual(matrix, start)) > 1)
+    refined, good = newton_inverse(matrix, start, 1, optimal=True)
+    direction = start @ (matrix @ start - torch.eye(n).double())
+
+    def left_over(step: float) -> Tensor:
+        error = matrix @ (start - step * direction) - torch.eye(n).double()
+        return torch.linalg.matrix_norm(error)
+
+    reached = torch.linalg.matrix_norm(matrix @ refined.mT - torch.eye(n).double())
+    assert bool(good) and float(reached) <= min(
+        float(left_over(10.0**k)) + 1e-9 for k in torch.linspace(-4, 1, 60).tolist()
+    )
+    change = matrix @ direction
+    best = float(((matrix @ start - torch.eye(n).double()) * change).sum() / (change**2).sum())
+    torch.testing.assert_close(refined.mT, start - best * direction, rtol=1e-8, atol=1e-10)
+    norm, _ = newton_inverse(matrix, start, 1)
+    assert not torch.allclose(norm, refined, rtol=1e-3) or n < 3
+
+
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_newton_reports_what_is_not_finite(bad: float) -> None:
     stack = spd(3, count=3)

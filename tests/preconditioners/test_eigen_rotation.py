@@ -23,6 +23,7 @@ from tests.support.rotation import (
     ADAMW,
     EVERY,
     LATE,
+    MORE_RULES,
     RULES,
     SECOND,
     both,
@@ -71,6 +72,22 @@ def test_trajectories(
     )
     follow(model, optimizer, reference, batches(make), max(5, 2 * refresh + 1))
     assert all(e['refreshes'] >= 2 for e in optimizer.state_dict()['precond']['layers'].values())
+
+
+@pytest.mark.parametrize('rotate', [True, False], ids=['turned', 'thesis'])
+@pytest.mark.parametrize('rule', MORE_RULES)
+@pytest.mark.parametrize('intervals', [(1, 1), (2, 4)], ids=str)
+def test_other_adaptive_rules(intervals: tuple[int, int], rule: str, rotate: bool) -> None:
+    """On a network of which no unit dies: its null space has no basis of its own."""
+    stat, refresh = intervals
+    model, optimizer, reference = both(
+        ConvNet,
+        MORE_RULES[rule],
+        stat_interval=stat,
+        refresh_interval=refresh,
+        rotate_moments=rotate,
+    )
+    follow(model, optimizer, reference, batches(ConvNet), 2 * refresh + 3)
 
 
 @pytest.mark.parametrize('rule', RULES)

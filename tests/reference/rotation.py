@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .factors import Loss, Recorder, blocks_of, is_conv, measure
 from .nkfac import ReferenceNKFAC
-from .rules import weighted_mean
+from .rules import believed, deviations, rectified, weighted_mean
 
 
 def assigned(basis: Tensor, old: Tensor) -> Tensor:
@@ -108,11 +108,11 @@ class Seen:
 
 
 class ReferenceRotation(ReferenceNKFAC):
-    """AdamR on a float64 model without hooks, with AdamW or Adan.
+    """AdamR on a float64 model without hooks, with any of its rules.
 
     Args:
         model: The model, trained in place.
-        rule: 'AdamW' or 'Adan'.
+        rule: Name of the rule.
         overrides: As in `ReferenceNKFAC`.
         settings: As the optimizer's, all intervals 1 by default.
     """
@@ -121,7 +121,7 @@ class ReferenceRotation(ReferenceNKFAC):
         self,
         model: nn.Module,
         lr: float,
-        betas: tuple[float, ...],
+        betas: tuple[float, ...] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         rule: str = 'AdamW',
@@ -214,20 +214,36 @@ class ReferenceRotation(ReferenceNKFAC):
         else:
             linear = [s.turn(s.gradient) for s in seen]
             own = list(zip(linear, [linear[0], *linear], strict=False))
-        mean = weighted_mean(linear, self.betas[0])
+        mean = linear[-1] if self.rule == 'AdaGrad' else weighted_mean(linear, self.betas[0])
+        square_beta = self.betas[-1] if self.betas else 1.0
         if self.rule == 'Adan':
-            _, beta, square_beta = self.betas
+            beta = self.betas[1]
             changes = [new - old for new, old in zip(linear, [linear[0], *linear], strict=False)]
             mean = mean + beta * weighted_mean(changes, beta)
             squares = [(new + beta * (new - old)) ** 2 for new, old in own]
+        elif self.rule == 'AdaBelief':
+            squares = [deviation**2 for deviation in self._deviations(seen)]
         else:
-            square_beta = self.betas[1]
             squares = [new**2 for new, _ in own]
         if self.settings['rotate_moments']:
             squares = [
                 self._spread(p, s.turns, square) for s, square in zip(seen, squares, strict=True)
             ]
-        return mean / (weighted_mean(squares, square_beta).sqrt() + self.eps)
+        square = weighted_mean(squares, square_beta)
+        if self.rule == 'AdaGrad':
+            square = square * len(squares)
+        if self.rule == 'RAdam':
+            return rectified(mean, square, len(squares), square_beta, self.eps)
+        if self.rule == 'AdaBelief':
+            return believed(mean, square, square_beta, self.eps)
+        return mean / (square.sqrt() + self.eps)
+
+    def _deviations(self, seen: list[Seen]) -> list[Tensor]:
+        """Of each gradient from the momentum of its step, in the basis of that step."""
+        if not self.settings['rotate_moments']:
+            return deviations([s.turn(s.gradient) for s in seen], self.betas[0])
+        raw = deviations([s.gradient for s in seen], self.betas[0])
+        return [s.turn(deviation) for s, deviation in zip(seen, raw, strict=True)]
 
     def _spread(self, p: nn.Parameter, since: int, square: Tensor) -> Tensor:
         """A square after all changes of the basis since then, as if entries were uncorrelated."""

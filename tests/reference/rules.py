@@ -86,3 +86,74 @@ class ReferenceAdan(ReferenceRule):
             weighted_mean(values, 1 - b) for values, b in ((seen, b1), (changes, b2), (ahead, b3))
         )
         return (p - lr * (m + (1 - b2) * v) / (n.sqrt() + self.eps)) / (1 + lr * weight_decay)
+
+
+class ReferenceAdaGrad(ReferenceRule):
+    """AdaGrad (Duchi et al., 2011), with decoupled decay."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def moved(self, p: Tensor, seen: list[Tensor], lr: float, weight_decay: float) -> Tensor:
+        total: Any = sum(d**2 for d in seen)
+        return p - lr * (seen[-1] / (total.sqrt() + self.eps) + weight_decay * p)
+
+
+def rectified(mean: Tensor, square: Tensor, steps: int, beta: float, eps: float) -> Tensor:
+    """RAdam's direction (arXiv 1908.03265, Algorithm 2) from bias-corrected moments.
+
+    As in torch, eps is added to the root of the second moment before its bias correction.
+    """
+    longest = 2 / (1 - beta) - 1
+    length = longest - 2 * steps * beta**steps / (1 - beta**steps)
+    if length <= 5:
+        return mean
+    factor = (length - 4) * (length - 2) * longest
+    factor /= (longest - 4) * (longest - 2) * length
+    corrected = (1 - beta**steps) ** 0.5
+    return mean * factor**0.5 * corrected / ((square * corrected**2).sqrt() + eps)
+
+
+class ReferenceRAdam(ReferenceRule):
+    """RAdam, with decoupled decay."""
+
+    def __init__(self, betas: tuple[float, float], eps: float) -> None:
+        super().__init__()
+        self.betas, self.eps = betas, eps
+
+    def moved(self, p: Tensor, seen: list[Tensor], lr: float, weight_decay: float) -> Tensor:
+        mean = weighted_mean(seen, self.betas[0])
+        square = weighted_mean([d**2 for d in seen], self.betas[1])
+        direction = rectified(mean, square, len(seen), self.betas[1], self.eps)
+        return p - lr * (direction + weight_decay * p)
+
+
+def deviations(history: list[Tensor], beta: float) -> list[Tensor]:
+    """What each direction differs from the momentum of its own step, which includes it."""
+    found = []
+    for k in range(len(history)):
+        so_far = history[: k + 1]
+        momentum = (1 - beta ** (k + 1)) * weighted_mean(so_far, beta)
+        found.append(history[k] - momentum)
+    return found
+
+
+def believed(mean: Tensor, square: Tensor, beta: float, eps: float) -> Tensor:
+    """AdaBelief's direction; eps joins the average at every step, and is added to the root."""
+    joined = eps / (1 - beta)  # the bias-corrected average of eps / (1 - beta)
+    return mean / ((square + joined).sqrt() + eps)
+
+
+class ReferenceAdaBelief(ReferenceRule):
+    """AdaBelief (arXiv 2010.07468), with decoupled decay."""
+
+    def __init__(self, betas: tuple[float, float], eps: float) -> None:
+        super().__init__()
+        self.betas, self.eps = betas, eps
+
+    def moved(self, p: Tensor, seen: list[Tensor], lr: float, weight_decay: float) -> Tensor:
+        mean = weighted_mean(seen, self.betas[0])
+        square = weighted_mean([d**2 for d in deviations(seen, self.betas[0])], self.betas[1])
+        direction = believed(mean, square, self.betas[1], self.eps)
+        return p - lr * (direction + weight_decay * p)

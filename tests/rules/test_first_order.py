@@ -14,7 +14,14 @@ from mmprecond.optimizers import AdaAFOpt, FAdam, Preconditioned, Preconditioned
 from mmprecond.rules import RULES, AdamW, Adan, build_rule
 from tests.reference.factors import plain_copy
 from tests.reference.feature import ReferenceFeature
-from tests.reference.rules import ReferenceAdamW, ReferenceAdan, ReferenceSGDM
+from tests.reference.rules import (
+    ReferenceAdaBelief,
+    ReferenceAdaGrad,
+    ReferenceAdamW,
+    ReferenceAdan,
+    ReferenceRAdam,
+    ReferenceSGDM,
+)
 from tests.support.errors import refused
 from tests.support.states import differences, everything, saved
 from tests.support.trajectories import Tokens, follow, make_loss
@@ -121,6 +128,9 @@ REFERENCES = {
     'nesterov SGDM': (dict(momentum=0.7, nesterov=True), lambda: ReferenceSGDM(0.7, True)),
     'AdamW': (dict(betas=(0.8, 0.95), eps=1e-7), lambda: ReferenceAdamW((0.8, 0.95), 1e-7)),
     'Adan': (dict(betas=(0.8, 0.7, 0.95), eps=1e-4), lambda: ReferenceAdan((0.8, 0.7, 0.95), 1e-4)),
+    'AdaGrad': (dict(eps=1e-4), lambda: ReferenceAdaGrad(1e-4)),
+    'RAdam': (dict(betas=(0.8, 0.9), eps=1e-4), lambda: ReferenceRAdam((0.8, 0.9), 1e-4)),
+    'AdaBelief': (dict(betas=(0.8, 0.9), eps=1e-6), lambda: ReferenceAdaBelief((0.8, 0.9), 1e-6)),
     'default Adan': ({}, lambda: ReferenceAdan((0.98, 0.92, 0.99), 1e-8)),
 }
 

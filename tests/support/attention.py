@@ -43,7 +43,7 @@ def measured(
     model: nn.Module, run: Callable[[], Any], variant: str = 'thesis', **options: Any
 ) -> Measured:
     """What a new AFOpt captures of `run`, by weight name."""
-    optimizer = AFOpt(model, lr=0.1, variant=variant, settings='published', **options)
+    optimizer = AFOpt(model, lr=0.1, variant=variant, settings='published', count_from=0, **options)
     run()
     found = {layer.name: kept for layer, kept in optimizer.curvature.capture.staged.items()}
     optimizer.disarm()

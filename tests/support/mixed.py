@@ -12,7 +12,14 @@ from mmprecond.optimizers import Preconditioned, PreconditionedOptimizer
 
 KRONECKER = dict(type='NewtonKronecker', settings='published', stat_interval=1, refresh_interval=2)
 FEATURE = dict(type='InputFeature', settings='published', stat_interval=2, refresh_interval=4)
-ATTENTION = dict(type='AttentionFeature', settings='published', stat_interval=3, refresh_interval=3)
+ATTENTION = dict(
+    type='AttentionFeature',
+    settings='published',
+    count_from=0,
+    convolutions=True,
+    stat_interval=3,
+    refresh_interval=3,
+)
 RULE = dict(type='AdamW', lr=0.01, weight_decay=0.1)
 
 

@@ -74,7 +74,12 @@ def settings_of(kind: str) -> st.SearchStrategy[dict[str, Any]]:
                 dict(norm_recovery=False, damping=0.3),
             ]
         ),
-        'AttentionFeature': pick([dict(damping=0.01), dict(damping=0.3, norm_recovery=False)]),
+        'AttentionFeature': pick(
+            [
+                dict(count_from=0, convolutions=True, damping=0.01),
+                dict(count_from=0, convolutions=True, damping=0.3, norm_recovery=False),
+            ]
+        ),
         'KroneckerRoot': st.fixed_dictionaries(
             dict(
                 damping=pick([1e-5, 0.3]),

@@ -18,6 +18,11 @@ from tests.support.trajectories import make_loss
 ADAMW = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.1)
 ADAN = dict(lr=0.01, betas=(0.8, 0.7, 0.95), eps=1e-4, weight_decay=0.1, rule='Adan')
 RULES = {'AdamW': ADAMW, 'Adan': ADAN}
+MORE_RULES = {
+    'AdaGrad': dict(lr=0.01, eps=1e-4, weight_decay=0.1, rule='AdaGrad'),
+    'RAdam': ADAMW | dict(rule='RAdam'),
+    'AdaBelief': ADAMW | dict(rule='AdaBelief'),
+}
 EVERY = dict(stat_interval=1, refresh_interval=1)
 SECOND = dict(stat_interval=2, refresh_interval=4)
 #: The thesis has no early refreshes.

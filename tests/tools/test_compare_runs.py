@@ -312,11 +312,11 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
 def test_classifiers_are_compared_by_top_1() -> None:
     run = compare_runs.Run(
         'a',
-        paper=dict(chapter=3, result=dict(top1=71.12)),
+        paper=dict(table='3.5', result=dict(top1=71.12)),
         scores={'accuracy/top1': [(1, 1.0, 70.5)]},
     )
     assert run.against_paper() == [('top1', pytest.approx(70.5), 71.12)]
-    assert run.source == 'chapter 3'
+    assert run.source == 'table 3.5'
 
 
 @pytest.mark.parametrize(

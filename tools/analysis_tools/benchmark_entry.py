@@ -59,7 +59,7 @@ class Entry:
             return 'plain'
         methods = {stack.method for stack in self.optimizer.curvature.stacks}
         # Methods with other intervals measure at every step.
-        counts = [step + method.phase for method in methods if method.stat_interval == CAPTURE]
+        counts = [step + method.count_from for method in methods if method.stat_interval == CAPTURE]
         if all(count % CAPTURE for count in counts):
             return 'plain'
         return 'statistics' if all(count % REFRESH for count in counts) else 'refresh'

@@ -27,7 +27,8 @@ from common.tables import duration
 from mmprecond.engine.console import print_table
 from mmprecond.engine.constructor import DEFAULT, PrecondOptimWrapperConstructor
 from mmprecond.optimizers.replacement import REPLACEMENTS
-from paper.rows import departures, plain, row_of
+from paper.departures import departures, plain
+from paper.rows import row_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,9 +92,7 @@ class Run(Curves):
     @property
     def source(self) -> str:
         """Part of the thesis that the run is compared with."""
-        return ' '.join(
-            f'{key} {self.paper[key]}' for key in ('table', 'chapter') if key in self.paper
-        )
+        return f'table {self.paper["table"]}' if 'table' in self.paper else ''
 
     def against_paper(self) -> list[tuple[str, float, float]]:
         """Names of scores, with this run's value and the published one, in per cent."""

@@ -45,6 +45,8 @@ ANY = (
     'AdaFisherW',
     'ARO',
     'DCTAdamW',
+    'SOAP',
+    'Shampoo',
 )
 ATTENTION = ('AFOpt', 'AdaAFOpt')
 #: Time-budget baseline: scores are compared at its training time.
@@ -215,11 +217,7 @@ def usual(model: Model) -> list[str]:
 
 def main() -> None:
     args = parse_args()
-    from mmprecond.datasets import make_shape_folders, make_shapes
-
-    make = make_shapes if args.model.detects else make_shape_folders
-    make(args.data, images=args.images, split='train')
-    make(args.data, images=max(4, args.images // 4), split='val')
+    args.model.make_data(args.data, args.images)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     tuned = {name: grid_runs(name, args) for name in args.optimizers}
     final = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from . import ROOT
@@ -74,6 +75,19 @@ class Model:
     def headline(self) -> str:
         return next(iter(self.metrics))
 
+    def make_data(self, folder: Path, images: int) -> None:
+        """Makes the model's data: images for training, and a quarter as many for validation."""
+        from mmprecond import datasets
+
+        makers = {
+            'shapes': datasets.make_shapes,
+            'shapes-cls': datasets.make_shape_folders,
+            'digits': datasets.make_digits,
+            'digits-cls': datasets.make_digit_folders,
+        }
+        for split, count in (('train', images), ('val', max(10, images // 4))):
+            makers[self.data](folder, images=count, split=split)
+
     def contestant(self, name: str) -> Contestant:
         """Returns one of `contestants`, or any other optimizer with the plain one's config.
 
@@ -129,6 +143,7 @@ class Model:
 R18, SWIN = 'faster-rcnn_r18_fpn_shapes', 'mask-rcnn_swin_shapes'
 RETINA = 'retinanet_swin_shapes'
 RESNET_CLS, SWIN_CLS = 'resnet18_shapes-cls', 'swin_shapes-cls'
+DIGITS, DIGITS_CLS = 'faster-rcnn_r18_fpn_digits_narrow', 'resnet18_digits-cls'
 BOXES = {'coco/bbox_mAP': 'box AP', 'coco/bbox_mAP_50': 'box AP50'}
 MASKS = {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'}
 TOP_1 = {'accuracy/top1': 'top-1 %'}
@@ -153,6 +168,19 @@ MODELS = {
         200,
         (0.02, 1e-3),
         BOXES,
+    ),
+    'digits': Model(
+        'Faster R-CNN R18-FPN at half width, digits in photographs',
+        'SGD',
+        {
+            'SGD': Contestant(DIGITS, 0.02),
+            'NKFAC': Contestant(DIGITS, 0.02, ('--optimizer', 'NKFAC')),
+        },
+        '',
+        400,
+        (0.02, 1e-3),
+        BOXES,
+        'digits',
     ),
     'swin': Model(
         'Mask R-CNN, small Swin',
@@ -192,6 +220,19 @@ MODELS = {
         (0.05, 1e-3),
         TOP_1,
         'shapes-cls',
+    ),
+    'digits-cls': Model(
+        'ResNet-18 classifier, digits',
+        'SGD',
+        {
+            'SGD': Contestant(DIGITS_CLS, 0.05),
+            'NKFAC': Contestant(DIGITS_CLS, 0.05, ('--optimizer', 'NKFAC')),
+        },
+        '0.02,0.1',
+        200,
+        (0.05, 1e-3),
+        TOP_1,
+        'digits-cls',
     ),
     'swin-cls': Model(
         'small Swin classifier',

@@ -41,11 +41,13 @@ class Curves:
     Attributes:
         losses: The loss over time.
         scores: Each score over time, by its name in the log. At least one point each.
+        training: Each accuracy on batches of the training, by its name in the log.
         memory: Peak memory in MB.
     """
 
     losses: list[Point] = field(default_factory=list)
     scores: dict[str, list[Point]] = field(default_factory=dict)
+    training: dict[str, list[Point]] = field(default_factory=dict)
     memory: float = 0.0
 
     @property
@@ -76,6 +78,9 @@ class Curves:
                 seconds += entry.get('time', 0.0) * (entry['iter'] - iteration)
                 iteration = int(entry['iter'])
                 self.losses.append((iteration, seconds, entry['loss']))
+                for name, value in entry.items():
+                    if name.startswith('acc'):
+                        self.training.setdefault(name, []).append((iteration, seconds, value))
                 self.memory = max(self.memory, entry.get('memory', 0))
                 continue
             for name, value in entry.items():
@@ -85,8 +90,8 @@ class Curves:
     def cut(self, start: int) -> None:
         """Removes entries from an iteration on."""
         self.losses = [point for point in self.losses if point[0] < start]
-        self.scores = {
-            name: kept
-            for name, points in self.scores.items()
-            if (kept := [point for point in points if point[0] < start])
-        }
+        for series in (self.scores, self.training):
+            for name, points in list(series.items()):
+                series[name] = [point for point in points if point[0] < start]
+                if not series[name]:
+                    del series[name]

@@ -22,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT
 from common.tables import markdown
-from paper.rows import INTERVALS, ROWS, Row, baselines, toolbox_rows
+from paper.rows import BASELINES, WITHOUT_CONFIG, Row, all_rows, tables
 from paper.verify_configs import FOLDERS, all_configs, base_of
 
+#: A config's path, its `paper` entry, and our run.
+Entry = tuple[Path, dict[str, Any], dict[str, Any]]
 RUNS = ROOT / 'configs/our_runs.json'
 TITLES = {
     'faster_rcnn': 'Faster R-CNN',
@@ -40,23 +42,21 @@ THESIS = dict(
     Title='Designing Effective Preconditioned Optimizers for Deep Neural Network '
     'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)'
 )
-#: Ablations of the thesis: the config, and the varied settings.
-ABLATIONS = {
-    'nkfac_damping': ('resnet50_b128_cifar100_nkfac', ('damping',)),
-    'nkfac_stat_decay': ('resnet50_b128_cifar100_nkfac', ('stat_decay',)),
-    'nkfac_newton_steps': ('resnet50_b128_cifar100_nkfac', ('newton_steps',)),
-    'adamr_intervals': ('resnet50_b128_cifar100_adamr', INTERVALS),
-    'afopt_damping': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', ('damping',)),
-    'afopt_intervals': ('retinanet_swin-t-p4-w7_fpn_1x_coco_afopt', INTERVALS),
-}
+ABOUT_BASELINES = """\
+All scores of classifiers, with the settings of each optimizer (learning rate, weight decay). Ours
+have the configs above. For another optimizer take the config in the first column with
+`--optimizer NAME`, the name in the head of its column, and its
+`optim_wrapper.optimizer.lr=... optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`.
+(Names with `pytorch_optimizer` need that package.) VGG19-noBN under SGDM takes
+`model.backbone.conv_cfg=None` too. Columns without settings are cited there from other papers. The
+AdamW of Swin Transformers is that of the configs of MMPretrain that ours inherit."""
 ABOUT_DETECTORS = """\
-MMDetection's own configs, with what the thesis has for them. The AdamW rows of ResNet detectors and
-of Swin-T's 2x schedule are among ours, above."""
-ABOUT_CLASSIFIERS = """\
-Classifiers: one of our configs with `--optimizer SGD` or `AdamW` for `tools/train.py`, and
-`optim_wrapper.optimizer.lr=... optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`;
-VGG19-noBN under SGDM takes `model.backbone.conv_cfg=None` too. The thesis has no rates for those of
-Mini-ImageNet. Its Swin Transformers' AdamW is that of the configs of MMPretrain that ours name."""
+Detectors whose default optimizer the thesis has as a row: MMDetection's own configs."""
+ABOUT_ABLATIONS = """\
+Ablations: settings for `--cfg-options`, with `optim_wrapper.optimizer.` before each but the batch,
+and their scores (with seconds where the thesis has them)."""
+#: Settings of ablations that are none of the optimizer's.
+ELSEWHERE = {'batch_size': 'train_dataloader.batch_size'}
 #: MIM's names of scores by our names.
 METRICS = {
     'AP': ('Object Detection', 'box AP'),
@@ -66,7 +66,7 @@ METRICS = {
 }
 
 
-def rows() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
+def rows() -> Iterator[Entry]:
     """Yields each config's path, its `paper` entry and our run (or empty).
 
     The entry of hybrids has at most the data.
@@ -79,7 +79,7 @@ def rows() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any]]]:
         yield path, paper, runs.get(path.stem, {})
 
 
-def metafile(folder: str, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
+def metafile(folder: str, entries: list[Entry]) -> str:
     """Content of a folder's metafile."""
     collection = f'{TITLES[folder]}, preconditioned'
     models = []
@@ -119,7 +119,7 @@ def data_of(paper: dict[str, Any]) -> str:
     return str(paper.get('data', 'COCO'))
 
 
-def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
+def page(entries: list[Entry]) -> str:
     """Content of docs/configs.md."""
     lines = [
         '# Configs',
@@ -135,7 +135,7 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
             if path.parent.name != folder:
                 continue
             optimizer = paper.get('optimizer') or _hybrid(path)
-            source = ' '.join(f'{key} {paper[key]}' for key in ('table', 'chapter') if key in paper)
+            source = f'table {paper["table"]}' if 'table' in paper else ''
             cells.append(
                 (
                     f'[{path.stem}](../{path.relative_to(ROOT)})',
@@ -152,8 +152,7 @@ def page(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> str:
             markdown(('config', 'data', 'optimizer', 'thesis', 'published', 'ours'), cells),
             '',
         ]
-    lines += compared_with(entries)
-    return '\n'.join(lines + ablations())
+    return '\n'.join([*lines, *compared_with(entries), *ablations(entries)])
 
 
 def _hybrid(path: Path) -> str:
@@ -163,90 +162,137 @@ def _hybrid(path: Path) -> str:
     return f'{wrapper.get("precondition", "AFOpt")}, {rule}'
 
 
-def compared_with(entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[str]:
-    """First-order rows of the tables: MMDetection's configs, or our settings."""
+def compared_with(entries: list[Entry]) -> list[str]:
+    """Scores of classifiers under all optimizers, and MMDetection's own configs of detectors."""
+    lines = ['## All scores of classifiers', '', ABOUT_BASELINES, '']
+    for content in tables():
+        if content['task'] == 'classification':
+            lines += [*_classifiers(content, entries), '']
     keys = ('detector', 'backbone', 'schedule')
-    detectors = []
-    for toolbox_row in toolbox_rows():
-        base = next(
-            base_of(path)
-            for path, paper, _ in entries
-            if all(paper.get(key) == toolbox_row[key] for key in keys)
+    detectors = [
+        (
+            next(
+                base_of(path)
+                for path, paper, _ in entries
+                if all(paper.get(key) == row.name[key] for key in keys)
+            ),
+            row.name['optimizer'],
+            rates(row),
+            f'table {row.name["table"]}',
+            scores(row.result),
         )
-        detectors.append(
-            (
-                base,
-                toolbox_row['optimizer'],
-                f'{toolbox_row["lr"]:g}, {toolbox_row["weight_decay"]:g}',
-                f'table {toolbox_row["table"]}',
-                scores(toolbox_row['result']),
-            )
-        )
-    classifiers, seen = [], []
-    for row in baselines():
-        if (key := (row.name | {'chapter': None}, row.result)) in seen:
-            continue  # chapters 2 and 4 share some
-        seen.append(key)
-        rate = ', '.join(f'{row.optimizer[key]:g}' for key in ('lr', 'weight_decay'))
-        classifiers.append(
-            (
-                row.name['data'],
-                row.name['model'],
-                row.name['optimizer'],
-                starting_point(row, entries).stem,
-                '-' if 'nan' in rate else rate,
-                scores(row.result or {}),
-            )
-        )
+        for row in all_rows()
+        if 'detector' in row.name and row.is_shipped
+    ]
+    titles = ('config', 'optimizer', 'lr, weight decay', 'thesis', 'published')
     return [
-        '## Baselines',
+        *lines,
+        '## Detectors of MMDetection',
         '',
         ABOUT_DETECTORS,
         '',
-        markdown(('config', 'optimizer', 'lr, weight decay', 'thesis', 'published'), detectors),
-        '',
-        ABOUT_CLASSIFIERS,
-        '',
-        markdown(
-            ('data', 'network', 'optimizer', 'from', 'lr, weight decay', 'published'), classifiers
-        ),
+        markdown(titles, detectors),
         '',
     ]
 
 
-def starting_point(row: Row, entries: list[tuple[Path, dict[str, Any], dict[str, Any]]]) -> Path:
-    """First config with the row's data, network and, if the row has one, chapter."""
-    criteria = {key: row.name[key] for key in ('data', 'model', 'chapter') if row.name[key]}
+def _classifiers(content: dict[str, Any], entries: list[Entry]) -> list[str]:
+    """One table of classifiers: networks by rows, optimizers by columns."""
+    own = [row for row in all_rows() if row.name['table'] == content['table']]
+    columns = list(dict.fromkeys(row.name['optimizer'] for row in own))
+    heads = [f'{name} ({BASELINES[name]})' if name in BASELINES else name for name in columns]
+    cells = []
+    for data, model, _ in content['rows']:
+        found = {
+            row.name['optimizer']: row
+            for row in own
+            if (row.name['data'], row.name['model']) == (data, model)
+        }
+        config = starting_point(next(iter(found.values())), entries).stem
+        scored = [_score(found[name]) if name in found else '-' for name in columns]
+        cells.append((config, data, model, *scored))
+        stated = [rates(found[name]) if name in found else '-' for name in columns]
+        cells.append(('', '', 'lr, decay', *stated))
+    cells = [
+        cell
+        for k, cell in enumerate(cells)
+        if k % 2 == 0 or k + 2 >= len(cells) or cell != cells[k + 2]
+    ]  # settings stand below the last of the networks that share them
+    training = ', '.join(
+        f'{title} {content[key]}'
+        for title, key in (
+            ('epochs', 'epochs'),
+            ('batch', 'batch_size'),
+            ('schedule', 'schedule'),
+            ('image size', 'image_size'),
+        )
+        if key in content
+    )
+    note = f'. {content["note"].capitalize()}.' if 'note' in content else '.'
+    return [
+        f'Table {content["table"]} ({content["section"]}): {training}{note}',
+        '',
+        markdown(('config', 'data', 'network', *heads), cells),
+    ]
+
+
+def _score(row: Row) -> str:
+    """Top-1 accuracy, with the standard deviation if there is one."""
+    return f'{row.result["top1"]}' + ('' if row.std is None else f'±{row.std}')
+
+
+def rates(row: Row) -> str:
+    """Learning rate and weight decay of a row, or '-'."""
+    keys = ('lr', 'weight_decay')
+    return ', '.join(f'{row.optimizer[key]:g}' for key in keys if key in row.optimizer) or '-'
+
+
+def starting_point(row: Row, entries: list[Entry]) -> Path:
+    """First config with the row's table, data and network."""
+    keys = [key for key in ('table', 'data', 'model') if key in row.name]
     return next(
-        path
-        for path, paper, _ in entries
-        if all(paper.get(key) == value for key, value in criteria.items())
+        path for path, paper, _ in entries if all(paper.get(key) == row.name[key] for key in keys)
     )
 
 
-def ablations() -> list[str]:
+def ablations(entries: list[Entry]) -> list[str]:
     """Ablations of the thesis as settings of configs, with their published scores."""
-    published = json.loads(ROWS.read_text())['ablations']
     cells = []
-    for name, (config, keys) in ABLATIONS.items():
-        entry = published[name]
-        rows = [
-            ' '.join(f'{key}={value}' for key, value in zip(keys, setting.split('/'), strict=True))
-            + f': {score}'
-            for setting, score in next(entry[k] for k in ('AP', 'acc') if k in entry).items()
-        ]
-        cells.append((entry['table'], config, ', '.join(rows)))
+    for number, path, settings, row in ablation_rows(entries):
+        words = ' '.join(f'{ELSEWHERE.get(key, key)}={value}' for key, value in settings.items())
+        score = '±'.join(map(str, row['top1'])) if 'top1' in row else scores(row['result'])
+        seconds = f', {row["seconds"][0]} s' if 'seconds' in row else ''
+        cells.append((number, path.stem, words or 'as it is', f'{score}{seconds}'))
+    reasons = [f'- Tables {number}: {reason}.' for number, reason in WITHOUT_CONFIG.items()]
     return [
         '## Ablations',
         '',
-        "Settings of the thesis's ablations, for `--cfg-options` with "
-        '`optim_wrapper.optimizer.` before each,',
-        'and its scores. (Tables 3.14 and 3.15, '
-        'another step size of the Newton iteration, have no setting here.)',
+        ABOUT_ABLATIONS,
         '',
-        markdown(('table', 'config', 'settings: score'), cells),
+        markdown(('table', 'config', 'settings', 'published'), cells),
+        '',
+        'Tables without a config:',
+        '',
+        *(reason.replace('Tables', 'table') for reason in reasons),
         '',
     ]
+
+
+def ablation_rows(
+    entries: list[Entry],
+) -> Iterator[tuple[str, Path, dict[str, Any], dict[str, Any]]]:
+    """Yields each row of an ablation: number of the table, config, settings, and the row itself."""
+    for content in tables():
+        if content['task'] != 'ablation':
+            continue
+        for row in content['rows']:
+            wanted = content['of'] | row.get('of', {})
+            (path,) = (
+                path
+                for path, paper, _ in entries
+                if {key: value for key, value in paper.items() if key != 'result'} == wanted
+            )
+            yield content['table'], path, row['settings'], row
 
 
 def scores(result: dict[str, float]) -> str:

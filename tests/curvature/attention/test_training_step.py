@@ -72,7 +72,7 @@ class Watch:
 def test_a_forward_pass_without_backward_frees_everything(no_collector: None) -> None:
     model = shift_window('mmdet', 1)
     watch = Watch(model)
-    optimizer = AFOpt(model, lr=0.1, settings='published')
+    optimizer = AFOpt(model, lr=0.1, settings='published', count_from=0)
     out = model(feature_map(SHAPE), SHAPE)
     assert len(watch.storages) == 3 and watch.alive() == 3
     del out
@@ -83,7 +83,7 @@ def test_everything_is_freed_after_backward(no_collector: None) -> None:
     """While the output is still there."""
     model = shift_window('mmdet', 1)
     watch = Watch(model)
-    optimizer = AFOpt(model, lr=0.1, settings='published')
+    optimizer = AFOpt(model, lr=0.1, settings='published', count_from=0)
     out = model(feature_map(SHAPE), SHAPE)
     loss_of(out).backward()
     assert watch.alive() == 0 and optimizer.curvature.capture.staged and out is not None
@@ -93,7 +93,7 @@ def test_passes_without_gradient_leave_nothing(no_collector: None) -> None:
     """Validation, and evaluation with gradients of the weights switched off."""
     model = shift_window('mmdet', 1)
     watch = Watch(model)
-    optimizer = AFOpt(model, lr=0.1, settings='published')
+    optimizer = AFOpt(model, lr=0.1, settings='published', count_from=0)
     model.eval()
     with torch.no_grad():
         out = model(feature_map(SHAPE), SHAPE)
@@ -108,7 +108,9 @@ def test_passes_without_gradient_leave_nothing(no_collector: None) -> None:
 
 def test_hooks_exist_on_statistics_steps_alone() -> None:
     model = shift_window('mmdet', 1)
-    optimizer = AFOpt(model, lr=0.01, stat_interval=3, refresh_interval=3, settings='published')
+    optimizer = AFOpt(
+        model, lr=0.01, stat_interval=3, refresh_interval=3, settings='published', count_from=0
+    )
     for step in range(7):
         armed = step % 3 == 0
         assert hooks(model) == 0
@@ -129,7 +131,7 @@ def test_a_copy_of_an_armed_model_is_not_observed(clone: Callable[[Any], Any]) -
     """Copied before, between and after calls; the model itself still is."""
     model = shift_window('mmdet', 1)
     run = lambda m: loss_of(m(feature_map(SHAPE), SHAPE)).backward()
-    optimizer = AFOpt(model, lr=0.1, settings='published')
+    optimizer = AFOpt(model, lr=0.1, settings='published', count_from=0)
     twin = clone(model)
     run(twin)
     assert not optimizer.curvature.capture.staged
@@ -155,7 +157,10 @@ def test_checkpointed_blocks_of_swin_are_measured_alike(no_collector: None) -> N
     )
     assert len(attention(found)) == 4
     same(found, expected)
-    watch, optimizer = Watch(checkpointed), AFOpt(checkpointed, lr=0.1, settings='published')
+    watch, optimizer = (
+        Watch(checkpointed),
+        AFOpt(checkpointed, lr=0.1, settings='published', count_from=0),
+    )
     outs = checkpointed(images())
     assert watch.alive() == 0
     sum(loss_of(out) for out in outs).backward()
@@ -208,7 +213,7 @@ def test_a_checkpointed_block_keeps_nothing(
     reentrant: bool, after: bool, no_collector: None
 ) -> None:
     model = Checkpointed(reentrant, after)
-    watch, optimizer = Watch(model), AFOpt(model, lr=0.1, settings='published')
+    watch, optimizer = Watch(model), AFOpt(model, lr=0.1, settings='published', count_from=0)
     out = model(feature_map(SHAPE))
     assert watch.alive() == 0
     loss_of(out).backward()
@@ -226,7 +231,7 @@ def test_a_block_that_is_checkpointed_itself_is_measured(caplog: pytest.LogCaptu
     model = nn.ModuleDict({'stem': nn.Linear(6, 6), 'attn': attn}).double()
     turn_on.turn_on_activation_checkpointing(model, 'attn')
     with caplog.at_level(logging.WARNING, 'mmprecond'):
-        optimizer = AFOpt(model, lr=0.1, settings='published')
+        optimizer = AFOpt(model, lr=0.1, settings='published', count_from=0)
         loss_of(attn(model.stem(feature_map(SHAPE)))).backward()
         found = {layer.name for layer in optimizer.curvature.capture.staged}
         optimizer.step()
@@ -260,6 +265,7 @@ def test_accumulated_micro_batches_give_the_same_weights(
             stat_interval=1,
             refresh_interval=2,
             settings='published',
+            count_from=0,
         )
         for step in range(4):
             optimizer.zero_grad()
@@ -276,7 +282,7 @@ def test_the_loss_scale_does_not_touch_attention(scale: Any) -> None:
     plain = measured_whole(model, lambda: backward(model, images().float()))
     scaler = torch.amp.GradScaler('cpu', 2.0**20) if scale == 'scaler' else None
     for variant in VARIANTS:
-        optimizer = AFOpt(model, lr=0.1, variant=variant, settings='published')
+        optimizer = AFOpt(model, lr=0.1, variant=variant, settings='published', count_from=0)
         optimizer.loss_scale = scaler or scale
         loss = sum(loss_of(out) for out in model(images().float()))
         (scaler.scale(loss) if scaler else loss * scale).backward()

@@ -213,6 +213,7 @@ class Sampler:
             variant=variant,
             **{'max_windows': 2, **options},
             settings='published',
+            count_from=0,
         )
         self.capture = self.optimizer.curvature.capture
         self.layer = layer_of(self.optimizer, QKV)
@@ -325,5 +326,5 @@ def test_few_windows_are_all_measured(windows: int, reads: Reads) -> None:
 
 
 def test_a_window_layer_is_read_as_one() -> None:
-    layer = layer_of(AFOpt(shift_window(), lr=0.1, settings='published'), QKV)
+    layer = layer_of(AFOpt(shift_window(), lr=0.1, settings='published', count_from=0), QKV)
     assert type(layer) is WindowAttention and layer.shape == (6, 3, 6) and layer.bias is None

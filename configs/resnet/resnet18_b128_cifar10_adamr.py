@@ -1,0 +1,14 @@
+# ResNet-18, CIFAR-10: AdamR (thesis, table 4.1).
+_base_ = 'resnet18_b128_cifar100_adamr.py'
+
+model = dict(head=dict(num_classes=10))
+data_preprocessor = dict(
+    num_classes=10, mean=[125.307, 122.961, 113.8575], std=[51.5865, 50.847, 51.255]
+)
+train_dataloader = dict(dataset=dict(type='CIFAR10', data_root='data/cifar10'))
+val_dataloader = dict(dataset=dict(type='CIFAR10', data_root='data/cifar10'))
+test_dataloader = val_dataloader
+
+paper = dict(
+    data='CIFAR-10', table='4.1', model='ResNet18', optimizer='AdamR', result=dict(top1=95.12)
+)

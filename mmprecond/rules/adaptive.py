@@ -1,0 +1,120 @@
+"""Elementwise adaptive rules beside AdamW and Adan; their weight decay is decoupled."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adagrad import adagrad
+from torch.optim.radam import radam
+
+from ..checks import check_number
+from .adam import AdamW
+from .base import Group, Rule, State, moments_of, move_decoupled
+
+
+class AdaBelief(AdamW):
+    """AdaBelief: Adam whose second moment is that of the deviation from the momentum.
+
+    With the direction g and m as in `AdamW`, ``s = beta2 s + (1 - beta2) (g - m)^2 + eps`` takes
+    the place of v.
+
+    Source: AdaBelief (arXiv 2010.07468), Algorithm 2 and its code, without rectification.
+    """
+
+    defaults = dict(betas=(0.9, 0.999), eps=1e-16, weight_decay=0.0)
+    quadratic_moments: ClassVar[tuple[str, ...]] = ('exp_avg_var',)
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def moments(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> tuple[list[Tensor], list[Tensor], int]:
+        beta1, beta2 = group['betas']
+        step = states[0].get('step', 0) + 1
+        first = moments_of(states, 'exp_avg', params)
+        second = moments_of(states, 'exp_avg_var', params)
+        for state in states:
+            state['step'] = step
+        torch._foreach_lerp_(first, directions, 1 - beta1)
+        deviations = torch._foreach_sub(directions, first)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, deviations, deviations, 1 - beta2)
+        torch._foreach_add_(second, group['eps'])
+        return first, second, step
+
+
+class RAdam(AdamW):
+    """RAdam: Adam without the second moment while that has seen too few steps.
+
+    Source: RAdam (arXiv 1908.03265), Algorithm 2, in torch's implementation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
+        step = states[0].get('step', 0)
+        for state in states:
+            state['step'] = step + 1
+        moved = [torch.zeros_like(p) for p in params]
+        beta1, beta2 = group['betas']
+        radam(
+            moved,
+            directions,
+            moments_of(states, 'exp_avg', params),
+            moments_of(states, 'exp_avg_sq', params),
+            [torch.tensor(float(step)) for _ in params],
+            foreach=True,
+            beta1=beta1,
+            beta2=beta2,
+            lr=1.0,
+            weight_decay=0.0,
+            eps=group['eps'],
+        )
+        return list(torch._foreach_neg(moved))
+
+
+class AdaGrad(Rule):
+    """AdaGrad: directions divided by the root of the sum of their squares.
+
+    Source: AdaGrad (Duchi et al., JMLR 2011), diagonal form, in torch's implementation.
+    """
+
+    hyper: ClassVar[tuple[str, ...]] = ('lr', 'eps', 'weight_decay')
+    defaults = dict(eps=1e-10, weight_decay=0.0)
+    quadratic_moments: ClassVar[tuple[str, ...]] = ('sum',)
+    elementwise: ClassVar[bool] = True
+
+    @classmethod
+    def check(cls, group: Group) -> None:
+        super().check(group)
+        check_number('eps', group['eps'])
+
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
+        moved = [torch.zeros_like(p) for p in params]
+        adagrad(
+            moved,
+            directions,
+            moments_of(states, 'sum', params),
+            [torch.zeros(()) for _ in params],
+            foreach=True,
+            has_sparse_grad=False,
+            lr=1.0,
+            weight_decay=0.0,
+            lr_decay=0.0,
+            eps=group['eps'],
+            maximize=False,
+        )
+        return list(torch._foreach_neg(moved))
+
+    def apply_updates(
+        self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group
+    ) -> None:
+        move_decoupled(params, updates, group)

@@ -1,0 +1,230 @@
+"""Data of the thesis's kinds of figure (see figures.py)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common import ROOT
+from common.models import build_model
+from common.timing import seconds_of
+from mmprecond.core.inspection import LayerView
+from mmprecond.linalg import cholesky_inverse, largest_eigenvalue, newton_inverse
+from mmprecond.optimizers import NKFAC, SGDPH
+from mmprecond.optimizers.peers import PeerHessian
+
+Row = dict[str, Any]
+
+
+def shapes(size: int = 32, count: int = 800) -> tuple[Tensor, Tensor]:
+    """Images of shapes (n, 3, h, w) at about unit scale, and their classes."""
+    from analysis_tools.accuracy import images
+
+    return images(ROOT / 'data/figures', count, size)
+
+
+def train(optimizer: Any, model: Any, steps: int, batch: int = 64) -> Iterator[int]:
+    """Trains a classifier on shapes; yields the number of each finished step."""
+    pixels, labels = shapes()
+    generator = torch.Generator().manual_seed(0)
+    for step in tqdm(range(steps), unit='step'):
+        chosen = torch.randint(len(pixels), (batch,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model.head(model.extract_feat(pixels[chosen])), labels[chosen]).backward()
+        optimizer.step()
+        yield step
+
+
+def change(args: argparse.Namespace) -> list[Row]:
+    """Relative change of each layer's statistics and inverses between captures.
+
+    NKFAC as published, but with an exact inverse after each capture, trains a ResNet-18. The change
+    is the Frobenius norm of the difference from the capture before, over that of the statistic.
+    """
+    model: Any = build_model('resnet18')
+    model.init_weights()
+    optimizer = NKFAC(
+        model,
+        lr=0.05,
+        weight_decay=1e-3,
+        settings='published',
+        stat_interval=args.stat_interval,
+        refresh_interval=args.stat_interval,
+        solver='cholesky',
+    )
+    rows: list[Row] = []
+    before: dict[str, LayerView] = {}
+    for step in train(optimizer, model, args.steps):
+        if step % args.stat_interval:
+            continue
+        for layer, stack in optimizer.curvature.layers.items():
+            if not stack.holds(layer):  # branches begin at zero
+                continue
+            view = optimizer.curvature.layer(layer.name)
+            if layer.name in before:
+                rows.append(
+                    {'line': layer.name, 'step': step, **_changes(before[layer.name], view)}
+                )
+            before[layer.name] = view
+    return rows
+
+
+def _changes(old: LayerView, new: LayerView) -> dict[str, float]:
+    names = {'gradient': 'change of L', 'input': 'change of R'}
+    found = {
+        title: _relative(old.factors[side], new.factors[side])
+        for side, title in names.items()
+        if side in new.factors
+    }
+    inverses = [_relative(old.operators[key], new.operators[key]) for key in new.operators]
+    return {**found, 'change of inverses': max(inverses)}
+
+
+def _relative(old: Tensor, new: Tensor) -> float:
+    return float(torch.linalg.vector_norm(new - old) / torch.linalg.vector_norm(new))
+
+
+def newton(args: argparse.Namespace) -> list[Row]:
+    """Residual ``||A B - I||_F`` of Newton's iteration, with both of its step sizes.
+
+    A is a random second moment with damping 0.01, of norm 1; B is the inverse of A + P, where P is
+    a random symmetric matrix of each given norm.
+    """
+    torch.manual_seed(0)
+    matrix = random_moment(args.size)
+    rows: list[Row] = []
+    for size in args.perturbations:
+        noise = torch.randn_like(matrix)
+        noise = noise @ noise.mT
+        start = torch.linalg.inv(matrix + size * noise / torch.linalg.matrix_norm(noise))
+        for optimal in (False, True):
+            inverse = start
+            for iteration in range(args.iterations + 1):
+                error = matrix @ inverse - torch.eye(args.size).double()
+                line = f'perturbation {size:g}, {"optimal" if optimal else "norm"} step'
+                residual = float(torch.linalg.matrix_norm(error))
+                rows.append({'line': line, 'iteration': iteration, 'residual': residual})
+                inverse, _ = newton_inverse(matrix, inverse, 1, optimal)
+    return rows
+
+
+def random_moment(size: int, damping: float = 0.01) -> Tensor:
+    """Second moment (n, n) with eigenvalues that decrease like 1 / k, damped, of norm 1."""
+    basis = torch.linalg.qr(torch.randn(size, size).double())[0]
+    moment = basis @ (basis / torch.arange(1, size + 1)).mT
+    moment = moment + damping * torch.eye(size).double()
+    return moment / torch.linalg.matrix_norm(moment)
+
+
+def inversion(args: argparse.Namespace) -> list[Row]:
+    """Seconds and error of inverses of damped moments in float32, by solver.
+
+    'newton' is one step from the inverse of a moment that differs by 2 % in norm. The error is
+    ``||A B - I||_F / sqrt(n)`` in float64. At the first damping all sizes are measured, at the
+    largest size all dampings.
+    """
+    rows: list[Row] = []
+    pairs = [(int(n), args.dampings[0]) for n in args.sizes]
+    pairs += [(int(max(args.sizes)), damping) for damping in args.dampings[1:]]
+    for size, damping in tqdm(pairs):
+        torch.manual_seed(size)
+        exact = random_moment(size, 0.0)
+        moment = exact.float()
+        noise = torch.randn_like(moment) / size
+        other = moment + 0.02 * (noise @ noise.mT) / torch.linalg.matrix_norm(noise @ noise.mT)
+        eye = torch.eye(size)
+        amount = damping * float(largest_eigenvalue(moment[None]))
+        damped, last = moment + amount * eye, torch.linalg.inv(other + amount * eye)
+        for line, solve in (
+            ('cholesky', lambda d=damped: cholesky_inverse(d)[0]),
+            ('eigenvectors', lambda d=damped: _by_eigenvectors(d)),
+            ('newton', lambda d=damped, b=last: newton_inverse(d, b, 1)[0]),
+        ):
+            inverse = solve()
+            error = damped.double() @ inverse.double() - torch.eye(size).double()
+            rows.append(
+                {
+                    'line': line,
+                    'size': size,
+                    'damping': damping,
+                    'seconds': min(seconds_of(solve) for _ in range(3)),
+                    'error': float(torch.linalg.matrix_norm(error)) / size**0.5,
+                }
+            )
+    return rows
+
+
+def _by_eigenvectors(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors / values) @ vectors.mT
+
+
+def partial(args: argparse.Namespace) -> list[Row]:
+    """Time and memory of SGDPH relative to SGD, by its interval, and of AdaHessian.
+
+    The model is a ResNet-18 at batch 64. Time is that of whole iterations, and memory that of
+    parameters, gradients and states.
+    """
+    from pytorch_optimizer import AdaHessian
+
+    base = _price('SGD', args)
+    rows: list[Row] = []
+    for interval in map(int, args.intervals):
+        for refresh in ('round_robin', 'all'):
+            name = f'SGDPH, {refresh}'
+            rows.append(_relative_price(name, interval, _price(name, args, interval), base))
+        peer = _price('AdaHessian', args, interval, AdaHessian)
+        rows.append(_relative_price('AdaHessian', interval, peer, base))
+    return rows
+
+
+def _relative_price(
+    line: str, interval: int, price: tuple[float, float], base: tuple[float, float]
+) -> Row:
+    time, memory = (ours / theirs for ours, theirs in zip(price, base, strict=True))
+    return {'line': line, 'interval': interval, 'time': time, 'memory': memory}
+
+
+def _price(
+    name: str, args: argparse.Namespace, interval: int = 1, peer: Any = None
+) -> tuple[float, float]:
+    """Seconds of an iteration, and numbers that the optimizer and the model hold."""
+    torch.manual_seed(0)
+    model: Any = build_model('resnet18')
+    if peer is not None:
+        optimizer: Any = peer(model.parameters(), lr=0.1, update_period=interval)
+        hessian = PeerHessian(optimizer)
+    elif name == 'SGD':
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    else:
+        refresh = name.split(', ')[1]
+        optimizer = SGDPH(model, lr=0.01, interval=interval, refresh=refresh)
+    pixels = torch.randn(64, 3, args.size, args.size)
+    labels = torch.randint(1000, (64,))
+
+    def iterate() -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model.head(model.extract_feat(pixels)), labels)
+        graph = (
+            hessian.needs_graph if peer is not None else getattr(optimizer, 'needs_graph', False)
+        )
+        loss.backward(create_graph=graph)
+        if peer is not None:
+            hessian.measure()
+        optimizer.step()
+
+    iterate()
+    seconds = sum(seconds_of(iterate) for _ in range(args.steps)) / args.steps
+    return seconds, _numbers(model, optimizer)
+
+
+def _numbers(model: nn.Module, optimizer: Any) -> float:
+    held: list[Tensor] = [p for p in model.parameters() for _ in range(2)]  # and its gradient
+    held += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    return float(sum(tensor.numel() for tensor in held))
