@@ -14,8 +14,9 @@ class SOAP(PreconditionedAdam):
     """An adaptive rule in the eigenbasis of the gradient matrix's second moments.
 
     Source: SOAP (arXiv 2409.11321). It needs no hooks. The first step of a layer makes no update
-    (see `GradientRotation`, whose settings it takes). The second moment is divided as in AdamW: eps
-    is added after the bias correction, where SOAP's code adds it before.
+    (see `GradientRotation`, whose settings it takes). As in AdamW, eps is added after the bias
+    correction, and weight decay comes before the update. In SOAP's code both are the other way
+    round.
 
     Args:
         params: Parameters or groups, with `model`; or the module itself.

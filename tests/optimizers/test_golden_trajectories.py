@@ -9,9 +9,15 @@ import pytest
 import torch
 
 import mmprecond.optimizers
-from tests.support.networks import ConvNet, TokenNet, squared_error
+from tests.support.networks import ConvNet, MatrixNet, TokenNet, squared_error
 from tests.support.paths import GOLDEN
 
+#: Networks, and names of their data.
+MODELS = {
+    'conv': (ConvNet, 'conv'),
+    'token': (TokenNet, 'token'),
+    'matrix': (MatrixNet, 'token'),
+}
 CASES = sorted(p.stem for p in GOLDEN.glob('*.npz') if not p.stem.startswith('data'))
 
 
@@ -19,8 +25,9 @@ CASES = sorted(p.stem for p in GOLDEN.glob('*.npz') if not p.stem.startswith('da
 def test_trajectory(case: str) -> None:
     golden = np.load(GOLDEN / f'{case}.npz')
     meta = json.loads(str(golden['meta']))
-    data = np.load(GOLDEN / f'data-{meta["model"]}.npz')
-    model = {'conv': ConvNet, 'token': TokenNet}[meta['model']]().double()
+    network, data_name = MODELS[meta['model']]
+    data = np.load(GOLDEN / f'data-{data_name}.npz')
+    model = network().double()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.from_numpy(golden[f'init/{name}']))

@@ -42,6 +42,18 @@ class TokenNet(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
+class MatrixNet(nn.Module):
+    """The network of SOAP's golden trajectory: no biases, and gradients of full rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(16, 16, bias=False)
+        self.fc2 = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc2(x + F.gelu(self.fc1(x)))).mean(1)
+
+
 def squared_error(out: Tensor, y: Tensor) -> Tensor:
     """Squared error to one-hot targets, summed, divided by the batch size."""
     return ((out - F.one_hot(y, out.shape[1]).to(out.dtype)) ** 2).sum() / len(out)
