@@ -164,7 +164,19 @@ def table(
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('model', choices=list(MODELS))
+    parser.add_argument('model', choices=list(MODELS), nargs='?', help='not with --suite')
+    parser.add_argument(
+        '--suite',
+        choices=('quick', 'full'),
+        help='a comparison of fixed tasks in place of one model (see suite.py): one in about 20 '
+        'minutes, or all in about 20 hours; a stopped one goes on',
+    )
+    parser.add_argument(
+        '--tasks',
+        type=lambda text: text.split(','),
+        default=[],
+        help='of --suite full; default: all',
+    )
     parser.add_argument(
         '--optimizers',
         help='names, separated by commas; default: all that the model can be trained with',
@@ -197,6 +209,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/results_MODEL')
     add_options(parser)
     args = parser.parse_args()
+    if args.suite:
+        return args
+    if args.model is None:
+        parser.error('give a model, or --suite quick')
     args.work_dir = (args.work_dir or ROOT / f'work_dirs/results_{args.model}').resolve()
     args.data = ROOT / f'data/results-{args.model}'
     args.model = MODELS[args.model]
@@ -217,6 +233,11 @@ def usual(model: Model) -> list[str]:
 
 def main() -> None:
     args = parse_args()
+    if args.suite:
+        from analysis_tools import suite
+
+        suite.main(args.suite, args.tasks, args)
+        return
     args.model.make_data(args.data, args.images)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     tuned = {name: grid_runs(name, args) for name in args.optimizers}

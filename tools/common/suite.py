@@ -1,0 +1,131 @@
+"""Tasks of the suite: models, data, lengths, and the optimizers that are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .contestants import ATTACH, BOXES, DECAY, DECAYS, TOP_1, Contestant, Model
+
+#: Optimizers of others, the same for all tasks.
+OTHERS = (
+    'SGD',
+    'AdamW',
+    'pytorch_optimizer.Muon',
+    'pytorch_optimizer.SOAP',
+    'pytorch_optimizer.Shampoo',
+)
+#: Settings of others: bases and roots every ten steps, as ours.
+PEER_OPTIONS = {
+    'pytorch_optimizer.SOAP': {'optim_wrapper.optimizer.precondition_frequency': 10},
+    'pytorch_optimizer.Shampoo': {'optim_wrapper.optimizer.preconditioning_compute_steps': 10},
+}
+#: Learning rates to screen; more follow where the best is at an edge.
+RATES = {
+    'pytorch_optimizer.Muon': (2e-3, 6e-3, 0.02, 0.06),
+    'pytorch_optimizer.Shampoo': (0.01, 0.03, 0.1, 0.3),
+    'sgd': (0.01, 0.03, 0.1, 0.3),
+    'adam': (3e-4, 1e-3, 3e-3, 0.01),
+}
+#: Share of the iterations in which the rate rises.
+WARM_UP = 0.05
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the suite.
+
+    Attributes:
+        model: Config, metrics and data; its optimizers are those of `contestants`.
+        iterations: Length of a whole run; a screening takes a quarter.
+        images: Images for training.
+        ours: Optimizers of this package.
+        evaluations: Evaluations of a whole run.
+    """
+
+    model: Model
+    iterations: int
+    images: int
+    ours: tuple[str, ...]
+    evaluations: int = 10
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """Names of all optimizers."""
+        return (*OTHERS, *self.ours)
+
+    def contestant(self, name: str) -> Contestant:
+        """How an optimizer is trained, at any rate."""
+        known = self.model.contestant(name)
+        return replace(known, options={**known.options, **PEER_OPTIONS.get(name, {})})
+
+    def rates(self, name: str) -> tuple[float, ...]:
+        """Learning rates to screen."""
+        kind = 'adam' if self.contestant(name).adaptive else 'sgd'
+        return RATES.get(name, RATES[kind])
+
+
+def schedule(iterations: int) -> dict[str, int]:
+    """Settings for a warm-up and a cosine schedule of some length."""
+    warm = max(1, round(WARM_UP * iterations))
+    return {
+        'param_scheduler.0.end': warm,
+        'param_scheduler.1.begin': warm,
+        'param_scheduler.1.T_max': iterations - warm,
+        'param_scheduler.1.end': iterations,
+    }
+
+
+def _model(title: str, config: str, plain: str, metrics: dict[str, str], data: str) -> Model:
+    """A model of configs/suite, of which `plain` is the config's own optimizer."""
+    path = f'../suite/{config}'
+    adaptive = plain == 'AdamW'
+    base = Contestant(path, 0.0, options={DECAY: DECAYS[adaptive]}, adaptive=adaptive)
+    attached = {
+        'AFOpt+NKFAC': replace(base, arguments=('--optimizer', 'AdamW', ATTACH, 'AFOpt+NKFAC'))
+    }
+    return Model(
+        title,
+        plain,
+        {plain: base, **(attached if adaptive else {})},
+        '',
+        0,
+        (0.0, 0.0),
+        metrics,
+        data,
+    )
+
+
+CONVOLUTIONS = ('NKFAC', 'FAdam', 'AdaNKFAC', 'SOAP')
+ATTENTION = ('AdaNKFAC', 'FAdam', 'AFOpt+NKFAC', 'SOAP')
+TASKS = {
+    'shapes': Task(
+        _model('Faster R-CNN, shapes', 'faster-rcnn_shapes', 'SGD', BOXES, 'shapes'),
+        1000,
+        400,
+        CONVOLUTIONS,
+    ),
+    'digits': Task(
+        _model('Faster R-CNN, digits in photographs', 'faster-rcnn_digits', 'SGD', BOXES, 'digits'),
+        1500,
+        800,
+        CONVOLUTIONS,
+    ),
+    'swin': Task(
+        _model('Swin Mask R-CNN, shapes', 'mask-rcnn_shapes', 'AdamW', BOXES, 'shapes'),
+        1000,
+        400,
+        ATTENTION,
+    ),
+    'digits-cls': Task(
+        _model('ResNet-18, digits', 'resnet_digits', 'SGD', TOP_1, 'digits-cls'),
+        600,
+        4000,
+        CONVOLUTIONS,
+    ),
+    'swin-digits-cls': Task(
+        _model('Swin, digits', 'swin_digits', 'AdamW', TOP_1, 'digits-cls'),
+        1000,
+        4000,
+        ATTENTION,
+    ),
+}
