@@ -134,7 +134,9 @@ def restore(
             more,
         )
     elif not entries and steps != 0 and not whole:
-        logger.warning('the checkpoint holds no curvature; statistics start anew at the next step')
+        logger.warning(
+            'the checkpoint holds no curvature; statistics start anew at the next captures'
+        )
     for stack in dict.fromkeys(layers.values()):
         states = {layer: state for layer, state in fitting.items() if layers[layer] is stack}
         if states or not stack.method.precomputed:  # precomputed statistics stay

@@ -81,12 +81,19 @@ def use_optimizer(cfg: Config, name: str) -> None:
     if len(old.get('betas', usual)) != len(usual):
         del old['betas']  # Adan's, which are three
     new = new | {key: old[key] for key in CARRIED if key in old and key in parameters}
-    adaptive = 'betas' in parameters
+    adaptive = 'betas' in parameters or name == 'Adagrad'
     was_adaptive = str(old['type']).startswith('Ada') or 'Adam' in str(old['type'])
     if adaptive != was_adaptive and ('momentum' in old or was_adaptive):
         print_log(
             f'{name} keeps lr={old.get("lr")} of {old["type"]}, a rule of another kind: its '
             'best learning rate will differ',
+            logger='current',
+            level=30,
+        )
+    if name in ('Adam', 'Adagrad') and was_adaptive and new.get('weight_decay'):
+        print_log(
+            f'{name} adds weight_decay={new["weight_decay"]} to the gradient, which {old["type"]} '
+            'does not: its best weight decay will differ',
             logger='current',
             level=30,
         )

@@ -2,7 +2,7 @@
 
 from .basis import assign_columns, eigenbasis, orthogonal_iteration
 from .cosine import cosine_basis
-from .inverse import all_finite, cholesky_inverse, newton_inverse
+from .inverse import all_finite, cholesky_inverse, definite_newton_inverse, newton_inverse
 from .kronecker import Kronecker, KroneckerBasis, kronecker_power
 from .lowrank import (
     RankSearch,
@@ -73,6 +73,7 @@ __all__ = [
     'map_tensors',
     'matmul_precision',
     'named_tensors',
+    'definite_newton_inverse',
     'newton_inverse',
     'newton_schulz_inverse_root',
     'newton_schulz_inverse_root_of_values',

@@ -61,6 +61,31 @@ def newton_inverse(
     return inverse, all_finite(inverse)
 
 
+def definite_newton_inverse(
+    matrix: Tensor, inverse: Tensor, steps: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Newton iteration with the optimal step, and an exact inverse where that is not definite.
+
+    A step beyond ``1 / (p - 1)``, with p the largest eigenvalue of B A, turns a positive definite B
+    into an indefinite one. The optimal step may be that long.
+
+    Args:
+        matrix: A (..., n, n), symmetric positive definite.
+        inverse: B (..., n, n); not modified.
+        steps: Number of Newton steps.
+
+    Returns:
+        As `newton_inverse`.
+    """
+    refined, finite = newton_inverse(matrix, inverse, steps, optimal=True)
+    _, info = torch.linalg.cholesky_ex((refined + refined.mT) / 2)
+    definite = (info == 0) & finite
+    if bool(definite.all()):
+        return refined, finite
+    exact, succeeded = cholesky_inverse(matrix)
+    return torch.where(definite[..., None, None], refined, exact), definite | succeeded
+
+
 def _least_residual(product: Tensor) -> Tensor:
     """The a of the least ``||E - a E P||_F`` for E = P - I, of products P (..., n, n): (...)."""
     change = stacked_product(product, product) - product

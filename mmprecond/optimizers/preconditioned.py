@@ -85,12 +85,14 @@ def read_settings(
             'does (write optimizer.rule.lr and the like); if a base config left '
             'the key behind, add `_delete_=True` to the optimizer of your config'
         )
-    if unexpected and any(set(unexpected) <= set(m.options()) for m in METHODS.values()):
+    takers = [m for m in METHODS.values() if m.word and set(unexpected) <= set(m.options())]
+    if unexpected and takers:
+        word = next((m.word for m in takers if m.word == 'NKFAC'), takers[0].word)
         settings = ', '.join(f'{key}={value!r}' for key, value in unexpected.items())
         raise TypeError(
             f'Preconditioned does not take {", ".join(unexpected)}, its methods do; write '
-            f"layers=dict(elsewhere=dict(type='NKFAC', {settings})); if a base config left the key "
-            'behind, add `_delete_=True` to the optimizer of your config'
+            f"layers=dict(elsewhere=dict(type='{word}', {settings})); if a base config left the "
+            'key behind, add `_delete_=True` to the optimizer of your config'
         )
     reject_unexpected('Preconditioned', unexpected, ['rule', 'layers', *CurvatureOptions.names()])
     built, defaults = build_rule(rule)

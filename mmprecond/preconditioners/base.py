@@ -64,7 +64,7 @@ class Preconditioner(ABC):
         count_from: Number of the first step in the count of intervals. From 0 (default), the first
             step captures, and a layer is refreshed as soon as it has statistics. From 1, as in
             algorithms that run t = 1, ..., T, the first capture comes at step `stat_interval` and
-            the first refresh at step `refresh_interval`.
+            the first refresh at step `refresh_interval` (with ``early_refreshes=False``).
         early_refreshes: Whether captures and refreshes also come at counts 1, 2, 4, 8, ... within
             the first `refresh_interval` steps, while statistics of random weights change fast.
         warm_up: Whether preconditioning follows a warm-up of the learning rate (default: True). Let
@@ -132,6 +132,7 @@ class Preconditioner(ABC):
         for name in ('max_dim', 'max_rank', 'max_rows'):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        check_count('count_from', self.count_from, low=min(self.first_counts))
         if self.count_from not in self.first_counts:
             choices = ' or '.join(map(str, self.first_counts))
             raise ValueError(f'count_from={self.count_from!r} is unknown; choose {choices}')

@@ -74,6 +74,10 @@ class GradientRotation(EigenRotation):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number('stat_decay', self.stat_decay, high=1)
+        if not self.align_bases and self.basis_solver == 'qr':
+            raise ValueError(
+                "align_bases=False is for basis_solver='eigh': columns of 'qr' keep their places"
+            )
 
     def average(self) -> RunningAverage:
         """Moving average from zero, without bias correction."""

@@ -19,7 +19,7 @@ from ..curvature import (
     Side,
     Statistic,
 )
-from ..linalg import Operators, cholesky_inverse, newton_inverse
+from ..linalg import Operators, cholesky_inverse, definite_newton_inverse, newton_inverse
 from .base import WHOLE_LAYERS, Factors, check_damping
 from .inverse import InversePreconditioner
 from .registry import register_preconditioner
@@ -53,7 +53,9 @@ class NewtonKronecker(InversePreconditioner):
         normalise: Whether each capture is divided by its Frobenius norm.
         newton_steps: Newton steps per refresh.
         newton_step_size: Length of a Newton step from an inverse that is far off. 'norm' takes
-            ``1 / ||B A||``, 'optimal' the least residual along the step (Proposition 3.2).
+            ``1 / ||B A||``. 'optimal' takes the least residual along the step (Proposition 3.2);
+            inverses that it makes indefinite are computed anew, because directions would lead
+            uphill.
         exact_interval: A layer's refreshes 0, 1, 2 and every `exact_interval`-th one compute exact
             inverses (C in the thesis).
         exact_start: Whether each capture of the first 2 `refresh_interval` steps is followed by an
@@ -109,6 +111,8 @@ class NewtonKronecker(InversePreconditioner):
         check_flag('normalise', self.normalise)
         check_choice('newton_step_size', self.newton_step_size, STEP_SIZES)
         check_flag('exact_start', self.exact_start)
+        if self.newton_step_size == 'optimal' and self.solver != 'newton':
+            raise ValueError("newton_step_size='optimal' is for solver='newton'; set both")
         if self.exact_start and (self.solver != 'newton' or self.early_refreshes):
             raise ValueError(
                 "exact_start=True is for solver='newton' and early_refreshes=False; set both"
@@ -116,7 +120,7 @@ class NewtonKronecker(InversePreconditioner):
 
     def is_early(self, count: int) -> bool:
         """True too for the captures of the start with `exact_start`."""
-        start = self.exact_start and 0 <= count < 2 * self.refresh_interval
+        start = self.exact_start and self.count_from <= count < 2 * self.refresh_interval
         return start and count % self.stat_interval == 0 or super().is_early(count)
 
     def is_exact(self, refreshes: int) -> bool:
@@ -149,8 +153,9 @@ class NewtonKronecker(InversePreconditioner):
         def invert(damped: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
             if last is None or self.solver == 'lowrank':
                 return cholesky_inverse(damped)
-            optimal = self.newton_step_size == 'optimal'
-            return newton_inverse(damped, last, self.newton_steps, optimal)
+            if self.newton_step_size == 'norm':
+                return newton_inverse(damped, last, self.newton_steps)
+            return definite_newton_inverse(damped, last, self.newton_steps)
 
         return damped_powers(factors, amount, Power(invert, search=self.rank_search), previous)
 

@@ -51,6 +51,16 @@ class AdamW(Rule):
         for beta in group['betas']:
             check_number('betas', beta, high=1)
 
+    def check_state(self, param: Tensor, state: State, group: Group) -> None:
+        """Raises ValueError for the state of another rule, which lacks moments of this one."""
+        names = (*self.linear_moments, *self.quadratic_moments)
+        missing = [name for name in names if 'step' in state and name not in state]
+        if missing:
+            raise ValueError(
+                f'the state has no {", ".join(missing)}, so it is not of {type(self).__name__}; '
+                'start afresh from the weights alone'
+            )
+
     def moments(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> tuple[list[Tensor], list[Tensor], int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmprecond.linalg import (
     add_product,
     cholesky_inverse,
+    definite_newton_inverse,
     largest_eigenvalue,
     newton_inverse,
     stacked_product,
@@ -198,6 +199,22 @@ def test_newton_steps_are_the_written_formula() -> None:
         step = torch.tensor(1.0) if residual(matrix, start) < 1 else 1 / size
         expected = ((1 + step) * eye - step * product) @ start
         assert torch.allclose(newton_inverse(matrix, start, 1)[0], expected, rtol=1e-12)
+
+
+def test_an_inverse_that_the_optimal_step_makes_indefinite_is_computed_anew() -> None:
+    first = torch.diag(torch.tensor([2.0] + [0.6] * 63).double())
+    matrices = torch.stack([first, first / 2])
+    start = torch.eye(64).double().expand_as(matrices)
+    plain, _ = newton_inverse(matrices, start, 1, optimal=True)
+    assert (
+        float(torch.linalg.eigvalsh(plain[0]).min())
+        < 0
+        < float(torch.linalg.eigvalsh(plain[1]).min())
+    )
+    refined, good = definite_newton_inverse(matrices, start, 1)
+    assert good.tolist() == [True, True]
+    torch.testing.assert_close(refined[0], torch.linalg.inv(first), rtol=1e-12, atol=0)
+    assert torch.equal(refined[1], plain[1])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

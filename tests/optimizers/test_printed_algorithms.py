@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmprecond.optimizers import (
     NKFAC,
     SGDPH,
+    SOAP,
     AdaAFOpt,
     AdamR,
     AdaNKFAC,
@@ -79,8 +80,9 @@ def compare(model: nn.Module, optimizer: Any, reference: Any, *shape: int) -> No
 
 
 @pytest.mark.parametrize('first', [0, 1])
+@pytest.mark.parametrize('size', ['norm', 'optimal'])
 @pytest.mark.parametrize('intervals', [(1, 2), (2, 4), (1, 1)], ids=str)
-def test_algorithms_3_and_4(intervals: tuple[int, int], first: int) -> None:
+def test_algorithms_3_and_4(intervals: tuple[int, int], size: str, first: int) -> None:
     """NKFAC without normalised captures and floor, with the exact start."""
     common = dict(
         stat_interval=intervals[0],
@@ -88,6 +90,7 @@ def test_algorithms_3_and_4(intervals: tuple[int, int], first: int) -> None:
         stat_decay=0.8,
         damping=0.05,
         newton_steps=2,
+        newton_step_size=size,
         exact_interval=3,
     )
     model = net()
@@ -121,8 +124,32 @@ def test_algorithm_5_with_decoupled_decay() -> None:
         compare(other, AdaNKFAC(other, lr=0.01, **hyper, **literal, **common), reference(other))
 
 
-def test_the_exact_start_is_for_newtons_solver() -> None:
-    refused(ValueError, lambda: NKFAC(net(), lr=0.1, exact_start=True), "solver='newton'")
+def test_settings_without_effect_are_refused() -> None:
+    for setting in (dict(exact_start=True), dict(newton_step_size='optimal')):
+        refused(ValueError, lambda s=setting: NKFAC(net(), lr=0.1, **s), "solver='newton'")
+    refused(ValueError, lambda: SOAP(net(), lr=0.1, align_bases=False), "basis_solver='eigh'")
+    limit = dict(max_dim=None, oversize='block')
+    refused(ValueError, lambda: NKFAC(net(), lr=0.1, **limit), 'give max_dim a number')
+    for count in (2, -1, 1.0, True):
+        refused(ValueError, lambda c=count: NKFAC(net(), lr=0.1, count_from=c), 'count_from=')
+
+
+@pytest.mark.parametrize('stagger', [False, True])
+def test_all_captures_of_an_exact_start_are_followed_by_exact_inverses(stagger: bool) -> None:
+    """Also where layers take turns."""
+    model = net()
+    settings = dict(stat_interval=2, refresh_interval=4, exact_start=True, count_from=1)
+    optimizer = NKFAC(model, lr=0.01, settings='published', stagger=stagger, **settings)
+    (method,) = {stack.method for stack in optimizer.curvature.stacks}
+    for step in range(7):  # counts 1 to 7
+        optimizer.zero_grad()
+        loss_at(step)(model).backward()
+        optimizer.step()
+        for stack in optimizer.curvature.stacks:
+            for slot in stack.slots:
+                assert slot.refreshes == slot.samples or stagger
+                assert all(method.is_exact(k) for k in range(slot.refreshes))
+                assert slot.refreshes > 0 or step < 6
 
 
 RULES: dict[str, tuple[dict[str, Any], Callable[[], ReferenceRule]]] = {

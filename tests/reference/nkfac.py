@@ -22,8 +22,8 @@ def power_iteration(matrix: Tensor) -> float:
     return float(v.norm())
 
 
-def newton(matrix: Tensor, inverse: Tensor, steps: int) -> Tensor:
-    """K steps of the Newton inverse (1.1)."""
+def newton(matrix: Tensor, inverse: Tensor, steps: int, optimal: bool = False) -> Tensor:
+    """K steps of the Newton inverse (1.1), or with the step size of Proposition 3.2."""
     eye = torch.eye(len(matrix), dtype=matrix.dtype)
     for _ in range(steps):
         product = inverse @ matrix
@@ -31,6 +31,12 @@ def newton(matrix: Tensor, inverse: Tensor, steps: int) -> Tensor:
             inverse = (2 * eye - product) @ inverse
         else:
             alpha = 1 / product.norm()
+            if optimal:  # two evaluations and the one between: a parabola, and its lowest point
+                error = eye - product
+                ends = [(error + a * product @ -error).norm() ** 2 for a in (0.0, 0.5, 1.0)]
+                curve = 2 * ends[0] - 4 * ends[1] + 2 * ends[2]
+                slope = -3 * ends[0] + 4 * ends[1] - ends[2]
+                alpha = -slope / (2 * curve)
             inverse = ((1 + alpha) * eye - alpha * product) @ inverse
     return inverse
 

@@ -124,7 +124,9 @@ class PrintedNKFAC(Printed):
             if exact:
                 state[inverse] = torch.linalg.inv(matrix)
             else:
-                state[inverse] = newton(matrix, state[inverse], self.settings['newton_steps'])
+                optimal = self.settings.get('newton_step_size') == 'optimal'
+                steps = self.settings['newton_steps']
+                state[inverse] = newton(matrix, state[inverse], steps, optimal)
 
     def direction(self, state: dict[str, Any], gradient: Tensor) -> Tensor:
         if 'left_inverse' not in state:

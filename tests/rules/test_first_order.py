@@ -272,6 +272,35 @@ def test_a_resumed_run_continues_bit_for_bit(rule: str, at: int) -> None:
     assert differences(everything(model, optimizer), everything(twin, resumed)) == []
 
 
+@pytest.mark.parametrize(
+    'saved_rule, loaded', [('AdamW', 'AdaBelief'), ('AdaBelief', 'RAdam'), ('AdaBelief', 'AdamW')]
+)
+def test_the_state_of_another_rule_is_refused(saved_rule: str, loaded: str) -> None:
+    """Its second moment would start from zero at a late step."""
+    model, optimizer, _ = preconditioned(saved_rule)
+    make_loss(rows(0, features=6))(model).backward()
+    optimizer.step()
+    other = preconditioned(loaded)[1]
+    refused(ValueError, lambda: other.load_state_dict(saved(optimizer.state_dict())), 'afresh')
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('rule', ['AdaGrad', 'RAdam'])
+def test_the_default_dtype_does_not_matter(
+    rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Bare().float()
+    optimizer = optimizer_of(model, type=rule, lr=0.1)
+    give(model, [g.float() for g in gradients(0)])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(p.isfinite().all() for p in model.free)
+
+
 def test_adans_state_is_its_own() -> None:
     """Neither a gradient that is changed afterwards nor the next one reaches what it remembers."""
     model, other, reference = Bare(), Bare(), ReferenceAdan((0.98, 0.92, 0.99), 1e-8)

@@ -42,7 +42,7 @@ def test_inversion_has_all_sizes_and_dampings(tmp_path: Path) -> None:
         ('32', '0.001'),
     ]
     assert all(float(row['seconds']) > 0 for row in rows)
-    exact = [row for row in rows if row['line'] != 'newton']
+    exact = [row for row in rows if row['line'] in ('cholesky', 'eigenvectors')]
     assert all(float(row['error']) < 1e-4 for row in exact)
 
 

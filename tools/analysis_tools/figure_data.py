@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import cProfile
+import pstats
+import resource
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from common import ROOT
 from common.models import build_model
 from common.timing import seconds_of
+from mmprecond.core import Curvature
 from mmprecond.core.inspection import LayerView
 from mmprecond.linalg import cholesky_inverse, largest_eigenvalue, newton_inverse
-from mmprecond.optimizers import NKFAC, SGDPH
+from mmprecond.optimizers import KFAC, NKFAC, SGDPH, SKFAC
 from mmprecond.optimizers.peers import PeerHessian
 
 Row = dict[str, Any]
@@ -125,7 +132,8 @@ def random_moment(size: int, damping: float = 0.01) -> Tensor:
 def inversion(args: argparse.Namespace) -> list[Row]:
     """Seconds and error of inverses of damped moments in float32, by solver.
 
-    'newton' is one step from the inverse of a moment that differs by 2 % in norm. The error is
+    'newton' is one step from the inverse of a moment that differs by 2 % in norm. The largest
+    eigenvalue, which gives the damping, is timed beside them. The error is
     ``||A B - I||_F / sqrt(n)`` in float64. At the first damping all sizes are measured, at the
     largest size all dampings.
     """
@@ -145,18 +153,15 @@ def inversion(args: argparse.Namespace) -> list[Row]:
             ('cholesky', lambda d=damped: cholesky_inverse(d)[0]),
             ('eigenvectors', lambda d=damped: _by_eigenvectors(d)),
             ('newton', lambda d=damped, b=last: newton_inverse(d, b, 1)[0]),
+            ('largest eigenvalue', lambda m=moment[None]: largest_eigenvalue(m)),
         ):
+            row = {'line': line, 'size': size, 'damping': damping}
+            row['seconds'] = min(seconds_of(solve) for _ in range(3))
             inverse = solve()
-            error = damped.double() @ inverse.double() - torch.eye(size).double()
-            rows.append(
-                {
-                    'line': line,
-                    'size': size,
-                    'damping': damping,
-                    'seconds': min(seconds_of(solve) for _ in range(3)),
-                    'error': float(torch.linalg.matrix_norm(error)) / size**0.5,
-                }
-            )
+            if inverse.shape == damped.shape:
+                error = damped.double() @ inverse.double() - torch.eye(size).double()
+                row['error'] = float(torch.linalg.matrix_norm(error)) / size**0.5
+            rows.append(row)
     return rows
 
 
@@ -165,66 +170,105 @@ def _by_eigenvectors(matrix: Tensor) -> Tensor:
     return (vectors / values) @ vectors.mT
 
 
-def partial(args: argparse.Namespace) -> list[Row]:
-    """Time and memory of SGDPH relative to SGD, by its interval, and of AdaHessian.
+#: Contestants of `shares` by name: KFAC and SKFAC with NKFAC's damping and norm recovery.
+STARRED = dict(damping_form='relative', damping=0.01, scaling='norm_recovery')
+SHARED: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    'KFAC*': (KFAC, STARRED),
+    'SKFAC*': (SKFAC, STARRED),
+    'NKFAC': (NKFAC, {}),
+}
 
-    The model is a ResNet-18 at batch 64. Time is that of whole iterations, and memory that of
-    parameters, gradients and states.
+
+def shares(args: argparse.Namespace) -> list[Row]:
+    """Seconds of a training in inversions, in their damping, and in all else.
+
+    A ResNet-18 is trained with the settings of each source. Damping is the search for the largest
+    eigenvalues; it is part of a refresh, and inversion is the rest of that.
     """
-    from pytorch_optimizer import AdaHessian
-
-    base = _price('SGD', args)
     rows: list[Row] = []
-    for interval in map(int, args.intervals):
-        for refresh in ('round_robin', 'all'):
-            name = f'SGDPH, {refresh}'
-            rows.append(_relative_price(name, interval, _price(name, args, interval), base))
-        peer = _price('AdaHessian', args, interval, AdaHessian)
-        rows.append(_relative_price('AdaHessian', interval, peer, base))
+    for name, (kind, settings) in SHARED.items():
+        model: Any = build_model('resnet18')
+        model.init_weights()
+        optimizer = kind(
+            model,
+            lr=0.01,
+            settings='published',
+            stat_interval=args.stat_interval,
+            refresh_interval=args.refresh_interval,
+            **settings,
+        )
+        profile = cProfile.Profile()
+        seconds = seconds_of(
+            lambda: profile.runcall(deque, train(optimizer, model, args.steps), maxlen=0)  # noqa: B023
+        )
+        damping = _cumulative(profile, largest_eigenvalue)
+        refresh = _cumulative(profile, Curvature.refresh)
+        parts = {'inversion': refresh - damping, 'damping': damping, 'all else': seconds - refresh}
+        rows += [{'line': part, 'optimizer': name, 'seconds': s} for part, s in parts.items()]
     return rows
 
 
-def _relative_price(
-    line: str, interval: int, price: tuple[float, float], base: tuple[float, float]
-) -> Row:
-    time, memory = (ours / theirs for ours, theirs in zip(price, base, strict=True))
-    return {'line': line, 'interval': interval, 'time': time, 'memory': memory}
+def _cumulative(profile: cProfile.Profile, function: Callable[..., Any]) -> float:
+    """Seconds in a function and in all that it called."""
+    code = function.__code__
+    stats: Any = pstats.Stats(profile)
+    entry = stats.stats.get((code.co_filename, code.co_firstlineno, code.co_name))
+    return float(entry[3]) if entry else 0.0
 
 
-def _price(
-    name: str, args: argparse.Namespace, interval: int = 1, peer: Any = None
-) -> tuple[float, float]:
-    """Seconds of an iteration, and numbers that the optimizer and the model hold."""
+def partial(args: argparse.Namespace) -> list[Row]:
+    """Time and memory of SGDPH relative to SGD, by its interval, and of AdaHessian.
+
+    The model is a ResNet-18 at batch 64. Time is that of whole iterations. Memory is the peak of a
+    process beyond what it has before the model is built.
+    """
+    jobs = [('SGD', 1)] + [
+        (name, interval)
+        for interval in map(int, args.intervals)
+        for name in ('SGDPH, round_robin', 'SGDPH, all', 'AdaHessian')
+    ]
+    prices = []
+    for name, interval in tqdm(jobs):
+        with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+            prices.append(pool.submit(price, name, interval, args.steps, args.size).result())
+    base = prices[0]
+    return [
+        {'line': name, 'interval': n, 'time': time / base[0], 'memory': memory / base[1]}
+        for (name, n), (time, memory) in zip(jobs[1:], prices[1:], strict=True)
+    ]
+
+
+def price(name: str, interval: int, steps: int, size: int) -> tuple[float, float]:
+    """Seconds of an iteration, and megabytes of this process at its peak."""
+    before = _peak()
     torch.manual_seed(0)
     model: Any = build_model('resnet18')
-    if peer is not None:
-        optimizer: Any = peer(model.parameters(), lr=0.1, update_period=interval)
+    hessian = None
+    if name == 'AdaHessian':
+        from pytorch_optimizer import AdaHessian
+
+        optimizer: Any = AdaHessian(model.parameters(), lr=0.1, update_period=interval)
         hessian = PeerHessian(optimizer)
     elif name == 'SGD':
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     else:
         refresh = name.split(', ')[1]
         optimizer = SGDPH(model, lr=0.01, interval=interval, refresh=refresh)
-    pixels = torch.randn(64, 3, args.size, args.size)
-    labels = torch.randint(1000, (64,))
+    source = hessian or optimizer
+    pixels, labels = torch.randn(64, 3, size, size), torch.randint(1000, (64,))
 
     def iterate() -> None:
         optimizer.zero_grad()
         loss = F.cross_entropy(model.head(model.extract_feat(pixels)), labels)
-        graph = (
-            hessian.needs_graph if peer is not None else getattr(optimizer, 'needs_graph', False)
-        )
-        loss.backward(create_graph=graph)
-        if peer is not None:
+        loss.backward(create_graph=getattr(source, 'needs_graph', False))
+        if hessian is not None:
             hessian.measure()
         optimizer.step()
 
     iterate()
-    seconds = sum(seconds_of(iterate) for _ in range(args.steps)) / args.steps
-    return seconds, _numbers(model, optimizer)
+    return sum(seconds_of(iterate) for _ in range(steps)) / steps, _peak() - before
 
 
-def _numbers(model: nn.Module, optimizer: Any) -> float:
-    held: list[Tensor] = [p for p in model.parameters() for _ in range(2)]  # and its gradient
-    held += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-    return float(sum(tensor.numel() for tensor in held))
+def _peak() -> float:
+    """Megabytes of this process at its peak so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,10 +1,12 @@
 """The thesis's kinds of figure, from short trainings or matrices: a picture and a CSV each.
 
-    python tools/analysis_tools/figures.py change      # change of statistics and inverses (3.1)
-    python tools/analysis_tools/figures.py newton      # residual of Newton's iteration (3.2)
-    python tools/analysis_tools/figures.py inversion   # time and error of inverses (3.3, 3.6)
-    python tools/analysis_tools/figures.py partial     # price of the partial Hessian (2.4.1)
-    python tools/analysis_tools/figures.py accuracy CONFIG --optimizers SGD,NKFAC  # (2.5, 3.3, 4.4)
+    python tools/analysis_tools/figures.py change     # of statistics and inverses (figure 3.1)
+    python tools/analysis_tools/figures.py newton     # residual of Newton's iteration (figure 3.2)
+    python tools/analysis_tools/figures.py inversion  # of damped moments (tables 3.3, 3.16)
+    python tools/analysis_tools/figures.py shares     # parts of a training's time (figure 3.6)
+    python tools/analysis_tools/figures.py partial    # price of the partial Hessian (section 2.4.1)
+    python tools/analysis_tools/figures.py accuracy CONFIG --optimizers SGD,NKFAC
+                                                      # loss and accuracy (figures 2.5, 3.3, 4.4)
 
 They are written as NAME.png and NAME.csv. `accuracy` trains a classifier's config with each
 optimizer, or reads the work folders that it is given.
@@ -126,12 +128,13 @@ FIGURES: dict[str, tuple[Callable[[argparse.Namespace], list[Row]], list[tuple[s
         [('size', 'seconds'), ('damping', 'error'), ('damping', 'seconds')],
         'size,seconds,damping,error',
     ),
+    'shares': (figure_data.shares, [('optimizer', 'seconds')], ''),
     'partial': (figure_data.partial, [('interval', 'time'), ('interval', 'memory')], 'interval'),
     'accuracy': (
         accuracy,
         [
             (x, y)
-            for y in ('training accuracy', 'validation accuracy')
+            for y in ('loss', 'training accuracy', 'validation accuracy')
             for x in ('iteration', 'seconds')
         ],
         '',
@@ -160,6 +163,9 @@ def parse_args() -> argparse.Namespace:
     parts['newton'].add_argument('--iterations', type=int, default=10)
     parts['inversion'].add_argument('--sizes', type=_numbers, default=[128, 256, 512, 1024])
     parts['inversion'].add_argument('--dampings', type=_numbers, default=[0.1, 0.01, 1e-3, 1e-4])
+    parts['shares'].add_argument('--steps', type=int, default=100)
+    parts['shares'].add_argument('--stat-interval', type=int, default=20)
+    parts['shares'].add_argument('--refresh-interval', type=int, default=40)
     parts['partial'].add_argument('--intervals', type=_numbers, default=[1, 2, 5, 10])
     parts['partial'].add_argument('--steps', type=int, default=10)
     parts['partial'].add_argument('--size', type=int, default=32, help='pixels of the images')

@@ -55,7 +55,7 @@ class _WithOptions:
         return getattr(self._task.model, name)
 
     def contestant(self, name: str) -> Any:
-        """How an optimizer is trained (see `Task.contestant`)."""
+        """Training settings of an optimizer (see `Task.contestant`)."""
         return self._task.contestant(name)
 
 

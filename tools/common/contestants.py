@@ -17,11 +17,12 @@ DECAY = 'optim_wrapper.optimizer.weight_decay'
 ATTACH = '--precondition'
 #: Weight decay for optimizers like SGD (added to the gradient) and like Adam (outside it).
 DECAYS = (1e-4, 0.05)
-TORCH_OPTIMIZERS = ('SGD', 'AdamW')
+TORCH_OPTIMIZERS = ('SGD', 'AdamW', 'Adam', 'RAdam', 'Adagrad')
 #: Overrides of the step scale, which otherwise follows from an optimizer having betas or not.
 KINDS = {'AdaAct': False, 'AdaFisher': True, 'AdaFisherW': True}
+KINDS |= {'AdamW': True, 'Adam': True, 'RAdam': True, 'Adagrad': True}
 #: Optimizers like Adam that still add weight decay to the gradient.
-ADDED_DECAY = ('AdaFisher',)
+ADDED_DECAY = ('AdaFisher', 'Adam', 'Adagrad')
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Model:
                 f'{", ".join(choices)}'
             )
         taken = inspect.signature(kinds[name]).parameters if name in kinds else {}
-        adaptive = KINDS.get(name, name == 'AdamW' or 'betas' in taken)
+        adaptive = KINDS.get(name, 'betas' in taken)
         decays = name in TORCH_OPTIMIZERS or 'weight_decay' in taken
         decay = DECAYS[adaptive and name not in ADDED_DECAY]
         return Contestant(

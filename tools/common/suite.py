@@ -54,7 +54,7 @@ class Task:
         return (*OTHERS, *self.ours)
 
     def contestant(self, name: str) -> Contestant:
-        """How an optimizer is trained, at any rate."""
+        """Training settings of an optimizer but its rate."""
         known = self.model.contestant(name)
         return replace(known, options={**known.options, **PEER_OPTIONS.get(name, {})})
 

@@ -84,6 +84,11 @@ def _classifier_pairs(
     """Pairs of network, data and batch to compare: actual and expected."""
     model, (kind, classes) = cfg['model'], DATA[row.name['data']]
     backbone, network = model['backbone'], NETWORKS[row.name['model']]
+    if 'noBN' in row.name['model']:
+        weight_norm = {'type': 'WeightNormConv2d'}
+        network = network | {
+            'conv_cfg': weight_norm if row.name['optimizer'].endswith('_WN') else None
+        }
     if network['type'] == 'ResNet' and kind.startswith('CIFAR'):
         network = network | {'type': 'ResNet_CIFAR'}
     loader = cfg['train_dataloader']

@@ -228,7 +228,7 @@ def _classifiers(content: dict[str, Any], entries: list[Entry]) -> list[str]:
         )
         if key in content
     )
-    note = f'. {content["note"].capitalize()}.' if 'note' in content else '.'
+    note = f'. {content["note"][0].upper() + content["note"][1:]}.' if 'note' in content else '.'
     return [
         f'Table {content["table"]} ({content["section"]}): {training}{note}',
         '',

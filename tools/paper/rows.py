@@ -56,12 +56,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     'ResNet50': {'type': 'ResNet', 'depth': 50},
     'VGG11': {'type': 'VGG', 'depth': 11, 'norm_cfg': _BN},
     'VGG19': {'type': 'VGG', 'depth': 19, 'norm_cfg': _BN},
-    'VGG19-noBN': {
-        'type': 'VGG',
-        'depth': 19,
-        'norm_cfg': None,
-        'conv_cfg': {'type': 'WeightNormConv2d'},
-    },
+    'VGG19-noBN': {'type': 'VGG', 'depth': 19, 'norm_cfg': None},
     'DenseNet121': {'type': 'DenseNet', 'arch': '121'},
     'GoogLeNet': {'type': 'torchvision.models.GoogLeNet', 'aux_logits': False},
     'Swin-T': {'type': 'SwinTransformer', 'arch': 'tiny'},
