@@ -67,6 +67,7 @@ departures of the check from the config:
 - "intervals of 2": methods whose first capture is at step `stat_interval`, and classifiers whose
   branches start at zero, so that the first step has no gradients there.
 - "max_dim=8192 for AdamR": the basis of a box head's 12,545 inputs takes ten minutes on a CPU.
+- No seconds: the settings are compared, and the config has taken no steps since they changed.
 - "no stochastic depth": with one image, stochastic depth may skip blocks, which then have nothing
   to measure.
 """
@@ -305,39 +306,61 @@ def parse_args() -> argparse.Namespace:
         default=640,
         help='size of the images before the pipeline; default: 640',
     )
-    parser.add_argument('--out', type=Path, help='file for the page, docs/verified_configs.md')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='file for the page, docs/verified_configs.md; rows of other configs stay as they are',
+    )
     return parser.parse_args()
 
 
-def page(outcomes: dict[Path, Outcome]) -> str:
+def row(path: Path, outcome: Outcome) -> tuple[str, ...]:
+    """Cells of a config's row."""
+    return (
+        path.stem,
+        '; '.join(outcome.problems) or 'as they must be',
+        outcome.layers,
+        ', '.join(f'{second:.1f}' for second in outcome.seconds) or '-',
+        f'{outcome.memory:.1f}' if outcome.seconds else '-',
+        outcome.note,
+    )
+
+
+def page(rows: dict[str, tuple[str, ...]]) -> str:
     """Page with one row for each config."""
-    rows = [
-        (
-            path.stem,
-            '; '.join(outcome.problems) or 'as they must be',
-            outcome.layers,
-            ', '.join(f'{second:.1f}' for second in outcome.seconds) or '-',
-            f'{outcome.memory:.1f}',
-            outcome.note,
-        )
-        for path, outcome in outcomes.items()
-    ]
     titles = ('config', 'settings', 'layers', 'seconds a step', 'peak GB', 'note')
-    return f'{ABOUT}\n{markdown(titles, rows)}\n'
+    return f'{ABOUT}\n{markdown(titles, list(rows.values()))}\n'
+
+
+def known_rows(path: Path | None) -> dict[str, tuple[str, ...]]:
+    """Rows with steps that a page has from earlier calls, in the order of the configs."""
+    names = [config.stem for config in all_configs()]
+    found: dict[str, tuple[str, ...]] = {}
+    if path and path.exists():
+        for line in path.read_text().splitlines():
+            cells = tuple(cell.strip() for cell in line.strip('|').split('|'))
+            if cells[0] in names and cells[3] != '-':
+                found[cells[0]] = cells
+    return {name: found[name] for name in names if name in found}
 
 
 def main() -> None:
     args = parse_args()
-    outcomes: dict[Path, Outcome] = {}
+    rows, failed = known_rows(args.out), False
+    configs = args.configs or all_configs()
     with tempfile.TemporaryDirectory() as folder:
         data = None if args.no_steps else make_data(Path(folder), args.steps, args.size)
         run = prove_alone if data else prove
-        for path in tqdm(args.configs or all_configs(), unit='config'):
-            outcomes[path] = run(path, data, args.steps)
+        for path in tqdm(configs, unit='config'):
+            outcome = run(path, data, args.steps)
+            failed = failed or bool(outcome.problems)
+            if data or path.stem not in rows:
+                rows[path.stem] = row(path, outcome)
+            rows = {p.stem: rows[p.stem] for p in all_configs() if p.stem in rows}
             if args.out:
-                args.out.write_text(page(outcomes))
-    print(page(outcomes))
-    if any(outcome.problems for outcome in outcomes.values()):
+                args.out.write_text(page(rows))
+    print(page(rows))
+    if failed:
         sys.exit(1)
 
 
