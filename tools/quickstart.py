@@ -140,7 +140,9 @@ def parse_args() -> argparse.Namespace:
         default=[0],
         help='separated by commas; default: 0',
     )
-    parser.add_argument('--data', type=Path, help='default: data/shapes, or as the data are called')
+    parser.add_argument(
+        '--data', type=Path, help="default: data/ with the name of the model's data"
+    )
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/quickstart_MODEL')
     parser.add_argument('--parse-only', action='store_true', help=argparse.SUPPRESS)
     add_options(parser)

@@ -183,7 +183,7 @@ def _fallback_reason(name: str, layer: Layer, bound: BoundAssignment) -> str:
         )
     kind, candidates = type(method).__name__, method.candidate_statistics(layer)
     check_statistics(kind, candidates)
-    if not candidates and (setting := method.omits(layer)):
+    if not candidates and (setting := method.exclusion_setting(layer)):
         return setting
     if not candidates:
         return f'{kind} has no statistic for a {type(layer).__name__}'

@@ -40,9 +40,9 @@ def use_optimizer(cfg: Config, name: str) -> None:
 
     Args:
         cfg: A config of MMDetection, MMPretrain or a similar toolbox; changed in place.
-        name: Name of an optimizer of this package; or for comparisons of one of torch, 'SGD'
-            (momentum 0.9 unless the config has another), 'AdamW', 'Adam', 'Adagrad' or 'RAdam'
-            (with decoupled decay), or of another package, such as 'pytorch_optimizer.SOAP'.
+        name: Name of an optimizer of this package. For comparisons also torch's 'SGD' (momentum 0.9
+            unless the config has another), 'AdamW', 'Adam', 'Adagrad' and 'RAdam' (with decoupled
+            decay), or one of another package, such as 'pytorch_optimizer.SOAP'.
 
     Raises:
         ValueError: If the name is unknown, or the config has no optimizer.
@@ -92,8 +92,8 @@ def use_optimizer(cfg: Config, name: str) -> None:
         )
     if name in ('Adam', 'Adagrad') and was_adaptive and new.get('weight_decay'):
         print_log(
-            f'{name} adds weight_decay={new["weight_decay"]} to the gradient, which {old["type"]} '
-            'does not: its best weight decay will differ',
+            f'{name} adds weight_decay={new["weight_decay"]} to the gradient; if {old["type"]} has '
+            'it outside, the best weight decay will differ',
             logger='current',
             level=30,
         )

@@ -33,7 +33,7 @@ def newton_inverse(
 
     With P = B A and E = P - I, one step is ``B <- (I - a E) B``, after which E is E - a E P. If
     ``||E||_F < 1``, then a = 1 and convergence is quadratic. Otherwise a = 1 / ||P||_F, which keeps
-    the step contracting, or the a of the least ``||E - a E P||_F``.
+    the step contracting. With `optimal`, a minimizes ``||E - a E P||_F`` instead.
 
     Source: thesis Algorithm 2 and Proposition 3.2. The test uses the current iterate, as in the
     published code.
@@ -42,7 +42,8 @@ def newton_inverse(
         matrix: A (..., n, n), symmetric positive definite.
         inverse: B (..., n, n), the inverses of the previous refresh; not modified.
         steps: Number of Newton steps.
-        optimal: Whether a long step has the least residual (one more product).
+        optimal: Whether to minimize the residual where ``||E||_F >= 1``. It costs one more product
+            a step.
 
     Returns:
         The refined inverses (..., n, n), and a bool tensor (...) that is True where they are
@@ -55,8 +56,8 @@ def newton_inverse(
         diagonal -= 1
         residual = torch.linalg.matrix_norm(product)
         diagonal += 1
-        long = _least_residual(product) if optimal else 1 / size
-        step = torch.where(residual < 1, torch.ones_like(size), long)[..., None, None]
+        damped_step = _optimal_step_size(product) if optimal else 1 / size
+        step = torch.where(residual < 1, torch.ones_like(size), damped_step)[..., None, None]
         inverse = (1 + step) * inverse - step * stacked_product(product, inverse)
     return inverse, all_finite(inverse)
 
@@ -64,10 +65,10 @@ def newton_inverse(
 def definite_newton_inverse(
     matrix: Tensor, inverse: Tensor, steps: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Newton iteration with the optimal step, and an exact inverse where that is not definite.
+    """Refines inverses with the optimal step size; computes those anew that are not definite.
 
     A step beyond ``1 / (p - 1)``, with p the largest eigenvalue of B A, turns a positive definite B
-    into an indefinite one. The optimal step may be that long.
+    into an indefinite one. The optimal step can exceed this limit.
 
     Args:
         matrix: A (..., n, n), symmetric positive definite.
@@ -86,8 +87,8 @@ def definite_newton_inverse(
     return torch.where(definite[..., None, None], refined, exact), definite | succeeded
 
 
-def _least_residual(product: Tensor) -> Tensor:
-    """The a of the least ``||E - a E P||_F`` for E = P - I, of products P (..., n, n): (...)."""
+def _optimal_step_size(product: Tensor) -> Tensor:
+    """Step sizes (...) that minimize ``||E - a E P||_F``, E = P - I, for products P (..., n, n)."""
     change = stacked_product(product, product) - product
     residual = product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
     return (residual * change).sum((-2, -1)) / change.square().sum((-2, -1))

@@ -39,7 +39,7 @@ def rule_for(kind: type[torch.optim.Optimizer], settings: dict[str, Any]) -> dic
     if kind.__name__ not in REPLACEMENTS or _is_foreign(kind):
         raise ValueError(
             f'{kind.__name__} cannot be a rule under a preconditioner; '
-            f'choose one of {", ".join(REPLACEMENTS)}'
+            f'choose one of {", ".join(REPLACEMENTS)}, or a rule of Preconditioned'
         )
     rule, taken = REPLACEMENTS[kind.__name__]
     defaults = {

@@ -41,17 +41,18 @@ class SGDPH(RuleOptimizer):
     wrapper does so. The dtype must be float32 or float64, without automatic mixed precision.
 
     Source: thesis chapter 2, (2.3)-(2.7). The averages, the round-robin, the factor
-    (1 - momentum^n), the plain rule for the last 1-D parameter and `decay` are those of the
-    published code.
+    (1 - momentum^n), the plain rule for the last 1-D parameter and ``decay='published'`` follow
+    the published code.
 
     Args:
         params: Parameters or groups, or the module itself.
         lr: Learning rate.
         momentum: Heavy-ball momentum.
-        weight_decay: L2 decay. Of 1-D parameters it is added after the division.
-        decay: Decay of all other parameters. 'published' adds it to the gradient, so that it
-            enters the momentum, and is 1 / (1 - momentum) times as strong as printed. 'decoupled'
-            adds it after the momentum (2.7).
+        weight_decay: L2 decay. For 1-D parameters it is added after the division by the Hessian;
+            for all others see `decay`.
+        decay: Place of the weight decay of all other parameters. 'published' adds it to the
+            gradient, so that it enters the momentum, and is 1 / (1 - momentum) times as strong as
+            printed. 'decoupled' adds it after the momentum (2.7).
         model: The module, to refuse modules without second derivatives in advance.
         hessian_decay: Weight of the old diagonal, in [0, 1).
         hessian_lr: tau.

@@ -106,14 +106,14 @@ class AttentionFeature(InputFeature):
         """Reading of attention modules as a whole; their biases take the plain rule."""
         return AttentionReading(self.max_windows)
 
-    def omits(self, layer: Layer) -> str:
-        """The setting that leaves a convolution to the plain rule, or ''."""
+    def exclusion_setting(self, layer: Layer) -> str:
+        """'convolutions=False' for a convolution that it excludes, or ''."""
         omitted = isinstance(layer, ConvLayer) and not self.convolutions
         return 'convolutions=False' if omitted else ''
 
     def candidate_statistics(self, layer: Layer) -> tuple[Statistic, ...]:
         """Statistics of an attention module, or the input moment of another layer."""
-        if self.omits(layer):
+        if self.exclusion_setting(layer):
             return ()
         if not _is_attention(layer):
             return self.statistics

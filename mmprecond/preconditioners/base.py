@@ -58,7 +58,8 @@ class Preconditioner(ABC):
     """One method with its settings. Shapes: k layers, b blocks, gradient matrices o x i.
 
     Attributes:
-        stat_interval: Steps between captures. Step t (from 0) captures if t % stat_interval == 0.
+        stat_interval: Steps between captures. Step t (from 0) captures if
+            (t + count_from) % stat_interval == 0.
         refresh_interval: Steps between refreshes, counted in the same way; a multiple of
             `stat_interval`.
         count_from: Number of the first step in the count of intervals. From 0 (default), the first
@@ -172,7 +173,7 @@ class Preconditioner(ABC):
         return self.count_from <= 0
 
     def is_early(self, count: int) -> bool:
-        """True if a capture and a refresh are due at a count off the intervals.
+        """True if a capture and a refresh are due at this count even if no interval divides it.
 
         With `early_refreshes` these are 1, 2, 4, 8, ... within the first `refresh_interval` steps.
         """
@@ -211,8 +212,8 @@ class Preconditioner(ABC):
         small = tuple(statistic for statistic in candidates if statistic not in large)
         return small if not large or self.oversize == 'one_sided' else ()
 
-    def omits(self, layer: Layer) -> str:
-        """The setting by which a layer takes the plain rule, or ''."""
+    def exclusion_setting(self, layer: Layer) -> str:
+        """Setting that excludes a layer from the method, or ''."""
         return ''
 
     def must_be_nonzero(self, layer: Layer) -> tuple[Statistic, ...]:

@@ -61,9 +61,9 @@ class EigenRotation(PatchPreconditioner):
             the first.
         rotate_moments: Whether to rotate both moments into each new basis. The thesis leaves them
             as they are.
-        align_bases: Whether a new basis of 'eigh' takes the order and signs of the old one, so that
-            the entries of the second moment keep their positions. Otherwise eigenvectors have the
-            order of their eigenvalues, from the largest, and the signs of the solver.
+        align_bases: Whether a new basis takes the order and signs of the old one, so that the
+            entries of the second moment keep their positions. Without it, columns of 'eigh' are in
+            decreasing order of their eigenvalues, with the solver's signs.
     """
 
     stat_interval: int = 100
@@ -142,8 +142,7 @@ class EigenRotation(PatchPreconditioner):
     def align(self, operators: Operators, previous: Operators | None) -> Operators:
         """Gives the bases the order and signs of the previous ones, or first of the identity.
 
-        Bases of `align_bases=False` stay as they are, and so do those of orthogonal iteration,
-        whose columns keep their places by themselves.
+        With ``align_bases=False`` the bases stay as they are.
         """
         if not self.align_bases:
             return operators

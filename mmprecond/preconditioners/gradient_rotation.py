@@ -34,6 +34,7 @@ class GradientRotation(EigenRotation):
 
     Attributes:
         stat_decay: Weight of the old average, in [0, 1).
+        count_from: Always -1: refreshes come one step later than from 0.
     """
 
     stat_interval: int = 1

@@ -52,10 +52,9 @@ class NewtonKronecker(InversePreconditioner):
         damping_floor: Least damping.
         normalise: Whether each capture is divided by its Frobenius norm.
         newton_steps: Newton steps per refresh.
-        newton_step_size: Length of a Newton step from an inverse that is far off. 'norm' takes
-            ``1 / ||B A||``. 'optimal' takes the least residual along the step (Proposition 3.2);
-            inverses that it makes indefinite are computed anew, because directions would lead
-            uphill.
+        newton_step_size: Size of a Newton step where ``||B A - I||_F >= 1``. 'norm' is
+            ``1 / ||B A||_F``. 'optimal' minimizes the residual (Proposition 3.2). If the result is
+            not positive definite, an exact inverse replaces it, as directions could point uphill.
         exact_interval: A layer's refreshes 0, 1, 2 and every `exact_interval`-th one compute exact
             inverses (C in the thesis).
         exact_start: Whether each capture of the first 2 `refresh_interval` steps is followed by an
@@ -119,12 +118,16 @@ class NewtonKronecker(InversePreconditioner):
             )
 
     def is_early(self, count: int) -> bool:
-        """True too for the captures of the start with `exact_start`."""
+        """True also for the captures of the first 2 `refresh_interval` steps with `exact_start`."""
         start = self.exact_start and self.count_from <= count < 2 * self.refresh_interval
         return start and count % self.stat_interval == 0 or super().is_early(count)
 
     def is_exact(self, refreshes: int) -> bool:
-        """True for Newton's refreshes 0, 1, 2 and every `exact_interval`-th, and for Cholesky's."""
+        """True if a refresh computes exact inverses.
+
+        For 'newton' these are refreshes 0, 1, 2 and every `exact_interval`-th. With `exact_start`
+        they are all of the first 2 `refresh_interval` steps, and every `exact_interval`-th later.
+        """
         if self.solver != 'newton':
             return super().is_exact(refreshes)
         if not self.exact_start:

@@ -52,13 +52,13 @@ class AdamW(Rule):
             check_number('betas', beta, high=1)
 
     def check_state(self, param: Tensor, state: State, group: Group) -> None:
-        """Raises ValueError for the state of another rule, which lacks moments of this one."""
+        """Raises ValueError if the state lacks moments of this rule, as another rule's does."""
         names = (*self.linear_moments, *self.quadratic_moments)
         missing = [name for name in names if 'step' in state and name not in state]
         if missing:
             raise ValueError(
-                f'the state has no {", ".join(missing)}, so it is not of {type(self).__name__}; '
-                'start afresh from the weights alone'
+                f'the state has no {", ".join(missing)}: it was saved with another rule than '
+                f'{type(self).__name__}; start afresh from the weights alone'
             )
 
     def moments(

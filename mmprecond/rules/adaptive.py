@@ -15,10 +15,10 @@ from .base import Group, Rule, State, moments_of, move_decoupled
 
 
 class AdaBelief(AdamW):
-    """AdaBelief: Adam whose second moment is that of the deviation from the momentum.
+    """AdaBelief: Adam with the second moment of ``g - m`` in place of that of g.
 
     With the direction g and m as in `AdamW`, ``s = beta2 s + (1 - beta2) (g - m)^2 + eps`` takes
-    the place of v.
+    the place of v. eps is added to the root too.
 
     Source: AdaBelief (arXiv 2010.07468), Algorithm 2 and its code, without rectification.
     """
@@ -47,7 +47,7 @@ class AdaBelief(AdamW):
 
 
 class RAdam(AdamW):
-    """RAdam: Adam without the second moment while that has seen too few steps.
+    """RAdam: the plain momentum in the first steps, and a rectified step of Adam later.
 
     Source: RAdam (arXiv 1908.03265), Algorithm 2, in torch's implementation.
     """
@@ -61,10 +61,10 @@ class RAdam(AdamW):
         step = states[0].get('step', 0)
         for state in states:
             state['step'] = step + 1
-        moved = [torch.zeros_like(p) for p in params]
+        negative_updates = [torch.zeros_like(p) for p in params]
         beta1, beta2 = group['betas']
         radam(
-            moved,
+            negative_updates,
             directions,
             moments_of(states, 'exp_avg', params),
             moments_of(states, 'exp_avg_sq', params),
@@ -76,7 +76,7 @@ class RAdam(AdamW):
             weight_decay=0.0,
             eps=group['eps'],
         )
-        return list(torch._foreach_neg(moved))
+        return list(torch._foreach_neg(negative_updates))
 
 
 class AdaGrad(Rule):
@@ -98,9 +98,9 @@ class AdaGrad(Rule):
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> list[Tensor]:
-        moved = [torch.zeros_like(p) for p in params]
+        negative_updates = [torch.zeros_like(p) for p in params]
         adagrad(
-            moved,
+            negative_updates,
             directions,
             moments_of(states, 'sum', params),
             [torch.zeros((), dtype=torch.float32) for _ in params],
@@ -112,7 +112,7 @@ class AdaGrad(Rule):
             eps=group['eps'],
             maximize=False,
         )
-        return list(torch._foreach_neg(moved))
+        return list(torch._foreach_neg(negative_updates))
 
     def apply_updates(
         self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group

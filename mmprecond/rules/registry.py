@@ -19,7 +19,7 @@ RULES: dict[str, type[Rule]] = {
     rule.__name__.removesuffix('Rule'): rule
     for rule in (SGDM, EMASGD, AdamW, Adan, AdaGrad, RAdam, AdaBelief, ARORule, DCTAdamWRule)
 }
-#: Rules that scale each entry by its own history, which optimizers like Adam may have.
+#: Rules that AdamR, AdaNKFAC, SOAP and the other optimizers like Adam accept as `rule`.
 ADAPTIVE = ('AdamW', 'Adan', 'AdaGrad', 'RAdam', 'AdaBelief')
 
 

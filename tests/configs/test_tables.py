@@ -61,7 +61,7 @@ def test_every_score_of_the_file_has_a_way_to_be_run() -> None:
         own = [row for row in rows.all_rows() if row.name['table'] == content['table']]
         for row in own:
             optimizer = row.name['optimizer']
-            assert row.is_ours or optimizer in rows.BASELINES, row
+            assert row.is_ours or optimizer in rows.OPTIMIZER_NAMES, row
             stated = {'lr', 'weight_decay'} <= set(row.optimizer)
             assert stated or optimizer in cited, row
         if content['task'] == 'classification':
@@ -119,7 +119,7 @@ def test_baselines_are_configs_with_another_optimizer() -> None:
     entries = list(make_index.rows())
     built = set()
     for row in rows.baselines():
-        name = rows.BASELINES[row.name['optimizer']]
+        name = rows.OPTIMIZER_NAMES[row.name['optimizer']]
         if not row.optimizer or 'Swin' in row.name['model']:
             continue
         path = make_index.starting_point(row, entries)
@@ -137,7 +137,7 @@ def test_baselines_are_configs_with_another_optimizer() -> None:
             built.add(name)
             wrapper = build_optim_wrapper(torch.nn.Linear(3, 3), cfg.optim_wrapper)
             assert type(wrapper.optimizer).__name__ == name.rsplit('.', 1)[-1]
-    assert built == set(rows.BASELINES.values())
+    assert built == set(rows.OPTIMIZER_NAMES.values())
 
 
 def test_detectors_of_the_toolbox_are_the_rows_of_its_optimizers() -> None:

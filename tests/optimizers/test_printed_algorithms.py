@@ -163,7 +163,7 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[], ReferenceRule]]] = {
 @pytest.mark.parametrize('rule', RULES)
 @pytest.mark.parametrize('intervals', [(1, 3), (2, 4)], ids=str)
 def test_algorithm_6(intervals: tuple[int, int], rule: str) -> None:
-    """AdamR as published, whose bases are neither aligned nor do moments follow them."""
+    """AdamR as published: bases are not aligned, and moments are not rotated."""
     hyper, make = RULES[rule]
     common = dict(stat_interval=intervals[0], refresh_interval=intervals[1])
     model = net()

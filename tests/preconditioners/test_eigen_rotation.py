@@ -78,7 +78,7 @@ def test_trajectories(
 @pytest.mark.parametrize('rule', MORE_RULES)
 @pytest.mark.parametrize('intervals', [(1, 1), (2, 4)], ids=str)
 def test_other_adaptive_rules(intervals: tuple[int, int], rule: str, rotate: bool) -> None:
-    """On a network of which no unit dies: its null space has no basis of its own."""
+    """A network without dead units, as eigenvectors of a null space are not unique."""
     stat, refresh = intervals
     model, optimizer, reference = both(
         ConvNet,

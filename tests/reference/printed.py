@@ -17,15 +17,15 @@ from .rules import ReferenceRule
 
 
 class Printed:
-    """One algorithm on a model: subclasses say what becomes of a layer's gradient matrix.
+    """Base of the printed algorithms; a subclass computes a layer's direction.
 
     Args:
         model: The model, trained in place.
-        rule: What moves a parameter along its direction.
+        rule: Rule that updates the parameters.
         lr: Learning rate.
         weight_decay: Weight decay of the rule.
         first: Number of the first step.
-        settings: Of the algorithm.
+        settings: Settings of the algorithm.
     """
 
     def __init__(

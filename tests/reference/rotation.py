@@ -239,7 +239,7 @@ class ReferenceRotation(ReferenceNKFAC):
         return mean / (square.sqrt() + self.eps)
 
     def _deviations(self, seen: list[Seen]) -> list[Tensor]:
-        """Of each gradient from the momentum of its step, in the basis of that step."""
+        """Deviation of each gradient from the momentum of its step, in that step's basis."""
         if not self.settings['rotate_moments']:
             return deviations([s.turn(s.gradient) for s in seen], self.betas[0])
         raw = deviations([s.gradient for s in seen], self.betas[0])

@@ -130,7 +130,7 @@ class ReferenceRAdam(ReferenceRule):
 
 
 def deviations(history: list[Tensor], beta: float) -> list[Tensor]:
-    """What each direction differs from the momentum of its own step, which includes it."""
+    """Difference between each direction and the momentum of its step, which includes it."""
     found = []
     for k in range(len(history)):
         so_far = history[: k + 1]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from analysis_tools import results, suite
-from common.suite import OTHERS, TASKS, schedule
+from common.suite import EXTERNAL, TASKS, schedule
 from common.training import Run
 from tests.support.paths import ROOT
 
@@ -76,7 +76,7 @@ def test_scores_at_equal_seconds(tmp_path: Path) -> None:
 
 def test_tasks_have_configs_and_all_contestants() -> None:
     for name, task in TASKS.items():
-        assert set(OTHERS) < set(task.contestants), name
+        assert set(EXTERNAL) < set(task.contestants), name
         for optimizer in ('SGD', 'AdamW', *task.ours):
             contestant = task.contestant(optimizer)
             assert (ROOT / f'configs/quickstart/{contestant.config}.py').resolve().is_file()

@@ -170,9 +170,10 @@ def _by_eigenvectors(matrix: Tensor) -> Tensor:
     return (vectors / values) @ vectors.mT
 
 
-#: Contestants of `shares` by name: KFAC and SKFAC with NKFAC's damping and norm recovery.
+#: Settings of KFAC* and SKFAC* in table 3.16: NKFAC's damping and norm recovery.
 STARRED = dict(damping_form='relative', damping=0.01, scaling='norm_recovery')
-SHARED: dict[str, tuple[type[Any], dict[str, Any]]] = {
+#: Optimizers of `shares`, with their settings.
+SHARES_OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     'KFAC*': (KFAC, STARRED),
     'SKFAC*': (SKFAC, STARRED),
     'NKFAC': (NKFAC, {}),
@@ -186,7 +187,7 @@ def shares(args: argparse.Namespace) -> list[Row]:
     eigenvalues; it is part of a refresh, and inversion is the rest of that.
     """
     rows: list[Row] = []
-    for name, (kind, settings) in SHARED.items():
+    for name, (kind, settings) in SHARES_OPTIMIZERS.items():
         model: Any = build_model('resnet18')
         model.init_weights()
         optimizer = kind(
@@ -230,7 +231,7 @@ def partial(args: argparse.Namespace) -> list[Row]:
     prices = []
     for name, interval in tqdm(jobs):
         with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-            prices.append(pool.submit(price, name, interval, args.steps, args.size).result())
+            prices.append(pool.submit(measure_cost, name, interval, args.steps, args.size).result())
     base = prices[0]
     return [
         {'line': name, 'interval': n, 'time': time / base[0], 'memory': memory / base[1]}
@@ -238,7 +239,7 @@ def partial(args: argparse.Namespace) -> list[Row]:
     ]
 
 
-def price(name: str, interval: int, steps: int, size: int) -> tuple[float, float]:
+def measure_cost(name: str, interval: int, steps: int, size: int) -> tuple[float, float]:
     """Seconds of an iteration, and megabytes of this process at its peak."""
     before = _peak()
     torch.manual_seed(0)

@@ -1,15 +1,15 @@
-"""The thesis's kinds of figure, from short trainings or matrices: a picture and a CSV each.
+"""Figures like the thesis's, from short trainings or random matrices: a picture and a CSV each.
 
-    python tools/analysis_tools/figures.py change     # of statistics and inverses (figure 3.1)
+    python tools/analysis_tools/figures.py change     # change of statistics (figure 3.1)
     python tools/analysis_tools/figures.py newton     # residual of Newton's iteration (figure 3.2)
-    python tools/analysis_tools/figures.py inversion  # of damped moments (tables 3.3, 3.16)
-    python tools/analysis_tools/figures.py shares     # parts of a training's time (figure 3.6)
-    python tools/analysis_tools/figures.py partial    # price of the partial Hessian (section 2.4.1)
+    python tools/analysis_tools/figures.py inversion  # time and error of inverses (table 3.3)
+    python tools/analysis_tools/figures.py shares     # share of inversions in time (figure 3.6)
+    python tools/analysis_tools/figures.py partial    # time and memory of SGD-PH (section 2.4.1)
     python tools/analysis_tools/figures.py accuracy CONFIG --optimizers SGD,NKFAC
                                                       # loss and accuracy (figures 2.5, 3.3, 4.4)
 
-They are written as NAME.png and NAME.csv. `accuracy` trains a classifier's config with each
-optimizer, or reads the work folders that it is given.
+The files are KIND.png and KIND.csv in the folder --out. `accuracy` trains a classifier's config
+with each optimizer, or reads the work folders that it is given.
 """
 
 from __future__ import annotations

@@ -168,8 +168,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--suite',
         choices=('quick', 'full'),
-        help='a comparison of fixed tasks in place of one model (see suite.py): one in about 20 '
-        'minutes, or all in about 20 hours; a stopped one goes on',
+        help='compare optimizers on fixed tasks instead of one model (see suite.py); quick: one '
+        'task and one seed, about 20 minutes; full: five tasks and three seeds, about 20 hours; a '
+        'second call continues a stopped one',
     )
     parser.add_argument(
         '--tasks',

@@ -1,9 +1,10 @@
-"""Suite of comparisons: rates screened, three seeds, scores at equal iterations and equal seconds.
+"""Suite of comparisons: screened rates, several seeds, scores at equal iterations and seconds.
 
 `results.py --suite quick` runs one task, `--suite full` all five. Each optimizer is screened at a
 quarter of the length on seed 0, with rates beyond the grid where the best is at an edge, and is
-then trained at full length on all seeds. Finished runs are kept: a second call continues a stopped
-one. Times come from short runs in turns at the end, on an otherwise idle machine.
+then trained at full length on the given seeds (quick: seed 0). Finished runs are kept: a second
+call continues a stopped one. Times are measured at the end, in short runs that alternate between
+the optimizers. The machine must be otherwise idle then.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from analysis_tools.results import at, seconds_per_iteration, train_or_load
 from common import ROOT
-from common.suite import OTHERS, TASKS, Task, schedule
+from common.suite import EXTERNAL, TASKS, Task, schedule
 from common.tables import markdown, spread
 from common.training import Run
 
@@ -60,7 +61,10 @@ class _WithOptions:
 
 
 def screen(task: Task, name: str, iterations: int, args: argparse.Namespace) -> list[Run]:
-    """Runs of the screening, by rate; the best one is inside unless the limit was reached."""
+    """Screening runs in the order of their rates.
+
+    The best rate is not at an edge, unless `MOST_BEYOND` further rates were tried.
+    """
     short = settings(task, max(1, iterations // SCREENING), args)
     metric, seed = task.model.headline, args.seeds[0]
     runs = {rate: train_or_load(Run(name, rate, seed), short) for rate in task.rates(name)}
@@ -99,10 +103,13 @@ def report(
     final: dict[str, list[Run]],
     seconds: dict[str, float],
 ) -> str:
-    """Table of a task: means over seeds with ranges."""
+    """Table of a task: means over seeds with ranges.
+
+    Times are relative to the best optimizer of others.
+    """
     metric = task.model.headline
     form = '.1f' if metric.startswith('accuracy') else '.3f'
-    others = [name for name in final if name in OTHERS]
+    others = [name for name in final if name in EXTERNAL]
     first = max(others, key=lambda name: mean(run.score(metric) for run in final[name]))
     goal = mean(run.score(metric) for run in final[first])
     budget = final[first][0].iterations * seconds.get(first, math.nan)
@@ -133,7 +140,7 @@ def report(
         f'{title} at the end',
         'loss',
         f"{title} in {first}'s time",
-        f"share of that time to {first}'s score",
+        f"time to {first}'s score / its time",
         's / iteration',
         'MB',
         'screening',
@@ -181,7 +188,7 @@ def _draw(final: dict[str, list[Run]], seconds: dict[str, float], task: Task, pa
         values = [
             mean(series[k][2] for series in points if k < len(series)) for k in range(len(steps))
         ]
-        style = '--' if name in OTHERS else '-'
+        style = '--' if name in EXTERNAL else '-'
         label = name.rsplit('.', 1)[-1] + (' (pytorch_optimizer)' if '.' in name else '')
         axes.plot([step * seconds[name] for step in steps], values, style, marker='.', label=label)
     axes.set(

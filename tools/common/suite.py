@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 
 from .contestants import ATTACH, BOXES, DECAY, DECAYS, TOP_1, Contestant, Model
 
-#: Optimizers of others, the same for all tasks.
-OTHERS = (
+#: Optimizers of torch and pytorch_optimizer, which every task compares with ours.
+EXTERNAL = (
     'SGD',
     'AdamW',
     'pytorch_optimizer.Muon',
     'pytorch_optimizer.SOAP',
     'pytorch_optimizer.Shampoo',
 )
-#: Settings of others: bases and roots every ten steps, as ours.
+#: Settings of pytorch_optimizer's SOAP and Shampoo: a refresh every ten steps, as in ours.
 PEER_OPTIONS = {
     'pytorch_optimizer.SOAP': {'optim_wrapper.optimizer.precondition_frequency': 10},
     'pytorch_optimizer.Shampoo': {'optim_wrapper.optimizer.preconditioning_compute_steps': 10},
@@ -51,7 +51,7 @@ class Task:
     @property
     def contestants(self) -> tuple[str, ...]:
         """Names of all optimizers."""
-        return (*OTHERS, *self.ours)
+        return (*EXTERNAL, *self.ours)
 
     def contestant(self, name: str) -> Contestant:
         """Training settings of an optimizer but its rate."""
@@ -76,7 +76,7 @@ def schedule(iterations: int) -> dict[str, int]:
 
 
 def _model(title: str, config: str, plain: str, metrics: dict[str, str], data: str) -> Model:
-    """A model of configs/suite, of which `plain` is the config's own optimizer."""
+    """Model for a config of configs/suite; `plain` is the config's own optimizer."""
     path = f'../suite/{config}'
     adaptive = plain == 'AdamW'
     base = Contestant(path, 0.0, options={DECAY: DECAYS[adaptive]}, adaptive=adaptive)

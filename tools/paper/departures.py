@@ -38,7 +38,8 @@ def departures(cfg: dict[str, Any], row: Row, name: str | None) -> list[str]:
 def _optimizer_pairs(optimizer: dict[str, Any], row: Row) -> dict[str, tuple[Any, Any]]:
     """Pairs of an optimizer's settings: actual and expected.
 
-    A setting that neither the config nor its set of settings has is the optimizer's own.
+    Settings that the config leaves out come from ``settings='published'``, but type, rates and
+    intervals must be written out.
     """
     usual = {'betas': [0.9, 0.999], 'momentum': 0.9}
     literal = {'settings': 'published'} if row.is_ours else {}
@@ -112,9 +113,11 @@ def _classifier_pairs(
     )
     if name is not None:
         batch = re.search(r'_(?:(\d+)x)?b(\d+)_', name)
+        if batch is None:
+            return pairs | {"batch in the config's name": ('missing', row.batch)}
         pairs['batch of a GPU, and of all'] = (
-            [loader['batch_size'], loader['batch_size'] * int(batch[1] or 1)] if batch else None,
-            [int(batch[2]), row.batch] if batch else 'in its name',
+            [loader['batch_size'], loader['batch_size'] * int(batch[1] or 1)],
+            [int(batch[2]), row.batch],
         )
     return pairs
 

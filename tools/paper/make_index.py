@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT
 from common.tables import markdown
-from paper.rows import BASELINES, WITHOUT_CONFIG, Row, all_rows, tables
+from paper.rows import OPTIMIZER_NAMES, WITHOUT_CONFIG, Row, all_rows, tables
 from paper.verify_configs import FOLDERS, all_configs, base_of
 
 #: A config's path, its `paper` entry, and our run.
@@ -43,18 +43,18 @@ THESIS = dict(
     'Training (Ying Sun, PhD thesis, The Hong Kong Polytechnic University, 2024)'
 )
 ABOUT_BASELINES = """\
-All scores of classifiers, with the settings of each optimizer (learning rate, weight decay). Ours
-have the configs above. For another optimizer take the config in the first column with
-`--optimizer NAME`, the name in the head of its column, and its
-`optim_wrapper.optimizer.lr=... optim_wrapper.optimizer.weight_decay=...` after `--cfg-options`.
+All scores of classifiers, with the settings of each optimizer (learning rate, weight decay).
+Optimizers of this package have configs above. To run another one, start the config in the first
+column with `--optimizer NAME`, where NAME stands in brackets in the column's head, and give its
+rates as `--cfg-options optim_wrapper.optimizer.lr=... optim_wrapper.optimizer.weight_decay=...`.
 (Names with `pytorch_optimizer` need that package.) VGG19-noBN under SGDM takes
-`model.backbone.conv_cfg=None` too. Columns without settings are cited there from other papers. The
-AdamW of Swin Transformers is that of the configs of MMPretrain that ours inherit."""
+`model.backbone.conv_cfg=None` too. The thesis cites scores without settings from other papers. For
+Swin Transformers, AdamW is MMPretrain's own config, which ours inherits."""
 ABOUT_DETECTORS = """\
-Detectors whose default optimizer the thesis has as a row: MMDetection's own configs."""
+Baselines of the thesis's detectors. The configs are MMDetection's own."""
 ABOUT_ABLATIONS = """\
-Ablations: settings for `--cfg-options`, with `optim_wrapper.optimizer.` before each but the batch,
-and their scores (with seconds where the thesis has them)."""
+Each row changes a config by `--cfg-options`. Put `optim_wrapper.optimizer.` before every setting
+but `train_dataloader.batch_size`. Scores are the thesis's, with its seconds where it has them."""
 #: Settings of ablations that are none of the optimizer's.
 ELSEWHERE = {'batch_size': 'train_dataloader.batch_size'}
 #: MIM's names of scores by our names.
@@ -124,9 +124,9 @@ def page(entries: list[Entry]) -> str:
     lines = [
         '# Configs',
         '',
-        'Made by `tools/paper/make_index.py`. Published figures are those of the thesis: COCO',
-        'val2017, and top-1 accuracy in per cent. Hybrids are ours and have none. "Ours" is',
-        'empty until someone has run the config.',
+        'Made by `tools/paper/make_index.py`. Published scores are those of the thesis: AP on COCO',
+        'val2017, or top-1 accuracy in per cent. Hybrids are ours and have none. "Ours" is empty',
+        'until someone has run the config.',
         '',
     ]
     for folder in FOLDERS:
@@ -200,7 +200,9 @@ def _classifiers(content: dict[str, Any], entries: list[Entry]) -> list[str]:
     """One table of classifiers: networks by rows, optimizers by columns."""
     own = [row for row in all_rows() if row.name['table'] == content['table']]
     columns = list(dict.fromkeys(row.name['optimizer'] for row in own))
-    heads = [f'{name} ({BASELINES[name]})' if name in BASELINES else name for name in columns]
+    heads = [
+        f'{name} ({OPTIMIZER_NAMES[name]})' if name in OPTIMIZER_NAMES else name for name in columns
+    ]
     cells = []
     for data, model, _ in content['rows']:
         found = {
@@ -230,7 +232,7 @@ def _classifiers(content: dict[str, Any], entries: list[Entry]) -> list[str]:
     )
     note = f'. {content["note"][0].upper() + content["note"][1:]}.' if 'note' in content else '.'
     return [
-        f'Table {content["table"]} ({content["section"]}): {training}{note}',
+        f'Table {content["table"]} (section {content["section"]}): {training}{note}',
         '',
         markdown(('config', 'data', 'network', *heads), cells),
     ]
@@ -263,7 +265,7 @@ def ablations(entries: list[Entry]) -> list[str]:
         score = '±'.join(map(str, row['top1'])) if 'top1' in row else scores(row['result'])
         seconds = f', {row["seconds"][0]} s' if 'seconds' in row else ''
         cells.append((number, path.stem, words or 'as it is', f'{score}{seconds}'))
-    reasons = [f'- Tables {number}: {reason}.' for number, reason in WITHOUT_CONFIG.items()]
+    reasons = [f'- {place}: {reason}.' for place, reason in WITHOUT_CONFIG.values()]
     return [
         '## Ablations',
         '',
@@ -271,9 +273,9 @@ def ablations(entries: list[Entry]) -> list[str]:
         '',
         markdown(('table', 'config', 'settings', 'published'), cells),
         '',
-        'Tables without a config:',
+        'Results without a config:',
         '',
-        *(reason.replace('Tables', 'table') for reason in reasons),
+        *reasons,
         '',
     ]
 

@@ -1,6 +1,7 @@
-"""Rows of the thesis's tables, and differences between configs and their rows.
+"""Rows of the thesis's tables.
 
-The `paper` entry of a config names its row. The figures come from configs/paper_results.json.
+The `paper` entry of a config names its row. Scores and settings are those of
+configs/paper_results.json.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from mmprecond import optimizers
 ROWS = Path(__file__).resolve().parents[2] / 'configs/paper_results.json'
 #: Number of epochs, and the epochs at which the learning rate drops by a factor of 10.
 SCHEDULES = {'1x': (12, [8, 11]), '2x': (24, [16, 22]), '3x': (36, [27, 33])}
-#: Schedules of detectors with MMDetection configs for all default optimizers in the tables.
+#: Schedules for which MMDetection has a config of every baseline in the tables.
 SHIPPED = ('1x', '3x')
 COSINE = {'type': 'CosineAnnealingLR', 'T_max': 200, 'eta_min_ratio': 1e-3}
 INTERVALS = ('stat_interval', 'refresh_interval')
-#: Names for `--optimizer` of the optimizers that the thesis compares with.
-BASELINES = {
+#: Names for `--optimizer`, by the thesis's names.
+OPTIMIZER_NAMES = {
     'SGDM': 'SGD',
     'SGDM_WN': 'SGD',
     'Adam': 'Adam',
@@ -35,12 +36,15 @@ BASELINES = {
     'Apollo': 'pytorch_optimizer.ApolloDQN',
     'Ranger': 'pytorch_optimizer.Ranger',
 }
-#: Tables without configs, with the reasons.
+#: Tables without configs: their places in the thesis, and reasons.
 WITHOUT_CONFIG = {
-    '2.5': 'MMEngine has no toolbox for person re-identification',
-    '2.6': 'MMEngine has no toolbox for person re-identification',
-    '2.4.1': 'times, for tools/analysis_tools/figures.py partial',
-    '3.3': 'times, for tools/analysis_tools/figures.py inversion',
+    '2.4.1': (
+        'Section 2.4.1 (times)',
+        'measure them with `tools/analysis_tools/figures.py partial`',
+    ),
+    '2.5': ('Table 2.5', 'MMEngine has no toolbox for person re-identification'),
+    '2.6': ('Table 2.6', 'MMEngine has no toolbox for person re-identification'),
+    '3.3': ('Table 3.3 (times)', 'measure them with `tools/analysis_tools/figures.py inversion`'),
 }
 #: Type of the data set, and number of classes.
 DATA = {
@@ -88,7 +92,7 @@ class Row:
         epochs: Number of epochs; None for that of the toolbox.
         decay: Scheduler after the warm-up; None for that of the toolbox.
         image_size: Side of the images that the network sees; None for that of the toolbox.
-        toolbox: Whether it is a row of the toolbox's own optimizer.
+        toolbox: Whether the optimizer is the one that MMDetection's config has.
         free: Settings, other than the optimizer's, that may differ from the inherited config.
         std: Standard deviation of the score over the thesis's runs, if it states one.
     """
@@ -161,7 +165,9 @@ def row_of(cfg: dict[str, Any]) -> Row:
     name = {key: value for key, value in cfg['paper'].items() if key != 'result'}
     matches = [row for row in rows() if row.name == name]
     if len(matches) != 1:
-        raise ValueError(f'{len(matches)} rows of the paper are {list(name.values())}')
+        raise ValueError(
+            f'{len(matches)} rows of the thesis match the entry paper={name!r}; one must'
+        )
     return matches[0]
 
 

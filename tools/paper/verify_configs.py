@@ -61,13 +61,13 @@ config with its row of the thesis and with the config that it inherits. It build
 real size with random weights, and takes three steps at batch 1 (2 for a classifier) on synthetic
 images through the config's own pipeline, on a CPU in float32. The steps include a capture and a
 refresh. CI compares all configs, and takes steps with one detector and two classifiers. Seconds
-are those of one thread beside other work; they only show which configs are expensive. Notes are
-departures of the check from the config:
+are those of one thread beside other work; they only show which configs are expensive. A row
+without seconds has its settings compared only: the config has taken no steps since it last changed.
+Notes are departures of the check from the config:
 
 - "intervals of 2": methods whose first capture is at step `stat_interval`, and classifiers whose
   branches start at zero, so that the first step has no gradients there.
 - "max_dim=8192 for AdamR": the basis of a box head's 12,545 inputs takes ten minutes on a CPU.
-- No seconds: the settings are compared, and the config has taken no steps since they changed.
 - "no stochastic depth": with one image, stochastic depth may skip blocks, which then have nothing
   to measure.
 """
@@ -309,7 +309,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out',
         type=Path,
-        help='file for the page, docs/verified_configs.md; rows of other configs stay as they are',
+        help='file for the page, docs/verified_configs.md; it keeps the rows of other configs that '
+        'have taken steps',
     )
     return parser.parse_args()
 
