@@ -68,13 +68,18 @@ class AdamW(Rule):
         beta1, beta2 = group['betas']
         step = states[0].get('step', 0) + 1
         first = moments_of(states, 'exp_avg', params)
-        second = moments_of(states, 'exp_avg_sq', params)
+        second = moments_of(states, self.quadratic_moments[0], params)
         for state in states:
             state['step'] = step
         torch._foreach_lerp_(first, directions, 1 - beta1)
         torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, directions, directions, 1 - beta2)
+        squared = self.deviations(directions, first)
+        torch._foreach_addcmul_(second, squared, squared, 1 - beta2)
         return first, second, step
+
+    def deviations(self, directions: list[Tensor], first: list[Tensor]) -> list[Tensor]:
+        """Returns the tensors of which the second moment averages squares: the directions."""
+        return directions
 
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group

@@ -32,18 +32,13 @@ class AdaBelief(AdamW):
     def moments(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> tuple[list[Tensor], list[Tensor], int]:
-        beta1, beta2 = group['betas']
-        step = states[0].get('step', 0) + 1
-        first = moments_of(states, 'exp_avg', params)
-        second = moments_of(states, 'exp_avg_var', params)
-        for state in states:
-            state['step'] = step
-        torch._foreach_lerp_(first, directions, 1 - beta1)
-        deviations = torch._foreach_sub(directions, first)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, deviations, deviations, 1 - beta2)
+        first, second, step = super().moments(params, directions, states, group)
         torch._foreach_add_(second, group['eps'])
         return first, second, step
+
+    def deviations(self, directions: list[Tensor], first: list[Tensor]) -> list[Tensor]:
+        """Returns ``g - m``."""
+        return list(torch._foreach_sub(directions, first))
 
 
 class RAdam(AdamW):

@@ -26,6 +26,7 @@ from mmprecond.linalg import cholesky_inverse, largest_eigenvalue, newton_invers
 from mmprecond.optimizers import KFAC, NKFAC, SGDPH, SKFAC
 from mmprecond.optimizers.peers import PeerHessian
 
+#: A row of a figure's data: the line that it belongs to, and numbers by name.
 Row = dict[str, Any]
 
 

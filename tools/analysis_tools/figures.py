@@ -25,12 +25,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis_tools import figure_data
+from analysis_tools.figure_data import Row
 from common import ROOT
 from common.logs import Curves, log_files
 from common.tables import markdown
 
-#: A row of a figure's data: the line that it belongs to, and numbers by name.
-Row = dict[str, Any]
 #: Most lines of a panel with a legend.
 MOST_NAMED = 12
 

@@ -169,8 +169,8 @@ def parse_args() -> argparse.Namespace:
         '--suite',
         choices=('quick', 'full'),
         help='compare optimizers on fixed tasks instead of one model (see suite.py); quick: one '
-        'task and one seed, about 20 minutes; full: five tasks and three seeds, about 20 hours; a '
-        'second call continues a stopped one',
+        'short task and one seed; full: five tasks and three seeds, many hours; a second call '
+        'continues a stopped one',
     )
     parser.add_argument(
         '--tasks',

@@ -67,11 +67,11 @@ Notes are departures of the check from the config:
 
 - "intervals of 2": methods whose first capture is at step `stat_interval`, and classifiers whose
   branches start at zero, so that the first step has no gradients there.
-- "max_dim=8192 for AdamR": the basis of a box head's 12,545 inputs takes ten minutes on a CPU.
+- "max_dim=8192 for AdamR": the basis of a box head's 12,545 inputs costs about 18 TFLOP (9 n^3).
 - "no stochastic depth": with one image, stochastic depth may skip blocks, which then have nothing
   to measure.
 """
-#: Longest side with a basis in the steps: that of 12,545 inputs takes ten minutes on a CPU.
+#: Longest side with a basis in the steps: that of 12,545 inputs costs about 18 TFLOP.
 LONGEST_BASIS = 8192
 AFOPTS = ('AFOpt', 'AdaAFOpt', 'AttentionFeature')
 #: Names of COCO's categories for the shapes, in the order of the shapes' categories.
