@@ -169,8 +169,8 @@ def parse_args() -> argparse.Namespace:
         '--suite',
         choices=('quick', 'full'),
         help='compare optimizers on fixed tasks instead of one model (see suite.py); quick: one '
-        'short task and one seed; full: five tasks and three seeds, many hours; a second call '
-        'continues a stopped one',
+        'task and one seed, with recorded rates; full: five tasks and three seeds, many hours; a '
+        'second call continues a stopped one',
     )
     parser.add_argument(
         '--tasks',
@@ -204,8 +204,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--timed',
         type=int,
-        default=50,
-        help='iterations of those; default: 50, which are two refreshes',
+        help='iterations of those; default: 50, which are two refreshes at 5/25',
+    )
+    parser.add_argument(
+        '--jobs', type=int, default=1, help='runs of --suite side by side; default: 1'
     )
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/results_MODEL')
     add_options(parser)
@@ -216,6 +218,7 @@ def parse_args() -> argparse.Namespace:
         parser.error('give a model, or --suite quick')
     args.work_dir = (args.work_dir or ROOT / f'work_dirs/results_{args.model}').resolve()
     args.data = ROOT / f'data/results-{args.model}'
+    args.timed = args.timed or 50
     args.model = MODELS[args.model]
     args.iterations = args.iterations or args.model.iterations
     args.val_interval = max(1, args.iterations // args.evaluations)

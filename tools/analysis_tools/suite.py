@@ -1,10 +1,13 @@
 """Suite of comparisons: screened rates, several seeds, scores at equal iterations and seconds.
 
-`results.py --suite quick` runs one task, `--suite full` all five. Each optimizer is screened at a
-quarter of the length on seed 0, with rates beyond the grid where the best is at an edge, and is
-then trained at full length on the given seeds (quick: seed 0). Finished runs are kept: a second
-call continues a stopped one. Times are measured at the end, in short runs that alternate between
-the optimizers. The machine must be otherwise idle then.
+Every optimizer of a task is screened at a quarter of the length on seed 0, with rates beyond the
+grid where the best is at an edge. The iterations of all are then timed in turns. With its best rate
+each optimizer is trained twice on every seed: for the task's length, and for as many iterations as
+fit into the seconds that the config's own optimizer takes for that length. Each run has a schedule
+of its own length. Finished runs are kept: a second call continues a stopped one.
+
+`results.py --suite full` does this for five tasks. `--suite quick` takes the recorded rates of one
+task, and makes its runs of equal seconds on one seed.
 """
 
 from __future__ import annotations
@@ -12,34 +15,65 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from analysis_tools.results import at, seconds_per_iteration, train_or_load
+from analysis_tools.results import best_rate, seconds_per_iteration, train_or_load
 from common import ROOT
-from common.suite import EXTERNAL, TASKS, Task, schedule
+from common.suite import EXTERNAL, FIRST_ORDER, TASKS, Task, schedule
 from common.tables import markdown, spread
 from common.training import Run
 
-#: Task of the quick suite, and its length and seeds.
-QUICK = ('digits-cls', 150, (0,))
+#: Task and seeds of the quick suite.
+QUICK = ('digits-cls', (0,))
 #: Part of the length that a screening takes.
 SCREENING = 4
 #: Ratio of neighbouring rates, and most rates beyond a grid.
 STEP, MOST_BEYOND = 10**0.5, 3
+#: Recorded runs of the full suite.
+RECORDS = ROOT / 'docs/records'
+#: Iterations and turns of the timing. Early steps measure more often than later ones.
+TIMING = {'full': (200, 2), 'quick': (60, 1)}
+
+Runs = dict[str, list[Run]]
+
+
+@dataclass
+class Results:
+    """Runs of a task.
+
+    Attributes:
+        task: The task.
+        screened: Short runs on one seed, one for each rate.
+        seconds: Seconds of an iteration.
+        whole: Runs of the task's length.
+        fitted: Runs that take the seconds of the plain optimizer's whole run.
+    """
+
+    task: Task
+    screened: Runs = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    whole: Runs = field(default_factory=dict)
+    fitted: Runs = field(default_factory=dict)
+
+    @property
+    def budget(self) -> float:
+        """Seconds of training in each of the fitted runs."""
+        return self.task.iterations * self.seconds[self.task.model.plain]
 
 
 def settings(task: Task, iterations: int, args: argparse.Namespace) -> argparse.Namespace:
     """Arguments of `train_or_load` for a task and a length."""
-    folder = args.work_dir / task.model.title.replace(' ', '_').replace(',', '')
     return argparse.Namespace(
         model=_WithOptions(task),
         iterations=iterations,
         val_interval=max(1, iterations // task.evaluations),
         data=args.data / task.model.data,
-        work_dir=folder,
+        work_dir=args.work_dir / task.name,
         options=[*schedule(iterations).items(), *args.options],
         timed=args.timed,
         turns=args.turns,
@@ -60,12 +94,12 @@ class _WithOptions:
         return self._task.contestant(name)
 
 
-def screen(task: Task, name: str, iterations: int, args: argparse.Namespace) -> list[Run]:
+def screen(task: Task, name: str, args: argparse.Namespace) -> list[Run]:
     """Screening runs in the order of their rates.
 
     The best rate is not at an edge, unless `MOST_BEYOND` further rates were tried.
     """
-    short = settings(task, max(1, iterations // SCREENING), args)
+    short = settings(task, max(1, task.iterations // SCREENING), args)
     metric, seed = task.model.headline, args.seeds[0]
     runs = {rate: train_or_load(Run(name, rate, seed), short) for rate in task.rates(name)}
     for _ in range(MOST_BEYOND):
@@ -78,74 +112,104 @@ def screen(task: Task, name: str, iterations: int, args: argparse.Namespace) -> 
     return [runs[rate] for rate in sorted(runs)]
 
 
-def run_task(task: Task, iterations: int, args: argparse.Namespace) -> str:
-    """Trains all optimizers of a task; returns its part of the report and writes its records."""
+def screen_all(task: Task, args: argparse.Namespace) -> Runs:
+    """Screening runs of all optimizers; of the task's `rest` those of the best one stay."""
+    names = (*task.contestants, *task.rest)
+    found = dict(zip(names, in_parallel(lambda n: screen(task, n, args), names, args), strict=True))
+    metric = task.model.headline
+    best = max(task.rest, key=lambda name: max(run.score(metric) for run in found[name]))
+    return {name: runs for name, runs in found.items() if name not in task.rest or name == best}
+
+
+def in_parallel(
+    make: Callable[[Any], Any], items: Iterable[Any], args: argparse.Namespace
+) -> list[Any]:
+    """Results of a function that waits for trainings, `args.jobs` at a time."""
+    with ThreadPoolExecutor(args.jobs) as pool:
+        return list(pool.map(make, items))
+
+
+def train_all(
+    task: Task, rates: dict[str, float], lengths: dict[str, int], args: argparse.Namespace
+) -> Runs:
+    """Trains every optimizer on all seeds for a number of iterations of its own."""
+    pairs = [(name, seed) for name in rates for seed in args.seeds]
+
+    def one(pair: tuple[str, int]) -> Run:
+        name, seed = pair
+        return train_or_load(Run(name, rates[name], seed), settings(task, lengths[name], args))
+
+    runs = dict(zip(pairs, in_parallel(one, pairs, args), strict=True))
+    return {name: [runs[name, seed] for seed in args.seeds] for name in rates}
+
+
+def run_task(task: Task, kind: str, args: argparse.Namespace) -> Results:
+    """Trains all optimizers of a task and writes its records and picture."""
     task.model.make_data(args.data / task.model.data, task.images)
-    whole = settings(task, iterations, args)
+    metric, results = task.model.headline, Results(task)
+    whole = settings(task, task.iterations, args)
     whole.work_dir.mkdir(parents=True, exist_ok=True)
-    metric = task.model.headline
-    screened = {name: screen(task, name, iterations, args) for name in task.contestants}
-    best = {name: max(runs, key=lambda r: r.score(metric)).lr for name, runs in screened.items()}
-    final = {
-        name: [train_or_load(Run(name, rate, seed), whole) for seed in args.seeds]
-        for name, rate in best.items()
-    }
-    seconds = seconds_per_iteration(best, whole)
-    write_records(final, seconds, whole.work_dir / 'records.csv')
-    if seconds:
-        _draw(final, seconds, task, whole.work_dir / 'suite.png')
-    return f'## {task.model.title}\n\n{report(task, screened, final, seconds)}\n'
+    if kind == 'quick':
+        rates = recorded_rates(RECORDS / f'{task.name}.csv', task.iterations)
+    else:
+        results.screened = screen_all(task, args)
+        rates = {name: best_rate(runs, metric) for name, runs in results.screened.items()}
+        same = dict.fromkeys(rates, task.iterations)
+        results.whole = train_all(task, rates, same, args)
+    results.seconds = seconds_per_iteration(rates, whole)
+    lengths = {name: max(1, round(results.budget / results.seconds[name])) for name in rates}
+    results.fitted = train_all(task, rates, lengths, args)
+    write_records(results, whole.work_dir / 'records.csv')
+    _draw(results, whole.work_dir / 'suite.png')
+    (whole.work_dir / 'report.md').write_text(report(results))
+    return results
 
 
-def report(
-    task: Task,
-    screened: dict[str, list[Run]],
-    final: dict[str, list[Run]],
-    seconds: dict[str, float],
-) -> str:
-    """Table of a task: means over seeds with ranges.
-
-    Times are relative to the best optimizer of others.
-    """
-    metric = task.model.headline
+def report(results: Results) -> str:
+    """Part of the report for a task: means over seeds with ranges."""
+    task, seconds, budget = results.task, results.seconds, results.budget
+    metric, title = task.model.headline, task.model.metrics[task.model.headline]
     form = '.1f' if metric.startswith('accuracy') else '.3f'
-    others = [name for name in final if name in EXTERNAL]
-    first = max(others, key=lambda name: mean(run.score(metric) for run in final[name]))
-    goal = mean(run.score(metric) for run in final[first])
-    budget = final[first][0].iterations * seconds.get(first, math.nan)
+    means = {name: mean(run.score(metric) for run in runs) for name, runs in results.fitted.items()}
+    first = max((name for name in means if name in FIRST_ORDER), key=means.__getitem__)
     lines = []
-    for name, runs in final.items():
-        each = seconds.get(name, math.nan)
-        level = [
-            at(run, min(run.iterations, budget / each), metric) for run in runs if each == each
-        ]
-        reached = [s for run in runs if (s := _iterations_to(run, goal, metric)) is not None]
+    for name, runs in sorted(results.fitted.items(), key=lambda item: -means[item[0]]):
+        reached = [s for run in runs if (s := _iterations_to(run, means[first], metric))]
+        whole = [run.score(metric) for run in results.whole.get(name, [])]
         lines.append(
             (
                 name,
                 f'{runs[0].lr:g}',
                 spread([run.score(metric) for run in runs], form),
-                spread([run.losses[-1][2] for run in runs], '.2f'),
-                spread(level, form) if level else '-',
-                f'{mean(reached) * each / budget:.2f}' if len(reached) == len(runs) else '-',
-                f'{each:.3f}',
+                spread([run.losses[-1][2] for run in runs], '.3f'),
+                spread(whole, form) if whole else '-',
+                f'{mean(reached) * seconds[name] / budget:.2f}'
+                if len(reached) == len(runs)
+                else '-',
+                f'{seconds[name] / seconds[task.model.plain]:.2f}',
                 f'{mean(run.memory for run in runs):.0f}',
-                ', '.join(f'{run.lr:g}: {run.score(metric):{form}}' for run in screened[name]),
+                ', '.join(
+                    f'{run.lr:g}: {run.score(metric):{form}}'
+                    for run in results.screened.get(name, [])
+                ),
             )
         )
-    title = task.model.metrics[metric]
     heads = (
         'optimizer',
         'lr',
-        f'{title} at the end',
+        f'{title} in {budget:.0f} s',
         'loss',
-        f"{title} in {first}'s time",
-        f"time to {first}'s score / its time",
-        's / iteration',
+        f'{title} after {task.iterations} iterations',
+        f"time to {first}'s score",
+        'seconds / iteration',
         'MB',
-        'screening',
+        f'{title} of each rate in the screening',
     )
-    return markdown(heads, lines)
+    about = (
+        f'{task.iterations} iterations of {task.model.plain} take {budget:.0f} s '
+        f'({seconds[task.model.plain]:.3f} s each).'
+    )
+    return f'## {task.model.title}\n\n{about}\n\n{markdown(heads, lines)}\n'
 
 
 def _iterations_to(run: Run, goal: float, metric: str) -> float | None:
@@ -159,30 +223,44 @@ def _iterations_to(run: Run, goal: float, metric: str) -> float | None:
     return None
 
 
-def write_records(final: dict[str, list[Run]], seconds: dict[str, float], path: Path) -> None:
-    """Writes every evaluation of the whole runs."""
+def write_records(results: Results, path: Path) -> None:
+    """Writes the loss and every evaluation of all runs.
+
+    `length` is the number of iterations of a run: it tells screening, whole and fitted runs apart.
+    """
+    heads = ('optimizer', 'lr', 'seed', 'length', 'quantity', 'iteration', 'seconds', 'value')
+    runs = {
+        (run.optimizer, run.lr, run.seed, run.iterations): run
+        for part in (results.screened, results.whole, results.fitted)
+        for group in part.values()
+        for run in group
+    }
     with path.open('w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(('optimizer', 'lr', 'seed', 'quantity', 'iteration', 'seconds', 'value'))
-        for name, runs in final.items():
-            each = seconds.get(name, math.nan)
-            for run in runs:
-                series = {'loss': run.losses, **run.scores}
-                for quantity, points in series.items():
-                    for step, _, value in points:
-                        writer.writerow(
-                            (name, run.lr, run.seed, quantity, step, f'{step * each:.1f}', value)
-                        )
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(heads)
+        for (name, rate, seed, length), run in runs.items():
+            each = results.seconds.get(name, math.nan)
+            about = (name, f'{rate:g}', seed, length)
+            for quantity, points in {'loss': run.losses[-1:], **run.scores}.items():
+                for step, _, value in points:
+                    writer.writerow((*about, quantity, step, f'{step * each:.1f}', f'{value:.5g}'))
 
 
-def _draw(final: dict[str, list[Run]], seconds: dict[str, float], task: Task, path: Path) -> None:
-    """Plots the mean score over seeds against seconds of training; others are dashed."""
+def recorded_rates(path: Path, length: int) -> dict[str, float]:
+    """Best rate of every optimizer, from the runs of the given length in a record."""
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row['length']) == length]
+    return {row['optimizer']: float(row['lr']) for row in rows}
+
+
+def _draw(results: Results, path: Path) -> None:
+    """Plots the mean score of the fitted runs against seconds of training; others are dashed."""
     from matplotlib.figure import Figure
 
-    metric = task.model.headline
+    metric, model = results.task.model.headline, results.task.model
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
-    for name, runs in final.items():
+    for name, runs in results.fitted.items():
         points = [run.scores.get(metric, []) for run in runs]
         steps = [step for step, _, _ in points[0]]
         values = [
@@ -190,26 +268,25 @@ def _draw(final: dict[str, list[Run]], seconds: dict[str, float], task: Task, pa
         ]
         style = '--' if name in EXTERNAL else '-'
         label = name.rsplit('.', 1)[-1] + (' (pytorch_optimizer)' if '.' in name else '')
-        axes.plot([step * seconds[name] for step in steps], values, style, marker='.', label=label)
-    axes.set(
-        xlabel='seconds of training', ylabel=task.model.metrics[metric], title=task.model.title
-    )
+        seconds = [step * results.seconds[name] for step in steps]
+        axes.plot(seconds, values, style, marker='.', label=label)
+    axes.set(xlabel='seconds of training', ylabel=model.metrics[metric], title=model.title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-def main(kind: str, tasks: Sequence[str], args: argparse.Namespace) -> None:
+def main(kind: str, names: Sequence[str], args: argparse.Namespace) -> None:
     """Runs the suite and writes report.md after each task."""
     args.work_dir = (args.work_dir or ROOT / f'work_dirs/suite_{kind}').resolve()
     args.data = ROOT / 'data/suite'
-    parts = []
+    timed, turns = TIMING[kind]
+    args.timed, args.turns = args.timed or timed, args.turns or turns
     if kind == 'quick':
-        name, iterations, args.seeds = QUICK
-        parts.append(run_task(TASKS[name], iterations, args))
-    else:
-        for name in tasks or TASKS:
-            parts.append(run_task(TASKS[name], TASKS[name].iterations, args))
-            (args.work_dir / 'report.md').write_text('\n'.join(parts))
-    (args.work_dir / 'report.md').write_text('\n'.join(parts))
+        quick, args.seeds = QUICK
+        names = [quick]
+    parts: list[str] = []
+    for name in names or TASKS:
+        parts.append(report(run_task(TASKS[name], kind, args)))
+        (args.work_dir / 'report.md').write_text('\n'.join(parts))
     print('\n'.join(parts))

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from .contestants import ATTACH, BOXES, DECAY, DECAYS, TOP_1, Contestant, Model
 
+FIRST_ORDER = ('SGD', 'AdamW')
 #: Optimizers of torch and pytorch_optimizer, which every task compares with ours.
 EXTERNAL = (
-    'SGD',
-    'AdamW',
+    *FIRST_ORDER,
     'pytorch_optimizer.Muon',
     'pytorch_optimizer.SOAP',
     'pytorch_optimizer.Shampoo',
@@ -35,17 +35,21 @@ class Task:
     """One task of the suite.
 
     Attributes:
+        name: Name on the command line.
         model: Config, metrics and data; its optimizers are those of `contestants`.
         iterations: Length of a whole run; a screening takes a quarter.
         images: Images for training.
         ours: Optimizers of this package.
-        evaluations: Evaluations of a whole run.
+        rest: More of them; the best one in the screening takes part.
+        evaluations: Evaluations of a run.
     """
 
+    name: str
     model: Model
     iterations: int
     images: int
     ours: tuple[str, ...]
+    rest: tuple[str, ...]
     evaluations: int = 10
 
     @property
@@ -97,35 +101,49 @@ def _model(title: str, config: str, plain: str, metrics: dict[str, str], data: s
 
 CONVOLUTIONS = ('NKFAC', 'FAdam', 'AdaNKFAC', 'SOAP')
 ATTENTION = ('AdaNKFAC', 'FAdam', 'AFOpt+NKFAC', 'SOAP')
-TASKS = {
-    'shapes': Task(
+#: Optimizers of which the best one in the screening takes part.
+REST, ATTENTION_REST = ('AdamR', 'ARO', 'SKFAC'), ('AdamR', 'ARO', 'AdaAFOpt')
+_ALL = (
+    Task(
+        'digits-cls',
+        _model('ResNet-18, digits', 'resnet_digits', 'SGD', TOP_1, 'digits-cls'),
+        400,
+        4000,
+        CONVOLUTIONS,
+        REST,
+    ),
+    Task(
+        'swin-digits-cls',
+        _model('Swin, digits', 'swin_digits', 'AdamW', TOP_1, 'digits-cls'),
+        800,
+        4000,
+        ATTENTION,
+        ATTENTION_REST,
+    ),
+    Task(
+        'shapes',
         _model('Faster R-CNN, shapes', 'faster-rcnn_shapes', 'SGD', BOXES, 'shapes'),
-        1000,
+        800,
         400,
         CONVOLUTIONS,
+        REST,
     ),
-    'digits': Task(
+    Task(
+        'digits',
         _model('Faster R-CNN, digits in photographs', 'faster-rcnn_digits', 'SGD', BOXES, 'digits'),
-        1500,
+        1000,
         800,
         CONVOLUTIONS,
+        REST,
     ),
-    'swin': Task(
+    Task(
+        'swin',
         _model('Swin Mask R-CNN, shapes', 'mask-rcnn_shapes', 'AdamW', BOXES, 'shapes'),
-        1000,
+        800,
         400,
         ATTENTION,
+        ATTENTION_REST,
     ),
-    'digits-cls': Task(
-        _model('ResNet-18, digits', 'resnet_digits', 'SGD', TOP_1, 'digits-cls'),
-        600,
-        4000,
-        CONVOLUTIONS,
-    ),
-    'swin-digits-cls': Task(
-        _model('Swin, digits', 'swin_digits', 'AdamW', TOP_1, 'digits-cls'),
-        1000,
-        4000,
-        ATTENTION,
-    ),
-}
+)
+#: Tasks by name, the cheap ones first.
+TASKS = {task.name: task for task in _ALL}
