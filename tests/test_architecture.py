@@ -15,6 +15,7 @@ from tests.support.paths import PACKAGE, ROOT
 ROOMS = (
     'version',
     'checks',
+    'resources',
     'linalg',
     'distributed',
     'curvature',
@@ -27,6 +28,7 @@ ROOMS = (
     'datasets',
     'testing',
     'diagnostics',
+    'cli',
     '__init__',
 )
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob('*.py'))

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from common import ROOT
+from common import WORK
 from common.contestants import MODELS, Model
 from common.tables import markdown, spread
 from common.training import Run, RunError, add_options, train
@@ -147,9 +147,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--parse-only', action='store_true', help=argparse.SUPPRESS)
     add_options(parser)
     args = parser.parse_args()
-    args.work_dir = args.work_dir or ROOT / f'work_dirs/quickstart_{args.model}'
+    args.work_dir = args.work_dir or WORK / f'work_dirs/quickstart_{args.model}'
     args.model = MODELS[args.model]
-    args.data = args.data or ROOT / 'data' / args.model.data
+    args.data = args.data or WORK / 'data' / args.model.data
     args.optimizers = args.optimizers or ','.join(args.model.contestants)
     args.grid = args.model.grid if args.grid is None else args.grid
     args.iterations = args.iterations or args.model.iterations

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..checks import did_you_mean
+from ..resources import find_root
 
 #: Folder of a toolbox's package that holds its configs.
 CONFIGS = Path('.mim/configs')
@@ -56,4 +57,6 @@ def _configs_of(toolbox: str) -> Path | None:
     if spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).parent / CONFIGS
+    if toolbox == 'mmprecond' and not folder.is_dir():  # a clone
+        folder = find_root() / 'configs'
     return folder if folder.is_dir() else None

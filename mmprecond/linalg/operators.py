@@ -17,7 +17,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from .lowrank import apply_columns, columns_to_matrix
@@ -286,6 +285,8 @@ def expected_shapes(outline: Operators, tensors: Mapping[str, Tensor]) -> dict[s
 
 def count_flops(function: Callable[..., object], *arguments: object) -> float:
     """FLOPs of the matrix products in a function."""
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton
+
     with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
         function(*arguments)
     return float(counter.get_total_flops())

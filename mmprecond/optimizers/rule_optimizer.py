@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,12 +24,13 @@ class Batch(NamedTuple):
 
 #: Entries of a group that `print` leaves out: the parameters, and notes of schedulers.
 HIDDEN = ('params', 'initial_lr', 'initial_momentum', 'initial_damping')
-#: Attributes that torch makes anew for a copy, and those that its schedulers hang on an optimizer.
-_NOT_COPIED = {'step', '_opt_called', *vars(torch.optim.SGD([torch.zeros(1)], lr=0.0))} - {
-    'defaults',
-    'state',
-    'param_groups',
-}
+
+
+@lru_cache
+def _made_by_torch() -> set[str]:
+    """Attributes that torch makes anew for a copy, and those that its schedulers hang on it."""
+    plain = torch.optim.SGD([torch.zeros(1)], lr=0.0)  # not at import: it loads torch's compiler
+    return {'step', '_opt_called', *vars(plain)} - {'defaults', 'state', 'param_groups'}
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -81,7 +83,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what others have hung on the object: copies continue as they are."""
-        return {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
+        foreign = _made_by_torch()
+        return {name: value for name, value in self.__dict__.items() if name not in foreign}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -46,6 +46,11 @@ def test_a_config_of_a_package_of_any_stack(toolbox: Path, name: str) -> None:
     assert 'mmfake' in installed()
 
 
+def test_our_own_configs_have_names() -> None:
+    file = find_config('mmprecond::mask_rcnn/mask-rcnn_r50_fpn_1x_coco_nkfac')
+    assert file.is_file() and 'mmprecond' in installed()
+
+
 def test_the_config_is_that_of_the_toolbox() -> None:
     pytest.importorskip('mmdet')
     assert launch.load_config(f'mmdet::{CONFIG}').model.type == 'FasterRCNN'

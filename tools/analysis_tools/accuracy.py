@@ -29,7 +29,7 @@ from mmprecond.preconditioners.base import Factors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import ROOT
+from common import WORK
 from common.models import build_model
 from common.tables import markdown
 from common.timing import now
@@ -181,7 +181,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--batch', type=launch.count, default=16)
     parser.add_argument('--size', type=launch.count, default=112)
-    parser.add_argument('--data', type=Path, default=ROOT / 'data/accuracy')
+    parser.add_argument('--data', type=Path, default=WORK / 'data/accuracy')
     return parser.parse_args()
 
 

@@ -39,7 +39,7 @@ from analysis_tools.benchmark_entry import (
     installed_peers,
 )
 from analysis_tools.benchmark_report import chart, describe, report
-from common import ROOT
+from common import WORK
 from common.devices import device
 from common.models import CONFIGS, build_model, noise
 from common.timing import now
@@ -275,7 +275,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu'
     )
-    parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/benchmark')
+    parser.add_argument('--out', type=Path, default=WORK / 'work_dirs/benchmark')
     parser.add_argument('--child', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.optimizers == USUAL.split(','):

@@ -32,7 +32,7 @@ from mmprecond.engine.toolboxes import find_config, installed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import ROOT
+from common import ROOT, WORK
 from common.families import FAMILIES, USUAL, Family, make_config, make_data
 from common.logs import entries
 from common.tables import markdown
@@ -201,7 +201,7 @@ def parse_args() -> argparse.Namespace:
         '--seeds', type=lambda text: [int(k) for k in text.split(',')], default=[0, 1, 2]
     )
     parser.add_argument('--jobs', type=launch.count, default=1, help='runs at a time; default: 1')
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs/families')
+    parser.add_argument('--work-dir', type=Path, default=WORK / 'work_dirs/families')
     args = parser.parse_args()
     args.work_dir = args.work_dir.resolve()
     args.task = dict(prove=prove, compare=compare)[args.task]

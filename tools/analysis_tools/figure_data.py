@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ROOT
+from common import WORK
 from common.models import build_model
 from common.timing import seconds_of
 from mmprecond.core import Curvature
@@ -34,7 +34,7 @@ def shapes(size: int = 32, count: int = 800) -> tuple[Tensor, Tensor]:
     """Images of shapes (n, 3, h, w) at about unit scale, and their classes."""
     from analysis_tools.accuracy import images
 
-    return images(ROOT / 'data/figures', count, size)
+    return images(WORK / 'data/figures', count, size)
 
 
 def train(optimizer: Any, model: Any, steps: int, batch: int = 64) -> Iterator[int]:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis_tools import figure_data
 from analysis_tools.figure_data import Row
-from common import ROOT
+from common import ROOT, WORK
 from common.logs import Curves, log_files
 from common.tables import markdown
 
@@ -149,7 +149,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/figures', help='folder')
+    parser.add_argument('--out', type=Path, default=WORK / 'work_dirs/figures', help='folder')
     kinds = parser.add_subparsers(dest='figure', required=True)
     parts = {
         name: kinds.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

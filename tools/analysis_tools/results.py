@@ -18,7 +18,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import ROOT
+from common import WORK
 from common.contestants import MODELS, Model
 from common.tables import markdown, spread
 from common.training import Run, RunError, add_options, train
@@ -216,8 +216,8 @@ def parse_args() -> argparse.Namespace:
         return args
     if args.model is None:
         parser.error('give a model, or --suite quick')
-    args.work_dir = (args.work_dir or ROOT / f'work_dirs/results_{args.model}').resolve()
-    args.data = ROOT / f'data/results-{args.model}'
+    args.work_dir = (args.work_dir or WORK / f'work_dirs/results_{args.model}').resolve()
+    args.data = WORK / f'data/results-{args.model}'
     args.timed = args.timed or 50
     args.model = MODELS[args.model]
     args.iterations = args.iterations or args.model.iterations

@@ -28,7 +28,7 @@ from mmprecond.optimizers import NKFAC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import ROOT
+from common import WORK
 from common.tables import markdown
 from common.timing import seconds_of
 
@@ -152,7 +152,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--turns', type=int, default=3)
     parser.add_argument('--forms', nargs='+', choices=FORMS, default=list(FORMS))
-    parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs/scaling')
+    parser.add_argument('--out', type=Path, default=WORK / 'work_dirs/scaling')
     args = parser.parse_args()
     if any(rows % SIDE**2 for rows in args.rows):
         parser.error(f'--rows takes multiples of {SIDE**2}, the positions of one image')

@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 from analysis_tools.results import best_rate, seconds_per_iteration, train_or_load
-from common import ROOT
+from common import ROOT, WORK
 from common.suite import EXTERNAL, FIRST_ORDER, TASKS, Task, schedule
 from common.tables import markdown, spread
 from common.training import Run
@@ -278,8 +278,8 @@ def _draw(results: Results, path: Path) -> None:
 
 def main(kind: str, names: Sequence[str], args: argparse.Namespace) -> None:
     """Runs the suite and writes report.md after each task."""
-    args.work_dir = (args.work_dir or ROOT / f'work_dirs/suite_{kind}').resolve()
-    args.data = ROOT / 'data/suite'
+    args.work_dir = (args.work_dir or WORK / f'work_dirs/suite_{kind}').resolve()
+    args.data = WORK / 'data/suite'
     timed, turns = TIMING[kind]
     args.timed, args.turns = args.timed or timed, args.turns or turns
     if kind == 'quick':

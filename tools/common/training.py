@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import ROOT
+from . import ROOT, WORK
 from .contestants import FOLDER, RATE
 from .logs import Curves, entries, log_files
 
@@ -69,7 +69,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         options['val_evaluator.ann_file'] = f'{args.data}/annotations/val.json'
     command = [
         sys.executable,
-        'tools/train.py',
+        str(ROOT / 'tools/train.py'),
         str(FOLDER / f'{contestant.config}.py'),
         '--work-dir',
         str(work_dir),
@@ -81,7 +81,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
     started = time.time()
     with log.open('w') as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            command, cwd=WORK, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
         usage = watch(process, work_dir, started, f'{run.label} seed {run.seed}', args.iterations)
     if process.returncode:
