@@ -89,7 +89,8 @@ def test_configs_and_tools_travel_with_the_package(tmp_path: Path) -> None:
 def test_the_import_stays_cheap() -> None:
     """Beside torch: no compiler of torch, no Triton, no toolbox."""
     code = (
-        'import sys, torch; sys.modules["mmengine"] = None; before = set(sys.modules); import mmprecond, mmprecond.optimizers;'
+        'import sys, torch; sys.modules["mmengine"] = None; before = set(sys.modules);'
+        'import mmprecond, mmprecond.optimizers;'
         'print(*(name for name in set(sys.modules) - before if name.split(".")[0] != "mmprecond"))'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

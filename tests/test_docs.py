@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from tests.support.paths import ROOT
 EXAMPLES = dict(
     re.findall(
         r'```python\n# example: ([^\n]+)\n(.*?)```',
-        ''.join((ROOT / f'docs/{page}.md').read_text() for page in ('adapting', 'coming_from')),
+        ''.join(path.read_text() for path in sorted((ROOT / 'docs/use').glob('*.md'))),
         flags=re.DOTALL,
     )
 )
@@ -46,7 +48,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / 'options/index.html').read_text()
+    pages = ''.join(path.read_text() for path in tmp_path.rglob('*.html'))
     for setting in (
         'refresh_interval',
         'stat_decay',
@@ -57,27 +59,33 @@ def test_the_site_builds(tmp_path: Path) -> None:
         'map_interval',
         'rotate_moments',
     ):
-        assert f'<code>{setting}</code>' in page or f'>{setting}<' in page, setting
+        assert f'<code>{setting}</code>' in pages or f'>{setting}<' in pages, setting
     for name in METHODS:
-        assert f'id="mmprecond.preconditioners.{name}"' in page, name
-    text = re.sub(r'\s+', ' ', html.unescape(re.sub(r'<[^>]+>', '', page)))
+        assert f'id="mmprecond.preconditioners.{name}"' in pages, name
+    text = re.sub(r'\s+', ' ', html.unescape(re.sub(r'<[^>]+>', '', pages)))
     assert 'exact_interval: int = 500' in text and 'refresh_interval: int = 200' in text
+    method = (tmp_path / 'methods/nkfac/index.html').read_text()
+    assert '<math' in method and '$' not in re.sub(r'<[^>]+>', '', method)  # formulas, no LaTeX
+    assert len(json.loads((tmp_path / 'search/search_index.json').read_text())['docs']) > 100
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    pages = re.findall(r': (\w+\.md)$', (ROOT / 'mkdocs.yml').read_text(), flags=re.MULTILINE)
-    assert sorted(pages) == sorted(path.name for path in (ROOT / 'docs').glob('*.md'))
+    pages = re.findall(r'([\w/]+\.md)$', (ROOT / 'mkdocs.yml').read_text(), flags=re.MULTILINE)
+    files = [str(path.relative_to(ROOT / 'docs')) for path in (ROOT / 'docs').rglob('*.md')]
+    assert sorted(pages) == sorted(files)
 
 
 def test_every_optimizer_is_described() -> None:
-    table = (ROOT / 'docs/optimizers.md').read_text()
+    table = (ROOT / 'docs/methods/index.md').read_text()
+    pages = ''.join(path.read_text() for path in (ROOT / 'docs/methods').glob('*.md'))
     readme = (ROOT / 'README.md').read_text()
     for kind in optimizer_types():
         assert f'`{kind.__name__}`' in table and f'`{kind.__name__}`' in readme, kind.__name__
+        assert f'::: mmprecond.optimizers.{kind.__name__}\n' in pages, kind.__name__
 
 
 def test_links_lead_somewhere() -> None:
-    for path in [*ROOT.glob('docs/*.md'), ROOT / 'README.md']:
+    for path in [*ROOT.glob('docs/**/*.md'), ROOT / 'README.md', ROOT / 'CONTRIBUTING.md']:
         for target in re.findall(r'\]\((?!http)([^)#]+)[^)]*\)', path.read_text()):
             assert (path.parent / target).exists(), f'{path.name}: {target}'
 
@@ -129,6 +137,36 @@ def test_examples_are_all_there() -> None:
         'layer decay',
         *PLAIN,
     }
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_written(tmp_path: Path) -> None:
+    """With 4 iterations in place of 100."""
+    text = (ROOT / 'docs/tutorial.md').read_text()
+    for name, content in re.findall(r'```python\n# file: (\S+)\n(.*?)```', text, re.DOTALL):
+        short = content.replace('max_iters=100, val_interval=50', 'max_iters=4, val_interval=4')
+        (tmp_path / name).write_text(short.replace('interval=100)', 'interval=4)'))
+    assert 'max_iters=4' in (tmp_path / 'my_detector.py').read_text()
+    (tmp_path / 'tools').symlink_to(ROOT / 'tools')
+    commands = '\n'.join(re.findall(r'```bash\n(.*?)```', text, re.DOTALL))
+    short = commands.replace('--images 200', '--images 16').replace('--images 40', '--images 8')
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    done = subprocess.run(
+        ['bash', '-ec', short],
+        cwd=tmp_path,
+        env={**os.environ, 'PATH': path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert 'mmprecond attached NKFAC to 35 layers of FasterRCNN' in done.stdout + done.stderr
+    table = re.search(r'^tutorial_nkfac +AFOpt\+NKFAC on SGD +4 ', done.stdout, re.MULTILINE)
+    assert table and (tmp_path / 'work_dirs/tutorial_report/report.html').is_file()
+    (events,) = tmp_path.glob('work_dirs/tutorial_nkfac/*/vis_data/events*')
+    scalars = set(re.findall(rb'curvature/[\w/]+', events.read_bytes()))
+    for name in re.findall(r'`(curvature/[\w/]+)`', text):
+        assert name.encode() in scalars, name
 
 
 def test_guarantees_name_tests_that_there_are() -> None:

@@ -254,7 +254,7 @@ state_text() {  # what this set-up depends on; the stamp holds it
       {
         printf '%s\n' "$TORCH" "$TORCHVISION" "${BUILD_TOOLS[@]}" "${CONSTRAINTS[@]}" \
           "$MMENGINE" "$MMCV" "$MMDET" "$MMPRETRAIN"
-        cat setup.py
+        sed -n "/^\[project\]/,/^\[tool/p" pyproject.toml
       } | cksum
     )"
 }

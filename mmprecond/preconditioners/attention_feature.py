@@ -69,7 +69,8 @@ class AttentionFeature(InputFeature):
     of the one recomputed without bias and mask. 'gauss_newton' is this project's own variant with
     the exact Gauss-Newton factors of each projection.
 
-    State: C^2 numbers for each of R, D and their statistics; 2 heads d^2 for W_Q and for W_K.
+    State: C^2 numbers for each of R, D and their statistics; 2 heads d^2 for W_Q and for W_K,
+    statistic and operator together.
     'gauss_newton' has 2 heads C^2 for each of W_K and W_V in place of D. At C = 768 with 24 heads
     that is 57 MB in float32 for each statistic, and as much for each operator.
 

@@ -31,7 +31,7 @@ class FisherDiagonal(Preconditioner):
     momentum SGD with the learning rate lr / lambda. The code adds 1e-6 to the divisor of the range,
     which makes s depend on the scale of the loss; this implementation does not.
 
-    State: 2 (i + o) numbers per block. A step costs o i FLOPs.
+    State: 2 (i + o) numbers per block. A step costs 3 o i FLOPs.
 
     Attributes:
         stat_decay: gamma.

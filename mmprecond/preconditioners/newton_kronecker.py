@@ -40,7 +40,8 @@ class NewtonKronecker(InversePreconditioner):
 
     Source: thesis chapter 3, (3.4), (3.7), (3.9), Algorithms 2-4. Capture normalisation, damping
     floor and the schedule of exact inverses are those of the published code. The algorithms as
-    printed have ``normalise=False, damping_floor=0, exact_start=True, solver='newton'``.
+    printed have ``normalise=False, damping_floor=0, exact_start=True, solver='newton',
+    early_refreshes=False``.
 
     State and cost of dense sides: 2 (o^2 + i^2) numbers per block. A refresh costs 4 n^3 FLOPs per
     Newton step and factor. A step costs 2 o i (o + i) FLOPs. The default forms keep far less (see
