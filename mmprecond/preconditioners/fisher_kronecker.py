@@ -50,9 +50,9 @@ class FisherKronecker(PatchPreconditioner):
 
     Source: KFAC (arXiv 1503.05671); thesis (3.4); 'reduce' from arXiv 2311.00636. The defaults of
     damping and `kl_clip` come from the public baselines that the thesis and MAC compare with. KFAC*
-    of the thesis is taken as damping_form='relative', damping=0.01, scaling='norm_recovery'. SKFAC (Tang et
-    al., CVPR 2021) is solver='woodbury', reduction='sample', stat_decay=0. It keeps few rows of the
-    batch at the refresh, and inverts a matrix of that size.
+    of the thesis is taken as damping_form='relative', damping=0.01, scaling='norm_recovery'. SKFAC
+    (Tang et al., CVPR 2021) is solver='woodbury', reduction='sample', stat_decay=0. It keeps few
+    rows of the batch at the refresh, and inverts a matrix of that size.
 
     State: 2 (o^2 + i^2) numbers per block. A refresh costs n^3 FLOPs per factor, a step costs
     2 o i (o + i) FLOPs. A side of length n with m < n columns takes 2 n m numbers, 2 n m^2 FLOPs
