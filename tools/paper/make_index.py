@@ -138,7 +138,7 @@ def page(entries: list[Entry]) -> str:
             source = f'table {paper["table"]}' if 'table' in paper else ''
             cells.append(
                 (
-                    f'[{path.stem}](../{path.relative_to(ROOT)})',
+                    f'`{path.stem}`',
                     data_of(paper),
                     optimizer,
                     source,
@@ -148,6 +148,8 @@ def page(entries: list[Entry]) -> str:
             )
         lines += [
             f'## {TITLES[folder]}',
+            '',
+            f'In `configs/{folder}/`:',
             '',
             markdown(('config', 'data', 'optimizer', 'thesis', 'published', 'ours'), cells),
             '',
