@@ -14,8 +14,12 @@ python=$venv/bin/python
 [ -x "$python" ] || python=python3
 # Prints the help, or complains about the options, before anything is built.
 "$python" tools/quickstart.py --parse-only "$@"
+part=()
 for argument in "$@"; do
-  case $argument in -h | --help) exit 0 ;; esac
+  case $argument in
+    -h | --help) exit 0 ;;
+    *-cls) part=(--classification) ;;  # classifiers need no compiled operators
+  esac
 done
-bash tools/setup_env.sh --quiet
+bash tools/setup_env.sh --quiet ${part[@]+"${part[@]}"}
 exec "$venv/bin/python" tools/quickstart.py "$@"

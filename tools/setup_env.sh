@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with a pinned, tested set of packages, for training and for the tests.
 #
-# Usage: bash tools/setup_env.sh [--stack onedl|openmmlab] [--quiet]
+# Usage: bash tools/setup_env.sh [--stack onedl|openmmlab] [--classification] [--quiet]
 #
 #   --stack onedl       the maintained forks onedl-mmengine, -mmcv, -mmdetection, -mmpretrain
 #   --stack openmmlab   the originals mmengine, mmcv, mmdet, mmpretrain
 #                       (default: the stack that the environment holds, onedl for a new one)
+#   --classification    MMPretrain without MMDetection and the test tools: nothing is compiled
 #   --quiet             print nothing when all is in place already
 #
 # The two stacks share import names, so one environment holds one of them. Keep both side by side with
 #   MMPRECOND_VENV=.venv-openmmlab bash tools/setup_env.sh --stack openmmlab
 #
-# mmcv is compiled from its source archive: 11 to 17 minutes on 2 cores. The wheel is kept in the
+# mmcv is compiled from its source archive: 3 to 8 minutes on 2 cores. The wheel is kept in the
 # cache folder, so the next set-up takes about two minutes. A second run ends within seconds.
 #
 # Environment variables:
@@ -33,12 +34,12 @@ done
 # ---- arguments and places ------------------------------------------------------------------------
 usage() { sed -n '2,/^set -euo/{/^set -euo/!s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
 
-stack=''
-quiet=''
+stack='' quiet='' part=all
 while [ $# -gt 0 ]; do
   case $1 in
     --stack) [ $# -ge 2 ] || die "--stack needs a name: onedl or openmmlab"; stack=$2; shift 2 ;;
     --stack=*) stack=${1#--stack=}; shift ;;
+    --classification) part=classification; shift ;;
     --quiet) quiet=yes; shift ;;
     -h | --help) usage; exit 0 ;;
     *) die "unknown argument '$1': see bash tools/setup_env.sh --help" ;;
@@ -56,6 +57,10 @@ if [ -z "$stack" ]; then
   done
 fi
 pins_of "$stack" || die "unknown stack '$stack': choose --stack onedl or --stack openmmlab"
+if [ "$part" = classification ] && [ "$stack" = openmmlab ]; then
+  die "--classification is for the onedl stack: leave it out to build the openmmlab stack"
+fi
+choose_part "$part"
 py=$venv/bin/python
 stamp=$venv/mmprecond-setup.stamp
 mmcv_stamp=$venv/mmprecond-mmcv.stamp
@@ -68,73 +73,12 @@ unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_ROOT
 export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore
 
-# ---- questions to the machine --------------------------------------------------------------------
 # ---- all there already? --------------------------------------------------------------------------
 gpu=$(gpu_seen)
-if [ -e "$venv" ]; then
-  if [ -x "$py" ]; then
-    "$py" -I -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null \
-      || die "the Python in $(shown "$venv") is not of 3.10 to 3.13 or does not run: remove that\
- folder and run this again"
-    refuse_other_family
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(state_text)" ] && all_in_place; then
-      [ -n "$quiet" ] || say "All in place: $(shown "$venv") ($stack stack)." \
-        "Activate it with: source $(printf '%q' "$venv/bin/activate")"
-      exit 0
-    fi
-  elif [ ! -d "$venv" ] || [ -n "$(ls -A -- "$venv" 2>/dev/null)" ]; then
-    die "$(shown "$venv") exists and is no virtual environment: remove it, or name another folder in\
- MMPRECOND_VENV"
-  fi
-fi
+check_environment
 
 # ---- can it be done here? ------------------------------------------------------------------------
-case $(uname -s) in
-  Linux) ;;
-  *) die "this script is for Linux: elsewhere install torch, mmengine, mmcv and mmdet by hand, then\
- run pip install -e ." ;;
-esac
-
-if [ -x "$py" ]; then
-  base_python=$py
-else
-  base_python=$(find_python) || die "no Python from 3.10 to 3.13 found: install python3.11 (Debian, Ubuntu:\
- apt-get install python3.11 python3.11-venv python3.11-dev) or name one in MMPRECOND_PYTHON"
-  "$base_python" -I -c 'import ensurepip, venv' 2>/dev/null \
-    || die "$base_python cannot make virtual environments: install its venv package (Debian, Ubuntu:\
- apt-get install python3-venv)"
-fi
-
-torch_there=''
-if [ -x "$py" ]; then
-  torch_version=$(installed torch)
-  [ "${torch_version%%+*}" != "$TORCH" ] || torch_there=yes
-fi
-need=12
-[ -z "$torch_there" ] || need=3
-free=$(free_gb "$venv")
-[ "$free" -ge "$need" ] || die "$free GB free on the disk of $(shown "$venv"), about $need GB are\
- needed: free some space, or name a folder on a larger disk in MMPRECOND_VENV"
-if [ -z "$torch_there" ]; then
-  free=$(free_gb "${TMPDIR:-/tmp}")
-  [ "$free" -ge 4 ] || die "$free GB free in ${TMPDIR:-/tmp}, pip needs about 4 GB there: set TMPDIR\
- to a folder on a larger disk"
-fi
-mkdir -p -- "$wheels" 2>/dev/null && [ -w "$wheels" ] \
-  || die "cannot write to the cache folder $cache: set XDG_CACHE_HOME to a folder of yours"
-mkdir -p -- "$root/work_dirs/setup_env" 2>/dev/null && [ -w "$root/work_dirs/setup_env" ] \
-  || die "cannot write to work_dirs/ in the project's root: give yourself the right to write there"
-
-want_cuda=''
-if [ -n "$gpu" ] && [ "${MMPRECOND_MMCV_CUDA:-1}" != 0 ]; then want_cuda=yes; fi
-
-tag=$(python_tag "$base_python")
-if [ -n "$want_cuda" ]; then
-  # Which CUDA torch is for shows once it is installed; here any wheel for a GPU counts as one.
-  is_there "$wheels/${MMCV/==/-}-$tag-torch$TORCH-cu"*/*.whl || check_compiler
-else
-  cached_wheel "$base_python" "$(wheel_key "$tag" cpu)" >/dev/null || check_compiler
-fi
+check_machine
 
 # ---- from here on things change ------------------------------------------------------------------
 trap on_exit EXIT
@@ -177,50 +121,17 @@ fi
 pip_install torch "torch==$TORCH" "torchvision==$TORCHVISION"
 
 # ---- 3 mmcv --------------------------------------------------------------------------------------
-accelerator=cpu
-if [ -n "$want_cuda" ]; then
-  # Operators are compiled for the GPUs that are seen, so their kind is a part of the key.
-  accelerator=$("$py" -I - <<'PY' 2>>"$log" || true
-import os, re, torch
-if torch.version.cuda and torch.cuda.is_available():
-    arch = os.environ.get('TORCH_CUDA_ARCH_LIST')
-    if not arch:
-        seen = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        arch = '-'.join('%d%d' % pair for pair in sorted(seen))
-    arch = re.sub(r'[^0-9A-Za-z+]+', '-', arch.replace('.', ''))
-    print('cu%s-sm%s' % (torch.version.cuda.replace('.', ''), arch))
-PY
-  )
-  if [ -z "$accelerator" ]; then
-    accelerator=cpu
-    say '      nvidia-smi sees a GPU, torch cannot use it (a driver too old?): CPU operators only'
-  fi
-fi
-key=$(wheel_key "$tag" "$accelerator")
-wheel=$(cached_wheel "$py" "$key") || wheel=''
-
-if [ -n "$wheel" ]; then
-  stage "${MMCV/==/ } (wheel from the cache, $accelerator operators)"
-else
-  stage "${MMCV/==/ }: compiling it with $accelerator operators, 11 to 17 minutes on 2 cores"
-  build_mmcv
-fi
-# An mmcv that pip brought in by itself has the same version and no operators: put ours in its place.
-if [ "$(installed "${MMCV%%==*}")" != "${MMCV##*==}" ] || [ ! -f "$mmcv_stamp" ] \
-  || [ "$(cat "$mmcv_stamp")" != "$key" ] \
-  || ! is_there "$venv"/lib/python3*/site-packages/mmcv/_ext*.so; then
-  rm -f -- "$mmcv_stamp"
-  pip_install mmcv --force-reinstall --no-deps "$wheel"
-  printf '%s\n' "$key" >"$mmcv_stamp"
-fi
+if [ "$part" = all ]; then install_mmcv; else install_mmcv_without_operators; fi
 
 # ---- 4 the stack ---------------------------------------------------------------------------------
-stage "${MMENGINE/==/ }, ${MMDET/==/ }, ${MMPRETRAIN/==/ }"
+names=("${PACKAGES[@]/==/ }")
+stage "$(printf '%s, ' "${names[@]}" | sed 's/, $//')"
 if ! stack_complete; then
   # The forks come as source archives: first themselves, with the setuptools that is here, then what
   # they need, in the usual way.
-  pip_install "the $stack stack" --no-deps --no-build-isolation "$MMENGINE" "$MMDET" "$MMPRETRAIN"
-  pip_install "the $stack stack" "$MMENGINE" "$MMCV" "$MMDET" "$MMPRETRAIN"
+  pip_install "the $stack stack" --no-deps --no-build-isolation \
+    $(printf '%s\n' "${PACKAGES[@]}" | grep -v mmcv)
+  pip_install "the $stack stack" "${PACKAGES[@]}"
   # opencv-python and opencv-python-headless own the same files and the former needs libGL. Removing
   # one breaks the other, so both go and the latter comes back.
   run_logged OpenCV "$py" -m pip uninstall --yes opencv-python opencv-contrib-python \
@@ -229,22 +140,25 @@ if ! stack_complete; then
 fi
 
 # ---- 5 mmprecond ---------------------------------------------------------------------------------
-stage 'mmprecond itself (editable) and the tools for its tests'
-pip_install mmprecond --no-build-isolation --editable '.[dev]'
+if [ "$part" = all ]; then extras=dev; else extras=digits,tools; fi
+stage "mmprecond itself (editable) and its extra $extras"
+pip_install mmprecond --no-build-isolation --editable ".[$extras]"
 pip_install setuptools 'setuptools>=80,<81'
 
 # ---- 6 does it work? -----------------------------------------------------------------------------
 stage 'checking'
-if ! "$py" -I -c 'import torch, mmcv._ext; from mmcv.ops import nms, roi_align' >>"$log" 2>&1; then
+if [ "$part" = all ] && ! "$py" -I -c 'import torch, mmcv._ext; from mmcv.ops import nms, roi_align' >>"$log" 2>&1; then
   rm -f -- "$mmcv_stamp"
   die "mmcv's compiled operators (mmcv._ext) do not load: rm -r $(printf '%q' "$wheels/$key") and run\
  this again to compile them anew (log: $log_shown)"
 fi
-versions=$("$py" -I - "$MMENGINE" "$MMCV" "$MMDET" "$MMPRETRAIN" 2>>"$log" <<'PY'
+versions=$("$py" -I - "${PACKAGES[@]}" 2>>"$log" <<'PY'
 import platform, sys, warnings
 from importlib import metadata
 warnings.simplefilter('ignore')
-import cv2, mmcv, mmdet, mmengine, mmpretrain, torch, torchvision  # all must import
+import cv2, mmcv, mmengine, mmpretrain, torch, torchvision  # all must import
+if any('mmdet' in pin for pin in sys.argv[1:]):
+    import mmdet
 stack = [pin.split('==')[0] for pin in sys.argv[1:]]
 print('  Python %s, torch %s, torchvision %s, numpy %s, opencv-python-headless %s' % (
     platform.python_version(), torch.__version__, torchvision.__version__,
@@ -252,7 +166,7 @@ print('  Python %s, torch %s, torchvision %s, numpy %s, opencv-python-headless %
 print('  ' + ', '.join('%s %s' % (name, metadata.version(name)) for name in [*stack, 'mmprecond']))
 PY
 ) || die "the environment is complete but does not import: see the end of $log_shown"
-state_text >"$stamp"
+state_text "$part" >"$stamp"
 
 say "Ready after $(minutes $SECONDS): $(shown "$venv") ($stack stack, mmcv with $accelerator operators)"
 say "$versions"

@@ -22,8 +22,8 @@ def parse_args() -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> Runner:
     """Builds the runner from the arguments."""
-    launch.check_mmcv()
     cfg = launch.load_config(args.config)
+    launch.check_mmcv(cfg.get('default_scope'))
     if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
         raise FileNotFoundError(
             f'there is no checkpoint {args.checkpoint}; training writes '

@@ -42,8 +42,8 @@ def parse_args() -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> Runner:
     """Builds the runner from the arguments."""
-    launch.check_mmcv()
     cfg = launch.load_config(args.config)
+    launch.check_mmcv(cfg.get('default_scope'))
     choose_optimizer(cfg, args.optimizer, args.precondition)
     launch.finish_config(cfg, args)
     if args.amp:

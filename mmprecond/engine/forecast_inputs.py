@@ -71,8 +71,8 @@ def build(args: argparse.Namespace) -> Inputs:
     Raises:
         ValueError: If the arguments exclude each other, or the optimizer has no preconditioner.
     """
-    launch.check_mmcv()
     cfg = launch.load_config(args.config)
+    launch.check_mmcv(cfg.get('default_scope'))
     choose_optimizer(cfg, args.optimizer, args.precondition)
     launch.merge_options(cfg, args.cfg_options)
     _quieten_log()

@@ -37,7 +37,7 @@ STEP, MOST_BEYOND = 10**0.5, 3
 #: Recorded runs of the full suite.
 RECORDS = ROOT / 'docs/records'
 #: Iterations and turns of the timing. Early steps measure more often than later ones.
-TIMING = {'full': (200, 2), 'quick': (60, 1)}
+TIMING = {'full': (100, 2), 'quick': (60, 1)}
 
 Runs = dict[str, list[Run]]
 

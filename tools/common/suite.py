@@ -107,7 +107,7 @@ _ALL = (
     Task(
         'digits-cls',
         _model('ResNet-18, digits', 'resnet_digits', 'SGD', TOP_1, 'digits-cls'),
-        400,
+        300,
         4000,
         CONVOLUTIONS,
         REST,

@@ -61,3 +61,54 @@ check_compiler() {  # mmcv will be compiled: with what?
  the CUDA toolkit (nvcc on PATH, or CUDA_HOME set), or set MMPRECOND_MMCV_CUDA=0 to train on the CPU"
   fi
 }
+
+check_machine() {  # refuses what cannot work; sets base_python, torch_there, want_cuda, tag
+  local torch_version need free
+  case $(uname -s) in
+    Linux) ;;
+    *) die "this script is for Linux: elsewhere install torch, mmengine, mmcv and mmdet by hand, then\
+ run pip install -e ." ;;
+  esac
+
+  if [ -x "$py" ]; then
+    base_python=$py
+  else
+    base_python=$(find_python) || die "no Python from 3.10 to 3.13 found: install python3.11 (Debian, Ubuntu:\
+ apt-get install python3.11 python3.11-venv python3.11-dev) or name one in MMPRECOND_PYTHON"
+    "$base_python" -I -c 'import ensurepip, venv' 2>/dev/null \
+      || die "$base_python cannot make virtual environments: install its venv package (Debian, Ubuntu:\
+ apt-get install python3-venv)"
+  fi
+
+  torch_there=''
+  if [ -x "$py" ]; then
+    torch_version=$(installed torch)
+    [ "${torch_version%%+*}" != "$TORCH" ] || torch_there=yes
+  fi
+  need=12
+  [ -z "$torch_there" ] || need=3
+  free=$(free_gb "$venv")
+  [ "$free" -ge "$need" ] || die "$free GB free on the disk of $(shown "$venv"), about $need GB are\
+ needed: free some space, or name a folder on a larger disk in MMPRECOND_VENV"
+  if [ -z "$torch_there" ]; then
+    free=$(free_gb "${TMPDIR:-/tmp}")
+    [ "$free" -ge 4 ] || die "$free GB free in ${TMPDIR:-/tmp}, pip needs about 4 GB there: set TMPDIR\
+ to a folder on a larger disk"
+  fi
+  mkdir -p -- "$wheels" 2>/dev/null && [ -w "$wheels" ] \
+    || die "cannot write to the cache folder $cache: set XDG_CACHE_HOME to a folder of yours"
+  mkdir -p -- "$root/work_dirs/setup_env" 2>/dev/null && [ -w "$root/work_dirs/setup_env" ] \
+    || die "cannot write to work_dirs/ in the project's root: give yourself the right to write there"
+
+  want_cuda=''
+  tag=$(python_tag "$base_python")
+  [ "$part" = all ] || return 0  # nothing to compile
+  if [ -n "$gpu" ] && [ "${MMPRECOND_MMCV_CUDA:-1}" != 0 ]; then want_cuda=yes; fi
+
+  if [ -n "$want_cuda" ]; then
+    # Which CUDA torch is for shows once it is installed; here any wheel for a GPU counts as one.
+    is_there "$wheels/${MMCV/==/-}-$tag-torch$TORCH-cu"*/*.whl || check_compiler
+  else
+    cached_wheel "$base_python" "$(wheel_key "$tag" cpu)" >/dev/null || check_compiler
+  fi
+}

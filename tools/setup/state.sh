@@ -54,22 +54,23 @@ PY
  $(shown "$venv") first"
 }
 
-all_in_place() {  # the pinned versions are there and mmcv's operators load
-  "$py" -I - "torch==$TORCH" "torchvision==$TORCHVISION" "$MMENGINE" "$MMCV" "$MMDET" "$MMPRETRAIN" \
-    2>/dev/null <<'PY'
+all_in_place() {  # the pinned versions are there and mmcv loads, with its operators in a whole set-up
+  "$py" -I - "$part" "torch==$TORCH" "torchvision==$TORCHVISION" "${PACKAGES[@]}" 2>/dev/null <<'PY'
 import sys
 from importlib import metadata
-for pin in sys.argv[1:]:
+for pin in sys.argv[2:]:
     name, version = pin.split('==')
     assert metadata.version(name).split('+')[0] == version
 metadata.version('mmprecond')
 import torch
-import mmcv._ext
+import mmcv
+if sys.argv[1] == 'all':
+    import mmcv._ext
 PY
 }
 
-state_text() {  # what this set-up depends on; the stamp holds it
-  printf 'stack=%s\nroot=%s\ngpu=%s\ncuda_ops=%s\npins=%s\n' "$stack" "$root" "$gpu" \
+state_text() {  # state_text PART: what this set-up depends on; the stamp holds it
+  printf 'stack=%s\npart=%s\nroot=%s\ngpu=%s\ncuda_ops=%s\npins=%s\n' "$stack" "$1" "$root" "$gpu" \
     "${MMPRECOND_MMCV_CUDA:-auto}" "$(
       {
         printf '%s\n' "$TORCH" "$TORCHVISION" "${BUILD_TOOLS[@]}" "${CONSTRAINTS[@]}" \
@@ -79,12 +80,39 @@ state_text() {  # what this set-up depends on; the stamp holds it
     )"
 }
 
+choose_part() {  # choose_part all|classification: sets part, and PACKAGES, the stack's pins
+  part=$1
+  PACKAGES=("$MMENGINE" "$MMCV" "$MMPRETRAIN")
+  [ "$part" = classification ] || PACKAGES+=("$MMDET")
+}
+
 stack_complete() {  # the pinned versions, and nothing that they need is missing but opencv-python
   local pin
-  for pin in "$MMENGINE" "$MMCV" "$MMDET" "$MMPRETRAIN" "opencv-python-headless==$OPENCV"; do
+  for pin in "${PACKAGES[@]}" "opencv-python-headless==$OPENCV"; do
     [ "$(installed "${pin%%==*}")" = "${pin##*==}" ] || return 1
   done
   [ -z "$(installed opencv-python)$(installed opencv-contrib-python)" ] || return 1
   ! { "$py" -m pip check 2>/dev/null || true; } \
     | grep -vqE 'requires opencv-python, which is not installed|^No broken requirements'
+}
+
+check_environment() {  # ends where all is in place; refuses a folder that is no environment of ours
+  if [ -e "$venv" ]; then
+    if [ -x "$py" ]; then
+      "$py" -I -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null \
+        || die "the Python in $(shown "$venv") is not of 3.10 to 3.13 or does not run: remove that\
+ folder and run this again"
+      refuse_other_family
+      # A whole environment has all that classification needs.
+      if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(state_text all)" ]; then choose_part all; fi
+      if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(state_text "$part")" ] && all_in_place; then
+        [ -n "$quiet" ] || say "All in place: $(shown "$venv") ($stack stack)." \
+          "Activate it with: source $(printf '%q' "$venv/bin/activate")"
+        exit 0
+      fi
+    elif [ ! -d "$venv" ] || [ -n "$(ls -A -- "$venv" 2>/dev/null)" ]; then
+      die "$(shown "$venv") exists and is no virtual environment: remove it, or name another folder in\
+ MMPRECOND_VENV"
+    fi
+  fi
 }
