@@ -88,11 +88,7 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         records = list(csv.DictReader(file))
     one = ('optimizer', 'lr', 'seed', 'length', 'quantity', 'iteration')
     assert len({tuple(row[key] for key in one) for row in records}) == len(records)
-    assert {row['length'] for row in records if row['optimizer'] == 'NKFAC'} == {
-        '100',
-        '200',
-        '400',
-    }
+    assert {row['length'] for row in records if row['optimizer'] == 'NKFAC'} == {'75', '150', '300'}
     assert (folder / 'suite.png').is_file() and (folder / 'report.md').is_file()
 
 
