@@ -124,7 +124,9 @@ def test_the_command() -> None:
     assert len(prices) >= 3 and prices == sorted(prices)
     # Settings are compared on the same batch, so that the best is no dearer than the config's own.
     assert prices[0] < float(lines[start - 2].split('adds ')[1].split()[0])
-    done = run(config)
+    usual = run(config)
+    assert usual.returncode == 0 and 'NKFAC on ' in usual.stdout  # as the constructor does
+    done = run(config, '--optimizer', 'SGD')
     assert done.returncode == 2 and 'trains with SGD, which has no preconditioner' in done.stderr
 
 

@@ -11,7 +11,9 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from ..optimizers import PreconditionedOptimizer
+from ..optimizers.replacement import REPLACEMENTS
 from . import launch
+from .constructor import DEFAULT
 from .presets import choose_optimizer
 from .synthetic import random_model
 
@@ -73,7 +75,7 @@ def build(args: argparse.Namespace) -> Inputs:
     """
     cfg = launch.load_config(args.config)
     launch.check_mmcv(cfg.get('default_scope'))
-    choose_optimizer(cfg, args.optimizer, args.precondition)
+    choose_optimizer(cfg, args.optimizer, args.precondition or _usual(cfg, args.optimizer))
     launch.merge_options(cfg, args.cfg_options)
     _quieten_log()
     loader = cfg.get('train_dataloader') or {}
@@ -82,6 +84,14 @@ def build(args: argparse.Namespace) -> Inputs:
         args.batch or loader.get('batch_size') or 2,
         args.size or image_size(loader.get('dataset')),
     )
+
+
+def _usual(cfg: Any, optimizer: str | None) -> str | None:
+    """Methods that are attached by default, for a config whose optimizer can be a rule."""
+    wrapper = cfg.get('optim_wrapper') or {}
+    kind = (wrapper.get('optimizer') or {}).get('type')
+    usual = kind in REPLACEMENTS and not optimizer and 'precondition' not in wrapper
+    return DEFAULT if usual else None
 
 
 def image_size(dataset: Any) -> tuple[int, int] | None:

@@ -101,7 +101,7 @@ def test_the_command(
     'arguments, message',
     [
         (['nothing.py'], 'there is no config nothing.py'),
-        ([CONFIG], 'trains with SGD, which has no preconditioner'),
+        ([CONFIG, '--optimizer', 'SGD'], 'trains with SGD, which has no preconditioner'),
         ([CONFIG, '--optimizer', 'NKFACC'], "unknown optimizer 'NKFACC'"),
         ([CONFIG, '--optimizer', 'NKFAC', '--precondition', 'NKFAC'], 'not to NKFAC'),
         ([CONFIG, '--size', '0', '5'], "'0' is not a whole number"),
