@@ -2,8 +2,8 @@
 
 Every optimizer of a task is screened at a quarter of the length on seed 0, with rates beyond the
 grid where the best is at an edge. The iterations of all are then timed in turns. With its best rate
-each optimizer is trained twice on every seed: for the task's length, and for as many iterations as
-fit into the seconds that the config's own optimizer takes for that length. Each run has a schedule
+each optimizer is trained twice on every seed: for as many iterations as fit into the seconds that
+the config's own optimizer takes for the task's length, and for that length. Each run has a schedule
 of its own length. Finished runs are kept: a second call continues a stopped one.
 
 `results.py --suite full` does this for five tasks. `--suite quick` takes the recorded rates of one
@@ -147,22 +147,29 @@ def run_task(task: Task, kind: str, args: argparse.Namespace) -> Results:
     """Trains all optimizers of a task and writes its records and picture."""
     task.model.make_data(args.data / task.model.data, task.images)
     metric, results = task.model.headline, Results(task)
-    whole = settings(task, task.iterations, args)
-    whole.work_dir.mkdir(parents=True, exist_ok=True)
+    length = settings(task, task.iterations, args)
+    length.work_dir.mkdir(parents=True, exist_ok=True)
     if kind == 'quick':
         rates = recorded_rates(RECORDS / f'{task.name}.csv', task.iterations)
     else:
         results.screened = screen_all(task, args)
         rates = {name: best_rate(runs, metric) for name, runs in results.screened.items()}
+    results.seconds = seconds_per_iteration(rates, length)
+    fitting = {name: max(1, round(results.budget / results.seconds[name])) for name in rates}
+    results.fitted = train_all(task, rates, fitting, args)
+    write(results, length.work_dir)
+    if kind == 'full':
         same = dict.fromkeys(rates, task.iterations)
         results.whole = train_all(task, rates, same, args)
-    results.seconds = seconds_per_iteration(rates, whole)
-    lengths = {name: max(1, round(results.budget / results.seconds[name])) for name in rates}
-    results.fitted = train_all(task, rates, lengths, args)
-    write_records(results, whole.work_dir / 'records.csv')
-    _draw(results, whole.work_dir / 'suite.png')
-    (whole.work_dir / 'report.md').write_text(report(results))
+        write(results, length.work_dir)
     return results
+
+
+def write(results: Results, folder: Path) -> None:
+    """Writes what there is so far: records, picture and report."""
+    write_records(results, folder / 'records.csv')
+    _draw(results, folder / 'suite.png')
+    (folder / 'report.md').write_text(report(results))
 
 
 def report(results: Results) -> str:
