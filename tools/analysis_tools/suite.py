@@ -66,12 +66,14 @@ class Results:
         return self.task.iterations * self.seconds[self.task.model.plain]
 
 
-def settings(task: Task, iterations: int, args: argparse.Namespace) -> argparse.Namespace:
-    """Arguments of `train_or_load` for a task and a length."""
+def settings(
+    task: Task, iterations: int, args: argparse.Namespace, evaluations: int | None = None
+) -> argparse.Namespace:
+    """Arguments of `train_or_load` for a task and a length, with the task's evaluations or others."""
     return argparse.Namespace(
         model=_WithOptions(task),
         iterations=iterations,
-        val_interval=max(1, iterations // task.evaluations),
+        val_interval=max(1, iterations // (evaluations or task.evaluations)),
         data=args.data / task.model.data,
         work_dir=args.work_dir / task.name,
         options=[*schedule(iterations).items(), *args.options],
@@ -99,7 +101,7 @@ def screen(task: Task, name: str, args: argparse.Namespace) -> list[Run]:
 
     The best rate is not at an edge, unless `MOST_BEYOND` further rates were tried.
     """
-    short = settings(task, max(1, task.iterations // SCREENING), args)
+    short = settings(task, max(1, task.iterations // SCREENING), args, evaluations=1)
     metric, seed = task.model.headline, args.seeds[0]
     runs = {rate: train_or_load(Run(name, rate, seed), short) for rate in task.rates(name)}
     for _ in range(MOST_BEYOND):
