@@ -38,9 +38,9 @@ HEADERS = (
     'step GFLOP',
     'capture GFLOP',
     'refresh GFLOP',
-    '% of price',
+    '% of cost',
 )
-#: Settings that may lower the price, which `--suggest` compares.
+#: Settings that may lower the cost, which `--suggest` compares.
 SUGGESTIONS: tuple[dict[str, Any], ...] = (
     dict(input_factor='kernel'),
     dict(max_rows=128),
@@ -97,7 +97,7 @@ def forecast_on_noise(
 
     failures: list[Exception] = []
     height, width = size or own_size(model)
-    torch.manual_seed(0)  # proposals, and so the price of their heads, depend on the noise
+    torch.manual_seed(0)  # proposals, and so the cost of their heads, depend on the noise
     for make in (synthetic_batch, batch_without_loss):
         # A model raises errors of any kind on data that are not its own.
         try:
@@ -129,14 +129,14 @@ def amortised(layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCos
 def table(
     layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCost], whole: bool = False
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headers, and a row for each stage, or for each layer if `whole`, the dearest first."""
-    price = amortised(layers, costs)
+    """Headers, and a row for each stage, or for each layer if `whole`, the most expensive first."""
+    total = amortised(layers, costs)
     groups: dict[str, list[Layer]] = {}
     for layer in costs:
         name = layer.name.removesuffix('.weight') if whole else stage_of(layer.name)
         groups.setdefault(name, []).append(layer)
     shares = {
-        name: amortised(layers, {layer: costs[layer] for layer in members}) / max(price, 1e-9)
+        name: amortised(layers, {layer: costs[layer] for layer in members}) / max(total, 1e-9)
         for name, members in groups.items()
     }
     rows = []
@@ -179,7 +179,7 @@ def suggestions(
     batch: dict[str, Any],
     own: float,
 ) -> list[str]:
-    """Lines with a setting each, and the price with it, the lowest first."""
+    """Lines with a setting each, and the cost with it, the lowest first."""
     found = []
     for settings in SUGGESTIONS:
         changed = {layer: _with_settings(layer, stack, settings) for layer, stack in layers.items()}
@@ -230,7 +230,7 @@ def parse_args() -> argparse.Namespace:
     forecast_inputs.add_arguments(parser)
     parser.add_argument('--layers', action='store_true', help='a row for each layer')
     parser.add_argument(
-        '--suggest', action='store_true', help='compare settings that may lower the price'
+        '--suggest', action='store_true', help='compare settings that may lower the cost'
     )
     return parser.parse_args()
 
@@ -241,7 +241,7 @@ def main() -> None:
         sys.exit(
             'the forecast takes an MMEngine config, and MMEngine is not installed: run '
             '`pip install onedl-mmengine` or `pip install mmengine`; in plain PyTorch, '
-            'print(optimizer.report()) shows the layers, the memory and the price'
+            'print(optimizer.report()) shows the layers, the memory and the cost'
         )
     from .engine import forecast_inputs, launch
     from .engine.console import print_table

@@ -120,10 +120,10 @@ def test_the_command() -> None:
     table, _, advice = whole.stdout.partition('with other settings')
     by_name = {line.split()[0]: line.split() for line in table.splitlines() if line.strip()}
     assert by_name['rpn_head.rpn_conv'][2] == '5'  # levels
-    prices = [float(line.split(': ')[1].split()[0]) for line in advice.strip().splitlines()[1:]]
-    assert len(prices) >= 3 and prices == sorted(prices)
-    # Settings are compared on the same batch, so that the best is no dearer than the config's own.
-    assert prices[0] < float(lines[start - 2].split('adds ')[1].split()[0])
+    shares = [float(line.split(': ')[1].split()[0]) for line in advice.strip().splitlines()[1:]]
+    assert len(shares) >= 3 and shares == sorted(shares)
+    # Settings are compared on the same batch: the best costs no more than the config's own.
+    assert shares[0] < float(lines[start - 2].split('adds ')[1].split()[0])
     usual = run(config)
     assert usual.returncode == 0 and 'NKFAC on ' in usual.stdout  # as the constructor does
     done = run(config, '--optimizer', 'SGD')

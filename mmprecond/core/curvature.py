@@ -369,7 +369,7 @@ class Curvature:
         return restored
 
     def summary(self, groups: Iterable[Mapping[str, Any]]) -> str:
-        """One sentence: methods with their layers, parameters covered, forecast price."""
+        """One sentence: methods with their layers, parameters covered, forecast cost."""
         return report.summary(self.model_name, self.layers, self.coverage, self.sharding, groups)
 
     def description(self) -> list[str]:

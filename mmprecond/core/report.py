@@ -32,7 +32,7 @@ def summary(
     sharding: Sharding,
     groups: Iterable[Mapping[str, Any]],
 ) -> str:
-    """Sentence with the methods and their numbers of layers, the share of parameters, the price.
+    """Sentence with the methods and their numbers of layers, the share of parameters, the cost.
 
     Args:
         model: Name of the model.
@@ -56,7 +56,7 @@ def summary(
         f'mmprecond attached {" and ".join(f"{name} to {n}" for name, n in methods.items())} '
         f'{"layer" if len(layers) == 1 else "layers"} of {model}, which hold '
         f'{100 * covered / max(1, total):.1f} % of {total / 1e6:.2f} M trained parameters; '
-        f'forecast price: {flops / 1e9:.3g} GFLOP a step without captures, {kept:.0f} MB, '
+        f'forecast cost: {flops / 1e9:.3g} GFLOP a step without captures, {kept:.0f} MB, '
         f'and {more:.0f} MB more during a refresh; {len(coverage.left_out)} modules take the plain '
         f'rule{idle}'
     )

@@ -250,7 +250,7 @@ class PreconditionedOptimizer(RuleOptimizer):
         return [*self.curvature.description(), *super()._description()]
 
     def summary(self) -> str:
-        """One sentence: methods with their layers, parameters covered, forecast price."""
+        """One sentence: methods with their layers, parameters covered, forecast cost."""
         return self.curvature.summary(self.param_groups)
 
     def report(self) -> str:

@@ -1,4 +1,4 @@
-"""What is shown of refreshes: the numbers, their price, and MMEngine's visualizer."""
+"""What is shown of refreshes: the numbers, their cost, and MMEngine's visualizer."""
 
 from __future__ import annotations
 

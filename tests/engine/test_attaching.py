@@ -113,7 +113,7 @@ def test_the_constructor_alone_attaches_both_methods(capsys: pytest.CaptureFixtu
     assert re.fullmatch(
         rf'mmprecond attached NKFAC to 6 and AFOpt to 4 layers of Net, which hold {share:.1f} % of '
         r'0.00 M trained '
-        r'parameters; forecast price: [\d.e-]+ GFLOP a step without captures, 0 MB, and 0 MB more '
+        r'parameters; forecast cost: [\d.e-]+ GFLOP a step without captures, 0 MB, and 0 MB more '
         'during a refresh; 2 modules take the plain rule',
         optimizer.summary(),
     )

@@ -17,7 +17,7 @@ LOG = """\
 11/29 10:00:00 - mmengine - WARNING - Preconditioned does not read 2 x OwnAttention as attention: \
 it has no linear layers qkv and proj. Their linear layers are taken one by one.
 11/29 10:00:00 - mmengine - INFO - mmprecond attached NKFAC to 71 and AFOpt to 18 layers of DETR, \
-which hold 97.0 % of 41.30 M trained parameters; forecast price: 20.4 GFLOP a step without captures
+which hold 97.0 % of 41.30 M trained parameters; forecast cost: 20.4 GFLOP a step without captures
 layer    treatment                                       factors  MB
 a.norm   plain rule: LayerNorm, type is not supported
 b.norm   plain rule: BatchNorm2d, type is not supported

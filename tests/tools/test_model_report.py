@@ -54,8 +54,8 @@ def test_rows_sum_to_the_forecast() -> None:
     def total(*keys: str) -> Any:
         return sum(getattr(stage, key) for stage in stages for key in keys)
 
-    price = diagnostics.amortised(layers, costs)
-    assert total('step', 'capture', 'refresh') == pytest.approx(price)
+    cost = diagnostics.amortised(layers, costs)
+    assert total('step', 'capture', 'refresh') == pytest.approx(cost)
     assert total('megabytes') == pytest.approx(sum(cost.megabytes for cost in costs.values()))
     parameters = list(model.parameters())
     assert total('covered', 'plain', 'frozen') == sum(p.numel() for p in parameters)
@@ -65,7 +65,7 @@ def test_rows_sum_to_the_forecast() -> None:
     rows = diagnostics.table(layers, costs)[1]
     shares = {stage.name: 100 * (stage.step + stage.capture + stage.refresh) for stage in stages}
     for name, *_, share in rows:
-        assert shares[name] / price == pytest.approx(float(share), abs=0.06)
+        assert shares[name] / cost == pytest.approx(float(share), abs=0.06)
 
 
 def test_the_smallest_of_many_stages_are_summed() -> None:

@@ -1,4 +1,4 @@
-"""Draws, by stage of a model, what an optimizer covers, its price and its memory.
+"""Draws, by stage of a model, what an optimizer covers, its cost and its memory.
 
     python tools/analysis_tools/model_report.py CONFIG --precondition AFOpt+NKFAC --size 800 1333
 

@@ -69,7 +69,7 @@ class Results:
 def settings(
     task: Task, iterations: int, args: argparse.Namespace, evaluations: int | None = None
 ) -> argparse.Namespace:
-    """Arguments of `train_or_load` for a task and a length, with the task's evaluations or others."""
+    """Arguments of `train_or_load` for a task, a length, and a number of evaluations."""
     return argparse.Namespace(
         model=_WithOptions(task),
         iterations=iterations,
