@@ -24,6 +24,7 @@ ROOMS = (
     'core',
     'second_order',
     'optimizers',
+    'landscape',
     'engine',
     'datasets',
     'testing',
@@ -44,6 +45,10 @@ FOREIGN = {
     'model_wrapper_cfg',
     'data_preprocessor',
 }
+
+
+#: Rooms whose functions may take an optimizer.
+TAKERS = ('optimizers', 'landscape', 'engine', 'testing', 'diagnostics')
 
 
 def room_of(path: Path) -> str:
@@ -146,7 +151,7 @@ def test_a_foreign_setting_is_found() -> None:
 
 @pytest.mark.parametrize(
     'path',
-    [p for p in FILES if room_of(p) not in ('optimizers', 'engine', 'testing', 'diagnostics')],
+    [p for p in FILES if room_of(p) not in TAKERS],
     ids=str,
 )
 def test_only_optimizers_and_the_engine_take_an_optimizer(path: Path) -> None:

@@ -20,7 +20,7 @@ from .basis import BasisSnapshot, snapshot
 from .clipping import clip_norm, kl_clip
 from .coverage import assign_methods
 from .damping import Dampings
-from .directions import recover_norms, transform
+from .directions import recover_norms, transform, transform_all
 from .failures import FailurePolicy
 from .inspection import LayerView, view_layer
 from .intervals import IntervalControl
@@ -301,12 +301,8 @@ class Curvature:
         """
         directions = dict(gradients)
         with matmul_precision(self.options.matmul_precision):
-            batches = [
-                batch
-                for stack in self.stacks
-                if self.sharding.holds(stack)
-                for batch in transform(stack, stack.method.apply, directions)
-            ]
+            held = [stack for stack in self.stacks if self.sharding.holds(stack)]
+            batches = transform_all(held, directions)
         recover_norms(batches, self.reached)
         for batch in batches:
             batch.write(directions)

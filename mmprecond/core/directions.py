@@ -90,6 +90,11 @@ def transform(
     return transformed
 
 
+def transform_all(stacks: Iterable[LayerStack], tensors: dict[Tensor, Tensor]) -> list[Transformed]:
+    """Applies the operators of all stacks to their tensors, as `transform` does."""
+    return [batch for stack in stacks for batch in transform(stack, stack.method.apply, tensors)]
+
+
 def _gather(layers: Sequence[Layer], tensors: Mapping[Tensor, Tensor]) -> Tensor:
     """Matrices (k, b, o, i) of some layers' tensors; that of a single weight is not copied."""
     weights = [layer.weight_matrix(tensors[layer.weight]) for layer in layers]

@@ -1,0 +1,166 @@
+"""A loss as a function of a model's trainable parameters, with its first and second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_choice
+
+#: Modes of batch normalisation and dropout.
+MODES = ('eval', 'train')
+
+
+class Loss:
+    """A loss on fixed batches, as a function of a model's trainable parameters.
+
+    The value is the mean over the batches. Each evaluation starts from the same random state and
+    leaves the model's buffers as they were, so that equal parameters give equal values.
+
+    Args:
+        model: The model. Its trainable parameters, flattened and joined, are a vector (n,).
+        closures: A function without arguments for each batch. It returns the loss of the batch, a
+            scalar with a graph.
+        mode: 'eval' (default): batch normalisation by running statistics, no dropout. 'train': by
+            the statistics of each batch, with dropout. The model's own mode comes back.
+
+    Raises:
+        ValueError: If the model has no trainable parameter, or there is no batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, closures: Sequence[Callable[[], Tensor]], mode: str = 'eval'
+    ) -> None:
+        check_choice('mode', mode, MODES)
+        self.model = model
+        self.closures = tuple(closures)
+        self.mode = mode
+        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        if not self.params:
+            raise ValueError('the model has no trainable parameter')
+        if not self.closures:
+            raise ValueError('a loss needs at least one batch')
+        self.size = sum(p.numel() for p in self.params)
+
+    @classmethod
+    def of_batches(
+        cls,
+        model: nn.Module,
+        loss_function: Callable[[Any, Any], Tensor],
+        batches: Iterable[tuple[Any, Any]],
+        mode: str = 'eval',
+    ) -> Loss:
+        """Loss of a plain PyTorch model: ``loss_function(model(inputs), targets)``."""
+
+        def closure(inputs: Any, targets: Any) -> Callable[[], Tensor]:
+            return lambda: loss_function(model(inputs), targets)
+
+        return cls(model, [closure(*batch) for batch in batches], mode)
+
+    def value(self) -> float:
+        """Mean loss of the batches."""
+        with self._evaluating(), torch.no_grad():
+            return sum(float(closure()) for closure in self.closures) / len(self.closures)
+
+    def gradient(self) -> Tensor:
+        """Gradient (n,)."""
+        with self._evaluating():
+            return self._mean(self._derivative(closure()) for closure in self.closures)
+
+    def hessian_product(self, vector: Tensor) -> Tensor:
+        """Product (n,) of the Hessian and a vector (n,), by a second backward pass.
+
+        Raises:
+            RuntimeError: If an operation has no second derivative, such as RoIAlign.
+        """
+        with self._evaluating():
+            return self._mean(self._second(closure(), vector) for closure in self.closures)
+
+    def difference_product(self, vector: Tensor, step: float | None = None) -> Tensor:
+        """Product (n,) of the Hessian and a vector (n,), by a central difference of gradients.
+
+        Args:
+            vector: The vector (n,).
+            step: Distance of the two points in the direction of the vector, relative to the length
+                of the parameters; default: the cube root of the dtype's rounding error.
+        """
+        length = vector.norm()
+        if length == 0:
+            return torch.zeros_like(vector)
+        if step is None:
+            step = torch.finfo(vector.dtype).eps ** (1 / 3)
+        scale = step * max(1.0, float(self.point().norm())) / float(length)
+        with self.moved(scale * vector):
+            ahead = self.gradient()
+        with self.moved(-scale * vector):
+            behind = self.gradient()
+        return (ahead - behind) / (2 * scale)
+
+    def point(self) -> Tensor:
+        """Copy (n,) of the parameters."""
+        return self.join([p.detach() for p in self.params])
+
+    def join(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Vector (n,) of tensors in the shapes of the parameters; None counts as zeros."""
+        return torch.cat(
+            [
+                (torch.zeros_like(p) if tensor is None else tensor).flatten()
+                for p, tensor in zip(self.params, tensors, strict=True)
+            ]
+        )
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Tensors in the shapes of the parameters from a vector (n,)."""
+        pieces = vector.split([p.numel() for p in self.params])
+        return [piece.view_as(p) for p, piece in zip(self.params, pieces, strict=True)]
+
+    @contextmanager
+    def moved(self, offset: Tensor) -> Iterator[None]:
+        """Moves the parameters by a vector (n,) and restores them to the bit."""
+        before = [p.detach().clone() for p in self.params]
+        try:
+            with torch.no_grad():
+                torch._foreach_add_(self.params, self.split(offset))
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, before)
+
+    def _derivative(self, loss: Tensor, graph: bool = False) -> Tensor:
+        return self.join(
+            torch.autograd.grad(loss, self.params, create_graph=graph, allow_unused=True)
+        )
+
+    def _second(self, loss: Tensor, vector: Tensor) -> Tensor:
+        product = self._derivative(loss, graph=True) @ vector
+        if not product.requires_grad:  # the gradient is constant
+            return torch.zeros_like(vector)
+        return self._derivative(product)
+
+    def _mean(self, vectors: Iterable[Tensor]) -> Tensor:
+        total = torch.zeros_like(self.point())
+        for vector in vectors:
+            total += vector.detach()
+        return total / len(self.closures)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Sets the mode and the random state, and restores them and the buffers."""
+        modes = {module: module.training for module in self.model.modules()}
+        buffers = {buffer: buffer.detach().clone() for buffer in self.model.buffers()}
+        devices = [p.device for p in self.params if p.device.type == 'cuda']
+        with torch.random.fork_rng(devices=list(dict.fromkeys(devices))):
+            torch.manual_seed(0)
+            self.model.train(self.mode == 'train')
+            try:
+                yield
+            finally:
+                for module, training in modes.items():
+                    module.train(training)  # of its children too, which follow
+                with torch.no_grad():
+                    for buffer, value in buffers.items():
+                        buffer.copy_(value)

@@ -1,0 +1,80 @@
+"""Preconditioner of an optimizer as a linear map, at its present operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..core.directions import Transformed, recover_norms, transform_all
+from ..optimizers import PreconditionedOptimizer
+from ..rules import SGDM
+from .loss import Loss
+
+
+def preconditioner_of(optimizer: torch.optim.Optimizer, loss: Loss) -> Callable[[Tensor], Tensor]:
+    """Linear map P that turns a gradient into the direction of an optimizer's step.
+
+    The operators of the last refresh stay fixed, and so do the scalars of norm recovery, which are
+    those of the present gradient. P is block-diagonal, symmetric and positive definite. Where no
+    layer has an operator it is the identity.
+
+    Args:
+        optimizer: An optimizer of this package with the rule SGDM, such as NKFAC.
+        loss: The loss whose parameters the vectors (n,) stand for.
+
+    Returns:
+        A function from vectors (n,) to vectors (n,).
+
+    Raises:
+        ValueError: If the optimizer has no curvature, a rule other than SGDM, a method that works
+            in a rotated space, or no operator yet.
+    """
+    _check(optimizer)
+    stacks = optimizer.curvature.stacks  # type: ignore[attr-defined]
+    tensors = _by_parameter(loss, loss.gradient())
+    scalars = [_recovery(batch) for batch in transform_all(stacks, tensors)]
+    if not scalars:
+        raise ValueError('the optimizer has no operators yet; take some steps with it first')
+
+    def product(vector: Tensor) -> Tensor:
+        tensors = _by_parameter(loss, vector)
+        for batch, scalar in zip(transform_all(stacks, tensors), scalars, strict=True):
+            if scalar is not None:
+                batch.scale(scalar)
+            batch.write(tensors)
+        return loss.join([tensors[p] for p in loss.params])
+
+    return product
+
+
+def _by_parameter(loss: Loss, vector: Tensor) -> dict[Tensor, Tensor]:
+    return dict(zip(loss.params, loss.split(vector), strict=True))
+
+
+def _check(optimizer: torch.optim.Optimizer) -> None:
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, PreconditionedOptimizer):
+        raise ValueError(f'{name} has no preconditioner; take an optimizer such as NKFAC')
+    if not isinstance(optimizer.rule, SGDM):
+        raise ValueError(
+            f'{name} scales entries by their own history, so that its preconditioner is not '
+            'symmetric; take one on SGD, such as NKFAC, FSGD, AFOpt or KFAC'
+        )
+    rotating = [stack.method for stack in optimizer.curvature.stacks if stack.method.rotates]
+    if rotating:
+        raise ValueError(f'{type(rotating[0]).__name__} works in a rotated space, and has no map P')
+
+
+def _recovery(batch: Transformed) -> Tensor | None:
+    """Scalars (k * parts,) of norm recovery for the batch's tensors, or None."""
+    if not batch.parts or batch.results is batch.given:
+        return None
+    before = _part_norms(batch)
+    recover_norms([batch])
+    return _part_norms(batch) / before
+
+
+def _part_norms(batch: Transformed) -> Tensor:
+    return torch.stack([row.norm() for row in batch.rows(batch.results)])
