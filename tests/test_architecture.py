@@ -24,7 +24,7 @@ ROOMS = (
     'core',
     'second_order',
     'optimizers',
-    'landscape',
+    'loss_surface',
     'engine',
     'datasets',
     'testing',
@@ -48,7 +48,7 @@ FOREIGN = {
 
 
 #: Rooms whose functions may take an optimizer.
-TAKERS = ('optimizers', 'landscape', 'engine', 'testing', 'diagnostics')
+TAKERS = ('optimizers', 'loss_surface', 'engine', 'testing', 'diagnostics')
 
 
 def room_of(path: Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmprecond.landscape import Loss
+from mmprecond.loss_surface import Loss
 from tests.reference.landscape import dense, full_hessian
 
 cross_entropy = nn.functional.cross_entropy

@@ -139,6 +139,7 @@ class Loss:
         product = self._derivative(loss, graph=True) @ vector
         if not product.requires_grad:  # the gradient is constant
             return torch.zeros_like(vector)
+        _refuse_lost_paths(product)
         return self._derivative(product)
 
     def _mean(self, vectors: Iterable[Tensor]) -> Tensor:
@@ -164,3 +165,20 @@ class Loss:
                 with torch.no_grad():
                     for buffer, value in buffers.items():
                         buffer.copy_(value)
+
+
+def _refuse_lost_paths(tensor: Tensor) -> None:
+    """Raises RuntimeError if a path of the graph ends in an operation without a second derivative.
+
+    Such an operation (``once_differentiable``) leaves an error node, which torch never reaches when
+    it is asked for derivatives by some parameters: it would leave the path out in silence.
+    """
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().rsplit('::', 1)[-1] == 'Error':
+            raise RuntimeError('an operation of the model can be differentiated only once')
+        waiting += [following for following, _ in node.next_functions]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmprecond import optimizers
-from mmprecond.landscape import Loss, find_spectrum, preconditioner_of
+from mmprecond.loss_surface import Loss, find_spectrum, preconditioner_of
 from tests.reference.landscape import dense
 
 

@@ -21,13 +21,13 @@ class Spectrum:
     Attributes:
         values: Ritz values (runs, steps), ascending in each run.
         weights: Weights (runs, steps); each run's sum to 1.
-        vector: Ritz vector (n,) of the largest value in absolute size, of the first run, with norm
-            1 in the inner product of the run.
+        vectors: Ritz vectors (m, n) of the values largest in absolute size, of the first run; m is
+            2, or 1 if the run had one step.
     """
 
     values: Tensor
     weights: Tensor
-    vector: Tensor
+    vectors: Tensor
 
     @property
     def largest(self) -> float:
@@ -140,7 +140,7 @@ def find_spectrum(
     """
     check_count('runs', runs)
     generator = torch.Generator(like.device).manual_seed(seed)
-    values, weights, vector = [], [], None
+    values, weights, leading = [], [], None
     for _ in range(runs):
         start = torch.randn(len(like), generator=generator, dtype=like.dtype, device=like.device)
         if precondition:
@@ -148,11 +148,11 @@ def find_spectrum(
         diagonal, off, images = lanczos(product, start, steps, precondition)
         matrix = diagonal.diag() + off.diag(1) + off.diag(-1)
         ritz, vectors = torch.linalg.eigh(matrix)
-        if vector is None:
-            vector = images.T @ vectors[:, ritz.abs().argmax()]
+        if leading is None:
+            leading = vectors[:, ritz.abs().topk(min(2, len(ritz))).indices].T @ images
         missing = min(steps, len(like)) - len(ritz)
         # A run that ended early has found all that its start contains.
         values.append(torch.cat([ritz, ritz[-1:].expand(missing)]))
         weights.append(torch.cat([vectors[0] ** 2, ritz.new_zeros(missing)]))
-    assert vector is not None
-    return Spectrum(torch.stack(values), torch.stack(weights), vector)
+    assert leading is not None
+    return Spectrum(torch.stack(values), torch.stack(weights), leading)
