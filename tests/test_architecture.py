@@ -29,6 +29,7 @@ ROOMS = (
     'datasets',
     'testing',
     'diagnostics',
+    'landscape',
     'cli',
     '__init__',
 )
@@ -48,7 +49,7 @@ FOREIGN = {
 
 
 #: Rooms whose functions may take an optimizer.
-TAKERS = ('optimizers', 'loss_surface', 'engine', 'testing', 'diagnostics')
+TAKERS = ('optimizers', 'loss_surface', 'engine', 'testing', 'diagnostics', 'landscape')
 
 
 def room_of(path: Path) -> str:

@@ -1,0 +1,87 @@
+"""Loss and optimizer of a config and a checkpoint, for `mmprecond.landscape`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.optim import build_optim_wrapper
+from mmengine.runner import Runner, load_checkpoint
+from torch import Tensor, nn
+
+from ..loss_surface import Loss
+from ..optimizers import PreconditionedOptimizer
+from . import launch
+from .synthetic import random_model
+
+
+class Inputs(NamedTuple):
+    """Loss of some training batches, and the optimizer of the checkpoint if it has curvature."""
+
+    loss: Loss
+    optimizer: PreconditionedOptimizer | None
+
+
+def build(args: argparse.Namespace) -> Inputs:
+    """Builds the model, its loss on the first training batches, and its optimizer.
+
+    Args:
+        args: `config`, `checkpoint`, `batches`, `mode`, `cfg_options` of the command line.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the config has no training data.
+    """
+    if '://' not in args.checkpoint and not Path(args.checkpoint).is_file():
+        raise FileNotFoundError(f'there is no checkpoint {args.checkpoint}')
+    cfg = launch.load_config(args.config)
+    launch.merge_options(cfg, args.cfg_options)
+    launch.check_mmcv(cfg.get('default_scope'))
+    if not cfg.get('train_dataloader'):
+        raise ValueError('the config has no train_dataloader to take batches from')
+    model = random_model(cfg)
+    checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
+    torch.manual_seed(0)  # of the order of images and of their augmentation
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    batches = list(islice(loader, args.batches))
+    return Inputs(
+        loss_of(model, batches, args.mode), _optimizer(model, cfg, checkpoint.get('optimizer'))
+    )
+
+
+def loss_of(model: Any, batches: list[Any], mode: str = 'eval') -> Loss:
+    """Loss of a model of MMEngine on batches of its data loader.
+
+    Args:
+        model: A model derived from MMEngine's `BaseModel`.
+        batches: Batches of its data loader. Each is preprocessed once.
+        mode: See `Loss`.
+    """
+    inner = getattr(model, 'module', model)
+
+    def closure(batch: Any) -> Callable[[], Tensor]:
+        with torch.no_grad():
+            data = inner.data_preprocessor(batch, training=True)
+
+        def loss() -> Tensor:
+            total: Tensor = inner.parse_losses(inner(**data, mode='loss'))[0]
+            return total
+
+        return loss
+
+    return Loss(inner, [closure(batch) for batch in batches], mode)
+
+
+def _optimizer(model: nn.Module, cfg: Any, state: Any) -> PreconditionedOptimizer | None:
+    """The config's optimizer with its state, or None if it has no curvature."""
+    if state is None or not cfg.get('optim_wrapper'):
+        return None
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    if not isinstance(optimizer, PreconditionedOptimizer):
+        return None
+    optimizer.load_state_dict(state)
+    return optimizer
