@@ -17,7 +17,7 @@ import csv
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -153,7 +153,10 @@ def run_task(task: Task, kind: str, args: argparse.Namespace) -> Results:
     length.work_dir.mkdir(parents=True, exist_ok=True)
     if kind == 'quick':
         rates = recorded_rates(RECORDS / f'{task.name}.csv', task.iterations)
+        task = results.task = replace(task, rest_rate=rates['AdamW'])
     else:
+        first = best_rate(screen(task, 'AdamW', args), metric)
+        task = results.task = replace(task, rest_rate=first)  # as Muon's users would tune it
         results.screened = screen_all(task, args)
         rates = {name: best_rate(runs, metric) for name, runs in results.screened.items()}
     results.seconds = seconds_per_iteration(rates, length)

@@ -12,17 +12,24 @@ EXTERNAL = (
     *FIRST_ORDER,
     'pytorch_optimizer.Muon',
     'pytorch_optimizer.SOAP',
-    'pytorch_optimizer.Shampoo',
+    'pytorch_optimizer.ScalableShampoo',
 )
-#: Settings of pytorch_optimizer's SOAP and Shampoo: a refresh every ten steps, as in ours.
+_SETTING = 'optim_wrapper.optimizer.'
+#: Settings of pytorch_optimizer's SOAP and Shampoo: a refresh every ten steps, as in ours. Its class
+#: Shampoo, which has no grafting, ended in non-finite statistics after ten steps at every rate.
 PEER_OPTIONS = {
-    'pytorch_optimizer.SOAP': {'optim_wrapper.optimizer.precondition_frequency': 10},
-    'pytorch_optimizer.Shampoo': {'optim_wrapper.optimizer.preconditioning_compute_steps': 10},
+    'pytorch_optimizer.SOAP': {f'{_SETTING}precondition_frequency': 10},
+    'pytorch_optimizer.ScalableShampoo': {
+        f'{_SETTING}preconditioning_compute_steps': 10,
+        f'{_SETTING}start_preconditioning_step': 10,
+    },
 }
+#: Muon, and its rate for the parameters that are no matrices.
+MUON, MUON_REST = 'pytorch_optimizer.Muon', f'{_SETTING}adamw_lr'
 #: Learning rates to screen; more follow where the best is at an edge.
 RATES = {
     'pytorch_optimizer.Muon': (2e-3, 6e-3, 0.02, 0.06),
-    'pytorch_optimizer.Shampoo': (0.01, 0.03, 0.1, 0.3),
+    'pytorch_optimizer.ScalableShampoo': (0.01, 0.03, 0.1, 0.3),
     'sgd': (0.01, 0.03, 0.1, 0.3),
     'adam': (3e-4, 1e-3, 3e-3, 0.01),
 }
@@ -42,6 +49,7 @@ class Task:
         ours: Optimizers of this package.
         rest: More of them; the best one in the screening takes part.
         evaluations: Evaluations of a run.
+        rest_rate: Muon's rate for the parameters that are no matrices.
     """
 
     name: str
@@ -51,6 +59,7 @@ class Task:
     ours: tuple[str, ...]
     rest: tuple[str, ...]
     evaluations: int = 10
+    rest_rate: float | None = None
 
     @property
     def contestants(self) -> tuple[str, ...]:
@@ -60,7 +69,10 @@ class Task:
     def contestant(self, name: str) -> Contestant:
         """Training settings of an optimizer but its rate."""
         known = self.model.contestant(name)
-        return replace(known, options={**known.options, **PEER_OPTIONS.get(name, {})})
+        options = {**known.options, **PEER_OPTIONS.get(name, {})}
+        if name == MUON and self.rest_rate is not None:
+            options[MUON_REST] = self.rest_rate
+        return replace(known, options=options)
 
     def rates(self, name: str) -> tuple[float, ...]:
         """Learning rates to screen."""
