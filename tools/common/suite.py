@@ -15,7 +15,7 @@ EXTERNAL = (
     'pytorch_optimizer.ScalableShampoo',
 )
 _SETTING = 'optim_wrapper.optimizer.'
-#: Settings of pytorch_optimizer's SOAP and Shampoo: a refresh every ten steps, as in ours. Its class
+#: Settings of pytorch_optimizer's SOAP and Shampoo: a refresh every ten steps, as ours. Its class
 #: Shampoo, which has no grafting, ended in non-finite statistics after ten steps at every rate.
 PEER_OPTIONS = {
     'pytorch_optimizer.SOAP': {f'{_SETTING}precondition_frequency': 10},
