@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from mmprecond.engine import launch
 from mmprecond.engine.preflight import check_config
 from mmprecond.engine.presets import choose_optimizer
+from mmprecond.engine.rates import scale_rates
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,7 +35,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help="scale lr to the batch size by the config's auto_scale_lr",
+        help="scale lr to the batch size by the config's auto_scale_lr: in proportion for rules "
+        'like SGD, by the square root for rules like Adam',
     )
     launch.add_common_arguments(parser)
     return parser.parse_args()
@@ -70,6 +72,7 @@ def main() -> None:
         runner = build(args)
         if isinstance(runner, Runner):  # early, so that errors of settings also take one line
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+            scale_rates(runner)
     with launch.one_line_errors(inside='check_state_dict'):  # of a checkpoint to resume
         runner.train()
 
