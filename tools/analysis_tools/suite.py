@@ -34,6 +34,8 @@ QUICK = ('digits-cls', (0,))
 SCREENING = 4
 #: Ratio of neighbouring rates, and most rates beyond a grid.
 STEP, MOST_BEYOND = 10**0.5, 3
+#: Iterations between two lines of a log; lengths are multiples, so that the end is in the log.
+LOGGED = 10
 #: Recorded runs of the full suite.
 RECORDS = ROOT / 'docs/records'
 #: Iterations and turns of the timing. Early steps measure more often than later ones.
@@ -160,7 +162,10 @@ def run_task(task: Task, kind: str, args: argparse.Namespace) -> Results:
         results.screened = screen_all(task, args)
         rates = {name: best_rate(runs, metric) for name, runs in results.screened.items()}
     results.seconds = seconds_per_iteration(rates, length)
-    fitting = {name: max(1, round(results.budget / results.seconds[name])) for name in rates}
+    fitting = {
+        name: LOGGED * max(1, round(results.budget / results.seconds[name] / LOGGED))
+        for name in rates
+    }
     results.fitted = train_all(task, rates, fitting, args)
     write(results, length.work_dir)
     if kind == 'full':
