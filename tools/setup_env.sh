@@ -12,7 +12,7 @@
 # The two stacks share import names, so one environment holds one of them. Keep both side by side with
 #   MMPRECOND_VENV=.venv-openmmlab bash tools/setup_env.sh --stack openmmlab
 #
-# mmcv is compiled from its source archive: 3 to 8 minutes on 2 cores. The wheel is kept in the
+# mmcv is compiled from its source archive: 4 to 8 minutes on 2 cores. The wheel is kept in the
 # cache folder, so the next set-up takes about two minutes. A second run ends within seconds.
 #
 # Environment variables:

@@ -115,7 +115,7 @@ install_mmcv() {  # from the cache, or compiled
   if [ -n "$wheel" ]; then
     stage "${MMCV/==/ } (wheel from the cache, $accelerator operators)"
   else
-    stage "${MMCV/==/ }: compiling it with $accelerator operators, 3 to 8 minutes on 2 cores"
+    stage "${MMCV/==/ }: compiling it with $accelerator operators, 4 to 8 minutes on 2 cores"
     build_mmcv
   fi
   # An mmcv that pip brought in by itself has the same version and no operators: put ours in its place.
