@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec as find_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,6 @@ from .loss_surface import (
     find_surface,
     preconditioner_of,
     random_directions,
-    surface_rows,
     write_page,
     write_spectra,
     write_surface,
@@ -132,7 +132,7 @@ def main() -> None:
                 name,
                 spectrum.smallest,
                 spectrum.largest,
-                spectrum.trace,
+                spectrum.mean,
             )
         if args.plane != 'none':
             write_plane(loss, next(iter(spectra.values())), args)
@@ -143,8 +143,8 @@ def forecast(loss: Loss, steps: int) -> str:
     """Sentence with the number of parameters and the memory of the Lanczos vectors."""
     megabytes = loss.size * loss.params[0].element_size() / 2**20
     return (
-        f'{loss.size:,} parameters: {2 * steps} Lanczos vectors take {2 * steps * megabytes:.0f} '
-        f'MB; loss {loss.value():.4g}'
+        f'{loss.size:,} parameters: at most {2 * steps} Lanczos vectors take '
+        f'{2 * steps * megabytes:.0f} MB; loss {loss.value():.4g}'
     )
 
 
@@ -152,6 +152,8 @@ def find_spectra(
     loss: Loss, optimizer: torch.optim.Optimizer | None, args: argparse.Namespace
 ) -> dict[str, Spectrum]:
     """Spectrum of the Hessian, and of the Hessian under the optimizer's preconditioner."""
+    from tqdm import tqdm
+
     product = choose_product(loss, args.product)
     metrics: dict[str, Callable[[Tensor], Tensor] | None] = {'Hessian': None}
     if optimizer is not None:
@@ -161,44 +163,16 @@ def find_spectra(
             logger.warning('no spectrum under the preconditioner: %s', error)
     spectra = {}
     for name, metric in metrics.items():
-        with Bar(args.runs * args.steps, name) as bar:
+        with tqdm(total=args.runs * args.steps, desc=name) as bar:
+
+            def counted(vector: Tensor, bar: Any = bar) -> Tensor:
+                bar.update()
+                return product(vector)
+
             spectra[name] = find_spectrum(
-                bar.counting(product),
-                loss.point(),
-                args.steps,
-                args.runs,
-                precondition=metric,
+                counted, loss.point(), args.steps, args.runs, precondition=metric
             )
     return spectra
-
-
-class Bar:
-    """Progress bar that counts the calls of a function."""
-
-    def __init__(self, total: int, name: str) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, desc=name)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def counting(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The function, each call of which moves the bar."""
-
-        def counted(vector: Tensor) -> Tensor:
-            result = function(vector)
-            self._bar.update()
-            return result
-
-        return counted
-
-    def step(self) -> None:
-        """Moves the bar."""
-        self._bar.update()
 
 
 def write_plane(loss: Loss, spectrum: Spectrum, args: argparse.Namespace) -> None:
@@ -210,13 +184,7 @@ def write_plane(loss: Loss, spectrum: Spectrum, args: argparse.Namespace) -> Non
     else:
         first, second = random_directions(loss)
         span, labels = args.span or 1.0, ('first random direction', 'second random direction')
-    with Bar(args.points, 'surface') as bar:
-        rows = []
-        for _, values in surface_rows(loss, first, second, span, args.points):
-            rows.append(values)
-            bar.step()
-    grid = torch.linspace(-span, span, args.points, dtype=torch.float64)
-    surface = Surface(grid, grid, torch.stack(rows))
+    surface = find_surface(loss, first, second, span, args.points, progress=True)
     draw_surface(surface, args.out / 'surface.png', labels)
     write_surface(surface, args.out / 'surface.csv')
     if find_module('plotly') is None:

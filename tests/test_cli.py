@@ -11,6 +11,7 @@ import pytest
 
 from mmprecond import cli
 from mmprecond.resources import find_root
+from tests.support.building import build_package
 from tests.support.paths import ROOT
 
 
@@ -57,13 +58,7 @@ def test_configs_and_tools_travel_with_the_package(tmp_path: Path) -> None:
     pytest.importorskip('mmengine')
     library, here = tmp_path / 'library', tmp_path / 'here'
     here.mkdir()
-    subprocess.run(
-        [sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', str(library)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    shipped = library / 'mmprecond/.mim'
+    shipped = build_package(library)
     for path in ('configs/mask_rcnn', 'tools/train.py', 'tools/analysis_tools', 'model-index.yml'):
         assert (shipped / path).exists(), path
     code = (

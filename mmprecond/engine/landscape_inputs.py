@@ -61,19 +61,18 @@ def loss_of(model: Any, batches: list[Any], mode: str = 'eval') -> Loss:
         batches: Batches of its data loader. Each is preprocessed once.
         mode: See `Loss`.
     """
-    inner = getattr(model, 'module', model)
 
     def closure(batch: Any) -> Callable[[], Tensor]:
         with torch.no_grad():
-            data = inner.data_preprocessor(batch, training=True)
+            data = model.data_preprocessor(batch, training=True)
 
         def loss() -> Tensor:
-            total: Tensor = inner.parse_losses(inner(**data, mode='loss'))[0]
+            total: Tensor = model.parse_losses(model(**data, mode='loss'))[0]
             return total
 
         return loss
 
-    return Loss(inner, [closure(batch) for batch in batches], mode)
+    return Loss(model, [closure(batch) for batch in batches], mode)
 
 
 def _optimizer(model: nn.Module, cfg: Any, state: Any) -> PreconditionedOptimizer | None:

@@ -5,7 +5,7 @@ from .lanczos import Spectrum, find_spectrum, inverse_root, lanczos
 from .loss import Loss
 from .preconditioned import preconditioner_of
 from .products import choose_product
-from .surface import Surface, find_surface, random_directions, surface_rows
+from .surface import Surface, find_surface, random_directions
 
 __all__ = [
     'Loss',
@@ -20,7 +20,6 @@ __all__ = [
     'lanczos',
     'preconditioner_of',
     'random_directions',
-    'surface_rows',
     'write_page',
     'write_spectra',
     'write_surface',

@@ -17,11 +17,7 @@ RESOLUTION = 1000
 
 
 def draw_spectra(spectra: Mapping[str, Spectrum], path: Path) -> None:
-    """Plots spectral densities below each other, each on its own axis in units of its trace.
-
-    The unit makes spectra of different scales comparable: what counts is how far the largest
-    eigenvalues lie above the mean.
-    """
+    """Plots spectral densities below each other, each on its own axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.6 * len(spectra)), layout='constrained')

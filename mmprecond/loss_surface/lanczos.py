@@ -40,8 +40,8 @@ class Spectrum:
         return float(self.values.min())
 
     @property
-    def trace(self) -> float:
-        """Mean eigenvalue: the trace divided by n, by the runs' mean of ``v' A v``."""
+    def mean(self) -> float:
+        """Mean eigenvalue, the trace divided by n, as the runs' mean of ``v' A v``."""
         return float((self.values * self.weights).sum(1).mean())
 
     def density(self, points: Tensor, width: float) -> Tensor:
@@ -77,28 +77,34 @@ def lanczos(
     """
     check_count('steps', steps)
     apply = precondition or (lambda vector: vector)
-    residual, image = start, apply(start)
-    length = (residual @ image).sqrt()
+    steps = min(steps, len(start))
+    images = start.new_empty(steps, len(start))
+    vectors = torch.empty_like(images) if precondition else images
     diagonal: list[Tensor] = []
     lengths: list[Tensor] = []
-    vectors: list[Tensor] = []
-    images: list[Tensor] = []
+    residual, image = start, apply(start)
+    length = (residual @ image).sqrt()
     scale = 0.0
-    for step in range(min(steps, len(start))):
-        vectors.append(residual / length)
-        images.append(image / length)
-        residual = product(images[-1])
-        diagonal.append(residual @ images[-1])
-        basis, seen = torch.stack(vectors), torch.stack(images)
+    for step in range(steps):
+        vectors[step], images[step] = residual / length, image / length
+        residual = product(images[step])
+        diagonal.append(residual @ images[step])
         for _ in range(2):  # a second pass removes what rounding leaves
-            residual = residual - basis.T @ (seen @ residual)
+            residual = residual - vectors[: step + 1].T @ (images[: step + 1] @ residual)
         image = apply(residual)
         length = (residual @ image).clamp(min=0).sqrt()
         scale = max(scale, float(diagonal[-1].abs()), float(length))
-        if step + 1 == min(steps, len(start)) or length <= scale * _tiny(start.dtype):
+        if step + 1 == steps or length <= scale * _tiny(start.dtype):
             break
         lengths.append(length)
-    return torch.stack(diagonal), torch.stack(lengths) if lengths else start.new_zeros(0), seen
+    off = torch.stack(lengths) if lengths else start.new_zeros(0)
+    return torch.stack(diagonal), off, images[: len(diagonal)]
+
+
+def _ritz(diagonal: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (m,), ascending, and eigenvectors (m, m) of a tridiagonal matrix."""
+    values, vectors = torch.linalg.eigh(diagonal.diag() + off.diag(1) + off.diag(-1))
+    return values, vectors
 
 
 def inverse_root(product: Product, vector: Tensor, steps: int) -> Tensor:
@@ -107,7 +113,7 @@ def inverse_root(product: Product, vector: Tensor, steps: int) -> Tensor:
     Source: Higham, Functions of Matrices (2008), section 13.2.
     """
     diagonal, off, basis = lanczos(product, vector, steps)
-    values, vectors = torch.linalg.eigh(diagonal.diag() + off.diag(1) + off.diag(-1))
+    values, vectors = _ritz(diagonal, off)
     floor = values[-1] * _tiny(vector.dtype)
     return vector.norm() * (basis.T @ (vectors @ (vectors[0] / values.clamp(min=floor).sqrt())))
 
@@ -146,8 +152,7 @@ def find_spectrum(
         if precondition:
             start = inverse_root(precondition, start, steps)
         diagonal, off, images = lanczos(product, start, steps, precondition)
-        matrix = diagonal.diag() + off.diag(1) + off.diag(-1)
-        ritz, vectors = torch.linalg.eigh(matrix)
+        ritz, vectors = _ritz(diagonal, off)
         if leading is None:
             leading = vectors[:, ritz.abs().topk(min(2, len(ritz))).indices].T @ images
         missing = min(steps, len(like)) - len(ritz)

@@ -143,7 +143,7 @@ class Loss:
         return self._derivative(product)
 
     def _mean(self, vectors: Iterable[Tensor]) -> Tensor:
-        total = torch.zeros_like(self.point())
+        total = self.params[0].new_zeros(self.size)
         for vector in vectors:
             total += vector.detach()
         return total / len(self.closures)

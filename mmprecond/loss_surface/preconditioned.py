@@ -31,8 +31,7 @@ def preconditioner_of(optimizer: torch.optim.Optimizer, loss: Loss) -> Callable[
         ValueError: If the optimizer has no curvature, a rule other than SGDM, a method that works
             in a rotated space, or no operator yet.
     """
-    _check(optimizer)
-    stacks = optimizer.curvature.stacks  # type: ignore[attr-defined]
+    stacks = _checked(optimizer).curvature.stacks
     tensors = _by_parameter(loss, loss.gradient())
     scalars = [_recovery(batch) for batch in transform_all(stacks, tensors)]
     if not scalars:
@@ -53,7 +52,8 @@ def _by_parameter(loss: Loss, vector: Tensor) -> dict[Tensor, Tensor]:
     return dict(zip(loss.params, loss.split(vector), strict=True))
 
 
-def _check(optimizer: torch.optim.Optimizer) -> None:
+def _checked(optimizer: torch.optim.Optimizer) -> PreconditionedOptimizer:
+    """The optimizer, if it has a map P."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, PreconditionedOptimizer):
         raise ValueError(f'{name} has no preconditioner; take an optimizer such as NKFAC')
@@ -65,6 +65,7 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
     rotating = [stack.method for stack in optimizer.curvature.stacks if stack.method.rotates]
     if rotating:
         raise ValueError(f'{type(rotating[0]).__name__} works in a rotated space, and has no map P')
+    return optimizer
 
 
 def _recovery(batch: Transformed) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +52,15 @@ def random_directions(loss: Loss, seed: int = 0) -> tuple[Tensor, Tensor]:
     return draw(), draw()
 
 
-def surface_rows(
-    loss: Loss, first: Tensor, second: Tensor, span: float = 1.0, points: int = 21
-) -> Iterator[tuple[int, Tensor]]:
-    """Yields the rows of a surface, so that a caller can show how far it is.
+def find_surface(
+    loss: Loss,
+    first: Tensor,
+    second: Tensor,
+    span: float = 1.0,
+    points: int = 21,
+    progress: bool = False,
+) -> Surface:
+    """Losses on a grid along two directions.
 
     Args:
         loss: The loss, whose parameters are the middle of the grid.
@@ -64,25 +68,19 @@ def surface_rows(
         second: Direction (n,) within a row.
         span: Largest coordinate; the grid reaches from -span to span.
         points: Points m on a side; an odd number has the middle itself.
-
-    Yields:
-        The number of a row and its losses (m,), from the first to the last.
+        progress: Whether to show a progress bar, which needs tqdm.
     """
     check_number('span', span)
     check_count('points', points, low=2)
-    grid = torch.linspace(-span, span, points, dtype=torch.float64).tolist()
-    for row, x in enumerate(grid):
-        values = []
-        for y in grid:
+    grid = torch.linspace(-span, span, points, dtype=torch.float64)
+    rows = grid.tolist()
+    if progress:
+        from tqdm import tqdm
+
+        rows = tqdm(rows, desc='surface')
+    values = []
+    for x in rows:
+        for y in grid.tolist():
             with loss.moved(x * first + y * second):
                 values.append(loss.value())
-        yield row, torch.tensor(values, dtype=torch.float64)
-
-
-def find_surface(
-    loss: Loss, first: Tensor, second: Tensor, span: float = 1.0, points: int = 21
-) -> Surface:
-    """Losses on a grid along two directions (see `surface_rows`)."""
-    rows = [values for _, values in surface_rows(loss, first, second, span, points)]
-    grid = torch.linspace(-span, span, points, dtype=torch.float64)
-    return Surface(grid, grid, torch.stack(rows))
+    return Surface(grid, grid, torch.tensor(values, dtype=torch.float64).view(points, points))

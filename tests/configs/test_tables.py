@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.building import build_package
 from tests.support.paths import ROOT
 
 pytest.importorskip('mmdet')
@@ -366,13 +367,7 @@ def test_the_index_as_mim_reads_it() -> None:
 
 
 def test_configs_travel_with_the_package(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', str(tmp_path)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
-    shipped = tmp_path / 'mmprecond/.mim'
+    shipped = build_package(tmp_path)
     assert (shipped / 'model-index.yml').is_file()
     (hybrid,) = shipped.glob('configs/mask_rcnn/*_1x_coco_afopt-nkfac.py')
     assert verify.differences(hybrid) == []  # its own bases are with it

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -73,7 +74,7 @@ def settings(
 ) -> argparse.Namespace:
     """Arguments of `train_or_load` for a task, a length, and a number of evaluations."""
     return argparse.Namespace(
-        model=_WithOptions(task),
+        model=task.prepared,
         iterations=iterations,
         val_interval=max(1, iterations // (evaluations or task.evaluations)),
         data=args.data / task.model.data,
@@ -82,20 +83,6 @@ def settings(
         timed=args.timed,
         turns=args.turns,
     )
-
-
-class _WithOptions:
-    """A task's model, whose optimizers have the suite's settings."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task.model, name)
-
-    def contestant(self, name: str) -> Any:
-        """Training settings of an optimizer (see `Task.contestant`)."""
-        return self._task.contestant(name)
 
 
 def screen(task: Task, name: str, args: argparse.Namespace) -> list[Run]:
@@ -265,6 +252,8 @@ def write_records(results: Results, path: Path) -> None:
 
 def recorded_rates(path: Path, length: int) -> dict[str, float]:
     """Best rate of every optimizer, from the runs of the given length in a record."""
+    if not path.is_file():
+        sys.exit(f'there is no record {path}; make one by --suite full --tasks {path.stem}')
     with path.open() as file:
         rows = [row for row in csv.DictReader(file) if int(row['length']) == length]
     return {row['optimizer']: float(row['lr']) for row in rows}

@@ -66,6 +66,12 @@ class Task:
         """Names of all optimizers."""
         return (*EXTERNAL, *self.ours)
 
+    @property
+    def prepared(self) -> Model:
+        """The model, whose optimizers have the suite's settings."""
+        names = (*self.contestants, *self.rest)
+        return replace(self.model, contestants={name: self.contestant(name) for name in names})
+
     def contestant(self, name: str) -> Contestant:
         """Training settings of an optimizer but its rate."""
         known = self.model.contestant(name)

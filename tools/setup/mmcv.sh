@@ -27,10 +27,13 @@ cached_wheel() {  # cached_wheel PYTHON KEY: prints the wheel's path
 
 choose_flags() {  # sets flags for the compiler: no debug information, torch's headers parsed once
   local cxx=${CXX:-c++} headers=$build_tmp/headers includes
-  flags="$("$py" -I -c 'import sysconfig; print(sysconfig.get_config_var("CFLAGS") or "")') -g0"
+  # A CFLAGS replaces Python's own flags: the user's, else those.
+  flags="$("$py" -I -c 'import sysconfig; print(sysconfig.get_config_var("CFLAGS") or "")')"
+  flags="${CFLAGS:-$flags} -g0"
   # Most of the time goes into torch's headers, which each of 78 files includes. GCC can read them
   # from a precompiled header; one that does not fit is ignored, and the files include them anew.
   { [ "$accelerator" = cpu ] && $cxx --version | grep -q 'Free Software Foundation'; } || return 0
+  case $headers in *[[:space:]]*) return 0 ;; esac  # flags are split at spaces
   mkdir -- "$headers"
   printf '#include <torch/types.h>\n' >"$headers/torch_types.h"
   includes=$("$py" -I -c 'import sysconfig; from torch.utils.cpp_extension import include_paths
