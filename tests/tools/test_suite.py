@@ -65,7 +65,9 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(type(task.model), 'make_data', lambda *_: None)
     seconds = lambda rates, _: {name: 1.0 + (name == 'NKFAC') for name in rates}  # noqa: E731
     monkeypatch.setattr(suite, 'seconds_per_iteration', seconds)
-    results = suite.run_task(task, 'full', arguments(tmp_path))
+    results = suite.run_fitted(task, 'full', arguments(tmp_path))
+    assert not results.whole and 'after 300 iterations' in suite.report(results)
+    suite.run_whole(results, arguments(tmp_path))
     assert list(results.fitted) == [*task.contestants, 'ARO']
     lengths = {name: {one.iterations for one in runs} for name, runs in results.fitted.items()}
     assert lengths.pop('NKFAC') == {task.iterations // 2}

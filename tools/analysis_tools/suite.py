@@ -3,8 +3,9 @@
 Every optimizer of a task is screened at a quarter of the length on seed 0, with rates beyond the
 grid where the best is at an edge. The iterations of all are then timed in turns. With its best rate
 each optimizer is trained twice on every seed: for as many iterations as fit into the seconds that
-the config's own optimizer takes for the task's length, and for that length. Each run has a schedule
-of its own length. Finished runs are kept: a second call continues a stopped one.
+the config's own optimizer takes for the task's length, and, when all tasks have got so far, for
+that length. Each run has a schedule of its own length. Finished runs are kept: a second call
+continues a stopped one.
 
 `results.py --suite full` does this for five tasks. `--suite quick` takes the recorded rates of one
 task, and makes its runs of equal seconds on one seed.
@@ -134,8 +135,8 @@ def train_all(
     return {name: [runs[name, seed] for seed in args.seeds] for name in rates}
 
 
-def run_task(task: Task, kind: str, args: argparse.Namespace) -> Results:
-    """Trains all optimizers of a task and writes its records and picture."""
+def run_fitted(task: Task, kind: str, args: argparse.Namespace) -> Results:
+    """Finds the rates and seconds of a task's optimizers, and makes the runs of equal seconds."""
     task.model.make_data(args.data / task.model.data, task.images)
     metric, results = task.model.headline, Results(task)
     length = settings(task, task.iterations, args)
@@ -155,11 +156,15 @@ def run_task(task: Task, kind: str, args: argparse.Namespace) -> Results:
     }
     results.fitted = train_all(task, rates, fitting, args)
     write(results, length.work_dir)
-    if kind == 'full':
-        same = dict.fromkeys(rates, task.iterations)
-        results.whole = train_all(task, rates, same, args)
-        write(results, length.work_dir)
     return results
+
+
+def run_whole(results: Results, args: argparse.Namespace) -> None:
+    """Makes the runs of equal iterations."""
+    task = results.task
+    rates = {name: runs[0].lr for name, runs in results.fitted.items()}
+    results.whole = train_all(task, rates, dict.fromkeys(rates, task.iterations), args)
+    write(results, args.work_dir / task.name)
 
 
 def write(results: Results, folder: Path) -> None:
@@ -291,8 +296,18 @@ def main(kind: str, names: Sequence[str], args: argparse.Namespace) -> None:
     if kind == 'quick':
         quick, args.seeds = QUICK
         names = [quick]
-    parts: list[str] = []
+    done: list[Results] = []
     for name in names or TASKS:
-        parts.append(report(run_task(TASKS[name], kind, args)))
-        (args.work_dir / 'report.md').write_text('\n'.join(parts))
-    print('\n'.join(parts))
+        done.append(run_fitted(TASKS[name], kind, args))
+        text = write_report(done, args.work_dir)
+    for results in done if kind == 'full' else ():
+        run_whole(results, args)
+        text = write_report(done, args.work_dir)
+    print(text)
+
+
+def write_report(done: Sequence[Results], folder: Path) -> str:
+    """Writes the report of some tasks, and returns it."""
+    text = '\n'.join(map(report, done))
+    (folder / 'report.md').write_text(text)
+    return text
