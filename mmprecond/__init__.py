@@ -20,10 +20,16 @@ if find_spec('mmengine') is not None:
     from .engine import (
         CalibrationHook,
         CurvatureHook,
+        LandscapeHook,
         PrecondOptimWrapperConstructor,
         register_all,
     )
 
     register_all()
     # Configs may name them with the package's name too: `type='mmprecond.CurvatureHook'`.
-    __all__ += ['CalibrationHook', 'CurvatureHook', 'PrecondOptimWrapperConstructor']
+    __all__ += [
+        'CalibrationHook',
+        'CurvatureHook',
+        'LandscapeHook',
+        'PrecondOptimWrapperConstructor',
+    ]

@@ -5,7 +5,8 @@
 Prints a table of the model's stages, or of all layers, with their memory and with the
 floating-point operations of each step, of a step that measures statistics, and of a refresh. The
 forecast takes one forward pass on noise. Frozen layers cost nothing. `--suggest` compares settings.
-The command needs MMEngine; the functions need only torch, except `forecast_on_noise`.
+`--suggest-lr` finds the largest stable learning rate on the training data instead. The command
+needs MMEngine; the functions need only torch, except `forecast_on_noise`.
 """
 
 from __future__ import annotations
@@ -232,11 +233,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--suggest', action='store_true', help='compare settings that may lower the cost'
     )
+    parser.add_argument(
+        '--suggest-lr',
+        action='store_true',
+        help='find the largest stable learning rate in the first steps on the training data, in '
+        'place of the forecast',
+    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Prints the forecast."""
+    """Prints the forecast, or the largest stable rate."""
     if find_spec('mmengine') is None:
         sys.exit(
             'the forecast takes an MMEngine config, and MMEngine is not installed: run '
@@ -248,6 +255,11 @@ def main() -> None:
 
     args = parse_args()
     with launch.one_line_errors():
+        if args.suggest_lr:
+            from .engine import stable_rates
+
+            print(stable_rates.suggest(args))
+            return
         model, optimizer, images, size = forecast_inputs.build(args)
         layers, capture = optimizer.curvature.layers, optimizer.curvature.capture
         batch, costs, own = forecast_on_noise(model, layers, capture, images, size)

@@ -45,6 +45,7 @@ FOREIGN = {
     'launcher',
     'model_wrapper_cfg',
     'data_preprocessor',
+    'track_running_stats',
 }
 
 

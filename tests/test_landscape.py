@@ -59,6 +59,20 @@ def test_the_command_on_a_checkpoint_of_nkfac(tmp_path: Path) -> None:
         3,
     )
     assert done.returncode == 0, done.stderr[-1500:]
+    for_gauss_newton = ('--matrix', 'gauss-newton', '--steps', 3, '--runs', 1, '--plane', 'none')
+    again = run(
+        '-m',
+        'mmprecond.landscape',
+        config,
+        work / 'iter_2.pth',
+        '--out',
+        out / 'g',
+        *for_gauss_newton,
+    )
+    assert again.returncode == 0, again.stderr[-1500:]
+    with (out / 'g/spectrum.csv').open() as file:
+        rows = [row for row in csv.DictReader(file) if row['spectrum'] == 'Gauss-Newton matrix']
+    assert len(rows) == 3 and all(float(row['value']) > -1e-3 for row in rows)
     with (out / 'spectrum.csv').open() as file:
         names = {row['spectrum'] for row in csv.DictReader(file)}
     assert names == {'Hessian', 'preconditioned Hessian'}

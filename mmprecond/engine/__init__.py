@@ -1,7 +1,7 @@
 """MMEngine: constructor, wrapper, registration. The only subpackage that imports mmengine."""
 
 from .constructor import PrecondOptimWrapperConstructor
-from .hooks import CalibrationHook, CurvatureHook
+from .hooks import CalibrationHook, CurvatureHook, LandscapeHook
 from .presets import attach, use_optimizer
 from .registration import register_all
 from .wrapper import PrecondAmpOptimWrapper, PrecondOptimWrapper
@@ -9,6 +9,7 @@ from .wrapper import PrecondAmpOptimWrapper, PrecondOptimWrapper
 __all__ = [
     'CalibrationHook',
     'CurvatureHook',
+    'LandscapeHook',
     'PrecondAmpOptimWrapper',
     'PrecondOptimWrapper',
     'PrecondOptimWrapperConstructor',

@@ -64,6 +64,23 @@ class Inputs(NamedTuple):
     size: Sequence[int] | None
 
 
+def load(args: argparse.Namespace) -> Any:
+    """Loads the config with the optimizer and settings that the arguments name.
+
+    Args:
+        args: Arguments from `add_arguments`.
+
+    Raises:
+        ValueError: If the arguments exclude each other.
+    """
+    cfg = launch.load_config(args.config)
+    launch.check_mmcv(cfg.get('default_scope'))
+    choose_optimizer(cfg, args.optimizer, args.precondition or _usual(cfg, args.optimizer))
+    launch.merge_options(cfg, args.cfg_options)
+    _quieten_log()
+    return cfg
+
+
 def build(args: argparse.Namespace) -> Inputs:
     """Builds the model with random weights, and its optimizer.
 
@@ -73,11 +90,7 @@ def build(args: argparse.Namespace) -> Inputs:
     Raises:
         ValueError: If the arguments exclude each other, or the optimizer has no preconditioner.
     """
-    cfg = launch.load_config(args.config)
-    launch.check_mmcv(cfg.get('default_scope'))
-    choose_optimizer(cfg, args.optimizer, args.precondition or _usual(cfg, args.optimizer))
-    launch.merge_options(cfg, args.cfg_options)
-    _quieten_log()
+    cfg = load(args)
     loader = cfg.get('train_dataloader') or {}
     return Inputs(
         *build_model(cfg),
@@ -140,7 +153,7 @@ def build_model(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
         model = random_model(cfg)
     except (AssertionError, RuntimeError) as error:  # such as a package that is not installed
         raise ValueError(f'the model cannot be built: {" ".join(str(error).split())}') from error
-    optimizer = build_optim_wrapper(model, _in_full_precision(cfg.optim_wrapper)).optimizer
+    optimizer = build_optim_wrapper(model, in_full_precision(cfg.optim_wrapper)).optimizer
     if not isinstance(optimizer, PreconditionedOptimizer):
         raise ValueError(
             f'the config trains with {type(optimizer).__name__}, which has no '
@@ -150,7 +163,7 @@ def build_model(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
     return model, optimizer
 
 
-def _in_full_precision(wrapper: dict[str, Any]) -> dict[str, Any]:
+def in_full_precision(wrapper: dict[str, Any]) -> dict[str, Any]:
     """Settings of a wrapper without those of mixed precision, which needs a GPU."""
     kept = {key: value for key, value in wrapper.items() if key not in MIXED_PRECISION}
     if isinstance(wrapper.get('type'), str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 
-from ..loss_surface import Loss
+from ..loss_surface import Loss, Split
 from ..optimizers import PreconditionedOptimizer
 from . import launch
 from .synthetic import random_model
@@ -61,18 +62,58 @@ def loss_of(model: Any, batches: list[Any], mode: str = 'eval') -> Loss:
         batches: Batches of its data loader. Each is preprocessed once.
         mode: See `Loss`.
     """
-
-    def closure(batch: Any) -> Callable[[], Tensor]:
+    prepared = []
+    for batch in batches:
         with torch.no_grad():
-            data = model.data_preprocessor(batch, training=True)
+            prepared.append(model.data_preprocessor(batch, training=True))
 
+    def closure(data: dict[str, Any]) -> Callable[[], Tensor]:
         def loss() -> Tensor:
             total: Tensor = model.parse_losses(model(**data, mode='loss'))[0]
             return total
 
         return loss
 
-    return Loss(model, [closure(batch) for batch in batches], mode)
+    loss = Loss(model, [closure(data) for data in prepared], mode)
+    splits = [split for data in prepared if (split := _split(model, data))]
+    if splits:
+        split_loss = Loss.of_splits(model, splits, mode)
+        if math.isclose(split_loss.value(), loss.value(), rel_tol=1e-4):
+            return split_loss
+    return loss
+
+
+class _Scores(nn.Module):
+    """Scores (samples, classes) of a classifier as a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scores: Tensor = self.model(inputs, mode='tensor')
+        return scores
+
+
+def _split(model: Any, data: dict[str, Any]) -> Split | None:
+    """Loss of a classifier of MMPretrain as a criterion of its scores; None for another model."""
+    criterion = getattr(getattr(model, 'head', None), 'loss_module', None)
+    samples: Any = data.get('data_samples')
+    labelled = isinstance(samples, (list, tuple)) and samples and 'gt_label' in samples[0]
+    if criterion is None or not labelled:
+        return None
+    mixed = 'gt_score' in samples[0]  # of mixup and its kind
+    targets = (
+        torch.stack([sample.gt_score for sample in samples])
+        if mixed
+        else torch.cat([sample.gt_label for sample in samples])
+    )
+
+    def mean_loss(scores: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = criterion(scores, targets, avg_factor=len(scores))
+        return loss
+
+    return Split(_Scores(model), mean_loss, data['inputs'], targets)
 
 
 def _optimizer(model: nn.Module, cfg: Any, state: Any) -> PreconditionedOptimizer | None:

@@ -18,7 +18,7 @@ from mmengine.registry import (
 from .. import optimizers
 from ..optimizers import PreconditionedOptimizer, RuleOptimizer, WeightNormConv2d
 from .constructor import PrecondOptimWrapperConstructor
-from .hooks import CalibrationHook, CurvatureHook
+from .hooks import CalibrationHook, CurvatureHook, LandscapeHook
 from .wrapper import PrecondAmpOptimWrapper, PrecondOptimWrapper
 
 
@@ -52,7 +52,7 @@ def register_all() -> None:
     for wrapper in (PrecondOptimWrapper, PrecondAmpOptimWrapper):
         _register(OPTIM_WRAPPERS, wrapper)
     _register(MODELS, WeightNormConv2d)
-    for hook in (CalibrationHook, CurvatureHook):
+    for hook in (CalibrationHook, CurvatureHook, LandscapeHook):
         _register(HOOKS, hook)
     logger = logging.getLogger('mmprecond')
     if not any(isinstance(handler, _MMEngineHandler) for handler in logger.handlers):

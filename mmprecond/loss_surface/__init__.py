@@ -1,23 +1,28 @@
 """The loss around a model's weights: derivatives, spectra, and the loss along directions."""
 
 from .draw import draw_spectra, draw_surface, write_page, write_spectra, write_surface
+from .explore import explore
 from .lanczos import Spectrum, find_spectrum, inverse_root, lanczos
-from .loss import Loss
+from .loss import Loss, Split
 from .preconditioned import preconditioner_of
 from .products import choose_product
+from .stability import largest_rate
 from .surface import Surface, find_surface, random_directions
 
 __all__ = [
     'Loss',
     'Spectrum',
+    'Split',
     'Surface',
     'choose_product',
     'draw_spectra',
     'draw_surface',
+    'explore',
     'find_spectrum',
     'find_surface',
     'inverse_root',
     'lanczos',
+    'largest_rate',
     'preconditioner_of',
     'random_directions',
     'write_page',

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import check_choice
 
 #: Modes of batch normalisation and dropout.
 MODES = ('eval', 'train')
+
+
+class Split(NamedTuple):
+    """A batch's loss, as a criterion of a network's outputs.
+
+    Attributes:
+        network: Module that maps inputs to outputs (samples, ...); it has the model's parameters.
+        criterion: Function of outputs and targets that returns the batch's loss, a scalar.
+        inputs: Argument of the network.
+        targets: Second argument of the criterion.
+    """
+
+    network: nn.Module
+    criterion: Callable[[Any, Any], Tensor]
+    inputs: Any
+    targets: Any
 
 
 class Loss:
@@ -27,17 +44,23 @@ class Loss:
             scalar with a graph.
         mode: 'eval' (default): batch normalisation by running statistics, no dropout. 'train': by
             the statistics of each batch, with dropout. The model's own mode comes back.
+        splits: The same losses as criteria of outputs, which the Gauss-Newton matrix needs.
 
     Raises:
         ValueError: If the model has no trainable parameter, or there is no batch.
     """
 
     def __init__(
-        self, model: nn.Module, closures: Sequence[Callable[[], Tensor]], mode: str = 'eval'
+        self,
+        model: nn.Module,
+        closures: Sequence[Callable[[], Tensor]],
+        mode: str = 'eval',
+        splits: Sequence[Split] = (),
     ) -> None:
         check_choice('mode', mode, MODES)
         self.model = model
         self.closures = tuple(closures)
+        self.splits = tuple(splits)
         self.mode = mode
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
@@ -55,11 +78,16 @@ class Loss:
         mode: str = 'eval',
     ) -> Loss:
         """Loss of a plain PyTorch model: ``loss_function(model(inputs), targets)``."""
+        return cls.of_splits(model, [Split(model, loss_function, *pair) for pair in batches], mode)
 
-        def closure(inputs: Any, targets: Any) -> Callable[[], Tensor]:
-            return lambda: loss_function(model(inputs), targets)
+    @classmethod
+    def of_splits(cls, model: nn.Module, splits: Sequence[Split], mode: str = 'eval') -> Loss:
+        """Loss that is a criterion of a network's outputs on each batch."""
 
-        return cls(model, [closure(*batch) for batch in batches], mode)
+        def closure(split: Split) -> Callable[[], Tensor]:
+            return lambda: split.criterion(split.network(split.inputs), split.targets)
+
+        return cls(model, [closure(split) for split in splits], mode, splits)
 
     def value(self) -> float:
         """Mean loss of the batches."""
@@ -80,6 +108,36 @@ class Loss:
         with self._evaluating():
             return self._mean(self._second(closure(), vector) for closure in self.closures)
 
+    def gauss_newton_product(self, vector: Tensor) -> Tensor:
+        """Product (n,) of the generalised Gauss-Newton matrix and a vector (n,), by curvlinops.
+
+        The matrix is the mean of ``J' L J``, with the Jacobian J of the outputs and the Hessian L
+        of the criterion. It is positive semi-definite for a convex criterion.
+
+        Raises:
+            ValueError: If the loss is not known as a criterion of outputs.
+        """
+        self.check_split()
+        with self._evaluating():
+            return self._mean(self._gauss_newton(split) @ vector for split in self.splits)
+
+    def check_split(self) -> None:
+        """Raises ValueError if the loss has no Gauss-Newton matrix."""
+        if not self.splits:
+            raise ValueError(
+                "the Gauss-Newton matrix needs a loss of a network's outputs: a classifier of "
+                'MMPretrain, or Loss.of_batches; take the Hessian'
+            )
+
+    def _gauss_newton(self, split: Split) -> Any:
+        from curvlinops import GGNLinearOperator
+
+        batch = [(split.inputs, split.targets)]
+        criterion = _Criterion(split.criterion)
+        return GGNLinearOperator(
+            split.network, criterion, self.params, batch, check_deterministic=False
+        )
+
     def difference_product(self, vector: Tensor, step: float | None = None) -> Tensor:
         """Product (n,) of the Hessian and a vector (n,), by a central difference of gradients.
 
@@ -99,6 +157,18 @@ class Loss:
         with self.moved(-scale * vector):
             behind = self.gradient()
         return (ahead - behind) / (2 * scale)
+
+    def custom_operations(self) -> set[str]:
+        """Names of the operations with a backward pass in Python, which may not be differentiable.
+
+        Torch's own operations either have a second derivative or raise an error.
+        """
+        with self._evaluating():
+            nodes = [node for closure in self.closures for node in _nodes(closure())]
+        kind = torch.autograd.function.BackwardCFunction
+        return {
+            type(node).__name__.removesuffix('Backward') for node in nodes if isinstance(node, kind)
+        }
 
     def point(self) -> Tensor:
         """Copy (n,) of the parameters."""
@@ -153,18 +223,37 @@ class Loss:
         """Sets the mode and the random state, and restores them and the buffers."""
         modes = {module: module.training for module in self.model.modules()}
         buffers = {buffer: buffer.detach().clone() for buffer in self.model.buffers()}
+        norms = [m for m in modes if isinstance(m, _BatchNorm) and m.track_running_stats]
         devices = [p.device for p in self.params if p.device.type == 'cuda']
         with torch.random.fork_rng(devices=list(dict.fromkeys(devices))):
             torch.manual_seed(0)
             self.model.train(self.mode == 'train')
+            if self.mode == 'train':  # batch statistics alone: curvlinops allows no updates
+                for norm in norms:
+                    norm.track_running_stats = False
             try:
                 yield
             finally:
+                for norm in norms:
+                    norm.track_running_stats = True
                 for module, training in modes.items():
                     module.train(training)  # of its children too, which follow
                 with torch.no_grad():
                     for buffer, value in buffers.items():
                         buffer.copy_(value)
+
+
+class _Criterion(nn.Module):
+    """A criterion that says how it reduces, as curvlinops asks."""
+
+    reduction = 'mean'
+
+    def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, outputs: Tensor, targets: Any) -> Tensor:
+        return self.function(outputs, targets)
 
 
 def _refuse_lost_paths(tensor: Tensor) -> None:
@@ -173,12 +262,18 @@ def _refuse_lost_paths(tensor: Tensor) -> None:
     Such an operation (``once_differentiable``) leaves an error node, which torch never reaches when
     it is asked for derivatives by some parameters: it would leave the path out in silence.
     """
+    for node in _nodes(tensor):
+        if node.name().rsplit('::', 1)[-1] == 'Error':
+            raise RuntimeError('an operation of the model can be differentiated only once')
+
+
+def _nodes(tensor: Tensor) -> Iterator[Any]:
+    """Nodes of the graph that leads to a tensor."""
     waiting, seen = [tensor.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name().rsplit('::', 1)[-1] == 'Error':
-            raise RuntimeError('an operation of the model can be differentiated only once')
+        yield node
         waiting += [following for following, _ in node.next_functions]

@@ -14,11 +14,11 @@ from .loss import Loss
 
 
 def preconditioner_of(optimizer: torch.optim.Optimizer, loss: Loss) -> Callable[[Tensor], Tensor]:
-    """Linear map P that turns a gradient into the direction of an optimizer's step.
+    """Linear map P, symmetric positive definite, that turns a gradient into a step's direction.
 
     The operators of the last refresh stay fixed, and so do the scalars of norm recovery, which are
-    those of the present gradient. P is block-diagonal, symmetric and positive definite. Where no
-    layer has an operator it is the identity.
+    those of the present gradient. P is block-diagonal. On layers without an operator it is the
+    identity.
 
     Args:
         optimizer: An optimizer of this package with the rule SGDM, such as NKFAC.
@@ -31,7 +31,30 @@ def preconditioner_of(optimizer: torch.optim.Optimizer, loss: Loss) -> Callable[
         ValueError: If the optimizer has no curvature, a rule other than SGDM, a method that works
             in a rotated space, or no operator yet.
     """
-    stacks = _checked(optimizer).curvature.stacks
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, PreconditionedOptimizer):
+        raise ValueError(f'{name} has no preconditioner; take an optimizer such as NKFAC')
+    if not isinstance(optimizer.rule, SGDM):
+        raise ValueError(
+            f'{name} scales entries by their own history, so that its preconditioner is not '
+            'symmetric; take one on SGD, such as NKFAC, FSGD, AFOpt or KFAC'
+        )
+    return direction_map(optimizer, loss)
+
+
+def direction_map(optimizer: PreconditionedOptimizer, loss: Loss) -> Callable[[Tensor], Tensor]:
+    """Linear map from a gradient (n,) to the rule's direction (n,); see `preconditioner_of`.
+
+    Raises:
+        ValueError: If a method works in a rotated space, each rank has a part of the operators, or
+            there are none yet.
+    """
+    if optimizer.curvature.sharding.mode == 'apply':
+        raise ValueError("under sharding='apply' each rank has a part of the operators alone")
+    stacks = optimizer.curvature.stacks
+    rotating = [stack.method for stack in stacks if stack.method.rotates]
+    if rotating:
+        raise ValueError(f'{type(rotating[0]).__name__} works in a rotated space, and has no map P')
     tensors = _by_parameter(loss, loss.gradient())
     scalars = [_recovery(batch) for batch in transform_all(stacks, tensors)]
     if not scalars:
@@ -52,29 +75,13 @@ def _by_parameter(loss: Loss, vector: Tensor) -> dict[Tensor, Tensor]:
     return dict(zip(loss.params, loss.split(vector), strict=True))
 
 
-def _checked(optimizer: torch.optim.Optimizer) -> PreconditionedOptimizer:
-    """The optimizer, if it has a map P."""
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, PreconditionedOptimizer):
-        raise ValueError(f'{name} has no preconditioner; take an optimizer such as NKFAC')
-    if not isinstance(optimizer.rule, SGDM):
-        raise ValueError(
-            f'{name} scales entries by their own history, so that its preconditioner is not '
-            'symmetric; take one on SGD, such as NKFAC, FSGD, AFOpt or KFAC'
-        )
-    rotating = [stack.method for stack in optimizer.curvature.stacks if stack.method.rotates]
-    if rotating:
-        raise ValueError(f'{type(rotating[0]).__name__} works in a rotated space, and has no map P')
-    return optimizer
-
-
 def _recovery(batch: Transformed) -> Tensor | None:
-    """Scalars (k * parts,) of norm recovery for the batch's tensors, or None."""
+    """Scalars (k * parts,) of norm recovery for the batch's tensors, or None; 1 for a zero one."""
     if not batch.parts or batch.results is batch.given:
         return None
     before = _part_norms(batch)
     recover_norms([batch])
-    return _part_norms(batch) / before
+    return torch.where(before > 0, _part_norms(batch) / before, 1.0)
 
 
 def _part_norms(batch: Transformed) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products with the Hessian: by second derivatives, or by differences of gradients."""
+"""Products with the Hessian or the Gauss-Newton matrix."""
 
 from __future__ import annotations
 
@@ -13,47 +13,59 @@ from .loss import Loss
 
 logger = logging.getLogger('mmprecond')
 
+#: Matrices of second derivatives.
+MATRICES = ('hessian', 'gauss-newton')
 #: Ways to multiply by the Hessian.
 WAYS = ('auto', 'exact', 'differences')
-#: Largest distance of an exact product from a difference; kinks of ReLU make some.
+#: Largest distance of an exact product from a difference, for a model with operations of its own.
 FARTHEST = 0.5
 
 
-def choose_product(loss: Loss, way: str = 'auto') -> Callable[[Tensor], Tensor]:
-    """Product of the Hessian and a vector (n,).
+def choose_product(
+    loss: Loss, way: str = 'auto', matrix: str = 'hessian'
+) -> Callable[[Tensor], Tensor]:
+    """Product of the Hessian, or of the Gauss-Newton matrix, and a vector (n,).
 
     Args:
         loss: The loss.
-        way: 'exact': a second backward pass. 'differences': a central difference of gradients.
-            'auto' (default): 'exact', unless the model has an operation without a second
-            derivative, such as RoIAlign. Such an operation raises an error, or takes its gradient
-            for a constant; so a product is compared with a difference first. The log says how far
-            differences at two distances are apart.
+        way: How the Hessian is multiplied. 'exact': a second backward pass. 'differences': a
+            central difference of gradients. 'auto' (default): 'exact', unless the model has an
+            operation without a second derivative, such as RoIAlign. Such an operation raises an
+            error, or takes its gradient for a constant; so the product with the gradient is
+            compared with a difference where the model has operations that are not torch's. The log
+            says how far differences at two distances are apart.
+        matrix: 'hessian' (default) or 'gauss-newton', which a classifier has.
 
     Raises:
         RuntimeError: For 'exact' where an operation has no second derivative and says so.
+        ValueError: For 'gauss-newton' if the loss is no criterion of outputs.
     """
     check_choice('way', way, WAYS)
+    check_choice('matrix', matrix, MATRICES)
+    if matrix == 'gauss-newton':
+        loss.check_split()
+        return loss.gauss_newton_product
     if way == 'exact':
         return loss.hessian_product
-    generator = torch.Generator(loss.params[0].device).manual_seed(0)
-    like = loss.point()
-    probe = torch.randn(len(like), generator=generator, dtype=like.dtype, device=like.device)
-    step = torch.finfo(like.dtype).eps ** (1 / 3)
-    near, far = (loss.difference_product(probe, scale * step) for scale in (0.5, 1.0))
+    step = torch.finfo(loss.params[0].dtype).eps ** (1 / 3)
+    probe = loss.gradient()
     if way == 'auto':
         try:
             exact = loss.hessian_product(probe)
         except RuntimeError as error:
             logger.info('no second derivative (%s)', str(error).splitlines()[0])
         else:
-            if _apart(near, exact) <= FARTHEST:
+            custom = loss.custom_operations()
+            apart = _apart(loss.difference_product(probe, step / 2), exact) if custom else 0.0
+            if apart <= FARTHEST:
                 return loss.hessian_product
             logger.warning(
-                'second derivatives are %.1e apart from differences of gradients: an operation '
-                'without a second derivative may count as constant',
-                _apart(near, exact),
+                'second derivatives are %.1e apart from differences of gradients: %s may count as '
+                'constant',
+                apart,
+                ', '.join(sorted(custom)),
             )
+    near, far = (loss.difference_product(probe, scale * step) for scale in (0.5, 1.0))
     logger.info(
         'products are differences of gradients; at two distances they are %.1e apart',
         _apart(near, far),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmprecond.loss_surface import Loss
-from tests.reference.landscape import dense, full_hessian
+from mmprecond.loss_surface import Loss, choose_product
+from tests.reference.landscape import dense, full_gauss_newton, full_hessian
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -83,3 +83,24 @@ def test_bad_input_is_one_line() -> None:
         Loss(model, [lambda: torch.zeros(())], 'val')
     with pytest.raises(ValueError, match='no trainable parameter'):
         Loss(model.requires_grad_(False), [lambda: torch.zeros(())])
+
+
+@pytest.mark.parametrize('mode', ['eval', 'train'])
+def test_the_gauss_newton_matrix_is_that_of_its_definition(mode: str) -> None:
+    """The mean of J' L J over the batches, with whole Jacobians; buffers stay."""
+    pytest.importorskip('curvlinops')
+    model, batches = small()
+    loss = Loss.of_batches(model, cross_entropy, batches, mode)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = dense(loss.gauss_newton_product, loss.size)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(found, full_gauss_newton(model, cross_entropy, batches, mode))
+
+
+def test_a_loss_of_unknown_outputs_has_no_gauss_newton_matrix() -> None:
+    model = nn.Linear(2, 1)
+    loss = Loss(model, [lambda: model(torch.ones(1, 2)).sum()])
+    with pytest.raises(ValueError, match="needs a loss of a network's outputs"):
+        loss.gauss_newton_product(loss.point())
+    with pytest.raises(ValueError, match="needs a loss of a network's outputs"):
+        choose_product(loss, matrix='gauss-newton')

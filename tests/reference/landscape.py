@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -31,3 +32,28 @@ def full_hessian(
         return sum(losses) / len(losses)
 
     return hessian(loss)(point)
+
+
+def full_gauss_newton(
+    model: nn.Module,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    batches: list[tuple],
+    mode: str,
+) -> Tensor:
+    """Gauss-Newton matrix (n, n): the mean of J' L J, from whole Jacobians."""
+    copy = deepcopy(model).train(mode == 'train')
+    own = [p for p in copy.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in own)
+    total = torch.zeros(size, size).double()
+    for inputs, targets in batches:
+        outputs = copy(inputs)
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(out, own, retain_graph=True)])
+            for out in outputs.flatten()
+        ]
+        jacobian = torch.stack(rows)
+        inner = hessian(lambda flat, o=outputs, t=targets: loss_function(flat.view_as(o), t))(
+            outputs.detach().flatten()
+        )
+        total += jacobian.T @ inner @ jacobian
+    return total / len(batches)

@@ -7,14 +7,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ...checks import check_count
 from ...curvature import unwrap
 from ...optimizers import MAC
+from .loading import fresh_loader
 
 logger = logging.getLogger('mmprecond')
 
@@ -51,22 +50,10 @@ class CalibrationHook(Hook):  # type: ignore[misc]
             logger.info('the first layer is not calibrated: %s', optimizer.calibration_blocker)
             return
         module = optimizer.first_layer.modules[0]
-        batches = islice(_fresh_loader(runner.train_dataloader), self.batches)
+        batches = islice(fresh_loader(runner.train_dataloader), self.batches)
         optimizer.calibrate_first_layer(
             _inputs_of(module, unwrap(runner.model), data) for data in batches
         )
-
-
-def _fresh_loader(loader: Any) -> DataLoader[Any]:
-    """Loader with its own sampler, as an abandoned iterator would end an infinite sampler."""
-    size = loader.batch_size or loader.batch_sampler.batch_size
-    return DataLoader(
-        loader.dataset,
-        size,
-        sampler=DefaultSampler(loader.dataset, seed=0),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-    )
 
 
 class _ReachedError(Exception):

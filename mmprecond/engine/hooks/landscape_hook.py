@@ -1,0 +1,100 @@
+"""Hook that looks at the loss around the weights at some points of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+
+from ...checks import check_choice, check_count
+from ...loss_surface import Spectrum, explore
+from ...loss_surface.loss import MODES
+from ..landscape_inputs import loss_of
+from .loading import fresh_loader, own_random_numbers
+
+
+class LandscapeHook(Hook):  # type: ignore[misc]
+    """Hook that finds the spectrum of the Hessian after given epochs or iterations.
+
+    It writes the files of `mmprecond.landscape.explore` to ``landscape/epoch_N`` (or ``iter_N``) in
+    the run's folder, and the scalars ``landscape/largest``, ``landscape/smallest`` and
+    ``landscape/mean`` to the visualizer (TensorBoard and others), with
+    ``landscape/preconditioned_...`` where the optimizer has a map P. The first rank works, on the
+    same training batches each time; the other ranks wait. The run goes on as without the hook, to
+    the bit.
+
+    Args:
+        epochs: Epochs after which it looks, counted from 1.
+        iters: Iterations after which it looks, counted from 1.
+        batches: Training batches of the loss.
+        mode: See `Loss`; 'train' is for one rank.
+        **settings: Arguments of `explore`, such as `steps`, `runs`, `matrix` and `plane`; the
+            default of `plane` is 'none' here, and no progress bar is shown.
+
+    Raises:
+        ValueError: If neither epochs nor iters are given, or one is no number from 1.
+    """
+
+    priority = 'LOW'
+
+    def __init__(
+        self,
+        epochs: Sequence[int] = (),
+        iters: Sequence[int] = (),
+        batches: int = 1,
+        mode: str = 'eval',
+        **settings: Any,
+    ) -> None:
+        if not epochs and not iters:
+            raise ValueError('LandscapeHook has nothing to do: write epochs=[1, 12] or iters=[500]')
+        for number in (*epochs, *iters, batches):
+            check_count('a number of LandscapeHook', number)
+        check_choice('mode', mode, MODES)
+        self.epochs, self.iters = set(epochs), set(iters)
+        self.batches = batches
+        self.mode = mode
+        self.settings = {'plane': 'none', 'progress': False, **settings}
+
+    def before_train(self, runner: Any) -> None:
+        """Raises ValueError for mode='train' on several ranks, whose statistics may be joint."""
+        if self.mode == 'train' and get_world_size() > 1:
+            raise ValueError("LandscapeHook takes mode='train' on one rank only; write mode='eval'")
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Looks after one of the epochs."""
+        if runner.epoch + 1 in self.epochs:
+            self._look(runner, f'epoch_{runner.epoch + 1}', runner.iter)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Looks after one of the iterations."""
+        if runner.iter + 1 in self.iters:
+            self._look(runner, f'iter_{runner.iter + 1}', runner.iter + 1)
+
+    def _look(self, runner: Any, name: str, step: int) -> None:
+        if not is_main_process():
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
+        with own_random_numbers(0):
+            loader = fresh_loader(runner.train_dataloader, workers=0)
+            loss = loss_of(model, list(islice(loader, self.batches)), self.mode)
+            folder = Path(runner.log_dir) / 'landscape' / name
+            spectra = explore(loss, folder, optimizer, **self.settings)
+        runner.visualizer.add_scalars(scalars(list(spectra.values())), step=step)
+
+
+def scalars(spectra: Sequence[Spectrum]) -> dict[str, float]:
+    """Scalars of the plain spectrum, and of the preconditioned one if there is one."""
+    prefixes = ('landscape/', 'landscape/preconditioned_')
+    return {
+        f'{prefix}{name}': getattr(spectrum, name)
+        for prefix, spectrum in zip(prefixes, spectra, strict=False)
+        for name in ('largest', 'smallest', 'mean')
+    }

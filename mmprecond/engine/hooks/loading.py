@@ -1,0 +1,45 @@
+"""Batches for hooks, apart from those of the training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dataset import DefaultSampler
+from torch.utils.data import DataLoader
+
+
+def fresh_loader(loader: Any, workers: int | None = None) -> DataLoader[Any]:
+    """Loader with its own sampler, as an abandoned iterator would end an infinite sampler.
+
+    Args:
+        loader: The loader of the training.
+        workers: Processes; default: as many as the training's loader has.
+    """
+    size = loader.batch_size or loader.batch_sampler.batch_size
+    return DataLoader(
+        loader.dataset,
+        size,
+        sampler=DefaultSampler(loader.dataset, seed=0),
+        num_workers=loader.num_workers if workers is None else workers,
+        collate_fn=loader.collate_fn,
+    )
+
+
+@contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """Draws from a seed inside the context; those of the training are as if nothing was drawn."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,87 @@
+"""Largest stable rate of a config in its first steps, for `mmprecond.diagnostics --suggest-lr`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.device import get_device
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.runner import Runner, load_checkpoint, set_random_seed
+
+from ..loss_surface.stability import StableRate, largest_rate, stability_bound
+from . import forecast_inputs
+from .landscape_inputs import loss_of
+from .synthetic import random_model
+
+#: Steps before the first measurement, at `FIRST_SHARE` of the config's rate.
+FIRST, FIRST_SHARE = 10, 0.01
+#: Steps between two measurements, at `SHARE` of the rate found last, as a warm-up would take them.
+BETWEEN, SHARE = 15, 1 / 16
+#: Measurements.
+ROUNDS = 4
+#: Arnoldi vectors, and accuracy of the eigenvalue: enough for a start of a search.
+VECTORS, TOLERANCE = 12, 0.1
+
+
+def suggest(args: argparse.Namespace) -> str:
+    """Text with the largest stable rates that were found in the first steps of a training.
+
+    Args:
+        args: Arguments of `mmprecond.diagnostics`.
+
+    Raises:
+        ValueError: If the config has no training data, or its optimizer has no known bound.
+    """
+    cfg = forecast_inputs.load(args)
+    if not cfg.get('train_dataloader'):
+        raise ValueError('the config has no train_dataloader to take batches from')
+    set_random_seed(0)
+    model: Any = random_model(cfg)
+    model.init_weights()
+    if cfg.get('load_from'):
+        load_checkpoint(model, cfg.load_from, map_location='cpu')
+    model.to(get_device())
+    wrapper = build_optim_wrapper(model, forecast_inputs.in_full_precision(cfg.optim_wrapper))
+    stability_bound(wrapper.optimizer)  # before anything slow
+    own = max(group['lr'] for group in wrapper.optimizer.param_groups)
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    found = follow(model, wrapper, _endless(loader))
+    steps = [FIRST + k * BETWEEN for k in range(len(found))]
+    shown = ', '.join(
+        f'{one.rate:.2g} after {n} steps' for one, n in zip(found, steps, strict=True)
+    )
+    return (
+        f'{type(wrapper.optimizer).__name__}: the largest stable learning rate is {shown} (the '
+        f'config has {own:g}); start a search at {found[-1].rate:.1g}'
+    )
+
+
+def follow(model: Any, wrapper: OptimWrapper, batches: Iterator[Any]) -> list[StableRate]:
+    """Largest stable rates between the first steps of a training whose rate follows them.
+
+    Args:
+        model: A model derived from MMEngine's `BaseModel`.
+        wrapper: Wrapper of its optimizer.
+        batches: Batches of its data loader.
+    """
+    groups = wrapper.optimizer.param_groups
+    relative = [group['lr'] for group in groups]
+    largest = max(relative)
+    found: list[StableRate] = []
+    rate, steps = FIRST_SHARE * largest, FIRST
+    for _ in range(ROUNDS):
+        for group, own in zip(groups, relative, strict=True):
+            group['lr'] = rate * own / largest
+        for _ in range(steps):
+            model.train_step(next(batches), optim_wrapper=wrapper)
+        loss = loss_of(model, [next(batches)], mode='train')
+        found.append(largest_rate(loss, wrapper.optimizer, steps=VECTORS, tolerance=TOLERANCE))
+        rate, steps = SHARE * found[-1].rate, BETWEEN
+    return found
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader

@@ -1,0 +1,166 @@
+"""Files about the loss around a model's weights: spectra, and a surface."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib.util import find_spec as find_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice
+from .draw import draw_spectra, draw_surface, write_page, write_spectra, write_surface
+from .lanczos import Product, Spectrum, find_spectrum
+from .loss import Loss
+from .preconditioned import preconditioner_of
+from .products import choose_product
+from .surface import find_surface, random_directions
+
+logger = logging.getLogger('mmprecond')
+
+#: Directions of the surface.
+PLANES = ('eigen', 'random', 'none')
+#: Largest coordinate along eigenvectors, in lengths of the parameters; along random directions 1.
+EIGEN_SPAN = 0.05
+#: Titles of the matrices.
+TITLES = {'hessian': 'Hessian', 'gauss-newton': 'Gauss-Newton matrix'}
+
+
+def explore(
+    loss: Loss,
+    folder: str | Path,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    matrix: str = 'hessian',
+    product: str = 'auto',
+    steps: int = 30,
+    runs: int = 2,
+    plane: str = 'eigen',
+    span: float | None = None,
+    points: int = 15,
+    progress: bool = True,
+) -> dict[str, Spectrum]:
+    """Writes spectra and a surface of the loss around the present weights.
+
+    The files are spectrum.png and spectrum.csv, and for a surface surface.png, surface.csv and
+    (with plotly) surface.html. The log says how many vectors are kept, and what was found.
+
+    Args:
+        loss: The loss.
+        folder: Folder of the files; it is made.
+        optimizer: With an optimizer that has a map P (see `preconditioner_of`), the spectrum of P
+            times the matrix is found too. Otherwise the log says why not.
+        matrix: 'hessian' (default) or 'gauss-newton'.
+        product: How the Hessian is multiplied: see `choose_product`.
+        steps: Lanczos steps of a run.
+        runs: Random runs.
+        plane: Directions of the surface: 'eigen' (default), the eigenvectors of the two values
+            largest in absolute size; 'random', two random directions normalised by filter; 'none',
+            no surface.
+        span: Largest coordinate of the surface; default: 0.05 lengths of the parameters along
+            eigenvectors, 1 along random directions.
+        points: Points on a side of the surface.
+        progress: Whether to show progress bars, which need tqdm.
+
+    Returns:
+        The spectra by title: 'Hessian' or 'Gauss-Newton matrix', and 'preconditioned ...'.
+
+    Raises:
+        ValueError: If a setting is invalid, or the loss has no Gauss-Newton matrix.
+    """
+    check_choice('plane', plane, PLANES)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    logger.info('%s', forecast(loss, steps))
+    multiply = choose_product(loss, product, matrix)
+    spectra = {}
+    for name, metric in _metrics(loss, optimizer, TITLES[matrix]).items():
+        spectra[name] = _spectrum(name, multiply, loss, steps, runs, metric, progress)
+        found = spectra[name]
+        logger.info(
+            '%s: eigenvalues from %.3g to %.3g, mean %.3g',
+            name,
+            found.smallest,
+            found.largest,
+            found.mean,
+        )
+    draw_spectra(spectra, folder / 'spectrum.png')
+    write_spectra(spectra, folder / 'spectrum.csv')
+    if plane != 'none':
+        plain = next(iter(spectra.values()))
+        _write_plane(loss, plain if plane == 'eigen' else None, folder, span, points, progress)
+    logger.info('files in %s', folder)
+    return spectra
+
+
+def forecast(loss: Loss, steps: int) -> str:
+    """Sentence with the number of parameters and the memory of the Lanczos vectors."""
+    megabytes = loss.size * loss.params[0].element_size() / 2**20
+    return (
+        f'{loss.size:,} parameters: at most {2 * steps} Lanczos vectors take '
+        f'{2 * steps * megabytes:.0f} MB; loss {loss.value():.4g}'
+    )
+
+
+def _metrics(
+    loss: Loss, optimizer: torch.optim.Optimizer | None, title: str
+) -> dict[str, Callable[[Tensor], Tensor] | None]:
+    """Maps P by the titles of the spectra; None for the plain one."""
+    metrics: dict[str, Callable[[Tensor], Tensor] | None] = {title: None}
+    if optimizer is not None:
+        try:
+            metrics[f'preconditioned {title}'] = preconditioner_of(optimizer, loss)
+        except ValueError as error:
+            logger.warning('no spectrum under the preconditioner: %s', error)
+    return metrics
+
+
+def _spectrum(
+    name: str,
+    product: Product,
+    loss: Loss,
+    steps: int,
+    runs: int,
+    metric: Product | None,
+    progress: bool,
+) -> Spectrum:
+    """Spectrum with a progress bar."""
+    if not progress:
+        return find_spectrum(product, loss.point(), steps, runs, precondition=metric)
+    from tqdm import tqdm
+
+    with tqdm(total=runs * steps, desc=name) as bar:
+
+        def counted(vector: Tensor, bar: Any = bar) -> Tensor:
+            bar.update()
+            return product(vector)
+
+        return find_spectrum(counted, loss.point(), steps, runs, precondition=metric)
+
+
+def _write_plane(
+    loss: Loss,
+    spectrum: Spectrum | None,
+    folder: Path,
+    span: float | None,
+    points: int,
+    progress: bool,
+) -> None:
+    """Writes the surface along a spectrum's leading vectors, or along random directions."""
+    if spectrum is not None and len(spectrum.vectors) == 2:
+        length = loss.point().norm()
+        first, second = (vector / vector.norm() * length for vector in spectrum.vectors)
+        span, labels = span or EIGEN_SPAN, ('first eigenvector', 'second eigenvector')
+    else:
+        first, second = random_directions(loss)
+        span, labels = span or 1.0, ('first random direction', 'second random direction')
+    surface = find_surface(loss, first, second, span, points, progress)
+    draw_surface(surface, folder / 'surface.png', labels)
+    write_surface(surface, folder / 'surface.csv')
+    if find_module('plotly') is None:
+        logger.info('surface.html needs plotly: pip install plotly')
+    else:
+        write_page(surface, folder / 'surface.html', labels)

@@ -1,0 +1,155 @@
+"""The largest stable learning rate at the present weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count
+from ..optimizers import PreconditionedOptimizer
+from ..rules import EMASGD, SGDM, AdamW
+from .loss import Loss
+from .preconditioned import direction_map
+from .products import choose_product
+
+
+class StableRate(NamedTuple):
+    """A learning rate with what it was found from.
+
+    Attributes:
+        rate: Largest stable rate, of the group with the largest rate.
+        eigenvalue: Largest eigenvalue of ``S P H``.
+        bound: Largest stable product of the rate and the eigenvalue.
+    """
+
+    rate: float
+    eigenvalue: float
+    bound: float
+
+
+def largest_rate(
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    product: str = 'auto',
+    steps: int = 40,
+    tolerance: float = 0.01,
+) -> StableRate:
+    """Finds the rate above which steps along the sharpest direction grow.
+
+    Near the present weights a step of SGD or Adam is a linear recursion in ``S P H``: the Hessian
+    H, the map P of the preconditioner (see `preconditioner_of`), and a diagonal S with the rates of
+    the groups relative to the largest one and, for Adam, one over the root of its second moment. It
+    is stable if the rate times the largest eigenvalue is below a bound of the momentum m:
+    ``2 (1 + m)`` for SGD, ``2 (1 + m) / (1 + 2 m)`` for Nesterov's momentum, and
+    ``2 (1 + m) / (1 - m)`` where the momentum is a moving average, as in Adam. Weight decay and
+    clipping are left out. The curvature changes in training: the rate is where to start a search.
+
+    Source: Cohen et al., Gradient Descent on Neural Networks Typically Occurs at the Edge of
+    Stability (arXiv 2103.00065), appendix B, and Adaptive Gradient Methods at the Edge of Stability
+    (arXiv 2207.14484), section 2.
+
+    Args:
+        loss: The loss.
+        optimizer: SGD, Adam or AdamW of torch, or an optimizer of this package with the rule SGDM,
+            EMASGD or AdamW. It must have taken steps if it is adaptive or preconditions.
+        product: How the Hessian is multiplied: see `choose_product`.
+        steps: Arnoldi vectors that are kept.
+        tolerance: Relative accuracy of the eigenvalue.
+
+    Returns:
+        The rate; infinite where no direction curves upwards.
+
+    Raises:
+        ValueError: If the optimizer is another one, or has taken no step.
+    """
+    check_count('steps', steps)
+    bound = stability_bound(optimizer)
+    multiply = choose_product(loss, product)
+    precondition = _map(optimizer, loss)
+    scale = _scale(optimizer, loss)
+
+    def apply(vector: Tensor) -> Tensor:
+        return scale * precondition(multiply(vector))
+
+    eigenvalue = _rightmost(apply, loss.point(), steps, tolerance)
+    return StableRate(bound / eigenvalue if eigenvalue > 0 else float('inf'), eigenvalue, bound)
+
+
+def stability_bound(optimizer: torch.optim.Optimizer) -> float:
+    """Largest stable product of rate and eigenvalue, by the kind of momentum.
+
+    Raises:
+        ValueError: If the optimizer's steps are of another kind.
+    """
+    group = optimizer.param_groups[0]
+    rule = optimizer.rule if isinstance(optimizer, PreconditionedOptimizer) else None
+    kind = type(optimizer if rule is None else rule)
+    if kind in (torch.optim.SGD, SGDM):
+        momentum = group['momentum']
+        nesterov = group.get('nesterov') or getattr(rule, 'nesterov', False)
+        damped = 1 - (group.get('dampening', 0) if momentum else 0)
+        return 2 * (1 + momentum) / ((1 + 2 * momentum) if nesterov else damped)
+    if kind is EMASGD:
+        return 2 * (1 + group['momentum']) / (1 - group['momentum'])
+    if kind in (torch.optim.Adam, torch.optim.AdamW, AdamW):
+        return 2 * (1 + group['betas'][0]) / (1 - group['betas'][0])
+    raise ValueError(
+        f'the stable rate of {kind.__name__} is not known; it is for SGD, Adam, AdamW, and for '
+        'NKFAC, FSGD, AFOpt, KFAC and their adaptive forms'
+    )
+
+
+def _map(optimizer: torch.optim.Optimizer, loss: Loss) -> Callable[[Tensor], Tensor]:
+    if isinstance(optimizer, PreconditionedOptimizer):
+        return direction_map(optimizer, loss)
+    return lambda vector: vector
+
+
+def _scale(optimizer: torch.optim.Optimizer, loss: Loss) -> Tensor:
+    """Diagonal (n,) of S."""
+    groups = {p: group for group in optimizer.param_groups for p in group['params']}
+    rates = [float(groups[p]['lr']) if p in groups else 0.0 for p in loss.params]
+    largest = max(rates) or 1.0
+    pieces: list[Tensor] = []
+    for p, rate in zip(loss.params, rates, strict=True):
+        one = torch.full_like(p, rate / largest if max(rates) else 1.0)
+        pieces.append(one / _root(optimizer.state.get(p, {}), groups[p]) if p in groups else one)
+    return loss.join([piece.detach() for piece in pieces])
+
+
+def _root(state: dict[str, Any], group: dict[str, Any]) -> Tensor | float:
+    """Adam's divisor at the present step; 1 for SGD."""
+    if 'betas' not in group:
+        return 1.0
+    if 'exp_avg_sq' not in state:
+        raise ValueError('Adam has no second moment of a parameter yet; take some steps first')
+    second: Tensor = state['exp_avg_sq']
+    root = (second / (1 - group['betas'][1] ** float(state['step']))).sqrt()
+    return root + group['eps']
+
+
+def _rightmost(
+    product: Callable[[Tensor], Tensor], like: Tensor, steps: int, tolerance: float
+) -> float:
+    """Largest real part of the eigenvalues of a linear map, by Arnoldi (ARPACK)."""
+    from scipy.sparse.linalg import LinearOperator, eigs
+
+    size = len(like)
+    if size <= 2:  # too small for ARPACK
+        matrix = torch.stack([product(unit) for unit in torch.eye(size).to(like)], 1)
+        return float(torch.linalg.eigvals(matrix).real.max())
+
+    def multiply(vector: Any) -> Any:
+        return product(torch.as_tensor(vector).to(like).flatten()).cpu().numpy()
+
+    operator = LinearOperator((size, size), matvec=multiply, dtype=like.cpu().numpy().dtype)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, generator=generator).to(like.dtype).numpy()
+    kept = min(steps, size)
+    found = eigs(
+        operator, 1, which='LR', v0=start, ncv=kept, tol=tolerance, return_eigenvectors=False
+    )
+    return float(found.real.max())

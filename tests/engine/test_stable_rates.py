@@ -1,0 +1,78 @@
+"""Largest stable rates in the first steps: on a small model, and by the command."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.optim import OptimWrapper
+
+from mmprecond import datasets
+from mmprecond.engine import stable_rates
+from tests.support.classifier import Classifier, batch, build
+from tests.support.paths import ROOT
+
+CONFIG = ROOT / 'configs/quickstart/resnet18_shapes-cls.py'
+
+
+def test_steps_follow_the_rates_that_were_found() -> None:
+    """At a share of the last one, with the groups' relations kept."""
+    torch.manual_seed(0)
+    model = Classifier()
+    groups = [
+        dict(params=list(model.conv.parameters()), lr=0.01),
+        dict(params=[*model.norm.parameters(), *model.fc.parameters()], lr=0.1),
+    ]
+    wrapper = OptimWrapper(torch.optim.SGD(groups, momentum=0.9))
+    found = stable_rates.follow(model, wrapper, iter(batch(seed=k) for k in range(100)))
+    assert len(found) == stable_rates.ROUNDS
+    assert all(one.bound == pytest.approx(3.8) and one.rate > 0 for one in found)
+    last = stable_rates.SHARE * found[-2].rate
+    rates = [group['lr'] for group in wrapper.optimizer.param_groups]
+    assert rates == pytest.approx([last / 10, last])
+
+
+def test_a_preconditioned_optimizer_has_a_rate_too() -> None:
+    torch.manual_seed(0)
+    model = Classifier()
+    wrapper = build(model)
+    found = stable_rates.follow(model, wrapper, iter(batch(seed=k) for k in range(100)))
+    assert all(0 < one.rate < float('inf') for one in found)
+
+
+def diagnose(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, '-m', 'mmprecond.diagnostics', *map(str, arguments), '--suggest-lr'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_command_suggests_a_rate(tmp_path: Path) -> None:
+    pytest.importorskip('mmpretrain')
+    datasets.make_shape_folders(tmp_path, images=40, split='train', progress=False)
+    option = f'train_dataloader.dataset.data_root={tmp_path}/'
+    done = diagnose(CONFIG, '--optimizer', 'FAdam', '--cfg-options', option)
+    assert done.returncode == 0, done.stderr[-1500:]
+    line = done.stdout.splitlines()[-1]
+    assert re.match(r'FAdam: the largest stable learning rate is [\d.e-]+ after 10 steps', line)
+    assert 0 < float(line.rsplit(' ', 1)[-1]) < 1
+
+
+@pytest.mark.slow
+def test_what_has_no_rate_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip('mmpretrain')
+    datasets.make_shape_folders(tmp_path, images=8, split='train', progress=False)
+    option = f'train_dataloader.dataset.data_root={tmp_path}/'
+    done = diagnose(CONFIG, '--optimizer', 'ARO', '--cfg-options', option)
+    assert done.returncode == 2
+    assert 'the stable rate of ARORule is not known' in done.stderr
+    done = diagnose(CONFIG, '--cfg-options', 'train_dataloader=None')
+    assert done.returncode == 2 and 'no train_dataloader' in done.stderr
