@@ -73,6 +73,6 @@ def test_what_has_no_rate_is_one_line(tmp_path: Path) -> None:
     option = f'train_dataloader.dataset.data_root={tmp_path}/'
     done = diagnose(CONFIG, '--optimizer', 'ARO', '--cfg-options', option)
     assert done.returncode == 2
-    assert 'the stable rate of ARORule is not known' in done.stderr
+    assert 'the stable rate of ARO is not known' in done.stderr
     done = diagnose(CONFIG, '--cfg-options', 'train_dataloader=None')
     assert done.returncode == 2 and 'no train_dataloader' in done.stderr
