@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 from numbers import Real
 from typing import Any
 
@@ -52,6 +53,12 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise ValueError(f'{name}={value!r} is unknown; choose one of {", ".join(choices)}')
+
+
+def check_installed(module: str, purpose: str, package: str | None = None) -> None:
+    """Raises ImportError, with the command that installs it, if an optional module is missing."""
+    if find_spec(module) is None:
+        raise ImportError(f'{purpose} needs {module}: pip install {package or module}')
 
 
 def argument_names(kind: type) -> list[str]:

@@ -28,7 +28,7 @@ EXAMPLES = dict(
     )
 )
 #: Examples in plain PyTorch.
-PLAIN = ('pytorch', 'attached', 'schedules')
+PLAIN = ('pytorch', 'attached', 'schedules', 'landscape')
 #: The hybrid is a Mask R-CNN Swin-T at its own width.
 CONFIGS = [
     pytest.param(name, marks=pytest.mark.slow) if name == 'hybrid' else name
@@ -122,7 +122,10 @@ def test_configs_train(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('name', PLAIN)
-def test_the_examples_in_plain_pytorch(name: str) -> None:
+def test_the_examples_in_plain_pytorch(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     exec(EXAMPLES[name], scope)  # noqa: S102
     assert scope['optimizer'].t == 3

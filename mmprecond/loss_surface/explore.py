@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
+from ..checks import check_choice, check_installed
 from .draw import draw_spectra, draw_surface, write_page, write_spectra, write_surface
 from .lanczos import Product, Spectrum, find_spectrum
 from .loss import Loss
@@ -70,8 +70,12 @@ def explore(
 
     Raises:
         ValueError: If a setting is invalid, or the loss has no Gauss-Newton matrix.
+        ImportError: If matplotlib is missing, or tqdm for progress bars.
     """
     check_choice('plane', plane, PLANES)
+    check_installed('matplotlib', 'a picture of a spectrum')
+    if progress:
+        check_installed('tqdm', 'a progress bar')
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     logger.info('%s', forecast(loss, steps))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
+from ..checks import check_choice, check_installed
 from .loss import Loss
 
 logger = logging.getLogger('mmprecond')
@@ -37,24 +37,29 @@ def choose_product(
         matrix: 'hessian' (default) or 'gauss-newton', which a classifier has.
 
     Raises:
-        RuntimeError: For 'exact' where an operation has no second derivative and says so.
-        ValueError: For 'gauss-newton' if the loss is no criterion of outputs.
+        ValueError: For 'exact' where an operation has no second derivative and says so, and for
+            'gauss-newton' if the loss is no criterion of outputs.
+        ImportError: For 'gauss-newton' without curvlinops.
     """
     check_choice('way', way, WAYS)
     check_choice('matrix', matrix, MATRICES)
     if matrix == 'gauss-newton':
         loss.check_split()
+        check_installed('curvlinops', 'the Gauss-Newton matrix', 'curvlinops-for-pytorch')
         return loss.gauss_newton_product
-    if way == 'exact':
-        return loss.hessian_product
     step = torch.finfo(loss.params[0].dtype).eps ** (1 / 3)
     probe = loss.gradient()
-    if way == 'auto':
+    if way != 'differences':
         try:
             exact = loss.hessian_product(probe)
         except RuntimeError as error:
-            logger.info('no second derivative (%s)', str(error).splitlines()[0])
+            reason = str(error).splitlines()[0]
+            if way == 'exact':
+                raise ValueError(f"no second derivative: {reason}; take 'differences'") from error
+            logger.info('no second derivative (%s)', reason)
         else:
+            if way == 'exact':
+                return loss.hessian_product
             custom = loss.custom_operations()
             apart = _apart(loss.difference_product(probe, step / 2), exact) if custom else 0.0
             if apart <= FARTHEST:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_installed
 from ..optimizers import PreconditionedOptimizer
 from ..rules import EMASGD, SGDM, AdamW
 from .loss import Loss
@@ -64,8 +64,10 @@ def largest_rate(
 
     Raises:
         ValueError: If the optimizer is another one, or has taken no step.
+        ImportError: If scipy is missing.
     """
     check_count('steps', steps)
+    check_installed('scipy', 'the largest stable rate')
     bound = stability_bound(optimizer)
     multiply = choose_product(loss, product)
     precondition = _map(optimizer, loss)
