@@ -21,6 +21,7 @@ ROOMS = (
     'curvature',
     'preconditioners',
     'rules',
+    'surgery',
     'core',
     'second_order',
     'optimizers',

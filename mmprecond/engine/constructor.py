@@ -27,6 +27,7 @@ from ..rules import build_rule
 from ..second_order import refuse_single_backward
 from .base_constructor import find_base
 from .resolution import resolve
+from .surgery import with_surgery
 from .wrapper import mixed_wrapper, refuse_sharding
 
 #: Default of `precondition`.
@@ -53,8 +54,10 @@ class PrecondOptimWrapperConstructor:
         optim_wrapper_cfg: The config. Its `precondition` is one of the forms of `layers` in
             `Preconditioned`: 'NKFAC', 'AFOpt+NKFAC' (attention and elsewhere; the default), a dict
             or a list. With None the base constructor does all the work. Further options of
-            `Preconditioned` (``overhead=0.05``) stand beside it. Its `base_constructor` names
-            the base constructor (default: the one that reads all keys of `paramwise_cfg`).
+            `Preconditioned` (``overhead=0.05``) stand beside it. Its `surgery` combines the
+            gradients of the model's losses ('PCGrad', 'GCond', 'SAMGS'; see `SurgeryMixin`). Its
+            `base_constructor` names the base constructor (default: the one that reads all keys of
+            `paramwise_cfg`).
         paramwise_cfg: Settings of parameter groups, as in MMEngine.
 
     Raises:
@@ -103,14 +106,14 @@ class PrecondOptimWrapperConstructor:
             return self._build_peer(find_peer(kind), model)
         kind = resolve(OPTIMIZERS, kind)
         if not (inspect.isclass(kind) and issubclass(kind, RuleOptimizer)):
-            return self.base(model)
+            return self._build(model)
         self._check_custom_keys(model)
         self._mix_wrapper(kind.needs, kind.__name__)
         if 'model' in inspect.signature(kind.__init__).parameters:
             self.base.optimizer_cfg['model'] = unwrap(model)
         if self._hoisted:
             self.base.optimizer_cfg['type'] = partial(self._build_without_hoisted, kind)
-        built = self.base(model)
+        built = self._build(model)
         self._check_groups(built.optimizer.param_groups)
         print_log(built.optimizer.report(), logger='current')
         _write_table(built.optimizer)
@@ -158,6 +161,15 @@ class PrecondOptimWrapperConstructor:
             refuse_single_backward(unwrap(model), kind.__name__)
             self._mix_wrapper(needs, kind.__name__)
         self.base.optimizer_cfg['type'] = with_groups(kind)
+        return self._build(model)
+
+    def _build(self, model: nn.Module) -> OptimWrapper:
+        """Builds the wrapper by the base constructor, with a surgery if the config has one."""
+        cfg = self.base.optim_wrapper_cfg
+        if cfg.get('surgery') is None:
+            cfg.pop('surgery', None)
+        else:
+            cfg['type'] = with_surgery(resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper')))
         return self.base(model)
 
     def _mix_wrapper(self, needs: str, owner: str) -> None:

@@ -1,0 +1,206 @@
+"""Gradients of several losses, taken apart and written back, in plain PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmprecond import NKFAC
+from mmprecond.surgery import GradientSurgery, PCGrad
+from tests.support.distributed import leave
+from tests.support.errors import refused
+
+
+class TwoHeads(nn.Module):
+    """A body that both losses reach, and a head for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 6)
+        self.first, self.second = nn.Linear(6, 2), nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.body(inputs))
+        return self.first(hidden), self.second(hidden)
+
+
+def losses_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    first, second = model(batch[0])
+    return {
+        'regress': 3 * (first - batch[1][:, :2]).square().mean(),
+        'classify': nn.functional.cross_entropy(second, batch[1].argmax(1)),
+    }
+
+
+def build(seed: int = 0) -> tuple[TwoHeads, tuple[Tensor, Tensor]]:
+    torch.manual_seed(seed)
+    model = TwoHeads().double()
+    return model, (torch.randn(8, 5).double(), torch.randn(8, 3).double())
+
+
+def by_hand(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> tuple[Any, Any]:
+    """Gradients of both losses of all parameters, summed over the batches."""
+    params = list(model.parameters())
+    found = []
+    for name in ('regress', 'classify'):
+        total = sum(losses_of(model, batch)[name] for batch in batches)
+        found.append(torch.autograd.grad(total, params, allow_unused=True, materialize_grads=True))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize('micro', [1, 3])
+def test_shared_parameters_get_the_surgery_and_heads_the_sum(micro: int) -> None:
+    """Also for gradients that were accumulated over several batches."""
+    model, _ = build()
+    batches = [build(seed)[1] for seed in range(micro)]
+    first, second = by_hand(model, batches)
+    surgery = GradientSurgery(model.parameters(), 'PCGrad')
+    for batch in batches:
+        surgery.backward(losses_of(model, batch))
+    surgery.resolve()
+    flat = torch.stack([torch.cat([g.flatten() for g in part[:2]]) for part in (first, second)])
+    expected = PCGrad().combine(flat)
+    found = torch.cat([p.grad.flatten() for p in model.body.parameters()])
+    torch.testing.assert_close(found, expected)
+    for p, one, other in zip(model.parameters(), first, second, strict=True):
+        if p not in set(model.body.parameters()):
+            torch.testing.assert_close(p.grad, one + other)
+    numbers = surgery.statistics
+    cosine = torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0)
+    assert numbers['min_cosine'] == pytest.approx(float(cosine))
+    assert numbers['conflicts'] == float(cosine < 0)
+    assert numbers['norm_regress'] == pytest.approx(float(flat[0].norm()))
+    assert numbers['kept'] == pytest.approx(float(expected.norm() / flat.sum(0).norm()))
+
+
+def test_steps_between_surgeries_keep_the_sum() -> None:
+    model, batch = build()
+    surgery = GradientSurgery(model.parameters(), 'SAMGS', interval=2)
+    kinds = []
+    for _ in range(4):
+        model.zero_grad()
+        sum(losses_of(model, batch).values()).backward()
+        plain = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        surgery.backward(losses_of(model, batch))
+        surgery.resolve()
+        same = all(
+            torch.allclose(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True)
+        )
+        kinds.append(same)
+    assert kinds == [False, True, False, True]
+
+
+def test_the_scale_of_the_loss_is_taken_out_and_put_back() -> None:
+    """SAM-GS, which is no linear map of the gradients, tells the difference."""
+    results = []
+    for scale in (1.0, 1024.0):
+        model, batch = build()
+        surgery = GradientSurgery(model.parameters(), dict(type='SAMGS', threshold=0.0))
+        losses = {name: loss * scale for name, loss in losses_of(model, batch).items()}
+        surgery.backward(losses)
+        surgery.resolve(scale)
+        results.append(model.body.weight.grad / scale)
+    torch.testing.assert_close(*results)
+
+
+def test_gradients_that_are_not_finite_stay_and_leave_no_trace() -> None:
+    model, batch = build()
+    surgery = GradientSurgery(model.parameters(), 'GCond')
+    losses = losses_of(model, batch)
+    losses['regress'] = losses['regress'] * float('inf')
+    before = surgery.surgery.state_dict()
+    surgery.backward(losses)
+    surgery.resolve()
+    assert not bool(model.body.weight.grad.isfinite().all())
+    assert surgery.surgery.state_dict() == before and surgery.statistics == {}
+
+
+def test_statistics_are_those_of_the_sum_measured_once() -> None:
+    """The direction differs by the gradient alone: the operators are equal to the bit."""
+    states = []
+    for with_surgery in (False, True):
+        model, batch = build()
+        optimizer = NKFAC(model, lr=0.0, stat_interval=1, refresh_interval=1)
+        surgery = GradientSurgery(model.parameters(), 'PCGrad')
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses = losses_of(model, batch)
+            if with_surgery:
+                surgery.backward(losses)
+                surgery.resolve()
+            else:
+                torch.stack(list(losses.values())).sum().backward()
+            optimizer.step()
+        states.append(optimizer.state_dict()['precond'])
+    flat = [_tensors(state) for state in states]
+    assert flat[0].keys() == flat[1].keys() and len(flat[0]) > 3
+    assert all(torch.equal(flat[0][key], flat[1][key]) for key in flat[0])
+
+
+def _tensors(value: Any, prefix: str = '') -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {prefix: value}
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value if isinstance(value, (list, tuple)) else ())
+    )
+    return {k: v for key, part in items for k, v in _tensors(part, f'{prefix}/{key}').items()}
+
+
+def test_what_is_refused() -> None:
+    model, batch = build()
+    surgery = GradientSurgery(model.parameters())
+    losses = losses_of(model, batch)
+    refused(ValueError, lambda: surgery.backward({'one': losses['regress']}), 'two losses or more')
+    heads = GradientSurgery([*model.first.parameters(), *model.second.parameters()])
+    refused(ValueError, lambda: heads.backward(losses_of(model, batch)), 'nothing to resolve')
+    surgery.backward(losses)
+    other = {'boxes': model.body.weight.sum(), **losses_of(model, batch)}
+    refused(ValueError, lambda: surgery.backward(other), 'were regress, classify before')
+    refused(ValueError, lambda: GradientSurgery(model.parameters(), interval=0), 'interval')
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model, (inputs, targets) = build()
+    wrapped = DistributedDataParallel(model)
+    half = slice(4 * rank, 4 * rank + 4)
+    surgery = GradientSurgery(model.parameters(), 'GCond')
+    for _ in range(3):
+        model.zero_grad()
+        surgery.backward(losses_of(wrapped, (inputs[half], targets[half])))
+        surgery.resolve()
+        with torch.no_grad():
+            torch._foreach_add_(
+                list(model.parameters()), [p.grad for p in model.parameters()], alpha=-0.1
+            )
+    torch.save(model.state_dict(), f'{folder}/{rank}.pth')
+    leave()
+
+
+def test_two_ranks_are_the_joint_batch(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    states = [torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1)]
+    model, batch = build()
+    surgery = GradientSurgery(model.parameters(), 'GCond')
+    for _ in range(3):
+        model.zero_grad()
+        surgery.backward(losses_of(model, batch))
+        surgery.resolve()
+        with torch.no_grad():
+            torch._foreach_add_(
+                list(model.parameters()), [p.grad for p in model.parameters()], alpha=-0.1
+            )
+    for name, value in model.state_dict().items():
+        assert torch.equal(states[0][name], states[1][name])
+        torch.testing.assert_close(states[0][name], value)
