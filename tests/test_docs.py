@@ -28,7 +28,7 @@ EXAMPLES = dict(
     )
 )
 #: Examples in plain PyTorch.
-PLAIN = ('pytorch', 'attached', 'schedules', 'landscape')
+PLAIN = ('pytorch', 'attached', 'schedules', 'landscape', 'surgery in pytorch')
 #: The hybrid is a Mask R-CNN Swin-T at its own width.
 CONFIGS = [
     pytest.param(name, marks=pytest.mark.slow) if name == 'hybrid' else name
@@ -138,6 +138,7 @@ def test_examples_are_all_there() -> None:
         'hybrid',
         'mmpretrain',
         'layer decay',
+        'surgery',
         *PLAIN,
     }
 

@@ -343,7 +343,7 @@ class Curvature:
         """State after a number of steps: tensors, numbers and strings by parameter name."""
         complete = self.options.save_curvature
         state = checkpoint.export(self.layers, self.sharding, steps, self.reached, complete)
-        return state | self._intervals.state_dict()
+        return state | self._intervals.state_dict() | self.dampings.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> checkpoint.Restored:
         """Loads a state; missing statistics are measured at the next step.
@@ -356,6 +356,7 @@ class Curvature:
             self._take_gradients(checkpoint.of_gradients(self.layers, saved))
         restored = checkpoint.restore(self.layers, self.sharding, saved)
         self.reached = restored.reached
+        self.dampings.load_state_dict(saved)
         if self._intervals.load_state_dict(saved):
             self._change_intervals()
         # These layers had statistics in the saved run, so they are measured at once.

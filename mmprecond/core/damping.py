@@ -8,6 +8,7 @@ from typing import Any
 from ..checks import check_number
 from ..curvature import Layer
 from ..preconditioners import Preconditioner
+from .gradient_damping import GradientDamping
 
 #: Entry of a parameter group, and its value before a scheduler changed it. MMEngine's schedulers
 #: use the same names.
@@ -24,11 +25,22 @@ class Dampings:
     Args:
         groups: The optimizer's parameter groups, of which some have a damping of their own.
         methods: Preconditioner of each layer.
+
+    Attributes:
+        gradient: Control of the dampings by the gradient's norm, of layers with
+            ``damping_form='gradient'``; None if there are none.
     """
 
     def __init__(
         self, groups: Sequence[Mapping[str, Any]], methods: Mapping[Layer, Preconditioner]
     ) -> None:
+        self._following = {
+            layer
+            for layer, method in methods.items()
+            if getattr(method, 'damping_form', None) == 'gradient'
+        }
+        windows = [methods[layer].refresh_interval for layer in self._following]
+        self.gradient = GradientDamping(min(windows)) if windows else None
         self._given: dict[Layer, float] = {}
         self._start: dict[Layer, float] = {}
         owned = _group_of_each(groups)
@@ -72,6 +84,7 @@ class Dampings:
         """Dampings of now, of layers whose damping is not their method's."""
         owned = _group_of_each(groups)
         found = {}
+        factor = self.gradient.refresh() if self.gradient else 1.0
         for layer, start in self._start.items():
             group = owned.get(layer.weight, {})
             now, initial = group.get(KEY, start), group.get(INITIAL, start)
@@ -80,7 +93,18 @@ class Dampings:
                 found[layer] = start * (now / initial)
             elif layer in self._given:
                 found[layer] = start
+            if layer in self._following:
+                found[layer] = factor * found.get(layer, start)
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the control by the gradient, if there is one."""
+        return self.gradient.state_dict() if self.gradient else {}
+
+    def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
+        """Loads what `state_dict` returned."""
+        if self.gradient and saved:
+            self.gradient.load_state_dict(saved, next(iter(self._following)).weight.device)
 
 
 def _group_of_each(groups: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:

@@ -38,7 +38,39 @@ class CompiledMixin:
         super().update_params(*args, **kwargs)  # type: ignore[misc]
 
 
-class PrecondMixin(CompiledMixin):
+class LossNotingMixin(CompiledMixin):
+    """Mixin that passes the loss of each step to an optimizer that wants it.
+
+    The loss is the unscaled mean over the micro-batches of the step.
+    """
+
+    optimizer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._losses: list[torch.Tensor] = []
+
+    @_disable_dynamo
+    def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Passes the model's loss to the optimizer before it is scaled."""
+        if not self.optimizer.wants_loss:
+            super().update_params(loss, *args, **kwargs)
+            return
+        if loss.numel() != 1:
+            raise ValueError(
+                f'the loss has the shape {tuple(loss.shape)}; '
+                f'{type(self.optimizer).__name__} needs its mean, one number'
+            )
+        self._losses.append(loss.detach().double().reshape(()))
+        self.optimizer.take_loss(torch.stack(self._losses).mean())
+        try:
+            super().update_params(loss, *args, **kwargs)
+        finally:
+            if self.should_update():  # type: ignore[attr-defined]
+                self._losses = []
+
+
+class PrecondMixin(LossNotingMixin):
     """Brackets capture by MMEngine's own training step, and tells the loss scale.
 
     Hooks are on the model from the start of a training forward pass to the end of its backward
@@ -115,33 +147,10 @@ class DoubleBackwardMixin(CompiledMixin):
             self._twice.measure()
 
 
-class LossMixin(CompiledMixin):
-    """Mixin that passes the loss of each step and the number of steps to the optimizer.
-
-    The loss is the unscaled mean over the micro-batches of the step.
-    """
+class LossMixin(LossNotingMixin):
+    """Mixin that passes the number of steps to the optimizer, beside the loss of each."""
 
     optimizer: SOAA
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._losses: list[torch.Tensor] = []
-
-    @_disable_dynamo
-    def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Passes the model's loss to the optimizer before it is scaled."""
-        if loss.numel() != 1:
-            raise ValueError(
-                f'the loss has the shape {tuple(loss.shape)}; '
-                f'{type(self.optimizer).__name__} needs its mean, one number'
-            )
-        self._losses.append(loss.detach().double().reshape(()))
-        self.optimizer.take_loss(torch.stack(self._losses).mean())
-        try:
-            super().update_params(loss, *args, **kwargs)
-        finally:
-            if self.should_update():  # type: ignore[attr-defined]
-                self._losses = []
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Passes the number of optimizer steps of the run; a step may take several iterations."""

@@ -34,6 +34,7 @@ from .operators import (
 from .positions import PositionBasis, PositionMatrix, position_power
 from .precision import PRECISIONS, at_least_float32, matmul_precision, rounded
 from .products import add_product, stacked_product
+from .proximal import shrink_rows
 from .roots import inverse_power, newton_schulz_inverse_root, newton_schulz_inverse_root_of_values
 from .spectrum import largest_eigenvalue, largest_eigenvalue_of_columns
 
@@ -82,6 +83,7 @@ __all__ = [
     'position_power',
     'power_of_columns',
     'rounded',
+    'shrink_rows',
     'stacked_product',
     'take',
     'unify',

@@ -16,6 +16,7 @@ from .mac import MAC, SMAC
 from .nkfac import NKFAC, AdaNKFAC
 from .nysact import NysAct
 from .preconditioned import Preconditioned
+from .ramda import RAMDA, Sparsity
 from .replacement import precondition
 from .rule_optimizer import RuleOptimizer
 from .sgdph import SGDPH
@@ -43,6 +44,7 @@ __all__ = [
     'OptimizerInfo',
     'Preconditioned',
     'PreconditionedOptimizer',
+    'RAMDA',
     'RuleOptimizer',
     'SGDMBK',
     'SGDPH',
@@ -51,6 +53,7 @@ __all__ = [
     'SOAA',
     'SOAP',
     'Shampoo',
+    'Sparsity',
     'WeightNormConv2d',
     'get_optimizer_info',
     'list_optimizers',

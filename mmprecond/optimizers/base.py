@@ -12,14 +12,15 @@ from ..curvature import LeftOut
 from ..linalg import matmul_precision
 from ..preconditioners import Preconditioner
 from ..rules import Rule
-from .rule_optimizer import RuleOptimizer
+from .loss_input import LossInput
+from .rule_optimizer import Batch, RuleOptimizer
 from .settings import FullSignature
 
 #: Entries of a parameter group that choose how its weights are preconditioned.
 GROUP_KEYS = ('precondition', 'damping', 'initial_damping', 'input_positions')
 
 
-class PreconditionedOptimizer(RuleOptimizer):
+class PreconditionedOptimizer(LossInput, RuleOptimizer):
     """Optimizer that applies a rule to preconditioned gradients.
 
     Plain PyTorch needs no further call. The optimizer installs hooks on the model for steps that
@@ -195,7 +196,18 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     # ---------------------------------------------------------------- step
 
+    @property
+    def wants_loss(self) -> bool:
+        """True if a step needs the loss: for ``damping_form='gradient'``."""
+        return self.curvature.dampings.gradient is not None
+
     def _update_curvature(self) -> None:
+        if (control := self.curvature.dampings.gradient) is not None:
+            gradients = list(self._gradients().values())
+            device = next(iter(self.curvature.layers)).weight.device
+            loss = self._use_loss("damping_form='gradient'", device)
+            if gradients:
+                control.begin(gradients, loss)
         snapshots = self.curvature.update(self.t, self.param_groups, self._gradients)
         if not snapshots:
             return
@@ -208,6 +220,13 @@ class PreconditionedOptimizer(RuleOptimizer):
 
     def _restore_updates(self, updates: dict[Tensor, Tensor]) -> None:
         self.curvature.restore(updates)
+
+    def _apply_updates(self, batches: list[Batch], updates: dict[Tensor, Tensor]) -> None:
+        if (control := self.curvature.dampings.gradient) is not None:
+            rates = [batch.group['lr'] for batch in batches for _ in batch.params]
+            if rates:
+                control.end([updates[p] for batch in batches for p in batch.params], rates)
+        super()._apply_updates(batches, updates)
 
     def _prepare_next_step(self) -> None:
         self.curvature.finish_step(self.t)

@@ -28,8 +28,8 @@ class Preconditioned(PreconditionedOptimizer):
         params: Parameters or groups, with `model`; or the module itself.
         model: The module that owns the parameters.
         rule: ``dict(type=..., lr=..., ...)`` with the rule's hyper-parameters and options; its type
-            is 'SGDM', 'EMASGD', 'AdamW', 'Adan', 'AdaGrad', 'RAdam', 'AdaBelief', 'ARO' or
-            'DCTAdamW'.
+            is 'SGDM', 'EMASGD', 'AdamW', 'Adan', 'AdaGrad', 'RAdam', 'AdaBelief', 'ARO',
+            'DCTAdamW' or 'RAMDA'.
         layers: 'NKFAC' for all layers; or 'AFOpt+NKFAC', where the first method takes all layers of
             attention modules that can be read as a whole. A model without any takes the second for
             all layers, and the log says so. With settings:

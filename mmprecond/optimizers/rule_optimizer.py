@@ -115,6 +115,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._prepare_next_step()
         return loss
 
+    @property
+    def wants_loss(self) -> bool:
+        """True if `loss` must be set before each step."""
+        return self.needs == 'loss'
+
     # Parts of a step that subclasses may override.
 
     def _receive_loss(self, loss: Any) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..checks import argument_names, check_count, reject_unexpected
-from ..distributed import sum_over_ranks, world_size
 from ..rules.soaa import TrustRegionAdam
+from .loss_input import LossInput
 from .rule_optimizer import RuleOptimizer
 from .settings import takes_settings
 
@@ -17,7 +16,7 @@ from .settings import takes_settings
 REGION_KEY = 'trust_region'
 
 
-class SOAA(RuleOptimizer):
+class SOAA(LossInput, RuleOptimizer):
     """Second-order adaptive Adam.
 
     m and v are Adam's bias-corrected moments, d is the trust radius, and sums are over all
@@ -93,7 +92,6 @@ class SOAA(RuleOptimizer):
             check_count('total_steps', total_steps)
         self._requested_steps = total_steps
         self._planned_steps: int | None = None
-        self._loss: Tensor | float | None = None
         super().__init__(
             params,
             TrustRegionAdam(gamma, radius, sums),
@@ -114,32 +112,6 @@ class SOAA(RuleOptimizer):
     def radius(self) -> Tensor:
         """The trust radius d of the next step, a scalar of float64."""
         return self.rule.region['radius']
-
-    @property
-    def loss(self) -> Tensor | float | None:
-        """Loss of this step, the mean over its samples; None once `step` has used it."""
-        return self._loss
-
-    @loss.setter
-    def loss(self, loss: Tensor | float | None) -> None:
-        self.take_loss(loss)
-
-    def take_loss(self, loss: Tensor | float | None) -> None:
-        """Sets the loss of this step, like an assignment to `loss`.
-
-        Raises:
-            ValueError: If the loss is not a single number.
-        """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(
-                    f'loss has the shape {tuple(loss.shape)}; give its mean, a number '
-                    'or a tensor of one'
-                )
-            loss = loss.detach().reshape(())
-        elif loss is not None and not isinstance(loss, (int, float)):
-            raise ValueError(f'loss={loss!r} is no number; give the loss of the step')
-        self._loss = loss
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state with one more key, 'trust_region': tensors and the number of steps."""
@@ -172,23 +144,11 @@ class SOAA(RuleOptimizer):
 
     # ---------------------------------------------------------------- step
 
-    def _receive_loss(self, loss: Any) -> None:
-        if loss is not None:
-            self.take_loss(loss)
-
     def _update_curvature(self) -> None:
-        if self._loss is None:
-            raise ValueError(
-                'SOAA needs the loss of each step; write `optimizer.loss = loss` '
-                'before `optimizer.step()`, give step a closure that returns the loss,'
-                " or in a config set constructor='PrecondOptimWrapperConstructor'"
-            )
+        loss = self._use_loss('SOAA', self.radius.device)
         if self.total_steps is None:
             raise ValueError(
                 'SOAA needs the length of the run; give total_steps=..., the number '
                 'of optimizer steps'
             )
-        loss = torch.as_tensor(self._loss, dtype=torch.float64).to(self.radius.device, copy=True)
-        self._loss = None
-        sum_over_ranks([loss])  # divided by the number of ranks below
-        self.rule.begin_step(loss / world_size(), self.t, self.total_steps, self.param_groups[0])
+        self.rule.begin_step(loss, self.t, self.total_steps, self.param_groups[0])

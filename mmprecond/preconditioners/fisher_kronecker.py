@@ -33,7 +33,7 @@ from .two_sided import damped_powers, relative_damping, two_sided
 
 REDUCTIONS = ('expand', 'reduce', 'sample')
 SOLVERS = ('inverse', 'woodbury')
-DAMPING_FORMS = ('pi', 'relative')
+DAMPING_FORMS = ('pi', 'relative', 'gradient')
 SCALINGS = ('kl_clip', 'norm_recovery', 'none')
 
 #: Bound of pi, so that a zero factor does not take all the damping.
@@ -63,6 +63,9 @@ class FisherKronecker(PatchPreconditioner):
         damping: rho.
         damping_form: 'pi' inverts R + pi sqrt(rho) I and L + sqrt(rho) / pi I, where pi^2 is the
             ratio of the factors' mean eigenvalues. 'relative' adds rho lambda_max I to each factor.
+            'gradient' is 'pi' with a rho that starts at `damping`, and is proportional to the
+            gradient's norm and adapted from the loss (see `core.gradient_damping.GradientDamping`).
+            The optimizer then needs the loss of each step.
         reduction: 'expand': each position (of a feature map or sequence) is one row. 'reduce': each
             sample is one row, with the mean input and the summed gradient of its positions.
             'sample': random positions of each sample represent all of them.

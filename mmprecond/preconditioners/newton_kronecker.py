@@ -25,6 +25,8 @@ from .inverse import InversePreconditioner
 from .registry import register_preconditioner
 from .two_sided import damped_powers, two_sided
 
+#: What a damping is relative to.
+DAMPING_FORMS = ('relative', 'gradient')
 #: Lengths of a Newton step.
 STEP_SIZES = ('norm', 'optimal')
 
@@ -50,6 +52,9 @@ class NewtonKronecker(InversePreconditioner):
     Attributes:
         stat_decay: Weight of the old statistic, in [0, 1).
         damping: Damping relative to a factor's largest eigenvalue.
+        damping_form: 'relative' (default), or 'gradient': the damping starts at its setting, and is
+            proportional to the gradient's norm and adapted from the loss (see
+            `core.gradient_damping.GradientDamping`). The optimizer needs the loss of a step then.
         damping_floor: Least damping.
         normalise: Whether each capture is divided by its Frobenius norm.
         newton_steps: Newton steps per refresh.
@@ -67,6 +72,7 @@ class NewtonKronecker(InversePreconditioner):
 
     stat_decay: float = 0.95
     damping: float = 0.01
+    damping_form: str = 'relative'
     damping_floor: float = 1e-4
     normalise: bool = True
     newton_steps: int = 1
@@ -89,6 +95,7 @@ class NewtonKronecker(InversePreconditioner):
         refresh_interval=200,
         stat_decay=0.95,
         damping=0.01,
+        damping_form='relative',
         damping_floor=1e-4,
         normalise=True,
         newton_steps=1,
@@ -105,6 +112,7 @@ class NewtonKronecker(InversePreconditioner):
         super().__post_init__()
         check_number('stat_decay', self.stat_decay, high=1)
         check_damping('damping', self.damping)
+        check_choice('damping_form', self.damping_form, DAMPING_FORMS)
         check_number('damping_floor', self.damping_floor)
         check_count('newton_steps', self.newton_steps)
         check_count('exact_interval', self.exact_interval)

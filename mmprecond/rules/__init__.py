@@ -8,6 +8,7 @@ from .base import Group, Rule, State, moments_of
 from .dct import DCTAdamWRule
 from .matrix import MatrixRule, matrix_shape
 from .partial_hessian import PartialHessianSGDM
+from .ramda import RAMDARule
 from .registry import ADAPTIVE, RULES, build_rule, register_rule, rule_name
 from .sgd import EMASGD, SGDM
 from .soaa import TrustRegionAdam
@@ -27,6 +28,7 @@ __all__ = [
     'MatrixRule',
     'RAdam',
     'PartialHessianSGDM',
+    'RAMDARule',
     'Rule',
     'State',
     'TrustRegionAdam',

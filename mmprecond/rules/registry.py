@@ -12,12 +12,24 @@ from .adaptive import AdaBelief, AdaGrad, RAdam
 from .aro import ARORule
 from .base import Group, Rule
 from .dct import DCTAdamWRule
+from .ramda import RAMDARule
 from .sgd import EMASGD, SGDM
 
 #: Rules that a config may name.
 RULES: dict[str, type[Rule]] = {
     rule.__name__.removesuffix('Rule'): rule
-    for rule in (SGDM, EMASGD, AdamW, Adan, AdaGrad, RAdam, AdaBelief, ARORule, DCTAdamWRule)
+    for rule in (
+        SGDM,
+        EMASGD,
+        AdamW,
+        Adan,
+        AdaGrad,
+        RAdam,
+        AdaBelief,
+        ARORule,
+        DCTAdamWRule,
+        RAMDARule,
+    )
 }
 #: Rules that AdamR, AdaNKFAC, SOAP and the other optimizers like Adam accept as `rule`.
 ADAPTIVE = ('AdamW', 'Adan', 'AdaGrad', 'RAdam', 'AdaBelief')

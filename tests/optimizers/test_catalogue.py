@@ -38,7 +38,7 @@ def test_what_is_known_of_each(name: str) -> None:
     assert info.description.endswith('.') and info.needs in ('', 'capture', 'graph', 'loss')
     assert 'params' not in info.settings
     assert 'settings' in info.settings or not info.published
-    if name not in ('Preconditioned', 'ARO', 'DCTAdamW', 'SGDPH', 'SOAA'):
+    if name not in ('Preconditioned', 'ARO', 'DCTAdamW', 'RAMDA', 'SGDPH', 'SOAA'):
         assert {'stat_interval', 'overhead'} <= set(info.settings)
         assert 'given' not in info.settings and 'model' in info.settings
 

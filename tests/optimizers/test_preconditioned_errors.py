@@ -193,7 +193,7 @@ def test_a_layer_that_its_group_excludes_is_no_layer_to_match() -> None:
 
 # ------------------------------------------------------------------- rule and the rest
 
-CHOICES = 'SGDM, EMASGD, AdamW, Adan, AdaGrad, RAdam, AdaBelief, ARO, DCTAdamW'
+CHOICES = 'SGDM, EMASGD, AdamW, Adan, AdaGrad, RAdam, AdaBelief, ARO, DCTAdamW, RAMDA'
 RULES: dict[str, tuple[Any, list[str]]] = {
     'missing': (None, ['rule=None', 'write rule=dict(type=..., lr=...)', CHOICES]),
     'a name': ('AdamW', ["rule='AdamW'", 'write rule=dict(type=..., lr=...)']),

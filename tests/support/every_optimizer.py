@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     'MAC': {},
     'NKFAC': {},
     'NysAct': dict(rank=4),
+    'RAMDA': {},
     'SGDMBK': {},
     'SGDPH': dict(refresh='all'),
     'SMAC': {},

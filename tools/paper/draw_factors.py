@@ -128,6 +128,12 @@ PICTURES: dict[str, list[Item]] = {
     'soaa': [G, Item('m', 'o', 'i', 'state'), Item('v', 'o', 'i', 'state')],
     'aro': [Item('R', 'o', 'o', 'state'), G, M],
     'dctadamw': [A, Item('Q', 'o', 'o', 'state', 'cosines'), *REDUCED],
+    'ramda': [
+        G,
+        Item('S', 'o', 'i', 'state'),
+        Item('Q', 'o', 'i', 'state'),
+        Item('p₀', 'o', 'i', 'state'),
+    ],
     'preconditioned': [
         Item('AFOpt', '3C', 'C', '', '', QKV, 'attention'),
         ATTENTION,

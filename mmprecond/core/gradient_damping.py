@@ -1,0 +1,118 @@
+"""Damping that is proportional to the gradient's norm (``damping_form='gradient'``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Key in a checkpoint.
+KEY = 'gradient_damping'
+#: Bounds of the factor.
+LEAST, MOST = 1e-3, 1e3
+#: Decay of the moving average of the gradient's norm.
+DECAY = 0.9
+
+
+class GradientDamping:
+    """Factor of the dampings: the gradient's norm by its first value, over a smoothness.
+
+    The source adds ``|g| / gamma`` to the curvature, with a smoothness gamma that it doubles after
+    a step with ``f - f' >= |g'|^2 / (8 |g| / gamma)`` and halves after another, where f' and g' are
+    the loss and gradient at the new point. In stochastic training a step is no full one, and a
+    single difference of losses is mostly noise. So gamma changes once in a window of steps. The
+    mean loss of the window is compared with that of the window before, and the right-hand side is
+    the sum over the window's steps of ``|g'|^2 |d| / (8 |g|)`` for a step d: the same for a full
+    step ``d = g / (|g| / gamma)``. |g| in the factor is a moving average. The first value of gamma
+    is such that the first damping is that of the settings.
+
+    Source: Gradient-Normalized Smoothness for Optimization with Approximate Hessians (arXiv
+    2506.13710), Algorithm 1.
+
+    Args:
+        window: Steps of a window.
+
+    Attributes:
+        factor: Factor of the dampings.
+        smoothness: gamma, in units of its first value.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.factor = 1.0
+        self.smoothness = 1.0
+        self._norms: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counted = 0
+        self._before: float | None = None
+
+    @torch.no_grad()
+    def begin(self, gradients: Iterable[Tensor], loss: Tensor) -> None:
+        """Takes the gradients and the loss of a step, before a refresh.
+
+        A loss or gradient that is not finite is left out.
+        """
+        norm = torch.stack(torch._foreach_norm(list(gradients))).double().norm()
+        loss = loss.to(norm.device, torch.float64)
+        if not self._norms:
+            zero = torch.zeros_like(norm)
+            self._norms = dict(first=norm, average=norm, last=norm, length=zero)
+            self._sums = dict(loss=zero.clone(), bound=zero.clone(), count=zero.clone())
+        norms = self._norms
+        average = DECAY * norms['average'] + (1 - DECAY) * norm
+        bound = norm**2 * norms['length'] / (8 * norms['last'].clamp(min=1e-300))
+        fine = norm.isfinite() & loss.isfinite()
+        norms['average'] = torch.where(fine, average, norms['average'])
+        norms['last'] = torch.where(fine, norm, norms['last'])
+        self._sums['loss'] += torch.where(fine, loss, 0.0)
+        self._sums['bound'] += torch.where(fine, bound, 0.0)
+        self._sums['count'] += fine
+        self._counted += 1
+
+    @torch.no_grad()
+    def end(self, updates: Iterable[Tensor], rates: Iterable[float]) -> None:
+        """Takes the updates of a step, with the learning rate of each."""
+        norms = torch.stack(torch._foreach_norm(list(updates))).double()
+        self._norms['length'] = (norms * torch.tensor(list(rates)).to(norms)).norm()
+
+    def refresh(self) -> float:
+        """The factor for a refresh; a full window changes the smoothness first."""
+        if not self._norms:
+            return self.factor
+        if self._counted >= self.window:
+            mean = float(self._sums['loss'] / self._sums['count'].clamp(min=1))
+            if self._before is not None:
+                enough = self._before - mean >= float(self._sums['bound'])
+                self.smoothness *= 2.0 if enough else 0.5
+            self._before, self._counted = mean, 0
+            for total in self._sums.values():
+                total.zero_()
+        first = float(self._norms['first'])
+        share = float(self._norms['average']) / first if first else 1.0
+        self.factor = min(max(share / self.smoothness, LEAST), MOST)
+        self.smoothness = share / self.factor if share else self.smoothness  # within the bounds too
+        return self.factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """State under the key of the checkpoint."""
+        plain = dict(
+            factor=self.factor,
+            smoothness=self.smoothness,
+            counted=self._counted,
+            before=self._before,
+        )
+        return {KEY: {**plain, 'norms': dict(self._norms), 'sums': dict(self._sums)}}
+
+    def load_state_dict(self, saved: Mapping[str, Any], device: torch.device) -> None:
+        """Loads what `state_dict` returned; without it the control starts anew."""
+        state = saved.get(KEY)
+        if not isinstance(state, Mapping):
+            return
+        self.factor, self.smoothness = state['factor'], state['smoothness']
+        self._counted, self._before = state['counted'], state['before']
+        self._norms, self._sums = (
+            {name: value.to(device, copy=True) for name, value in state[part].items()}
+            for part in ('norms', 'sums')
+        )

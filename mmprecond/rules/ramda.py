@@ -1,0 +1,125 @@
+"""RAMDA: dual averaging with momentum, and a proximal step that sets whole filters to zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import check_flag, check_number
+from ..linalg import shrink_rows
+from .base import Group, Rule, State
+
+
+class RAMDARule(Rule):
+    """Regularized adaptive momentum dual averaging with the group lasso of filters.
+
+    A filter is a row of a weight in its first dimension. In step t of a round, with the direction
+    g, the weight ``s = lr sqrt(t)``, and sums that start at zero::
+
+        a += s;  G += s g;  Q += s g^2;  D = Q^(1/3) + eps
+        u = argmin_x G' x + (x - p0)' D (x - p0) / 2 + a sparsity sum_f sqrt(n_f) |x_f|
+        p = (1 - momentum) p + momentum u
+
+    over the filters f with n_f entries. p0 is p at the start of the round. Parameters without
+    filters, and those with sparsity 0, have ``u = p0 - G / D``. A round ends when lr has fallen to
+    `restart` of its largest value in the round; eps then falls by the same factor.
+
+    Filters of p are exactly zero once they are zero in u and the momentum has been 1 for a step.
+
+    Source: RAMDA (arXiv 2403.14398), Algorithms 1 and 2, and its code. Its inexact proximal
+    gradient steps are replaced by the exact minimizer (see `shrink_rows`).
+
+    Args:
+        linear: Whether rows of matrices are filters too.
+        restart: Fall of lr at which a round ends; the source restarts at each milestone.
+    """
+
+    hyper: ClassVar[tuple[str, ...]] = ('lr', 'momentum', 'sparsity', 'eps', 'weight_decay')
+    defaults: ClassVar[dict[str, Any]] = dict(
+        momentum=0.1, sparsity=1e-4, eps=1e-6, weight_decay=0.0
+    )
+    linear_moments: ClassVar[tuple[str, ...]] = ('sum',)
+    quadratic_moments: ClassVar[tuple[str, ...]] = ('squares',)
+    elementwise: ClassVar[bool] = True
+
+    def __init__(self, linear: bool = False, restart: float = 0.1) -> None:
+        check_flag('linear', linear)
+        check_number('restart', restart, high=1)
+        self.linear, self.restart = linear, restart
+
+    @classmethod
+    def check(cls, group: Group) -> None:
+        super().check(group)
+        check_number('momentum', group['momentum'], open_low=True)
+        if group['momentum'] > 1:
+            raise ValueError(
+                f'momentum={group["momentum"]} is above 1; 1 is none, and less is more of it'
+            )
+        check_number('sparsity', group['sparsity'])
+        check_number('eps', group['eps'], open_low=True)
+
+    def key(self, group: Group, state: State) -> Hashable:
+        return super().key(group, state), state.get('weight_sum'), state.get('highest')
+
+    def has_filters(self, param: Tensor, group: Group) -> bool:
+        """True if the filters of a parameter are regularized."""
+        return bool(group['sparsity']) and param.ndim >= (2 if self.linear else 3)
+
+    def compute_updates(
+        self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
+    ) -> list[Tensor]:
+        if group['weight_decay']:
+            directions = list(torch._foreach_add(directions, params, alpha=group['weight_decay']))
+        self._continue_round(params, states, group['lr'])
+        step = states[0]['step']
+        scale = group['lr'] * math.sqrt(step)
+        total = states[0]['weight_sum'] + scale
+        for state in states:
+            state['weight_sum'] = total
+        sums, squares = ([state[name] for state in states] for name in ('sum', 'squares'))
+        torch._foreach_add_(sums, directions, alpha=scale)
+        torch._foreach_addcmul_(squares, directions, directions, scale)
+        metrics = torch._foreach_pow(squares, 1 / 3)
+        torch._foreach_add_(metrics, group['eps'] * states[0]['eps_share'])
+        targets = [
+            self._target(p, state, metric, total * group['sparsity'], group)
+            for p, state, metric in zip(params, states, metrics, strict=True)
+        ]
+        updates = torch._foreach_sub(params, targets)
+        torch._foreach_mul_(updates, group['momentum'])
+        return list(updates)
+
+    def _continue_round(self, params: list[Tensor], states: list[State], rate: float) -> None:
+        """Counts a step of the round, or starts another one."""
+        highest = max(states[0].get('highest', 0.0), rate)
+        fallen = rate <= self.restart * highest
+        begins = 'step' not in states[0] or (fallen and rate > 0)
+        for p, state in zip(params, states, strict=True):
+            share = state.get('eps_share', 1.0)
+            if begins:
+                state['eps_share'] = share * rate / highest if 'step' in state else 1.0
+                state['start'] = p.detach().clone(memory_format=torch.preserve_format)
+                state['sum'], state['squares'] = torch.zeros_like(p), torch.zeros_like(p)
+                state['step'], state['weight_sum'] = 0, 0.0
+            state['highest'] = rate if begins else highest
+            state['step'] += 1
+
+    def _target(
+        self, param: Tensor, state: State, metric: Tensor, weight: float, group: Group
+    ) -> Tensor:
+        """U of one parameter."""
+        if not self.has_filters(param, group):
+            return state['start'] - state['sum'] / metric
+        rows = len(param)
+        linear = (metric * state['start'] - state['sum']).reshape(rows, -1)
+        size = math.sqrt(linear.shape[1])
+        return shrink_rows(linear, metric.reshape(rows, -1), weight * size).view_as(param)
+
+    def apply_updates(
+        self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group
+    ) -> None:
+        torch._foreach_sub_(params, updates)
