@@ -17,8 +17,9 @@ from pathlib import Path
 
 from .loss_surface import (
     Loss,
+    OutputLoss,
     Spectrum,
-    Split,
+    StableRate,
     Surface,
     choose_product,
     explore,
@@ -32,7 +33,8 @@ from .loss_surface import (
 __all__ = [
     'Loss',
     'Spectrum',
-    'Split',
+    'StableRate',
+    'OutputLoss',
     'Surface',
     'choose_product',
     'explore',
@@ -51,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     from .engine import launch
     from .loss_surface.explore import PLANES
     from .loss_surface.loss import MODES
-    from .loss_surface.products import MATRICES, WAYS
+    from .loss_surface.products import MATRICES, PRODUCTS
 
     parser = argparse.ArgumentParser(
         prog='python -m mmprecond.landscape', description=__doc__.splitlines()[0]
@@ -81,7 +83,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--product',
-        choices=WAYS,
+        choices=PRODUCTS,
         default='auto',
         help='product with the Hessian: by second derivatives, by differences of gradients, or '
         '(default) by the former where the model has them',

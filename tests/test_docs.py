@@ -23,12 +23,24 @@ from tests.support.paths import ROOT
 EXAMPLES = dict(
     re.findall(
         r'```python\n# example: ([^\n]+)\n(.*?)```',
-        ''.join(path.read_text() for path in sorted((ROOT / 'docs/use').glob('*.md'))),
+        ''.join(
+            path.read_text()
+            for folder in ('use', 'methods')
+            for path in sorted((ROOT / 'docs' / folder).glob('*.md'))
+        ),
         flags=re.DOTALL,
     )
 )
 #: Examples in plain PyTorch.
-PLAIN = ('pytorch', 'attached', 'schedules', 'landscape', 'surgery in pytorch')
+PLAIN = (
+    'pytorch',
+    'attached',
+    'schedules',
+    'landscape',
+    'surgery in pytorch',
+    'gradient damping',
+    'pruning',
+)
 #: The hybrid is a Mask R-CNN Swin-T at its own width.
 CONFIGS = [
     pytest.param(name, marks=pytest.mark.slow) if name == 'hybrid' else name

@@ -250,6 +250,7 @@ class Curvature:
         if not due:
             return []
         self.sharding.check_ranks()
+        self.dampings.advance()
         snapshots = [saved for stack, _ in due if (saved := snapshot(stack)) is not None]
         error: Exception | None = None
         outcomes = [[False] * len(positions) for _, positions in due]

@@ -80,11 +80,16 @@ class Dampings:
                 group[KEY], group[INITIAL] = before[KEY], before[INITIAL]
         self.complete(groups)
 
+    def advance(self) -> None:
+        """Adapts dampings that follow the gradient, before a refresh."""
+        if self.gradient:
+            self.gradient.update_factor()
+
     def current(self, groups: Iterable[Mapping[str, Any]]) -> dict[Layer, float]:
         """Dampings of now, of layers whose damping is not their method's."""
         owned = _group_of_each(groups)
         found = {}
-        factor = self.gradient.refresh() if self.gradient else 1.0
+        factor = self.gradient.factor if self.gradient else 1.0
         for layer, start in self._start.items():
             group = owned.get(layer.weight, {})
             now, initial = group.get(KEY, start), group.get(INITIAL, start)

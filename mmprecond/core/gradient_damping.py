@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 #: Key in a checkpoint.
-KEY = 'gradient_damping'
+CHECKPOINT_KEY = 'gradient_damping'
 #: Bounds of the factor.
-LEAST, MOST = 1e-3, 1e3
+MIN_FACTOR, MAX_FACTOR = 1e-3, 1e3
 #: Decay of the moving average of the gradient's norm.
 DECAY = 0.9
 
 
 class GradientDamping:
-    """Factor of the dampings: the gradient's norm by its first value, over a smoothness.
+    """Common factor of all dampings: the gradient's norm, divided by its first value and gamma.
 
     The source adds ``|g| / gamma`` to the curvature, with a smoothness gamma that it doubles after
     a step with ``f - f' >= |g'|^2 / (8 |g| / gamma)`` and halves after another, where f' and g' are
-    the loss and gradient at the new point. In stochastic training a step is no full one, and a
-    single difference of losses is mostly noise. So gamma changes once in a window of steps. The
-    mean loss of the window is compared with that of the window before, and the right-hand side is
-    the sum over the window's steps of ``|g'|^2 |d| / (8 |g|)`` for a step d: the same for a full
-    step ``d = g / (|g| / gamma)``. |g| in the factor is a moving average. The first value of gamma
-    is such that the first damping is that of the settings.
+    the loss and gradient at the new point. In stochastic training a step is not a full Newton step,
+    and a single difference of losses is mostly noise. So gamma changes once in a window of steps.
+    The mean loss of the window is compared with that of the window before, and the right-hand side
+    is the sum over the window's steps of ``|g'|^2 |d| / (8 |g|)`` for a step d: the same for a full
+    step ``d = g / (|g| / gamma)``. |g| in the factor is a moving average. gamma starts so that the
+    first damping equals the setting.
 
     Source: Gradient-Normalized Smoothness for Optimization with Approximate Hessians (arXiv
     2506.13710), Algorithm 1.
@@ -46,10 +46,10 @@ class GradientDamping:
         self._norms: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._counted = 0
-        self._before: float | None = None
+        self._previous_loss: float | None = None
 
     @torch.no_grad()
-    def begin(self, gradients: Iterable[Tensor], loss: Tensor) -> None:
+    def record_gradients(self, gradients: Iterable[Tensor], loss: Tensor) -> None:
         """Takes the gradients and the loss of a step, before a refresh.
 
         A loss or gradient that is not finite is left out.
@@ -63,35 +63,35 @@ class GradientDamping:
         norms = self._norms
         average = DECAY * norms['average'] + (1 - DECAY) * norm
         bound = norm**2 * norms['length'] / (8 * norms['last'].clamp(min=1e-300))
-        fine = norm.isfinite() & loss.isfinite()
-        norms['average'] = torch.where(fine, average, norms['average'])
-        norms['last'] = torch.where(fine, norm, norms['last'])
-        self._sums['loss'] += torch.where(fine, loss, 0.0)
-        self._sums['bound'] += torch.where(fine, bound, 0.0)
-        self._sums['count'] += fine
+        finite = norm.isfinite() & loss.isfinite()
+        norms['average'] = torch.where(finite, average, norms['average'])
+        norms['last'] = torch.where(finite, norm, norms['last'])
+        self._sums['loss'] += torch.where(finite, loss, 0.0)
+        self._sums['bound'] += torch.where(finite, bound, 0.0)
+        self._sums['count'] += finite
         self._counted += 1
 
     @torch.no_grad()
-    def end(self, updates: Iterable[Tensor], rates: Iterable[float]) -> None:
-        """Takes the updates of a step, with the learning rate of each."""
+    def record_updates(self, updates: Iterable[Tensor], rates: Iterable[float]) -> None:
+        """Takes the updates of a step, each with its learning rate: the step is their product."""
         norms = torch.stack(torch._foreach_norm(list(updates))).double()
         self._norms['length'] = (norms * torch.tensor(list(rates)).to(norms)).norm()
 
-    def refresh(self) -> float:
+    def update_factor(self) -> float:
         """The factor for a refresh; a full window changes the smoothness first."""
         if not self._norms:
             return self.factor
         if self._counted >= self.window:
             mean = float(self._sums['loss'] / self._sums['count'].clamp(min=1))
-            if self._before is not None:
-                enough = self._before - mean >= float(self._sums['bound'])
+            if self._previous_loss is not None:
+                enough = self._previous_loss - mean >= float(self._sums['bound'])
                 self.smoothness *= 2.0 if enough else 0.5
-            self._before, self._counted = mean, 0
+            self._previous_loss, self._counted = mean, 0
             for total in self._sums.values():
                 total.zero_()
         first = float(self._norms['first'])
         share = float(self._norms['average']) / first if first else 1.0
-        self.factor = min(max(share / self.smoothness, LEAST), MOST)
+        self.factor = min(max(share / self.smoothness, MIN_FACTOR), MAX_FACTOR)
         self.smoothness = share / self.factor if share else self.smoothness  # within the bounds too
         return self.factor
 
@@ -101,17 +101,17 @@ class GradientDamping:
             factor=self.factor,
             smoothness=self.smoothness,
             counted=self._counted,
-            before=self._before,
+            before=self._previous_loss,
         )
-        return {KEY: {**plain, 'norms': dict(self._norms), 'sums': dict(self._sums)}}
+        return {CHECKPOINT_KEY: {**plain, 'norms': dict(self._norms), 'sums': dict(self._sums)}}
 
     def load_state_dict(self, saved: Mapping[str, Any], device: torch.device) -> None:
         """Loads what `state_dict` returned; without it the control starts anew."""
-        state = saved.get(KEY)
+        state = saved.get(CHECKPOINT_KEY)
         if not isinstance(state, Mapping):
             return
         self.factor, self.smoothness = state['factor'], state['smoothness']
-        self._counted, self._before = state['counted'], state['before']
+        self._counted, self._previous_loss = state['counted'], state['before']
         self._norms, self._sums = (
             {name: value.to(device, copy=True) for name, value in state[part].items()}
             for part in ('norms', 'sums')

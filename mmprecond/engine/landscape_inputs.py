@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Callable
 from itertools import islice
@@ -11,13 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.optim import build_optim_wrapper
-from mmengine.runner import Runner, load_checkpoint
+from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import Tensor, nn
 
-from ..loss_surface import Loss, Split
+from ..core.checkpoint import CURVATURE_KEY
+from ..loss_surface import Loss, OutputLoss
 from ..optimizers import PreconditionedOptimizer
 from . import launch
 from .synthetic import random_model
+
+logger = logging.getLogger('mmprecond')
 
 
 class Inputs(NamedTuple):
@@ -46,7 +50,7 @@ def build(args: argparse.Namespace) -> Inputs:
         raise ValueError('the config has no train_dataloader to take batches from')
     model = random_model(cfg)
     checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
-    torch.manual_seed(0)  # of the order of images and of their augmentation
+    set_random_seed(0)  # of the order of images and of their augmentation
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
     batches = list(islice(loader, args.batches))
     return Inputs(
@@ -75,11 +79,11 @@ def loss_of(model: Any, batches: list[Any], mode: str = 'eval') -> Loss:
         return loss
 
     loss = Loss(model, [closure(data) for data in prepared], mode)
-    splits = [split for data in prepared if (split := _split(model, data))]
-    if splits:
-        split_loss = Loss.of_splits(model, splits, mode)
-        if math.isclose(split_loss.value(), loss.value(), rel_tol=1e-4):
-            return split_loss
+    output_losses = [split for data in prepared if (split := _split(model, data))]
+    if output_losses:
+        output_loss = Loss.of_output_losses(model, output_losses, mode)
+        if math.isclose(output_loss.value(), loss.value(), rel_tol=1e-4):
+            return output_loss
     return loss
 
 
@@ -95,7 +99,7 @@ class _Scores(nn.Module):
         return scores
 
 
-def _split(model: Any, data: dict[str, Any]) -> Split | None:
+def _split(model: Any, data: dict[str, Any]) -> OutputLoss | None:
     """Loss of a classifier of MMPretrain as a criterion of its scores; None for another model."""
     criterion = getattr(getattr(model, 'head', None), 'loss_module', None)
     samples: Any = data.get('data_samples')
@@ -113,7 +117,7 @@ def _split(model: Any, data: dict[str, Any]) -> Split | None:
         loss: Tensor = criterion(scores, targets, avg_factor=len(scores))
         return loss
 
-    return Split(_Scores(model), mean_loss, data['inputs'], targets)
+    return OutputLoss(_Scores(model), mean_loss, data['inputs'], targets)
 
 
 def _optimizer(model: nn.Module, cfg: Any, state: Any) -> PreconditionedOptimizer | None:
@@ -122,6 +126,11 @@ def _optimizer(model: nn.Module, cfg: Any, state: Any) -> PreconditionedOptimize
         return None
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     if not isinstance(optimizer, PreconditionedOptimizer):
+        if CURVATURE_KEY in state:
+            logger.warning(
+                "the checkpoint has curvature and the config's optimizer has none: take the copy "
+                'of the config in the work folder, which has the options of the training'
+            )
         return None
     optimizer.load_state_dict(state)
     return optimizer

@@ -11,14 +11,16 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
 
 from ..loss_surface.stability import StableRate, largest_rate, stability_bound
+from ..optimizers import Preconditioned
+from ..rules import rule_name
 from . import forecast_inputs
 from .landscape_inputs import loss_of
 from .synthetic import random_model
 
 #: Steps before the first measurement, at `FIRST_SHARE` of the config's rate.
-FIRST, FIRST_SHARE = 10, 0.01
+FIRST_STEPS, FIRST_SHARE = 10, 0.01
 #: Steps between two measurements, at `SHARE` of the rate found last, as a warm-up would take them.
-BETWEEN, SHARE = 15, 1 / 16
+STEPS_BETWEEN, SHARE = 15, 1 / 16
 #: Measurements.
 ROUNDS = 4
 #: Arnoldi vectors, and accuracy of the eigenvalue: enough for a start of a search.
@@ -47,18 +49,20 @@ def suggest(args: argparse.Namespace) -> str:
     stability_bound(wrapper.optimizer)  # before anything slow
     own = max(group['lr'] for group in wrapper.optimizer.param_groups)
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
-    found = follow(model, wrapper, _endless(loader))
-    steps = [FIRST + k * BETWEEN for k in range(len(found))]
+    found = measure_stable_rates(model, wrapper, _endless(loader))
+    steps = [FIRST_STEPS + k * STEPS_BETWEEN for k in range(len(found))]
     shown = ', '.join(
         f'{one.rate:.2g} after {n} steps' for one, n in zip(found, steps, strict=True)
     )
     return (
-        f'{type(wrapper.optimizer).__name__}: the largest stable learning rate is {shown} (the '
+        f'{_name(wrapper.optimizer)}: the largest stable learning rate is {shown} (the '
         f'config has {own:g}); start a search at {found[-1].rate:.1g}'
     )
 
 
-def follow(model: Any, wrapper: OptimWrapper, batches: Iterator[Any]) -> list[StableRate]:
+def measure_stable_rates(
+    model: Any, wrapper: OptimWrapper, batches: Iterator[Any]
+) -> list[StableRate]:
     """Largest stable rates between the first steps of a training whose rate follows them.
 
     Args:
@@ -70,16 +74,24 @@ def follow(model: Any, wrapper: OptimWrapper, batches: Iterator[Any]) -> list[St
     relative = [group['lr'] for group in groups]
     largest = max(relative)
     found: list[StableRate] = []
-    rate, steps = FIRST_SHARE * largest, FIRST
+    rate, steps = FIRST_SHARE * largest, FIRST_STEPS
     for _ in range(ROUNDS):
         for group, own in zip(groups, relative, strict=True):
             group['lr'] = rate * own / largest
         for _ in range(steps):
             model.train_step(next(batches), optim_wrapper=wrapper)
         loss = loss_of(model, [next(batches)], mode='train')
-        found.append(largest_rate(loss, wrapper.optimizer, steps=VECTORS, tolerance=TOLERANCE))
-        rate, steps = SHARE * found[-1].rate, BETWEEN
+        found.append(largest_rate(loss, wrapper.optimizer, vectors=VECTORS, tolerance=TOLERANCE))
+        rate, steps = SHARE * found[-1].rate, STEPS_BETWEEN
     return found
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    """Name of an optimizer; methods and rule where they were chosen layer by layer."""
+    if not isinstance(optimizer, Preconditioned):
+        return type(optimizer).__name__
+    methods = {stack.method.title for stack in optimizer.curvature.stacks}
+    return f'{"+".join(sorted(methods))} on {rule_name(type(optimizer.rule))}'
 
 
 def _endless(loader: Any) -> Iterator[Any]:

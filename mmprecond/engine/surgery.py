@@ -1,4 +1,4 @@
-"""Wrapper that combines the gradients of a model's losses by a surgery."""
+"""Wrapper that replaces the summed gradient by a combination of the losses' gradients."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from .wrapper import DoubleBackwardMixin
 
 
 class SurgeryMixin:
-    """Mixin that sees the model's losses and hands one gradient on to the optimizer.
+    """Mixin that replaces the summed gradient by a combination of the losses' gradients.
 
     Args:
         surgery: The method's name, or a dict with its name as type, its settings, and `interval`
             and `groups`. `groups` is a list of lists of patterns (as in `fnmatch`) of the names of
             losses; each list is one loss for the surgery. By default each loss is one.
+
+    Raises:
+        ValueError: If the method is unknown or a setting is out of range; in `backward`, if the
+            model's losses are not seen, do not add up to its loss, or do not fit the groups.
     """
 
     optimizer: torch.optim.Optimizer
@@ -58,7 +62,10 @@ class SurgeryMixin:
             handle.remove()
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Takes the gradients of the losses, runs the pass of their sum, and combines them."""
+        """Takes the gradients of the losses, runs the pass of their sum, and combines them.
+
+        `scale_loss` divides by the accumulated micro-batches; `scale` is the scaler's of AMP.
+        """
         scaler = getattr(self, 'loss_scaler', None)
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         parts = {name: self.scale_loss(part) for name, part in self._parts().items()}  # type: ignore[attr-defined]
@@ -73,7 +80,7 @@ class SurgeryMixin:
         if self.should_update():  # type: ignore[attr-defined]
             self.surgery.resolve(scale)
             hub = MessageHub.get_current_instance()
-            for name, value in self.surgery.statistics.items():
+            for name, value in self.surgery.diagnostics.items():
                 hub.update_scalar(f'train/surgery/{name}', value)
 
     def _parts(self) -> dict[str, Tensor]:
@@ -95,12 +102,11 @@ class SurgeryMixin:
                 f'groups={[list(group) for group in groups]} do not hold each of the losses '
                 f'{", ".join(names)} once'
             )
-        return {
-            '+'.join(group): self._model.parse_losses({name: self._losses[name] for name in group})[
-                0
-            ]
-            for group in members
-        }
+        parts = {}
+        for group in members:
+            total, _ = self._model.parse_losses({name: self._losses[name] for name in group})
+            parts['+'.join(group)] = total
+        return parts
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, and the surgery's."""
@@ -121,7 +127,8 @@ def with_surgery(base: Any) -> Any:
     """The wrapper class with a surgery.
 
     Raises:
-        ValueError: If the wrapper does not run the backward pass of a loss.
+        ValueError: If the wrapper does not run the backward pass of a loss, or differentiates it
+            twice.
     """
     if not issubclass(base, OptimWrapper):
         raise ValueError(f'{base.__name__} takes no surgery; use OptimWrapper or AmpOptimWrapper')
@@ -129,4 +136,4 @@ def with_surgery(base: Any) -> Any:
         raise ValueError(
             'a surgery is not for optimizers that differentiate twice, such as SGDPH; take one out'
         )
-    return type(f'Surgery{base.__name__}', (SurgeryMixin, base), {'__module__': __name__})
+    return type(f'Aggregator{base.__name__}', (SurgeryMixin, base), {'__module__': __name__})

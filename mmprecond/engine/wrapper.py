@@ -10,13 +10,17 @@ from functools import cache
 from typing import Any
 
 import torch
+from mmengine.logging import MessageHub, print_log
 from mmengine.optim import AmpOptimWrapper, ApexOptimWrapper, OptimWrapper
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..optimizers import SOAA, PreconditionedOptimizer, RuleOptimizer
+from ..optimizers import PreconditionedOptimizer, RuleOptimizer
 from ..optimizers.peers import PeerHessian
+
+#: Iterations between two counts of zero filters.
+SPARSITY_INTERVAL = 50
 
 
 class CompiledMixin:
@@ -53,7 +57,7 @@ class LossNotingMixin(CompiledMixin):
     @_disable_dynamo
     def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Passes the model's loss to the optimizer before it is scaled."""
-        if not self.optimizer.wants_loss:
+        if not self.optimizer.needs_loss:
             super().update_params(loss, *args, **kwargs)
             return
         if loss.numel() != 1:
@@ -99,6 +103,14 @@ class PrecondMixin(LossNotingMixin):
         self.optimizer.arm()
         with super().optim_context(model):
             yield
+
+    @_disable_dynamo
+    def update_params(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's; logs the factor of dampings that follow the gradient."""
+        super().update_params(*args, **kwargs)
+        if (control := self.optimizer.curvature.dampings.gradient) is not None:
+            hub = MessageHub.get_current_instance()
+            hub.update_scalar('train/damping_factor', control.factor)
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         """Disarms the capture after the backward pass, if `optim_context` armed it."""
@@ -147,10 +159,10 @@ class DoubleBackwardMixin(CompiledMixin):
             self._twice.measure()
 
 
-class LossMixin(LossNotingMixin):
-    """Mixin that passes the number of steps to the optimizer, beside the loss of each."""
+class StepCountMixin(CompiledMixin):
+    """Mixin that tells the optimizer the number of steps of the run, and logs its sparsity."""
 
-    optimizer: SOAA
+    optimizer: Any
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Passes the number of optimizer steps of the run; a step may take several iterations."""
@@ -158,6 +170,25 @@ class LossMixin(LossNotingMixin):
         if max_counts > 0:
             accumulated: int = self._accumulative_counts  # type: ignore[attr-defined]
             self.optimizer.plan_steps(math.ceil(max_counts / accumulated))
+
+
+class LossMixin(StepCountMixin, LossNotingMixin):
+    """Mixin that passes the number of steps to the optimizer, beside the loss of each."""
+
+
+class SparsityMixin(StepCountMixin):
+    """Mixin that logs the share of zero filters, and the report at the end of the run."""
+
+    @_disable_dynamo
+    def update_params(self, *args: Any, **kwargs: Any) -> None:
+        """The base class's; counts filters every `SPARSITY_INTERVAL` iterations and at the end."""
+        super().update_params(*args, **kwargs)
+        count, last = self._inner_count, self._max_counts  # type: ignore[attr-defined]
+        if count % SPARSITY_INTERVAL == 0 or count == last:
+            share = self.optimizer.sparsity().share
+            MessageHub.get_current_instance().update_scalar('train/sparsity', share)
+        if count == last:
+            print_log(self.optimizer.report(), logger='current')
 
 
 class PrecondOptimWrapper(PrecondMixin, OptimWrapper):
@@ -169,7 +200,12 @@ class PrecondAmpOptimWrapper(PrecondMixin, AmpOptimWrapper):
 
 
 #: Mixins by the needs of an optimizer (see `RuleOptimizer.needs`).
-MIXINS: dict[str, type] = {'capture': PrecondMixin, 'graph': DoubleBackwardMixin, 'loss': LossMixin}
+MIXINS: dict[str, type] = {
+    'capture': PrecondMixin,
+    'graph': DoubleBackwardMixin,
+    'loss': LossMixin,
+    'length': SparsityMixin,
+}
 
 
 def mixed_wrapper(base: type[OptimWrapper], needs: str, owner: str) -> type[OptimWrapper]:

@@ -3,16 +3,17 @@
 from .draw import draw_spectra, draw_surface, write_page, write_spectra, write_surface
 from .explore import explore
 from .lanczos import Spectrum, find_spectrum, inverse_root, lanczos
-from .loss import Loss, Split
+from .loss import Loss, OutputLoss
 from .preconditioned import preconditioner_of
 from .products import choose_product
-from .stability import largest_rate
+from .stability import StableRate, largest_rate
 from .surface import Surface, find_surface, random_directions
 
 __all__ = [
     'Loss',
     'Spectrum',
-    'Split',
+    'OutputLoss',
+    'StableRate',
     'Surface',
     'choose_product',
     'draw_spectra',

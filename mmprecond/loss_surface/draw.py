@@ -58,7 +58,7 @@ def draw_surface(surface: Surface, path: Path, labels: tuple[str, str]) -> None:
 
 
 def write_page(surface: Surface, path: Path, labels: tuple[str, str]) -> None:
-    """Writes an HTML page with the surface to turn and zoom; it loads nothing from elsewhere."""
+    """Writes an interactive HTML page with the surface, which loads nothing from elsewhere."""
     import plotly.graph_objects as go
 
     plot: Any = go.Figure(

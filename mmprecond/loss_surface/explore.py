@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec as find_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_installed
+from ..checks import check_choice, check_installed, reject_unexpected
 from .draw import draw_spectra, draw_surface, write_page, write_spectra, write_surface
 from .lanczos import Product, Spectrum, find_spectrum
 from .loss import Loss
 from .preconditioned import preconditioner_of
-from .products import choose_product
+from .products import MATRICES, PRODUCTS, choose_product
 from .surface import find_surface, random_directions
 
 logger = logging.getLogger('mmprecond')
@@ -70,12 +71,9 @@ def explore(
 
     Raises:
         ValueError: If a setting is invalid, or the loss has no Gauss-Newton matrix.
-        ImportError: If matplotlib is missing, or tqdm for progress bars.
+        ImportError: If matplotlib, tqdm (for progress bars) or curvlinops is missing.
     """
-    check_choice('plane', plane, PLANES)
-    check_installed('matplotlib', 'a picture of a spectrum')
-    if progress:
-        check_installed('tqdm', 'a progress bar')
+    check_settings(dict(plane=plane, matrix=matrix, product=product, progress=progress))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     logger.info('%s', forecast(loss, steps))
@@ -83,13 +81,13 @@ def explore(
     spectra = {}
     for name, metric in _metrics(loss, optimizer, TITLES[matrix]).items():
         spectra[name] = _spectrum(name, multiply, loss, steps, runs, metric, progress)
-        found = spectra[name]
+        spectrum = spectra[name]
         logger.info(
             '%s: eigenvalues from %.3g to %.3g, mean %.3g',
             name,
-            found.smallest,
-            found.largest,
-            found.mean,
+            spectrum.smallest,
+            spectrum.largest,
+            spectrum.mean,
         )
     draw_spectra(spectra, folder / 'spectrum.png')
     write_spectra(spectra, folder / 'spectrum.csv')
@@ -98,6 +96,19 @@ def explore(
         _write_plane(loss, plain if plane == 'eigen' else None, folder, span, points, progress)
     logger.info('files in %s', folder)
     return spectra
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises the errors of `explore` for settings that can be found without a loss."""
+    known = [name for name in signature(explore).parameters if name not in ('loss', 'folder')]
+    reject_unexpected('explore', {k: v for k, v in settings.items() if k not in known}, known)
+    for name, choices in (('plane', PLANES), ('matrix', MATRICES), ('product', PRODUCTS)):
+        check_choice(name, settings.get(name, choices[0]), choices)
+    check_installed('matplotlib', 'a picture of a spectrum')
+    if settings.get('progress', True):
+        check_installed('tqdm', 'a progress bar')
+    if settings.get('matrix') == 'gauss-newton':
+        check_installed('curvlinops', 'the Gauss-Newton matrix', 'curvlinops-for-pytorch')
 
 
 def forecast(loss: Loss, steps: int) -> str:
@@ -133,7 +144,7 @@ def _spectrum(
 ) -> Spectrum:
     """Spectrum with a progress bar."""
     if not progress:
-        return find_spectrum(product, loss.point(), steps, runs, precondition=metric)
+        return find_spectrum(product, loss.parameter_vector(), steps, runs, precondition=metric)
     from tqdm import tqdm
 
     with tqdm(total=runs * steps, desc=name) as bar:
@@ -142,7 +153,7 @@ def _spectrum(
             bar.update()
             return product(vector)
 
-        return find_spectrum(counted, loss.point(), steps, runs, precondition=metric)
+        return find_spectrum(counted, loss.parameter_vector(), steps, runs, precondition=metric)
 
 
 def _write_plane(
@@ -155,12 +166,14 @@ def _write_plane(
 ) -> None:
     """Writes the surface along a spectrum's leading vectors, or along random directions."""
     if spectrum is not None and len(spectrum.vectors) == 2:
-        length = loss.point().norm()
+        length = loss.parameter_vector().norm()
         first, second = (vector / vector.norm() * length for vector in spectrum.vectors)
-        span, labels = span or EIGEN_SPAN, ('first eigenvector', 'second eigenvector')
+        kind, usual = 'eigenvector', EIGEN_SPAN
     else:
         first, second = random_directions(loss)
-        span, labels = span or 1.0, ('first random direction', 'second random direction')
+        kind, usual = 'random direction', 1.0
+    labels = f'first {kind}', f'second {kind}'
+    span = usual if span is None else span
     surface = find_surface(loss, first, second, span, points, progress)
     draw_surface(surface, folder / 'surface.png', labels)
     write_surface(surface, folder / 'surface.csv')

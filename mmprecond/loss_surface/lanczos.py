@@ -59,7 +59,7 @@ class Spectrum:
 def lanczos(
     product: Product, start: Tensor, steps: int, precondition: Product | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs Lanczos with whole re-orthogonalisation.
+    """Runs Lanczos with full reorthogonalisation.
 
     Without `precondition` it tridiagonalises a symmetric A. With a symmetric positive definite P it
     does so for ``P^1/2 A P^1/2``, whose eigenvalues are those of ``P A``, from products with A and
@@ -73,7 +73,7 @@ def lanczos(
 
     Returns:
         Diagonal (m,), off-diagonal (m - 1,) and ``P v`` of the basis (m, n), for m steps. It ends
-        early where the start lies in a space of few eigenvectors.
+        early where the start lies in a small invariant subspace.
     """
     check_count('steps', steps)
     apply = precondition or (lambda vector: vector)
@@ -135,7 +135,7 @@ def find_spectrum(
     Args:
         product: Product of a symmetric matrix A and a vector (n,).
         like: Tensor (n,) with the dtype and device of the vectors.
-        steps: Lanczos steps of a run; each takes a product and keeps two vectors (n,).
+        steps: Lanczos steps of a run. Each takes a product and keeps a vector (n,), or two with P.
         runs: Runs with random start vectors.
         seed: Seed of the start vectors.
         precondition: Product of a symmetric positive definite P and a vector (n,): the spectrum is

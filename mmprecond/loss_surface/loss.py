@@ -16,7 +16,7 @@ from ..checks import check_choice
 MODES = ('eval', 'train')
 
 
-class Split(NamedTuple):
+class OutputLoss(NamedTuple):
     """A batch's loss, as a criterion of a network's outputs.
 
     Attributes:
@@ -44,7 +44,7 @@ class Loss:
             scalar with a graph.
         mode: 'eval' (default): batch normalisation by running statistics, no dropout. 'train': by
             the statistics of each batch, with dropout. The model's own mode comes back.
-        splits: The same losses as criteria of outputs, which the Gauss-Newton matrix needs.
+        output_losses: The same losses as criteria of outputs, which the Gauss-Newton matrix needs.
 
     Raises:
         ValueError: If the model has no trainable parameter, or there is no batch.
@@ -55,12 +55,12 @@ class Loss:
         model: nn.Module,
         closures: Sequence[Callable[[], Tensor]],
         mode: str = 'eval',
-        splits: Sequence[Split] = (),
+        output_losses: Sequence[OutputLoss] = (),
     ) -> None:
         check_choice('mode', mode, MODES)
         self.model = model
         self.closures = tuple(closures)
-        self.splits = tuple(splits)
+        self.output_losses = tuple(output_losses)
         self.mode = mode
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
@@ -78,16 +78,20 @@ class Loss:
         mode: str = 'eval',
     ) -> Loss:
         """Loss of a plain PyTorch model: ``loss_function(model(inputs), targets)``."""
-        return cls.of_splits(model, [Split(model, loss_function, *pair) for pair in batches], mode)
+        return cls.of_output_losses(
+            model, [OutputLoss(model, loss_function, *pair) for pair in batches], mode
+        )
 
     @classmethod
-    def of_splits(cls, model: nn.Module, splits: Sequence[Split], mode: str = 'eval') -> Loss:
+    def of_output_losses(
+        cls, model: nn.Module, output_losses: Sequence[OutputLoss], mode: str = 'eval'
+    ) -> Loss:
         """Loss that is a criterion of a network's outputs on each batch."""
 
-        def closure(split: Split) -> Callable[[], Tensor]:
+        def closure(split: OutputLoss) -> Callable[[], Tensor]:
             return lambda: split.criterion(split.network(split.inputs), split.targets)
 
-        return cls(model, [closure(split) for split in splits], mode, splits)
+        return cls(model, [closure(split) for split in output_losses], mode, output_losses)
 
     def value(self) -> float:
         """Mean loss of the batches."""
@@ -99,16 +103,16 @@ class Loss:
         with self._evaluating():
             return self._mean(self._derivative(closure()) for closure in self.closures)
 
-    def hessian_product(self, vector: Tensor) -> Tensor:
+    def hessian_vector_product(self, vector: Tensor) -> Tensor:
         """Product (n,) of the Hessian and a vector (n,), by a second backward pass.
 
         Raises:
             RuntimeError: If an operation has no second derivative, such as RoIAlign.
         """
         with self._evaluating():
-            return self._mean(self._second(closure(), vector) for closure in self.closures)
+            return self._mean(self._hessian_vector(closure(), vector) for closure in self.closures)
 
-    def gauss_newton_product(self, vector: Tensor) -> Tensor:
+    def gauss_newton_vector_product(self, vector: Tensor) -> Tensor:
         """Product (n,) of the generalised Gauss-Newton matrix and a vector (n,), by curvlinops.
 
         The matrix is the mean of ``J' L J``, with the Jacobian J of the outputs and the Hessian L
@@ -117,19 +121,19 @@ class Loss:
         Raises:
             ValueError: If the loss is not known as a criterion of outputs.
         """
-        self.check_split()
+        self.check_output_losses()
         with self._evaluating():
-            return self._mean(self._gauss_newton(split) @ vector for split in self.splits)
+            return self._mean(self._gauss_newton(split) @ vector for split in self.output_losses)
 
-    def check_split(self) -> None:
+    def check_output_losses(self) -> None:
         """Raises ValueError if the loss has no Gauss-Newton matrix."""
-        if not self.splits:
+        if not self.output_losses:
             raise ValueError(
                 "the Gauss-Newton matrix needs a loss of a network's outputs: a classifier of "
                 'MMPretrain, or Loss.of_batches; take the Hessian'
             )
 
-    def _gauss_newton(self, split: Split) -> Any:
+    def _gauss_newton(self, split: OutputLoss) -> Any:
         from curvlinops import GGNLinearOperator
 
         batch = [(split.inputs, split.targets)]
@@ -138,23 +142,24 @@ class Loss:
             split.network, criterion, self.params, batch, check_deterministic=False
         )
 
-    def difference_product(self, vector: Tensor, step: float | None = None) -> Tensor:
+    def difference_vector_product(self, vector: Tensor, share: float = 1.0) -> Tensor:
         """Product (n,) of the Hessian and a vector (n,), by a central difference of gradients.
+
+        The distance of the two points from the parameters is the cube root of the dtype's rounding
+        error, relative to the length of the parameters.
 
         Args:
             vector: The vector (n,).
-            step: Distance of the two points in the direction of the vector, relative to the length
-                of the parameters; default: the cube root of the dtype's rounding error.
+            share: Factor of the distance; default: 1.
         """
         length = vector.norm()
         if length == 0:
             return torch.zeros_like(vector)
-        if step is None:
-            step = torch.finfo(vector.dtype).eps ** (1 / 3)
-        scale = step * max(1.0, float(self.point().norm())) / float(length)
-        with self.moved(scale * vector):
+        step = share * torch.finfo(vector.dtype).eps ** (1 / 3)
+        scale = step * max(1.0, float(self.parameter_vector().norm())) / float(length)
+        with self.displaced(scale * vector):
             ahead = self.gradient()
-        with self.moved(-scale * vector):
+        with self.displaced(-scale * vector):
             behind = self.gradient()
         return (ahead - behind) / (2 * scale)
 
@@ -170,11 +175,11 @@ class Loss:
             type(node).__name__.removesuffix('Backward') for node in nodes if isinstance(node, kind)
         }
 
-    def point(self) -> Tensor:
+    def parameter_vector(self) -> Tensor:
         """Copy (n,) of the parameters."""
-        return self.join([p.detach() for p in self.params])
+        return self.flatten([p.detach() for p in self.params])
 
-    def join(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Vector (n,) of tensors in the shapes of the parameters; None counts as zeros."""
         return torch.cat(
             [
@@ -183,29 +188,29 @@ class Loss:
             ]
         )
 
-    def split(self, vector: Tensor) -> list[Tensor]:
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Tensors in the shapes of the parameters from a vector (n,)."""
         pieces = vector.split([p.numel() for p in self.params])
         return [piece.view_as(p) for p, piece in zip(self.params, pieces, strict=True)]
 
     @contextmanager
-    def moved(self, offset: Tensor) -> Iterator[None]:
+    def displaced(self, offset: Tensor) -> Iterator[None]:
         """Moves the parameters by a vector (n,) and restores them to the bit."""
         before = [p.detach().clone() for p in self.params]
         try:
             with torch.no_grad():
-                torch._foreach_add_(self.params, self.split(offset))
+                torch._foreach_add_(self.params, self.unflatten(offset))
             yield
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self.params, before)
 
     def _derivative(self, loss: Tensor, graph: bool = False) -> Tensor:
-        return self.join(
+        return self.flatten(
             torch.autograd.grad(loss, self.params, create_graph=graph, allow_unused=True)
         )
 
-    def _second(self, loss: Tensor, vector: Tensor) -> Tensor:
+    def _hessian_vector(self, loss: Tensor, vector: Tensor) -> Tensor:
         product = self._derivative(loss, graph=True) @ vector
         if not product.requires_grad:  # the gradient is constant
             return torch.zeros_like(vector)

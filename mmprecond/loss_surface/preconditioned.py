@@ -50,7 +50,7 @@ def direction_map(optimizer: PreconditionedOptimizer, loss: Loss) -> Callable[[T
             there are none yet.
     """
     if optimizer.curvature.sharding.mode == 'apply':
-        raise ValueError("under sharding='apply' each rank has a part of the operators alone")
+        raise ValueError("under sharding='apply' a rank holds only its part of the operators")
     stacks = optimizer.curvature.stacks
     rotating = [stack.method for stack in stacks if stack.method.rotates]
     if rotating:
@@ -66,17 +66,17 @@ def direction_map(optimizer: PreconditionedOptimizer, loss: Loss) -> Callable[[T
             if scalar is not None:
                 batch.scale(scalar)
             batch.write(tensors)
-        return loss.join([tensors[p] for p in loss.params])
+        return loss.flatten([tensors[p] for p in loss.params])
 
     return product
 
 
 def _by_parameter(loss: Loss, vector: Tensor) -> dict[Tensor, Tensor]:
-    return dict(zip(loss.params, loss.split(vector), strict=True))
+    return dict(zip(loss.params, loss.unflatten(vector), strict=True))
 
 
 def _recovery(batch: Transformed) -> Tensor | None:
-    """Scalars (k * parts,) of norm recovery for the batch's tensors, or None; 1 for a zero one."""
+    """Scalars (k * parts,) of norm recovery, or None without it; 1 for a part that is zero."""
     if not batch.parts or batch.results is batch.given:
         return None
     before = _part_norms(batch)

@@ -20,8 +20,8 @@ class StableRate(NamedTuple):
     """A learning rate with what it was found from.
 
     Attributes:
-        rate: Largest stable rate, of the group with the largest rate.
-        eigenvalue: Largest eigenvalue of ``S P H``.
+        rate: Largest stable learning rate, for the group whose rate is largest.
+        eigenvalue: Largest eigenvalue of the scaled, preconditioned Hessian (see `largest_rate`).
         bound: Largest stable product of the rate and the eigenvalue.
     """
 
@@ -34,7 +34,7 @@ def largest_rate(
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     product: str = 'auto',
-    steps: int = 40,
+    vectors: int = 40,
     tolerance: float = 0.01,
 ) -> StableRate:
     """Finds the rate above which steps along the sharpest direction grow.
@@ -42,10 +42,9 @@ def largest_rate(
     Near the present weights a step of SGD or Adam is a linear recursion in ``S P H``: the Hessian
     H, the map P of the preconditioner (see `preconditioner_of`), and a diagonal S with the rates of
     the groups relative to the largest one and, for Adam, one over the root of its second moment. It
-    is stable if the rate times the largest eigenvalue is below a bound of the momentum m:
-    ``2 (1 + m)`` for SGD, ``2 (1 + m) / (1 + 2 m)`` for Nesterov's momentum, and
-    ``2 (1 + m) / (1 - m)`` where the momentum is a moving average, as in Adam. Weight decay and
-    clipping are left out. The curvature changes in training: the rate is where to start a search.
+    is stable if the rate times the largest eigenvalue is below a bound (see `stability_bound`).
+    Weight decay and clipping are left out. The curvature changes in training: the rate is where to
+    start a search.
 
     Source: Cohen et al., Gradient Descent on Neural Networks Typically Occurs at the Edge of
     Stability (arXiv 2103.00065), appendix B, and Adaptive Gradient Methods at the Edge of Stability
@@ -55,18 +54,18 @@ def largest_rate(
         loss: The loss.
         optimizer: SGD, Adam or AdamW of torch, or an optimizer of this package with the rule SGDM,
             EMASGD or AdamW. It must have taken steps if it is adaptive or preconditions.
-        product: How the Hessian is multiplied: see `choose_product`.
-        steps: Arnoldi vectors that are kept.
-        tolerance: Relative accuracy of the eigenvalue.
+        product: How the Hessian is multiplied: see `choose_product`; default: 'auto'.
+        vectors: Arnoldi vectors that are kept; default: 40.
+        tolerance: Relative accuracy of the eigenvalue; default: 0.01.
 
     Returns:
-        The rate; infinite where no direction curves upwards.
+        The rate with its eigenvalue; it is infinite if no eigenvalue is positive.
 
     Raises:
         ValueError: If the optimizer is another one, or has taken no step.
         ImportError: If scipy is missing.
     """
-    check_count('steps', steps)
+    check_count('vectors', vectors)
     check_installed('scipy', 'the largest stable rate')
     bound = stability_bound(optimizer)
     multiply = choose_product(loss, product)
@@ -76,12 +75,16 @@ def largest_rate(
     def apply(vector: Tensor) -> Tensor:
         return scale * precondition(multiply(vector))
 
-    eigenvalue = _rightmost(apply, loss.point(), steps, tolerance)
+    eigenvalue = _rightmost(apply, loss.parameter_vector(), vectors, tolerance)
     return StableRate(bound / eigenvalue if eigenvalue > 0 else float('inf'), eigenvalue, bound)
 
 
 def stability_bound(optimizer: torch.optim.Optimizer) -> float:
-    """Largest stable product of rate and eigenvalue, by the kind of momentum.
+    """Largest stable product of rate and eigenvalue, for a momentum m.
+
+    It is ``2 (1 + m)`` for SGD, divided by ``1 - dampening``; ``2 (1 + m) / (1 + 2 m)`` for
+    Nesterov's momentum; and ``2 (1 + m) / (1 - m)`` where the momentum is a moving average, as in
+    Adam.
 
     Raises:
         ValueError: If the optimizer's steps are of another kind.
@@ -117,9 +120,12 @@ def _scale(optimizer: torch.optim.Optimizer, loss: Loss) -> Tensor:
     largest = max(rates) or 1.0
     pieces: list[Tensor] = []
     for p, rate in zip(loss.params, rates, strict=True):
-        one = torch.full_like(p, rate / largest if max(rates) else 1.0)
-        pieces.append(one / _root(optimizer.state.get(p, {}), groups[p]) if p in groups else one)
-    return loss.join([piece.detach() for piece in pieces])
+        if p not in groups:
+            pieces.append(torch.zeros_like(p))
+            continue
+        share = torch.full_like(p, rate / largest if max(rates) else 1.0)
+        pieces.append(share / _root(optimizer.state.get(p, {}), groups[p]))
+    return loss.flatten([piece.detach() for piece in pieces])
 
 
 def _root(state: dict[str, Any], group: dict[str, Any]) -> Tensor | float:
@@ -128,13 +134,13 @@ def _root(state: dict[str, Any], group: dict[str, Any]) -> Tensor | float:
         return 1.0
     if 'exp_avg_sq' not in state:
         raise ValueError('Adam has no second moment of a parameter yet; take some steps first')
-    second: Tensor = state['exp_avg_sq']
+    second: Tensor = state['max_exp_avg_sq' if group.get('amsgrad') else 'exp_avg_sq']
     root = (second / (1 - group['betas'][1] ** float(state['step']))).sqrt()
     return root + group['eps']
 
 
 def _rightmost(
-    product: Callable[[Tensor], Tensor], like: Tensor, steps: int, tolerance: float
+    product: Callable[[Tensor], Tensor], like: Tensor, vectors: int, tolerance: float
 ) -> float:
     """Largest real part of the eigenvalues of a linear map, by Arnoldi (ARPACK)."""
     from scipy.sparse.linalg import LinearOperator, eigs
@@ -150,8 +156,8 @@ def _rightmost(
     operator = LinearOperator((size, size), matvec=multiply, dtype=like.cpu().numpy().dtype)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(size, generator=generator).to(like.dtype).numpy()
-    kept = min(steps, size)
-    found = eigs(
+    kept = min(vectors, size)
+    eigenvalues = eigs(
         operator, 1, which='LR', v0=start, ncv=kept, tol=tolerance, return_eigenvectors=False
     )
-    return float(found.real.max())
+    return float(eigenvalues.real.max())

@@ -29,8 +29,8 @@ def random_directions(loss: Loss, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Two random directions (n,), normalised by filter.
 
     Each filter (a slice of a weight along its first dimension) has the norm of the model's own
-    filter; 1-D parameters stay as they are. Directions of networks of different scales are then
-    comparable.
+    filter; directions are zero for 1-D parameters. Directions of networks of different scales are
+    then comparable.
 
     Source: Li et al., Visualizing the Loss Landscape of Neural Nets (arXiv 1712.09913), section 4.
     """
@@ -47,7 +47,7 @@ def random_directions(loss: Loss, seed: int = 0) -> tuple[Tensor, Tensor]:
                 sizes = torch.linalg.vector_norm(p.detach(), dim=dims, keepdim=True)
                 noise *= sizes / torch.linalg.vector_norm(noise, dim=dims, keepdim=True)
             pieces.append(noise)
-        return loss.join(pieces)
+        return loss.flatten(pieces)
 
     return draw(), draw()
 
@@ -81,6 +81,6 @@ def find_surface(
     values = []
     for x in rows:
         for y in grid.tolist():
-            with loss.moved(x * first + y * second):
+            with loss.displaced(x * first + y * second):
                 values.append(loss.value())
     return Surface(grid, grid, torch.tensor(values, dtype=torch.float64).view(points, points))

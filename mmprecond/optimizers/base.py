@@ -197,7 +197,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
     # ---------------------------------------------------------------- step
 
     @property
-    def wants_loss(self) -> bool:
+    def needs_loss(self) -> bool:
         """True if a step needs the loss: for ``damping_form='gradient'``."""
         return self.curvature.dampings.gradient is not None
 
@@ -207,7 +207,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
             device = next(iter(self.curvature.layers)).weight.device
             loss = self._use_loss("damping_form='gradient'", device)
             if gradients:
-                control.begin(gradients, loss)
+                control.record_gradients(gradients, loss)
         snapshots = self.curvature.update(self.t, self.param_groups, self._gradients)
         if not snapshots:
             return
@@ -225,7 +225,9 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         if (control := self.curvature.dampings.gradient) is not None:
             rates = [batch.group['lr'] for batch in batches for _ in batch.params]
             if rates:
-                control.end([updates[p] for batch in batches for p in batch.params], rates)
+                control.record_updates(
+                    [updates[p] for batch in batches for p in batch.params], rates
+                )
         super()._apply_updates(batches, updates)
 
     def _prepare_next_step(self) -> None:

@@ -11,7 +11,7 @@ from ..distributed import sum_over_ranks, world_size
 
 
 class LossInput:
-    """Mixin with the loss of the next step, which a training loop, a closure or MMEngine sets."""
+    """Mixin with the loss of this step, which a training loop, a closure or MMEngine sets."""
 
     _loss: Tensor | float | None = None
 
@@ -46,7 +46,7 @@ class LossInput:
             self.take_loss(loss)
 
     def _use_loss(self, purpose: str, device: torch.device) -> Tensor:
-        """The loss, a scalar of float64 on a device, as the mean over the ranks; it is then gone.
+        """Returns the mean loss over the ranks, a scalar of float64 on a device, and clears it.
 
         Raises:
             ValueError: If the loss was not set.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from ..checks import argument_names, reject_unexpected
+from ..checks import argument_names, check_count, reject_unexpected
 from ..rules.ramda import RAMDARule
 from .rule_optimizer import RuleOptimizer
 from .settings import takes_settings
@@ -28,22 +28,28 @@ class RAMDA(RuleOptimizer):
     """Regularized adaptive momentum dual averaging, which prunes filters in training.
 
     See `RAMDARule` for the step. It takes three numbers for each weight. Filters become exactly
-    zero at the end of a run, when the momentum rises to 1: give it a schedule
-    (MMEngine's `LinearMomentum`), or set it in the last steps. `sparsity` counts them. A filter
-    before batch normalisation can be zero without harm to the rest; give layers whose filters must
-    stay, such as the last one, a group with ``sparsity=0``.
+    zero at the end of a run, when the momentum rises to 1. For this the optimizer must know the
+    length of the run: MMEngine's wrapper tells it; elsewhere give `total_steps`. `sparsity` counts
+    the filters. They stay in the weights as zeros: removing them is left to other tools. Give
+    layers whose filters must stay a group with ``group_lasso=0``.
 
     Source: RAMDA (arXiv 2403.14398) and its code.
 
     Args:
         params: Parameters or groups, or the module itself.
         lr: Learning rate.
-        momentum: Weight of the dual average in each step, in (0, 1]; 1 is no momentum.
+        momentum: Weight of the dual average in each step before it rises, in (0, 1]; 1 is no
+            momentum.
         weight_decay: Added to the gradient, times the weights.
-        sparsity: Weight of the group lasso. The source takes 1e-4 to 1e-2 by the task.
+        group_lasso: Weight of the group lasso, times the sum of ``lr sqrt(t)``: its effect grows
+            with the rate and the length of the run. The source takes 1e-4 to 1e-2.
+        total_steps: Number of optimizer steps of the run.
         eps: Added to the metric.
-        linear: Whether rows of matrices are filters too; default: filters of convolutions alone.
-        restart: Fall of lr at which the average starts again, from the present weights.
+        prune_matrices: Whether rows of matrices are filters too; default: those of convolutions
+            alone.
+        restart: The average starts again, from the present weights, when lr falls to this share of
+            its largest value.
+        rise: Share of the run, at its end, in which the momentum rises.
         settings: 'default', or 'published' for the literal settings of the source.
         **unexpected: Other arguments, which are refused.
 
@@ -53,8 +59,11 @@ class RAMDA(RuleOptimizer):
     """
 
     rule: RAMDARule
+    needs = 'length'
 
-    published: ClassVar[dict[str, Any]] = dict(momentum=0.1, eps=1e-6, linear=False, restart=0.1)
+    published: ClassVar[dict[str, Any]] = dict(
+        momentum=0.1, eps=1e-6, prune_matrices=False, restart=0.1
+    )
 
     @takes_settings
     def __init__(
@@ -64,19 +73,30 @@ class RAMDA(RuleOptimizer):
         momentum: float = 0.1,
         weight_decay: float = 0.0,
         *,
-        sparsity: float = 1e-4,
+        group_lasso: float = 1e-4,
+        total_steps: int | None = None,
         eps: float = 1e-6,
-        linear: bool = False,
+        prune_matrices: bool = False,
         restart: float = 0.1,
+        rise: float = 1 / 3,
         **unexpected: Any,
     ) -> None:
         reject_unexpected('RAMDA', unexpected, argument_names(RAMDA))
         if isinstance(params, nn.Module):
             params = params.parameters()
         defaults = dict(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, sparsity=sparsity, eps=eps
+            lr=lr, momentum=momentum, weight_decay=weight_decay, group_lasso=group_lasso, eps=eps
         )
-        super().__init__(params, RAMDARule(linear, restart), defaults)
+        super().__init__(params, RAMDARule(prune_matrices, restart, rise), defaults)
+        if total_steps is not None:
+            check_count('total_steps', total_steps)
+        self._requested_steps = total_steps
+        self.rule.total_steps = total_steps
+
+    def plan_steps(self, count: int) -> None:
+        """Sets the number of optimizer steps of the run; the user's `total_steps` has priority."""
+        if self._requested_steps is None:
+            self.rule.total_steps = count
 
     def sparsity(self) -> Sparsity:
         """Filters of all regularized weights, and those that are zero now."""
@@ -90,8 +110,8 @@ class RAMDA(RuleOptimizer):
 
     def report(self) -> str:
         """Sentence about the parameters, and how many filters are zero now."""
-        found = self.sparsity()
+        counts = self.sparsity()
         return (
-            f'{super().report()}; {found.zero:,} of {found.filters:,} filters are zero '
-            f'({100 * found.share:.1f} %)'
+            f'{super().report()}; {counts.zero:,} of {counts.filters:,} filters are zero '
+            f'({100 * counts.share:.1f} %)'
         )

@@ -46,7 +46,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         needs: Input that a training loop must supply in addition to gradients. MMEngine's wrapper
             supplies it. 'capture': `arm` before the forward pass, `disarm` after the backward pass,
             and `loss_scale`. 'graph': differentiable gradients if `needs_graph` is true, then a
-            call of `measure`. 'loss': the attribute `loss`, and `plan_steps`. '': nothing.
+            call of `measure`. 'length': `plan_steps`, before the first step. 'loss': the attribute
+            `loss`, and `plan_steps`. '': nothing.
 
     Raises:
         ValueError: If a hyper-parameter is out of range.
@@ -116,7 +117,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return loss
 
     @property
-    def wants_loss(self) -> bool:
+    def needs_loss(self) -> bool:
         """True if `loss` must be set before each step."""
         return self.needs == 'loss'
 

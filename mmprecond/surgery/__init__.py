@@ -1,17 +1,17 @@
-"""Surgeries: one gradient from those of several losses that are in conflict."""
+"""Gradient surgery: one gradient from those of several losses in conflict."""
 
-from .base import Surgery
+from .base import Aggregator
 from .gcond import GCond
-from .gradients import SURGERIES, GradientSurgery, build_surgery
+from .gradients import AGGREGATORS, GradientSurgery, build_aggregator
 from .pcgrad import PCGrad
 from .samgs import SAMGS
 
 __all__ = [
-    'SURGERIES',
+    'AGGREGATORS',
     'GCond',
     'GradientSurgery',
     'PCGrad',
     'SAMGS',
-    'Surgery',
-    'build_surgery',
+    'Aggregator',
+    'build_aggregator',
 ]

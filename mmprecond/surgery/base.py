@@ -1,4 +1,4 @@
-"""Contract of a surgery, which combines the gradients of several losses into one."""
+"""Contract of an aggregator, which combines the gradients of several losses into one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 
-class Surgery(ABC):
+class Aggregator(ABC):
     """Combination of the gradients of several losses into one gradient."""
 
     @abstractmethod
     def combine(self, gradients: Tensor) -> Tensor:
-        """Combines the gradients (k, n) of k losses into one (n,).
+        """Combines the gradients of k losses into one (n,).
 
-        Where no two of them are in conflict, by the method's own measure, and the method does not
-        rescale, it is their sum.
+        Returns their sum if the method finds no conflict; methods that rescale say so.
 
         Args:
-            gradients: The gradients, which may be changed.
+            gradients: Gradients (k, n), float32 or float64; they may be overwritten.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -32,12 +31,15 @@ class Surgery(ABC):
 
 
 def gram(gradients: Tensor) -> Tensor:
-    """Products (k, k) of the gradients (k, n), in float64 on the CPU."""
+    """Gram matrix (k, k) of the gradients (k, n), in float64.
+
+    It is on the CPU: the branches that follow read single entries of this small matrix.
+    """
     return (gradients @ gradients.T).double().cpu()
 
 
 def cosines(products: Tensor) -> Tensor:
-    """Cosines (k, k) from products; those with a zero gradient are 0."""
+    """Cosines (k, k) from a Gram matrix; those with a zero gradient are 0."""
     norms = products.diagonal().clamp(min=0).sqrt()
     sizes = norms[:, None] * norms
     return torch.where(sizes > 0, products / sizes.clamp(min=1e-300), 0.0)

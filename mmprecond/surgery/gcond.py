@@ -10,32 +10,36 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_number
-from .base import Surgery, cosines, gram
+from .base import Aggregator, cosines, gram
 
 
-class GCond(Surgery):
+class GCond(Aggregator):
     """Gradient conductor, made for gradients that are accumulated over several batches.
 
     The pair with the smallest cosine is resolved first, and so on until none is below the weak
     threshold or 2 k pairs were resolved. By the cosine:
 
-    - weak: both lose their component along the other;
-    - main: the one that yields loses its component along the other;
-    - critical: the one that yields is left out.
+    - main <= cosine < weak: both lose their component along the other;
+    - critical <= cosine < main: the one that yields loses its component along the other;
+    - cosine < critical: the one that yields is left out.
 
-    The arbiter scores both by ``0.8 max(stability, 0) + 0.2 strength``: the cosine with the loss's
-    own gradient of the step before, and the share of the norms in units of their moving averages.
-    The lower one yields. A loss that won the last `window` times yields too. The result is the
-    sum.
+    The arbiter scores both by ``weights[0] max(stability, 0) + weights[1] strength``. Stability is
+    the cosine with the loss's own gradient of the step before. Strength is a gradient's norm,
+    divided by that norm's moving average (which starts at 1), as a share of the pair's total. The
+    gradient with the lower score yields. One that won the last `window` times yields too. The
+    result is the sum.
 
     Source: GCond (arXiv 2509.07252) and its code, its four zones. Its momentum and trust ratio
     are left to the optimizer.
 
     Args:
-        thresholds: Cosines (critical, main, weak), in ascending order.
-        weights: Weights of stability and strength.
-        window: Wins in a row after which a loss yields; 0 for no such rule.
-        decay: Decay of the norms' moving averages.
+        thresholds: Cosines (critical, main, weak), ascending; default (-0.8, -0.5, 0).
+        weights: Weights of stability and strength; default (0.8, 0.2).
+        window: Wins in a row after which a loss yields, default 3; 0 for no such rule.
+        decay: Decay of the norms' moving averages, in [0, 1); default 0.95.
+
+    Raises:
+        ValueError: If a setting is out of range.
     """
 
     def __init__(
@@ -50,6 +54,10 @@ class GCond(Surgery):
             raise ValueError(
                 f'thresholds={tuple(thresholds)} are not three ascending cosines; write '
                 'thresholds=(-0.8, -0.5, 0.0)'
+            )
+        if len(weights) != 2:
+            raise ValueError(
+                f'weights={tuple(weights)} are not two numbers; write weights=(0.8, 0.2)'
             )
         for weight in weights:
             check_number('weights', weight)
@@ -76,16 +84,16 @@ class GCond(Surgery):
         rows = torch.eye(count, dtype=torch.float64)
         for _ in range(2 * count):
             now = rows @ products @ rows.T
-            angles = cosines(now).fill_diagonal_(1.0)
-            angles[now.diagonal() <= 0] = 1.0
-            angles[:, now.diagonal() <= 0] = 1.0
-            if float(angles.min()) >= self.thresholds[2]:
+            similarities = cosines(now).fill_diagonal_(1.0)
+            similarities[now.diagonal() <= 0] = 1.0
+            similarities[:, now.diagonal() <= 0] = 1.0
+            if float(similarities.min()) >= self.thresholds[2]:
                 break
-            first, second = divmod(int(angles.argmin()), count)
+            first, second = divmod(int(similarities.argmin()), count)
             stable = (rows @ crossed).diagonal() / (
                 now.diagonal().clamp(min=0).sqrt() * previous.double().cpu() + 1e-8
             )
-            self._resolve(rows, now, (first, second), stable, float(angles[first, second]))
+            self._resolve(rows, now, (first, second), stable, float(similarities[first, second]))
         self._before = gradients.clone()
         return rows.sum(0).to(gradients) @ gradients
 

@@ -1,26 +1,31 @@
-"""Gradients of several losses: taken apart, combined by a surgery, and written back."""
+"""Gradient surgery: the summed gradient is replaced by a combination of the losses' gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, reject_unexpected
 from ..distributed import sum_over_ranks, world_size
-from .base import Surgery, cosines, gram
+from .base import Aggregator, cosines, gram
 from .gcond import GCond
 from .pcgrad import PCGrad
 from .samgs import SAMGS
 
-#: Surgeries by name.
-SURGERIES: dict[str, Callable[..., Surgery]] = {'PCGrad': PCGrad, 'GCond': GCond, 'SAMGS': SAMGS}
+#: Aggregators by name.
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
+    'PCGrad': PCGrad,
+    'GCond': GCond,
+    'SAMGS': SAMGS,
+}
 
 
-def build_surgery(method: str | dict[str, Any]) -> Surgery:
-    """Builds a surgery from its name, or from ``dict(type=name, **settings)``.
+def build_aggregator(method: str | dict[str, Any]) -> Aggregator:
+    """Builds an aggregator from its name, or from ``dict(type=name, **settings)``.
 
     Raises:
         ValueError: If the name is unknown, or a setting is out of range.
@@ -28,12 +33,14 @@ def build_surgery(method: str | dict[str, Any]) -> Surgery:
     """
     settings: dict[str, Any] = {'type': method} if isinstance(method, str) else dict(method)
     name = settings.pop('type', None)
-    check_choice('surgery', name, SURGERIES)
-    return SURGERIES[name](**settings)
+    check_choice('surgery', name, AGGREGATORS)
+    known = list(signature(AGGREGATORS[name]).parameters)
+    reject_unexpected(name, {k: v for k, v in settings.items() if k not in known}, known)
+    return AGGREGATORS[name](**settings)
 
 
 class GradientSurgery:
-    """Takes the gradient of each loss, and puts one that a surgery made of them into ``.grad``.
+    """Replaces the gradient of summed losses by a combination of their gradients.
 
     In place of ``sum(losses.values()).backward()``::
 
@@ -45,22 +52,23 @@ class GradientSurgery:
     `backward` may be called several times before `resolve`, to accumulate gradients. The sum of the
     losses has an ordinary backward pass, so that hooks on it (statistics of a preconditioner,
     DistributedDataParallel) see it once. All losses but the last have a pass of their own before
-    that; the last one's gradient is the difference. Only parameters that two losses reach at the
-    first call take part: conflicts are in shared parameters alone. If a gradient is not finite, the
-    step keeps the sum.
+    that; the last one's gradient is the difference. Only shared parameters take part: those that
+    at least two losses reach in the first call. If a gradient is not finite, the
+    step keeps the sum's gradient.
 
     For k losses the memory is that of k gradients of the shared parameters, and that of the
     method's state.
 
     Args:
-        params: Parameters.
-        method: 'PCGrad', 'GCond' or 'SAMGS', or a dict with its name as type and its settings.
+        params: Parameters of the model.
+        method: 'PCGrad', 'GCond' (default) or 'SAMGS', or a dict with its name as type and its
+            settings.
         interval: Steps from one surgery to the next; the sum is kept in between. Default: 1.
 
     Attributes:
-        statistics: Numbers of the last surgery: `min_cosine` and `mean_cosine` over all pairs of
+        diagnostics: Numbers of the last surgery: `min_cosine` and `mean_cosine` over all pairs of
             gradients, `conflicts` (pairs with a negative cosine), `norm_NAME` of each loss, and
-            `kept` (norm of the result by that of the sum).
+            `norm_ratio` (norm of the result by that of the sum).
 
     Raises:
         ValueError: If the method is unknown, or a setting is out of range.
@@ -70,9 +78,9 @@ class GradientSurgery:
         self, params: Iterable[Tensor], method: str | dict[str, Any] = 'GCond', interval: int = 1
     ) -> None:
         check_count('interval', interval)
-        self.surgery = build_surgery(method)
+        self.aggregator = build_aggregator(method)
         self.interval = interval
-        self.statistics: dict[str, float] = {}
+        self.diagnostics: dict[str, float] = {}
         self._params = [p for p in params if p.requires_grad]
         self._shared: list[Tensor] | None = None
         self._names: tuple[str, ...] = ()
@@ -85,19 +93,21 @@ class GradientSurgery:
         return self._steps % self.interval == 0
 
     def backward(
-        self, losses: Mapping[str, Tensor], run: Callable[[Tensor], None] = torch.Tensor.backward
+        self,
+        losses: Mapping[str, Tensor],
+        run_backward: Callable[[Tensor], None] = torch.Tensor.backward,
     ) -> None:
         """Takes the losses' gradients apart, and runs the backward pass of their sum.
 
         Args:
             losses: Scalar losses by name, the same names at each call; at least two.
-            run: Function that runs the backward pass of the sum.
+            run_backward: Function that runs the backward pass of the sum; default: torch's.
 
         Raises:
             ValueError: If there are fewer than two losses, or their names have changed.
         """
         self.separate(losses)
-        run(torch.stack(list(losses.values())).sum())
+        run_backward(torch.stack(list(losses.values())).sum())
 
     def separate(self, losses: Mapping[str, Tensor]) -> None:
         """Takes the gradients of all losses but the last; the graph stays for their sum.
@@ -149,8 +159,8 @@ class GradientSurgery:
         if not bool(gradients.isfinite().all()):
             return
         products = gram(gradients)
-        result = self.surgery.combine(gradients)
-        self._note(products, float(result.norm()))
+        result = self.aggregator.combine(gradients)
+        self._record_diagnostics(products, float(result.norm()))
         offset = 0
         for p in self._shared:
             piece = result[offset : offset + p.numel()].view_as(p) * scale
@@ -159,7 +169,7 @@ class GradientSurgery:
                 p.grad.copy_(piece)
 
     def _gradient(self, loss: Tensor) -> Tensor:
-        """Gradient (n,) of a loss by the shared parameters."""
+        """Gradient (n,) of a loss with respect to the shared parameters."""
         assert self._shared is not None
         found = torch.autograd.grad(loss, self._shared, retain_graph=True, allow_unused=True)
         return _flatten(found, self._shared)
@@ -179,32 +189,32 @@ class GradientSurgery:
             raise ValueError('no parameter is reached by two losses: there is nothing to resolve')
         return shared
 
-    def _note(self, products: Tensor, length: float) -> None:
+    def _record_diagnostics(self, products: Tensor, length: float) -> None:
         """Sets the statistics from the products of the gradients and the result's norm."""
         first, second = torch.triu_indices(len(products), len(products), 1)
-        angles = cosines(products)[first, second]
+        similarities = cosines(products)[first, second]
         norms = products.diagonal().clamp(min=0).sqrt().tolist()
         whole = float(products.sum().clamp(min=0).sqrt())
-        self.statistics = {
-            'min_cosine': float(angles.min()),
-            'mean_cosine': float(angles.mean()),
-            'conflicts': float((angles < 0).sum()),
-            'kept': length / whole if whole else 1.0,
+        self.diagnostics = {
+            'min_cosine': float(similarities.min()),
+            'mean_cosine': float(similarities.mean()),
+            'conflicts': float((similarities < 0).sum()),
+            'norm_ratio': length / whole if whole else 1.0,
             **{f'norm_{name}': norm for name, norm in zip(self._names, norms, strict=True)},
         }
 
     def state_dict(self) -> dict[str, Any]:
         """State between steps: the method's, and the number of steps."""
-        return {'steps': self._steps, 'surgery': self.surgery.state_dict()}
+        return {'steps': self._steps, 'aggregator': self.aggregator.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what `state_dict` returned."""
         self._steps = state['steps']
         device = self._params[0].device
-        self.surgery.load_state_dict(
+        self.aggregator.load_state_dict(
             {
                 key: value.to(device) if isinstance(value, Tensor) else value
-                for key, value in state['surgery'].items()
+                for key, value in state['aggregator'].items()
             }
         )
 

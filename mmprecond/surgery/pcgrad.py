@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Surgery, gram
+from .base import Aggregator, gram
 
 
-class PCGrad(Surgery):
+class PCGrad(Aggregator):
     """Projecting conflicting gradients.
 
-    Each gradient g_i meets the others in a random order. Where its product with g_j is negative, it
-    is projected onto the plane that is normal to g_j: ``g_i -= (g_i.g_j) / |g_j|^2 g_j``, with the
-    original g_j. The result is the sum.
+    Each gradient g_i is compared with the others in a random order. Where its product with g_j is
+    negative, it is projected onto the plane that is normal to g_j:
+    ``g_i -= (g_i.g_j) / |g_j|^2 g_j``, with the original g_j. The result is the sum.
 
     Source: Gradient Surgery for Multi-Task Learning (arXiv 2001.06782), Algorithm 1.
 
     Args:
-        seed: Seed of the orders.
+        seed: Seed of the orders; default: 0.
     """
 
     def __init__(self, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""SAM-GS: unlike gradients are brought to one length, others follow their momentum."""
+"""SAM-GS: gradients of different norms get one norm; others are weighted by their momentum."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number
-from .base import Surgery
+from .base import Aggregator
 
 
-class SAMGS(Surgery):
+class SAMGS(Aggregator):
     """Similarity-aware momentum gradient surgery.
 
-    The similarity of two gradients is that of their lengths, ``2 |g_i| |g_j| / (|g_i|^2 +
-    |g_j|^2)``; s is the mean over all pairs. If s is below a threshold, all gradients get the mean
-    length, and the result is their sum. Otherwise it is the sum of ``g_i |m_i| / sqrt(v)`` by
-    entries, with bias-corrected moving averages m_i of g_i and v of ``(1 - s)^2``. The two cases
-    have different scales: use a rule like Adam, whose updates have none.
+    The magnitude similarity of two gradients is ``2 |g_i| |g_j| / (|g_i|^2 + |g_j|^2)``; s is the
+    mean over all pairs. If s is below a threshold, all gradients get the mean norm, and the result
+    is their sum. Otherwise it is the sum of ``g_i |m_i| / sqrt(v)`` (elementwise), with
+    bias-corrected moving averages m_i of g_i and v of ``(1 - s)^2``. The two cases have different
+    scales: use a rule like Adam, whose updates have none.
 
     Source: Gradient Similarity Surgery in Multi-Task Deep Learning (arXiv 2506.06130) and its code
     for Cityscapes.
 
     Args:
-        threshold: Threshold of s; the source takes 0.1 to 0.9.
-        momentum: Decay of m.
-        decay: Decay of v.
-        eps: Added to v in each step.
+        threshold: Threshold of s, default 0.7; the source takes 0.1 to 0.9.
+        momentum: Decay of m, in [0, 1); default 0.9.
+        decay: Decay of v, in [0, 1); default 0.99.
+        eps: Added to v in each step; default 1e-8.
+
+    Raises:
+        ValueError: If a setting is out of range.
     """
 
     def __init__(

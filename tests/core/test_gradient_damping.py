@@ -26,12 +26,12 @@ def test_the_factor_is_that_of_plain_numbers(window: int, seed: int) -> None:
     for step in range(20):
         gradients = [torch.randn(3, generator=generator).double() * 0.9**step for _ in range(2)]
         loss = float(torch.rand(1, generator=generator)) * 0.9**step
-        control.begin(gradients, torch.tensor(loss))
+        control.record_gradients(gradients, torch.tensor(loss))
         reference.begin(float(torch.cat(gradients).norm()), torch.tensor(loss).double().item())
         if step % 2 == 0:
-            assert control.refresh() == pytest.approx(reference.refresh(), rel=1e-6)
+            assert control.update_factor() == pytest.approx(reference.refresh(), rel=1e-6)
         updates = [torch.randn(3, generator=generator).double() for _ in range(2)]
-        control.end(updates, [0.1, 0.2])
+        control.record_updates(updates, [0.1, 0.2])
         reference.length = float(torch.cat([0.1 * updates[0], 0.2 * updates[1]]).norm())
 
 
@@ -46,11 +46,11 @@ def test_full_steps_follow_the_rule_of_the_source() -> None:
         if before is not None:
             old_loss, damping = before
             gamma *= 2 if old_loss - loss >= float(g @ g) / (8 * damping) else 0.5
-        control.begin([g], torch.tensor(loss).double())
-        control.refresh()
+        control.record_gradients([g], torch.tensor(loss).double())
+        control.update_factor()
         assert control.smoothness == pytest.approx(gamma), step
         damping = float(g.norm()) / (0.3 * gamma)
-        control.end([g / damping], [1.0])
+        control.record_updates([g / damping], [1.0])
         before = loss, damping
         x = x - g / damping
     assert first > 0 and gamma != 1.0
@@ -60,9 +60,9 @@ def test_what_is_not_finite_changes_nothing() -> None:
     control = GradientDamping(2)
     for loss in (1.0, float('nan'), 0.5, 0.4):
         gradient = torch.ones(2) if loss == loss else torch.tensor([float('inf'), 1.0])
-        control.begin([gradient], torch.tensor(loss))
-        control.end([torch.ones(2)], [0.1])
-        assert 0 < control.refresh() < float('inf')
+        control.record_gradients([gradient], torch.tensor(loss))
+        control.record_updates([torch.ones(2)], [0.1])
+        assert 0 < control.update_factor() < float('inf')
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, seed: int = 0) -> list[float]:
@@ -126,7 +126,7 @@ def test_the_loss_is_asked_for_in_one_line() -> None:
     model(torch.randn(4, 5).double()).sum().backward()
     refused(ValueError, optimizer.step, "damping_form='gradient' needs the loss of each step")
     plain = KFAC(model, lr=0.1)
-    assert not plain.wants_loss and optimizer.wants_loss
+    assert not plain.needs_loss and optimizer.needs_loss
     plain.step()
     refused(ValueError, lambda: NKFAC(model, lr=0.1, damping_form='pi'), 'pi')
 

@@ -28,7 +28,9 @@ def test_steps_follow_the_rates_that_were_found() -> None:
         dict(params=[*model.norm.parameters(), *model.fc.parameters()], lr=0.1),
     ]
     wrapper = OptimWrapper(torch.optim.SGD(groups, momentum=0.9))
-    found = stable_rates.follow(model, wrapper, iter(batch(seed=k) for k in range(100)))
+    found = stable_rates.measure_stable_rates(
+        model, wrapper, iter(batch(seed=k) for k in range(100))
+    )
     assert len(found) == stable_rates.ROUNDS
     assert all(one.bound == pytest.approx(3.8) and one.rate > 0 for one in found)
     last = stable_rates.SHARE * found[-2].rate
@@ -40,7 +42,9 @@ def test_a_preconditioned_optimizer_has_a_rate_too() -> None:
     torch.manual_seed(0)
     model = Classifier()
     wrapper = build(model)
-    found = stable_rates.follow(model, wrapper, iter(batch(seed=k) for k in range(100)))
+    found = stable_rates.measure_stable_rates(
+        model, wrapper, iter(batch(seed=k) for k in range(100))
+    )
     assert all(0 < one.rate < float('inf') for one in found)
 
 

@@ -97,9 +97,9 @@ def test_an_overflow_leaves_everything(amp_on_cpu: None) -> None:
     bad = batch()
     bad['inputs'][0, 0, 0, 0] = float('inf')
     model.train_step(bad, wrapper)
-    assert torch.equal(model.conv.weight, before) and wrapper.surgery.statistics == {}
+    assert torch.equal(model.conv.weight, before) and wrapper.surgery.diagnostics == {}
     model.train_step(batch(), wrapper)
-    assert not torch.equal(model.conv.weight, before) and wrapper.surgery.statistics
+    assert not torch.equal(model.conv.weight, before) and wrapper.surgery.diagnostics
 
 
 def trained(folder: Path, iterations: int, **more: Any) -> Runner:
@@ -139,7 +139,12 @@ def test_a_run_resumes_to_the_bit_and_logs_conflicts(tmp_path: Path) -> None:
         assert torch.equal(p, q), name
     (scalars,) = tmp_path.glob('whole/*/vis_data/scalars.json')
     lines = [json.loads(line) for line in scalars.read_text().splitlines()]
-    names = {'surgery/min_cosine', 'surgery/conflicts', 'surgery/kept', 'surgery/norm_loss_cls'}
+    names = {
+        'surgery/min_cosine',
+        'surgery/conflicts',
+        'surgery/norm_ratio',
+        'surgery/norm_loss_cls',
+    }
     assert names <= set(lines[0])
 
 

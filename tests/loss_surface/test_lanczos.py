@@ -95,8 +95,8 @@ def test_the_density_agrees_with_curvlinops() -> None:
 
     loss = Loss.of_batches(model, function, data)
     vector = torch.randn(loss.size).double()
-    torch.testing.assert_close(loss.hessian_product(vector), operator @ vector)
-    found = find_spectrum(loss.hessian_product, vector, loss.size, 1)
+    torch.testing.assert_close(loss.hessian_vector_product(vector), operator @ vector)
+    found = find_spectrum(loss.hessian_vector_product, vector, loss.size, 1)
     exact = torch.linalg.eigvalsh(operator @ torch.eye(loss.size).double())
     assert found.largest == pytest.approx(float(exact[-1]))
     assert found.smallest == pytest.approx(float(exact[0]))

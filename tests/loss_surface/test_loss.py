@@ -31,8 +31,8 @@ def test_the_product_is_that_of_the_whole_hessian() -> None:
     exact = full_hessian(model, cross_entropy, batches)
     model.train()
     assert loss.size == len(exact) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    torch.testing.assert_close(dense(loss.hessian_product, loss.size), exact)
-    differences = dense(loss.difference_product, loss.size)
+    torch.testing.assert_close(dense(loss.hessian_vector_product, loss.size), exact)
+    differences = dense(loss.difference_vector_product, loss.size)
     torch.testing.assert_close(differences, exact, atol=1e-8, rtol=0)
     assert model.training
 
@@ -43,8 +43,8 @@ def test_a_quadratic_is_exact() -> None:
     model = nn.Linear(4, 1, bias=False).double()
     x, y = torch.randn(9, 4).double(), torch.randn(9, 1).double()
     loss = Loss.of_batches(model, lambda out, target: ((out - target) ** 2).sum() / 2, [(x, y)])
-    torch.testing.assert_close(dense(loss.hessian_product, 4), x.T @ x)
-    torch.testing.assert_close(dense(loss.difference_product, 4), x.T @ x)
+    torch.testing.assert_close(dense(loss.hessian_vector_product, 4), x.T @ x)
+    torch.testing.assert_close(dense(loss.difference_vector_product, 4), x.T @ x)
     torch.testing.assert_close(loss.gradient(), (x.T @ (x @ model.weight.T - y)).flatten())
 
 
@@ -57,7 +57,7 @@ def test_evaluations_leave_no_trace_and_repeat(mode: str) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
     first = loss.value(), loss.gradient()
-    with loss.moved(torch.ones_like(loss.point())):
+    with loss.displaced(torch.ones_like(loss.parameter_vector())):
         assert loss.value() != first[0]
     assert loss.value() == first[0] and torch.equal(loss.gradient(), first[1])
     assert torch.equal(torch.get_rng_state(), generator) and model.training
@@ -71,8 +71,8 @@ def test_a_parameter_without_influence_and_a_linear_loss() -> None:
     model = nn.ModuleDict(dict(used=nn.Linear(2, 1), idle=nn.Linear(2, 1)))
     loss = Loss(model, [lambda: model['used'](torch.ones(1, 2)).sum()])
     assert loss.gradient().tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
-    assert not loss.hessian_product(torch.ones(6)).any()
-    assert not loss.difference_product(torch.zeros(6)).any()
+    assert not loss.hessian_vector_product(torch.ones(6)).any()
+    assert not loss.difference_vector_product(torch.zeros(6)).any()
 
 
 def test_bad_input_is_one_line() -> None:
@@ -92,7 +92,7 @@ def test_the_gauss_newton_matrix_is_that_of_its_definition(mode: str) -> None:
     model, batches = small()
     loss = Loss.of_batches(model, cross_entropy, batches, mode)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    found = dense(loss.gauss_newton_product, loss.size)
+    found = dense(loss.gauss_newton_vector_product, loss.size)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     torch.testing.assert_close(found, full_gauss_newton(model, cross_entropy, batches, mode))
 
@@ -101,6 +101,6 @@ def test_a_loss_of_unknown_outputs_has_no_gauss_newton_matrix() -> None:
     model = nn.Linear(2, 1)
     loss = Loss(model, [lambda: model(torch.ones(1, 2)).sum()])
     with pytest.raises(ValueError, match="needs a loss of a network's outputs"):
-        loss.gauss_newton_product(loss.point())
+        loss.gauss_newton_vector_product(loss.parameter_vector())
     with pytest.raises(ValueError, match="needs a loss of a network's outputs"):
         choose_product(loss, matrix='gauss-newton')

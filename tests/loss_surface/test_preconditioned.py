@@ -38,19 +38,23 @@ def test_the_map_is_symmetric_and_takes_the_gradient_to_the_direction(kind: str)
     torch.testing.assert_close(matrix, matrix.T, atol=1e-9 * float(matrix.abs().max()), rtol=0)
     assert torch.linalg.eigvalsh(matrix).min() > 0
     gradient = loss.gradient()
-    tensors = dict(zip(loss.params, loss.split(gradient), strict=True))
+    tensors = dict(zip(loss.params, loss.unflatten(gradient), strict=True))
     directions = optimizer.curvature.precondition(tensors, optimizer.param_groups)
-    torch.testing.assert_close(product(gradient), loss.join([directions[p] for p in loss.params]))
+    torch.testing.assert_close(
+        product(gradient), loss.flatten([directions[p] for p in loss.params])
+    )
 
 
 def test_the_preconditioned_spectrum_is_flatter() -> None:
     """The ratio of the largest eigenvalue to the mean size falls."""
     optimizer, loss = trained('NKFAC')
     product = preconditioner_of(optimizer, loss)
-    plain = find_spectrum(loss.hessian_product, loss.point(), loss.size, 1)
-    flat = find_spectrum(loss.hessian_product, loss.point(), loss.size, 1, precondition=product)
+    plain = find_spectrum(loss.hessian_vector_product, loss.parameter_vector(), loss.size, 1)
+    flat = find_spectrum(
+        loss.hessian_vector_product, loss.parameter_vector(), loss.size, 1, precondition=product
+    )
     exact = torch.linalg.eigvals(
-        dense(product, loss.size) @ dense(loss.hessian_product, loss.size)
+        dense(product, loss.size) @ dense(loss.hessian_vector_product, loss.size)
     ).real
     assert flat.largest == pytest.approx(float(exact.max()), rel=1e-6)
 

@@ -59,10 +59,10 @@ def test_steps_grow_above_the_rate_and_shrink_below(name: str) -> None:
     model, loss, batch = quadratic()
     final_loss(optimizer := MAKERS[name](model), loss, batch, 0.0)
     found = largest_rate(loss, optimizer)
-    weights = loss.point()
+    weights = loss.parameter_vector()
     assert final_loss(optimizer, loss, batch, 0.97 * found.rate) < 1
     with torch.no_grad():
-        torch._foreach_copy_(loss.params, loss.split(weights))
+        torch._foreach_copy_(loss.params, loss.unflatten(weights))
     assert final_loss(optimizer, loss, batch, 1.03 * found.rate) > 1e3
 
 
@@ -74,7 +74,7 @@ def test_adam_has_the_root_of_its_second_moment() -> None:
     found = largest_rate(loss, optimizer)
     second = optimizer.state[model.weight]['exp_avg_sq'].flatten()
     root = second.sqrt() + 1e-8  # after so many steps the bias is corrected
-    hessian = dense(loss.hessian_product, loss.size)
+    hessian = dense(loss.hessian_vector_product, loss.size)
     exact = torch.linalg.eigvals(hessian / root[:, None]).real.max()
     assert found.eigenvalue == pytest.approx(float(exact), rel=1e-2)
     for share, grows in ((0.97, False), (1.03, True)):
@@ -100,19 +100,19 @@ def test_a_preconditioned_network_has_the_eigenvalue_of_the_whole_matrix(kind: s
     optimizer = getattr(optimizers, kind)(groups, lr=0.1, model=model, **settings)
     final_loss(optimizer, loss, batch, 0.0, steps=20)
     optimizer.param_groups[0]['lr'], optimizer.param_groups[1]['lr'] = 0.05, 0.2
-    rates = loss.join(
+    rates = loss.flatten(
         [torch.full_like(p, 0.25) for p in model[0].parameters()]
         + [torch.ones_like(p) for p in model[2].parameters()]
     )
     if kind != 'NKFAC':
         corrected = (1 - 0.999**20) ** 0.5
-        rates /= loss.join(
+        rates /= loss.flatten(
             [optimizer.state[p]['exp_avg_sq'].sqrt() / corrected + 1e-8 for p in loss.params]
         )
     product = (
         rates[:, None]
         * dense(direction_map(optimizer, loss), loss.size)
-        @ dense(loss.hessian_product, loss.size)
+        @ dense(loss.hessian_vector_product, loss.size)
     )
     exact = float(torch.linalg.eigvals(product).real.max())
     found = largest_rate(loss, optimizer)

@@ -35,7 +35,7 @@ def loss() -> Loss:
 def test_random_directions_have_the_norms_of_the_filters(loss: Loss) -> None:
     first, second = random_directions(loss, 3)
     assert torch.equal(first, random_directions(loss, 3)[0]) and not torch.equal(first, second)
-    for p, piece in zip(loss.params, loss.split(first), strict=True):
+    for p, piece in zip(loss.params, loss.unflatten(first), strict=True):
         if p.ndim < 2:
             assert not piece.any()
         else:
@@ -46,7 +46,7 @@ def test_a_surface_has_the_losses_of_moved_weights(loss: Loss) -> None:
     first, second = random_directions(loss)
     surface = find_surface(loss, first, second, span=0.5, points=3)
     assert surface.values[1, 1] == pytest.approx(loss.value())
-    with loss.moved(-0.5 * first + 0.5 * second):
+    with loss.displaced(-0.5 * first + 0.5 * second):
         assert surface.values[0, 2] == pytest.approx(loss.value())
 
 
@@ -55,7 +55,7 @@ def test_along_eigenvectors_a_quadratic_is_a_parabola() -> None:
     x = torch.diag(torch.tensor([3.0, 2.0, 1.0])).double()
     half = lambda out, target: ((out - target) ** 2).sum() / 2  # noqa: E731
     loss = Loss.of_batches(model, half, [(x, (x @ model.weight.T).detach())])
-    spectrum = find_spectrum(choose_product(loss), loss.point(), 3, 1)
+    spectrum = find_spectrum(choose_product(loss), loss.parameter_vector(), 3, 1)
     surface = find_surface(loss, *spectrum.vectors, span=1.0, points=3)
     expected = torch.tensor([[13.0, 9.0, 13.0], [4.0, 0.0, 4.0], [13.0, 9.0, 13.0]]) / 2
     torch.testing.assert_close(surface.values, expected.double(), atol=1e-9, rtol=0)
@@ -80,7 +80,7 @@ def test_differences_where_there_is_no_second_derivative(caplog: pytest.LogCaptu
     model, ones = nn.Linear(3, 1, bias=False).double(), torch.ones(3).double()
     loss = Loss(model, [lambda: (Once.apply(model.weight) ** 2).sum()])
     with pytest.raises(RuntimeError):
-        loss.hessian_product(ones)
+        loss.hessian_vector_product(ones)
     with pytest.raises(ValueError, match="differentiated only once; take 'differences'"):
         choose_product(loss, 'exact')
     with caplog.at_level(logging.INFO, 'mmprecond'):
@@ -97,7 +97,7 @@ def test_differences_where_there_is_no_second_derivative(caplog: pytest.LogCaptu
 
 
 def test_files(loss: Loss, tmp_path: Path) -> None:
-    spectrum = find_spectrum(choose_product(loss), loss.point(), 5, 2)
+    spectrum = find_spectrum(choose_product(loss), loss.parameter_vector(), 5, 2)
     surface = find_surface(loss, *random_directions(loss), points=3)
     draw_spectra({'Hessian': spectrum, 'again': spectrum}, tmp_path / 'spectrum.png')
     draw_surface(surface, tmp_path / 'surface.png', ('a', 'b'))

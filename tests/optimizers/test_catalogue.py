@@ -35,7 +35,13 @@ def test_names() -> None:
 def test_what_is_known_of_each(name: str) -> None:
     info = get_optimizer_info(name.lower())
     assert info.name == name and info.kind is getattr(optimizers, name)
-    assert info.description.endswith('.') and info.needs in ('', 'capture', 'graph', 'loss')
+    assert info.description.endswith('.') and info.needs in (
+        '',
+        'capture',
+        'graph',
+        'loss',
+        'length',
+    )
     assert 'params' not in info.settings
     assert 'settings' in info.settings or not info.published
     if name not in ('Preconditioned', 'ARO', 'DCTAdamW', 'RAMDA', 'SGDPH', 'SOAA'):

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmprecond import RAMDA, Preconditioned
 from mmprecond.linalg import shrink_rows
+from mmprecond.rules import RAMDARule
 from tests.reference.ramda import Reference, minimizer
 from tests.support.errors import refused
 
@@ -43,7 +44,7 @@ def test_steps_and_rounds_follow_the_reference() -> None:
     """With a fall of the rate that starts another round."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(3, 2, 2).double())
-    optimizer = RAMDA([weight], lr=0.1, momentum=0.3, sparsity=0.02)
+    optimizer = RAMDA([weight], lr=0.1, momentum=0.3, group_lasso=0.02)
     reference = Reference(weight.detach(), 0.3, 0.02)
     for step in range(8):
         rate = 0.1 if step < 5 else 0.01
@@ -59,7 +60,7 @@ def test_without_sparsity_it_is_the_closed_form() -> None:
     """One step from p0: p0 - momentum s g / ((s g^2)^(1/3) + eps), also for a bias."""
     bias = nn.Parameter(torch.tensor([1.0, -2.0]).double())
     weight = nn.Parameter(torch.ones(2, 1, 1).double())
-    optimizer = RAMDA([bias, weight], lr=0.01, momentum=0.5, sparsity=0.0)
+    optimizer = RAMDA([bias, weight], lr=0.01, momentum=0.5, group_lasso=0.0)
     bias.grad, weight.grad = torch.tensor([0.3, -4.0]).double(), torch.ones(2, 1, 1).double()
     optimizer.step()
     gradient = torch.tensor([0.3, -4.0]).double()
@@ -87,11 +88,9 @@ def train(model: nn.Module, optimizer: RAMDA, batch: tuple, steps: int) -> None:
 def test_planted_zeros_are_found() -> None:
     """Exactly those filters, once the momentum is 1; nothing is zero without regularization."""
     model, *batch = regression()
-    optimizer = RAMDA(model, lr=0.1, sparsity=0.01)
+    optimizer = RAMDA(model, lr=0.1, group_lasso=0.01, total_steps=300)
     assert optimizer.sparsity() == (0, 8)
     train(model, optimizer, tuple(batch), 300)
-    optimizer.param_groups[0]['momentum'] = 1.0
-    train(model, optimizer, tuple(batch), 5)
     zero = (model.weight.flatten(1) == 0).all(1).nonzero().flatten().tolist()
     assert zero == [0, 2, 3, 5, 7]
     assert optimizer.sparsity() == (5, 8) and optimizer.sparsity().share == 5 / 8
@@ -99,17 +98,17 @@ def test_planted_zeros_are_found() -> None:
     assert float(nn.functional.mse_loss(model(batch[0]), batch[1])) < 0.05
 
     plain, *batch = regression()
-    optimizer = RAMDA(plain, lr=0.1, sparsity=0.0, momentum=1.0)
+    optimizer = RAMDA(plain, lr=0.1, group_lasso=0.0, momentum=1.0)
     train(plain, optimizer, tuple(batch), 300)
     assert optimizer.sparsity() == (0, 0) and float(plain.weight.abs().min()) > 0
 
 
 def test_a_resumed_run_continues_to_the_bit() -> None:
     model, *batch = regression()
-    optimizer = RAMDA(model, lr=0.1, sparsity=0.01)
+    optimizer = RAMDA(model, lr=0.1, group_lasso=0.01)
     train(model, optimizer, tuple(batch), 5)
     other = copy.deepcopy(model)
-    resumed = RAMDA(other, lr=0.1, sparsity=0.01)
+    resumed = RAMDA(other, lr=0.1, group_lasso=0.01)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for one, by in ((model, optimizer), (other, resumed)):
         by.param_groups[0]['lr'] = 0.005
@@ -117,17 +116,35 @@ def test_a_resumed_run_continues_to_the_bit() -> None:
     assert torch.equal(model.weight, other.weight)
 
 
+def test_the_momentum_rises_in_the_last_third() -> None:
+    rule = RAMDARule()
+    assert [rule.momentum_at(step, 0.1) for step in (1, 1000)] == [0.1, 0.1]
+    rule.total_steps = 30
+    values = [rule.momentum_at(step, 0.1) for step in range(1, 31)]
+    assert values[:20] == pytest.approx([0.1] * 20) and values[29] == 1.0
+    assert values[20:] == pytest.approx([0.1 + 0.09 * k for k in range(1, 11)])
+    optimizer = RAMDA(list(nn.Linear(2, 2).parameters()))
+    optimizer.plan_steps(7)
+    assert optimizer.rule.total_steps == 7
+    given = RAMDA(list(nn.Linear(2, 2).parameters()), total_steps=9)
+    given.plan_steps(7)
+    assert given.rule.total_steps == 9
+
+
 def test_rows_of_matrices_and_groups() -> None:
     model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Flatten(), nn.Linear(8, 3))
-    assert RAMDA(model, linear=True).sparsity().filters == 7
-    groups = [dict(params=model[0].parameters(), sparsity=0.0), dict(params=model[2].parameters())]
-    assert RAMDA(groups, linear=True).sparsity().filters == 3
+    assert RAMDA(model, prune_matrices=True).sparsity().filters == 7
+    groups = [
+        dict(params=model[0].parameters(), group_lasso=0.0),
+        dict(params=model[2].parameters()),
+    ]
+    assert RAMDA(groups, prune_matrices=True).sparsity().filters == 3
 
 
 def test_it_is_a_rule_for_preconditioned_directions() -> None:
     model, *batch = regression()
     optimizer = Preconditioned(
-        model, rule=dict(type='RAMDA', lr=0.01, sparsity=0.0), layers='NKFAC'
+        model, rule=dict(type='RAMDA', lr=0.01, group_lasso=0.0), layers='NKFAC'
     )
     before = float(nn.functional.mse_loss(model(batch[0]), batch[1]))
     train(model, optimizer, tuple(batch), 60)
@@ -138,7 +155,8 @@ def test_what_is_refused() -> None:
     params = list(nn.Linear(2, 2).parameters())
     refused(ValueError, lambda: RAMDA(params, momentum=0.0), 'momentum')
     refused(ValueError, lambda: RAMDA(params, momentum=1.5), 'above 1')
-    refused(ValueError, lambda: RAMDA(params, sparsity=-1.0), 'sparsity')
+    refused(ValueError, lambda: RAMDA(params, group_lasso=-1.0), 'group_lasso')
     refused(ValueError, lambda: RAMDA(params, restart=1.0), 'restart')
+    refused(ValueError, lambda: RAMDA(params, total_steps=0), 'total_steps')
     with pytest.raises(TypeError, match='betas'):
         RAMDA(params, betas=(0.9, 0.999))

@@ -72,12 +72,12 @@ def test_shared_parameters_get_the_surgery_and_heads_the_sum(micro: int) -> None
     for p, one, other in zip(model.parameters(), first, second, strict=True):
         if p not in set(model.body.parameters()):
             torch.testing.assert_close(p.grad, one + other)
-    numbers = surgery.statistics
+    numbers = surgery.diagnostics
     cosine = torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0)
     assert numbers['min_cosine'] == pytest.approx(float(cosine))
     assert numbers['conflicts'] == float(cosine < 0)
     assert numbers['norm_regress'] == pytest.approx(float(flat[0].norm()))
-    assert numbers['kept'] == pytest.approx(float(expected.norm() / flat.sum(0).norm()))
+    assert numbers['norm_ratio'] == pytest.approx(float(expected.norm() / flat.sum(0).norm()))
 
 
 def test_steps_between_surgeries_keep_the_sum() -> None:
@@ -116,11 +116,11 @@ def test_gradients_that_are_not_finite_stay_and_leave_no_trace() -> None:
     surgery = GradientSurgery(model.parameters(), 'GCond')
     losses = losses_of(model, batch)
     losses['regress'] = losses['regress'] * float('inf')
-    before = surgery.surgery.state_dict()
+    before = surgery.aggregator.state_dict()
     surgery.backward(losses)
     surgery.resolve()
     assert not bool(model.body.weight.grad.isfinite().all())
-    assert surgery.surgery.state_dict() == before and surgery.statistics == {}
+    assert surgery.aggregator.state_dict() == before and surgery.diagnostics == {}
 
 
 def test_statistics_are_those_of_the_sum_measured_once() -> None:

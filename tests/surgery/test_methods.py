@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmprecond.surgery import SAMGS, GCond, PCGrad, Surgery, build_surgery
+from mmprecond.surgery import SAMGS, Aggregator, GCond, PCGrad, build_aggregator
 from tests.reference.surgery import GCondReference, SAMGSReference, pcgrad
 from tests.support.errors import refused
 
@@ -58,7 +58,7 @@ def test_samgs_equalises_or_modulates(count: int, seed: int, threshold: float) -
 
 
 @pytest.mark.parametrize('method', [PCGrad, GCond])
-def test_gradients_without_conflict_are_added(method: type[Surgery]) -> None:
+def test_gradients_without_conflict_are_added(method: type[Aggregator]) -> None:
     gradients = torch.eye(3).double() + 0.1
     torch.testing.assert_close(method().combine(gradients.clone()), gradients.sum(0))
 
@@ -91,10 +91,10 @@ def test_the_critical_zone_leaves_one_out_and_nobody_always_wins() -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(['PCGrad', 'GCond', 'SAMGS']))
 def test_a_saved_state_continues_to_the_bit(seed: int, name: str) -> None:
-    method = build_surgery(name)
+    method = build_aggregator(name)
     for step in range(3):
         method.combine(draw(3, 5, seed + step))
-    other = build_surgery(name)
+    other = build_aggregator(name)
     other.load_state_dict(method.state_dict())
     after = draw(3, 5, seed + 9)
     assert torch.equal(method.combine(after.clone()), other.combine(after.clone()))
@@ -112,8 +112,8 @@ def test_pcgrad_of_two_helps_both(seed: int) -> None:
 def test_a_zero_gradient_is_no_conflict() -> None:
     gradients = torch.tensor([[1.0, 2.0], [0.0, 0.0]]).double()
     for name in ('PCGrad', 'GCond'):
-        torch.testing.assert_close(build_surgery(name).combine(gradients.clone()), gradients[0])
-    assert bool(build_surgery('SAMGS').combine(gradients.clone()).isfinite().all())
+        torch.testing.assert_close(build_aggregator(name).combine(gradients.clone()), gradients[0])
+    assert bool(build_aggregator('SAMGS').combine(gradients.clone()).isfinite().all())
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def test_a_zero_gradient_is_no_conflict() -> None:
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], words: str) -> None:
-    refused(ValueError, lambda: build_surgery(settings), words)
+    refused(ValueError, lambda: build_aggregator(settings), words)

@@ -1,4 +1,4 @@
-"""Hook that looks at the loss around the weights at some points of a run."""
+"""Hook that computes loss landscapes during training."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from mmengine.model import is_model_wrapper
 
 from ...checks import check_choice, check_count
 from ...loss_surface import Spectrum, explore
+from ...loss_surface.explore import check_settings
 from ...loss_surface.loss import MODES
 from ..landscape_inputs import loss_of
-from .loading import fresh_loader, own_random_numbers
+from .loading import fresh_loader, isolated_rng
 
 
 class LandscapeHook(Hook):  # type: ignore[misc]
@@ -25,8 +26,8 @@ class LandscapeHook(Hook):  # type: ignore[misc]
     the run's folder, and the scalars ``landscape/largest``, ``landscape/smallest`` and
     ``landscape/mean`` to the visualizer (TensorBoard and others), with
     ``landscape/preconditioned_...`` where the optimizer has a map P. The first rank works, on the
-    same training batches each time; the other ranks wait. The run goes on as without the hook, to
-    the bit.
+    same training batches each time; the others wait at their next collective operation.
+    The run goes on as without the hook, bit for bit.
 
     Args:
         epochs: Epochs after which it looks, counted from 1.
@@ -37,7 +38,9 @@ class LandscapeHook(Hook):  # type: ignore[misc]
             default of `plane` is 'none' here, and no progress bar is shown.
 
     Raises:
-        ValueError: If neither epochs nor iters are given, or one is no number from 1.
+        ValueError: If neither epochs nor iters are given, one is no number from 1, or a setting is
+            invalid.
+        TypeError: If a setting is unknown.
     """
 
     priority = 'LOW'
@@ -55,6 +58,7 @@ class LandscapeHook(Hook):  # type: ignore[misc]
         for number in (*epochs, *iters, batches):
             check_count('a number of LandscapeHook', number)
         check_choice('mode', mode, MODES)
+        check_settings({'progress': False, **settings})
         self.epochs, self.iters = set(epochs), set(iters)
         self.batches = batches
         self.mode = mode
@@ -68,29 +72,29 @@ class LandscapeHook(Hook):  # type: ignore[misc]
     def after_train_epoch(self, runner: Any) -> None:
         """Looks after one of the epochs."""
         if runner.epoch + 1 in self.epochs:
-            self._look(runner, f'epoch_{runner.epoch + 1}', runner.iter)
+            self._write_landscape(runner, f'epoch_{runner.epoch + 1}', runner.iter)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Looks after one of the iterations."""
         if runner.iter + 1 in self.iters:
-            self._look(runner, f'iter_{runner.iter + 1}', runner.iter + 1)
+            self._write_landscape(runner, f'iter_{runner.iter + 1}', runner.iter + 1)
 
-    def _look(self, runner: Any, name: str, step: int) -> None:
+    def _write_landscape(self, runner: Any, name: str, step: int) -> None:
         if not is_main_process():
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
-        with own_random_numbers(0):
+        with isolated_rng(0):
             loader = fresh_loader(runner.train_dataloader, workers=0)
             loss = loss_of(model, list(islice(loader, self.batches)), self.mode)
             folder = Path(runner.log_dir) / 'landscape' / name
             spectra = explore(loss, folder, optimizer, **self.settings)
-        runner.visualizer.add_scalars(scalars(list(spectra.values())), step=step)
+        runner.visualizer.add_scalars(spectrum_scalars(list(spectra.values())), step=step)
 
 
-def scalars(spectra: Sequence[Spectrum]) -> dict[str, float]:
+def spectrum_scalars(spectra: Sequence[Spectrum]) -> dict[str, float]:
     """Scalars of the plain spectrum, and of the preconditioned one if there is one."""
     prefixes = ('landscape/', 'landscape/preconditioned_')
     return {

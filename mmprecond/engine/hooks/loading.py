@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 
 def fresh_loader(loader: Any, workers: int | None = None) -> DataLoader[Any]:
-    """Loader with its own sampler, as an abandoned iterator would end an infinite sampler.
+    """Builds a loader with its own sampler. Reading the training's would consume its sampler.
 
     Args:
         loader: The loader of the training.
@@ -31,8 +31,8 @@ def fresh_loader(loader: Any, workers: int | None = None) -> DataLoader[Any]:
 
 
 @contextmanager
-def own_random_numbers(seed: int) -> Iterator[None]:
-    """Draws from a seed inside the context; those of the training are as if nothing was drawn."""
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Seeds all generators inside the context, and restores them after it."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
