@@ -239,7 +239,12 @@ def parse_args() -> argparse.Namespace:
         help='find the largest stable learning rate in the first steps on the training data, in '
         'place of the forecast',
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.suggest_lr and (args.layers or args.suggest or args.batch or args.size):
+        parser.error(
+            '--suggest-lr takes the training data: leave out --batch, --size, --layers, --suggest'
+        )
+    return args
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from tests.support.paths import PACKAGE, ROOT
 ROOMS = (
     'version',
     'checks',
+    'graph',
     'resources',
     'linalg',
     'distributed',

@@ -54,13 +54,16 @@ class GradientDamping:
 
         A loss or gradient that is not finite is left out.
         """
-        norm = torch.stack(torch._foreach_norm(list(gradients))).double().norm()
+        norm = _joint_norm(gradients)
         loss = loss.to(norm.device, torch.float64)
         if not self._norms:
             zero = torch.zeros_like(norm)
             self._norms = dict(first=norm, average=norm, last=norm, length=zero)
             self._sums = dict(loss=zero.clone(), bound=zero.clone(), count=zero.clone())
         norms = self._norms
+        for name in ('first', 'average', 'last'):  # until one is finite
+            known = norms[name].isfinite() & (norms[name] > 0)
+            norms[name] = torch.where(known, norms[name], norm)
         average = DECAY * norms['average'] + (1 - DECAY) * norm
         bound = norm**2 * norms['length'] / (8 * norms['last'].clamp(min=1e-300))
         finite = norm.isfinite() & loss.isfinite()
@@ -74,8 +77,8 @@ class GradientDamping:
     @torch.no_grad()
     def record_updates(self, updates: Iterable[Tensor], rates: Iterable[float]) -> None:
         """Takes the updates of a step, each with its learning rate: the step is their product."""
-        norms = torch.stack(torch._foreach_norm(list(updates))).double()
-        self._norms['length'] = (norms * torch.tensor(list(rates)).to(norms)).norm()
+        steps = [update * rate for update, rate in zip(updates, rates, strict=True)]
+        self._norms['length'] = _joint_norm(steps)
 
     def update_factor(self) -> float:
         """The factor for a refresh; a full window changes the smoothness first."""
@@ -109,6 +112,7 @@ class GradientDamping:
         """Loads what `state_dict` returned; without it the control starts anew."""
         state = saved.get(CHECKPOINT_KEY)
         if not isinstance(state, Mapping):
+            vars(self).update(vars(GradientDamping(self.window)))
             return
         self.factor, self.smoothness = state['factor'], state['smoothness']
         self._counted, self._previous_loss = state['counted'], state['before']
@@ -116,3 +120,9 @@ class GradientDamping:
             {name: value.to(device, copy=True) for name, value in state[part].items()}
             for part in ('norms', 'sums')
         )
+
+
+def _joint_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Norm of all tensors together, a scalar of float64 on the device of the first."""
+    norms = torch._foreach_norm(list(tensors))
+    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).norm()

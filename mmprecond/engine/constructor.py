@@ -169,7 +169,9 @@ class PrecondOptimWrapperConstructor:
         if cfg.get('surgery') is None:
             cfg.pop('surgery', None)
         else:
-            cfg['type'] = with_surgery(resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper')))
+            wrapper = resolve(OPTIM_WRAPPERS, cfg.get('type', 'OptimWrapper'))
+            refuse_sharding(cfg, wrapper)
+            cfg['type'] = with_surgery(wrapper)
         return self.base(model)
 
     def _mix_wrapper(self, needs: str, owner: str) -> None:

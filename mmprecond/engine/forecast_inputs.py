@@ -29,8 +29,6 @@ SIZES = {
     'RandomCrop': ('crop_size',),
     'CenterCrop': ('crop_size',),
 }
-#: Settings of MMEngine's `AmpOptimWrapper` alone.
-MIXED_PRECISION = ('loss_scale', 'dtype', 'use_fp16')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,18 +62,20 @@ class Inputs(NamedTuple):
     size: Sequence[int] | None
 
 
-def load(args: argparse.Namespace) -> Any:
+def load(args: argparse.Namespace, attach: bool = True) -> Any:
     """Loads the config with the optimizer and settings that the arguments name.
 
     Args:
         args: Arguments from `add_arguments`.
+        attach: Whether a config's own SGD or AdamW gets the methods that are attached by default.
 
     Raises:
         ValueError: If the arguments exclude each other.
     """
     cfg = launch.load_config(args.config)
     launch.check_mmcv(cfg.get('default_scope'))
-    choose_optimizer(cfg, args.optimizer, args.precondition or _usual(cfg, args.optimizer))
+    usual = _usual(cfg, args.optimizer) if attach else None
+    choose_optimizer(cfg, args.optimizer, args.precondition or usual)
     launch.merge_options(cfg, args.cfg_options)
     _quieten_log()
     return cfg
@@ -153,7 +153,7 @@ def build_model(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
         model = random_model(cfg)
     except (AssertionError, RuntimeError) as error:  # such as a package that is not installed
         raise ValueError(f'the model cannot be built: {" ".join(str(error).split())}') from error
-    optimizer = build_optim_wrapper(model, in_full_precision(cfg.optim_wrapper)).optimizer
+    optimizer = build_optim_wrapper(model, launch.in_full_precision(cfg.optim_wrapper)).optimizer
     if not isinstance(optimizer, PreconditionedOptimizer):
         raise ValueError(
             f'the config trains with {type(optimizer).__name__}, which has no '
@@ -161,11 +161,3 @@ def build_model(cfg: Any) -> tuple[nn.Module, PreconditionedOptimizer]:
             '--optimizer NAME'
         )
     return model, optimizer
-
-
-def in_full_precision(wrapper: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a wrapper without those of mixed precision, which needs a GPU."""
-    kept = {key: value for key, value in wrapper.items() if key not in MIXED_PRECISION}
-    if isinstance(wrapper.get('type'), str):
-        kept['type'] = wrapper['type'].replace('AmpOptim', 'Optim')
-    return kept

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from mmengine.device import get_device
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ def build(args: argparse.Namespace) -> Inputs:
         raise ValueError('the config has no train_dataloader to take batches from')
     model = random_model(cfg)
     checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
+    model.to(get_device())
     set_random_seed(0)  # of the order of images and of their augmentation
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
     batches = list(islice(loader, args.batches))
@@ -79,11 +81,14 @@ def loss_of(model: Any, batches: list[Any], mode: str = 'eval') -> Loss:
         return loss
 
     loss = Loss(model, [closure(data) for data in prepared], mode)
-    output_losses = [split for data in prepared if (split := _split(model, data))]
-    if output_losses:
-        output_loss = Loss.of_output_losses(model, output_losses, mode)
-        if math.isclose(output_loss.value(), loss.value(), rel_tol=1e-4):
-            return output_loss
+    parts = [part for data in prepared if (part := _output_loss(model, data))]
+    if parts:
+        try:
+            output_loss = Loss.of_output_losses(model, parts, mode)
+            if math.isclose(output_loss.value(), loss.value(), rel_tol=1e-4):
+                return output_loss
+        except Exception as error:  # of a head that is none of a classifier
+            logger.info('the loss is no criterion of scores (%s)', error)
     return loss
 
 
@@ -99,7 +104,7 @@ class _Scores(nn.Module):
         return scores
 
 
-def _split(model: Any, data: dict[str, Any]) -> OutputLoss | None:
+def _output_loss(model: Any, data: dict[str, Any]) -> OutputLoss | None:
     """Loss of a classifier of MMPretrain as a criterion of its scores; None for another model."""
     criterion = getattr(getattr(model, 'head', None), 'loss_module', None)
     samples: Any = data.get('data_samples')
@@ -124,7 +129,7 @@ def _optimizer(model: nn.Module, cfg: Any, state: Any) -> PreconditionedOptimize
     """The config's optimizer with its state, or None if it has no curvature."""
     if state is None or not cfg.get('optim_wrapper'):
         return None
-    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    optimizer = build_optim_wrapper(model, launch.in_full_precision(cfg.optim_wrapper)).optimizer
     if not isinstance(optimizer, PreconditionedOptimizer):
         if CURVATURE_KEY in state:
             logger.warning(

@@ -21,6 +21,9 @@ from ..checks import did_you_mean
 from .preflight import check_options
 from .toolboxes import find_config, installed
 
+#: Settings of MMEngine's `AmpOptimWrapper` alone.
+MIXED_PRECISION = ('loss_scale', 'dtype', 'use_fp16')
+
 #: Exit status of a mistake in the command or the config, as that of argparse.
 USAGE = 2
 #: Seconds that other processes of a machine wait for the first one to report an error.
@@ -178,6 +181,14 @@ def check_mmcv(scope: str | None = 'mmdet') -> None:
             f'mmcv {mmcv.__version__} was installed without its compiled operators (mmcv._ext); '
             'run `pip uninstall -y mmcv onedl-mmcv`, then `bash tools/setup_env.sh`'
         ) from error
+
+
+def in_full_precision(wrapper: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a wrapper without those of mixed precision, which needs a GPU."""
+    kept = {key: value for key, value in wrapper.items() if key not in MIXED_PRECISION}
+    if isinstance(wrapper.get('type'), str):
+        kept['type'] = wrapper['type'].replace('AmpOptim', 'Optim')
+    return kept
 
 
 @contextmanager

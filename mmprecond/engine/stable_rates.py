@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from mmengine.device import get_device
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.runner import Runner, load_checkpoint, set_random_seed
@@ -13,7 +15,7 @@ from mmengine.runner import Runner, load_checkpoint, set_random_seed
 from ..loss_surface.stability import StableRate, largest_rate, stability_bound
 from ..optimizers import Preconditioned
 from ..rules import rule_name
-from . import forecast_inputs
+from . import forecast_inputs, launch
 from .landscape_inputs import loss_of
 from .synthetic import random_model
 
@@ -36,7 +38,7 @@ def suggest(args: argparse.Namespace) -> str:
     Raises:
         ValueError: If the config has no training data, or its optimizer has no known bound.
     """
-    cfg = forecast_inputs.load(args)
+    cfg = forecast_inputs.load(args, attach=False)
     if not cfg.get('train_dataloader'):
         raise ValueError('the config has no train_dataloader to take batches from')
     set_random_seed(0)
@@ -45,7 +47,7 @@ def suggest(args: argparse.Namespace) -> str:
     if cfg.get('load_from'):
         load_checkpoint(model, cfg.load_from, map_location='cpu')
     model.to(get_device())
-    wrapper = build_optim_wrapper(model, forecast_inputs.in_full_precision(cfg.optim_wrapper))
+    wrapper = build_optim_wrapper(model, launch.in_full_precision(cfg.optim_wrapper))
     stability_bound(wrapper.optimizer)  # before anything slow
     own = max(group['lr'] for group in wrapper.optimizer.param_groups)
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
@@ -82,6 +84,8 @@ def measure_stable_rates(
             model.train_step(next(batches), optim_wrapper=wrapper)
         loss = loss_of(model, [next(batches)], mode='train')
         found.append(largest_rate(loss, wrapper.optimizer, vectors=VECTORS, tolerance=TOLERANCE))
+        if not math.isfinite(found[-1].rate):
+            raise ValueError('no direction of the loss curves upwards, so that no rate is a limit')
         rate, steps = SHARE * found[-1].rate, STEPS_BETWEEN
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.logging import MessageHub
-from mmengine.optim import OptimWrapper
+from mmengine.optim import ApexOptimWrapper, OptimWrapper
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
@@ -38,6 +38,10 @@ class SurgeryMixin:
         super().__init__(*args, **kwargs)
         settings: dict[str, Any] = {'type': surgery} if isinstance(surgery, str) else dict(surgery)
         self.groups: Sequence[Sequence[str]] | None = settings.pop('groups', None)
+        if any(isinstance(group, str) for group in self.groups or ()):
+            raise ValueError(
+                f"groups={self.groups} are no lists; write groups=[['loss_rpn_*'], ...]"
+            )
         interval: Any = settings.pop('interval', 1)
         params = [p for group in self.optimizer.param_groups for p in group['params']]
         self.surgery = GradientSurgery(params, settings, interval)
@@ -68,9 +72,16 @@ class SurgeryMixin:
         """
         scaler = getattr(self, 'loss_scaler', None)
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
-        parts = {name: self.scale_loss(part) for name, part in self._parts().items()}  # type: ignore[attr-defined]
-        total = torch.stack([part.detach() for part in parts.values()]).sum()
-        if not torch.allclose(total.float(), loss.detach().float(), rtol=1e-3, equal_nan=True):
+        parts = {
+            name: self.scale_loss(part).float()  # type: ignore[attr-defined]
+            for name, part in self._parts().items()
+        }
+        self._losses = {}
+        detached = torch.stack([part.detach() for part in parts.values()])
+        total = detached.sum()
+        error = float((total - loss.detach().float()).abs())
+        rounding = 8 * torch.finfo(loss.dtype).eps + 1e-5
+        if error > rounding * float(detached.abs().sum()):  # false for NaN
             raise ValueError(
                 f'the losses add up to {float(total):.4g}, and the model trains on '
                 f'{float(loss):.4g}: a surgery needs their sum'
@@ -103,9 +114,9 @@ class SurgeryMixin:
                 f'{", ".join(names)} once'
             )
         parts = {}
-        for group in members:
+        for patterns, group in zip(groups, members, strict=True):
             total, _ = self._model.parse_losses({name: self._losses[name] for name in group})
-            parts['+'.join(group)] = total
+            parts['+'.join(patterns)] = total
         return parts
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,6 +143,8 @@ def with_surgery(base: Any) -> Any:
     """
     if not issubclass(base, OptimWrapper):
         raise ValueError(f'{base.__name__} takes no surgery; use OptimWrapper or AmpOptimWrapper')
+    if issubclass(base, ApexOptimWrapper):
+        raise ValueError('ApexOptimWrapper runs its own backward pass; use AmpOptimWrapper')
     if issubclass(base, DoubleBackwardMixin):
         raise ValueError(
             'a surgery is not for optimizers that differentiate twice, such as SGDPH; take one out'

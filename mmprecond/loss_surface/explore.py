@@ -18,7 +18,7 @@ from .lanczos import Product, Spectrum, find_spectrum
 from .loss import Loss
 from .preconditioned import preconditioner_of
 from .products import MATRICES, PRODUCTS, choose_product
-from .surface import find_surface, random_directions
+from .surface import Surface, find_surface, random_directions
 
 logger = logging.getLogger('mmprecond')
 
@@ -32,7 +32,7 @@ TITLES = {'hessian': 'Hessian', 'gauss-newton': 'Gauss-Newton matrix'}
 
 def explore(
     loss: Loss,
-    folder: str | Path,
+    folder: str | Path | None,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     matrix: str = 'hessian',
@@ -51,7 +51,7 @@ def explore(
 
     Args:
         loss: The loss.
-        folder: Folder of the files; it is made.
+        folder: Folder of the files, which is made; None for no files.
         optimizer: With an optimizer that has a map P (see `preconditioner_of`), the spectrum of P
             times the matrix is found too. Otherwise the log says why not.
         matrix: 'hessian' (default) or 'gauss-newton'.
@@ -74,8 +74,6 @@ def explore(
         ImportError: If matplotlib, tqdm (for progress bars) or curvlinops is missing.
     """
     check_settings(dict(plane=plane, matrix=matrix, product=product, progress=progress))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     logger.info('%s', forecast(loss, steps))
     multiply = choose_product(loss, product, matrix)
     spectra = {}
@@ -89,12 +87,10 @@ def explore(
             spectrum.largest,
             spectrum.mean,
         )
-    draw_spectra(spectra, folder / 'spectrum.png')
-    write_spectra(spectra, folder / 'spectrum.csv')
-    if plane != 'none':
-        plain = next(iter(spectra.values()))
-        _write_plane(loss, plain if plane == 'eigen' else None, folder, span, points, progress)
-    logger.info('files in %s', folder)
+    plain = next(iter(spectra.values())) if plane == 'eigen' else None
+    surface = None if plane == 'none' else _find_plane(loss, plain, span, points, progress)
+    if folder is not None:
+        _write_files(Path(folder), spectra, surface)
     return spectra
 
 
@@ -156,15 +152,10 @@ def _spectrum(
         return find_spectrum(counted, loss.parameter_vector(), steps, runs, precondition=metric)
 
 
-def _write_plane(
-    loss: Loss,
-    spectrum: Spectrum | None,
-    folder: Path,
-    span: float | None,
-    points: int,
-    progress: bool,
-) -> None:
-    """Writes the surface along a spectrum's leading vectors, or along random directions."""
+def _find_plane(
+    loss: Loss, spectrum: Spectrum | None, span: float | None, points: int, progress: bool
+) -> tuple[Surface, tuple[str, str]]:
+    """Surface along a spectrum's leading vectors or random directions, and labels of its axes."""
     if spectrum is not None and len(spectrum.vectors) == 2:
         length = loss.parameter_vector().norm()
         first, second = (vector / vector.norm() * length for vector in spectrum.vectors)
@@ -172,9 +163,22 @@ def _write_plane(
     else:
         first, second = random_directions(loss)
         kind, usual = 'random direction', 1.0
-    labels = f'first {kind}', f'second {kind}'
     span = usual if span is None else span
     surface = find_surface(loss, first, second, span, points, progress)
+    return surface, (f'first {kind}', f'second {kind}')
+
+
+def _write_files(
+    folder: Path, spectra: Mapping[str, Spectrum], plane: tuple[Surface, tuple[str, str]] | None
+) -> None:
+    """Writes pictures, tables and the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_spectra(spectra, folder / 'spectrum.png')
+    write_spectra(spectra, folder / 'spectrum.csv')
+    logger.info('files in %s', folder)
+    if plane is None:
+        return
+    surface, labels = plane
     draw_surface(surface, folder / 'surface.png', labels)
     write_surface(surface, folder / 'surface.csv')
     if find_module('plotly') is None:

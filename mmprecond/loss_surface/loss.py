@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import check_choice
+from ..graph import graph_nodes
+from .randomness import isolated_rng
 
 #: Modes of batch normalisation and dropout.
 MODES = ('eval', 'train')
@@ -67,6 +69,9 @@ class Loss:
             raise ValueError('the model has no trainable parameter')
         if not self.closures:
             raise ValueError('a loss needs at least one batch')
+        half = [str(p.dtype) for p in self.params if p.dtype.itemsize < 4]
+        if half:
+            raise ValueError(f'parameters are in {half[0]}; derivatives need float32 or float64')
         self.size = sum(p.numel() for p in self.params)
 
     @classmethod
@@ -169,7 +174,7 @@ class Loss:
         Torch's own operations either have a second derivative or raise an error.
         """
         with self._evaluating():
-            nodes = [node for closure in self.closures for node in _nodes(closure())]
+            nodes = [node for closure in self.closures for node in graph_nodes(closure())]
         kind = torch.autograd.function.BackwardCFunction
         return {
             type(node).__name__.removesuffix('Backward') for node in nodes if isinstance(node, kind)
@@ -229,9 +234,7 @@ class Loss:
         modes = {module: module.training for module in self.model.modules()}
         buffers = {buffer: buffer.detach().clone() for buffer in self.model.buffers()}
         norms = [m for m in modes if isinstance(m, _BatchNorm) and m.track_running_stats]
-        devices = [p.device for p in self.params if p.device.type == 'cuda']
-        with torch.random.fork_rng(devices=list(dict.fromkeys(devices))):
-            torch.manual_seed(0)
+        with isolated_rng(0, (p.device for p in self.params)):
             self.model.train(self.mode == 'train')
             if self.mode == 'train':  # batch statistics alone: curvlinops allows no updates
                 for norm in norms:
@@ -267,18 +270,6 @@ def _refuse_lost_paths(tensor: Tensor) -> None:
     Such an operation (``once_differentiable``) leaves an error node, which torch never reaches when
     it is asked for derivatives by some parameters: it would leave the path out in silence.
     """
-    for node in _nodes(tensor):
+    for node in graph_nodes(tensor):
         if node.name().rsplit('::', 1)[-1] == 'Error':
             raise RuntimeError('an operation of the model can be differentiated only once')
-
-
-def _nodes(tensor: Tensor) -> Iterator[Any]:
-    """Nodes of the graph that leads to a tensor."""
-    waiting, seen = [tensor.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        waiting += [following for following, _ in node.next_functions]

@@ -65,6 +65,8 @@ def _is_exact(loss: Loss, wanted: bool) -> bool:
     probe = loss.gradient()
     try:
         exact = loss.hessian_vector_product(probe)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         if wanted:

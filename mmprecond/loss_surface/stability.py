@@ -65,7 +65,7 @@ def largest_rate(
         ValueError: If the optimizer is another one, or has taken no step.
         ImportError: If scipy is missing.
     """
-    check_count('vectors', vectors)
+    check_count('vectors', vectors, low=3)
     check_installed('scipy', 'the largest stable rate')
     bound = stability_bound(optimizer)
     multiply = choose_product(loss, product)
@@ -96,6 +96,8 @@ def stability_bound(optimizer: torch.optim.Optimizer) -> float:
         momentum = group['momentum']
         nesterov = group.get('nesterov') or getattr(rule, 'nesterov', False)
         damped = 1 - (group.get('dampening', 0) if momentum else 0)
+        if damped <= 0:
+            raise ValueError('with dampening=1 SGD never moves; set less')
         return 2 * (1 + momentum) / ((1 + 2 * momentum) if nesterov else damped)
     if kind is EMASGD:
         return 2 * (1 + group['momentum']) / (1 - group['momentum'])
@@ -143,7 +145,7 @@ def _rightmost(
     product: Callable[[Tensor], Tensor], like: Tensor, vectors: int, tolerance: float
 ) -> float:
     """Largest real part of the eigenvalues of a linear map, by Arnoldi (ARPACK)."""
-    from scipy.sparse.linalg import LinearOperator, eigs
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigs
 
     size = len(like)
     if size <= 2:  # too small for ARPACK
@@ -157,7 +159,13 @@ def _rightmost(
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(size, generator=generator).to(like.dtype).numpy()
     kept = min(vectors, size)
-    eigenvalues = eigs(
-        operator, 1, which='LR', v0=start, ncv=kept, tol=tolerance, return_eigenvectors=False
-    )
-    return float(eigenvalues.real.max())
+    try:
+        values = eigs(
+            operator, 1, which='LR', v0=start, ncv=kept, tol=tolerance, return_eigenvectors=False
+        )
+    except ArpackError as error:
+        raise ValueError(
+            f'the largest eigenvalue was not found ({error}); take more vectors, or a larger '
+            'tolerance'
+        ) from error
+    return float(values.real.max())

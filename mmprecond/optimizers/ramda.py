@@ -91,12 +91,12 @@ class RAMDA(RuleOptimizer):
         if total_steps is not None:
             check_count('total_steps', total_steps)
         self._requested_steps = total_steps
-        self.rule.total_steps = total_steps
+        self.rule.plan_steps(total_steps)
 
     def plan_steps(self, count: int) -> None:
         """Sets the number of optimizer steps of the run; the user's `total_steps` has priority."""
         if self._requested_steps is None:
-            self.rule.total_steps = count
+            self.rule.plan_steps(count)
 
     def sparsity(self) -> Sparsity:
         """Filters of all regularized weights, and those that are zero now."""

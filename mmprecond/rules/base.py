@@ -32,6 +32,7 @@ class Rule(ABC):
         elementwise: Whether an update scales each entry by the history of that entry alone. Such a
             rule depends on the basis; rotations need one.
         exact: Names of state tensors with a dtype of their own, which loading must not change.
+        scales_by_rate: Whether a step is the update times the learning rate.
     """
 
     hyper: ClassVar[tuple[str, ...]] = ()
@@ -40,6 +41,7 @@ class Rule(ABC):
     quadratic_moments: ClassVar[tuple[str, ...]] = ()
     elementwise: ClassVar[bool] = False
     exact: ClassVar[tuple[str, ...]] = ()
+    scales_by_rate: ClassVar[bool] = True
 
     def key(self, group: Group, state: State) -> Hashable:
         """Key of a parameter; parameters with equal keys are updated together."""

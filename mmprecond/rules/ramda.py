@@ -25,8 +25,9 @@ class RAMDARule(Rule):
         p = (1 - momentum) p + momentum u
 
     over the filters f with n_f entries. p0 is p at the start of the round. Parameters without
-    filters, and those with group_lasso 0, have ``u = p0 - S / D``. A round ends when lr has fallen
-    to `restart` of its largest value in the round; eps then falls by the same factor.
+    filters, and those with group_lasso 0, have ``u = p0 - S / D``. The state is in float32 at
+    least. A round ends when lr has fallen to `restart` of its largest value in the round; eps then
+    falls by the same factor.
 
     Filters of p are exactly zero once they are zero in u and the momentum is 1. If the number of
     steps of the run is known (`total_steps`), the momentum rises linearly to 1 in the last part of
@@ -49,9 +50,8 @@ class RAMDARule(Rule):
     defaults: ClassVar[dict[str, Any]] = dict(
         momentum=0.1, group_lasso=1e-4, eps=1e-6, weight_decay=0.0
     )
-    linear_moments: ClassVar[tuple[str, ...]] = ('sum',)
-    quadratic_moments: ClassVar[tuple[str, ...]] = ('squares',)
-    elementwise: ClassVar[bool] = True
+    exact: ClassVar[tuple[str, ...]] = ('start', 'sum', 'squares')
+    scales_by_rate: ClassVar[bool] = False
 
     def __init__(
         self, prune_matrices: bool = False, restart: float = 0.1, rise: float = 1 / 3
@@ -74,7 +74,7 @@ class RAMDARule(Rule):
         check_number('eps', group['eps'], open_low=True)
 
     def key(self, group: Group, state: State) -> Hashable:
-        names = ('taken', 'weight_sum', 'highest')
+        names = ('taken', 'weight_sum', 'highest', 'eps_share')
         return super().key(group, state), *(state.get(name) for name in names)
 
     def has_filters(self, param: Tensor, group: Group) -> bool:
@@ -84,6 +84,9 @@ class RAMDARule(Rule):
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> list[Tensor]:
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in params]
+        params = [p.to(dtype) for p, dtype in zip(params, dtypes, strict=True)]
+        directions = [d.to(dtype) for d, dtype in zip(directions, dtypes, strict=True)]
         if group['weight_decay']:
             directions = list(torch._foreach_add(directions, params, alpha=group['weight_decay']))
         self._continue_round(params, states, group['lr'])
@@ -104,6 +107,10 @@ class RAMDARule(Rule):
         updates = torch._foreach_sub(params, targets)
         torch._foreach_mul_(updates, self.momentum_at(states[0]['taken'], group['momentum']))
         return list(updates)
+
+    def plan_steps(self, count: int | None) -> None:
+        """Sets the number of optimizer steps of the run; None if it is unknown."""
+        self.total_steps = count
 
     def momentum_at(self, step: int, momentum: float) -> float:
         """Momentum of a step of the run, counted from 1."""
@@ -143,4 +150,4 @@ class RAMDARule(Rule):
     def apply_updates(
         self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group
     ) -> None:
-        torch._foreach_sub_(params, updates)
+        torch._foreach_sub_(params, [u.to(p.dtype) for p, u in zip(params, updates, strict=True)])

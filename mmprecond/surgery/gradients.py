@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, reject_unexpected
 from ..distributed import sum_over_ranks, world_size
+from ..graph import graph_nodes
 from .base import Aggregator, cosines, gram
 from .gcond import GCond
 from .pcgrad import PCGrad
 from .samgs import SAMGS
+
+logger = logging.getLogger('mmprecond')
 
 #: Aggregators by name.
 AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
@@ -51,10 +55,10 @@ class GradientSurgery:
 
     `backward` may be called several times before `resolve`, to accumulate gradients. The sum of the
     losses has an ordinary backward pass, so that hooks on it (statistics of a preconditioner,
-    DistributedDataParallel) see it once. All losses but the last have a pass of their own before
-    that; the last one's gradient is the difference. Only shared parameters take part: those that
-    at least two losses reach in the first call. If a gradient is not finite, the
-    step keeps the sum's gradient.
+    DistributedDataParallel) see it once. All losses but one have a pass of their own before that;
+    the gradient of that one, the largest in the step before, is the difference. Only shared
+    parameters take part: those that at least two losses reach in the first call. If a gradient is
+    not finite, the step keeps the sum's gradient.
 
     For k losses the memory is that of k gradients of the shared parameters, and that of the
     method's state.
@@ -82,9 +86,15 @@ class GradientSurgery:
         self.interval = interval
         self.diagnostics: dict[str, float] = {}
         self._params = [p for p in params if p.requires_grad]
-        self._shared: list[Tensor] | None = None
+        devices = {str(p.device) for p in self._params}
+        if len(devices) > 1:
+            raise ValueError(
+                f'the parameters are on {", ".join(sorted(devices))}; a surgery needs one'
+            )
+        self._shared: list[Tensor] = []
         self._names: tuple[str, ...] = ()
-        self._sums: list[Tensor] = []
+        self._sums: dict[str, Tensor] = {}
+        self._remainder = ''
         self._steps = 0
 
     @property
@@ -104,18 +114,35 @@ class GradientSurgery:
             run_backward: Function that runs the backward pass of the sum; default: torch's.
 
         Raises:
-            ValueError: If there are fewer than two losses, or their names have changed.
+            ValueError: If there are fewer than two losses, their names have changed, or their graph
+                is one that has no gradients of parts.
         """
         self.separate(losses)
         run_backward(torch.stack(list(losses.values())).sum())
 
     def separate(self, losses: Mapping[str, Tensor]) -> None:
-        """Takes the gradients of all losses but the last; the graph stays for their sum.
+        """Takes the gradients of all losses but one; the graph stays for their sum.
 
         Raises:
             ValueError: As `backward`.
         """
-        names = tuple(losses)
+        self._check_names(tuple(losses))
+        if not self.is_due:
+            return
+        if not self._shared:
+            self._find_shared(losses)
+        if all(p.grad is None for p in self._shared):
+            self._sums = {}  # of a step that was given up
+        for name, loss in losses.items():
+            if name == self._remainder:
+                continue
+            gradient = self._gradient(loss)
+            if name in self._sums:
+                self._sums[name] += gradient
+            else:
+                self._sums[name] = gradient
+
+    def _check_names(self, names: tuple[str, ...]) -> None:
         if len(names) < 2:
             raise ValueError(
                 f'a surgery needs two losses or more, not {", ".join(names) or "none"}; take it out'
@@ -123,18 +150,9 @@ class GradientSurgery:
         if self._names and names != self._names:
             raise ValueError(
                 f'the losses are {", ".join(names)}, and were {", ".join(self._names)} before; '
-                'give groups of losses that are always there'
+                'put losses that come and go into a group with others'
             )
         self._names = names
-        if not self.is_due:
-            return
-        if self._shared is None:
-            self._shared = self._find_shared(list(losses.values()))
-        gradients = [self._gradient(loss) for loss in list(losses.values())[:-1]]
-        if not self._sums:
-            self._sums = gradients
-        else:
-            torch._foreach_add_(self._sums, gradients)
 
     def resolve(self, scale: float = 1.0) -> None:
         """Combines the gradients since the last call, and writes the result into ``.grad``.
@@ -149,18 +167,22 @@ class GradientSurgery:
         self._steps += 1
         if not due or not self._sums:
             return
-        assert self._shared is not None
-        parts, self._sums = self._sums, []
+        parts, self._sums = self._sums, {}
         if (ranks := world_size()) > 1:
-            sum_over_ranks(parts)
-            torch._foreach_div_(parts, ranks)
-        total = _flatten([p.grad for p in self._shared], self._shared)
-        gradients = torch.stack([*parts, total - torch.stack(parts).sum(0)]) / scale
+            sum_over_ranks(list(parts.values()))
+            torch._foreach_div_(list(parts.values()), ranks)
+        rest = _flatten([p.grad for p in self._shared], self._shared)
+        for part in parts.values():
+            rest -= part
+        parts[self._remainder] = rest
+        gradients = torch.stack([parts.pop(name) for name in self._names]).div_(scale)
         if not bool(gradients.isfinite().all()):
             return
         products = gram(gradients)
         result = self.aggregator.combine(gradients)
         self._record_diagnostics(products, float(result.norm()))
+        # A difference has the rounding errors of all: it is the largest gradient's.
+        self._remainder = self._names[int(products.diagonal().argmax())]
         offset = 0
         for p in self._shared:
             piece = result[offset : offset + p.numel()].view_as(p) * scale
@@ -168,29 +190,39 @@ class GradientSurgery:
             if p.grad is not None:
                 p.grad.copy_(piece)
 
+    def reset(self) -> None:
+        """Forgets the gradients of a step that is given up after its gradients were zeroed."""
+        self._sums = {}
+
     def _gradient(self, loss: Tensor) -> Tensor:
         """Gradient (n,) of a loss with respect to the shared parameters."""
-        assert self._shared is not None
-        found = torch.autograd.grad(loss, self._shared, retain_graph=True, allow_unused=True)
-        return _flatten(found, self._shared)
+        return _flatten(_gradients_of(loss, self._shared), self._shared)
 
-    def _find_shared(self, losses: Sequence[Tensor]) -> list[Tensor]:
-        """Parameters that two losses reach.
+    def _find_shared(self, losses: Mapping[str, Tensor]) -> None:
+        """Finds the parameters that two losses reach on any rank, and the longest gradient.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are none, or the graph has no gradients of parts.
         """
-        reached = [0] * len(self._params)
-        for loss in losses:
-            found = torch.autograd.grad(loss, self._params, retain_graph=True, allow_unused=True)
-            reached = [n + (g is not None) for n, g in zip(reached, found, strict=True)]
-        shared = [p for p, n in zip(self._params, reached, strict=True) if n > 1]
-        if not shared:
+        for loss in losses.values():
+            _refuse_opaque(loss)
+        reached = torch.zeros(len(losses), len(self._params), device=self._params[0].device)
+        lengths = []
+        for k, loss in enumerate(losses.values()):
+            gradients = _gradients_of(loss, self._params)
+            reached[k] = torch.tensor([float(g is not None) for g in gradients])
+            lengths.append(float(_flatten(gradients, self._params).norm()))
+        sum_over_ranks([reached])
+        shared = ((reached > 0).sum(0) > 1).tolist()
+        self._shared = [p for p, is_shared in zip(self._params, shared, strict=True) if is_shared]
+        if not self._shared:
             raise ValueError('no parameter is reached by two losses: there is nothing to resolve')
-        return shared
+        longest = torch.tensor(lengths, device=reached.device)
+        sum_over_ranks([longest])
+        self._remainder = self._names[int(longest.nan_to_num().argmax())]
 
     def _record_diagnostics(self, products: Tensor, length: float) -> None:
-        """Sets the statistics from the products of the gradients and the result's norm."""
+        """Sets the diagnostics from the Gram matrix and the result's norm."""
         first, second = torch.triu_indices(len(products), len(products), 1)
         similarities = cosines(products)[first, second]
         norms = products.diagonal().clamp(min=0).sqrt().tolist()
@@ -204,12 +236,26 @@ class GradientSurgery:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """State between steps: the method's, and the number of steps."""
-        return {'steps': self._steps, 'aggregator': self.aggregator.state_dict()}
+        """State between steps: the method's, and what was found of the losses."""
+        places = {p: k for k, p in enumerate(self._params)}
+        return {
+            'type': type(self.aggregator).__name__,
+            'steps': self._steps,
+            'names': list(self._names),
+            'shared': [places[p] for p in self._shared],
+            'remainder': self._remainder,
+            'aggregator': self.aggregator.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned."""
-        self._steps = state['steps']
+        """Loads what `state_dict` returned; that of another method is left out, with a warning."""
+        kind = type(self.aggregator).__name__
+        if state['type'] != kind:
+            logger.warning('the saved surgery is %s; %s starts anew', state['type'], kind)
+            return
+        self._steps, self._names = state['steps'], tuple(state['names'])
+        self._shared = [self._params[k] for k in state['shared']]
+        self._remainder = state['remainder']
         device = self._params[0].device
         self.aggregator.load_state_dict(
             {
@@ -217,6 +263,29 @@ class GradientSurgery:
                 for key, value in state['aggregator'].items()
             }
         )
+
+
+def _gradients_of(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a loss by parameter, None where it does not reach one."""
+    trained = [p for p in params if p.requires_grad]
+    if not loss.requires_grad or not trained:
+        return [None] * len(params)
+    given = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+    by_param = dict(zip(trained, given, strict=True))
+    return [by_param.get(p) for p in params]
+
+
+def _refuse_opaque(loss: Tensor) -> None:
+    """Raises ValueError for graphs that have no gradient of one loss alone."""
+    for node in graph_nodes(loss):
+        name = node.name()
+        if 'CompiledFunction' in name:
+            raise ValueError('a surgery needs the graph of each loss; train without torch.compile')
+        if name.startswith('CheckpointFunction'):
+            raise ValueError(
+                'a surgery works with checkpoint(..., use_reentrant=False) alone; in a config set '
+                'with_cp=False'
+            )
 
 
 def _flatten(tensors: Iterable[Tensor | None], params: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -83,6 +86,17 @@ def test_bad_input_is_one_line() -> None:
         Loss(model, [lambda: torch.zeros(())], 'val')
     with pytest.raises(ValueError, match='no trainable parameter'):
         Loss(model.requires_grad_(False), [lambda: torch.zeros(())])
+
+
+def test_equal_parameters_have_equal_values_under_any_random_numbers() -> None:
+    """Those of NumPy and Python too, whose states stay."""
+    model = nn.Linear(2, 1)
+    drawn = lambda: float(np.random.rand() + random.random())  # noqa: E731
+    loss = Loss(model, [lambda: model(torch.ones(1, 2)).sum() * drawn()])
+    np.random.seed(3)
+    before = np.random.get_state()[1].copy(), random.getstate()
+    assert loss.value() == loss.value()
+    assert (np.random.get_state()[1] == before[0]).all() and random.getstate() == before[1]
 
 
 @pytest.mark.parametrize('mode', ['eval', 'train'])

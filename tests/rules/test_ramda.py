@@ -119,7 +119,7 @@ def test_a_resumed_run_continues_to_the_bit() -> None:
 def test_the_momentum_rises_in_the_last_third() -> None:
     rule = RAMDARule()
     assert [rule.momentum_at(step, 0.1) for step in (1, 1000)] == [0.1, 0.1]
-    rule.total_steps = 30
+    rule.plan_steps(30)
     values = [rule.momentum_at(step, 0.1) for step in range(1, 31)]
     assert values[:20] == pytest.approx([0.1] * 20) and values[29] == 1.0
     assert values[20:] == pytest.approx([0.1 + 0.09 * k for k in range(1, 11)])
@@ -149,6 +149,31 @@ def test_it_is_a_rule_for_preconditioned_directions() -> None:
     before = float(nn.functional.mse_loss(model(batch[0]), batch[1]))
     train(model, optimizer, tuple(batch), 60)
     assert float(nn.functional.mse_loss(model(batch[0]), batch[1])) < before / 2
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_weights_have_state_in_float32(dtype: torch.dtype) -> None:
+    """So do those that were loaded; a step with lr=0 leaves the weights."""
+    torch.manual_seed(0)
+    weight = nn.Parameter((0.02 * torch.randn(4, 3, 2)).to(dtype))
+    optimizer = RAMDA([weight], lr=0.0, group_lasso=0.01)
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    state = optimizer.state[weight]
+    assert {state[name].dtype for name in ('start', 'sum', 'squares')} == {torch.float32}
+
+
+def test_a_rotation_is_refused() -> None:
+    """The starting point and the weights would be in different bases."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    for method in ('AdamR', 'SOAP'):
+        rule = dict(type='RAMDA', lr=0.01)
+        refused(
+            ValueError, lambda r=rule, m=method: Preconditioned(model, rule=r, layers=m), 'RAMDA'
+        )
 
 
 def test_what_is_refused() -> None:

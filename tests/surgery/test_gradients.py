@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from mmprecond import NKFAC
 from mmprecond.surgery import GradientSurgery, PCGrad
@@ -156,6 +157,74 @@ def _tensors(value: Any, prefix: str = '') -> dict[str, Tensor]:
     return {k: v for key, part in items for k, v in _tensors(part, f'{prefix}/{key}').items()}
 
 
+def test_a_step_that_was_given_up_leaves_nothing() -> None:
+    model, batch = build()
+    first, second = by_hand(model, [batch])
+    surgery = GradientSurgery(model.parameters(), 'PCGrad')
+    surgery.separate(losses_of(model, batch))
+    model.zero_grad()
+    surgery.backward(losses_of(model, batch))
+    surgery.resolve()
+    flat = torch.stack([torch.cat([g.flatten() for g in part[:2]]) for part in (first, second)])
+    assert surgery.diagnostics['norm_regress'] == pytest.approx(float(flat[0].norm()))
+
+
+def test_a_loss_without_a_graph_has_no_gradient() -> None:
+    model, batch = build()
+    surgery = GradientSurgery(model.parameters(), 'PCGrad')
+    surgery.backward(losses_of(model, batch))
+    surgery.resolve()
+    model.zero_grad()
+    losses = losses_of(model, batch)
+    expected = torch.autograd.grad(losses['classify'], model.body.weight, retain_graph=True)[0]
+    surgery.backward({**losses, 'regress': torch.zeros(()).double()})
+    surgery.resolve()
+    torch.testing.assert_close(model.body.weight.grad, expected)
+
+
+def test_the_largest_gradient_is_the_difference() -> None:
+    """So that rounding does not spoil a small one: the small one is exact."""
+    model, batch = build()
+    surgery = GradientSurgery(model.parameters(), 'PCGrad')
+    losses = losses_of(model, batch)
+    losses = {'large': 1e9 * losses['regress'], 'small': losses['classify']}
+    expected = torch.autograd.grad(losses['small'], model.body.weight, retain_graph=True)[0]
+    inputs: list[Tensor] = []
+    combine = surgery.aggregator.combine
+    surgery.aggregator.combine = lambda g: inputs.append(g.clone()) or combine(g)  # type: ignore
+    surgery.backward(losses)
+    surgery.resolve()
+    assert torch.equal(inputs[0][1, : expected.numel()], expected.flatten())
+
+
+def test_another_surgery_starts_anew(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = build()
+    saved = GradientSurgery(model.parameters(), 'GCond')
+    saved.backward(losses_of(model, batch))
+    saved.resolve()
+    other = GradientSurgery(model.parameters(), 'SAMGS')
+    other.load_state_dict(saved.state_dict())
+    assert 'the saved surgery is GCond; SAMGS starts anew' in caplog.text
+    model.zero_grad()
+    other.backward(losses_of(model, batch))
+    other.resolve()
+
+
+def test_compiled_and_reentrant_graphs_are_refused() -> None:
+    model, batch = build()
+    compiled = torch.compile(model, backend='aot_eager')
+    surgery = GradientSurgery(model.parameters())
+    refused(ValueError, lambda: surgery.backward(losses_of(compiled, batch)), 'torch.compile')
+
+    def again(inputs: Tensor) -> Tensor:
+        return checkpoint(model.body, inputs.requires_grad_(), use_reentrant=True)
+
+    hidden = again(batch[0])
+    losses = dict(a=model.first(hidden).sum(), b=model.second(hidden).sum())
+    fresh = GradientSurgery(model.parameters())
+    refused(ValueError, lambda: fresh.backward(losses), 'use_reentrant=False')
+
+
 def test_what_is_refused() -> None:
     model, batch = build()
     surgery = GradientSurgery(model.parameters())
@@ -167,6 +236,44 @@ def test_what_is_refused() -> None:
     other = {'boxes': model.body.weight.sum(), **losses_of(model, batch)}
     refused(ValueError, lambda: surgery.backward(other), 'were regress, classify before')
     refused(ValueError, lambda: GradientSurgery(model.parameters(), interval=0), 'interval')
+
+
+class Branches(TwoHeads):
+    """A second body on rank 1, where the first one is unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(5, 6)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        body = self.other if dist.get_rank() else self.body
+        hidden = torch.tanh(body(inputs))
+        return self.first(hidden), self.second(hidden)
+
+
+def branching_worker(rank: int, folder: str) -> None:
+    dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Branches().double()
+    batch = torch.randn(8, 5).double(), torch.randn(8, 3).double()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    surgery = GradientSurgery(model.parameters(), 'PCGrad')
+    for _ in range(3):
+        model.zero_grad()
+        surgery.backward(losses_of(wrapped, batch))
+        surgery.resolve()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+    torch.save(model.state_dict(), f'{folder}/{rank}.pth')
+    leave()
+
+
+def test_ranks_that_use_different_layers_stay_equal(tmp_path: Path) -> None:
+    mp.spawn(branching_worker, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def worker(rank: int, folder: str) -> None:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import get_world_size, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 
@@ -15,8 +15,9 @@ from ...checks import check_choice, check_count
 from ...loss_surface import Spectrum, explore
 from ...loss_surface.explore import check_settings
 from ...loss_surface.loss import MODES
+from ...loss_surface.randomness import isolated_rng
 from ..landscape_inputs import loss_of
-from .loading import fresh_loader, isolated_rng
+from .loading import fresh_loader
 
 
 class LandscapeHook(Hook):  # type: ignore[misc]
@@ -25,15 +26,15 @@ class LandscapeHook(Hook):  # type: ignore[misc]
     It writes the files of `mmprecond.landscape.explore` to ``landscape/epoch_N`` (or ``iter_N``) in
     the run's folder, and the scalars ``landscape/largest``, ``landscape/smallest`` and
     ``landscape/mean`` to the visualizer (TensorBoard and others), with
-    ``landscape/preconditioned_...`` where the optimizer has a map P. The first rank works, on the
-    same training batches each time; the others wait at their next collective operation.
-    The run goes on as without the hook, bit for bit.
+    ``landscape/preconditioned_...`` where the optimizer has a map P. All ranks evaluate the same
+    training batches each time, because a loss may contain collective operations; the first one
+    writes. The run goes on as without the hook, bit for bit.
 
     Args:
         epochs: Epochs after which it looks, counted from 1.
         iters: Iterations after which it looks, counted from 1.
         batches: Training batches of the loss.
-        mode: See `Loss`; 'train' is for one rank.
+        mode: See `Loss`.
         **settings: Arguments of `explore`, such as `steps`, `runs`, `matrix` and `plane`; the
             default of `plane` is 'none' here, and no progress bar is shown.
 
@@ -64,11 +65,6 @@ class LandscapeHook(Hook):  # type: ignore[misc]
         self.mode = mode
         self.settings = {'plane': 'none', 'progress': False, **settings}
 
-    def before_train(self, runner: Any) -> None:
-        """Raises ValueError for mode='train' on several ranks, whose statistics may be joint."""
-        if self.mode == 'train' and get_world_size() > 1:
-            raise ValueError("LandscapeHook takes mode='train' on one rank only; write mode='eval'")
-
     def after_train_epoch(self, runner: Any) -> None:
         """Looks after one of the epochs."""
         if runner.epoch + 1 in self.epochs:
@@ -82,14 +78,12 @@ class LandscapeHook(Hook):  # type: ignore[misc]
             self._write_landscape(runner, f'iter_{runner.iter + 1}', runner.iter + 1)
 
     def _write_landscape(self, runner: Any, name: str, step: int) -> None:
-        if not is_main_process():
-            return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
-        with isolated_rng(0):
-            loader = fresh_loader(runner.train_dataloader, workers=0)
+        folder = Path(runner.log_dir) / 'landscape' / name if is_main_process() else None
+        with isolated_rng(0, (p.device for p in model.parameters())):
+            loader = fresh_loader(runner.train_dataloader, workers=0, joint=True)
             loss = loss_of(model, list(islice(loader, self.batches)), self.mode)
-            folder = Path(runner.log_dir) / 'landscape' / name
             spectra = explore(loss, folder, optimizer, **self.settings)
         runner.visualizer.add_scalars(spectrum_scalars(list(spectra.values())), step=step)
 
