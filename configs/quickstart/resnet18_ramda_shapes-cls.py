@@ -5,5 +5,5 @@ _base_ = 'resnet18_shapes-cls.py'
 custom_imports = dict(imports=['mmprecond'], allow_failed_imports=False)
 optim_wrapper = dict(
     constructor='PrecondOptimWrapperConstructor',
-    optimizer=dict(_delete_=True, type='RAMDA', lr=0.01, group_lasso=1e-3),
+    optimizer=dict(_delete_=True, type='RAMDA', lr=0.1, group_lasso=3e-5),
 )

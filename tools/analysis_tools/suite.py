@@ -142,7 +142,7 @@ def run_fitted(task: Task, kind: str, args: argparse.Namespace) -> Results:
     length = settings(task, task.iterations, args)
     length.work_dir.mkdir(parents=True, exist_ok=True)
     if kind == 'quick':
-        rates = recorded_rates(RECORDS / f'{task.name}.csv', task.iterations)
+        rates = recorded_rates(RECORDS / f'{task.name}.csv')
         task = results.task = replace(task, rest_rate=rates['AdamW'])
     else:
         first = best_rate(screen(task, 'AdamW', args), metric)
@@ -255,12 +255,12 @@ def write_records(results: Results, path: Path) -> None:
                     writer.writerow((*about, quantity, step, f'{step * each:.1f}', f'{value:.5g}'))
 
 
-def recorded_rates(path: Path, length: int) -> dict[str, float]:
-    """Best rate of every optimizer, from the runs of the given length in a record."""
+def recorded_rates(path: Path) -> dict[str, float]:
+    """Best rate of every optimizer: that of its runs on more seeds than the screening's."""
     if not path.is_file():
         sys.exit(f'there is no record {path}; make one by --suite full --tasks {path.stem}')
     with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if int(row['length']) == length]
+        rows = [row for row in csv.DictReader(file) if int(row['seed']) > 0]
     return {row['optimizer']: float(row['lr']) for row in rows}
 
 

@@ -85,7 +85,9 @@ class Curves:
                 continue
             for name, value in entry.items():
                 if is_score(name, value):
-                    self.scores.setdefault(name, []).append((iteration, seconds, value))
+                    # A loop by epochs has their number as step, which is smaller.
+                    step = max(iteration, int(line.get('step', 0)))
+                    self.scores.setdefault(name, []).append((step, seconds, value))
 
     def cut(self, start: int) -> None:
         """Removes entries from an iteration on."""
