@@ -32,12 +32,20 @@ def test_scores_without_a_slash(tmp_path: Path) -> None:
     }
 
 
+def test_an_evaluation_between_two_lines_has_its_own_iteration(tmp_path: Path) -> None:
+    """The number of an epoch, which is smaller, is none."""
+    for step, expected in ((17, 17), (2, 10)):
+        scores = read(tmp_path, TRAINING, dict(mIoU=40.25, step=step)).scores
+        assert scores == {'mIoU': [(expected, 5.0, 40.25)]}
+
+
 @pytest.mark.parametrize(
     'entry',
     [
         {'memory': 900, 'epoch': 3, 'generator.lr': 0.1, 'base_lr': 0.1, 'grad_norm': 2.0},
         {'coco/classes': ['a'], 'coco/bbox_mAP_copypaste': '0.1 0.2', 'format_only': True},
         {'curvature/cosine/mean': 0.5},
+        {'landscape/largest': 20.0, 'landscape/preconditioned_mean': 0.1},
     ],
 )
 def test_bookkeeping_is_no_score(entry: dict[str, Any], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 #: Values that MMEngine's hooks log beside the scores. Several optimizers have rates `NAME.lr`.
 BOOKKEEPING = re.compile(
     r'step|iter|epoch|time|data_time|memory|eta|grad_norm|(.+\.)?(base_)?lr|curvature/.*'
+    r'|landscape/.*|surgery/.*|sparsity|damping_factor'
 )
 #: Main measures by which the toolboxes' configs choose the best checkpoint, or papers report.
 MEASURES = frozenset(
