@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
 from mmprecond.engine import LandscapeHook
 from tests.support.classifier import Classifier, OneBatch
+from tests.support.distributed import leave
 from tests.support.errors import refused
 
+#: Of a message that no other rank answers.
+TIMEOUT = timedelta(seconds=60)
 HOOK = dict(type='LandscapeHook', iters=[2, 3, 5], steps=3, runs=1)
 
 
@@ -78,6 +87,46 @@ def test_epochs_are_counted_from_one(tmp_path: Path) -> None:
     (folder,) = tmp_path.glob('*/landscape/*')
     assert folder.name == 'epoch_2'
     assert {path.name for path in folder.iterdir()} >= {'spectrum.png', 'surface.csv'}
+
+
+class Reducing(Dropping):
+    """A classifier whose loss has a collective operation, as those of many detectors."""
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = 'tensor') -> Any:
+        out = super().forward(inputs, data_samples, mode)
+        if mode == 'loss':
+            count = torch.tensor(float(len(inputs)))
+            dist.all_reduce(count)
+            out = dict(loss=out['loss'] * len(inputs) / count)
+        return out
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2, timeout=TIMEOUT
+    )
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    logged: list[dict[str, float]] = []
+    model = Reducing()
+    runner = SimpleNamespace(
+        iter=0,
+        model=MMDistributedDataParallel(model),
+        optim_wrapper=None,
+        train_dataloader=DataLoader(OneBatch(), 4, collate_fn=default_collate),
+        log_dir=folder,
+        visualizer=SimpleNamespace(add_scalars=lambda values, step: logged.append(values)),
+    )
+    LandscapeHook(iters=[1], steps=3, runs=1).after_train_iter(runner, 0)
+    torch.save(logged[0], f'{folder}/{rank}.pth')
+    leave()
+
+
+def test_ranks_evaluate_a_loss_with_collectives_together(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1))
+    assert first == second and first['landscape/largest'] > 0
+    assert (tmp_path / 'landscape/iter_1/spectrum.csv').is_file()
 
 
 def test_what_it_refuses() -> None:
