@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mmprecond import datasets
+from tests.support.commands import run_python
 from tests.support.paths import ROOT
 
 CONFIG = ROOT / 'configs/quickstart/resnet18_shapes-cls.py'
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.mark.slow
@@ -40,11 +29,13 @@ def test_the_command_on_a_checkpoint_of_nkfac(tmp_path: Path) -> None:
         'train_dataloader.batch_size=8',
     )
     work = tmp_path / 'work'
-    trained = run('tools/train.py', CONFIG, '--optimizer', 'NKFAC', '--work-dir', work, *options)
+    trained = run_python(
+        'tools/train.py', CONFIG, '--optimizer', 'NKFAC', '--work-dir', work, *options
+    )
     assert trained.returncode == 0, trained.stderr[-1500:]
     (config,) = work.glob('*/vis_data/config.py')
     out = tmp_path / 'out'
-    done = run(
+    done = run_python(
         '-m',
         'mmprecond.landscape',
         config,
@@ -60,7 +51,7 @@ def test_the_command_on_a_checkpoint_of_nkfac(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-1500:]
     for_gauss_newton = ('--matrix', 'gauss-newton', '--steps', 3, '--runs', 1, '--plane', 'none')
-    again = run(
+    again = run_python(
         '-m',
         'mmprecond.landscape',
         config,
@@ -82,6 +73,6 @@ def test_the_command_on_a_checkpoint_of_nkfac(tmp_path: Path) -> None:
 
 def test_a_missing_checkpoint_is_one_line() -> None:
     pytest.importorskip('mmengine')
-    done = run('-m', 'mmprecond.landscape', CONFIG, 'nothing.pth')
+    done = run_python('-m', 'mmprecond.landscape', CONFIG, 'nothing.pth')
     assert done.returncode == 2
     assert 'there is no checkpoint nothing.pth' in done.stderr

@@ -41,6 +41,10 @@ class GradientDamping:
 
     def __init__(self, window: int) -> None:
         self.window = window
+        self._start()
+
+    def _start(self) -> None:
+        """Sets the state before the first step."""
         self.factor = 1.0
         self.smoothness = 1.0
         self._norms: dict[str, Tensor] = {}
@@ -54,7 +58,7 @@ class GradientDamping:
 
         A loss or gradient that is not finite is left out.
         """
-        norm = _joint_norm(gradients)
+        norm = _norms(gradients).norm()
         loss = loss.to(norm.device, torch.float64)
         if not self._norms:
             zero = torch.zeros_like(norm)
@@ -77,8 +81,8 @@ class GradientDamping:
     @torch.no_grad()
     def record_updates(self, updates: Iterable[Tensor], rates: Iterable[float]) -> None:
         """Takes the updates of a step, each with its learning rate: the step is their product."""
-        steps = [update * rate for update, rate in zip(updates, rates, strict=True)]
-        self._norms['length'] = _joint_norm(steps)
+        norms = _norms(updates)
+        self._norms['length'] = (norms * torch.tensor(list(rates)).to(norms)).norm()
 
     def update_factor(self) -> float:
         """The factor for a refresh; a full window changes the smoothness first."""
@@ -112,7 +116,7 @@ class GradientDamping:
         """Loads what `state_dict` returned; without it the control starts anew."""
         state = saved.get(CHECKPOINT_KEY)
         if not isinstance(state, Mapping):
-            vars(self).update(vars(GradientDamping(self.window)))
+            self._start()
             return
         self.factor, self.smoothness = state['factor'], state['smoothness']
         self._counted, self._previous_loss = state['counted'], state['before']
@@ -122,7 +126,7 @@ class GradientDamping:
         )
 
 
-def _joint_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Norm of all tensors together, a scalar of float64 on the device of the first."""
+def _norms(tensors: Iterable[Tensor]) -> Tensor:
+    """Norms (k,) of k tensors, in float64 on the device of the first."""
     norms = torch._foreach_norm(list(tensors))
-    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]).norm()
+    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])

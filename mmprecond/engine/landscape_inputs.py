@@ -47,8 +47,7 @@ def build(args: argparse.Namespace) -> Inputs:
     cfg = launch.load_config(args.config)
     launch.merge_options(cfg, args.cfg_options)
     launch.check_mmcv(cfg.get('default_scope'))
-    if not cfg.get('train_dataloader'):
-        raise ValueError('the config has no train_dataloader to take batches from')
+    launch.check_training_data(cfg)
     model = random_model(cfg)
     checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
     model.to(get_device())

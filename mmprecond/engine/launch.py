@@ -183,6 +183,12 @@ def check_mmcv(scope: str | None = 'mmdet') -> None:
         ) from error
 
 
+def check_training_data(cfg: Config) -> None:
+    """Raises ValueError if a config has no training data."""
+    if not cfg.get('train_dataloader'):
+        raise ValueError('the config has no train_dataloader to take batches from')
+
+
 def in_full_precision(wrapper: dict[str, Any]) -> dict[str, Any]:
     """Settings of a wrapper without those of mixed precision, which needs a GPU."""
     kept = {key: value for key, value in wrapper.items() if key not in MIXED_PRECISION}

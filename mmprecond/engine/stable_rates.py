@@ -39,8 +39,7 @@ def suggest(args: argparse.Namespace) -> str:
         ValueError: If the config has no training data, or its optimizer has no known bound.
     """
     cfg = forecast_inputs.load(args, attach=False)
-    if not cfg.get('train_dataloader'):
-        raise ValueError('the config has no train_dataloader to take batches from')
+    launch.check_training_data(cfg)
     set_random_seed(0)
     model: Any = random_model(cfg)
     model.init_weights()

@@ -79,9 +79,10 @@ class SurgeryMixin:
         self._losses = {}
         detached = torch.stack([part.detach() for part in parts.values()])
         total = detached.sum()
-        error = float((total - loss.detach().float()).abs())
+        error = (total - loss.detach().float()).abs()
+        # The model added the losses in its own dtype; ours are summed in float32.
         rounding = 8 * torch.finfo(loss.dtype).eps + 1e-5
-        if error > rounding * float(detached.abs().sum()):  # false for NaN
+        if bool(error > rounding * detached.abs().sum()):  # one wait for the device; false for NaN
             raise ValueError(
                 f'the losses add up to {float(total):.4g}, and the model trains on '
                 f'{float(loss):.4g}: a surgery needs their sum'

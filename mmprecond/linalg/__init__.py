@@ -37,6 +37,7 @@ from .products import add_product, stacked_product
 from .proximal import shrink_rows
 from .roots import inverse_power, newton_schulz_inverse_root, newton_schulz_inverse_root_of_values
 from .spectrum import largest_eigenvalue, largest_eigenvalue_of_columns
+from .vectors import flatten_like, unflatten_like
 
 __all__ = [
     'BlockDiagonal',
@@ -64,6 +65,7 @@ __all__ = [
     'count_flops',
     'eigenbasis',
     'expected_shapes',
+    'flatten_like',
     'from_tensors',
     'inverse_power',
     'join',
@@ -86,6 +88,7 @@ __all__ = [
     'shrink_rows',
     'stacked_product',
     'take',
+    'unflatten_like',
     'unify',
     'write',
 ]

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import check_choice
 from ..graph import graph_nodes
+from ..linalg import flatten_like, unflatten_like
 from .randomness import isolated_rng
 
 #: Modes of batch normalisation and dropout.
@@ -93,10 +94,10 @@ class Loss:
     ) -> Loss:
         """Loss that is a criterion of a network's outputs on each batch."""
 
-        def closure(split: OutputLoss) -> Callable[[], Tensor]:
-            return lambda: split.criterion(split.network(split.inputs), split.targets)
+        def closure(part: OutputLoss) -> Callable[[], Tensor]:
+            return lambda: part.criterion(part.network(part.inputs), part.targets)
 
-        return cls(model, [closure(split) for split in output_losses], mode, output_losses)
+        return cls(model, [closure(part) for part in output_losses], mode, output_losses)
 
     def value(self) -> float:
         """Mean loss of the batches."""
@@ -128,7 +129,7 @@ class Loss:
         """
         self.check_output_losses()
         with self._evaluating():
-            return self._mean(self._gauss_newton(split) @ vector for split in self.output_losses)
+            return self._mean(self._gauss_newton(part) @ vector for part in self.output_losses)
 
     def check_output_losses(self) -> None:
         """Raises ValueError if the loss has no Gauss-Newton matrix."""
@@ -138,13 +139,13 @@ class Loss:
                 'MMPretrain, or Loss.of_batches; take the Hessian'
             )
 
-    def _gauss_newton(self, split: OutputLoss) -> Any:
+    def _gauss_newton(self, part: OutputLoss) -> Any:
         from curvlinops import GGNLinearOperator
 
-        batch = [(split.inputs, split.targets)]
-        criterion = _Criterion(split.criterion)
+        batch = [(part.inputs, part.targets)]
+        criterion = _Criterion(part.criterion)
         return GGNLinearOperator(
-            split.network, criterion, self.params, batch, check_deterministic=False
+            part.network, criterion, self.params, batch, check_deterministic=False
         )
 
     def difference_vector_product(self, vector: Tensor, share: float = 1.0) -> Tensor:
@@ -186,17 +187,11 @@ class Loss:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Vector (n,) of tensors in the shapes of the parameters; None counts as zeros."""
-        return torch.cat(
-            [
-                (torch.zeros_like(p) if tensor is None else tensor).flatten()
-                for p, tensor in zip(self.params, tensors, strict=True)
-            ]
-        )
+        return flatten_like(tensors, self.params)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Tensors in the shapes of the parameters from a vector (n,)."""
-        pieces = vector.split([p.numel() for p in self.params])
-        return [piece.view_as(p) for p, piece in zip(self.params, pieces, strict=True)]
+        return unflatten_like(vector, self.params)
 
     @contextmanager
     def displaced(self, offset: Tensor) -> Iterator[None]:

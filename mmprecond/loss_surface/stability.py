@@ -118,16 +118,15 @@ def _map(optimizer: torch.optim.Optimizer, loss: Loss) -> Callable[[Tensor], Ten
 def _scale(optimizer: torch.optim.Optimizer, loss: Loss) -> Tensor:
     """Diagonal (n,) of S."""
     groups = {p: group for group in optimizer.param_groups for p in group['params']}
-    rates = [float(groups[p]['lr']) if p in groups else 0.0 for p in loss.params]
-    largest = max(rates) or 1.0
-    pieces: list[Tensor] = []
-    for p, rate in zip(loss.params, rates, strict=True):
-        if p not in groups:
-            pieces.append(torch.zeros_like(p))
+    largest = max(float(group['lr']) for group in optimizer.param_groups)
+    pieces: list[Tensor | None] = []
+    for p in loss.params:
+        if (group := groups.get(p)) is None:
+            pieces.append(None)
             continue
-        share = torch.full_like(p, rate / largest if max(rates) else 1.0)
-        pieces.append(share / _root(optimizer.state.get(p, {}), groups[p]))
-    return loss.flatten([piece.detach() for piece in pieces])
+        share = float(group['lr']) / largest if largest else 1.0
+        pieces.append(torch.full_like(p, share) / _root(optimizer.state.get(p, {}), group))
+    return loss.flatten(pieces).detach()
 
 
 def _root(state: dict[str, Any], group: dict[str, Any]) -> Tensor | float:

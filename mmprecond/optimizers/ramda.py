@@ -6,8 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from ..checks import argument_names, check_count, reject_unexpected
+from ..checks import argument_names, reject_unexpected
 from ..rules.ramda import RAMDARule
+from .length_input import LengthInput
 from .rule_optimizer import RuleOptimizer
 from .settings import takes_settings
 
@@ -24,7 +25,7 @@ class Sparsity(NamedTuple):
         return self.zero / self.filters if self.filters else 0.0
 
 
-class RAMDA(RuleOptimizer):
+class RAMDA(LengthInput, RuleOptimizer):
     """Regularized adaptive momentum dual averaging, which prunes filters in training.
 
     See `RAMDARule` for the step. It takes three numbers for each weight. Filters become exactly
@@ -44,7 +45,7 @@ class RAMDA(RuleOptimizer):
         group_lasso: Weight of the group lasso, times the sum of ``lr sqrt(t)``: its effect grows
             with the rate and the length of the run. The source takes 1e-4 to 1e-2.
         total_steps: Number of optimizer steps of the run.
-        eps: Added to the metric.
+        eps: Added to the diagonal D.
         prune_matrices: Whether rows of matrices are filters too; default: those of convolutions
             alone.
         restart: The average starts again, from the present weights, when lr falls to this share of
@@ -88,15 +89,13 @@ class RAMDA(RuleOptimizer):
             lr=lr, momentum=momentum, weight_decay=weight_decay, group_lasso=group_lasso, eps=eps
         )
         super().__init__(params, RAMDARule(prune_matrices, restart, rise), defaults)
-        if total_steps is not None:
-            check_count('total_steps', total_steps)
-        self._requested_steps = total_steps
-        self.rule.plan_steps(total_steps)
+        self._request_steps(total_steps)
+        self.rule.plan_steps(self.total_steps)
 
     def plan_steps(self, count: int) -> None:
         """Sets the number of optimizer steps of the run; the user's `total_steps` has priority."""
-        if self._requested_steps is None:
-            self.rule.plan_steps(count)
+        super().plan_steps(count)
+        self.rule.plan_steps(self.total_steps)
 
     def sparsity(self) -> Sparsity:
         """Filters of all regularized weights, and those that are zero now."""

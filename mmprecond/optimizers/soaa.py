@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..checks import argument_names, check_count, reject_unexpected
+from ..checks import argument_names, reject_unexpected
 from ..rules.soaa import TrustRegionAdam
+from .length_input import LengthInput
 from .loss_input import LossInput
 from .rule_optimizer import RuleOptimizer
 from .settings import takes_settings
@@ -16,7 +17,7 @@ from .settings import takes_settings
 REGION_KEY = 'trust_region'
 
 
-class SOAA(LossInput, RuleOptimizer):
+class SOAA(LossInput, LengthInput, RuleOptimizer):
     """Second-order adaptive Adam.
 
     m and v are Adam's bias-corrected moments, d is the trust radius, and sums are over all
@@ -88,25 +89,13 @@ class SOAA(LossInput, RuleOptimizer):
         reject_unexpected('SOAA', unexpected, argument_names(SOAA))
         if isinstance(params, nn.Module):
             params = params.parameters()
-        if total_steps is not None:
-            check_count('total_steps', total_steps)
-        self._requested_steps = total_steps
-        self._planned_steps: int | None = None
+        self._request_steps(total_steps)
         super().__init__(
             params,
             TrustRegionAdam(gamma, radius, sums),
             dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
         )
         self.rule.move_to(next(p.device for group in self.param_groups for p in group['params']))
-
-    @property
-    def total_steps(self) -> int | None:
-        """Number of optimizer steps of the run, or None if it is unknown."""
-        return self._planned_steps if self._requested_steps is None else self._requested_steps
-
-    def plan_steps(self, count: int) -> None:
-        """Sets the number of optimizer steps of the run; the user's `total_steps` has priority."""
-        self._planned_steps = count
 
     @property
     def radius(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_flag, check_number
-from ..linalg import shrink_rows
+from ..linalg import at_least_float32, shrink_rows
 from .base import Group, Rule, State
 
 
@@ -84,7 +84,7 @@ class RAMDARule(Rule):
     def compute_updates(
         self, params: list[Tensor], directions: list[Tensor], states: list[State], group: Group
     ) -> list[Tensor]:
-        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in params]
+        dtypes = [at_least_float32(p.dtype) for p in params]
         params = [p.to(dtype) for p, dtype in zip(params, dtypes, strict=True)]
         directions = [d.to(dtype) for d, dtype in zip(directions, dtypes, strict=True)]
         if group['weight_decay']:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import check_choice, check_count, reject_unexpected
 from ..distributed import sum_over_ranks, world_size
 from ..graph import graph_nodes
+from ..linalg import flatten_like, unflatten_like
 from .base import Aggregator, cosines, gram
 from .gcond import GCond
 from .pcgrad import PCGrad
@@ -171,7 +172,7 @@ class GradientSurgery:
         if (ranks := world_size()) > 1:
             sum_over_ranks(list(parts.values()))
             torch._foreach_div_(list(parts.values()), ranks)
-        rest = _flatten([p.grad for p in self._shared], self._shared)
+        rest = flatten_like([p.grad for p in self._shared], self._shared)
         for part in parts.values():
             rest -= part
         parts[self._remainder] = rest
@@ -183,10 +184,9 @@ class GradientSurgery:
         self._record_diagnostics(products, float(result.norm()))
         # A difference has the rounding errors of all: it is the largest gradient's.
         self._remainder = self._names[int(products.diagonal().argmax())]
-        offset = 0
-        for p in self._shared:
-            piece = result[offset : offset + p.numel()].view_as(p) * scale
-            offset += p.numel()
+        for p, piece in zip(
+            self._shared, unflatten_like(result * scale, self._shared), strict=True
+        ):
             if p.grad is not None:
                 p.grad.copy_(piece)
 
@@ -196,7 +196,7 @@ class GradientSurgery:
 
     def _gradient(self, loss: Tensor) -> Tensor:
         """Gradient (n,) of a loss with respect to the shared parameters."""
-        return _flatten(_gradients_of(loss, self._shared), self._shared)
+        return flatten_like(_gradients_of(loss, self._shared), self._shared)
 
     def _find_shared(self, losses: Mapping[str, Tensor]) -> None:
         """Finds the parameters that two losses reach on any rank, and the longest gradient.
@@ -211,7 +211,7 @@ class GradientSurgery:
         for k, loss in enumerate(losses.values()):
             gradients = _gradients_of(loss, self._params)
             reached[k] = torch.tensor([float(g is not None) for g in gradients])
-            lengths.append(float(_flatten(gradients, self._params).norm()))
+            lengths.append(float(flatten_like(gradients, self._params).norm()))
         sum_over_ranks([reached])
         shared = ((reached > 0).sum(0) > 1).tolist()
         self._shared = [p for p, is_shared in zip(self._params, shared, strict=True) if is_shared]
@@ -286,15 +286,3 @@ def _refuse_opaque(loss: Tensor) -> None:
                 'a surgery works with checkpoint(..., use_reentrant=False) alone; in a config set '
                 'with_cp=False'
             )
-
-
-def _flatten(tensors: Iterable[Tensor | None], params: Sequence[Tensor]) -> Tensor:
-    """Vector (n,) of tensors in the shapes of parameters, in float32 at least; None is zeros."""
-    return torch.cat(
-        [
-            (torch.zeros_like(p) if tensor is None else tensor)
-            .flatten()
-            .to(torch.promote_types(p.dtype, torch.float32))
-            for tensor, p in zip(tensors, params, strict=True)
-        ]
-    )

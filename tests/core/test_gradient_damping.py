@@ -63,6 +63,12 @@ def test_what_is_not_finite_changes_nothing() -> None:
         control.record_gradients([gradient], torch.tensor(loss))
         control.record_updates([torch.ones(2)], [0.1])
         assert 0 < control.update_factor() < float('inf')
+    clean = GradientDamping(2)
+    clean.record_gradients([torch.ones(2)], torch.tensor(1.0))
+    norms, expected = (one.state_dict()['gradient_damping']['norms'] for one in (control, clean))
+    assert {name: float(norms[name]) for name in ('first', 'average', 'last')} == pytest.approx(
+        {name: float(expected[name]) for name in ('first', 'average', 'last')}
+    )
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, seed: int = 0) -> list[float]:

@@ -17,7 +17,7 @@ from mmprecond.core.monitor import Monitor, RefreshReport, fit_damping
 from mmprecond.engine import CurvatureHook
 from mmprecond.engine.hooks.curvature_hook import heat_map
 from mmprecond.optimizers import FSGD, MAC, NKFAC, AdamR
-from tests.support.classifier import Classifier, OneBatch
+from tests.support.classifier import Classifier, train_on_one_batch
 from tests.support.errors import refused
 from tests.support.networks import TokenNet, token_batches, train
 
@@ -149,24 +149,14 @@ def test_failures_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trained(folder: Path, optimizer: dict[str, Any], backends: list[str]) -> Runner:
     torch.manual_seed(0)
-    runner = Runner(
-        model=Classifier(),
-        work_dir=str(folder),
-        experiment_name=folder.name,
-        train_dataloader=dict(
-            dataset=OneBatch(),
-            batch_size=8,
-            num_workers=0,
-            collate_fn=dict(type='default_collate'),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-        ),
+    return train_on_one_batch(
+        Classifier(),
+        folder,
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=7),
         optim_wrapper=dict(constructor='PrecondOptimWrapperConstructor', optimizer=optimizer),
         custom_hooks=[dict(type='CurvatureHook', map_interval=2)],
         visualizer=dict(type='Visualizer', vis_backends=[dict(type=b) for b in backends]),
     )
-    runner.train()
-    return runner
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from mmprecond.engine import LandscapeHook
-from tests.support.classifier import Classifier, OneBatch
+from tests.support.classifier import Classifier, OneBatch, train_on_one_batch
 from tests.support.distributed import leave
 from tests.support.errors import refused
 
@@ -37,17 +37,11 @@ class Dropping(Classifier):
 
 def trained(folder: Path, hooks: list[dict[str, Any]], **loop: Any) -> Runner:
     torch.manual_seed(0)
-    runner = Runner(
-        model=Dropping(),
-        work_dir=str(folder),
-        experiment_name=folder.name,
-        train_dataloader=dict(
-            dataset=OneBatch(),
-            batch_size=4,
-            num_workers=0,
-            collate_fn=dict(type='default_collate'),
-            sampler=dict(type='InfiniteSampler' if 'max_iters' in loop else 'DefaultSampler'),
-        ),
+    return train_on_one_batch(
+        Dropping(),
+        folder,
+        batch_size=4,
+        sampler='InfiniteSampler' if 'max_iters' in loop else 'DefaultSampler',
         train_cfg=loop,
         optim_wrapper=dict(
             constructor='PrecondOptimWrapperConstructor',
@@ -57,8 +51,6 @@ def trained(folder: Path, hooks: list[dict[str, Any]], **loop: Any) -> Runner:
         custom_hooks=hooks,
         randomness=dict(seed=0),
     )
-    runner.train()
-    return runner
 
 
 def test_the_run_goes_on_as_without_it(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from mmengine.optim import OptimWrapper
 from mmprecond import datasets
 from mmprecond.engine import stable_rates
 from tests.support.classifier import Classifier, batch, build
+from tests.support.commands import run_python
 from tests.support.paths import ROOT
 
 CONFIG = ROOT / 'configs/quickstart/resnet18_shapes-cls.py'
@@ -49,21 +49,20 @@ def test_a_preconditioned_optimizer_has_a_rate_too() -> None:
 
 
 def diagnose(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, '-m', 'mmprecond.diagnostics', *map(str, arguments), '--suggest-lr'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python('-m', 'mmprecond.diagnostics', *arguments, '--suggest-lr')
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """The option for a few images to train on."""
+    pytest.importorskip('mmpretrain')
+    datasets.make_shape_folders(tmp_path, images=40, split='train', progress=False)
+    return f'train_dataloader.dataset.data_root={tmp_path}/'
 
 
 @pytest.mark.slow
-def test_the_command_suggests_a_rate(tmp_path: Path) -> None:
-    pytest.importorskip('mmpretrain')
-    datasets.make_shape_folders(tmp_path, images=40, split='train', progress=False)
-    option = f'train_dataloader.dataset.data_root={tmp_path}/'
-    done = diagnose(CONFIG, '--optimizer', 'FAdam', '--cfg-options', option)
+def test_the_command_suggests_a_rate(data: str) -> None:
+    done = diagnose(CONFIG, '--optimizer', 'FAdam', '--cfg-options', data)
     assert done.returncode == 0, done.stderr[-1500:]
     line = done.stdout.splitlines()[-1]
     assert re.match(r'FAdam: the largest stable learning rate is [\d.e-]+ after 10 steps', line)
@@ -71,11 +70,8 @@ def test_the_command_suggests_a_rate(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_has_no_rate_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip('mmpretrain')
-    datasets.make_shape_folders(tmp_path, images=8, split='train', progress=False)
-    option = f'train_dataloader.dataset.data_root={tmp_path}/'
-    done = diagnose(CONFIG, '--optimizer', 'ARO', '--cfg-options', option)
+def test_what_has_no_rate_is_one_line(data: str) -> None:
+    done = diagnose(CONFIG, '--optimizer', 'ARO', '--cfg-options', data)
     assert done.returncode == 2
     assert 'the stable rate of ARO is not known' in done.stderr
     done = diagnose(CONFIG, '--cfg-options', 'train_dataloader=None')

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmprecond.surgery import PCGrad
-from tests.support.classifier import OneBatch, batch
+from tests.support.classifier import batch, train_on_one_batch
 from tests.support.errors import refused
 
 SGD = dict(type='SGD', lr=0.1)
@@ -104,17 +104,9 @@ def test_an_overflow_leaves_everything(amp_on_cpu: None) -> None:
 
 def trained(folder: Path, iterations: int, **more: Any) -> Runner:
     torch.manual_seed(0)
-    runner = Runner(
-        model=Detector(),
-        work_dir=str(folder),
-        experiment_name=folder.name,
-        train_dataloader=dict(
-            dataset=OneBatch(),
-            batch_size=8,
-            num_workers=0,
-            collate_fn=dict(type='default_collate'),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-        ),
+    return train_on_one_batch(
+        Detector(),
+        folder,
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=iterations),
         optim_wrapper=dict(
             constructor='PrecondOptimWrapperConstructor', optimizer=NKFAC, surgery='GCond'
@@ -126,8 +118,6 @@ def trained(folder: Path, iterations: int, **more: Any) -> Runner:
         randomness=dict(seed=0),
         **more,
     )
-    runner.train()
-    return runner
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -71,6 +73,32 @@ class OneBatch(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return dict(inputs=self.images[index], data_samples=index % 4)
+
+
+def train_on_one_batch(
+    model: BaseModel,
+    folder: Path,
+    *,
+    batch_size: int = 8,
+    sampler: str = 'DefaultSampler',
+    **cfg: Any,
+) -> Runner:
+    """Trains a model on `OneBatch` by a runner with these settings, and returns the runner."""
+    runner = Runner(
+        model=model,
+        work_dir=str(folder),
+        experiment_name=folder.name,
+        train_dataloader=dict(
+            dataset=OneBatch(),
+            batch_size=batch_size,
+            num_workers=0,
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type=sampler, shuffle=batch_size < len(OneBatch())),
+        ),
+        **cfg,
+    )
+    runner.train()
+    return runner
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
