@@ -92,6 +92,16 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (folder / 'suite.png').is_file() and (folder / 'report.md').is_file()
 
 
+def test_a_score_counts_after_the_last_line_of_the_log() -> None:
+    """A run of 75 iterations has its last line at 70; without a last evaluation its score is 0."""
+    made = Run('SGD', 0.1, 0)
+    made.losses = [(step, float(step), 1.0) for step in range(10, 80, 10)]
+    made.scores = {METRIC: [(75, 70.0, 40.0)]}
+    assert (made.score(METRIC), made.length) == (40.0, 75)
+    made.scores = {METRIC: [(37, 37.0, 40.0)]}
+    assert (made.score(METRIC), made.length) == (0.0, 70)
+
+
 def test_tasks_have_configs_and_all_contestants() -> None:
     for name, task in TASKS.items():
         assert set(EXTERNAL) < set(task.contestants), name

@@ -239,7 +239,7 @@ def write_records(results: Results, path: Path) -> None:
     """
     heads = ('optimizer', 'lr', 'seed', 'length', 'quantity', 'iteration', 'seconds', 'value')
     runs = {
-        (run.optimizer, run.lr, run.seed, run.iterations): run
+        (run.optimizer, run.lr, run.seed, run.length): run
         for part in (results.screened, results.whole, results.fitted)
         for group in part.values()
         for run in group

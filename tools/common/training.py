@@ -36,10 +36,15 @@ class Run(Curves):
         """Optimizer and rate."""
         return f'{self.optimizer} lr {self.lr:g}'
 
+    @property
+    def length(self) -> int:
+        """Iterations up to the last line of the log, or an evaluation after it."""
+        return max([self.iterations, *(points[-1][0] for points in self.scores.values())])
+
     def score(self, metric: str) -> float:
         """Returns a metric at the end; 0 where CocoMetric found no detection to rate."""
         points = self.scores.get(metric)
-        return points[-1][2] if points and points[-1][0] == self.iterations else 0.0
+        return points[-1][2] if points and points[-1][0] >= self.iterations else 0.0
 
 
 class RunError(RuntimeError):
