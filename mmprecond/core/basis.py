@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..curvature import Layer
-from ..linalg import Operator, Operators, map_tensors
+from ..linalg import Operator, Operators, map_tensors, stacked_product, take
+from ..preconditioners import Preconditioner
 from .stack import LayerStack
 
 
@@ -21,6 +22,10 @@ class BasisSnapshot:
     stack: LayerStack
     operators: Operators
     refreshes: list[int]
+
+    def operators_of(self, positions: Sequence[int]) -> Operators:
+        """Operators of the layers at some positions."""
+        return map_tensors(self.operators, lambda stacked: take(stacked, positions))
 
 
 def snapshot(stack: LayerStack) -> BasisSnapshot | None:
@@ -52,41 +57,61 @@ def rotate(
         quadratic: Names of moments that are sums of squared gradients.
     """
     stack = before.stack
+    moments = {*linear, *quadratic}
+    changed: dict[bool, list[int]] = {}
     for k, slot in enumerate(stack.slots):
-        if slot.refreshes == before.refreshes[k]:
-            continue
-        new = stack.operators_of([k])
-        rotation = new if before.refreshes[k] == 0 else _basis_change(before.operators, new, k)
-        param_states = [states[p] for p in slot.layer.parameters]
-        for name in linear:
-            if name in param_states[0]:
-                _rotate_moment(name, param_states, stack, slot.layer, rotation)
-        squared_rotation = map_tensors(rotation, torch.square)
-        for name in quadratic if stack.method.rotates_squares else ():
-            if name in param_states[0]:
-                _rotate_moment(name, param_states, stack, slot.layer, squared_rotation)
+        if slot.refreshes != before.refreshes[k] and moments <= set(states[slot.layer.weight]):
+            changed.setdefault(before.refreshes[k] == 0, []).append(k)
+    for is_first, positions in changed.items():
+        for chunk in stack.chunks(positions):
+            old: Operators = {}  # the identity
+            if not is_first:
+                old = before.operators_of(chunk)
+            change = _Change(stack.method, old, stack.operators_of(chunk))
+            layers = [stack.slots[k].layer for k in chunk]
+            for name in linear:
+                _replace_moments(name, states, layers, change.of_gradients)
+            for name in quadratic if stack.method.rotates_squares else ():
+                _replace_moments(name, states, layers, change.of_squares)
 
 
-def _basis_change(old: Operators, new: Operators, position: int) -> Operators:
-    """Rotations ``U_old' U_new`` by slot."""
+@dataclass(frozen=True)
+class _Change:
+    """Change of some layers' bases; no old basis is the identity."""
 
-    def overlap(old_basis: Operator, new_basis: Operator) -> Operator:
-        pairs = zip(old_basis.tensors, new_basis.tensors, strict=True)
-        return type(new_basis)(*(a[position : position + 1].mT @ b for a, b in pairs))
+    method: Preconditioner
+    old: Operators
+    new: Operators
 
-    return {slot: overlap(old[slot], operator) for slot, operator in new.items()}
+    def of_gradients(self, matrices: Tensor) -> Tensor:
+        """``Q1' M Q2`` for sums of gradients M (k, b, o, i)."""
+        return self.method.apply(self.new, self.method.restore(self.old, matrices))
+
+    def of_squares(self, matrices: Tensor) -> Tensor:
+        """``(Q1 o Q1)' V (Q2 o Q2)`` for sums of squared gradients V (k, b, o, i)."""
+        changes = {slot: _overlap(self.old.get(slot), basis) for slot, basis in self.new.items()}
+        return self.method.apply(map_tensors(changes, torch.square), matrices)
 
 
-def _rotate_moment(
+def _overlap(old: Operator | None, new: Operator) -> Operator:
+    """Rotations ``U_old' U_new`` of one side; no old basis is the identity."""
+    if old is None:
+        return new
+    pairs = zip(old.tensors, new.tensors, strict=True)
+    return type(new)(*(stacked_product(a.mT, b) for a, b in pairs))
+
+
+def _replace_moments(
     name: str,
-    states: Sequence[dict[str, Any]],
-    stack: LayerStack,
-    layer: Layer,
-    operators: Operators,
+    states: Mapping[Tensor, dict[str, Any]],
+    layers: Sequence[Layer],
+    change: Callable[[Tensor], Tensor],
 ) -> None:
-    tensors: list[Any] = [state.get(name) for state in states]
-    matrix = layer.join(*tensors)[None]
-    rotated = stack.method.apply(operators, matrix)[0]
-    for state, piece in zip(states, layer.split(rotated), strict=True):
-        if name in state:
-            state[name].copy_(piece)
+    """Replaces one moment of some layers, in place, by a function of matrices (k, b, o, i)."""
+    moments: list[list[Any]] = [[states[p].get(name) for p in layer.parameters] for layer in layers]
+    matrices = [layer.join(*m) for layer, m in zip(layers, moments, strict=True)]
+    changed = change(torch.stack(matrices))
+    for layer, parts, matrix in zip(layers, moments, changed, strict=True):
+        for moment, piece in zip(parts, layer.split(matrix), strict=True):
+            if moment is not None:
+                moment.copy_(piece)

@@ -76,8 +76,17 @@ def assign_methods(
         chosen = bound.method(name)
         return chosen.attention_reading if chosen else None
 
+    def joins_bias(name: str) -> bool:
+        chosen = bound.method(name)
+        return chosen is None or chosen.joins_bias
+
     layers, left_out = find_layers(
-        model, groups, capture_mb=options.capture_mb, attention=reading, types=types
+        model,
+        groups,
+        capture_mb=options.capture_mb,
+        attention=reading,
+        joins_bias=joins_bias,
+        types=types,
     )
     methods: dict[Layer, Preconditioner] = {}
     for name, layer in layers.items():

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..curvature import Layer
-from .refresh import CHUNK_BYTES
 from .sharding import Sharding
-from .stack import LayerStack
+from .stack import CHUNK_BYTES, LayerStack
 
 #: Number of copies of the statistics in a refresh: damped, factorised, inverted.
 REFRESH_COPIES = 3

@@ -12,9 +12,6 @@ from ..curvature import Layer
 from ..linalg import map_tensors
 from .stack import LayerStack
 
-#: Number of bytes of statistics that a refresh works on at a time.
-CHUNK_BYTES = 2**29
-
 
 def start_refresh(
     stack: LayerStack,
@@ -75,13 +72,11 @@ def _retry(stack: LayerStack, position: int, damping: Tensor | None) -> bool:
 
 def _chunks(stack: LayerStack, positions: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
     """Yields positions to refresh together, with True for a refresh from scratch."""
-    layer_bytes = sum(s[0].numel() * s.element_size() for s in stack.statistics.values())
-    size = max(1, CHUNK_BYTES // layer_bytes)
     positions_by_mode: dict[bool, list[int]] = {}
     for k in positions:
         slot = stack.slots[k]
         exact = slot.failures > 0 or stack.method.is_exact(slot.refreshes)
         positions_by_mode.setdefault(exact, []).append(k)
     for exact, members in positions_by_mode.items():
-        for start in range(0, len(members), size):
-            yield members[start : start + size], exact
+        for chunk in stack.chunks(members):
+            yield chunk, exact

@@ -26,6 +26,8 @@ from ..linalg import (
 )
 from ..preconditioners import Preconditioner
 
+#: Number of bytes of statistics that a refresh works on at a time.
+CHUNK_BYTES = 2**29
 #: Names of a slot's counters.
 COUNTERS = ('samples', 'refreshes', 'failures')
 
@@ -146,6 +148,13 @@ class LayerStack:
     def ready(self) -> list[tuple[int, Layer]]:
         """Positions and layers that have an operator."""
         return [(k, slot.layer) for k, slot in enumerate(self.slots) if slot.refreshes]
+
+    def chunks(self, positions: Sequence[int]) -> Iterator[list[int]]:
+        """Yields positions that a refresh works on together, for the sake of memory."""
+        layer_bytes = sum(s[0].numel() * s.element_size() for s in self.statistics.values())
+        size = max(1, CHUNK_BYTES // layer_bytes)
+        for start in range(0, len(positions), size):
+            yield list(positions[start : start + size])
 
     # ---------------------------------------------------------------- statistics
 

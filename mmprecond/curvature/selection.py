@@ -72,6 +72,7 @@ def find_layers(
     *,
     capture_mb: float = 64.0,
     attention: Callable[[str], AttentionReading | None] = lambda name: None,
+    joins_bias: Callable[[str], bool] = lambda name: True,
     types: AttentionTypes | None = None,
 ) -> tuple[dict[str, Layer], list[LeftOut]]:
     """Finds the layers of a model whose weights an optimizer holds.
@@ -85,6 +86,8 @@ def find_layers(
         capture_mb: Limit for laid-out convolution patches and attention matrices, in megabytes.
         attention: Function that returns the reading of an attention module, given the name of its
             projection, or None to treat its linear layers one by one.
+        joins_bias: Function that tells whether a layer's bias is a column of its matrix, given the
+            name of its module; otherwise the bias takes the plain rule.
         types: What `attention_types` says of the model; default: nothing is attention.
 
     Returns:
@@ -93,7 +96,7 @@ def find_layers(
     Raises:
         ValueError: If `input_positions` does not fit a layer.
     """
-    return _Search(model, groups, capture_mb, attention, types or {}).run()
+    return _Search(model, groups, capture_mb, attention, joins_bias, types or {}).run()
 
 
 class _Search:
@@ -105,11 +108,13 @@ class _Search:
         groups: Iterable[dict[str, Any]],
         capture_mb: float,
         attention: Callable[[str], AttentionReading | None],
+        joins_bias: Callable[[str], bool],
         types: AttentionTypes,
     ) -> None:
         self.model = model
         self.capture_mb = capture_mb
         self.attention = attention
+        self.joins_bias = joins_bias
         self.types = types
         self.owned = {id(p): group for group in groups for p in group['params']}
         self.names = {id(p): name for name, p in model.named_parameters()}
@@ -148,7 +153,8 @@ class _Search:
         if kind is None or reason:
             self.left_out.append(LeftOut(name, type(module).__name__, reason))
         elif module is sharing[0]:
-            joint = kind.joins_bias and bias is not None and self._is_joint_bias(bias, weight)
+            joins = kind.joins_bias and self.joins_bias(name)
+            joint = joins and bias is not None and self._is_joint_bias(bias, weight)
             self.layers[name] = kind(
                 self.names[id(weight)],
                 sharing,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .eigen import checked_eigh
-from .inverse import all_finite
+from .products import stacked_product
 
 
 def eigenbasis(matrix: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -38,20 +38,26 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
         Orthogonal matrices (..., n, n) whose columns have the old ones' signs, and a bool tensor
         (...) that is False where the result is not finite.
     """
-    scale = matrix.abs().amax((-2, -1), keepdim=True)
+    # The largest entry of a semi-definite matrix is on its diagonal.
+    scale = matrix.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     # A small multiple of U keeps columns in the null space.
-    image = (
-        matrix @ basis
-        + 1e3 * torch.finfo(matrix.dtype).eps * torch.where(scale > 0, scale, 1) * basis
-    )
-    values = (basis * image).sum(-2)
+    shift = 1e3 * torch.finfo(matrix.dtype).eps * torch.where(scale > 0, scale, 1)
+    image = stacked_product(matrix, basis).addcmul_(shift, basis)
     # In decreasing order; other orders are fixed points too, but unstable.
-    order = values.argsort(-1, descending=True)[..., None, :].expand_as(image)
-    factor, triangle = torch.linalg.qr(torch.take_along_dim(image, order, -1))
-    signs = triangle.diagonal(dim1=-2, dim2=-1).sign()
-    factor = factor * torch.where(signs == 0, 1, signs)[..., None, :]
-    result = torch.zeros_like(factor).scatter(-1, order, factor)
-    return result, all_finite(result)
+    order = (basis * image).sum(-2).argsort(-1, descending=True)
+    # The steps of torch.linalg.qr without a copy of R.
+    reflectors, scales = torch.geqrf(image.gather(-1, _for_rows(order, image)))
+    factor = torch.linalg.householder_product(reflectors, scales)
+    signs = reflectors.diagonal(dim1=-2, dim2=-1).sign()
+    places = order.argsort(-1)
+    result = factor.gather(-1, _for_rows(places, factor))
+    result *= torch.where(signs == 0, 1, signs).gather(-1, places)[..., None, :]
+    return result, result.sum((-2, -1)).isfinite()  # entries of Q are at most 1
+
+
+def _for_rows(columns: Tensor, like: Tensor) -> Tensor:
+    """Indices of columns (..., n), repeated for each row of matrices (..., n, n)."""
+    return columns[..., None, :].expand_as(like)
 
 
 def assign_columns(basis: Tensor, old: Tensor) -> Tensor:

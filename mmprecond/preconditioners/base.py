@@ -114,6 +114,8 @@ class Preconditioner(ABC):
     first_counts: ClassVar[tuple[int, ...]] = (0, 1)
     #: Whether the method's only statistic is given at the start and never captured.
     precomputed: ClassVar[bool] = False
+    #: Whether a bias is one more column of its layer's matrix; otherwise it takes the plain rule.
+    joins_bias: ClassVar[bool] = True
     #: Whether the rule works in a rotated space: `apply` leads into it, `restore` leads back. The
     #: rule must then be elementwise.
     rotates: ClassVar[bool] = False

@@ -33,7 +33,7 @@ class GradientRoot(InversePreconditioner):
     Source: Shampoo (Gupta et al., 2018, arXiv 1802.09568, Algorithm 1). The averages and the length
     of another optimizer's update (grafting) come from Anil et al. (2020, arXiv 2002.09018). A
     convolution is the matrix of outputs and patches here; the source treats each dimension of its
-    tensor apart, with smaller exponents.
+    tensor apart, with smaller exponents. Biases take the plain rule.
 
     State: 2 (o^2 + i^2) numbers per block. A capture costs 2 o i (o + i) FLOPs, a refresh about
     9 n^3 FLOPs per factor, a step 2 o i (o + i) FLOPs.
@@ -63,6 +63,7 @@ class GradientRoot(InversePreconditioner):
         Statistic(GRADIENT, Moment()),
     )
     rules: ClassVar[tuple[str, ...]] = ('SGDM', 'EMASGD')
+    joins_bias: ClassVar[bool] = False
     acts_after_rule: ClassVar[bool] = True
 
     word: ClassVar[str] = 'Shampoo'

@@ -26,8 +26,8 @@ class GradientRotation(EigenRotation):
 
     Source: SOAP (Vyas et al., 2024, arXiv 2409.11321, Algorithm 3) and its code. Theirs rotates
     each dimension of a convolution's weight. 'separable' does so for outputs, channels and all
-    kernel positions as one dimension; 'patch' merges channels and positions. A joint bias is one
-    more column.
+    kernel positions as one dimension; 'patch' merges channels and positions. Biases take the plain
+    rule, as there.
 
     State: 2 (o^2 + i^2) numbers per block. A capture costs 2 o i (o + i) FLOPs, a refresh about
     4 n^3 FLOPs per factor, a step 4 o i (o + i) FLOPs.
@@ -49,6 +49,7 @@ class GradientRotation(EigenRotation):
     sources: ClassVar[tuple[str, ...]] = ('gradient',)
     first_counts: ClassVar[tuple[int, ...]] = (-1,)
     counts_later: ClassVar[bool] = True
+    joins_bias: ClassVar[bool] = False
     waits: ClassVar[bool] = True
     rotates_squares: ClassVar[bool] = False
 

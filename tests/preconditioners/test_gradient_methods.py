@@ -80,6 +80,24 @@ def test_soap_is_that_of_pytorch_optimizer(frequency: int, bound: float) -> None
     assert largest_difference(ours, net()) > 1e-2
 
 
+@pytest.mark.parametrize('kind', [SOAP, Shampoo])
+def test_biases_take_the_plain_rule(kind: Any) -> None:
+    """The source takes matrices alone; a bias as one more column would change their bases."""
+    torch.manual_seed(0)
+    model, plain = (nn.Sequential(nn.Flatten(), nn.Linear(15, 18)).double() for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    settings = dict(lr=0.01, weight_decay=0.1, refresh_interval=2)
+    optimizer, rule = kind(model, **settings), kind(plain, **settings, start_step=100)
+    for step in range(10):
+        backward(model, step)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        rule.step()
+    torch.testing.assert_close(model[1].bias, plain[1].bias, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(model[1].weight, plain[1].weight, rtol=1e-3)
+
+
 @pytest.mark.parametrize('published', [True, False])
 def test_shampoo_is_its_algorithm(published: bool) -> None:
     torch.manual_seed(0)

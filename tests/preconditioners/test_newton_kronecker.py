@@ -123,7 +123,7 @@ def test_many_layers_of_one_shape_are_each_their_own(monkeypatch: pytest.MonkeyP
     for chunk_bytes in (2**29, 1500):
         model, optimizer, reference = both(make, SGD)
         reference.model.load_state_dict(model.state_dict())
-        monkeypatch.setattr('mmprecond.core.refresh.CHUNK_BYTES', chunk_bytes)
+        monkeypatch.setattr('mmprecond.core.stack.CHUNK_BYTES', chunk_bytes)
         assert len(optimizer.curvature.stacks) == 2
         follow(model, optimizer, reference, lambda t: [make_loss(batch(t, features=6))], 6)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from analysis_tools import results, suite
-from common.suite import EXTERNAL, TASKS, schedule
+from common.suite import EXTERNAL, MUON, TASKS, schedule
 from common.training import Run
 from tests.support.paths import ROOT
 
@@ -110,6 +111,26 @@ def test_tasks_have_configs_and_all_contestants() -> None:
             assert (ROOT / f'configs/quickstart/{contestant.config}.py').resolve().is_file()
             assert contestant.options['optim_wrapper.optimizer.weight_decay'] in (1e-4, 0.05)
             assert len(task.rates(optimizer)) == 4
+        assert (ROOT / 'tools' / task.contestant(MUON).script).is_file()
+
+
+def test_muon_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bfloat16 has no units, it would take most of an iteration."""
+    peers = pytest.importorskip('pytorch_optimizer')
+    from analysis_tools import float32_muon
+
+    name, base = float32_muon.NAME, float32_muon.base
+    monkeypatch.setattr(base, name, getattr(base, name))  # restored after the test
+    changed = []
+    for change in (lambda: None, float32_muon.multiply_in_float32):
+        change()
+        matrix = torch.eye(3, 5, dtype=torch.float32).requires_grad_()
+        matrix.grad = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+        peers.Muon([dict(params=[matrix], use_muon=True)], lr=1.0).step()
+        changed.append((torch.eye(3, 5) - matrix).detach())
+    assert torch.equal(changed[0], changed[0].bfloat16().float())
+    assert not torch.equal(changed[1], changed[1].bfloat16().float())
+    torch.testing.assert_close(*changed, rtol=0.1, atol=0.05)
 
 
 def test_the_schedule_ends_with_the_run() -> None:

@@ -35,6 +35,7 @@ class Contestant:
         arguments: Arguments of tools/train.py.
         options: Settings for its --cfg-options.
         adaptive: Whether the rule is like Adam, rather than like SGD.
+        script: Script in tools/ that trains it.
     """
 
     config: str
@@ -42,6 +43,7 @@ class Contestant:
     arguments: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     adaptive: bool = False
+    script: str = 'train.py'
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,11 @@ class Task:
         """Training settings of an optimizer but its rate."""
         known = self.model.contestant(name)
         options = {**known.options, **PEER_OPTIONS.get(name, {})}
-        if name == MUON and self.rest_rate is not None:
+        if name != MUON:
+            return replace(known, options=options)
+        if self.rest_rate is not None:
             options[MUON_REST] = self.rest_rate
-        return replace(known, options=options)
+        return replace(known, options=options, script='analysis_tools/float32_muon.py')
 
     def rates(self, name: str) -> tuple[float, ...]:
         """Learning rates to screen."""

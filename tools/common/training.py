@@ -74,7 +74,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         options['val_evaluator.ann_file'] = f'{args.data}/annotations/val.json'
     command = [
         sys.executable,
-        str(ROOT / 'tools/train.py'),
+        str(ROOT / 'tools' / contestant.script),
         str(FOLDER / f'{contestant.config}.py'),
         '--work-dir',
         str(work_dir),
