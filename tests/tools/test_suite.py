@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from analysis_tools import results, suite
+from common.pace import Pace
 from common.suite import EXTERNAL, MUON, TASKS, schedule
 from common.training import Run
 from tests.support.paths import ROOT
@@ -64,8 +65,8 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     task = TASKS['digits-cls']
     monkeypatch.setattr(suite, 'train_or_load', train_straight)
     monkeypatch.setattr(type(task.model), 'make_data', lambda *_: None)
-    seconds = lambda rates, _: {name: 1.0 + (name == 'NKFAC') for name in rates}  # noqa: E731
-    monkeypatch.setattr(suite, 'seconds_per_iteration', seconds)
+    paces = lambda rates, _: {name: Pace([1], [1.0 + (name == 'NKFAC')]) for name in rates}  # noqa: E731
+    monkeypatch.setattr(suite, 'measure_paces', paces)
     results = suite.run_fitted(task, 'full', arguments(tmp_path))
     assert not results.whole and 'after 300 iterations' in suite.report(results)
     suite.run_whole(results, arguments(tmp_path))
@@ -91,6 +92,17 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len({tuple(row[key] for key in one) for row in records}) == len(records)
     assert {row['length'] for row in records if row['optimizer'] == 'NKFAC'} == {'75', '150', '300'}
     assert (folder / 'suite.png').is_file() and (folder / 'report.md').is_file()
+
+
+def test_late_iterations_have_the_rate_of_the_last_half() -> None:
+    """Here the first ten take two seconds each, and all others one."""
+    turns = [[(10, 20.0), (20, 30.0)], [(10, 30.0), (20, 60.0)]]
+    pace = Pace.fastest(turns)
+    assert (pace.mean, pace.late) == (1.5, 1.0)
+    for iterations, seconds in ((5, 10.0), (10, 20.0), (15, 25.0), (20, 30.0), (120, 130.0)):
+        assert pace.until(iterations) == pytest.approx(seconds)
+        assert pace.reach(seconds) == pytest.approx(iterations)
+    assert Pace([1], [0.5]).until(8) == pytest.approx(4.0)
 
 
 def test_a_score_counts_after_the_last_line_of_the_log() -> None:

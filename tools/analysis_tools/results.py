@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import WORK
 from common.contestants import MODELS, Model
+from common.pace import Pace
 from common.tables import markdown, spread
 from common.training import Run, RunError, add_options, train
 
@@ -86,13 +87,15 @@ def diverged(message: str) -> bool:
     return re.search(r'RefreshError|non-finite|\b(nan|inf)\b', message, re.IGNORECASE) is not None
 
 
-def seconds_per_iteration(rates: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
-    """Seconds per iteration, measured in turns: the least of some short runs of each.
+def measure_paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, Pace]:
+    """Seconds against iterations, measured in turns: of each optimizer the fastest short run.
 
     The runs use the best rate, because a detector that diverges has less work to do.
     """
     record = args.work_dir / 'seconds.json'
-    known: dict[str, list[float]] = json.loads(record.read_text()) if record.exists() else {}
+    known: dict[str, list[list[tuple[int, float]]]] = (
+        json.loads(record.read_text()) if record.exists() else {}
+    )
     short = argparse.Namespace(
         **{
             **vars(args),
@@ -106,9 +109,9 @@ def seconds_per_iteration(rates: dict[str, float], args: argparse.Namespace) -> 
             if len(known.setdefault(name, [])) <= turn:
                 run = Run(name, rate, turn)
                 train(run, short)
-                known[name].append(run.seconds / run.iterations)
+                known[name].append([(step, seconds) for step, seconds, _ in run.losses])
                 record.write_text(json.dumps(known))
-    return {name: min(seconds) for name, seconds in known.items() if seconds}
+    return {name: Pace.fastest(turns) for name, turns in known.items() if turns}
 
 
 def at(run: Run, iteration: float, metric: str) -> float:
@@ -250,7 +253,8 @@ def main() -> None:
         rate = best_rate(runs, args.model.headline)
         final[name] = [train_or_load(Run(name, rate, seed), args) for seed in args.seeds]
     rates = {name: runs[0].lr for name, runs in final.items()}
-    text = table(tuned, final, seconds_per_iteration(rates, args), args)
+    seconds = {name: pace.mean for name, pace in measure_paces(rates, args).items()}
+    text = table(tuned, final, seconds, args)
     (args.work_dir / 'table.md').write_text(text + '\n')
     print(text)
 

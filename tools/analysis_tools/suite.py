@@ -2,10 +2,10 @@
 
 Every optimizer of a task is screened at a quarter of the length on seed 0, with rates beyond the
 grid where the best is at an edge. The iterations of all are then timed in turns. With its best rate
-each optimizer is trained twice on every seed: for as many iterations as fit into the seconds that
-the config's own optimizer takes for the task's length, and, when all tasks have got so far, for
-that length. Each run has a schedule of its own length. Finished runs are kept: a second call
-continues a stopped one.
+each optimizer is trained on every seed, for as many iterations as fit into the seconds that the
+config's own optimizer takes for the task's length. When all tasks have got so far, it is also
+trained for that length, detectors on one seed alone. Each run has a schedule of its own length.
+Finished runs are kept: a second call continues a stopped one.
 
 `results.py --suite full` does this for five tasks. `--suite quick` takes the recorded rates of one
 task, and makes its runs of equal seconds on one seed.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from analysis_tools.results import best_rate, seconds_per_iteration, train_or_load
+from analysis_tools.results import best_rate, measure_paces, train_or_load
 from common import ROOT, WORK
+from common.pace import Pace
 from common.suite import EXTERNAL, FIRST_ORDER, TASKS, Task, schedule
 from common.tables import markdown, spread
 from common.training import Run
@@ -40,8 +40,8 @@ STEP, MOST_BEYOND = 10**0.5, 3
 LOGGED = 10
 #: Recorded runs of the full suite.
 RECORDS = ROOT / 'docs/records'
-#: Iterations and turns of the timing. Early steps measure more often than later ones.
-TIMING = {'full': (100, 2), 'quick': (60, 1)}
+#: Iterations and turns of the timing. Early steps measure more often than later ones (see `Pace`).
+TIMING = {'full': (200, 2), 'quick': (100, 1)}
 
 Runs = dict[str, list[Run]]
 
@@ -53,21 +53,21 @@ class Results:
     Attributes:
         task: The task.
         screened: Short runs on one seed, one for each rate.
-        seconds: Seconds of an iteration.
+        paces: Seconds of training against iterations.
         whole: Runs of the task's length.
         fitted: Runs that take the seconds of the plain optimizer's whole run.
     """
 
     task: Task
     screened: Runs = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    paces: dict[str, Pace] = field(default_factory=dict)
     whole: Runs = field(default_factory=dict)
     fitted: Runs = field(default_factory=dict)
 
     @property
     def budget(self) -> float:
         """Seconds of training in each of the fitted runs."""
-        return self.task.iterations * self.seconds[self.task.model.plain]
+        return self.paces[self.task.model.plain].until(self.task.iterations)
 
 
 def settings(
@@ -122,17 +122,21 @@ def in_parallel(
 
 
 def train_all(
-    task: Task, rates: dict[str, float], lengths: dict[str, int], args: argparse.Namespace
+    task: Task,
+    rates: dict[str, float],
+    lengths: dict[str, int],
+    seeds: Sequence[int],
+    args: argparse.Namespace,
 ) -> Runs:
-    """Trains every optimizer on all seeds for a number of iterations of its own."""
-    pairs = [(name, seed) for name in rates for seed in args.seeds]
+    """Trains every optimizer on some seeds for a number of iterations of its own."""
+    pairs = [(name, seed) for name in rates for seed in seeds]
 
     def one(pair: tuple[str, int]) -> Run:
         name, seed = pair
         return train_or_load(Run(name, rates[name], seed), settings(task, lengths[name], args))
 
     runs = dict(zip(pairs, in_parallel(one, pairs, args), strict=True))
-    return {name: [runs[name, seed] for seed in args.seeds] for name in rates}
+    return {name: [runs[name, seed] for seed in seeds] for name in rates}
 
 
 def run_fitted(task: Task, kind: str, args: argparse.Namespace) -> Results:
@@ -149,12 +153,12 @@ def run_fitted(task: Task, kind: str, args: argparse.Namespace) -> Results:
         task = results.task = replace(task, rest_rate=first)  # as Muon's users would tune it
         results.screened = screen_all(task, args)
         rates = {name: best_rate(runs, metric) for name, runs in results.screened.items()}
-    results.seconds = seconds_per_iteration(rates, length)
+    results.paces = measure_paces(rates, length)
     fitting = {
-        name: LOGGED * max(1, round(results.budget / results.seconds[name] / LOGGED))
+        name: LOGGED * max(1, round(results.paces[name].reach(results.budget) / LOGGED))
         for name in rates
     }
-    results.fitted = train_all(task, rates, fitting, args)
+    results.fitted = train_all(task, rates, fitting, args.seeds, args)
     write(results, length.work_dir)
     return results
 
@@ -163,7 +167,8 @@ def run_whole(results: Results, args: argparse.Namespace) -> None:
     """Makes the runs of equal iterations."""
     task = results.task
     rates = {name: runs[0].lr for name, runs in results.fitted.items()}
-    results.whole = train_all(task, rates, dict.fromkeys(rates, task.iterations), args)
+    lengths = dict.fromkeys(rates, task.iterations)
+    results.whole = train_all(task, rates, lengths, args.seeds[: task.whole_seeds], args)
     write(results, args.work_dir / task.name)
 
 
@@ -176,7 +181,7 @@ def write(results: Results, folder: Path) -> None:
 
 def report(results: Results) -> str:
     """Part of the report for a task: means over seeds with ranges."""
-    task, seconds, budget = results.task, results.seconds, results.budget
+    task, paces, budget = results.task, results.paces, results.budget
     metric, title = task.model.headline, task.model.metrics[task.model.headline]
     form = '.1f' if metric.startswith('accuracy') else '.3f'
     means = {name: mean(run.score(metric) for run in runs) for name, runs in results.fitted.items()}
@@ -192,10 +197,10 @@ def report(results: Results) -> str:
                 spread([run.score(metric) for run in runs], form),
                 spread([run.losses[-1][2] for run in runs], '.3f'),
                 spread(whole, form) if whole else '-',
-                f'{mean(reached) * seconds[name] / budget:.2f}'
+                f'{mean(map(paces[name].until, reached)) / budget:.2f}'
                 if len(reached) == len(runs)
                 else '-',
-                f'{seconds[name] / seconds[task.model.plain]:.2f}',
+                f'{task.iterations / paces[name].reach(budget):.2f}',
                 f'{mean(run.memory for run in runs):.0f}',
                 ', '.join(
                     f'{run.lr:g}: {run.score(metric):{form}}'
@@ -216,7 +221,7 @@ def report(results: Results) -> str:
     )
     about = (
         f'{task.iterations} iterations of {task.model.plain} take {budget:.0f} s '
-        f'({seconds[task.model.plain]:.3f} s each).'
+        f'({budget / task.iterations:.3f} s each).'
     )
     return f'## {task.model.title}\n\n{about}\n\n{markdown(heads, lines)}\n'
 
@@ -248,11 +253,12 @@ def write_records(results: Results, path: Path) -> None:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(heads)
         for (name, rate, seed, length), run in runs.items():
-            each = results.seconds.get(name, math.nan)
+            pace = results.paces.get(name)
             about = (name, f'{rate:g}', seed, length)
             for quantity, points in {'loss': run.losses[-1:], **run.scores}.items():
                 for step, _, value in points:
-                    writer.writerow((*about, quantity, step, f'{step * each:.1f}', f'{value:.5g}'))
+                    seconds = f'{pace.until(step):.1f}' if pace else ''
+                    writer.writerow((*about, quantity, step, seconds, f'{value:.5g}'))
 
 
 def recorded_rates(path: Path) -> dict[str, float]:
@@ -279,7 +285,7 @@ def _draw(results: Results, path: Path) -> None:
         ]
         style = '--' if name in EXTERNAL else '-'
         label = name.rsplit('.', 1)[-1] + (' (pytorch_optimizer)' if '.' in name else '')
-        seconds = [step * results.seconds[name] for step in steps]
+        seconds = [results.paces[name].until(step) for step in steps]
         axes.plot(seconds, values, style, marker='.', label=label)
     axes.set(xlabel='seconds of training', ylabel=model.metrics[metric], title=model.title)
     axes.grid(alpha=0.3)

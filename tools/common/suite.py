@@ -50,6 +50,7 @@ class Task:
         rest: More of them; the best one in the screening takes part.
         evaluations: Evaluations of a run.
         rest_rate: Muon's rate for the parameters that are no matrices.
+        whole_seeds: Seeds of the runs of equal iterations; those of equal seconds have all.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Task:
     rest: tuple[str, ...]
     evaluations: int = 10
     rest_rate: float | None = None
+    whole_seeds: int = 1
 
     @property
     def contestants(self) -> tuple[str, ...]:
@@ -131,6 +133,7 @@ _ALL = (
         4000,
         CONVOLUTIONS,
         REST,
+        whole_seeds=3,
     ),
     Task(
         'swin-digits-cls',
@@ -139,6 +142,7 @@ _ALL = (
         4000,
         ATTENTION,
         ATTENTION_REST,
+        whole_seeds=3,
     ),
     Task(
         'shapes',
