@@ -30,8 +30,9 @@ def run(name: str, lr: float, seed: int, final: float, iterations: int = 100) ->
 
 
 def arguments(folder: Path) -> argparse.Namespace:
+    (folder / 'digits-cls').mkdir(exist_ok=True)
     return argparse.Namespace(
-        work_dir=folder, data=folder, seeds=[0, 1], options=[], timed=5, turns=1, jobs=2
+        work_dir=folder, data=folder, seeds=[0, 1], options=[], timed=5, jobs=2
     )
 
 
@@ -96,13 +97,30 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_late_iterations_have_the_rate_of_the_last_half() -> None:
     """Here the first ten take two seconds each, and all others one."""
-    turns = [[(10, 20.0), (20, 30.0)], [(10, 30.0), (20, 60.0)]]
-    pace = Pace.fastest(turns)
+    pace = Pace.of([[1.5] * 10 + [0.5] * 10, [2.5] * 10 + [1.5] * 10])
     assert (pace.mean, pace.late) == (1.5, 1.0)
     for iterations, seconds in ((5, 10.0), (10, 20.0), (15, 25.0), (20, 30.0), (120, 130.0)):
         assert pace.until(iterations) == pytest.approx(seconds)
         assert pace.reach(seconds) == pytest.approx(iterations)
     assert Pace([1], [0.5]).until(8) == pytest.approx(4.0)
+
+
+def test_timing_has_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second in the opposite order; a second call measures nothing again."""
+    orders = []
+
+    def take_turns(commands: dict[str, list[str]], iterations: int, folder: Path) -> Any:
+        orders.append(list(commands))
+        assert all('suite_entry.py' in command[1] for command in commands.values())
+        return {name: [float(len(orders))] * iterations for name in commands}
+
+    monkeypatch.setattr(results, 'take_turns', take_turns)
+    task, args = TASKS['digits-cls'], arguments(tmp_path)
+    rates = {'SGD': 0.1, 'pytorch_optimizer.Muon': 0.02}
+    for _ in range(2):
+        paces = results.measure_paces(rates, suite.settings(task, 300, args))
+        assert {name: pace.mean for name, pace in paces.items()} == dict.fromkeys(rates, 1.5)
+    assert orders == [list(rates), list(rates)[::-1]]
 
 
 def test_a_score_counts_after_the_last_line_of_the_log() -> None:
@@ -129,12 +147,14 @@ def test_tasks_have_configs_and_all_contestants() -> None:
 def test_muon_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where bfloat16 has no units, it would take most of an iteration."""
     peers = pytest.importorskip('pytorch_optimizer')
-    from analysis_tools import float32_muon
+    from pytorch_optimizer.optimizer.muon import base
 
-    name, base = float32_muon.NAME, float32_muon.base
+    from analysis_tools import suite_entry
+
+    name = suite_entry.NAME
     monkeypatch.setattr(base, name, getattr(base, name))  # restored after the test
     changed = []
-    for change in (lambda: None, float32_muon.multiply_in_float32):
+    for change in (lambda: None, suite_entry.multiply_in_float32):
         change()
         matrix = torch.eye(3, 5, dtype=torch.float32).requires_grad_()
         matrix.grad = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))

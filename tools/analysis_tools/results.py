@@ -22,7 +22,8 @@ from common import WORK
 from common.contestants import MODELS, Model
 from common.pace import Pace
 from common.tables import markdown, spread
-from common.training import Run, RunError, add_options, train
+from common.training import Run, RunError, add_options, command, train
+from common.turns import ENTRY, take_turns
 
 ANY = (
     'SGD',
@@ -52,6 +53,8 @@ ANY = (
 ATTENTION = ('AFOpt', 'AdaAFOpt')
 #: Time-budget baseline: scores are compared at its training time.
 PACE = 'SGD'
+#: Rounds of the timing.
+ROUNDS = 2
 
 
 def grid_runs(name: str, args: argparse.Namespace) -> list[Run]:
@@ -88,30 +91,24 @@ def diverged(message: str) -> bool:
 
 
 def measure_paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, Pace]:
-    """Seconds against iterations, measured in turns: of each optimizer the fastest short run.
+    """Seconds against iterations of some optimizers, which take turns of one iteration.
 
-    The runs use the best rate, because a detector that diverges has less work to do.
+    A second round has new processes in the opposite order: a process may be slower than its twin by
+    some percent, for the place of its memory. The rates are the best ones, because a detector that
+    diverges has less work to do. What an earlier call measured of the same optimizers is kept.
     """
     record = args.work_dir / 'seconds.json'
-    known: dict[str, list[list[tuple[int, float]]]] = (
-        json.loads(record.read_text()) if record.exists() else {}
-    )
-    short = argparse.Namespace(
-        **{
-            **vars(args),
-            'iterations': args.timed,
-            'val_interval': 10**6,
-            'work_dir': args.work_dir / 'timing',
-        }
-    )
-    for turn in range(args.turns):
-        for name, rate in rates.items():
-            if len(known.setdefault(name, [])) <= turn:
-                run = Run(name, rate, turn)
-                train(run, short)
-                known[name].append([(step, seconds) for step, seconds, _ in run.losses])
-                record.write_text(json.dumps(known))
-    return {name: Pace.fastest(turns) for name, turns in known.items() if turns}
+    known: dict[str, list[list[float]]] = json.loads(record.read_text()) if record.exists() else {}
+    folder = args.work_dir / 'timing'
+    changes = {'iterations': args.timed + 1, 'val_interval': 10**6, 'work_dir': folder}
+    short = argparse.Namespace(**{**vars(args), **changes})
+    while (done := min(len(known.get(name, [])) for name in rates)) < ROUNDS:
+        order = list(rates)[:: -1 if done else 1]
+        commands = {name: command(Run(name, rates[name], 0), short, ENTRY) for name in order}
+        for name, seconds in take_turns(commands, args.timed, folder).items():
+            known.setdefault(name, []).append(seconds)
+        record.write_text(json.dumps(known))
+    return {name: Pace.of(known[name]) for name in rates}
 
 
 def at(run: Run, iteration: float, metric: str) -> float:
@@ -199,15 +196,11 @@ def parse_args() -> argparse.Namespace:
             help=f'default: {rates}',
         )
     parser.add_argument(
-        '--turns',
-        type=int,
-        default=0,
-        help='short runs for the time of an iteration, in turns; on an otherwise idle machine',
-    )
-    parser.add_argument(
         '--timed',
         type=int,
-        help='iterations of those; default: 50, which are two refreshes at 5/25',
+        default=0,
+        help='iterations in each of two rounds of timing, in turns, on an otherwise idle '
+        'machine; default: 100 of --suite full, 60 of --suite quick, else none',
     )
     parser.add_argument(
         '--jobs', type=int, default=1, help='runs of --suite side by side; default: 1'
@@ -221,7 +214,6 @@ def parse_args() -> argparse.Namespace:
         parser.error('give a model, or --suite quick')
     args.work_dir = (args.work_dir or WORK / f'work_dirs/results_{args.model}').resolve()
     args.data = WORK / f'data/results-{args.model}'
-    args.timed = args.timed or 50
     args.model = MODELS[args.model]
     args.iterations = args.iterations or args.model.iterations
     args.val_interval = max(1, args.iterations // args.evaluations)
@@ -253,7 +245,8 @@ def main() -> None:
         rate = best_rate(runs, args.model.headline)
         final[name] = [train_or_load(Run(name, rate, seed), args) for seed in args.seeds]
     rates = {name: runs[0].lr for name, runs in final.items()}
-    seconds = {name: pace.mean for name, pace in measure_paces(rates, args).items()}
+    paces = measure_paces(rates, args) if args.timed else {}
+    seconds = {name: pace.mean for name, pace in paces.items()}
     text = table(tuned, final, seconds, args)
     (args.work_dir / 'table.md').write_text(text + '\n')
     print(text)

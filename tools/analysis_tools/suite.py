@@ -1,9 +1,9 @@
 """Suite of comparisons: screened rates, several seeds, scores at equal iterations and seconds.
 
 Every optimizer of a task is screened at a quarter of the length on seed 0, with rates beyond the
-grid where the best is at an edge. The iterations of all are then timed in turns. With its best rate
-each optimizer is trained on every seed, for as many iterations as fit into the seconds that the
-config's own optimizer takes for the task's length. When all tasks have got so far, it is also
+grid where the best is at an edge. All are then timed in turns, an iteration each. With its best
+rate each optimizer is trained on every seed, for as many iterations as fit into the seconds that
+the config's own optimizer takes for the task's length. When all tasks have got so far, it is also
 trained for that length, detectors on one seed alone. Each run has a schedule of its own length.
 Finished runs are kept: a second call continues a stopped one.
 
@@ -40,8 +40,8 @@ STEP, MOST_BEYOND = 10**0.5, 3
 LOGGED = 10
 #: Recorded runs of the full suite.
 RECORDS = ROOT / 'docs/records'
-#: Iterations and turns of the timing. Early steps measure more often than later ones (see `Pace`).
-TIMING = {'full': (200, 2), 'quick': (100, 1)}
+#: Iterations of each round of the timing; early ones take longer (see `Pace`).
+TIMED = {'full': 100, 'quick': 60}
 
 Runs = dict[str, list[Run]]
 
@@ -82,7 +82,6 @@ def settings(
         work_dir=args.work_dir / task.name,
         options=[*schedule(iterations).items(), *args.options],
         timed=args.timed,
-        turns=args.turns,
     )
 
 
@@ -297,8 +296,7 @@ def main(kind: str, names: Sequence[str], args: argparse.Namespace) -> None:
     """Runs the suite and writes report.md after each task."""
     args.work_dir = (args.work_dir or WORK / f'work_dirs/suite_{kind}').resolve()
     args.data = WORK / 'data/suite'
-    timed, turns = TIMING[kind]
-    args.timed, args.turns = args.timed or timed, args.turns or turns
+    args.timed = args.timed or TIMED[kind]
     if kind == 'quick':
         quick, args.seeds = QUICK
         names = [quick]

@@ -24,10 +24,10 @@ class Pace:
     seconds: Sequence[float]
 
     @classmethod
-    def fastest(cls, turns: Sequence[Sequence[Sequence[float]]]) -> Pace:
-        """The fastest of some runs; each is a list of pairs (iterations, seconds)."""
-        best = min(turns, key=lambda points: points[-1][1] / points[-1][0])
-        return cls([int(step) for step, _ in best], [seconds for _, seconds in best])
+    def of(cls, rounds: Sequence[Sequence[float]]) -> Pace:
+        """Mean pace of some runs of equal length, from the seconds of each iteration."""
+        seconds = np.mean(rounds, axis=0).cumsum().tolist()
+        return cls(range(1, len(seconds) + 1), seconds)
 
     @property
     def mean(self) -> float:

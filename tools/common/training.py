@@ -51,13 +51,12 @@ class RunError(RuntimeError):
     """A run ended early; the text is the end of its log."""
 
 
-def train(run: Run, args: argparse.Namespace) -> None:
-    """Trains one run in its own process and reads its log.
+def _folder(run: Run, args: argparse.Namespace) -> Path:
+    return Path(args.work_dir) / f'{run.label.replace(" ", "_")}_seed_{run.seed}'
 
-    Raises:
-        RunError: If the run failed.
-    """
-    work_dir = args.work_dir / f'{run.label.replace(" ", "_")}_seed_{run.seed}'
+
+def command(run: Run, args: argparse.Namespace, script: str = '') -> list[str]:
+    """Command of one run, of another script in tools/ if one is given."""
     contestant = args.model.contestant(run.optimizer)
     options = dict(args.options or [])
     options |= {
@@ -72,21 +71,35 @@ def train(run: Run, args: argparse.Namespace) -> None:
     }
     if args.model.detects:
         options['val_evaluator.ann_file'] = f'{args.data}/annotations/val.json'
-    command = [
+    return [
         sys.executable,
-        str(ROOT / 'tools' / contestant.script),
+        str(ROOT / 'tools' / (script or contestant.script)),
         str(FOLDER / f'{contestant.config}.py'),
         '--work-dir',
-        str(work_dir),
+        str(_folder(run, args)),
         *contestant.arguments,
+        '--cfg-options',
+        *(f'{key}={value}' for key, value in options.items()),
     ]
-    command += ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
+
+
+def train(run: Run, args: argparse.Namespace) -> None:
+    """Trains one run in its own process and reads its log.
+
+    Raises:
+        RunError: If the run failed.
+    """
+    work_dir = _folder(run, args)
     work_dir.mkdir(parents=True, exist_ok=True)
     log = work_dir / 'output.log'
     started = time.time()
     with log.open('w') as output:
         process = subprocess.Popen(
-            command, cwd=WORK, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            command(run, args),
+            cwd=WORK,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
         )
         usage = watch(process, work_dir, started, f'{run.label} seed {run.seed}', args.iterations)
     if process.returncode:
