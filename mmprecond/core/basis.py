@@ -64,15 +64,13 @@ def rotate(
             changed.setdefault(before.refreshes[k] == 0, []).append(k)
     for is_first, positions in changed.items():
         for chunk in stack.chunks(positions):
-            old: Operators = {}  # the identity
-            if not is_first:
-                old = before.operators_of(chunk)
+            old = {} if is_first else before.operators_of(chunk)  # first: the identity
             change = _Change(stack.method, old, stack.operators_of(chunk))
             layers = [stack.slots[k].layer for k in chunk]
             for name in linear:
-                _replace_moments(name, states, layers, change.of_gradients)
+                _replace_moments(name, states, layers, change.rotate_gradients)
             for name in quadratic if stack.method.rotates_squares else ():
-                _replace_moments(name, states, layers, change.of_squares)
+                _replace_moments(name, states, layers, change.rotate_squares)
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,11 @@ class _Change:
     old: Operators
     new: Operators
 
-    def of_gradients(self, matrices: Tensor) -> Tensor:
+    def rotate_gradients(self, matrices: Tensor) -> Tensor:
         """``Q1' M Q2`` for sums of gradients M (k, b, o, i)."""
         return self.method.apply(self.new, self.method.restore(self.old, matrices))
 
-    def of_squares(self, matrices: Tensor) -> Tensor:
+    def rotate_squares(self, matrices: Tensor) -> Tensor:
         """``(Q1 o Q1)' V (Q2 o Q2)`` for sums of squared gradients V (k, b, o, i)."""
         changes = {slot: _overlap(self.old.get(slot), basis) for slot, basis in self.new.items()}
         return self.method.apply(map_tensors(changes, torch.square), matrices)

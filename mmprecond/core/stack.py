@@ -26,7 +26,7 @@ from ..linalg import (
 )
 from ..preconditioners import Preconditioner
 
-#: Number of bytes of statistics that a refresh works on at a time.
+#: Number of bytes of statistics in a group of layers that are refreshed together.
 CHUNK_BYTES = 2**29
 #: Names of a slot's counters.
 COUNTERS = ('samples', 'refreshes', 'failures')
@@ -150,7 +150,7 @@ class LayerStack:
         return [(k, slot.layer) for k, slot in enumerate(self.slots) if slot.refreshes]
 
     def chunks(self, positions: Sequence[int]) -> Iterator[list[int]]:
-        """Yields positions that a refresh works on together, for the sake of memory."""
+        """Yields positions in groups of limited memory."""
         layer_bytes = sum(s[0].numel() * s.element_size() for s in self.statistics.values())
         size = max(1, CHUNK_BYTES // layer_bytes)
         for start in range(0, len(positions), size):

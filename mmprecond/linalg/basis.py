@@ -46,16 +46,16 @@ def orthogonal_iteration(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
     # In decreasing order; other orders are fixed points too, but unstable.
     order = (basis * image).sum(-2).argsort(-1, descending=True)
     # The steps of torch.linalg.qr without a copy of R.
-    reflectors, scales = torch.geqrf(image.gather(-1, _for_rows(order, image)))
+    reflectors, scales = torch.geqrf(image.gather(-1, _repeat_for_rows(order, image)))
     factor = torch.linalg.householder_product(reflectors, scales)
     signs = reflectors.diagonal(dim1=-2, dim2=-1).sign()
     places = order.argsort(-1)
-    result = factor.gather(-1, _for_rows(places, factor))
+    result = factor.gather(-1, _repeat_for_rows(places, factor))
     result *= torch.where(signs == 0, 1, signs).gather(-1, places)[..., None, :]
     return result, result.sum((-2, -1)).isfinite()  # entries of Q are at most 1
 
 
-def _for_rows(columns: Tensor, like: Tensor) -> Tensor:
+def _repeat_for_rows(columns: Tensor, like: Tensor) -> Tensor:
     """Indices of columns (..., n), repeated for each row of matrices (..., n, n)."""
     return columns[..., None, :].expand_as(like)
 

@@ -27,7 +27,7 @@ class GradientRotation(EigenRotation):
     Source: SOAP (Vyas et al., 2024, arXiv 2409.11321, Algorithm 3) and its code. Theirs rotates
     each dimension of a convolution's weight. 'separable' does so for outputs, channels and all
     kernel positions as one dimension; 'patch' merges channels and positions. Biases take the plain
-    rule, as there.
+    rule, as there, but from the first step on.
 
     State: 2 (o^2 + i^2) numbers per block. A capture costs 2 o i (o + i) FLOPs, a refresh about
     4 n^3 FLOPs per factor, a step 4 o i (o + i) FLOPs.

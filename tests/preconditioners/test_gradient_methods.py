@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmprecond.optimizers import SOAP, Preconditioned, Shampoo
+from mmprecond.optimizers import SOAP, AdamR, Preconditioned, Shampoo
 from tests.reference.gradient import ReferenceShampoo, ReferenceSOAP
 from tests.support.errors import refused
 
@@ -80,9 +80,31 @@ def test_soap_is_that_of_pytorch_optimizer(frequency: int, bound: float) -> None
     assert largest_difference(ours, net()) > 1e-2
 
 
+@pytest.mark.parametrize('kind', [SOAP, AdamR])
+def test_moments_of_a_stack_rotate_like_those_of_single_layers(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one of its layers joins late, some of its bases are first ones, some are not."""
+    results = []
+    for chunk_bytes in (2**29, 1):
+        monkeypatch.setattr('mmprecond.core.stack.CHUNK_BYTES', chunk_bytes)
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(18, 18, bias=False) for _ in range(3))).double()
+        settings = dict(stat_interval=1, refresh_interval=2)
+        optimizer = kind(model, lr=0.01, rotate_moments=True, **settings)
+        for step in range(12):
+            x = torch.randn(32, 18, generator=torch.Generator().manual_seed(step)).double()
+            optimizer.zero_grad()
+            (model if step > 4 else model[:2])(x).square().mean().backward()
+            optimizer.step()
+        assert len(optimizer.curvature.stacks) == 1
+        results.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize('kind', [SOAP, Shampoo])
 def test_biases_take_the_plain_rule(kind: Any) -> None:
-    """The source takes matrices alone; a bias as one more column would change their bases."""
+    """SOAP's source takes matrices alone; one more column would change their bases."""
     torch.manual_seed(0)
     model, plain = (nn.Sequential(nn.Flatten(), nn.Linear(15, 18)).double() for _ in range(2))
     plain.load_state_dict(model.state_dict())

@@ -30,7 +30,6 @@ def run(name: str, lr: float, seed: int, final: float, iterations: int = 100) ->
 
 
 def arguments(folder: Path) -> argparse.Namespace:
-    (folder / 'digits-cls').mkdir(exist_ok=True)
     return argparse.Namespace(
         work_dir=folder, data=folder, seeds=[0, 1], options=[], timed=5, jobs=2
     )
@@ -95,32 +94,36 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (folder / 'suite.png').is_file() and (folder / 'report.md').is_file()
 
 
-def test_late_iterations_have_the_rate_of_the_last_half() -> None:
-    """Here the first ten take two seconds each, and all others one."""
-    pace = Pace.of([[1.5] * 10 + [0.5] * 10, [2.5] * 10 + [1.5] * 10])
-    assert (pace.mean, pace.late) == (1.5, 1.0)
-    for iterations, seconds in ((5, 10.0), (10, 20.0), (15, 25.0), (20, 30.0), (120, 130.0)):
+def test_late_iterations_have_the_pace_of_the_last_third() -> None:
+    """Here the first 20 of 30 take two seconds each, and all others one."""
+    pace = Pace.of([[2.0] * 20 + [1.0] * 10, [3.0] * 30])
+    assert pace.mean == pytest.approx(5 / 3) and pace.late == pytest.approx(1.0)
+    for iterations, seconds in ((5, 10.0), (20, 40.0), (25, 45.0), (30, 50.0), (120, 140.0)):
         assert pace.until(iterations) == pytest.approx(seconds)
         assert pace.reach(seconds) == pytest.approx(iterations)
     assert Pace([1], [0.5]).until(8) == pytest.approx(4.0)
 
 
 def test_timing_has_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second in the opposite order; a second call measures nothing again."""
-    orders = []
+    """The fastest counts; a second call measures again only at other rates."""
+    rounds = []
 
     def take_turns(commands: dict[str, list[str]], iterations: int, folder: Path) -> Any:
-        orders.append(list(commands))
+        rounds.append(list(commands))
         assert all('suite_entry.py' in command[1] for command in commands.values())
-        return {name: [float(len(orders))] * iterations for name in commands}
+        return {name: [4.0 - len(rounds) % 2] * iterations for name in commands}
 
     monkeypatch.setattr(results, 'take_turns', take_turns)
-    task, args = TASKS['digits-cls'], arguments(tmp_path)
+    args = suite.settings(TASKS['digits-cls'], 300, arguments(tmp_path))
+    args.work_dir.mkdir()
     rates = {'SGD': 0.1, 'pytorch_optimizer.Muon': 0.02}
     for _ in range(2):
-        paces = results.measure_paces(rates, suite.settings(task, 300, args))
-        assert {name: pace.mean for name, pace in paces.items()} == dict.fromkeys(rates, 1.5)
-    assert orders == [list(rates), list(rates)[::-1]]
+        paces = results.measure_paces(rates, args)
+        assert {name: pace.mean for name, pace in paces.items()} == dict.fromkeys(rates, 3.0)
+    assert rounds == [list(rates)] * 2
+    monkeypatch.setattr(results, 'MOST_AT_ONCE', 1)
+    results.measure_paces({**rates, 'SGD': 0.3}, args)
+    assert rounds[2:] == [[name] for name in rates] * 2
 
 
 def test_a_score_counts_after_the_last_line_of_the_log() -> None:
@@ -151,7 +154,7 @@ def test_muon_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from analysis_tools import suite_entry
 
-    name = suite_entry.NAME
+    name = suite_entry.NEWTON_SCHULZ
     monkeypatch.setattr(base, name, getattr(base, name))  # restored after the test
     changed = []
     for change in (lambda: None, suite_entry.multiply_in_float32):

@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,7 +24,7 @@ from common.contestants import MODELS, Model
 from common.pace import Pace
 from common.tables import markdown, spread
 from common.training import Run, RunError, add_options, command, train
-from common.turns import ENTRY, take_turns
+from common.turns import TURN_SCRIPT, take_turns
 
 ANY = (
     'SGD',
@@ -53,8 +54,8 @@ ANY = (
 ATTENTION = ('AFOpt', 'AdaAFOpt')
 #: Time-budget baseline: scores are compared at its training time.
 PACE = 'SGD'
-#: Rounds of the timing.
-ROUNDS = 2
+#: Rounds of the timing, and processes that take turns in one; each has about 1 GB of memory.
+ROUNDS, MOST_AT_ONCE = 2, 12
 
 
 def grid_runs(name: str, args: argparse.Namespace) -> list[Run]:
@@ -93,22 +94,27 @@ def diverged(message: str) -> bool:
 def measure_paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, Pace]:
     """Seconds against iterations of some optimizers, which take turns of one iteration.
 
-    A second round has new processes in the opposite order: a process may be slower than its twin by
-    some percent, for the place of its memory. The rates are the best ones, because a detector that
-    diverges has less work to do. What an earlier call measured of the same optimizers is kept.
+    Each round has new processes, and the fastest counts. The rates are the best ones, because a detector that
+    diverges has less work to do. What an earlier call measured with the same rates is kept.
     """
-    record = args.work_dir / 'seconds.json'
-    known: dict[str, list[list[float]]] = json.loads(record.read_text()) if record.exists() else {}
+    record = args.work_dir / 'turns.json'
+    asked = dict(rates=rates, iterations=args.timed)
+    known: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    rounds = known['rounds'] if known and known['asked'] == asked else []
     folder = args.work_dir / 'timing'
     changes = {'iterations': args.timed + 1, 'val_interval': 10**6, 'work_dir': folder}
-    short = argparse.Namespace(**{**vars(args), **changes})
-    while (done := min(len(known.get(name, [])) for name in rates)) < ROUNDS:
-        order = list(rates)[:: -1 if done else 1]
-        commands = {name: command(Run(name, rates[name], 0), short, ENTRY) for name in order}
-        for name, seconds in take_turns(commands, args.timed, folder).items():
-            known.setdefault(name, []).append(seconds)
-        record.write_text(json.dumps(known))
-    return {name: Pace.of(known[name]) for name in rates}
+    longer = argparse.Namespace(**{**vars(args), **changes})
+    commands = {
+        name: command(Run(name, rate, 0), longer, TURN_SCRIPT) for name, rate in rates.items()
+    }
+    while len(rounds) < ROUNDS:
+        seconds: dict[str, list[float]] = {}
+        for start in range(0, len(rates), MOST_AT_ONCE):
+            names = list(rates)[start : start + MOST_AT_ONCE]
+            seconds |= take_turns({name: commands[name] for name in names}, args.timed, folder)
+        rounds.append(seconds)
+        record.write_text(json.dumps(dict(asked=asked, rounds=rounds)))
+    return {name: Pace.of([seconds[name] for seconds in rounds]) for name in rates}
 
 
 def at(run: Run, iteration: float, metric: str) -> float:

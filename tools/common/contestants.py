@@ -35,7 +35,7 @@ class Contestant:
         arguments: Arguments of tools/train.py.
         options: Settings for its --cfg-options.
         adaptive: Whether the rule is like Adam, rather than like SGD.
-        script: Script in tools/ that trains it.
+        script: Training script, relative to tools/.
     """
 
     config: str

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Part of a measured run whose pace later iterations have. It has no early refresh: of 100
+#: iterations, the last one comes after 64.
+LATE = 1 / 3
+
 
 @dataclass(frozen=True)
 class Pace:
     """Seconds of training against iterations.
 
     Early iterations may take longer than later ones, because curvature is measured more often.
-    Later ones are therefore counted at the rate of the last half of the measured run.
+    Iterations after the measured ones are therefore counted at the pace of the last of these. They
+    have no refresh, which later iterations have every 200 steps or more.
 
     Attributes:
         iterations: Increasing numbers of iterations, at least one.
@@ -25,8 +30,8 @@ class Pace:
 
     @classmethod
     def of(cls, rounds: Sequence[Sequence[float]]) -> Pace:
-        """Mean pace of some runs of equal length, from the seconds of each iteration."""
-        seconds = np.mean(rounds, axis=0).cumsum().tolist()
+        """Pace of the fastest of some runs, from the seconds of each iteration."""
+        seconds = np.cumsum(min(rounds, key=sum)).tolist()
         return cls(range(1, len(seconds) + 1), seconds)
 
     @property
@@ -36,18 +41,17 @@ class Pace:
 
     @property
     def late(self) -> float:
-        """Seconds of an iteration in the last half of the measured run."""
-        end, half = self.iterations[-1], self.iterations[-1] / 2
-        return (self.seconds[-1] - self.until(half)) / (end - half)
+        """Seconds of an iteration after the measured ones."""
+        end, begin = self.iterations[-1], (1 - LATE) * self.iterations[-1]
+        before = np.interp(begin, [0, *self.iterations], [0.0, *self.seconds])
+        return (self.seconds[-1] - float(before)) / (end - begin)
 
     def until(self, iterations: float) -> float:
         """Seconds for a number of iterations."""
-        beyond = max(0.0, iterations - self.iterations[-1])
         within = np.interp(iterations, [0, *self.iterations], [0.0, *self.seconds])
-        return float(within) + (beyond * self.late if beyond else 0.0)
+        return float(within) + max(0.0, iterations - self.iterations[-1]) * self.late
 
     def reach(self, seconds: float) -> float:
         """Iterations in a number of seconds."""
-        beyond = max(0.0, seconds - self.seconds[-1])
         within = np.interp(seconds, [0.0, *self.seconds], [0, *self.iterations])
-        return float(within) + (beyond / self.late if beyond else 0.0)
+        return float(within) + max(0.0, seconds - self.seconds[-1]) / self.late

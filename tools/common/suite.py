@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .contestants import ATTACH, BOXES, DECAY, DECAYS, TOP_1, Contestant, Model
-from .turns import ENTRY
+from .turns import TURN_SCRIPT
 
 FIRST_ORDER = ('SGD', 'AdamW')
 #: Optimizers of torch and pytorch_optimizer, which every task compares with ours.
@@ -83,7 +83,7 @@ class Task:
             return replace(known, options=options)
         if self.rest_rate is not None:
             options[MUON_REST] = self.rest_rate
-        return replace(known, options=options, script=ENTRY)
+        return replace(known, options=options, script=TURN_SCRIPT)
 
     def rates(self, name: str) -> tuple[float, ...]:
         """Learning rates to screen."""

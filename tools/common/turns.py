@@ -1,69 +1,66 @@
-"""Trainings that take turns, an iteration each: the noise of the machine is the same for all."""
+"""Trainings that take turns, an iteration each: slow changes of the machine hit all alike."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from tqdm import tqdm
 
 from . import WORK
-from .training import RunError
+from .training import ENVIRONMENT, RunError, tail
 
-#: Script in tools/ that knows the hook.
-ENTRY = 'analysis_tools/suite_entry.py'
+#: Training script, relative to tools/, that knows the hook.
+TURN_SCRIPT = 'analysis_tools/suite_entry.py'
 
 
 @dataclass
-class Turns:
-    """A training whose iterations wait for their turns (see `TurnHook` in `ENTRY`).
+class PacedTraining:
+    """A training whose iterations wait for their turns (see `TurnHook` in `TURN_SCRIPT`).
 
     Attributes:
         process: The training.
         grant: File descriptor to write a byte to for each iteration.
-        seconds: Lines that the training writes.
+        reports: Lines that the training writes.
         log: File with its output.
     """
 
     process: subprocess.Popen[bytes]
     grant: int
-    seconds: Any
+    reports: IO[str]
     log: Path
 
     @classmethod
-    def start(cls, command: Sequence[str], log: Path) -> Turns:
-        """Starts a training, and waits until its first iteration could begin.
+    def start(cls, command: Sequence[str], log: Path) -> PacedTraining:
+        """Starts a training, which writes a line when its first iteration may begin.
 
         Args:
             command: The training's command, which ends with settings for --cfg-options.
             log: File for its output.
-
-        Raises:
-            RunError: If the training ends before.
         """
-        turns, grant = os.pipe()
-        seconds, report = os.pipe()
-        hook = dict(type='TurnHook', turns=turns, seconds=report)
+        turn_fd, grant = os.pipe()
+        reports, report_fd = os.pipe()
+        hook = dict(type='TurnHook', turn_fd=turn_fd, report_fd=report_fd)
         options = [f'default_hooks.turns.{key}={value}' for key, value in hook.items()]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open('w') as output:
             process = subprocess.Popen(
                 [*command, *options],
                 cwd=WORK,
+                env=ENVIRONMENT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                pass_fds=(turns, report),
+                pass_fds=(turn_fd, report_fd),
             )
-        os.close(turns)
-        os.close(report)
-        training = cls(process, grant, os.fdopen(seconds), log)
-        training.read()
-        return training
+        os.close(turn_fd)
+        os.close(report_fd)
+        return cls(process, grant, os.fdopen(reports), log)
 
     def read(self) -> str:
         """The next line of the training.
@@ -71,10 +68,9 @@ class Turns:
         Raises:
             RunError: If the training has ended.
         """
-        if line := self.seconds.readline():
-            return str(line)
-        tail = ''.join(self.log.read_text().splitlines(keepends=True)[-15:])
-        raise RunError(f'the timing failed; the end of {self.log}:\n{tail}')
+        if line := self.reports.readline():
+            return line
+        raise RunError(f'the timing failed; the end of {self.log}:\n{tail(self.log)}')
 
     def iterate(self) -> float:
         """Lets the training make one iteration; returns its seconds."""
@@ -86,7 +82,7 @@ class Turns:
         self.process.kill()
         self.process.wait()
         os.close(self.grant)
-        self.seconds.close()
+        self.reports.close()
 
 
 def take_turns(
@@ -105,15 +101,14 @@ def take_turns(
     Raises:
         RunError: If a training ends before.
     """
-    trainings: dict[str, Turns] = {}
+    trainings: dict[str, PacedTraining] = {}
     seconds: dict[str, list[float]] = {name: [] for name in commands}
-    try:
+    with ExitStack() as stack:
         for name, command in commands.items():
-            trainings[name] = Turns.start(command, folder / f'{name}.log')
+            trainings[name] = training = PacedTraining.start(command, folder / f'{name}.log')
+            stack.callback(training.stop)
+            training.read()
         for _ in tqdm(range(iterations), desc='turns', unit='turn', mininterval=5.0):
             for name, training in trainings.items():
                 seconds[name].append(training.iterate())
-    finally:
-        for training in trainings.values():
-            training.stop()
     return seconds
