@@ -94,8 +94,9 @@ def diverged(message: str) -> bool:
 def measure_paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, Pace]:
     """Seconds against iterations of some optimizers, which take turns of one iteration.
 
-    Each round has new processes, and the fastest counts. The rates are the best ones, because a detector that
-    diverges has less work to do. What an earlier call measured with the same rates is kept.
+    Each round has new processes, and the fastest counts. The rates are the best ones, because a
+    detector that diverges has less work to do. What an earlier call measured with the same rates is
+    kept.
     """
     record = args.work_dir / 'turns.json'
     asked = dict(rates=rates, iterations=args.timed)
