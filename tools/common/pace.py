@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
 
 #: Part of a measured run whose pace later iterations have. It has no early refresh: of 100
 #: iterations, the last one comes after 64.
@@ -31,7 +30,7 @@ class Pace:
     @classmethod
     def of(cls, rounds: Sequence[Sequence[float]]) -> Pace:
         """Pace of the fastest of some runs, from the seconds of each iteration."""
-        seconds = np.cumsum(min(rounds, key=sum)).tolist()
+        seconds = list(accumulate(min(rounds, key=sum)))
         return cls(range(1, len(seconds) + 1), seconds)
 
     @property
@@ -43,15 +42,22 @@ class Pace:
     def late(self) -> float:
         """Seconds of an iteration after the measured ones."""
         end, begin = self.iterations[-1], (1 - LATE) * self.iterations[-1]
-        before = np.interp(begin, [0, *self.iterations], [0.0, *self.seconds])
-        return (self.seconds[-1] - float(before)) / (end - begin)
+        before = _interpolate(begin, [0, *self.iterations], [0.0, *self.seconds])
+        return (self.seconds[-1] - before) / (end - begin)
 
     def until(self, iterations: float) -> float:
         """Seconds for a number of iterations."""
-        within = np.interp(iterations, [0, *self.iterations], [0.0, *self.seconds])
-        return float(within) + max(0.0, iterations - self.iterations[-1]) * self.late
+        within = _interpolate(iterations, [0, *self.iterations], [0.0, *self.seconds])
+        return within + max(0.0, iterations - self.iterations[-1]) * self.late
 
     def reach(self, seconds: float) -> float:
         """Iterations in a number of seconds."""
-        within = np.interp(seconds, [0.0, *self.seconds], [0, *self.iterations])
-        return float(within) + max(0.0, seconds - self.seconds[-1]) / self.late
+        within = _interpolate(seconds, [0.0, *self.seconds], [0, *self.iterations])
+        return within + max(0.0, seconds - self.seconds[-1]) / self.late
+
+
+def _interpolate(at: float, places: Sequence[float], values: Sequence[float]) -> float:
+    """Value at a place between others; beyond them that of the nearest."""
+    import numpy as np  # help texts must come without an environment
+
+    return float(np.interp(at, places, values))

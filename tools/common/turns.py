@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tqdm import tqdm
-
 from . import WORK
 from .training import ENVIRONMENT, RunError, tail
 
@@ -101,6 +99,8 @@ def take_turns(
     Raises:
         RunError: If a training ends before.
     """
+    from tqdm import tqdm  # help texts must come without an environment
+
     trainings: dict[str, PacedTraining] = {}
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     with ExitStack() as stack:
