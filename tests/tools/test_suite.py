@@ -14,6 +14,7 @@ from analysis_tools import results, suite
 from common.pace import Pace
 from common.suite import EXTERNAL, MUON, TASKS, schedule
 from common.training import Run
+from tests.support.commands import run_python
 from tests.support.paths import ROOT
 
 METRIC = 'accuracy/top1'
@@ -193,3 +194,9 @@ def test_the_command_needs_a_model_or_the_suite(
     monkeypatch.setattr(suite, 'main', lambda *given: called.append(given[:2]))
     results.main()
     assert called == [('full', ['digits-cls', 'swin'])]
+
+
+def test_help_needs_no_environment() -> None:
+    """Without site-packages, as before the set-up."""
+    done = run_python('-S', ROOT / 'tools/analysis_tools/results.py', '--help')
+    assert done.returncode == 0 and '--suite' in done.stdout, done.stderr
