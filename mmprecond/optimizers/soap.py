@@ -21,7 +21,8 @@ class SOAP(PreconditionedAdam):
     Args:
         params: Parameters or groups, with `model`; or the module itself.
         lr: Learning rate.
-        betas: Decays of the moments.
+        betas: Decays of the moments; default: as for `PreconditionedAdam`, and (0.95, 0.95), as in
+            SOAP's code, with ``settings='published'``.
         eps: Added to the root of the second moment; default: as for `PreconditionedAdam`.
         weight_decay: Decoupled weight decay.
         model: The module that owns the parameters.
@@ -43,6 +44,6 @@ class SOAP(PreconditionedAdam):
         rule: str = 'AdamW',
         **settings: Any,
     ) -> None:
-        if betas is None and rule == 'AdamW':
+        if betas is None and rule == 'AdamW' and settings.get('settings') == 'published':
             betas = (0.95, 0.95)
         super().__init__(params, lr, betas, eps, weight_decay, model=model, rule=rule, **settings)

@@ -40,7 +40,6 @@ class GradientRotation(EigenRotation):
     stat_interval: int = 1
     refresh_interval: int = 10
     count_from: int = -1
-    early_refreshes: bool = False
     basis_solver: str = 'qr'
     basis_eps: float = 0.0
     source: str = 'gradient'

@@ -50,7 +50,7 @@ def largest_difference(first: nn.Module, second: nn.Module) -> float:
 def test_soap_is_its_algorithm(frequency: int, decay: float) -> None:
     ours, theirs = net(), net()
     optimizer = SOAP(
-        ours, lr=3e-3, weight_decay=decay, refresh_interval=frequency, input_factor='separable'
+        ours, lr=3e-3, weight_decay=decay, refresh_interval=frequency, settings='published'
     )
     references = [
         ReferenceSOAP(p.detach(), 3e-3, (0.95, 0.95), decay, frequency=frequency)
@@ -74,10 +74,18 @@ def test_soap_is_that_of_pytorch_optimizer(frequency: int, bound: float) -> None
     ours, theirs = net(), net()
     common = dict(lr=3e-3, eps=1e-30, weight_decay=0.0)
     train(theirs, peers.SOAP(theirs.parameters(), precondition_frequency=frequency, **common), 25)
-    settings = dict(refresh_interval=frequency, input_factor='separable')
+    settings = dict(refresh_interval=frequency, settings='published')
     train(ours, SOAP(ours, **common, **settings), 25)
     assert largest_difference(ours, theirs) < bound
     assert largest_difference(ours, net()) > 1e-2
+
+
+def test_soap_has_adamws_betas_unless_published() -> None:
+    betas = [
+        SOAP(net(), **settings).param_groups[0]['betas']
+        for settings in ({}, dict(settings='published'), dict(betas=(0.8, 0.9)))
+    ]
+    assert betas == [(0.9, 0.999), (0.95, 0.95), (0.8, 0.9)]
 
 
 @pytest.mark.parametrize('kind', [SOAP, AdamR])
