@@ -145,8 +145,8 @@ _ALL = (
         _model('Swin, digits', 'swin_digits', 'AdamW', TOP_1, 'digits-cls'),
         800,
         4000,
-        ATTENTION,
-        ATTENTION_REST,
+        (*ATTENTION, 'AdamR'),
+        ('ARO', 'AdaAFOpt'),
         whole_seeds=3,
     ),
     Task(
