@@ -22,7 +22,7 @@
 #   XDG_CACHE_HOME       where the cache folder lies (default ~/.cache)
 #   MAX_JOBS             compiler processes at a time (default: one a core, bounded by the memory)
 #
-# For an environment that has an OpenMMLab stack already: `pip install -e .`, and nothing of this.
+# For an environment that has an OpenMMLab stack already: `pip install --no-deps -e .`, and nothing of this.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs every check: ruff, mypy, then pytest. Sets the environment up first, if need be.
 #
-# Usage: bash tools/test.sh                 everything, at most 20 minutes on two cores
+# Usage: bash tools/test.sh                 everything, about 40 minutes on two cores
 #        bash tools/test.sh --fast          without the tests that are marked as slow, in two processes,
-#                                           at most 6 minutes
+#                                           about 12 minutes
 #        bash tools/test.sh PYTEST-ARGS...  pytest alone, from the project's root, with these arguments
 #
 # MMPRECOND_VENV names another environment than .venv; its stack (onedl or openmmlab) is kept.

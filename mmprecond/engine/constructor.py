@@ -37,7 +37,7 @@ DEFAULT = 'AFOpt+NKFAC'
 class PrecondOptimWrapperConstructor:
     """Builds a preconditioned optimizer and its wrapper from a config.
 
-    The config's own SGD, Adam, AdamW or Adan stays, with its rate, decay and other settings, as the
+    The config's own SGD, AdamW, Adan, or Adam without decay stays, with all its settings, as the
     rule of a `Preconditioned` optimizer. Attention modules get AFOpt and all other layers NKFAC,
     unless `precondition` says otherwise::
 

@@ -59,7 +59,7 @@ def add_precondition(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--precondition',
         metavar='METHOD',
-        help="add curvature to the config's own SGD, Adam, AdamW or Adan: NKFAC, or AFOpt+NKFAC "
+        help="add curvature to the config's own SGD, AdamW, Adan, or Adam without decay: NKFAC, or AFOpt+NKFAC "
         'for AFOpt on attention modules and NKFAC elsewhere',
     )
 
