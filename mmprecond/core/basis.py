@@ -48,7 +48,7 @@ def rotate(
     Let Q1 = U1old' U1new and Q2 = U2old' U2new. A sum of gradients M becomes ``Q1' M Q2``. The
     second moment V becomes ``(Q1 o Q1)' V (Q2 o Q2)``, its value if entries of the gradient were
     uncorrelated. The sum of V stays. A basis that differs only in order or signs changes nothing
-    but the order of the entries of V.
+    but the order of the entries of V. Methods may leave V as it is (`moves_squares`).
 
     Args:
         before: Snapshot of the stack before its refresh.
@@ -57,19 +57,22 @@ def rotate(
         quadratic: Names of moments that are sums of squared gradients.
     """
     stack = before.stack
-    moments = {*linear, *quadratic}
-    changed: dict[bool, list[int]] = {}
+    changed: dict[tuple[bool, frozenset[str]], list[int]] = {}
     for k, slot in enumerate(stack.slots):
-        if slot.refreshes != before.refreshes[k] and moments <= set(states[slot.layer.weight]):
-            changed.setdefault(before.refreshes[k] == 0, []).append(k)
-    for is_first, positions in changed.items():
+        past = before.refreshes[k]
+        names = {*linear, *quadratic} if stack.method.moves_squares(past) else {*linear}
+        # Not by index: the rule's mapping would get an empty state.
+        held = frozenset(states.get(slot.layer.weight, ())) & names
+        if slot.refreshes != past and held:
+            changed.setdefault((past == 0, held), []).append(k)
+    for (is_first, held), positions in changed.items():
         for chunk in stack.chunks(positions):
             old = {} if is_first else before.operators_of(chunk)  # first: the identity
             change = _Change(stack.method, old, stack.operators_of(chunk))
             layers = [stack.slots[k].layer for k in chunk]
-            for name in linear:
+            for name in held.intersection(linear):
                 _replace_moments(name, states, layers, change.rotate_gradients)
-            for name in quadratic if stack.method.rotates_squares else ():
+            for name in held.intersection(quadratic):
                 _replace_moments(name, states, layers, change.rotate_squares)
 
 
@@ -106,7 +109,9 @@ def _replace_moments(
     change: Callable[[Tensor], Tensor],
 ) -> None:
     """Replaces one moment of some layers, in place, by a function of matrices (k, b, o, i)."""
-    moments: list[list[Any]] = [[states[p].get(name) for p in layer.parameters] for layer in layers]
+    moments: list[list[Any]] = [
+        [states.get(p, {}).get(name) for p in layer.parameters] for layer in layers
+    ]
     matrices = [layer.join(*m) for layer, m in zip(layers, moments, strict=True)]
     changed = change(torch.stack(matrices))
     for layer, parts, matrix in zip(layers, moments, changed, strict=True):

@@ -59,8 +59,8 @@ def add_precondition(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--precondition',
         metavar='METHOD',
-        help="add curvature to the config's own SGD, AdamW, Adan, or Adam without decay: NKFAC, or AFOpt+NKFAC "
-        'for AFOpt on attention modules and NKFAC elsewhere',
+        help="add curvature to the config's own SGD, AdamW, Adan, or Adam without decay: NKFAC, or "
+        'AFOpt+NKFAC for AFOpt on attention modules and NKFAC elsewhere',
     )
 
 

@@ -124,8 +124,6 @@ class Preconditioner(ABC):
     counts_later: ClassVar[bool] = False
     #: Whether a layer makes no update in the step of its first statistics, if they count later.
     waits: ClassVar[bool] = False
-    #: Whether a new basis also rotates the rule's second moments.
-    rotates_squares: ClassVar[bool] = True
     #: Whether `restore` changes the rule's updates.
     acts_after_rule: ClassVar[bool] = False
 
@@ -303,6 +301,10 @@ class Preconditioner(ABC):
     def moves_moments(self) -> bool:
         """True if the rule's moments are rotated when a refresh changes the basis."""
         return False
+
+    def moves_squares(self, refreshes: int) -> bool:
+        """Whether second moments are rotated too after some number of earlier refreshes."""
+        return True
 
     @property
     def is_inverse(self) -> bool:

@@ -21,8 +21,8 @@ class GradientRotation(EigenRotation):
     U1 and U2 are eigenvectors of running averages of GG' (o x o) and G'G (i x i). The first bases
     are exact; later ones come from one step of orthogonal iteration. A step's gradient counts in
     the averages from the next step on, and the first step of a layer makes no update, because it
-    has no basis yet. The momentum is rotated into each new basis; second moments keep their
-    places.
+    has no basis yet. The momentum is rotated into each new basis, second moments into the first one
+    and into those of `early_refreshes`. Later second moments keep their places, as in the source.
 
     Source: SOAP (Vyas et al., 2024, arXiv 2409.11321, Algorithm 3) and its code. Theirs rotates
     each dimension of a convolution's weight. 'separable' does so for outputs, channels and all
@@ -50,7 +50,6 @@ class GradientRotation(EigenRotation):
     counts_later: ClassVar[bool] = True
     joins_bias: ClassVar[bool] = False
     waits: ClassVar[bool] = True
-    rotates_squares: ClassVar[bool] = False
 
     word: ClassVar[str] = 'SOAP'
     #: The authors' code.
@@ -79,6 +78,15 @@ class GradientRotation(EigenRotation):
             raise ValueError(
                 "align_bases=False is for basis_solver='eigh': columns of 'qr' keep their places"
             )
+
+    def moves_squares(self, refreshes: int) -> bool:
+        """True for the first basis and the early ones, which turn far.
+
+        Second moments of few samples have entries near zero. If these kept their places, they could
+        meet large gradients in a new basis.
+        """
+        early = (self.refresh_interval - 1).bit_length() if self.early_refreshes else 0
+        return refreshes <= early
 
     def average(self) -> RunningAverage:
         """Moving average from zero, without bias correction."""
