@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .contestants import ATTACH, BOXES, DECAY, DECAYS, TOP_1, Contestant, Model
 from .turns import TURN_SCRIPT
@@ -19,7 +20,7 @@ _SETTING = 'optim_wrapper.optimizer.'
 #: Settings of pytorch_optimizer's SOAP and Shampoo: a refresh every ten steps, as ours, and AdamW's
 #: betas for SOAP, which learns faster with them than with its own, (0.95, 0.95). The class Shampoo,
 #: which has no grafting, ended in non-finite statistics after ten steps at every rate.
-PEER_OPTIONS = {
+PEER_OPTIONS: dict[str, dict[str, Any]] = {
     'pytorch_optimizer.SOAP': {
         f'{_SETTING}precondition_frequency': 10,
         f'{_SETTING}betas': '(0.9,0.999)',
