@@ -53,6 +53,14 @@ def test_a_clone_has_them_on_top() -> None:
     assert find_root() == ROOT
 
 
+def test_a_package_without_its_configs_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr('mmprecond.resources.PACKAGE', tmp_path / 'mmprecond')
+    with pytest.raises(FileNotFoundError, match='has no configs and tools; install mmprecond'):
+        find_root()
+
+
 def test_configs_and_tools_travel_with_the_package(tmp_path: Path) -> None:
     """In a wheel they are in `.mim`; data and results go to the current folder then."""
     pytest.importorskip('mmengine')

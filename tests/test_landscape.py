@@ -64,6 +64,10 @@ def test_the_command_on_a_checkpoint_of_nkfac(tmp_path: Path) -> None:
     with (out / 'g/spectrum.csv').open() as file:
         rows = [row for row in csv.DictReader(file) if row['spectrum'] == 'Gauss-Newton matrix']
     assert len(rows) == 3 and all(float(row['value']) > -1e-3 for row in rows)
+    plain = ('--out', out / 'p', '--steps', 2, '--runs', 1, '--plane', 'none', *options)
+    without = run_python('-m', 'mmprecond.landscape', CONFIG, work / 'iter_2.pth', *plain)
+    assert without.returncode == 0, without.stderr[-1500:]
+    assert "has curvature and the config's optimizer has none" in without.stdout + without.stderr
     with (out / 'spectrum.csv').open() as file:
         names = {row['spectrum'] for row in csv.DictReader(file)}
     assert names == {'Hessian', 'preconditioned Hessian'}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import pytest
@@ -83,6 +84,17 @@ def test_any_base_model_takes_images_without_a_loss(preprocessor: Any) -> None:
     line = diagnostics.intro(model, {layer: layers[layer] for layer in layers}, {}, batch)
     assert line.startswith('Toy, batch 2 of 224 x 224 px, on cpu')
     assert line.endswith('forward without the loss: layers used only in training are not counted')
+
+
+def test_the_size_of_a_model_is_its_codecs_or_its_preprocessors() -> None:
+    pose, segmentor, other = Toy(), Toy(), Toy()
+    pose.head.decoder = argparse.Namespace(input_size=(192, 256))  # width first
+    segmentor.data_preprocessor.size = (512, 384)
+    assert [own_size(model) for model in (pose, segmentor, other)] == [
+        (256, 192),
+        (512, 384),
+        (224, 224),
+    ]
 
 
 def test_a_loss_that_takes_no_noise_is_left_out(
