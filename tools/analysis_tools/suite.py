@@ -271,11 +271,14 @@ def recorded_rates(path: Path) -> dict[str, float]:
 
 def _draw(results: Results, path: Path) -> None:
     """Plots the mean score of the fitted runs against seconds of training; others are dashed."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     metric, model = results.task.model.headline, results.task.model
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
+    colors = [colormaps['tab10'](k) for k in range(10)]
+    axes.set_prop_cycle(color=[*colors, 'black', 'gold'])
     for name, runs in results.fitted.items():
         points = [run.scores.get(metric, []) for run in runs]
         steps = [step for step, _, _ in points[0]]

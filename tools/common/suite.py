@@ -17,14 +17,10 @@ EXTERNAL = (
     'pytorch_optimizer.ScalableShampoo',
 )
 _SETTING = 'optim_wrapper.optimizer.'
-#: Settings of pytorch_optimizer's SOAP and Shampoo: a refresh every ten steps, as ours, and AdamW's
-#: betas for SOAP, which learns faster with them than with its own, (0.95, 0.95). The class Shampoo,
-#: which has no grafting, ended in non-finite statistics after ten steps at every rate.
+#: Settings of pytorch_optimizer's SOAP and Shampoo: a refresh every ten steps, as ours. Its class
+#: Shampoo, which has no grafting, ended in non-finite statistics after ten steps at every rate.
 PEER_OPTIONS: dict[str, dict[str, Any]] = {
-    'pytorch_optimizer.SOAP': {
-        f'{_SETTING}precondition_frequency': 10,
-        f'{_SETTING}betas': '(0.9,0.999)',
-    },
+    'pytorch_optimizer.SOAP': {f'{_SETTING}precondition_frequency': 10},
     'pytorch_optimizer.ScalableShampoo': {
         f'{_SETTING}preconditioning_compute_steps': 10,
         f'{_SETTING}start_preconditioning_step': 10,
