@@ -303,7 +303,7 @@ class Preconditioner(ABC):
         return False
 
     def moves_squares(self, refreshes: int) -> bool:
-        """Whether second moments are rotated too after some number of earlier refreshes."""
+        """True if second moments are rotated too, after some number of earlier refreshes."""
         return True
 
     @property
