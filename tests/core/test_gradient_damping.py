@@ -35,6 +35,14 @@ def test_the_factor_is_that_of_plain_numbers(window: int, seed: int) -> None:
         reference.length = float(torch.cat([0.1 * updates[0], 0.2 * updates[1]]).norm())
 
 
+@pytest.mark.parametrize(
+    'loss, words', [(torch.ones(2), 'loss has the shape (2,)'), ('low', "loss='low' is no number")]
+)
+def test_a_loss_that_is_no_number_is_refused(loss: Any, words: str) -> None:
+    optimizer = NKFAC(nn.Linear(4, 3), lr=0.1, damping_form='gradient')
+    refused(ValueError, lambda: optimizer.take_loss(loss), words)
+
+
 def test_full_steps_follow_the_rule_of_the_source() -> None:
     """x - g / (|g| / gamma) on a quadratic, with a window of one step."""
     curvature = torch.tensor([4.0, 1.0, 0.2]).double()
