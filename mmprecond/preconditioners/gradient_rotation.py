@@ -85,6 +85,7 @@ class GradientRotation(EigenRotation):
         Second moments of few samples have entries near zero. If these kept their places, they could
         meet large gradients in a new basis.
         """
+        # Early refreshes come at the powers of two below the interval: 1, 2, 4, 8 of 10.
         early = (self.refresh_interval - 1).bit_length() if self.early_refreshes else 0
         return refreshes <= early
 

@@ -70,7 +70,6 @@ def test_an_early_basis_after_a_zero_gradient_takes_no_leap(basis_solver: str) -
 
 def test_a_weight_without_moments_is_left_out_of_the_checkpoint() -> None:
     """The second layer waits in the first step, and has no gradient when its basis comes."""
-    states = []
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)])
     optimizer = SOAP(model, lr=LR, rule='Adan')
@@ -78,9 +77,9 @@ def test_a_weight_without_moments_is_left_out_of_the_checkpoint() -> None:
         optimizer.zero_grad()
         sum(part(torch.randn(8, 6)) for part in model[:used]).square().mean().backward()
         optimizer.step()
-        states.append(optimizer.state_dict())
-    SOAP(model, lr=LR, rule='Adan').load_state_dict(states[-1])
-    assert set(states[-1]['state']) == {0, 1, 3}  # weight and bias, and the other layer's bias
+    saved = optimizer.state_dict()
+    SOAP(model, lr=LR, rule='Adan').load_state_dict(saved)
+    assert set(saved['state']) == {0, 1, 3}  # weight and bias, and the other layer's bias
 
 
 @pytest.mark.usefixtures('registries_as_they_were')

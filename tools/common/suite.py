@@ -142,7 +142,7 @@ _ALL = (
         _model('Swin, digits', 'swin_digits', 'AdamW', TOP_1, 'digits-cls'),
         800,
         4000,
-        (*ATTENTION, 'AdamR'),
+        (*ATTENTION, 'AdamR'),  # at equal iterations ARO leads it, at equal seconds it leads ARO
         ('ARO', 'AdaAFOpt'),
         whole_seeds=3,
     ),
