@@ -263,14 +263,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.rule.check_state(p, state, group)
 
     def _saved_states(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Group, State]]:
-        """Parameters with a saved state, each with its saved group and state."""
+        """Parameters with a saved state that is not empty, each with its saved group and state."""
         own_groups = [group['params'] for group in self.param_groups]
         saved_groups = [(group, group['params']) for group in state_dict['param_groups']]
         return [
             (p, group, state_dict['state'][key])
             for params, (group, keys) in zip(own_groups, saved_groups, strict=True)
             for p, key in zip(params, keys, strict=True)
-            if key in state_dict['state']
+            if state_dict['state'].get(key)
         ]
 
     def _check_saved(self, group: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ class Adan(AdamW):
     def check_state(self, param: Tensor, state: State, group: Group) -> None:
         """Raises ValueError for the state of another Adan, which has other names."""
         missing = [name for name in ('step', *self.linear_moments) if name not in state]
-        if state and missing:
+        if missing:
             raise ValueError(
                 f'the state has no {", ".join(missing)}, so it is not of this Adan; start afresh '
                 'from the weights alone'

@@ -73,7 +73,7 @@ class Rule(ABC):
         """Moves the parameters along the negative updates, in place."""
 
     def check_state(self, param: Tensor, state: State, group: Group) -> None:  # noqa: B027
-        """Raises ValueError if the saved state of a parameter does not fit."""
+        """Raises ValueError if the saved state of a parameter, never empty, does not fit."""
 
     def notes(self, groups: list[Group], names: Mapping[Tensor, str]) -> list[str]:
         """Lines for the log about parameters that the rule treats differently."""

@@ -85,7 +85,7 @@ class MatrixRule(AdamW):
         else:
             shapes = self.state_shapes(matrix_shape(param), group)
         for name, shape in shapes.items():
-            if state and (name not in state or tuple(state[name].shape) != shape):
+            if name not in state or tuple(state[name].shape) != shape:
                 has = tuple(state[name].shape) if name in state else 'missing'
                 raise ValueError(
                     f'the saved {name} of a parameter of shape {tuple(param.shape)} is {has}, not '
