@@ -103,6 +103,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--points', type=launch.count, default=15, help='points on its side; default: 15'
     )
+    parser.add_argument(
+        '--seed',
+        type=int,
+        default=0,
+        help='seed of the batches, the Lanczos start vectors and random directions; default: 0',
+    )
     launch.add_cfg_options(parser)
     return parser.parse_args()
 
@@ -132,6 +138,7 @@ def main() -> None:
             plane=args.plane,
             span=args.span,
             points=args.points,
+            seed=args.seed,
         )
 
 

@@ -36,7 +36,7 @@ def build(args: argparse.Namespace) -> Inputs:
     """Builds the model, its loss on the first training batches, and its optimizer.
 
     Args:
-        args: `config`, `checkpoint`, `batches`, `mode`, `cfg_options` of the command line.
+        args: `config`, `checkpoint`, `batches`, `mode`, `seed`, `cfg_options` of the command line.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -51,8 +51,8 @@ def build(args: argparse.Namespace) -> Inputs:
     model = random_model(cfg)
     checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu')
     model.to(get_device())
-    set_random_seed(0)  # of the order of images and of their augmentation
-    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    set_random_seed(args.seed)  # of the order of images and of their augmentation
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=args.seed)
     batches = list(islice(loader, args.batches))
     return Inputs(
         loss_of(model, batches, args.mode), _optimizer(model, cfg, checkpoint.get('optimizer'))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec as find_module
 from inspect import signature
 from pathlib import Path
@@ -42,6 +43,7 @@ def explore(
     plane: str = 'eigen',
     span: float | None = None,
     points: int = 15,
+    seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Spectrum]:
     """Writes spectra and a surface of the loss around the present weights.
@@ -64,6 +66,7 @@ def explore(
         span: Largest coordinate of the surface; default: 0.05 lengths of the parameters along
             eigenvectors, 1 along random directions.
         points: Points on a side of the surface.
+        seed: Seed of the Lanczos start vectors and of random directions.
         progress: Whether to show progress bars, which need tqdm.
 
     Returns:
@@ -78,7 +81,10 @@ def explore(
     multiply = choose_product(loss, product, matrix)
     spectra = {}
     for name, metric in _metrics(loss, optimizer, TITLES[matrix]).items():
-        spectra[name] = _spectrum(name, multiply, loss, steps, runs, metric, progress)
+        with _counted(multiply, runs * steps, name, progress) as counted:
+            spectra[name] = find_spectrum(
+                counted, loss.parameter_vector(), steps, runs, seed, metric
+            )
         spectrum = spectra[name]
         logger.info(
             '%s: eigenvalues from %.3g to %.3g, mean %.3g',
@@ -88,7 +94,7 @@ def explore(
             spectrum.mean,
         )
     plain = next(iter(spectra.values())) if plane == 'eigen' else None
-    surface = None if plane == 'none' else _find_plane(loss, plain, span, points, progress)
+    surface = None if plane == 'none' else _find_plane(loss, plain, span, points, seed, progress)
     if folder is not None:
         _write_files(Path(folder), spectra, surface)
     return spectra
@@ -129,31 +135,30 @@ def _metrics(
     return metrics
 
 
-def _spectrum(
-    name: str,
-    product: Product,
-    loss: Loss,
-    steps: int,
-    runs: int,
-    metric: Product | None,
-    progress: bool,
-) -> Spectrum:
-    """Spectrum with a progress bar."""
+@contextmanager
+def _counted(product: Product, calls: int, name: str, progress: bool) -> Iterator[Product]:
+    """Product that moves a progress bar of some calls."""
     if not progress:
-        return find_spectrum(product, loss.parameter_vector(), steps, runs, precondition=metric)
+        yield product
+        return
     from tqdm import tqdm
 
-    with tqdm(total=runs * steps, desc=name) as bar:
+    with tqdm(total=calls, desc=name) as bar:
 
-        def counted(vector: Tensor, bar: Any = bar) -> Tensor:
+        def counted(vector: Tensor) -> Tensor:
             bar.update()
             return product(vector)
 
-        return find_spectrum(counted, loss.parameter_vector(), steps, runs, precondition=metric)
+        yield counted
 
 
 def _find_plane(
-    loss: Loss, spectrum: Spectrum | None, span: float | None, points: int, progress: bool
+    loss: Loss,
+    spectrum: Spectrum | None,
+    span: float | None,
+    points: int,
+    seed: int,
+    progress: bool,
 ) -> tuple[Surface, tuple[str, str]]:
     """Surface along a spectrum's leading vectors or random directions, and labels of its axes."""
     if spectrum is not None and len(spectrum.vectors) == 2:
@@ -161,7 +166,7 @@ def _find_plane(
         first, second = (vector / vector.norm() * length for vector in spectrum.vectors)
         kind, usual = 'eigenvector', EIGEN_SPAN
     else:
-        first, second = random_directions(loss)
+        first, second = random_directions(loss, seed)
         kind, usual = 'random direction', 1.0
     span = usual if span is None else span
     surface = find_surface(loss, first, second, span, points, progress)

@@ -15,6 +15,7 @@ from mmprecond.loss_surface import (
     choose_product,
     draw_spectra,
     draw_surface,
+    explore,
     find_spectrum,
     find_surface,
     random_directions,
@@ -115,3 +116,15 @@ def test_files(loss: Loss, tmp_path: Path) -> None:
     write_page(surface, tmp_path / 'surface.html', ('a', 'b'))
     page = (tmp_path / 'surface.html').read_text()
     assert 'plotly' in page and '<script src=' not in page
+
+
+def test_a_seed_draws_other_start_vectors_and_directions(loss: Loss, tmp_path: Path) -> None:
+    pytest.importorskip('matplotlib')
+    found = {}
+    for name, seed in (('zero', 0), ('again', 0), ('one', 1)):
+        (spectrum,) = explore(
+            loss, tmp_path / name, steps=2, plane='random', points=3, seed=seed, progress=False
+        ).values()
+        found[name] = (spectrum.mean, (tmp_path / name / 'surface.csv').read_text())
+    assert found['zero'] == found['again']
+    assert all(a != b for a, b in zip(found['zero'], found['one'], strict=True))
