@@ -38,6 +38,24 @@ SCREENING = 4
 STEP, MOST_BEYOND = 10**0.5, 3
 #: Iterations between two lines of a log; lengths are multiples, so that the end is in the log.
 LOGGED = 10
+#: Lowest score of a picture, as a part of the best one.
+SHOWN = 0.5
+#: Colours of a picture by optimizer, the same in all.
+COLORS = {
+    'SGD': 'tab:gray',
+    'AdamW': 'black',
+    'Muon': 'tab:blue',
+    'SOAP': 'tab:red',
+    'ScalableShampoo': 'tab:brown',
+    'NKFAC': 'tab:green',
+    'AdaNKFAC': 'tab:orange',
+    'FAdam': 'tab:pink',
+    'AdamR': 'tab:purple',
+    'ARO': 'tab:cyan',
+    'SKFAC': 'gold',
+    'AdaAFOpt': 'navy',
+    'AFOpt+NKFAC': 'tab:olive',
+}
 #: Recorded runs of the full suite.
 RECORDS = ROOT / 'docs/records'
 #: Iterations of each round of the timing; early ones take longer (see `Pace`).
@@ -68,6 +86,12 @@ class Results:
     def budget(self) -> float:
         """Seconds of training in each of the fitted runs."""
         return self.paces[self.task.model.plain].until(self.task.iterations)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean score of each optimizer's fitted runs."""
+        metric = self.task.model.headline
+        return {name: mean(run.score(metric) for run in runs) for name, runs in self.fitted.items()}
 
 
 def settings(
@@ -183,7 +207,7 @@ def report(results: Results) -> str:
     task, paces, budget = results.task, results.paces, results.budget
     metric, title = task.model.headline, task.model.metrics[task.model.headline]
     form = '.1f' if metric.startswith('accuracy') else '.3f'
-    means = {name: mean(run.score(metric) for run in runs) for name, runs in results.fitted.items()}
+    means = results.means
     first = max((name for name in means if name in FIRST_ORDER), key=means.__getitem__)
     lines = []
     for name, runs in sorted(results.fitted.items(), key=lambda item: -means[item[0]]):
@@ -270,29 +294,35 @@ def recorded_rates(path: Path) -> dict[str, float]:
 
 
 def _draw(results: Results, path: Path) -> None:
-    """Plots the mean score of the fitted runs against seconds of training; others are dashed."""
-    from matplotlib import colormaps
+    """Plots the mean score of the fitted runs against seconds; lines of other packages are dashed.
+
+    The axis begins at `SHOWN` of the best score. Two pictures fit into the width of a page.
+    """
     from matplotlib.figure import Figure
 
     metric, model = results.task.model.headline, results.task.model
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    figure = Figure(figsize=(4.8, 4.8), layout='constrained')
     axes = figure.subplots()
-    colors = [colormaps['tab10'](k) for k in range(10)]
-    axes.set_prop_cycle(color=[*colors, 'black', 'gold'])
+    finals = results.means
+    lowest = SHOWN * max(finals.values())
     for name, runs in results.fitted.items():
+        if finals[name] < lowest:
+            continue
         points = [run.scores.get(metric, []) for run in runs]
         steps = [step for step, _, _ in points[0]]
         values = [
             mean(series[k][2] for series in points if k < len(series)) for k in range(len(steps))
         ]
         style = '--' if name in EXTERNAL else '-'
-        label = name.rsplit('.', 1)[-1] + (' (pytorch_optimizer)' if '.' in name else '')
+        package, _, short = name.rpartition('.')
+        label = f'{short} ({package})' if package else short
         seconds = [results.paces[name].until(step) for step in steps]
-        axes.plot(seconds, values, style, marker='.', label=label)
+        axes.plot(seconds, values, style, color=COLORS[short], marker='.', label=label)
     axes.set(xlabel='seconds of training', ylabel=model.metrics[metric], title=model.title)
+    axes.set_ylim(bottom=lowest)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.legend(loc='outside lower center', ncols=2, fontsize=9)
+    figure.savefig(path, dpi=200)
 
 
 def main(kind: str, names: Sequence[str], args: argparse.Namespace) -> None:
