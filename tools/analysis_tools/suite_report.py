@@ -1,0 +1,188 @@
+"""Report of the suite: runs of a task, their table, records and picture."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+from common.pace import Pace
+from common.suite import EXTERNAL, FIRST_ORDER, Task
+from common.tables import markdown, spread
+from common.training import Run
+
+#: Lowest score of a picture, as a part of the best one.
+SHOWN = 0.5
+#: Colours of a picture by optimizer, the same in all.
+COLORS = {
+    'SGD': 'tab:gray',
+    'AdamW': 'black',
+    'Muon': 'tab:blue',
+    'SOAP': 'tab:red',
+    'ScalableShampoo': 'tab:brown',
+    'NKFAC': 'tab:green',
+    'AdaNKFAC': 'tab:orange',
+    'FAdam': 'tab:pink',
+    'AdamR': 'tab:purple',
+    'ARO': 'tab:cyan',
+    'SKFAC': 'gold',
+    'AdaAFOpt': 'navy',
+    'AFOpt+NKFAC': 'tab:olive',
+}
+
+Runs = dict[str, list[Run]]
+
+
+@dataclass
+class Results:
+    """Runs of a task.
+
+    Attributes:
+        task: The task.
+        screened: Short runs on one seed, one for each rate.
+        paces: Seconds of training against iterations.
+        whole: Runs of the task's length.
+        fitted: Runs that take the seconds of the plain optimizer's whole run.
+    """
+
+    task: Task
+    screened: Runs = field(default_factory=dict)
+    paces: dict[str, Pace] = field(default_factory=dict)
+    whole: Runs = field(default_factory=dict)
+    fitted: Runs = field(default_factory=dict)
+
+    @property
+    def budget(self) -> float:
+        """Seconds of training in each of the fitted runs."""
+        return self.paces[self.task.model.plain].until(self.task.iterations)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean score of each optimizer's fitted runs."""
+        metric = self.task.model.headline
+        return {name: mean(run.score(metric) for run in runs) for name, runs in self.fitted.items()}
+
+
+def report(results: Results) -> str:
+    """Part of the report for a task: means over seeds with ranges."""
+    task, paces, budget = results.task, results.paces, results.budget
+    metric, title = task.model.headline, task.model.metrics[task.model.headline]
+    form = '.1f' if metric.startswith('accuracy') else '.3f'
+    means = results.means
+    first = max((name for name in means if name in FIRST_ORDER), key=means.__getitem__)
+    lines = []
+    for name, runs in sorted(results.fitted.items(), key=lambda item: -means[item[0]]):
+        reached = [s for run in runs if (s := _iterations_to(run, means[first], metric))]
+        whole = [run.score(metric) for run in results.whole.get(name, [])]
+        lines.append(
+            (
+                name,
+                f'{runs[0].lr:g}',
+                spread([run.score(metric) for run in runs], form),
+                spread([run.losses[-1][2] for run in runs], '.3f'),
+                spread(whole, form) if whole else '-',
+                f'{mean(map(paces[name].until, reached)) / budget:.2f}'
+                if len(reached) == len(runs)
+                else '-',
+                f'{task.iterations / paces[name].reach(budget):.2f}',
+                f'{mean(run.memory for run in runs):.0f}',
+                ', '.join(
+                    f'{run.lr:g}: {run.score(metric):{form}}'
+                    for run in results.screened.get(name, [])
+                ),
+            )
+        )
+    heads = (
+        'optimizer',
+        'lr',
+        f'{title} in {budget:.0f} s',
+        'loss',
+        f'{title} after {task.iterations} iterations',
+        f"time to {first}'s score",
+        'seconds / iteration',
+        'MB',
+        f'{title} of each rate in the screening',
+    )
+    about = (
+        f'{task.iterations} iterations of {task.model.plain} take {budget:.0f} s '
+        f'({budget / task.iterations:.3f} s each).'
+    )
+    return f'## {task.model.title}\n\n{about}\n\n{markdown(heads, lines)}\n'
+
+
+def _iterations_to(run: Run, goal: float, metric: str) -> float | None:
+    """Iterations until a run first has a score, between evaluations; None if it never has."""
+    before = (0, 0.0)
+    for step, _, value in run.scores.get(metric, []):
+        if value >= goal:
+            share = (goal - before[1]) / (value - before[1])
+            return before[0] + share * (step - before[0])
+        before = (step, value)
+    return None
+
+
+def write_records(results: Results, path: Path) -> None:
+    """Writes the loss and every evaluation of all runs.
+
+    `length` is the number of iterations of a run: it tells screening, whole and fitted runs apart.
+    """
+    heads = ('optimizer', 'lr', 'seed', 'length', 'quantity', 'iteration', 'seconds', 'value')
+    runs = {
+        (run.optimizer, run.lr, run.seed, run.length): run
+        for part in (results.screened, results.whole, results.fitted)
+        for group in part.values()
+        for run in group
+    }
+    with path.open('w', newline='') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(heads)
+        for (name, rate, seed, length), run in runs.items():
+            pace = results.paces.get(name)
+            about = (name, f'{rate:g}', seed, length)
+            for quantity, points in {'loss': run.losses[-1:], **run.scores}.items():
+                for step, _, value in points:
+                    seconds = f'{pace.until(step):.1f}' if pace else ''
+                    writer.writerow((*about, quantity, step, seconds, f'{value:.5g}'))
+
+
+def recorded_rates(path: Path) -> dict[str, float]:
+    """Best rate of every optimizer: that of its runs on more seeds than the screening's."""
+    if not path.is_file():
+        sys.exit(f'there is no record {path}; make one by --suite full --tasks {path.stem}')
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row['seed']) > 0]
+    return {row['optimizer']: float(row['lr']) for row in rows}
+
+
+def draw(results: Results, path: Path) -> None:
+    """Plots the mean score of the fitted runs against seconds; lines of other packages are dashed.
+
+    The axis begins at `SHOWN` of the best score. Two pictures fit into the width of a page.
+    """
+    from matplotlib.figure import Figure
+
+    metric, model = results.task.model.headline, results.task.model
+    figure = Figure(figsize=(4.8, 4.8), layout='constrained')
+    axes = figure.subplots()
+    finals = results.means
+    lowest = SHOWN * max(finals.values())
+    for name, runs in results.fitted.items():
+        if finals[name] < lowest:
+            continue
+        points = [run.scores.get(metric, []) for run in runs]
+        steps = [step for step, _, _ in points[0]]
+        values = [
+            mean(series[k][2] for series in points if k < len(series)) for k in range(len(steps))
+        ]
+        style = '--' if name in EXTERNAL else '-'
+        package, _, short = name.rpartition('.')
+        label = f'{short} ({package})' if package else short
+        seconds = [results.paces[name].until(step) for step in steps]
+        axes.plot(seconds, values, style, color=COLORS[short], marker='.', label=label)
+    axes.set(xlabel='seconds of training', ylabel=model.metrics[metric], title=model.title)
+    axes.set_ylim(bottom=lowest)
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', ncols=2, fontsize=9)
+    figure.savefig(path, dpi=200)
