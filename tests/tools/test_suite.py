@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,13 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     nkfac, sgd = rows[3], next(row for row in rows if row[0] == 'SGD')
     assert nkfac[5] == '0.83'  # 50 of 60 in a straight line
     assert nkfac[6] == '2.00' and sgd[5] == sgd[6] == '1.00'
+
+    other = replace(results, task=TASKS['swin-digits-cls'], fitted={'SGD': results.fitted['SGD']})
+    tables = suite.overview([results, other])
+    assert '| optimizer' in tables and '| ResNet-18, digits   | Swin, digits   |' in tables
+    scores, prices, losses = re.findall(r'^\| NKFAC (.*)$', tables, flags=re.MULTILINE)
+    assert '60.0 (60.0-60.0)' in scores and '2.00, 0.83' in prices and '1.000 (1.000' in losses
+    assert all(not row.split('|')[2].strip() for row in (scores, prices, losses))  # takes no part
 
     folder = tmp_path / 'digits-cls'
     assert suite.recorded_rates(folder / 'records.csv').keys() == results.whole.keys()

@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from analysis_tools.results import best_rate, measure_paces, train_or_load
-from analysis_tools.suite_report import Results, Runs, draw, recorded_rates, report, write_records
+from analysis_tools.suite_report import (
+    Results,
+    Runs,
+    draw,
+    overview,
+    recorded_rates,
+    report,
+    write_records,
+)
 from common import ROOT, WORK
 from common.suite import TASKS, Task, schedule
 from common.training import Run
@@ -167,7 +175,7 @@ def main(kind: str, names: Sequence[str], args: argparse.Namespace) -> None:
 
 
 def write_report(done: Sequence[Results], folder: Path) -> str:
-    """Writes the report of some tasks, and returns it."""
-    text = '\n'.join(map(report, done))
+    """Writes the report of some tasks, and returns it: tables of all, then one of each."""
+    text = '\n'.join([overview(done), *map(report, done)])
     (folder / 'report.md').write_text(text)
     return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -64,44 +65,73 @@ class Results:
         metric = self.task.model.headline
         return {name: mean(run.score(metric) for run in runs) for name, runs in self.fitted.items()}
 
+    @property
+    def ranking(self) -> list[str]:
+        """Optimizers, the best mean score first."""
+        return sorted(self.fitted, key=lambda name: -self.means[name])
+
+    @property
+    def first(self) -> str:
+        """The better one of SGD and AdamW."""
+        return next(name for name in self.ranking if name in FIRST_ORDER)
+
+    @property
+    def form(self) -> str:
+        """Format of a score."""
+        return '.1f' if self.task.model.headline.startswith('accuracy') else '.3f'
+
+    def score(self, runs: list[Run]) -> str:
+        """Mean and range of the final scores of some runs."""
+        scores = [run.score(self.task.model.headline) for run in runs]
+        return spread(scores, self.form) if scores else '-'
+
+    def loss(self, name: str) -> str:
+        """Mean and range of the final losses of an optimizer's fitted runs."""
+        return spread([run.losses[-1][2] for run in self.fitted[name]], '.3f')
+
+    def price(self, name: str) -> float:
+        """Seconds of an iteration of an optimizer, with those of the plain one as the unit."""
+        return self.task.iterations / self.paces[name].reach(self.budget)
+
+    def time(self, name: str) -> str:
+        """Part of the seconds until the best first-order score; '-' if a run never reaches it."""
+        goal, metric = self.means[self.first], self.task.model.headline
+        reached = [_iterations_to(run, goal, metric) for run in self.fitted[name]]
+        found = [step for step in reached if step]
+        if len(found) < len(reached):
+            return '-'
+        return f'{mean(map(self.paces[name].until, found)) / self.budget:.2f}'
+
 
 def report(results: Results) -> str:
     """Part of the report for a task: means over seeds with ranges."""
-    task, paces, budget = results.task, results.paces, results.budget
+    task, budget = results.task, results.budget
     metric, title = task.model.headline, task.model.metrics[task.model.headline]
-    form = '.1f' if metric.startswith('accuracy') else '.3f'
-    means = results.means
-    first = max((name for name in means if name in FIRST_ORDER), key=means.__getitem__)
-    lines = []
-    for name, runs in sorted(results.fitted.items(), key=lambda item: -means[item[0]]):
-        reached = [s for run in runs if (s := _iterations_to(run, means[first], metric))]
-        whole = [run.score(metric) for run in results.whole.get(name, [])]
-        lines.append(
-            (
-                name,
-                f'{runs[0].lr:g}',
-                spread([run.score(metric) for run in runs], form),
-                spread([run.losses[-1][2] for run in runs], '.3f'),
-                spread(whole, form) if whole else '-',
-                f'{mean(map(paces[name].until, reached)) / budget:.2f}'
-                if len(reached) == len(runs)
-                else '-',
-                f'{task.iterations / paces[name].reach(budget):.2f}',
-                f'{mean(run.memory for run in runs):.0f}',
-                ', '.join(
-                    f'{run.lr:g}: {run.score(metric):{form}}'
-                    for run in results.screened.get(name, [])
-                ),
-            )
+    lines = [
+        (
+            name,
+            f'{results.fitted[name][0].lr:g}',
+            results.score(results.fitted[name]),
+            results.loss(name),
+            results.score(results.whole.get(name, [])),
+            results.time(name),
+            f'{results.price(name):.2f}',
+            f'{mean(run.memory for run in results.fitted[name]):.0f}',
+            ', '.join(
+                f'{run.lr:g}: {run.score(metric):{results.form}}'
+                for run in results.screened.get(name, [])
+            ),
         )
+        for name in results.ranking
+    ]
     heads = (
         'optimizer',
         'lr',
         f'{title} in {budget:.0f} s',
         'loss',
         f'{title} after {task.iterations} iterations',
-        f"time to {first}'s score",
-        'seconds / iteration',
+        f"time to {results.first}'s score",
+        'price',
         'MB',
         f'{title} of each rate in the screening',
     )
@@ -110,6 +140,31 @@ def report(results: Results) -> str:
         f'({budget / task.iterations:.3f} s each).'
     )
     return f'## {task.model.title}\n\n{about}\n\n{markdown(heads, lines)}\n'
+
+
+def overview(done: Sequence[Results]) -> str:
+    """Tables of all tasks, a column each: scores in equal seconds, prices, losses."""
+    tables = {
+        'Score in equal seconds': lambda task, name: task.score(task.fitted[name]),
+        'Price of an iteration, and time to the best first-order score': (
+            lambda task, name: f'{task.price(name):.2f}, {task.time(name)}'
+        ),
+        'Loss, and rate': lambda task, name: f'{task.loss(name)} at {task.fitted[name][0].lr:g}',
+    }
+    names = dict.fromkeys(name for results in done for name in results.ranking)
+    heads = ('optimizer', *(results.task.model.title for results in done))
+    return '\n'.join(
+        f'## {title}\n\n'
+        + markdown(
+            heads,
+            [
+                (name, *(cell(task, name) if name in task.fitted else '' for task in done))
+                for name in names
+            ],
+        )
+        + '\n'
+        for title, cell in tables.items()
+    )
 
 
 def _iterations_to(run: Run, goal: float, metric: str) -> float | None:
