@@ -143,7 +143,10 @@ def report(results: Results) -> str:
 
 
 def overview(done: Sequence[Results]) -> str:
-    """Tables of all tasks, a column each: scores in equal seconds, prices, losses."""
+    """Tables of all tasks, a column each: scores in equal seconds, prices, losses.
+
+    Optimizers of this package are in bold.
+    """
     tables = {
         'Score in equal seconds': lambda task, name: task.score(task.fitted[name]),
         'Price of an iteration, and time to the best first-order score': (
@@ -158,13 +161,22 @@ def overview(done: Sequence[Results]) -> str:
         + markdown(
             heads,
             [
-                (name, *(cell(task, name) if name in task.fitted else '' for task in done))
+                (
+                    _bold_if_ours(name),
+                    *(cell(task, name) if name in task.fitted else '' for task in done),
+                )
                 for name in names
             ],
         )
         + '\n'
         for title, cell in tables.items()
     )
+
+
+def _bold_if_ours(name: str) -> str:
+    """Name of an optimizer in a table."""
+    package, _, short = name.rpartition('.')
+    return f'{short}, {package}' if package else name if name in FIRST_ORDER else f'**{name}**'
 
 
 def _iterations_to(run: Run, goal: float, metric: str) -> float | None:
