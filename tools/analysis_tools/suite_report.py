@@ -15,7 +15,7 @@ from common.tables import markdown, spread
 from common.training import Run
 
 #: Lowest score of a picture, as a part of the best one.
-SHOWN = 0.5
+SHOWN = 1 / 3
 #: Colours of a picture by optimizer, the same in all.
 COLORS = {
     'SGD': 'tab:gray',
