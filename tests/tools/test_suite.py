@@ -91,7 +91,7 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     tables = suite.overview([results, other])
     assert '| optimizer' in tables and '| ResNet-18, digits   | Swin, digits   |' in tables
     scores, prices, losses = re.findall(r'^\| \*\*NKFAC\*\* (.*)$', tables, flags=re.MULTILINE)
-    assert '60.0 (60.0-60.0)' in scores and '2.00, 0.83' in prices and '1.000 (1.000' in losses
+    assert '60.0 (60.0-60.0)' in scores and '2.00, 0.83' in prices and '1.000 at 0.0' in losses
     assert all(not row.split('|')[2].strip() for row in (scores, prices, losses))  # takes no part
 
     folder = tmp_path / 'digits-cls'

@@ -152,7 +152,9 @@ def overview(done: Sequence[Results]) -> str:
         'Price of an iteration, and time to the best first-order score': (
             lambda task, name: f'{task.price(name):.2f}, {task.time(name)}'
         ),
-        'Loss, and rate': lambda task, name: f'{task.loss(name)} at {task.fitted[name][0].lr:g}',
+        'Loss, and rate': (
+            lambda task, name: f'{task.loss(name).split()[0]} at {task.fitted[name][0].lr:g}'
+        ),
     }
     names = dict.fromkeys(name for results in done for name in results.ranking)
     heads = ('optimizer', *(results.task.model.title for results in done))
