@@ -79,7 +79,7 @@ def test_a_rotation_takes_every_elementwise_rule() -> None:
     refused(
         ValueError,
         lambda: Preconditioned(models[0], rule=dict(type='SignSGD', lr=0.1), layers=rotation),
-        'EigenRotation does not work with the rule SignSGD',
+        'AdamR does not work with the rule SignSGD',
         ' or '.join(name for name, rule in RULES.items() if rule.elementwise),
     )
 

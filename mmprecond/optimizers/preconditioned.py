@@ -112,15 +112,15 @@ def _check_rule(rule: Rule, assignment: Assignment) -> None:
     for method, names in bound:
         if name in names:
             continue
-        others = ', '.join(f'{type(m).__name__} with {" or ".join(names)}' for m, names in bound)
-        advice = (
-            f"write rule=dict(type='{min(possible, key=list(RULES).index)}', ...)"
-            if possible
-            else 'no rule suits them all; drop one of them'
-        )
-        raise ValueError(
-            f'{type(method).__name__} does not work with the rule {name} ({others}); {advice}'
-        )
+        others = ', '.join(f'{m.title} with {" or ".join(names)}' for m, names in bound)
+        advice = 'no rule suits them all; drop one of them'
+        if possible:
+            first = min(possible, key=list(RULES).index)
+            advice = (
+                f"write rule=dict(type='{first}', ...), or give a config the optimizer "
+                f'{first.replace("SGDM", "SGD")} with a learning rate of its own'
+            )
+        raise ValueError(f'{method.title} does not work with the rule {name} ({others}); {advice}')
 
 
 def _supported_rules(method: Preconditioner) -> list[str]:

@@ -185,7 +185,8 @@ def test_shampoo_goes_under_momentum_alone() -> None:
     refused(
         ValueError,
         lambda: Preconditioned(net(), rule=dict(type='AdamW', lr=0.1), layers='Shampoo'),
-        'GradientRoot does not work with the rule AdamW',
+        'Shampoo does not work with the rule AdamW',
+        'give a config the optimizer SGD',
     )
 
 
