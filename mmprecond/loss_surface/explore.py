@@ -83,7 +83,7 @@ def explore(
     for name, metric in _metrics(loss, optimizer, TITLES[matrix]).items():
         with _counted(multiply, runs * steps, name, progress) as counted:
             spectra[name] = find_spectrum(
-                counted, loss.parameter_vector(), steps, runs, seed, metric
+                counted, loss.parameter_vector(), steps, runs, seed, precondition=metric
             )
         spectrum = spectra[name]
         logger.info(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from analysis_tools import results, suite
+from analysis_tools import results, suite, suite_report
 from common.pace import Pace
 from common.suite import EXTERNAL, MUON, TASKS, schedule
 from common.training import Run
@@ -147,7 +147,10 @@ def test_a_score_counts_after_the_last_line_of_the_log() -> None:
 
 
 def test_tasks_have_configs_and_all_contestants() -> None:
+    assert len(set(suite_report.COLORS.values())) == len(suite_report.COLORS)
     for name, task in TASKS.items():
+        drawn = {one.rpartition('.')[2] for one in (*task.contestants, *task.rest)}
+        assert drawn <= suite_report.COLORS.keys()  # else the picture fails after all trainings
         assert set(EXTERNAL) < set(task.contestants), name
         for optimizer in ('SGD', 'AdamW', *task.ours, *task.rest):
             contestant = task.contestant(optimizer)

@@ -120,13 +120,11 @@ def measure_paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str
 
 def at(run: Run, iteration: float, metric: str) -> float:
     """Score of a run between two evaluations, by linear interpolation; 0 before training."""
-    before = (0, 0.0)
-    for step, _, value in run.scores.get(metric, []):
-        if step >= iteration:
-            share = (iteration - before[0]) / (step - before[0])
-            return before[1] + share * (value - before[1])
-        before = (step, value)
-    return before[1]
+    import numpy as np  # help texts must come without an environment
+
+    points = run.scores.get(metric, [])
+    steps, values = [step for step, _, _ in points], [value for _, _, value in points]
+    return float(np.interp(iteration, [0, *steps], [0.0, *values]))
 
 
 def table(

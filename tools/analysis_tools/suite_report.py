@@ -68,10 +68,11 @@ class Results:
     @property
     def ranking(self) -> list[str]:
         """Optimizers, the best mean score first."""
-        return sorted(self.fitted, key=lambda name: -self.means[name])
+        means = self.means
+        return sorted(means, key=lambda name: -means[name])
 
     @property
-    def first(self) -> str:
+    def best_first_order(self) -> str:
         """The better one of SGD and AdamW."""
         return next(name for name in self.ranking if name in FIRST_ORDER)
 
@@ -85,9 +86,9 @@ class Results:
         scores = [run.score(self.task.model.headline) for run in runs]
         return spread(scores, self.form) if scores else '-'
 
-    def loss(self, name: str) -> str:
-        """Mean and range of the final losses of an optimizer's fitted runs."""
-        return spread([run.losses[-1][2] for run in self.fitted[name]], '.3f')
+    def losses(self, name: str) -> list[float]:
+        """Final losses of an optimizer's fitted runs."""
+        return [run.losses[-1][2] for run in self.fitted[name]]
 
     def price(self, name: str) -> float:
         """Seconds of an iteration of an optimizer, with those of the plain one as the unit."""
@@ -95,7 +96,7 @@ class Results:
 
     def time(self, name: str) -> str:
         """Part of the seconds until the best first-order score; '-' if a run never reaches it."""
-        goal, metric = self.means[self.first], self.task.model.headline
+        goal, metric = self.means[self.best_first_order], self.task.model.headline
         reached = [_iterations_to(run, goal, metric) for run in self.fitted[name]]
         found = [step for step in reached if step]
         if len(found) < len(reached):
@@ -112,7 +113,7 @@ def report(results: Results) -> str:
             name,
             f'{results.fitted[name][0].lr:g}',
             results.score(results.fitted[name]),
-            results.loss(name),
+            spread(results.losses(name), '.3f'),
             results.score(results.whole.get(name, [])),
             results.time(name),
             f'{results.price(name):.2f}',
@@ -130,7 +131,7 @@ def report(results: Results) -> str:
         f'{title} in {budget:.0f} s',
         'loss',
         f'{title} after {task.iterations} iterations',
-        f"time to {results.first}'s score",
+        f"time to {results.best_first_order}'s score",
         'price',
         'MB',
         f'{title} of each rate in the screening',
@@ -148,12 +149,14 @@ def overview(done: Sequence[Results]) -> str:
     Optimizers of this package are in bold.
     """
     tables = {
-        'Score in equal seconds': lambda task, name: task.score(task.fitted[name]),
+        'Score in equal seconds': lambda results, name: results.score(results.fitted[name]),
         'Price of an iteration, and time to the best first-order score': (
-            lambda task, name: f'{task.price(name):.2f}, {task.time(name)}'
+            lambda results, name: f'{results.price(name):.2f}, {results.time(name)}'
         ),
         'Loss, and rate': (
-            lambda task, name: f'{task.loss(name).split()[0]} at {task.fitted[name][0].lr:g}'
+            lambda results, name: (
+                f'{mean(results.losses(name)):.3f} at {results.fitted[name][0].lr:g}'
+            )
         ),
     }
     names = dict.fromkeys(name for results in done for name in results.ranking)
@@ -164,8 +167,8 @@ def overview(done: Sequence[Results]) -> str:
             heads,
             [
                 (
-                    _bold_if_ours(name),
-                    *(cell(task, name) if name in task.fitted else '' for task in done),
+                    label(name) if name in EXTERNAL else f'**{label(name)}**',
+                    *(cell(results, name) if name in results.fitted else '' for results in done),
                 )
                 for name in names
             ],
@@ -175,10 +178,10 @@ def overview(done: Sequence[Results]) -> str:
     )
 
 
-def _bold_if_ours(name: str) -> str:
-    """Name of an optimizer in a table."""
+def label(name: str) -> str:
+    """Name of an optimizer in a table or picture, with that of another package."""
     package, _, short = name.rpartition('.')
-    return f'{short}, {package}' if package else name if name in FIRST_ORDER else f'**{name}**'
+    return f'{short} ({package})' if package else short
 
 
 def _iterations_to(run: Run, goal: float, metric: str) -> float | None:
@@ -246,10 +249,9 @@ def draw(results: Results, path: Path) -> None:
             mean(series[k][2] for series in points if k < len(series)) for k in range(len(steps))
         ]
         style = '--' if name in EXTERNAL else '-'
-        package, _, short = name.rpartition('.')
-        label = f'{short} ({package})' if package else short
+        color = COLORS[name.rpartition('.')[2]]
         seconds = [results.paces[name].until(step) for step in steps]
-        axes.plot(seconds, values, style, color=COLORS[short], marker='.', label=label)
+        axes.plot(seconds, values, style, color=color, marker='.', label=label(name))
     axes.set(xlabel='seconds of training', ylabel=model.metrics[metric], title=model.title)
     axes.set_ylim(bottom=lowest)
     axes.grid(alpha=0.3)
