@@ -109,7 +109,7 @@ def test_it_does_not_work_with_sgdm() -> None:
         lambda: Preconditioned(
             Tokens(), rule=dict(type='SGDM', lr=0.1), layers=mixed('NewtonKronecker')
         ),
-        'EigenRotation',
+        'AdamR',
         'SGDM',
         "rule=dict(type='AdamW'",
     )

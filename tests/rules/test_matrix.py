@@ -232,7 +232,7 @@ def test_as_a_rule_of_preconditioned(kind: type[MatrixOptimizer]) -> None:
         lambda: Preconditioned(
             problem()[0], rule=rule, layers=[dict(preconditioner=dict(type='EigenRotation'))]
         ),
-        'EigenRotation',
+        'AdamR',
         kind.__name__,
         'AdamW',
     )
