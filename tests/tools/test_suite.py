@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from analysis_tools import results, suite, suite_report
+from analysis_tools import results, suite, suite_records, suite_report
 from common.pace import Pace
 from common.suite import EXTERNAL, MUON, TASKS, schedule
 from common.training import Run
@@ -34,7 +35,7 @@ def run(name: str, lr: float, seed: int, final: float, iterations: int = 100) ->
 
 def arguments(folder: Path) -> argparse.Namespace:
     return argparse.Namespace(
-        work_dir=folder, data=folder, seeds=[0, 1], options=[], timed=5, jobs=2
+        work_dir=folder, data=folder, seeds=[0, 1], options=[], timed=5, jobs=2, records=None
     )
 
 
@@ -58,9 +59,12 @@ def test_a_screening_goes_beyond_an_edge(
 
 
 def train_straight(wanted: Run, args: argparse.Namespace) -> Run:
-    """A training whose score is 50 at the end, and 80 for ARO, 60 for NKFAC."""
-    final = {'ARO': 80.0, 'NKFAC': 60.0}.get(wanted.optimizer, 50.0)
-    return run(wanted.optimizer, wanted.lr, wanted.seed, final, args.iterations)
+    """A training whose score is 50 at the end, 80 for ARO, 60 for NKFAC, 45 for AdamW."""
+    final = {'ARO': 80.0, 'NKFAC': 60.0, 'AdamW': 45.0}.get(wanted.optimizer, 50.0)
+    made = run(wanted.optimizer, wanted.lr, wanted.seed, final, args.iterations)
+    file = results.record_file(made, args.iterations, args.work_dir)
+    file.write_text(json.dumps(asdict(made)))
+    return made
 
 
 def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,16 +74,16 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(type(task.model), 'make_data', lambda *_: None)
     paces = lambda rates, _: {name: Pace([1], [1.0 + (name == 'NKFAC')]) for name in rates}  # noqa: E731
     monkeypatch.setattr(suite, 'measure_paces', paces)
-    results = suite.run_fitted(task, 'full', arguments(tmp_path))
-    assert not results.whole and 'after 300 iterations' in suite.report(results)
-    suite.run_whole(results, arguments(tmp_path))
-    assert list(results.fitted) == [*task.contestants, 'ARO']
-    lengths = {name: {one.iterations for one in runs} for name, runs in results.fitted.items()}
+    found = suite.run_fitted(task, 'full', arguments(tmp_path))
+    assert not found.whole and 'after 300 iterations' in suite.report(found)
+    suite.run_whole(found, arguments(tmp_path))
+    assert list(found.fitted) == [*task.contestants, 'ARO']
+    lengths = {name: {one.iterations for one in runs} for name, runs in found.fitted.items()}
     assert lengths.pop('NKFAC') == {task.iterations // 2}
     assert set.union(*lengths.values()) == {task.iterations}
-    assert {one.iterations for runs in results.whole.values() for one in runs} == {task.iterations}
+    assert {one.iterations for runs in found.whole.values() for one in runs} == {task.iterations}
 
-    cells = [line.split('|')[1:-1] for line in suite.report(results).splitlines() if '|' in line]
+    cells = [line.split('|')[1:-1] for line in suite.report(found).splitlines() if '|' in line]
     rows = [[cell.strip() for cell in row] for row in cells]
     assert rows[0][2] == 'top-1 % in 300 s'
     assert [row[0] for row in rows[2:4]] == ['ARO', 'NKFAC']
@@ -87,21 +91,76 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert nkfac[5] == '0.83'  # 50 of 60 in a straight line
     assert nkfac[6] == '2.00' and sgd[5] == sgd[6] == '1.00'
 
-    other = replace(results, task=TASKS['swin-digits-cls'], fitted={'SGD': results.fitted['SGD']})
-    tables = suite.overview([results, other])
+    other = replace(found, task=TASKS['swin-digits-cls'], fitted={'SGD': found.fitted['SGD']})
+    tables = suite.overview([found, other])
     assert '| optimizer' in tables and '| ResNet-18, digits   | Swin, digits   |' in tables
     scores, prices, losses = re.findall(r'^\| \*\*NKFAC\*\* (.*)$', tables, flags=re.MULTILINE)
     assert '60.0 (60.0-60.0)' in scores and '2.00, 0.83' in prices and '1.000 at 0.0' in losses
     assert all(not row.split('|')[2].strip() for row in (scores, prices, losses))  # takes no part
 
     folder = tmp_path / 'digits-cls'
-    assert suite.recorded_rates(folder / 'records.csv').keys() == results.whole.keys()
+    assert suite.recorded_rates(folder / 'records.csv').keys() == found.whole.keys()
     with (folder / 'records.csv').open() as file:
         records = list(csv.DictReader(file))
     one = ('optimizer', 'lr', 'seed', 'length', 'quantity', 'iteration')
     assert len({tuple(row[key] for key in one) for row in records}) == len(records)
     assert {row['length'] for row in records if row['optimizer'] == 'NKFAC'} == {'75', '150', '300'}
     assert (folder / 'suite.png').is_file() and (folder / 'report.md').is_file()
+
+
+def test_records_continue_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped task leaves its finished runs; with all runs in the record nothing is trained."""
+    task, trained = TASKS['digits-cls'], []
+    monkeypatch.setattr(type(task.model), 'make_data', lambda *_: None)
+    paces = lambda rates, _: {name: Pace([1], [1.0 + (name == 'NKFAC')]) for name in rates}  # noqa: E731
+    monkeypatch.setattr(suite, 'measure_paces', paces)
+
+    def train(wanted: Run, args: argparse.Namespace) -> Run:
+        if results.record_file(wanted, args.iterations, args.work_dir).exists():
+            return results.train_or_load(wanted, args)
+        trained.append((wanted.optimizer, wanted.seed))
+        if trained[-1] == stop:
+            raise KeyboardInterrupt
+        return train_straight(wanted, args)
+
+    monkeypatch.setattr(suite, 'train_or_load', train)
+    reports, stop = [], ('FAdam', 1)
+    for name in ('first', 'second', 'third'):
+        args = arguments(tmp_path / name)
+        args.jobs, args.records = 1, tmp_path / 'records'
+        trained.clear()
+        if name == 'first':
+            with pytest.raises(KeyboardInterrupt):
+                suite.run_fitted(task, 'full', args)
+            assert len(trained) > 50
+        else:
+            made = suite.run_fitted(task, 'full', args)
+            reports.append(sorted(suite.report(made).splitlines()))
+        args.records.mkdir(exist_ok=True)
+        written = tmp_path / name / task.name / 'records.csv'
+        (args.records / f'{task.name}.csv').write_text(written.read_text())
+        if name == 'second':  # the runs that the stop left
+            order = [(one, seed) for one in (*task.contestants, 'ARO') for seed in (0, 1)]
+            left = order[order.index(('FAdam', 1)) :]
+            assert trained[0] == left[0] and set(trained) <= set(left)
+        stop = ('', 0)
+    assert not trained and reports[0] == reports[1]
+
+
+def test_no_run_of_the_records_is_made_again() -> None:
+    """The documentation's records have the runs of equal seconds that the suite asks for."""
+    finished = 0
+    for file in suite.RECORDS.glob('*.csv'):
+        task, known = TASKS[file.stem], suite_records.Records.read(file)
+        if not suite.complete(task, known.rates):
+            continue
+        finished += 1
+        done = suite_report.Results(task, paces=known.paces)
+        for name, rate in known.rates.items():
+            wanted = (suite.fitting(done, name, known), name, rate)
+            seeds = {run.seed for n, run in known.runs if (n, run.optimizer, run.lr) == wanted}
+            assert seeds == {0, 1, 2}, (task.name, *wanted)
+    assert finished >= 3
 
 
 def test_late_iterations_have_the_pace_of_the_last_third() -> None:

@@ -70,10 +70,15 @@ def best_rate(runs: list[Run], metric: str) -> float:
     return max(runs, key=lambda run: run.score(metric)).lr
 
 
+def record_file(run: Run, iterations: int, folder: Path) -> Path:
+    """File that a run of some iterations has in a work folder when it is finished."""
+    name = f'{run.label} seed {run.seed}'.replace(' ', '_')
+    return folder / f'{name}_{iterations}.json'
+
+
 def train_or_load(run: Run, args: argparse.Namespace) -> Run:
     """Record of a run, from an earlier call or from a new training."""
-    name = f'{run.label} seed {run.seed}'.replace(' ', '_')
-    record = args.work_dir / f'{name}_{args.iterations}.json'
+    record = record_file(run, args.iterations, args.work_dir)
     if record.exists():
         return Run(**json.loads(record.read_text()))
     try:
@@ -184,6 +189,13 @@ def parse_args() -> argparse.Namespace:
         help='of --suite full; default: all',
     )
     parser.add_argument(
+        '--records',
+        type=Path,
+        metavar='FOLDER',
+        help='of --suite full: take the finished runs of its CSV files, as docs/records has them, '
+        'and make the others',
+    )
+    parser.add_argument(
         '--optimizers',
         help='names, separated by commas; default: all that the model can be trained with',
     )
@@ -213,6 +225,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/results_MODEL')
     add_options(parser)
     args = parser.parse_args()
+    if args.records and (args.suite != 'full' or not args.records.is_dir()):
+        parser.error('--records takes a folder with CSV files of runs, and needs --suite full')
     if args.suite:
         return args
     if args.model is None:

@@ -5,7 +5,7 @@ grid where the best is at an edge. All are then timed in turns, an iteration eac
 rate each optimizer is trained on every seed, for as many iterations as fit into the seconds that
 the config's own optimizer takes for the task's length. When all tasks have got so far, it is also
 trained for that length, detectors on one seed alone. Each run has a schedule of its own length.
-Finished runs are kept: a second call continues a stopped one.
+Finished runs are kept: a second call continues a stopped one, with `--records` also elsewhere.
 
 `results.py --suite full` does this for five tasks. `--suite quick` takes the recorded rates of one
 task, and makes its runs of equal seconds on one seed.
@@ -21,15 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis_tools.results import best_rate, measure_paces, train_or_load
-from analysis_tools.suite_report import (
-    Results,
-    Runs,
-    draw,
-    overview,
-    recorded_rates,
-    report,
-    write_records,
-)
+from analysis_tools.suite_records import Records, recorded_rates
+from analysis_tools.suite_report import Results, Runs, draw, overview, report
 from common import ROOT, WORK
 from common.suite import TASKS, Task, schedule
 from common.training import Run
@@ -63,12 +56,17 @@ def settings(
     )
 
 
+def screening_length(task: Task) -> int:
+    """Iterations of a screening run."""
+    return max(1, task.iterations // SCREENING)
+
+
 def screen(task: Task, name: str, args: argparse.Namespace) -> list[Run]:
     """Screening runs in the order of their rates.
 
     The best rate is not at an edge, unless `MOST_BEYOND` further rates were tried.
     """
-    short = settings(task, max(1, task.iterations // SCREENING), args, evaluations=1)
+    short = settings(task, screening_length(task), args, evaluations=1)
     metric, seed = task.model.headline, args.seeds[0]
     runs = {rate: train_or_load(Run(name, rate, seed), short) for rate in task.rates(name)}
     for _ in range(MOST_BEYOND):
@@ -117,41 +115,75 @@ def train_all(
 
 
 def run_fitted(task: Task, kind: str, args: argparse.Namespace) -> Results:
-    """Finds the rates and seconds of a task's optimizers, and makes the runs of equal seconds."""
+    """Finds the rates and seconds of a task's optimizers, and makes the runs of equal seconds.
+
+    If it is stopped, finished runs are in records.csv too.
+    """
     task.model.make_data(args.data / task.model.data, task.images)
-    metric, results = task.model.headline, Results(task)
     length = settings(task, task.iterations, args)
     length.work_dir.mkdir(parents=True, exist_ok=True)
-    if kind == 'quick':
-        rates = recorded_rates(RECORDS / f'{task.name}.csv')
-        task = results.task = replace(task, rest_rate=rates['AdamW'])
-    else:
-        first = best_rate(screen(task, 'AdamW', args), metric)
-        task = results.task = replace(task, rest_rate=first)  # as Muon's users would tune it
-        results.screened = screen_all(task, args)
-        rates = {name: best_rate(runs, metric) for name, runs in results.screened.items()}
-    results.paces = measure_paces(rates, length)
-    fitting = {
-        name: LOGGED * max(1, round(results.paces[name].reach(results.budget) / LOGGED))
-        for name in rates
-    }
-    results.fitted = train_all(task, rates, fitting, args.seeds, args)
+    known = Records.read(args.records / f'{task.name}.csv') if args.records else Records()
+    known.restore(length.work_dir)
+    results = Results(task, paces=known.paces)
+    try:
+        rates = find_rates(results, kind, known, args)
+        if not rates.keys() <= known.paces.keys():
+            results.paces = measure_paces(rates, length)
+        lengths = {name: fitting(results, name, known) for name in rates}
+        results.fitted = train_all(results.task, rates, lengths, args.seeds, args)
+    finally:
+        Records.of(length.work_dir, results.paces).write(length.work_dir / 'records.csv')
     write(results, length.work_dir)
     return results
 
 
+def fitting(results: Results, name: str, known: Records) -> int:
+    """Iterations of an optimizer in the plain one's seconds; of recorded runs those that fit best.
+
+    Records have rounded seconds, which do not always lead to the same number again.
+    """
+    wanted = LOGGED * max(1, round(results.paces[name].reach(results.budget) / LOGGED))
+    return min(known.lengths(name), key=lambda length: abs(length - wanted), default=wanted)
+
+
+def find_rates(
+    results: Results, kind: str, known: Records, args: argparse.Namespace
+) -> dict[str, float]:
+    """Best rates: those of records with all optimizers, else those of a screening.
+
+    The task of the results gets Muon's second rate, and they get the runs of the screening.
+    """
+    task, metric = results.task, results.task.model.headline
+    rates = recorded_rates(RECORDS / f'{task.name}.csv') if kind == 'quick' else known.rates
+    if kind == 'quick' or complete(task, rates):
+        results.task = replace(task, rest_rate=rates['AdamW'])
+        results.screened = known.screened(screening_length(task))
+        return rates
+    first = best_rate(screen(task, 'AdamW', args), metric)
+    results.task = replace(task, rest_rate=first)  # as Muon's users would tune it
+    results.screened = screen_all(results.task, args)
+    return {name: best_rate(runs, metric) for name, runs in results.screened.items()}
+
+
+def complete(task: Task, rates: dict[str, float]) -> bool:
+    """Whether all optimizers of a task are there, with one of its `rest`."""
+    return rates.keys() >= set(task.contestants) and not rates.keys().isdisjoint(task.rest)
+
+
 def run_whole(results: Results, args: argparse.Namespace) -> None:
     """Makes the runs of equal iterations."""
-    task = results.task
+    task, folder = results.task, args.work_dir / results.task.name
     rates = {name: runs[0].lr for name, runs in results.fitted.items()}
     lengths = dict.fromkeys(rates, task.iterations)
-    results.whole = train_all(task, rates, lengths, args.seeds[: task.whole_seeds], args)
-    write(results, args.work_dir / task.name)
+    try:
+        results.whole = train_all(task, rates, lengths, args.seeds[: task.whole_seeds], args)
+    finally:
+        Records.of(folder, results.paces).write(folder / 'records.csv')
+    write(results, folder)
 
 
 def write(results: Results, folder: Path) -> None:
-    """Writes what there is so far: records, picture and report."""
-    write_records(results, folder / 'records.csv')
+    """Writes what there is so far: picture and report."""
     draw(results, folder / 'suite.png')
     (folder / 'report.md').write_text(report(results))
 

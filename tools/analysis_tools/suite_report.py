@@ -1,9 +1,7 @@
-"""Report of the suite: runs of a task, their table, records and picture."""
+"""Report of the suite: runs of a task, their table and picture."""
 
 from __future__ import annotations
 
-import csv
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +88,11 @@ class Results:
         """Final losses of an optimizer's fitted runs."""
         return [run.losses[-1][2] for run in self.fitted[name]]
 
+    def memory(self, name: str) -> str:
+        """Mean peak memory of an optimizer's fitted runs in MB; '-' if it is not known."""
+        known = [run.memory for run in self.fitted[name] if run.memory]
+        return f'{mean(known):.0f}' if known else '-'
+
     def price(self, name: str) -> float:
         """Seconds of an iteration of an optimizer, with those of the plain one as the unit."""
         return self.task.iterations / self.paces[name].reach(self.budget)
@@ -117,7 +120,7 @@ def report(results: Results) -> str:
             results.score(results.whole.get(name, [])),
             results.time(name),
             f'{results.price(name):.2f}',
-            f'{mean(run.memory for run in results.fitted[name]):.0f}',
+            results.memory(name),
             ', '.join(
                 f'{run.lr:g}: {run.score(metric):{results.form}}'
                 for run in results.screened.get(name, [])
@@ -193,39 +196,6 @@ def _iterations_to(run: Run, goal: float, metric: str) -> float | None:
             return before[0] + share * (step - before[0])
         before = (step, value)
     return None
-
-
-def write_records(results: Results, path: Path) -> None:
-    """Writes the loss and every evaluation of all runs.
-
-    `length` is the number of iterations of a run: it tells screening, whole and fitted runs apart.
-    """
-    heads = ('optimizer', 'lr', 'seed', 'length', 'quantity', 'iteration', 'seconds', 'value')
-    runs = {
-        (run.optimizer, run.lr, run.seed, run.length): run
-        for part in (results.screened, results.whole, results.fitted)
-        for group in part.values()
-        for run in group
-    }
-    with path.open('w', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(heads)
-        for (name, rate, seed, length), run in runs.items():
-            pace = results.paces.get(name)
-            about = (name, f'{rate:g}', seed, length)
-            for quantity, points in {'loss': run.losses[-1:], **run.scores}.items():
-                for step, _, value in points:
-                    seconds = f'{pace.until(step):.1f}' if pace else ''
-                    writer.writerow((*about, quantity, step, seconds, f'{value:.5g}'))
-
-
-def recorded_rates(path: Path) -> dict[str, float]:
-    """Best rate of every optimizer: that of its runs on more seeds than the screening's."""
-    if not path.is_file():
-        sys.exit(f'there is no record {path}; make one by --suite full --tasks {path.stem}')
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if int(row['seed']) > 0]
-    return {row['optimizer']: float(row['lr']) for row in rows}
 
 
 def draw(results: Results, path: Path) -> None:
