@@ -94,8 +94,11 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     other = replace(found, task=TASKS['swin-digits-cls'], fitted={'SGD': found.fitted['SGD']})
     tables = suite.overview([found, other])
     assert '| optimizer' in tables and '| ResNet-18, digits   | Swin, digits   |' in tables
-    scores, prices, losses = re.findall(r'^\| \*\*NKFAC\*\* (.*)$', tables, flags=re.MULTILINE)
+    scores, prices, losses, whole = re.findall(
+        r'^\| \*\*NKFAC\*\* (.*)$', tables, flags=re.MULTILINE
+    )
     assert '60.0 (60.0-60.0)' in scores and '2.00, 0.83' in prices and '1.000 at 0.0' in losses
+    assert '60.0 (60.0-60.0)' in whole
     assert all(not row.split('|')[2].strip() for row in (scores, prices, losses))  # takes no part
 
     folder = tmp_path / 'digits-cls'
@@ -161,6 +164,24 @@ def test_no_run_of_the_records_is_made_again() -> None:
             seeds = {run.seed for n, run in known.runs if (n, run.optimizer, run.lr) == wanted}
             assert seeds == {0, 1, 2}, (task.name, *wanted)
     assert finished >= 3
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_records(tmp_path: Path) -> None:
+    """Cell by cell, for all tasks that are finished."""
+    args = arguments(tmp_path)
+    suite.main('recorded', [], args)
+    page = (ROOT / 'docs/results.md').read_text()
+    parts = (tmp_path / 'report.md').read_text().split('## ')[1:4]
+    for part in parts:
+        title, _, rest = part.partition('\n')
+        written = page.partition(f'## {title}\n')[2].partition('\n## ')[0]
+        assert cells(written) == cells(rest) != [], title
+
+
+def cells(text: str) -> list[list[str]]:
+    """Cells of a table in Markdown, without its line of dashes."""
+    rows = [line.split('|')[1:-1] for line in text.splitlines() if line.startswith('|')]
+    return [[cell.strip() for cell in row] for k, row in enumerate(rows) if k != 1]
 
 
 def test_late_iterations_have_the_pace_of_the_last_third() -> None:
@@ -260,6 +281,11 @@ def test_the_command_needs_a_model_or_the_suite(
     with pytest.raises(SystemExit):
         results.main()
     assert 'give a model, or --suite quick' in capsys.readouterr().err
+    for given in (['quick', '--records', '.'], ['full', '--records', 'nowhere']):
+        monkeypatch.setattr('sys.argv', ['results.py', '--suite', *given])
+        with pytest.raises(SystemExit):
+            results.main()
+        assert '--records' in capsys.readouterr().err
     called: list[Any] = []
     monkeypatch.setattr('sys.argv', ['results.py', '--suite', 'full', '--tasks', 'digits-cls,swin'])
     monkeypatch.setattr(suite, 'main', lambda *given: called.append(given[:2]))

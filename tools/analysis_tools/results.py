@@ -177,10 +177,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('model', choices=list(MODELS), nargs='?', help='not with --suite')
     parser.add_argument(
         '--suite',
-        choices=('quick', 'full'),
+        choices=('quick', 'full', 'recorded'),
         help='compare optimizers on fixed tasks instead of one model (see suite.py); quick: one '
         'task and one seed, with recorded rates; full: five tasks and three seeds, many hours; a '
-        'second call continues a stopped one',
+        'second call continues a stopped one; recorded: tables and pictures of recorded runs',
     )
     parser.add_argument(
         '--tasks',
@@ -192,8 +192,8 @@ def parse_args() -> argparse.Namespace:
         '--records',
         type=Path,
         metavar='FOLDER',
-        help='of --suite full: take the finished runs of its CSV files, as docs/records has them, '
-        'and make the others',
+        help='CSV files of finished runs, by task; --suite full makes only the other runs; default '
+        'of --suite recorded: docs/records',
     )
     parser.add_argument(
         '--optimizers',
@@ -225,8 +225,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/results_MODEL')
     add_options(parser)
     args = parser.parse_args()
-    if args.records and (args.suite != 'full' or not args.records.is_dir()):
-        parser.error('--records takes a folder with CSV files of runs, and needs --suite full')
+    if args.records and args.suite not in ('full', 'recorded'):
+        parser.error('--records goes with --suite full or --suite recorded')
+    if args.records and not args.records.is_dir():
+        parser.error(f'--records: there is no folder {args.records}')
     if args.suite:
         return args
     if args.model is None:

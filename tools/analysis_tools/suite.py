@@ -8,7 +8,8 @@ trained for that length, detectors on one seed alone. Each run has a schedule of
 Finished runs are kept: a second call continues a stopped one, with `--records` also elsewhere.
 
 `results.py --suite full` does this for five tasks. `--suite quick` takes the recorded rates of one
-task, and makes its runs of equal seconds on one seed.
+task, and makes its runs of equal seconds on one seed. `--suite recorded` trains nothing: it makes
+the tables and pictures of docs/results.md from the records.
 """
 
 from __future__ import annotations
@@ -62,13 +63,15 @@ def screening_length(task: Task) -> int:
 
 
 def screen(task: Task, name: str, args: argparse.Namespace) -> list[Run]:
-    """Screening runs in the order of their rates.
+    """Screening runs in the order of their rates, `args.jobs` at a time.
 
     The best rate is not at an edge, unless `MOST_BEYOND` further rates were tried.
     """
     short = settings(task, screening_length(task), args, evaluations=1)
     metric, seed = task.model.headline, args.seeds[0]
-    runs = {rate: train_or_load(Run(name, rate, seed), short) for rate in task.rates(name)}
+    grid = task.rates(name)
+    made = in_parallel(lambda rate: train_or_load(Run(name, rate, seed), short), grid, args.jobs)
+    runs = dict(zip(grid, made, strict=True))
     for _ in range(MOST_BEYOND):
         best = max(runs, key=lambda rate: runs[rate].score(metric))
         beyond = {max(runs): best * STEP, min(runs): best / STEP}.get(best)
@@ -82,17 +85,17 @@ def screen(task: Task, name: str, args: argparse.Namespace) -> list[Run]:
 def screen_all(task: Task, args: argparse.Namespace) -> Runs:
     """Screening runs of all optimizers; of the task's `rest` those of the best one stay."""
     names = (*task.contestants, *task.rest)
-    found = dict(zip(names, in_parallel(lambda n: screen(task, n, args), names, args), strict=True))
+    single = argparse.Namespace(**{**vars(args), 'jobs': 1})
+    made = in_parallel(lambda name: screen(task, name, single), names, args.jobs)
+    found = dict(zip(names, made, strict=True))
     metric = task.model.headline
     best = max(task.rest, key=lambda name: max(run.score(metric) for run in found[name]))
     return {name: runs for name, runs in found.items() if name not in task.rest or name == best}
 
 
-def in_parallel(
-    make: Callable[[Any], Any], items: Iterable[Any], args: argparse.Namespace
-) -> list[Any]:
-    """Results of a function that waits for trainings, `args.jobs` at a time."""
-    with ThreadPoolExecutor(args.jobs) as pool:
+def in_parallel(make: Callable[[Any], Any], items: Iterable[Any], jobs: int) -> list[Any]:
+    """Results of a function that waits for trainings, some at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(make, items))
 
 
@@ -110,7 +113,7 @@ def train_all(
         name, seed = pair
         return train_or_load(Run(name, rates[name], seed), settings(task, lengths[name], args))
 
-    runs = dict(zip(pairs, in_parallel(one, pairs, args), strict=True))
+    runs = dict(zip(pairs, in_parallel(one, pairs, args.jobs), strict=True))
     return {name: [runs[name, seed] for seed in seeds] for name in rates}
 
 
@@ -188,15 +191,34 @@ def write(results: Results, folder: Path) -> None:
     (folder / 'report.md').write_text(report(results))
 
 
+def recorded(task: Task, known: Records) -> Results:
+    """Results of a task with all optimizers in a record."""
+    results = Results(task, paces=known.paces, screened=known.screened(screening_length(task)))
+    for name in known.rates:
+        results.fitted[name] = known.tuned(name, fitting(results, name, known))
+        whole = known.tuned(name, task.iterations)[: task.whole_seeds]
+        results.whole |= {name: whole} if whole else {}
+    return results
+
+
 def main(kind: str, names: Sequence[str], args: argparse.Namespace) -> None:
     """Runs the suite and writes report.md after each task."""
     args.work_dir = (args.work_dir or WORK / f'work_dirs/suite_{kind}').resolve()
     args.data = WORK / 'data/suite'
+    done: list[Results] = []
+    if kind == 'recorded':
+        for name in names or TASKS:
+            known = Records.read((args.records or RECORDS) / f'{name}.csv')
+            if complete(TASKS[name], known.rates):
+                done.append(recorded(TASKS[name], known))
+                (args.work_dir / name).mkdir(parents=True, exist_ok=True)
+                write(done[-1], args.work_dir / name)
+        print(write_report(done, args.work_dir))
+        return
     args.timed = args.timed or TIMED[kind]
     if kind == 'quick':
         quick, args.seeds = QUICK
         names = [quick]
-    done: list[Results] = []
     for name in names or TASKS:
         done.append(run_fitted(TASKS[name], kind, args))
         text = write_report(done, args.work_dir)

@@ -84,7 +84,7 @@ class Records:
             curves[MEMORY] = [(length, 0.0, run.memory)]
         for quantity, points in curves.items():
             for step, _, value in points:
-                seconds = f'{pace.until(step):.1f}' if pace else ''
+                seconds = f'{pace.until(step):.2f}' if pace else ''
                 about = (run.optimizer, f'{run.lr:g}', run.seed, length, quantity)
                 yield (*about, step, seconds, f'{value:.5g}')
 
@@ -99,6 +99,11 @@ class Records:
     def rates(self) -> dict[str, float]:
         """Best rate of every optimizer: that of its runs on more seeds than the screening's."""
         return {run.optimizer: run.lr for _, run in self.runs if run.seed > 0}
+
+    def tuned(self, name: str, length: int) -> list[Run]:
+        """Runs of an optimizer with its best rate and some length, in the order of their seeds."""
+        runs = [run for n, run in self.runs if (n, run.optimizer) == (length, name)]
+        return sorted((run for run in runs if run.lr == self.rates[name]), key=lambda run: run.seed)
 
     def lengths(self, name: str) -> set[int]:
         """Lengths of an optimizer's runs on more seeds than the screening's."""

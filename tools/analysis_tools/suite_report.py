@@ -162,6 +162,10 @@ def overview(done: Sequence[Results]) -> str:
             )
         ),
     }
+    if any(results.whole for results in done):
+        tables['Score in equal iterations'] = lambda results, name: results.score(
+            results.whole.get(name, [])
+        )
     names = dict.fromkeys(name for results in done for name in results.ranking)
     heads = ('optimizer', *(results.task.model.title for results in done))
     return '\n'.join(
