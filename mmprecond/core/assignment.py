@@ -275,7 +275,7 @@ def _parse_method(where: str, config: Any) -> Preconditioner | None:
     settings = dict(config)
     kind = settings.pop('type')
     try:
-        method = find_method(kind)
+        method, preset = find_method(kind)
     except ValueError as error:
         raise ValueError(f'{where}: {error}') from None
     if method.precomputed:
@@ -285,7 +285,7 @@ def _parse_method(where: str, config: Any) -> Preconditioner | None:
         )
     _reject_keys(f'{where}: {method.__name__}', settings, [*method.options(), 'settings'])
     try:
-        return build_preconditioner(method, settings)
+        return build_preconditioner(method, settings, preset)
     except ValueError as error:
         raise ValueError(f'{where}: {error}') from error
 

@@ -27,5 +27,5 @@ class SKFAC(PreconditionedSGDM):
     """
 
     preconditioner = FisherKronecker
-    preset = dict(solver='woodbury', reduction='sample', stat_decay=0.0)
+    preset = FisherKronecker.variants['SKFAC']
     published = preset

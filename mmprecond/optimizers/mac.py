@@ -175,5 +175,5 @@ class SMAC(MAC):
     Arguments and settings are those of `MAC`; `gradient_scale` sets the scale of the gradients.
     """
 
-    preset = dict(output=True)
+    preset = ActivationMean.variants['SMAC']
     published = preset

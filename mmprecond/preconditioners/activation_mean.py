@@ -120,6 +120,7 @@ class ActivationMean(Preconditioner):
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Mean()),)
 
     word: ClassVar[str] = 'MAC'
+    variants: ClassVar[dict[str, dict[str, Any]]] = dict(SMAC=dict(output=True))
     #: The authors' code.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=5,

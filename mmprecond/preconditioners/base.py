@@ -104,6 +104,8 @@ class Preconditioner(ABC):
 
     #: Name of the method in the literature, which `layers` and `precondition` take.
     word: ClassVar[str] = ''
+    #: Further words, for forms of the method that have a name of their own, with their settings.
+    variants: ClassVar[dict[str, dict[str, Any]]] = {}
     #: Statistics that the method keeps of a linear layer or convolution.
     statistics: ClassVar[tuple[Statistic, ...]] = ()
     #: Settings of the method's source, which its published numbers were made with.
@@ -270,8 +272,12 @@ class Preconditioner(ABC):
 
     @property
     def title(self) -> str:
-        """The method's word, or the name of its class where it has none of its own."""
-        return vars(type(self)).get('word') or type(self).__name__
+        """The word of the method or its form; without one of its own, the name of its class."""
+        own = vars(type(self))
+        for word, settings in own.get('variants', {}).items():
+            if all(getattr(self, name) == value for name, value in settings.items()):
+                return word
+        return own.get('word') or type(self).__name__
 
     def outline(self, layer: Layer) -> Operators:
         """The operators of one layer in likely shapes, on the meta device."""

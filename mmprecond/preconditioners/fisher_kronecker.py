@@ -101,6 +101,9 @@ class FisherKronecker(PatchPreconditioner):
 
     sources: ClassVar[tuple[str, ...]] = ('activation',)
     word: ClassVar[str] = 'KFAC'
+    variants: ClassVar[dict[str, dict[str, Any]]] = dict(
+        SKFAC=dict(solver='woodbury', reduction='sample', stat_decay=0.0)
+    )
     #: The baseline of the thesis's tables.
     published: ClassVar[dict[str, Any]] = dict(
         stat_interval=20,

@@ -71,19 +71,26 @@ def register_preconditioner(method: Method, name: str | None = None) -> Method:
     return method
 
 
-def find_method(name: Any) -> type[Preconditioner]:
-    """Preconditioner that a config names: by its class, its class's name, or its word.
+def find_method(name: Any) -> tuple[type[Preconditioner], dict[str, Any]]:
+    """Preconditioner that a config names: by its class, its class's name, or a word.
+
+    Returns:
+        The class, and the settings that a word stands for ('SKFAC' is a form of KFAC).
 
     Raises:
         ValueError: If the name is unknown; the message has the nearest names.
     """
     if isinstance(name, type) and issubclass(name, Preconditioner):
-        return name
-    # A subclass does not take its parent's word.
-    words = {method.word: method for method in METHODS.values() if 'word' in vars(method)}
-    known = words | METHODS
-    if isinstance(name, str) and name in known:
-        return known[name]
+        return name, {}
+    words: dict[str, tuple[type[Preconditioner], dict[str, Any]]] = {}
+    for method in METHODS.values():
+        own = vars(method)  # a subclass does not take its parent's words
+        words |= {own['word']: (method, {})} if 'word' in own else {}
+        words |= {word: (method, preset) for word, preset in own.get('variants', {}).items()}
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name], {}
+    if isinstance(name, str) and name in words:
+        return words[name]
     names = [*sorted(words), *sorted(METHODS)]
     raise ValueError(
         f'unknown preconditioner type {name!r}; {did_you_mean(name, names)}choose one of '
@@ -91,10 +98,18 @@ def find_method(name: Any) -> type[Preconditioner]:
     )
 
 
-def build_preconditioner(method: type[Preconditioner], settings: dict[str, Any]) -> Preconditioner:
-    """Builds a preconditioner; ``settings='published'`` starts from that named set of settings."""
+def build_preconditioner(
+    method: type[Preconditioner], settings: dict[str, Any], preset: dict[str, Any]
+) -> Preconditioner:
+    """Builds a preconditioner.
+
+    Args:
+        method: Its class.
+        settings: The user's settings; ``settings='published'`` starts from that named set.
+        preset: Settings of the method's form, which the user's override.
+    """
     overrides = dict(settings)
     named = overrides.pop('settings', 'default')
     check_choice('settings', named, SETS)
     base = method.published if named == 'published' else {}
-    return method(**{**base, **overrides}, given=frozenset(overrides))
+    return method(**{**base, **preset, **overrides}, given=frozenset(overrides))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmprecond import Preconditioned
+from mmprecond.optimizers import SKFAC, SMAC
 from mmprecond.preconditioners import METHODS
 from mmprecond.preconditioners.registry import find_method
 from tests.support.attention import feature_map, shift_window
@@ -117,9 +118,26 @@ def test_mistakes_take_one_line(layers: Any, message: str) -> None:
 def test_every_method_has_a_word_of_its_own() -> None:
     measured = {m for m in METHODS.values() if m.__module__.startswith('mmprecond.') and m.word}
     assert len({method.word for method in measured}) == len(measured) == 12
-    assert all(find_method(method.word) is method for method in measured)
+    assert all(find_method(method.word) == (method, {}) for method in measured)
+
+
+@pytest.mark.parametrize('kind', [SKFAC, SMAC])
+def test_a_form_of_a_method_has_a_word_too(kind: type[Any]) -> None:
+    """It is the optimizer of that name; settings beside the word are kept."""
+    word = kind.__name__
+    layers = dict(elsewhere=dict(type=word, refresh_interval=40))
+    ours = Preconditioned(nn.Linear(3, 2), rule=dict(type='SGDM', lr=0.1), layers=layers)
+    theirs = kind(nn.Linear(3, 2), lr=0.1, refresh_interval=40)
+    method, other = (one.curvature.stacks[0].method for one in (ours, theirs))
+    assert method == other and method.title == word and method.given == {'refresh_interval'}
+    assert word in ours.table()
+    layers = dict(elsewhere=dict(type=word, settings='published'))
+    ours = Preconditioned(nn.Linear(3, 2), rule=dict(type='SGDM', lr=0.1), layers=layers)
+    theirs = kind(nn.Linear(3, 2), lr=0.1, settings='published')
+    method, other = (one.curvature.stacks[0].method for one in (ours, theirs))
+    assert method == other and method.title == word
 
 
 def test_a_subclass_does_not_take_its_parents_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, 'Own', type('Own', (METHODS['NewtonKronecker'],), {}))
-    assert find_method('NKFAC') is METHODS['NewtonKronecker']
+    assert find_method('NKFAC') == (METHODS['NewtonKronecker'], {})

@@ -169,7 +169,7 @@ def find_rates(
 
 
 def complete(task: Task, rates: dict[str, float]) -> bool:
-    """Whether all optimizers of a task are there, with one of its `rest`."""
+    """True if all optimizers of a task are there, with one of its `rest`."""
     return rates.keys() >= set(task.contestants) and not rates.keys().isdisjoint(task.rest)
 
 
