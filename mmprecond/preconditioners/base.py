@@ -104,7 +104,8 @@ class Preconditioner(ABC):
 
     #: Name of the method in the literature, which `layers` and `precondition` take.
     word: ClassVar[str] = ''
-    #: Further words, for forms of the method that have a name of their own, with their settings.
+    #: Further words, for forms of the method that have names of their own, with their settings. The
+    #: first setting tells the form.
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
     #: Statistics that the method keeps of a linear layer or convolution.
     statistics: ClassVar[tuple[Statistic, ...]] = ()
@@ -275,7 +276,8 @@ class Preconditioner(ABC):
         """The word of the method or its form; without one of its own, the name of its class."""
         own = vars(type(self))
         for word, settings in own.get('variants', {}).items():
-            if all(getattr(self, name) == value for name, value in settings.items()):
+            name, value = next(iter(settings.items()))
+            if getattr(self, name) == value:
                 return word
         return own.get('word') or type(self).__name__
 

@@ -54,11 +54,12 @@ def register_preconditioner(method: Method, name: str | None = None) -> Method:
     ]
     if open_settings:
         raise ValueError(f'{method.__name__} has no default for {", ".join(open_settings)}')
-    unknown = sorted(set(method.published) - set(method.options()))
-    if unknown:
-        raise ValueError(
-            f'{method.__name__}.published names {", ".join(unknown)}, which are no settings of it'
-        )
+    for named, settings in (('published', method.published), *method.variants.items()):
+        unknown = sorted(set(settings) - set(method.options()))
+        if unknown:
+            raise ValueError(
+                f'{named} of {method.__name__} names {", ".join(unknown)}, no settings of it'
+            )
     name = method.__name__ if name is None else name
     if not isinstance(name, str) or not name:
         raise TypeError(f'name={name!r} is no name')

@@ -131,6 +131,9 @@ def test_a_form_of_a_method_has_a_word_too(kind: type[Any]) -> None:
     method, other = (one.curvature.stacks[0].method for one in (ours, theirs))
     assert method == other and method.title == word and method.given == {'refresh_interval'}
     assert word in ours.table()
+    if kind is SKFAC:  # another setting of the form
+        other = kind(nn.Linear(3, 2), lr=0.1, reduction='reduce').curvature.stacks[0].method
+        assert other.title == word
     layers = dict(elsewhere=dict(type=word, settings='published'))
     ours = Preconditioned(nn.Linear(3, 2), rule=dict(type='SGDM', lr=0.1), layers=layers)
     theirs = kind(nn.Linear(3, 2), lr=0.1, settings='published')

@@ -18,6 +18,7 @@ from common.pace import Pace
 from common.suite import EXTERNAL, MUON, TASKS, schedule
 from common.training import Run
 from tests.support.commands import run_python
+from tests.support.errors import refused
 from tests.support.paths import ROOT
 
 METRIC = 'accuracy/top1'
@@ -102,77 +103,114 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(not row.split('|')[2].strip() for row in (scores, prices, losses))  # takes no part
 
     folder = tmp_path / 'digits-cls'
-    assert suite.recorded_rates(folder / 'records.csv').keys() == found.whole.keys()
-    with (folder / 'records.csv').open() as file:
-        records = list(csv.DictReader(file))
+    with (tmp_path / 'digits-cls.csv').open() as file:
+        records = [row for row in csv.DictReader(file) if row['quantity'] != 'pace']
     one = ('optimizer', 'lr', 'seed', 'length', 'quantity', 'iteration')
     assert len({tuple(row[key] for key in one) for row in records}) == len(records)
     assert {row['length'] for row in records if row['optimizer'] == 'NKFAC'} == {'75', '150', '300'}
     assert (folder / 'suite.png').is_file() and (folder / 'report.md').is_file()
 
 
+def slow_start(rates: dict[str, float], _: Any = None) -> dict[str, Pace]:
+    """Paces whose first 66 of 100 iterations take twice as long; NKFAC's take 1.5 times as long."""
+    late = {name: 1.5 if name == 'NKFAC' else 1.0 for name in rates}
+    return {name: Pace.of([[2 * one] * 66 + [one] * 34]) for name, one in late.items()}
+
+
 def test_records_continue_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped task leaves its finished runs; with all runs in the record nothing is trained."""
-    task, trained = TASKS['digits-cls'], []
+    """A stopped task leaves its finished runs and seconds; what they hold is not made again.
+
+    One call is stopped after the timing, one within the runs of equal seconds, one never.
+    """
+    task = TASKS['digits-cls']
+    trained: list[tuple[str, int, int]] = []
+    timed: list[list[str]] = []
     monkeypatch.setattr(type(task.model), 'make_data', lambda *_: None)
-    paces = lambda rates, _: {name: Pace([1], [1.0 + (name == 'NKFAC')]) for name in rates}  # noqa: E731
-    monkeypatch.setattr(suite, 'measure_paces', paces)
+
+    def paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str, Pace]:
+        timed.append(list(rates))
+        return slow_start(rates)
 
     def train(wanted: Run, args: argparse.Namespace) -> Run:
         if results.record_file(wanted, args.iterations, args.work_dir).exists():
             return results.train_or_load(wanted, args)
-        trained.append((wanted.optimizer, wanted.seed))
-        if trained[-1] == stop:
+        if (wanted.optimizer, wanted.seed, args.iterations == 75) == stop:
             raise KeyboardInterrupt
+        trained.append((wanted.optimizer, wanted.seed, args.iterations))
         return train_straight(wanted, args)
 
+    monkeypatch.setattr(suite, 'measure_paces', paces)
     monkeypatch.setattr(suite, 'train_or_load', train)
-    reports, stop = [], ('FAdam', 1)
-    for name in ('first', 'second', 'third'):
-        args = arguments(tmp_path / name)
-        args.jobs, args.records = 1, tmp_path / 'records'
-        trained.clear()
-        if name == 'first':
+    reports, made, records = [], [], None
+    stops = [('SGD', 0, False), ('FAdam', 1, False), None, None]
+    for call, stop in enumerate(stops):
+        args = arguments(tmp_path / str(call))
+        args.jobs, args.records = 1, records
+        if stop:
             with pytest.raises(KeyboardInterrupt):
                 suite.run_fitted(task, 'full', args)
-            assert len(trained) > 50
         else:
-            made = suite.run_fitted(task, 'full', args)
-            reports.append(sorted(suite.report(made).splitlines()))
-        args.records.mkdir(exist_ok=True)
-        written = tmp_path / name / task.name / 'records.csv'
-        (args.records / f'{task.name}.csv').write_text(written.read_text())
-        if name == 'second':  # the runs that the stop left
-            order = [(one, seed) for one in (*task.contestants, 'ARO') for seed in (0, 1)]
-            left = order[order.index(('FAdam', 1)) :]
-            assert trained[0] == left[0] and set(trained) <= set(left)
-        stop = ('', 0)
-    assert not trained and reports[0] == reports[1]
+            report = suite.report(suite.run_fitted(task, 'full', args))
+            reports.append(sorted(report.splitlines()))
+        made.append(list(trained))
+        trained.clear()
+        records = args.work_dir  # another folder, as on another machine
+    assert len(timed) == 1 and not made[3] and reports[0] == reports[1]
+    assert not [one for one in made[1] + made[2] if one[2] == 75]  # the screening is whole
+    long = [one for runs in made for one in runs if one[2] != 75]
+    assert len(set(long)) == len(long) == 2 * len(timed[0])
+    assert {length for name, _, length in long if name == 'NKFAC'} == {180}
+    assert {length for name, _, length in long if name != 'NKFAC'} == {task.iterations}
 
 
-def test_no_run_of_the_records_is_made_again() -> None:
-    """The documentation's records have the runs of equal seconds that the suite asks for."""
-    finished = 0
-    for file in suite.RECORDS.glob('*.csv'):
-        task, known = TASKS[file.stem], suite_records.Records.read(file)
-        if not suite.complete(task, known.rates):
-            continue
-        finished += 1
-        done = suite_report.Results(task, paces=known.paces)
-        for name, rate in known.rates.items():
-            wanted = (suite.fitting(done, name, known), name, rate)
-            seeds = {run.seed for n, run in known.runs if (n, run.optimizer, run.lr) == wanted}
-            assert seeds == {0, 1, 2}, (task.name, *wanted)
-    assert finished >= 3
-
-
-def test_the_tables_of_the_documentation_are_those_of_the_records(tmp_path: Path) -> None:
-    """Cell by cell, for all tasks that are finished."""
+def test_records_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    task = TASKS['digits-cls']
+    refuse = lambda call, text: refused(SystemExit, call, text)  # noqa: E731
     args = arguments(tmp_path)
+    args.records = tmp_path
+    refuse(lambda: suite.main('full', ['digits-cls'], args), 'none of the files digits-cls.csv')
+    refuse(lambda: suite.main('recorded', ['digits-cls'], args), 'no file TASK.csv')
+    found = suite_report.Results(task, paces=slow_start({'SGD': 0.1}))
+    refuse(lambda: suite.check_paces({'SGD': 0.1, 'AdamW': 0.1}, found), 'no seconds of AdamW')
+    runs = [(300, run('SGD', rate, 0, 50.0)) for rate in (0.1, 0.3)]
+    refuse(lambda: suite_records.Records(75, runs).rates(), 'rates 0.1 and 0.3')
+
+
+def test_a_long_run_never_has_the_length_of_the_screening() -> None:
+    """Here 75 iterations fit, which is 80 in tens, and then 80, which is the screening's length."""
+    task = TASKS['digits-cls']
+    found = suite_report.Results(task, paces={'SGD': Pace([1], [1.0]), 'SOAP': Pace([1], [4.0])})
+    none = suite_records.Records(75)
+    assert suite.fitting(found, 'SOAP', none) == 80
+    found.task = replace(task, iterations=320)
+    assert suite.screening_length(found.task) == 80 and suite.fitting(found, 'SOAP', none) == 90
+    made = run('SGD', 0.1, 1, 50.0)
+    for recorded, length in ((290, 290), (280, 300)):  # near what fits, and too far from it
+        known = suite_records.Records(75, [(recorded, made), (75, made)])
+        assert suite.fitting(replace(found, task=task), 'SGD', known) == length
+
+
+def test_an_outline_keeps_a_pace() -> None:
+    pace = slow_start({'NKFAC': 0.1})['NKFAC']
+    few = pace.outline
+    assert len(few.iterations) == 11 and few.late == pytest.approx(pace.late)
+    for step in (10, 70, 100, 500):
+        assert few.until(step) == pytest.approx(pace.until(step))
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cell by cell, for all tasks that are finished; no recorded run would be made again."""
+    args = arguments(tmp_path)
+    args.seeds = [0, 1, 2]
     suite.main('recorded', [], args)
+    assert capsys.readouterr().err.count('left out') == len(TASKS) - 3
     page = (ROOT / 'docs/results.md').read_text()
-    parts = (tmp_path / 'report.md').read_text().split('## ')[1:4]
-    for part in parts:
+    parts = (tmp_path / 'report.md').read_text().split('## ')
+    tables = [part for part in parts if part.startswith(('Score', 'Price', 'Loss'))]
+    assert len(tables) == 3
+    for part in tables:
         title, _, rest = part.partition('\n')
         written = page.partition(f'## {title}\n')[2].partition('\n## ')[0]
         assert cells(written) == cells(rest) != [], title

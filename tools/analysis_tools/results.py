@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import WORK
 from common.contestants import MODELS, Model
 from common.pace import Pace
+from common.suite import TASKS
 from common.tables import markdown, spread
 from common.training import Run, RunError, add_options, command, train
 from common.turns import TURN_SCRIPT, take_turns
@@ -186,7 +187,7 @@ def parse_args() -> argparse.Namespace:
         '--tasks',
         type=lambda text: text.split(','),
         default=[],
-        help='of --suite full; default: all',
+        help='of --suite full and recorded; default: all',
     )
     parser.add_argument(
         '--records',
@@ -229,6 +230,9 @@ def parse_args() -> argparse.Namespace:
         parser.error('--records goes with --suite full or --suite recorded')
     if args.records and not args.records.is_dir():
         parser.error(f'--records: there is no folder {args.records}')
+    unknown = ', '.join(name for name in args.tasks if name not in TASKS)
+    if unknown:
+        parser.error(f'--tasks: there is no {unknown}; choose from {", ".join(TASKS)}')
     if args.suite:
         return args
     if args.model is None:

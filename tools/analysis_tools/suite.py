@@ -15,14 +15,15 @@ the tables and pictures of docs/results.md from the records.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from analysis_tools.results import best_rate, measure_paces, train_or_load
-from analysis_tools.suite_records import Records, recorded_rates
+from analysis_tools.suite_records import Records
 from analysis_tools.suite_report import Results, Runs, draw, overview, report
 from common import ROOT, WORK
 from common.suite import TASKS, Task, schedule
@@ -120,69 +121,99 @@ def train_all(
 def run_fitted(task: Task, kind: str, args: argparse.Namespace) -> Results:
     """Finds the rates and seconds of a task's optimizers, and makes the runs of equal seconds.
 
-    If it is stopped, finished runs are in records.csv too.
+    After a stop by Ctrl-C or an error, the finished runs are in TASK.csv too.
     """
     task.model.make_data(args.data / task.model.data, task.images)
     length = settings(task, task.iterations, args)
     length.work_dir.mkdir(parents=True, exist_ok=True)
-    known = Records.read(args.records / f'{task.name}.csv') if args.records else Records()
+    known = read_records(task, args.records) if args.records else Records(screening_length(task))
     known.restore(length.work_dir)
     results = Results(task, paces=known.paces)
     try:
-        rates = find_rates(results, kind, known, args)
-        if not rates.keys() <= known.paces.keys():
-            results.paces = measure_paces(rates, length)
-        lengths = {name: fitting(results, name, known) for name in rates}
+        results.task, results.screened, rates = choose_rates(task, kind, known, args)
+        results.paces = known.paces or measure_paces(rates, length)
+        lengths = {name: fitting(results, name, known) for name in check_paces(rates, results)}
         results.fitted = train_all(results.task, rates, lengths, args.seeds, args)
     finally:
-        Records.of(length.work_dir, results.paces).write(length.work_dir / 'records.csv')
+        save_records(results, args)
     write(results, length.work_dir)
     return results
 
 
 def fitting(results: Results, name: str, known: Records) -> int:
-    """Iterations of an optimizer in the plain one's seconds; of recorded runs those that fit best.
+    """Iterations of an optimizer in the plain one's seconds.
 
-    Records have rounded seconds, which do not always lead to the same number again.
+    A recorded length next to it is taken, because seconds are rounded in records. A length is never
+    that of the screening, whose runs would be taken for these.
     """
     wanted = LOGGED * max(1, round(results.paces[name].reach(results.budget) / LOGGED))
-    return min(known.lengths(name), key=lambda length: abs(length - wanted), default=wanted)
+    wanted += LOGGED * (wanted == screening_length(results.task))
+    near = [length for length in known.lengths(name) if abs(length - wanted) <= LOGGED]
+    return min(near, key=lambda length: abs(length - wanted), default=wanted)
 
 
-def find_rates(
-    results: Results, kind: str, known: Records, args: argparse.Namespace
-) -> dict[str, float]:
+def check_paces(rates: dict[str, float], results: Results) -> dict[str, float]:
+    """Returns the rates; ends the program if the records have seconds for some of them alone."""
+    missing = rates.keys() - results.paces.keys()
+    if missing:
+        sys.exit(
+            f'the records of {results.task.name} have no seconds of {", ".join(sorted(missing))}; '
+            'seconds of two machines do not compare: remove the rows with quantity "pace" and the '
+            'long runs, and all are measured again'
+        )
+    return rates
+
+
+def choose_rates(
+    task: Task, kind: str, known: Records, args: argparse.Namespace
+) -> tuple[Task, Runs, dict[str, float]]:
     """Best rates: those of records with all optimizers, else those of a screening.
 
-    The task of the results gets Muon's second rate, and they get the runs of the screening.
+    Returns:
+        The task with Muon's second rate, the runs of the screening, the rates.
     """
-    task, metric = results.task, results.task.model.headline
-    rates = recorded_rates(RECORDS / f'{task.name}.csv') if kind == 'quick' else known.rates
-    if kind == 'quick' or complete(task, rates):
-        results.task = replace(task, rest_rate=rates['AdamW'])
-        results.screened = known.screened(screening_length(task))
-        return rates
+    if kind == 'quick':
+        known = read_records(task, RECORDS)
+    rates, metric = known.rates(), task.model.headline
+    if complete(task, rates):
+        return replace(task, rest_rate=rates['AdamW']), known.screened(), rates
+    if kind == 'quick':
+        sys.exit(f'{RECORDS} has no finished {task.name}.csv; make it by --suite full')
     first = best_rate(screen(task, 'AdamW', args), metric)
-    results.task = replace(task, rest_rate=first)  # as Muon's users would tune it
-    results.screened = screen_all(results.task, args)
-    return {name: best_rate(runs, metric) for name, runs in results.screened.items()}
+    task = replace(task, rest_rate=first)  # as Muon's users would tune it
+    screened = screen_all(task, args)
+    return task, screened, {name: best_rate(runs, metric) for name, runs in screened.items()}
 
 
-def complete(task: Task, rates: dict[str, float]) -> bool:
+def complete(task: Task, names: Container[str]) -> bool:
     """True if all optimizers of a task are there, with one of its `rest`."""
-    return rates.keys() >= set(task.contestants) and not rates.keys().isdisjoint(task.rest)
+    return all(name in names for name in task.contestants) and any(
+        name in names for name in task.rest
+    )
 
 
 def run_whole(results: Results, args: argparse.Namespace) -> None:
     """Makes the runs of equal iterations."""
-    task, folder = results.task, args.work_dir / results.task.name
+    task = results.task
     rates = {name: runs[0].lr for name, runs in results.fitted.items()}
     lengths = dict.fromkeys(rates, task.iterations)
     try:
         results.whole = train_all(task, rates, lengths, args.seeds[: task.whole_seeds], args)
     finally:
-        Records.of(folder, results.paces).write(folder / 'records.csv')
-    write(results, folder)
+        save_records(results, args)
+    write(results, args.work_dir / task.name)
+
+
+def read_records(task: Task, folder: Path) -> Records:
+    """Finished runs of a task in a folder of CSV files."""
+    return Records.read(screening_length(task), folder / f'{task.name}.csv')
+
+
+def save_records(results: Results, args: argparse.Namespace) -> None:
+    """Writes the finished runs of a task; if no seconds are known yet, those of the file stay."""
+    task, path = results.task, args.work_dir / f'{results.task.name}.csv'
+    paces = results.paces or read_records(task, args.work_dir).paces
+    Records.of(screening_length(task), args.work_dir / task.name, paces).write(path)
 
 
 def write(results: Results, folder: Path) -> None:
@@ -191,35 +222,53 @@ def write(results: Results, folder: Path) -> None:
     (folder / 'report.md').write_text(report(results))
 
 
-def recorded(task: Task, known: Records) -> Results:
-    """Results of a task with all optimizers in a record."""
-    results = Results(task, paces=known.paces, screened=known.screened(screening_length(task)))
-    for name in known.rates:
-        results.fitted[name] = known.tuned(name, fitting(results, name, known))
-        whole = known.tuned(name, task.iterations)[: task.whole_seeds]
-        results.whole |= {name: whole} if whole else {}
-    return results
+def recorded(task: Task, folder: Path, seeds: Sequence[int]) -> Results | None:
+    """Results of a task's records; None if an optimizer or a run of equal seconds is missing."""
+    known = read_records(task, folder)
+    rates = known.rates()
+    if not (complete(task, rates) and rates.keys() <= known.paces.keys()):
+        return None
+    results = Results(task, paces=known.paces, screened=known.screened())
+    results.fitted = {n: known.tuned(n, fitting(results, n, known)) for n in rates}
+    whole = {name: known.tuned(name, task.iterations)[: task.whole_seeds] for name in rates}
+    if all(len(runs) == task.whole_seeds for runs in whole.values()):
+        results.whole = whole
+    finished = all(len(runs) == len(seeds) for runs in results.fitted.values())
+    return results if finished else None
+
+
+def report_records(names: Sequence[str], args: argparse.Namespace) -> str:
+    """Makes the tables and pictures of finished tasks, and returns the tables."""
+    done = []
+    for name in names:
+        results = recorded(TASKS[name], args.records or RECORDS, args.seeds)
+        if results is None:
+            print(f'{name} is left out: not all of its runs are in the records', file=sys.stderr)
+            continue
+        done.append(results)
+        (args.work_dir / name).mkdir(parents=True, exist_ok=True)
+        write(results, args.work_dir / name)
+    if not done:
+        sys.exit(f'{args.records or RECORDS} has no file TASK.csv with all runs of a task')
+    return write_report(done, args.work_dir)
 
 
 def main(kind: str, names: Sequence[str], args: argparse.Namespace) -> None:
-    """Runs the suite and writes report.md after each task."""
+    """Runs the suite, with a report after each task, or reports the records."""
     args.work_dir = (args.work_dir or WORK / f'work_dirs/suite_{kind}').resolve()
     args.data = WORK / 'data/suite'
-    done: list[Results] = []
+    names = names or list(TASKS)
     if kind == 'recorded':
-        for name in names or TASKS:
-            known = Records.read((args.records or RECORDS) / f'{name}.csv')
-            if complete(TASKS[name], known.rates):
-                done.append(recorded(TASKS[name], known))
-                (args.work_dir / name).mkdir(parents=True, exist_ok=True)
-                write(done[-1], args.work_dir / name)
-        print(write_report(done, args.work_dir))
+        print(report_records(names, args))
         return
     args.timed = args.timed or TIMED[kind]
     if kind == 'quick':
         quick, args.seeds = QUICK
         names = [quick]
-    for name in names or TASKS:
+    if args.records and not any((args.records / f'{name}.csv').is_file() for name in names):
+        sys.exit(f'{args.records} has none of the files {", ".join(f"{n}.csv" for n in names)}')
+    done: list[Results] = []
+    for name in names:
         done.append(run_fitted(TASKS[name], kind, args))
         text = write_report(done, args.work_dir)
     for results in done if kind == 'full' else ():

@@ -20,11 +20,11 @@ class Pace:
     have no refresh, which later iterations have every 200 steps or more.
 
     Attributes:
-        iterations: Increasing numbers of iterations, at least one.
+        iterations: Increasing numbers of iterations, at least one; fractions are allowed.
         seconds: Seconds of training until each of them.
     """
 
-    iterations: Sequence[int]
+    iterations: Sequence[float]
     seconds: Sequence[float]
 
     @classmethod
@@ -44,6 +44,16 @@ class Pace:
         end, begin = self.iterations[-1], (1 - LATE) * self.iterations[-1]
         before = _interpolate(begin, [0, *self.iterations], [0.0, *self.seconds])
         return (self.seconds[-1] - before) / (end - begin)
+
+    @property
+    def outline(self) -> Pace:
+        """A pace of few points: every tenth iteration, and where the late ones begin.
+
+        `late` is the same, and `until` at every tenth iteration.
+        """
+        end = self.iterations[-1]
+        steps = sorted({*range(10, int(end), 10), (1 - LATE) * end, end})
+        return Pace(steps, [self.until(step) for step in steps])
 
     def until(self, iterations: float) -> float:
         """Seconds for a number of iterations."""
