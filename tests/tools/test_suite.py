@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import re
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,23 @@ def test_records_continue_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(set(long)) == len(long) == 2 * len(timed[0])
     assert {length for name, _, length in long if name == 'NKFAC'} == {180}
     assert {length for name, _, length in long if name != 'NKFAC'} == {task.iterations}
+
+
+def test_no_training_starts_after_a_fault() -> None:
+    """One that runs may end."""
+    started = []
+
+    def make(item: int) -> int:
+        started.append(item)
+        if item == 1:
+            raise results.RunError('no memory')
+        time.sleep(0.5 if item == 0 else 0.1)
+        return item
+
+    with pytest.raises(results.RunError):
+        suite.in_parallel(make, range(20), 2)
+    assert 0 in started and len(started) < 5
+    assert suite.in_parallel(str, range(3), 2) == ['0', '1', '2']
 
 
 def test_records_that_do_not_fit_are_refused(tmp_path: Path) -> None:

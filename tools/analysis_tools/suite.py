@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Container, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,13 @@ def screen_all(task: Task, args: argparse.Namespace) -> Runs:
 
 
 def in_parallel(make: Callable[[Any], Any], items: Iterable[Any], jobs: int) -> list[Any]:
-    """Results of a function that waits for trainings, some at a time."""
+    """Results of a function that waits for trainings, some at a time; none starts after a fault."""
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(make, items))
+        futures = [pool.submit(make, item) for item in items]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()
+        return [future.result() for future in futures]
 
 
 def train_all(
