@@ -179,6 +179,7 @@ def suggestions(
     layers: Mapping[Layer, LayerStack],
     capture: Capture,
     batch: dict[str, Any],
+    costs: Mapping[Layer, LayerCost],
     own: float,
 ) -> list[str]:
     """Lines with a setting each, and the cost with it, the lowest first.
@@ -186,17 +187,16 @@ def suggestions(
     A setting that saves neither a hundredth of the FLOPs nor of the memory is left out.
     """
     found = []
-    present, _ = forecast(model, layers, capture, batch)
-    most = 0.99 * amortised(layers, present) / own
-    most_held = 0.99 * sum(cost.megabytes for cost in present.values())
+    most = 0.99 * amortised(layers, costs) / own
+    most_held = 0.99 * sum(cost.megabytes for cost in costs.values())
     for settings in SUGGESTIONS:
         changed = {layer: _with_settings(layer, stack, settings) for layer, stack in layers.items()}
         if all(changed[layer] is stack for layer, stack in layers.items()):
             continue
-        costs, _ = forecast(model, changed, capture, batch)
+        lower, _ = forecast(model, changed, capture, batch)
         text = ', '.join(f'{key}={value!r}' for key, value in settings.items())
-        held = sum(cost.megabytes for cost in costs.values())
-        share = amortised(changed, costs) / own
+        held = sum(cost.megabytes for cost in lower.values())
+        share = amortised(changed, lower) / own
         if share < most or held < most_held:
             found.append((share, f'{text}: ', held))
     return [f'{text}{100 * share:.1f} %, {held:,.0f} MB' for share, text, held in sorted(found)]
@@ -280,7 +280,7 @@ def main() -> None:
         print(intro(model, layers, costs, batch), totals(layers, costs, own), '', sep='\n')
         print_table(*table(layers, costs, args.layers), left=2)
         if args.suggest:
-            lines = suggestions(model, layers, capture, batch, own)
+            lines = suggestions(model, layers, capture, batch, costs, own)
             lines = lines or ['no less with any of the settings compared']
             print('\nwith other settings, preconditioning adds:', *lines, sep='\n  ')
 

@@ -112,7 +112,7 @@ def test_runs_of_equal_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (folder / 'suite.png').is_file() and (folder / 'report.md').is_file()
 
 
-def slow_start(rates: dict[str, float], _: Any = None) -> dict[str, Pace]:
+def slow_start(rates: dict[str, float]) -> dict[str, Pace]:
     """Paces whose first 66 of 100 iterations take twice as long; NKFAC's take 1.5 times as long."""
     late = {name: 1.5 if name == 'NKFAC' else 1.0 for name in rates}
     return {name: Pace.of([[2 * one] * 66 + [one] * 34]) for name, one in late.items()}

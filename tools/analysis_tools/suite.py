@@ -136,7 +136,8 @@ def run_fitted(task: Task, kind: str, args: argparse.Namespace) -> Results:
     try:
         results.task, results.screened, rates = choose_rates(task, kind, known, args)
         results.paces = known.paces or measure_paces(rates, length)
-        lengths = {name: fitting(results, name, known) for name in check_paces(rates, results)}
+        check_paces(rates, results)
+        lengths = {name: fitting(results, name, known) for name in rates}
         results.fitted = train_all(results.task, rates, lengths, args.seeds, args)
     finally:
         save_records(results, args)
@@ -156,8 +157,8 @@ def fitting(results: Results, name: str, known: Records) -> int:
     return min(near, key=lambda length: abs(length - wanted), default=wanted)
 
 
-def check_paces(rates: dict[str, float], results: Results) -> dict[str, float]:
-    """Returns the rates; ends the program if the records have seconds for some of them alone."""
+def check_paces(rates: dict[str, float], results: Results) -> None:
+    """Ends the program if the records have seconds of some optimizers alone."""
     missing = rates.keys() - results.paces.keys()
     if missing:
         sys.exit(
@@ -165,7 +166,6 @@ def check_paces(rates: dict[str, float], results: Results) -> dict[str, float]:
             'seconds of two machines do not compare: remove the rows with quantity "pace" and the '
             'long runs, and all are measured again'
         )
-    return rates
 
 
 def choose_rates(

@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,11 @@ class Records:
     def screened(self) -> dict[str, list[Run]]:
         """Runs of the screening by optimizer, in the order of their rates."""
         found: defaultdict[str, list[Run]] = defaultdict(list)
-        for run in sorted((run for n, run in self.runs if n == self.screening), key=_rate):
+        for run in sorted(
+            (run for n, run in self.runs if n == self.screening), key=attrgetter('lr')
+        ):
             found[run.optimizer].append(run)
         return found
-
-
-def _rate(run: Run) -> float:
-    return run.lr
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:
