@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs every check: ruff, mypy, then pytest. Sets the environment up first, if need be.
 #
-# Usage: bash tools/test.sh                 everything, about 40 minutes on two cores
-#        bash tools/test.sh --fast          without the tests that are marked as slow, in two processes,
-#                                           about 12 minutes
+# Usage: bash tools/test.sh                 everything: the fast tests in two processes, then the slow
+#                                           ones, about 35 minutes on two cores
+#        bash tools/test.sh --fast          without the tests that are marked as slow, about 12 minutes
 #        bash tools/test.sh PYTEST-ARGS...  pytest alone, from the project's root, with these arguments
 #
 # MMPRECOND_VENV names another environment than .venv; its stack (onedl or openmmlab) is kept.
@@ -27,13 +27,15 @@ export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
 unset PYTHONHOME
 python=$venv/bin/python
 
-selection=()
+fast=(-m 'not slow' -n 2 --dist loadfile)
+all=true
 if [ "${1-}" = --fast ]; then
-  selection=(-m 'not slow' -n 2 --dist loadfile)
+  all=false
   shift
 fi
 if [ $# -gt 0 ]; then
-  exec "$python" -m pytest ${selection[@]+"${selection[@]}"} "$@"
+  if $all; then fast=(); fi
+  exec "$python" -m pytest ${fast[@]+"${fast[@]}"} "$@"
 fi
 
 code=0
@@ -45,5 +47,8 @@ check() {
 check 'ruff check' ruff check .
 check 'ruff format' ruff format --check .
 check mypy mypy
-check pytest pytest ${selection[@]+"${selection[@]}"}
+check 'fast tests' pytest "${fast[@]}"
+if $all; then  # one at a time: they start processes of their own, and some measure seconds
+  check 'slow tests' pytest -m slow --durations 10
+fi
 exit "$code"
