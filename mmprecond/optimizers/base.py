@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -112,6 +113,9 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         unknown = {key: v for key, v in options.items() if key not in CurvatureOptions.names()}
         reject_unexpected(type(self).__name__, unknown, CurvatureOptions.names())
         chosen = CurvatureOptions(**options)
+        methods = [method] if isinstance(method, Preconditioner) else method.methods
+        own = {name for each in methods for name in each.options()}
+        self._common_settings = {*own, *CurvatureOptions.names()}.difference(GROUP_KEYS, defaults)
         super().__init__(params, rule, defaults)
         self._arms_itself = True
         self.curvature = Curvature(model, self.param_groups, method, type(self).__name__, chosen)
@@ -120,18 +124,32 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         self._prepare_next_step()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as in torch; they take the plain rule."""
+        """Adds a group of parameters, as in torch; they take the plain rule.
+
+        Raises:
+            ValueError: For an entry that is out of range, is nearly one of ours, or is a setting
+                that all groups have in common.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for key in group:
-            if key not in {*GROUP_KEYS, *self.defaults} and (
-                near := did_you_mean(key, GROUP_KEYS, 0.9)
-            ):
-                raise ValueError(f'a parameter group has {key}; {near.rstrip()}')
+        self._check_entries(group.keys() - self.defaults.keys())
         if group.get('damping') is not None:
             check_number('damping', group['damping'], open_low=True)
         if group.get('input_positions') is not None:
             check_count('input_positions', group['input_positions'])
+
+    def _check_entries(self, entries: Iterable[str]) -> None:
+        """Raises ValueError for an entry that is meant for us and would be ignored."""
+        for key in sorted(set(entries) - set(GROUP_KEYS)):
+            if key in self._common_settings:
+                raise ValueError(
+                    f'a parameter group has {key}, which all groups have in common: pass it to the '
+                    'optimizer, or give the layers a method of their own in a list '
+                    "layers=[dict(match=dict(name='...'), preconditioner=dict(type=...))], in a "
+                    'config precondition=[...]'
+                )
+            if near := did_you_mean(key, GROUP_KEYS, 0.9):
+                raise ValueError(f'a parameter group has {key}; {near.rstrip()}')
 
     # ---------------------------------------------------------------- capture
 

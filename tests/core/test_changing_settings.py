@@ -234,6 +234,13 @@ def test_misspelt_entries_of_groups_are_refused() -> None:
         NKFAC([dict(params=list(model.parameters()), dampng=0.5)], lr=0.1, model=model)
 
 
+@pytest.mark.parametrize('entry', [dict(stat_interval=5), dict(clip_update=1.0)])
+def test_entries_of_groups_that_are_common_to_all_are_refused(entry: dict[str, Any]) -> None:
+    model = net()
+    with pytest.raises(ValueError, match='has (stat_interval|clip_update), which all groups have'):
+        NKFAC([dict(params=list(model.parameters()), **entry)], lr=0.1, model=model)
+
+
 def test_settings_of_a_method_are_sent_there() -> None:
     from mmprecond import precondition
 
