@@ -63,7 +63,10 @@ images through the config's own pipeline, on a CPU in float32. The steps include
 refresh. CI compares all configs, and takes steps with one detector and two classifiers. Seconds
 are those of one thread beside other work; they only show which configs are expensive. A row
 without seconds has its settings compared only: the config has taken no steps since it last changed.
-Notes are departures of the check from the config:
+'As they must be' means that the settings are those of the thesis's row. 'Layers' counts the
+layers that have an operator after the three steps, of all trained layers; for SGDPH the 1-D
+parameters whose second derivatives were measured. Notes are departures of the check from the
+config:
 
 - "intervals of 2": methods whose first capture is at step `stat_interval`, and classifiers whose
   branches start at zero, so that the first step has no gradients there.
