@@ -29,6 +29,9 @@ from .statistic import Statistic
 
 logger = logging.getLogger('mmprecond')
 
+#: Warning of torch.compile that does not matter here: once a module is called the hook is gone.
+GLOBAL_HOOKS = 'Using .torch.compile.* global hooks'
+
 
 class Capture:
     """Measures the statistics of each layer while it is armed.
@@ -49,6 +52,7 @@ class Capture:
         self.loss_scale: Any = None
         self.seen: set[Layer] = set()
         self._handles: list[RemovableHandle] = []
+        self._finalizer: weakref.finalize[..., Any] | None = None
         self._eager = Eager()
         self._forward_is_new = False
         self._warned: set[Layer] = set()
@@ -60,8 +64,8 @@ class Capture:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no hooks and nothing staged, as its parameters have no gradients."""
-        fresh = dict(_handles=[], _statistics={}, _staging=Staging(), _eager=Eager())
-        return {**self.__dict__, **fresh}
+        fresh: dict[str, Any] = dict(_handles=[], _finalizer=None, _eager=Eager())
+        return {**self.__dict__, **fresh, '_statistics': {}, '_staging': Staging()}
 
     def arm(
         self,
@@ -99,9 +103,7 @@ class Capture:
 
     def disarm(self) -> None:
         """Removes the hooks; the measured sums stay."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
         self._eager.leave()
 
     @contextmanager
@@ -118,12 +120,12 @@ class Capture:
 
     def _install_hooks(self, at_forward: bool = False) -> None:
         if at_forward:
-            # Once a module is called they are gone: torch.compile need not warn of global hooks.
-            warnings.filterwarnings('ignore', message='Using .torch.compile.* global hooks')
+            _ignore_warning(GLOBAL_HOOKS)
             begin = weakref.WeakMethod(self._begin)  # the registry is global
             hook = register_module_forward_pre_hook(Tap(lambda *_: _call(begin)))
             self._handles.append(hook)
-            weakref.finalize(self, hook.remove)
+            if self._finalizer is None:
+                self._finalizer = weakref.finalize(self, _remove, self._handles)
             return
         for layer in self._statistics:
             self._handles += layer.watch(self.observe, self._warn_unmeasured)
@@ -131,9 +133,7 @@ class Capture:
     def _begin(self) -> None:
         """Installs the hooks, at the first call of a module whose graph is recorded."""
         if torch.is_grad_enabled() and not _is_traced():
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
+            _remove(self._handles)
             self._install_hooks()
 
     def scale_by(self, scale: Any) -> None:
@@ -235,6 +235,18 @@ class Capture:
         if layer not in self._warned:
             logger.warning('%s: a call was not measured, %s', layer.name, reason)
         self._warned.add(layer)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _ignore_warning(message: str) -> None:
+    """Adds a filter once, because each addition makes Python forget which warnings it showed."""
+    if not any(getattr(known, 'pattern', None) == message for _, known, *_ in warnings.filters):
+        warnings.filterwarnings('ignore', message=message)
 
 
 def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:

@@ -34,7 +34,8 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
             entry 'damping', which a scheduler may change: the next refresh takes it. In a group of
             several methods their dampings keep their ratios. ``input_positions=49`` says that
             linear layers read a flattened feature map of 49 positions, for their `input_factor`.
-            Box heads of MMDetection say so themselves.
+            Box heads of MMDetection say so themselves. Groups that are added later take the plain
+            rule.
         model: The module that owns the parameters, wrapped in DistributedDataParallel or not.
         rule: The rule.
         method: The preconditioner of every supported layer, or one for each by an assignment.
@@ -123,15 +124,8 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         self.defaults.update(self.curvature.dampings.default)  # of groups that are added later
         self._prepare_next_step()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as in torch; they take the plain rule.
-
-        Raises:
-            ValueError: For an entry that is out of range, is nearly one of ours, or is a setting
-                that all groups have in common.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
         self._check_entries(group.keys() - self.defaults.keys())
         if group.get('damping') is not None:
             check_number('damping', group['damping'], open_low=True)

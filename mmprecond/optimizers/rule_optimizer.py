@@ -65,22 +65,40 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.t = 0
 
     def add_param_group(self, param_group: Group) -> None:
-        """Adds a group of parameters, as in torch.
+        """Adds a group of parameters, as in torch; a refused one leaves nothing behind.
 
         Raises:
-            ValueError: For complex parameters, and for hyper-parameters out of range.
+            ValueError: For complex parameters, hyper-parameters out of range, and entries that
+                would be ignored although they are meant for the optimizer.
         """
         super().add_param_group(self.rule.complete(param_group, self.defaults))
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
         group = self.param_groups[-1]
+        for name in self.rule.hyper:
+            if isinstance(group[name], Real) and not isinstance(group[name], (bool, int)):
+                group[name] = float(group[name])  # of numpy's types too
+
+    def _check_group(self, group: Group) -> None:
+        """Raises ValueError for a group that this optimizer cannot take."""
         if any(p.is_complex() for p in group['params']):
             raise ValueError(
                 f'{type(self).__name__} takes no complex parameters; give it '
                 'torch.view_as_real of them, or leave them to another optimizer'
             )
+        if self._has_foreign_betas(group):
+            raise ValueError(
+                f'a parameter group has betas, which {type(self).__name__} does not take: its rule '
+                f'{type(self.rule).__name__} has {", ".join(self.rule.hyper)}'
+            )
         self.rule.check(group)
-        for name in self.rule.hyper:
-            if isinstance(group[name], Real) and not isinstance(group[name], (bool, int)):
-                group[name] = float(group[name])  # of numpy's types too
+
+    def _has_foreign_betas(self, group: Group) -> bool:
+        """True if a group has betas, as of Adam, and the rule has not."""
+        return 'betas' in group and 'betas' not in self.rule.hyper
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what others have hung on the object: copies continue as they are."""
@@ -277,8 +295,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Raises ValueError if a saved group belongs to another rule."""
         name = type(self.rule).__name__
         missing = [key for key in self.rule.hyper if key not in group]
-        foreign = 'betas' in group and 'betas' not in self.rule.hyper
-        if missing or foreign:
+        if missing or self._has_foreign_betas(group):
             reason = (
                 f'no {", ".join(missing)}, which {name} needs'
                 if missing

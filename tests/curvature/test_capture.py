@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -231,3 +235,36 @@ def test_a_grad_scaler_is_read(enabled: bool) -> None:
         scaler.scale(loss_of(model(image()))).backward()
 
     same(captured(model, scaled), captured(model, lambda _: loss_of(model(image())).backward()))
+
+
+def test_measuring_steps_leave_no_finalizers_and_show_no_warning_again() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=1)
+
+    def step() -> None:
+        warnings.warn('shown once', UserWarning, stacklevel=1)
+        model(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter('default')
+        step()  # adds the filter, which makes Python forget what it showed
+        before = len(weakref.finalize._registry)  # type: ignore[attr-defined]
+        shown.clear()
+        for _ in range(3):
+            step()
+    assert len(weakref.finalize._registry) == before  # type: ignore[attr-defined]
+    assert len([w for w in shown if 'shown once' in str(w.message)]) <= 1
+
+
+def test_an_optimizer_that_is_deleted_leaves_no_global_hook() -> None:
+    from torch.nn.modules import module as torch_module
+
+    before = len(torch_module._global_forward_pre_hooks)
+    model = nn.Linear(3, 2)
+    optimizer = copy.deepcopy(NKFAC(model, lr=0.1))
+    other = NKFAC(model, lr=0.1)
+    assert len(torch_module._global_forward_pre_hooks) > before
+    del optimizer, other
+    gc.collect()
+    assert len(torch_module._global_forward_pre_hooks) == before

@@ -132,8 +132,15 @@ def test_values_of_a_group_are_checked(key: str, value: float, where: str, later
     if later:
         optimizer = NKFAC(model[2].parameters(), lr=0.1, model=model)
         refused(ValueError, lambda: optimizer.add_param_group(group), where)
+        assert len(optimizer.param_groups) == 1  # a caller who catches the error trains without it
     else:
         refused(ValueError, lambda: NKFAC([group], lr=0.1, model=model), where)
+
+
+def test_betas_of_a_rule_without_them_are_refused() -> None:
+    model = net()
+    group = dict(params=model.parameters(), betas=(0.9, 0.99))
+    refused(ValueError, lambda: NKFAC([group], lr=0.1, model=model), 'betas')
 
 
 @pytest.mark.parametrize('kind', [NKFAC, AdaNKFAC])
