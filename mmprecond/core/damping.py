@@ -108,8 +108,8 @@ class Dampings:
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """Loads what `state_dict` returned."""
-        if self.gradient and saved:
-            self.gradient.load_state_dict(saved, next(iter(self._following)).weight.device)
+        if self.gradient:
+            self.gradient.load_state_dict(saved or {})
 
 
 def _group_of_each(groups: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger('mmprecond')
+
 #: Key in a checkpoint.
 CHECKPOINT_KEY = 'gradient_damping'
+#: Entries of its value.
+PARTS = {'factor', 'smoothness', 'counted', 'before', 'norms', 'sums'}
 #: Bounds of the factor.
 MIN_FACTOR, MAX_FACTOR = 1e-3, 1e3
 #: Decay of the moving average of the gradient's norm.
@@ -60,7 +65,12 @@ class GradientDamping:
         """
         norm = _norms(gradients).norm()
         loss = loss.to(norm.device, torch.float64)
-        if not self._norms:
+        if self._norms:  # those of a checkpoint may be elsewhere
+            self._norms, self._sums = (
+                {name: value.to(norm.device) for name, value in held.items()}
+                for held in (self._norms, self._sums)
+            )
+        else:
             zero = torch.zeros_like(norm)
             self._norms = dict(first=norm, average=norm, last=norm, length=zero)
             self._sums = dict(loss=zero.clone(), bound=zero.clone(), count=zero.clone())
@@ -112,16 +122,19 @@ class GradientDamping:
         )
         return {CHECKPOINT_KEY: {**plain, 'norms': dict(self._norms), 'sums': dict(self._sums)}}
 
-    def load_state_dict(self, saved: Mapping[str, Any], device: torch.device) -> None:
-        """Loads what `state_dict` returned; without it the control starts anew."""
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Loads what `state_dict` returned; without it, or if parts are missing, starts anew."""
+        self._start()
         state = saved.get(CHECKPOINT_KEY)
-        if not isinstance(state, Mapping):
-            self._start()
+        if state is None:
+            return
+        if not isinstance(state, Mapping) or not PARTS <= state.keys():
+            logger.warning('the checkpoint has no complete %s, which starts anew', CHECKPOINT_KEY)
             return
         self.factor, self.smoothness = state['factor'], state['smoothness']
         self._counted, self._previous_loss = state['counted'], state['before']
         self._norms, self._sums = (
-            {name: value.to(device, copy=True) for name, value in state[part].items()}
+            {name: value.clone() for name, value in state[part].items()}
             for part in ('norms', 'sums')
         )
 

@@ -6,7 +6,7 @@ costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -204,8 +204,8 @@ class LayerStack:
                 empty = sample[key].new_zeros(len(layers), *sample[key].shape)
                 old = self.statistics.get(key)
                 self.statistics[key] = empty if old is None else torch.cat([old, empty])
-        self.operators = map_tensors(
-            self.operators, lambda old: torch.cat([old, old.new_zeros(len(layers), *old.shape[1:])])
+        self.operators, self.archive = (
+            map_tensors(held, _with_rows(len(layers))) for held in (self.operators, self.archive)
         )
 
     def factors(
@@ -326,5 +326,9 @@ class LayerStack:
             self.receive(join(rows), archive=not hold)
 
 
-def _move_to(device: torch.device, dtype: torch.dtype) -> Any:
+def _with_rows(count: int) -> Callable[[Tensor], Tensor]:
+    return lambda old: torch.cat([old, old.new_zeros(count, *old.shape[1:])])
+
+
+def _move_to(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(device, dtype)

@@ -235,7 +235,8 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
 
     def _apply_updates(self, batches: list[Batch], updates: dict[Tensor, Tensor]) -> None:
         if (control := self.curvature.dampings.gradient) is not None:
-            rates = [batch.group['lr'] for batch in batches for _ in batch.params]
+            scaled = self.rule.scales_by_rate
+            rates = [b.group['lr'] if scaled else 1.0 for b in batches for _ in b.params]
             if rates:
                 control.record_updates(
                     [updates[p] for batch in batches for p in batch.params], rates

@@ -40,8 +40,7 @@ class Preconditioned(PreconditionedOptimizer):
             layer's module and to the modules around it. An entry without `match` applies to all
             remaining layers. `preconditioner` is ``dict(type=..., **settings)``, or None for the
             plain rule. A type is a class ('NewtonKronecker') or the method's name ('NKFAC').
-        **options: `capture_mb`, `save_curvature`, `sharding`, `clip_update`, `check_memory`,
-            `stagger`, `overhead` and `matmul_precision`, as in `PreconditionedOptimizer`.
+        **options: All options of `PreconditionedOptimizer`, such as `clip_update`.
 
     Raises:
         ValueError: If a type or setting is unknown, an entry matches nothing, a preconditioner does

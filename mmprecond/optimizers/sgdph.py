@@ -202,7 +202,8 @@ class SGDPH(RuleOptimizer):
     def _update_curvature(self) -> None:
         self.measure()
         self._measured = False
-        self.rule.begin_cycle((self.t + 1) // len(self.vectors) + 1)
+        refreshes = 1 if self.refresh == 'all' else len(self.vectors)
+        self.rule.begin_cycle((self.t + 1) // (refreshes * self.interval) + 1)
 
     def _row_sums(self) -> dict[Tensor, Tensor]:
         """Products of Hessian blocks with ones, for the parameters of this refresh."""

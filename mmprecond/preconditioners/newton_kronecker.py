@@ -23,7 +23,7 @@ from ..linalg import Operators, cholesky_inverse, definite_newton_inverse, newto
 from .base import WHOLE_LAYERS, Factors, check_damping
 from .inverse import InversePreconditioner
 from .registry import register_preconditioner
-from .two_sided import damped_powers, two_sided
+from .two_sided import damped_powers, exact_relative_damping, two_sided
 
 #: What a damping is relative to.
 DAMPING_FORMS = ('relative', 'gradient')
@@ -160,6 +160,8 @@ class NewtonKronecker(InversePreconditioner):
         damping = self.damping if damping is None else damping
 
         def amount(side: Side, factor: Factor) -> Tensor:
+            if self.damping_floor == 0:  # a block of zeros must have some damping too
+                return exact_relative_damping(factor, damping)
             return (damping * factor.largest_eigenvalue()).clamp_min(self.damping_floor)
 
         def invert(damped: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..checks import check_flag, check_number
+from ..checks import check_count, check_flag, check_number
 from ..linalg import at_least_float32, shrink_rows
 from .base import Group, Rule, State
 
@@ -41,9 +41,7 @@ class RAMDARule(Rule):
         restart: A round ends when lr falls to this share of its largest value in the round; default
             0.1. The source restarts at each milestone.
         rise: Share of the run, at its end, in which the momentum rises; default: a third.
-
-    Attributes:
-        total_steps: Number of optimizer steps of the run, or None if it is unknown.
+        total_steps: Number of optimizer steps of the run, or None (default) if it is unknown.
     """
 
     hyper: ClassVar[tuple[str, ...]] = ('lr', 'momentum', 'group_lasso', 'eps', 'weight_decay')
@@ -54,13 +52,19 @@ class RAMDARule(Rule):
     scales_by_rate: ClassVar[bool] = False
 
     def __init__(
-        self, prune_matrices: bool = False, restart: float = 0.1, rise: float = 1 / 3
+        self,
+        prune_matrices: bool = False,
+        restart: float = 0.1,
+        rise: float = 1 / 3,
+        total_steps: int | None = None,
     ) -> None:
         check_flag('prune_matrices', prune_matrices)
         check_number('restart', restart, high=1)
         check_number('rise', rise)
+        if total_steps is not None:
+            check_count('total_steps', total_steps)
         self.prune_matrices, self.restart, self.rise = prune_matrices, restart, rise
-        self.total_steps: int | None = None
+        self.total_steps = total_steps
 
     @classmethod
     def check(cls, group: Group) -> None:
@@ -146,6 +150,14 @@ class RAMDARule(Rule):
         linear = (diagonal * state['start'] - state['sum']).reshape(rows, -1)
         size = math.sqrt(linear.shape[1])
         return shrink_rows(linear, diagonal.reshape(rows, -1), weight * size).view_as(param)
+
+    def notes(self, groups: list[Group], names: Mapping[Tensor, str]) -> list[str]:
+        if self.total_steps is not None:
+            return []
+        return [
+            'RAMDA does not know the length of the run, so its momentum never rises and no filter '
+            "becomes exactly zero: write rule=dict(type='RAMDA', total_steps=...)"
+        ]
 
     def apply_updates(
         self, params: list[Tensor], updates: list[Tensor], states: list[State], group: Group

@@ -91,6 +91,18 @@ def test_loading_drops_what_was_staged_and_arms_for_the_loaded_step() -> None:
     assert differences(everything(model, optimizer), everything(twin, resumed)) == []
 
 
+def test_loading_drops_the_samples_of_a_step_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = make(stat_interval=1, refresh_interval=10)
+    train(model, optimizer, range(6))
+    kept = saved(optimizer.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer.rule, 'compute_updates', lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(model, optimizer, range(6, 7))
+    optimizer.load_state_dict(kept)
+    assert differences(saved(optimizer.state_dict())['precond'], kept['precond']) == []
+
+
 @pytest.mark.parametrize('why', ['missing', 'not saved'])
 def test_without_saved_curvature_it_is_measured_at_the_next_step(
     why: str, caplog: pytest.LogCaptureFixture

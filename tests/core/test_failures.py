@@ -253,6 +253,20 @@ def test_failures_survive_a_resume(sabotage: Sabotage) -> None:
         train(twin, theirs, range(5, 6))
 
 
+def test_a_dead_channel_is_no_failure() -> None:
+    """Even without a least damping: a group's factor is zero."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 3, 3, groups=3, bias=False)
+    settings: dict[str, Any] = dict(settings='published', normalise=False, damping_floor=0.0)
+    optimizer = NKFAC(model, lr=0.1, **settings)
+    images = torch.randn(2, 3, 5, 5)
+    images[:, 1] = 0
+    (model(images) ** 2).sum().backward()
+    optimizer.step()
+    assert counters(optimizer, 'weight') == (1, 0)
+    assert model.weight.isfinite().all()
+
+
 def test_a_singular_factor_is_a_failure_and_no_crash(caplog: pytest.LogCaptureFixture) -> None:
     """Too little damping for float32: a pivot is exactly zero. Float64 may still succeed."""
     torch.manual_seed(0)

@@ -134,6 +134,26 @@ def test_a_resumed_run_continues_to_the_bit(kind: Any) -> None:
     assert train(model, optimizer, 8) == train(other, resumed, 8)
 
 
+@pytest.mark.parametrize('found', ['nothing', 'a part'])
+def test_without_a_complete_state_the_control_starts_anew(
+    found: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    settings: dict[str, Any] = dict(stat_interval=1, refresh_interval=3, damping_form='gradient')
+    optimizer = KFAC(model, lr=0.05, **settings)
+    train(model, optimizer, 8)
+    state = copy.deepcopy(optimizer.state_dict())
+    if found == 'nothing':
+        del state['precond']
+    else:
+        del state['precond']['gradient_damping']['sums']
+    optimizer.load_state_dict(state)
+    assert optimizer.curvature.dampings.gradient.factor == 1.0
+    told = any('no complete gradient_damping' in r.getMessage() for r in caplog.records)
+    assert told == (found == 'a part')
+    train(model, optimizer, 2)
+
+
 def test_the_loss_is_asked_for_in_one_line() -> None:
     model = network()
     optimizer = KFAC(model, lr=0.1, damping_form='gradient')

@@ -209,6 +209,20 @@ def test_buckets_keep_every_tensor_with_its_owner(
         assert total <= bucket_mb or len(bucket) == 1 or total - bucket_mb < 1e-9
 
 
+def test_an_archive_grows_with_layers_that_come_late() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = NKFAC(model, lr=0.1, stat_interval=1, refresh_interval=10)
+    model[0](torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    stack = optimizer.curvature.layers[next(iter(optimizer.curvature.layers))]
+    stack.archive, stack.operators = stack.operators, {}  # as if another rank held them
+    late = next(layer for layer in optimizer.curvature.layers if not stack.holds(layer))
+    sample = {name: held[0].clone() for name, held in stack.statistics.items()}
+    stack.merge({late: sample})
+    states = dict(stack.export())
+    assert states[late]['operator'].keys() == next(iter(states.values()))['operator'].keys()
+
+
 def test_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(
         ValueError, lambda: NKFAC(nn.Linear(2, 2), lr=0.1, sharding='zero'), 'sharding', 'refresh'

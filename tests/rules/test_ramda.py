@@ -151,6 +151,18 @@ def test_it_is_a_rule_for_preconditioned_directions() -> None:
     assert float(nn.functional.mse_loss(model(batch[0]), batch[1])) < before / 2
 
 
+def test_as_a_rule_it_asks_for_the_length() -> None:
+    model, *batch = regression()
+    rule = dict(type='RAMDA', lr=0.01, total_steps=3)
+    optimizer = Preconditioned(model, rule=rule, layers='NKFAC')
+    assert optimizer.rule.momentum_at(3, 0.1) == 1.0
+    assert 'RAMDA does not know' not in optimizer.report()
+    del rule['total_steps']
+    assert 'total_steps=' in Preconditioned(model, rule=rule, layers='NKFAC').report()
+    rule['total_steps'] = 0
+    refused(ValueError, lambda: Preconditioned(model, rule=rule, layers='NKFAC'), 'total_steps=0')
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_weights_have_state_in_float32(dtype: torch.dtype) -> None:
     """So do those that were loaded; a step with lr=0 leaves the weights."""

@@ -136,6 +136,18 @@ def test_an_interval_needs_a_graph_on_its_steps_alone() -> None:
     assert wanted == [True, False, False, True, False, False, True]
 
 
+@pytest.mark.parametrize('refresh, interval', [('round_robin', 1), ('round_robin', 3), ('all', 2)])
+def test_a_cycle_refreshes_every_vector_once(refresh: str, interval: int) -> None:
+    model = conv_net()
+    optimizer = SGDPH(model, lr=0.01, refresh=refresh, interval=interval, probes=1)
+    length = interval * (len(optimizer.vectors) if refresh == 'round_robin' else 1)
+    for step in range(2 * length + 1):
+        optimizer.zero_grad()
+        loss_of(model, step).backward(create_graph=optimizer.needs_graph)
+        optimizer.step()
+        assert optimizer.rule.cycle == (step + 1) // length + 1  # the last step counts as the next
+
+
 def test_memory_stays_flat_over_200_steps() -> None:
     wrapper_model = Classifier()
     wrapper = build(wrapper_model, optimizer=OPTIMIZER)
