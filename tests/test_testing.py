@@ -64,6 +64,14 @@ MODULES: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
 }
 
 
+def test_an_output_padding_beyond_the_stride_is_refused() -> None:
+    wide = nn.ConvTranspose2d(2, 3, 3, dilation=2, output_padding=1)
+    optimizer = NKFAC(nn.Sequential(wide, nn.Conv2d(3, 2, 1)), lr=0.1)
+    assert [(one.name, one.reason) for one in optimizer.left_out] == [
+        ('0', 'its output_padding reaches its stride')
+    ]
+
+
 @pytest.mark.parametrize('name', MODULES)
 def test_layers(name: str) -> None:
     make, shapes = MODULES[name]

@@ -53,6 +53,7 @@ class Curvature:
         coverage: What is preconditioned of the model, and what is not.
         left_out: Modules that take the plain rule, with the reasons.
         dampings: Dampings of the layers, which the parameter groups may change.
+        schedule: Steps at which layers are measured and refreshed.
         capture: Hooks, with the sums that they measured since the last step.
         dropped: Number of samples that were dropped because they were not finite.
         reached: Share of its target that the learning rate has reached so far.
@@ -86,7 +87,7 @@ class Curvature:
         for layer, chosen in methods.items():
             self._add_layer(layer, chosen)
         self.dampings = Dampings(groups, methods)
-        self._schedule = Schedule(methods, options.stagger, options.start_step)
+        self.schedule = Schedule(methods, options.stagger, options.start_step)
         device = next(iter(methods)).weight.device
         self._intervals = IntervalControl(
             options.intervals, options.overhead, options.start_step, methods.values(), device
@@ -142,7 +143,7 @@ class Curvature:
             stack.change_method(self._intervals.applied(stack.method))
         methods = {layer: stack.method for layer, stack in self.layers.items()}
         # While times are measured, all layers are captured at the same steps.
-        self._schedule.plan(methods, self.options.stagger and not self._intervals.searching)
+        self.schedule.plan(methods, self.options.stagger and not self._intervals.searching)
 
     def watch_refreshes(self, monitor: Monitor | None) -> None:
         """Sets the monitor that reports refreshes; None stops the reports."""
@@ -155,7 +156,7 @@ class Curvature:
         return {
             layer: stack.kept
             for layer, stack in self.layers.items()
-            if self._schedule.captures(stack, layer, step)
+            if self.schedule.captures(stack, layer, step)
         }
 
     def arm(self, step: int, *, at_forward: bool = False) -> None:
@@ -197,7 +198,7 @@ class Curvature:
         self._intervals.begin(step)
         measured, matrices = self.start_merge(step)
         known = all(self.layers[layer].holds(layer) for layer in measured)
-        if measured and (not known or self._schedule.stacks_to_refresh(self.stacks, step)):
+        if measured and (not known or self.schedule.stacks_to_refresh(self.stacks, step)):
             self.finish_merge()
         matrices += self._take_gradients(self._samples.take_uncalled())
         if matrices:
@@ -208,7 +209,7 @@ class Curvature:
         if self._intervals.searching:
             self._intervals.note(
                 bool(measured or matrices),
-                bool(self._schedule.stacks_to_refresh(self.stacks, step)),
+                bool(self.schedule.stacks_to_refresh(self.stacks, step)),
             )
         return self.refresh(step, groups)
 
@@ -221,7 +222,7 @@ class Curvature:
         due = self.due(step)
         measured = list(by_hooks(due))
         if due:
-            self._schedule.recapture(())  # this step includes the pending recaptures
+            self.schedule.recapture(())  # this step includes the pending recaptures
         if measured:
             self._samples.start(measured, self.layers, step)
         return measured, [layer for layer, kept in due.items() if kept[0].of_matrix]
@@ -246,7 +247,7 @@ class Curvature:
 
     def refresh(self, step: int, groups: Iterable[Mapping[str, Any]] = ()) -> list[BasisSnapshot]:
         """Refreshes the operators that are due; returns the same snapshots as `update`."""
-        due = self._schedule.stacks_to_refresh(self.stacks, step)
+        due = self.schedule.stacks_to_refresh(self.stacks, step)
         if not due:
             return []
         self.sharding.check_ranks()
@@ -361,7 +362,7 @@ class Curvature:
         if self._intervals.load_state_dict(saved):
             self._change_intervals()
         # These layers had statistics in the saved run, so they are measured at once.
-        self._schedule.recapture(
+        self.schedule.recapture(
             layer for layer in restored.unfit if self.layers[layer].method.refresh_on_first_sample
         )
         return restored

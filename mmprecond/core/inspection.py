@@ -42,8 +42,8 @@ class LayerView:
     def spectrum(self, side: str) -> Tensor:
         """Eigenvalues (blocks, n) of a factor in descending order, in float64.
 
-        Of a factor that is not square they are its squared singular values; of one with one column
-        its entries.
+        Of a factor that is not symmetric they are its squared singular values, of one with one
+        column its entries.
 
         Args:
             side: A name in `factors`.
@@ -59,7 +59,7 @@ class LayerView:
         rows, columns = factor.shape[-2:]
         if columns == 1:
             return factor[..., 0].sort(-1, descending=True).values
-        if rows == columns:
+        if rows == columns and _is_symmetric(factor):  # columns of a sketch may be as many as rows
             return torch.linalg.eigvalsh(factor).flip(-1)
         return torch.linalg.svdvals(factor).square()
 
@@ -95,11 +95,11 @@ class LayerView:
 
 def view_layer(layers: Mapping[Layer, LayerStack], name: str) -> LayerView:
     """Copies what is held of one layer (see `Curvature.layer`)."""
-    by_name = {layer.name.removesuffix('.weight'): layer for layer in layers}
-    layer = by_name.get(name.removesuffix('.weight'))
+    by_module = {layer.name.rpartition('.')[0]: layer for layer in layers}
+    layer = {**by_module, **{layer.name: layer for layer in layers}}.get(name)
     if layer is None:
         raise ValueError(
-            f'no layer {name!r} is preconditioned; {did_you_mean(name, by_name)}'
+            f'no layer {name!r} is preconditioned; {did_you_mean(name, by_module)}'
             'optimizer.table() has all modules'
         )
     stack = layers[layer]
@@ -117,3 +117,7 @@ def view_layer(layers: Mapping[Layer, LayerStack], name: str) -> LayerView:
     operators = named_tensors(stack.operators) if slot.refreshes else {}
     held = {key: tensor[position].clone() for key, tensor in operators.items()}
     return LayerView(layer.name, stack.method, slot.samples, slot.refreshes, factors, held)
+
+
+def _is_symmetric(factor: Tensor) -> bool:
+    return torch.allclose(factor, factor.mT, atol=1e-4 * float(factor.abs().max()))

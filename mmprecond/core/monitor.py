@@ -138,8 +138,8 @@ def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
 
     'largest' is the largest eigenvalue of the moment A. For an inverse X of A + mu I, 'damping' is
     the mu that fits best, and 'residual' is ``|I - X (A + mu I)|`` relative to ``|I|``. For a
-    low-rank operator, 'damping' is the damped value of all omitted eigenvalues, and 'rank' is the
-    number of columns.
+    low-rank operator 'rank' is the number of columns, and 'damping' is the damped value of all
+    omitted eigenvalues if the operator is an inverse, rather than a root of one.
 
     Args:
         stack: Stack of the layer.
@@ -165,7 +165,8 @@ def describe(stack: LayerStack, position: int) -> dict[str, Tensor]:
         if isinstance(operator, LowRank):
             used = torch.linalg.vector_norm(operator.columns[position], dim=-2) > 0
             scalars[f'rank/{side.name}'] = used.sum().double()
-            scalars[f'damping/{side.name}'] = 1 / operator.scale[position].amax()
+            if stack.method.is_inverse:
+                scalars[f'damping/{side.name}'] = 1 / operator.scale[position].amax()
     return scalars
 
 

@@ -77,7 +77,7 @@ class SampleCollector:
             step: The step.
         """
         self.finish()  # those of a step that ended in an error
-        rows = self._count_rows(due)
+        rows, seen = self._count_calls(due)
         staged = self._capture.staged
         samples: dict[Layer, Sample] = {}
         for layer, count in rows.items():
@@ -85,7 +85,7 @@ class SampleCollector:
                 sums = staged.pop(layer).sums if layer in staged else {}
                 samples[layer] = _fill_missing(layer, layers[layer], sums)
             else:
-                self._warn_uncalled(layer)
+                self._warn_uncalled(layer, seen)
             self._guard.note(layer, bool(count))
         self._guard.warn()
         self._capture.drop()
@@ -200,21 +200,29 @@ class SampleCollector:
         )
         return False
 
-    def _count_rows(self, due: Sequence[Layer]) -> dict[Layer, float]:
-        """Number of rows of each layer on all ranks."""
-        staged = self._capture.staged
-        rows = [float(staged[layer].rows) if layer in staged else 0.0 for layer in due]
-        if world_size() > 1:
-            counts = torch.tensor(rows, dtype=torch.float64, device=due[0].weight.device)
-            sum_over_ranks([counts])
-            rows = counts.tolist()
-        return dict(zip(due, rows, strict=True))
+    def _count_calls(self, due: Sequence[Layer]) -> tuple[dict[Layer, float], set[Layer]]:
+        """Number of rows of each layer on all ranks, and the layers that some rank called.
 
-    def _warn_uncalled(self, layer: Layer) -> None:
-        """Warns once that a weight is trained although its module is never called."""
-        seen = self._capture.seen
-        if seen and layer not in seen and layer.weight.grad is not None:
-            seen.add(layer)
+        All layers that are due count as called if no layer was.
+        """
+        staged, seen = self._capture.staged, self._capture.seen
+        rows = [float(staged[layer].rows) if layer in staged else 0.0 for layer in due]
+        called = [float(layer in seen) for layer in due]
+        if world_size() > 1:
+            numbers = [*rows, *called, float(bool(seen))]
+            counts = torch.tensor(numbers, dtype=torch.float64, device=due[0].weight.device)
+            sum_over_ranks([counts])
+            *numbers, some = counts.tolist()
+            rows, called = numbers[: len(due)], numbers[len(due) :]
+        else:
+            some = float(bool(seen))
+        known = {layer for layer, count in zip(due, called, strict=True) if count or not some}
+        return dict(zip(due, rows, strict=True)), known
+
+    def _warn_uncalled(self, layer: Layer, called: set[Layer]) -> None:
+        """Warns once that a weight is trained although no rank calls its module."""
+        if layer not in called and layer.weight.grad is not None:
+            self._capture.seen.add(layer)
             self._guard.excuse(layer)
             if self._collects:
                 self._uncalled.append(layer)

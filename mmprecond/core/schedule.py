@@ -57,8 +57,14 @@ class Schedule:
             return False
         method = stack.method
         interval = method.capture_interval if stack.holds(layer) else method.stat_interval
-        count = self._count(stack, layer, step)
+        count = self._count(method, step, layer)
         return layer in self._recaptured or count % interval == 0 or method.is_early(count)
+
+    def captures_others(self, method: Preconditioner, step: int) -> bool:
+        """True if a step measures, by a method's intervals, what is outside layers (norms)."""
+        count = self._count(method, step)
+        due = count % method.stat_interval == 0 or method.is_early(count)
+        return due and step >= self._start
 
     def refreshes(self, stack: LayerStack, step: int) -> list[int]:
         """Positions in a stack to refresh at a step: on schedule, or for the first time.
@@ -86,12 +92,13 @@ class Schedule:
         """Schedules layers to be measured at the next step, in place of those of earlier calls."""
         self._recaptured = set(layers)
 
-    def _count(self, stack: LayerStack, layer: Layer, step: int) -> int:
-        """Step count of a layer, which is due where an interval divides the count."""
-        return step - self._start + stack.method.count_from - self._offsets.get(layer, 0)
+    def _count(self, method: Preconditioner, step: int, layer: Layer | None = None) -> int:
+        """Count of a step, for a layer's offset; it is due where an interval divides the count."""
+        offset = 0 if layer is None else self._offsets.get(layer, 0)
+        return step - self._start + method.count_from - offset
 
     def _is_due(self, stack: LayerStack, layer: Layer, step: int) -> bool:
-        method, count = stack.method, self._count(stack, layer, step)
+        method, count = stack.method, self._count(stack.method, step, layer)
         due = count >= method.count_from and count % method.refresh_interval == 0
         return (due or method.is_early(count)) and not method.precomputed
 

@@ -245,12 +245,13 @@ class LayerStack:
             dampings: Dampings of layers whose damping is not their method's.
         """
         values = [dampings.get(self.slots[k].layer) for k in positions]
-        reached = reached if self.method.warm_up else 1.0
         default = getattr(self.method, 'damping', None)
-        if all(value is None for value in values) and (reached == 1.0 or default is None):
+        if all(value is None for value in values) and (
+            default is None or self.method.warmed(default, reached) == default
+        ):
             return None
         own = [(default or 0.0) if value is None else value for value in values]
-        return self.like.new_tensor([[value / reached**2] for value in own])
+        return self.like.new_tensor([[self.method.warmed(value, reached)] for value in own])
 
     # ---------------------------------------------------------------- operators
 

@@ -47,11 +47,8 @@ class ConvLayer(Layer):
 
     def input_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
         for view in self._patch_chunks(module, inputs):
-            yield view.reshape(
-                self.blocks,
-                view.shape[1 : 2 + self.axes].numel(),
-                view.shape[2 + self.axes :].numel(),
-            )
+            columns = view.shape[1 : 2 + self.axes].numel()
+            yield view.reshape(self.blocks, columns, view.shape[2 + self.axes :].numel())
 
     def position_rows(self, module: Any, inputs: Tensor) -> Iterator[Tensor]:
         """Chunks (blocks, p, rows) with the positions' partial trace of the patches' moment."""
@@ -345,6 +342,12 @@ class ConvTranspose2dLayer(ConvLayer):
     axes: ClassVar[int] = 2
     module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose2d,)
     joins_bias: ClassVar[bool] = False
+
+    @classmethod
+    def refusal(cls, module: Any) -> str:
+        sizes = zip(module.output_padding, module.stride, strict=True)
+        past = any(padding >= stride for padding, stride in sizes)  # rows without an input
+        return super().refusal(module) or ('its output_padding reaches its stride' if past else '')
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -148,7 +148,7 @@ class _Search:
             if kind is None
             else _weight_refusal(weight, self.owned)
             or kind.refusal(module)
-            or _sharing_refusal(sharing, kind)
+            or _sharing_refusal(module, sharing, kind)
         )
         if kind is None or reason:
             self.left_out.append(LeftOut(name, type(module).__name__, reason))
@@ -252,14 +252,13 @@ def _weight_refusal(weight: Tensor | None, owned: dict[int, dict[str, Any]]) -> 
     return ''
 
 
-def _sharing_refusal(modules: list[nn.Module], kind: type[Layer]) -> str:
-    """Reason why modules that use one weight cannot share its statistics, or ''."""
-    first = modules[0]
-    for module in modules[1:]:
-        if type(module) is not type(first):
-            return f'its weight is also used by a {type(module).__name__}'
-        if module._parameters.get('bias') is not first._parameters.get('bias'):
+def _sharing_refusal(module: nn.Module, users: list[nn.Module], kind: type[Layer]) -> str:
+    """Reason why a module cannot share its weight's statistics with its other users, or ''."""
+    for other in users:
+        if type(other) is not type(module):
+            return f'its weight is also used by a {type(other).__name__}'
+        if other._parameters.get('bias') is not module._parameters.get('bias'):
             return 'its weight is shared with a module that has another bias'
-        if kind.count_blocks(module) != kind.count_blocks(first):
+        if kind.count_blocks(other) != kind.count_blocks(module):
             return 'its weight is shared with a module of other groups'
     return ''

@@ -75,7 +75,7 @@ class AdaFisher(PreconditionedOptimizer):
         return cast(FisherDiagonal, self.curvature.stacks[0].method)
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        if self.t % self.method.stat_interval == 0:
+        if self.curvature.schedule.captures_others(self.method, self.t):
             for p, gradient in gradients.items():
                 if p not in self._layer_params:
                     self._update_own_factors(self.state[p], gradient)
@@ -97,6 +97,7 @@ class AdaFisher(PreconditionedOptimizer):
         super()._restore_updates(updates)
         for group in self.param_groups:
             damping = group.get('damping') or self.method.damping
+            damping = self.method.warmed(damping, self.curvature.reached)
             for p in group['params']:
                 if p in updates and p not in self._layer_params and 'fisher_input' in self.state[p]:
                     state = self.state[p]

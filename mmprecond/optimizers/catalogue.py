@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from ..checks import did_you_mean
+from ..core import CurvatureOptions
 from .base import PreconditionedOptimizer
 from .rule_optimizer import RuleOptimizer
 
@@ -67,12 +68,13 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     parameters = list(inspect.signature(kind).parameters.values())
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != 'params']
     method = getattr(kind, 'preconditioner', None)
+    literal = {**CurvatureOptions.published, **method.published} if method else {}
     return OptimizerInfo(
         kind.__name__,
         kind,
         (inspect.getdoc(kind) or '').splitlines()[0],
         {p.name: p.default for p in named},
-        {**(method.published if method else {}), **kind.published},
+        {**literal, **kind.published},
         kind.needs,
     )
 

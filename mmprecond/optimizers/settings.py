@@ -22,7 +22,8 @@ def split_settings(
 
     Args:
         owner: The optimizer. Its `preset` has defaults that differ from those of the
-            preconditioner. Its `published` has the literal settings that differ.
+            preconditioner. Its `published` has the literal settings that differ, and literal
+            arguments of the optimizer itself.
         method: The preconditioner's class.
         settings: The user's settings. ``settings='published'`` starts from the literal settings.
 
@@ -50,6 +51,7 @@ def split_settings(
         [*argument_names(type(owner)), *known, *option_names, 'settings'],
     )
     base = owner.preset if named == 'default' else {**method.published, **owner.published}
+    base = {key: value for key, value in base.items() if key in known}
     own = {key: value for key, value in overrides.items() if key in known}
     return method(**{**base, **own}, given=frozenset(own)), options
 

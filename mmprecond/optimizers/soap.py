@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -31,6 +31,7 @@ class SOAP(PreconditionedAdam):
     """
 
     preconditioner = GradientRotation
+    published: ClassVar[dict[str, Any]] = dict(betas=(0.95, 0.95))
 
     def __init__(
         self,
@@ -45,5 +46,5 @@ class SOAP(PreconditionedAdam):
         **settings: Any,
     ) -> None:
         if betas is None and rule == 'AdamW' and settings.get('settings') == 'published':
-            betas = (0.95, 0.95)
+            betas = self.published['betas']
         super().__init__(params, lr, betas, eps, weight_decay, model=model, rule=rule, **settings)

@@ -183,6 +183,10 @@ class Preconditioner(ABC):
         power_of_two = count > 0 and count & (count - 1) == 0
         return self.early_refreshes and power_of_two and count < self.refresh_interval
 
+    def warmed(self, damping: float, reached: float) -> float:
+        """Damping while the learning rate has reached a share of its target (see `warm_up`)."""
+        return damping / reached**2 if self.warm_up else damping
+
     @property
     def capture_interval(self) -> int:
         """Steps between captures of a layer that already has statistics."""

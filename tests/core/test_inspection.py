@@ -48,6 +48,29 @@ def test_factors_and_spectrum_of_a_linear_layer() -> None:
     assert {tuple(tensor.shape) for tensor in view.operators.values()} == {(1, 5, 5)}
 
 
+def test_square_columns_of_a_sketch_have_singular_values() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 8, bias=False)
+    sketch: dict[str, Any] = dict(max_dim=4, max_rank=6, oversize='lowrank')
+    optimizer = NKFAC(model, lr=0.01, stat_interval=1, refresh_interval=1, **sketch)
+    model(torch.randn(50, 6)).square().mean().backward()
+    optimizer.step()
+    view = optimizer.curvature.layer('')
+    columns = view.factors['input'][0].double()
+    assert columns.shape == (6, 6) and not torch.allclose(columns, columns.mT)
+    expected = torch.linalg.svdvals(columns).square()
+    torch.testing.assert_close(view.spectrum('input')[0], expected)
+
+
+def test_a_layer_has_the_name_of_its_module() -> None:
+    block = nn.MultiheadAttention(4, 2, batch_first=True)
+    optimizer = AFOpt(nn.ModuleDict(dict(attn=block)), lr=0.01, stat_interval=1)
+    x = torch.randn(3, 5, 4)
+    block(x, x, x)[0].square().mean().backward()
+    optimizer.step()
+    assert optimizer.curvature.layer('attn').name == 'attn.in_proj_weight'
+
+
 def test_views_are_copies() -> None:
     optimizer = trained(NKFAC)
     optimizer.curvature.layer('head').factors['input'].zero_()

@@ -107,6 +107,17 @@ def test_ranks_are_counted() -> None:
     assert values['damping/input'] == pytest.approx(0.01 * largest, rel=0.2)
 
 
+def test_a_root_has_no_damping() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(400, 5)
+    optimizer = FSGD(model, lr=0.1, exponent=0.5)
+    optimizer.curvature.watch_refreshes(Monitor())
+    model(torch.randn(30, 400)).square().mean().backward()
+    optimizer.step()
+    values = optimizer.curvature.monitor.report.layers['weight']
+    assert 'rank/input' in values and 'damping/input' not in values
+
+
 def test_methods_that_act_after_the_rule_have_no_cosine() -> None:
     _, _, reports = run(AdamR, 3, stat_interval=1, refresh_interval=2)
     assert [report is not None for report in reports] == [False, True, False]

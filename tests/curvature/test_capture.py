@@ -125,6 +125,13 @@ def test_norm_recovery_is_over_the_trained_parameters() -> None:
     assert (module.weight - before).norm().item() == pytest.approx(module.weight.grad.norm().item())
 
 
+def test_a_tied_embedding_is_named() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 5))
+    model[3].weight = model[0].weight
+    reasons = {one.name: one.reason for one in NKFAC(model, lr=0.1).left_out}
+    assert reasons['3'] == 'its weight is also used by a Embedding'
+
+
 class Tied(nn.Module):
     """Two modules with one weight; `bias` is shared with it or absent."""
 

@@ -199,6 +199,29 @@ def test_the_loss_scale_changes_no_divisor() -> None:
     torch.testing.assert_close(*found, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize('start', [0, 3])
+def test_norms_are_measured_and_damped_as_layers(start: int) -> None:
+    """At the early steps too, not before the start, and with the damping of the warm-up."""
+    model = ConvNet()
+    optimizer = AdaFisher(model, lr=0.1, start_step=start)
+    for group in optimizer.param_groups:
+        group['initial_lr'] = 0.2
+    for step in range(7):
+        optimizer.zero_grad()
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        model(x).sum().backward()
+        before, gradient = model.bn1.weight.detach().clone(), model.bn1.weight.grad.clone()
+        optimizer.step()
+        state = optimizer.state[model.bn1.weight]
+        layer = optimizer.curvature.stacks[0].slots
+        assert state.get('fisher_samples', 0) == (layer[0].samples if layer else 0)
+        if step == 0:
+            fisher = (state['fisher_gradient'] * state['fisher_input']) if start == 0 else None
+            divisor = 1.0 if fisher is None else fisher + 1e-3 / 0.5**2
+            expected = before - 0.1 * gradient / divisor  # the first average is the gradient
+            torch.testing.assert_close(model.bn1.weight.detach(), expected)
+
+
 def test_what_has_one_entry_is_divided_by_one() -> None:
     """A scalar's range is nothing; its divisor stays, rather than fall to lambda."""
 

@@ -14,6 +14,7 @@ from mmprecond import optimizers
 from mmprecond.optimizers import (
     ARO,
     NKFAC,
+    SOAP,
     AdaNKFAC,
     Preconditioned,
     get_optimizer_info,
@@ -58,6 +59,16 @@ def test_defaults_are_those_of_the_optimizer() -> None:
     method = AdaNKFAC(model, lr=0.1).curvature.stacks[0].method
     for key in method.options():
         assert getattr(method, key) == info.settings[key], key
+
+
+def test_published_settings_give_the_published_optimizer() -> None:
+    published = get_optimizer_info('SOAP').published
+    assert published['betas'] == (0.95, 0.95) and published['matmul_precision'] == 'highest'
+    model = nn.Linear(3, 2)
+    by_name, by_hand = SOAP(model, settings='published'), SOAP(model, **published)
+    assert by_name.curvature.stacks[0].method == by_hand.curvature.stacks[0].method
+    assert by_name.curvature.options == by_hand.curvature.options
+    assert by_name.defaults == by_hand.defaults
 
 
 def test_an_unknown_name() -> None:
