@@ -86,6 +86,13 @@ def reject_unexpected(owner: str, unexpected: dict[str, Any], known: Iterable[st
         raise TypeError(f'{owner} does not take {keys}; {near}{hint} (it takes {", ".join(known)})')
 
 
+def first_names(names: Iterable[str], limit: int = 5) -> str:
+    """``'a, b and 3 more'``: the first names, and the number of all others."""
+    names = list(names)
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + more
+
+
 def did_you_mean(name: Any, names: Iterable[str], likeness: float = 0.6) -> str:
     """``'did you mean A or B? '`` with the nearest names, or ''; upper and lower case are equal.
 

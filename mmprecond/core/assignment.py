@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import did_you_mean
+from ..checks import did_you_mean, first_names
 from ..curvature import AttentionTypes
 from ..preconditioners import METHODS, Preconditioner, build_preconditioner, find_method
 
@@ -128,9 +128,9 @@ class BoundAssignment:
                 kinds = sorted({type(m).__name__ for m in self.modules.values()})
                 raise ValueError(
                     f'layers[{position}]: match={entry.match} hits nothing in '
-                    f'{type(model).__name__}; its module types are {_join_names(kinds)}, its '
+                    f'{type(model).__name__}; its module types are {first_names(kinds, 12)}, its '
                     'names begin with '
-                    f'{_join_names([n for n in self.modules if n and "." not in n])}'
+                    f'{first_names([n for n in self.modules if n and "." not in n], 12)}'
                 )
 
     def entry(self, name: str) -> Entry | None:
@@ -297,8 +297,3 @@ def _reject_keys(where: str, config: dict[str, Any], known: Sequence[str]) -> No
         raise ValueError(
             f'{where} does not take {", ".join(unknown)}; {near}it takes {", ".join(known)}'
         )
-
-
-def _join_names(names: list[str], limit: int = 12) -> str:
-    suffix = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(names[:limit]) + suffix

@@ -69,8 +69,36 @@ def assign_methods(
             take the fallback.
     """
     assignment = method if isinstance(method, Assignment) else Assignment(method)
+    fallback = options.fallback == 'gradient'
+    if fallback and not any(chosen.with_gradient_source() for chosen in assignment.methods):
+        raise ValueError(
+            f"fallback='gradient' is for NKFAC, AdaBK, AdamR and FSGD, and {owner} has none of "
+            'them; leave it out'
+        )
     types = attention_types(model)
     bound = assignment.bind(model, types)
+    layers, left_out = _find_layers(model, groups, bound, types, options.capture_mb)
+    methods, refused = _choose(layers, bound)
+    matrices = _matrices(model, groups, bound, methods, fallback)
+    bound.check_use([*layers, *(name for name, _, _ in matrices)])
+    methods |= {layer: chosen for _, layer, chosen in matrices}
+    left_out = _still_left_out(model, [*left_out, *refused], methods)
+    if not methods:
+        raise ValueError(
+            f'{owner} found no layer to precondition: {_no_layer_reason(layers, left_out)}'
+        )
+    unread = _unread(model, types, owner) if assignment.reads_attention else []
+    return Coverage(methods, left_out, unread, _idle(assignment, methods))
+
+
+def _find_layers(
+    model: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    bound: BoundAssignment,
+    types: AttentionTypes,
+    capture_mb: float,
+) -> tuple[dict[str, Layer], list[LeftOut]]:
+    """Layers by name as their methods read them, and modules that are none."""
 
     def reading(name: str) -> AttentionReading | None:
         chosen = bound.method(name)
@@ -80,45 +108,35 @@ def assign_methods(
         chosen = bound.method(name)
         return chosen is None or chosen.joins_bias
 
-    layers, left_out = find_layers(
-        model,
-        groups,
-        capture_mb=options.capture_mb,
-        attention=reading,
-        joins_bias=joins_bias,
-        types=types,
+    return find_layers(
+        model, groups, capture_mb=capture_mb, attention=reading, joins_bias=joins_bias, types=types
     )
+
+
+def _choose(
+    layers: Mapping[str, Layer], bound: BoundAssignment
+) -> tuple[dict[Layer, Preconditioner], list[LeftOut]]:
+    """Methods of the layers, and layers that their method does not take."""
     methods: dict[Layer, Preconditioner] = {}
+    refused = []
     for name, layer in layers.items():
         chosen = bound.method(name)
         reason = _fallback_reason(name, layer, bound)
         if chosen is None or reason:
-            left_out.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
+            refused.append(LeftOut(name, type(layer.modules[0]).__name__, reason))
         else:
             methods[layer] = chosen
-    if options.fallback == 'gradient' and not any(
-        chosen.with_gradient_source() for chosen in assignment.methods
-    ):
-        raise ValueError(
-            f"fallback='gradient' is for NKFAC, AdaBK, AdamR and FSGD, and {owner} has none of "
-            'them; leave it out'
-        )
-    matrices = _matrices(model, groups, bound, methods, options.fallback == 'gradient')
-    bound.check_use([*layers, *(name for name, _, _ in matrices)])
-    methods |= {layer: chosen for _, layer, chosen in matrices}
-    left_out = _still_left_out(model, left_out, methods)
-    if not methods:
-        raise ValueError(
-            f'{owner} found no layer to precondition: {_no_layer_reason(layers, left_out)}'
-        )
-    unread = _unread(model, types, owner) if assignment.reads_attention else []
-    idle = [
+    return methods, refused
+
+
+def _idle(assignment: Assignment, methods: Mapping[Layer, Preconditioner]) -> list[Preconditioner]:
+    """Methods of optional entries that no layer has."""
+    return [
         entry.preconditioner
         for entry in assignment.entries
         if entry.optional and entry.preconditioner
         if entry.preconditioner not in methods.values()
     ]
-    return Coverage(methods, left_out, unread, idle)
 
 
 def _matrices(

@@ -180,7 +180,7 @@ class Curvature:
     def update(
         self,
         step: int,
-        groups: Iterable[Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
         gradients: Callable[[], Mapping[Tensor, Tensor]] = dict,
     ) -> list[BasisSnapshot]:
         """Takes the statistics measured for a step, then refreshes the operators that are due.
@@ -245,7 +245,7 @@ class Curvature:
         if self._intervals.end(step):
             self._change_intervals()
 
-    def refresh(self, step: int, groups: Iterable[Mapping[str, Any]] = ()) -> list[BasisSnapshot]:
+    def refresh(self, step: int, groups: Sequence[Mapping[str, Any]] = ()) -> list[BasisSnapshot]:
         """Refreshes the operators that are due; returns the same snapshots as `update`."""
         due = self.schedule.stacks_to_refresh(self.stacks, step)
         if not due:

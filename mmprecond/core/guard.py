@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from ..checks import first_names
 from ..curvature import Layer
 
 logger = logging.getLogger('mmprecond')
@@ -45,7 +46,7 @@ class SilenceGuard:
                 'the weights of %d layers were replaced after the optimizer was made, which trains '
                 'the old ones: %s. Make the optimizer after load_state_dict(assign=True)',
                 len(self._replaced),
-                _names(self._replaced),
+                first_names(layer.name for layer in self._replaced),
             )
         self._replaced = []
         silent = [
@@ -64,9 +65,5 @@ class SilenceGuard:
             'optimizer was disarmed',
             len(silent),
             MISSES,
-            _names(silent),
+            first_names(layer.name for layer in silent),
         )
-
-
-def _names(layers: list[Layer]) -> str:
-    return ', '.join(layer.name for layer in layers[:5]) + (', ...' if len(layers) > 5 else '')

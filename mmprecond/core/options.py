@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -35,7 +35,8 @@ class CurvatureOptions:
     published: ClassVar[dict[str, Any]] = dict(matmul_precision='highest')
 
     def __post_init__(self) -> None:
-        check_flag('stagger', self.stagger)
+        for name in ('save_curvature', 'check_memory', 'stagger'):
+            check_flag(name, getattr(self, name))
         if self.overhead is not None:
             check_number('overhead', self.overhead, high=1, open_low=True)
         if self.overhead is not None and self.intervals:
@@ -62,3 +63,8 @@ class CurvatureOptions:
     def names(cls) -> list[str]:
         """Names of the settings."""
         return [field.name for field in fields(cls)]
+
+    @classmethod
+    def unknown(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some options that are none of these settings."""
+        return {key: value for key, value in options.items() if key not in cls.names()}

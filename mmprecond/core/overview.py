@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from ..checks import first_names
 from ..curvature import Layer, LeftOut
 from .coverage import Coverage
 from .memory import megabytes
@@ -90,7 +91,6 @@ def _fold(entries: Sequence[LeftOut]) -> list[str]:
     for left in entries:
         folded.setdefault((left.kind, left.reason), []).append(left.name or '(root)')
     return [
-        f'{len(names)} x {kind}, {reason} ({", ".join(names[:SHOWN])}'
-        f'{", ..." if len(names) > SHOWN else ""})'
+        f'{len(names)} x {kind}, {reason} ({first_names(names, SHOWN)})'
         for (kind, reason), names in folded.items()
     ]

@@ -42,7 +42,8 @@ def summary(
         groups: The optimizer's parameter groups.
     """
     trained = [(layer, stack) for layer, stack in layers.items() if layer.weight.requires_grad]
-    costs = {stack: cost_of(layer, stack) for layer, stack in trained}  # equal in a stack
+    one_of_each = {stack: layer for layer, stack in trained}  # costs are equal in a stack
+    costs = {stack: cost_of(layer, stack) for stack, layer in one_of_each.items()}
     flops = sum(costs[stack].per_step(stack.method) for _, stack in trained)
     covered = sum(p.numel() for layer, _ in trained for p in layer.parameters)
     total = sum(p.numel() for group in groups for p in group['params'] if p.requires_grad)

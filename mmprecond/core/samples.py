@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import first_names
 from ..curvature import Capture, Layer, Statistic, measure_matrix
 from ..distributed import start_sum, sum_over_ranks, world_size
 from .guard import SilenceGuard
@@ -179,7 +180,7 @@ class SampleCollector:
                 'others: %s',
                 len(zero),
                 step,
-                ', '.join(zero[:5]) + (', ...' if len(zero) > 5 else ''),
+                first_names(zero),
             )
         for stack in dict.fromkeys(layers.values()):
             stack.merge(

@@ -54,7 +54,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         type(p).__name__ == 'DTensor' or type(p).__name__ == 'FlatParameter'
         for p in model.parameters()
     )
-    if sharded or any(kind in ('FullyShardedDataParallel', 'FSDPModule') for kind in kinds):
+    if sharded or 'FullyShardedDataParallel' in kinds:
         raise ValueError(
             'the model is sharded by FSDP, whose weights cannot be preconditioned as '
             'matrices; use DistributedDataParallel instead'

@@ -14,7 +14,7 @@ from ..linalg import matmul_precision
 from ..preconditioners import Preconditioner
 from ..rules import Rule
 from .loss_input import LossInput
-from .rule_optimizer import Batch, RuleOptimizer
+from .rule_optimizer import Batch, RuleOptimizer, split_module
 from .settings import FullSignature
 
 #: Entries of a parameter group that choose how its weights are preconditioned.
@@ -48,8 +48,8 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
             'apply': each rank holds the operators of its share, and preconditions that part of the
             gradients at every step.
         clip_update: Largest joint norm of all directions, or None (default) for no limit. The clip
-            comes after preconditioning and before momentum and weight decay. With AdaAct and
-            AdaFisher, which act after the rule, it comes before preconditioning too.
+            comes after preconditioning and before momentum and weight decay. With Shampoo, AdaAct
+            and AdaFisher, which act after the rule, it comes before preconditioning too.
         check_memory: Whether to refuse statistics and operators that exceed the free memory
             (default True).
         stagger: Whether to distribute the captures and refreshes of layers over the steps of an
@@ -104,14 +104,13 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         defaults: dict[str, Any],
         **options: Any,
     ) -> None:
-        if isinstance(params, nn.Module):
-            model, params = params, params.parameters()
+        model, params = split_module(params, model)
         if model is None:
             raise ValueError(
                 f'{type(self).__name__} needs the model that owns the parameters: pass model=..., '
                 "or in a config set constructor='PrecondOptimWrapperConstructor' in optim_wrapper"
             )
-        unknown = {key: v for key, v in options.items() if key not in CurvatureOptions.names()}
+        unknown = CurvatureOptions.unknown(options)
         reject_unexpected(type(self).__name__, unknown, CurvatureOptions.names())
         chosen = CurvatureOptions(**options)
         methods = [method] if isinstance(method, Preconditioner) else method.methods
@@ -183,10 +182,6 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
     def auto_arm(self) -> bool:
         """True if the optimizer arms itself; if not, MMEngine's wrapper arms it."""
         return self._arms_itself
-
-    @auto_arm.setter
-    def auto_arm(self, auto_arm: bool) -> None:
-        self._arms_itself = auto_arm
 
     def arm_by_hand(self) -> None:
         """Leaves `arm` and `disarm` to the caller, who brackets training steps with them."""

@@ -22,7 +22,7 @@ class PreconditionedSGDM(PreconditionedOptimizer):
         weight_decay: L2 decay, added after preconditioning.
         model: The module that owns the parameters.
         **settings: Settings of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
-            ...) and of `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
+            ...) and of `PreconditionedOptimizer` (`clip_update`, `sharding`, ...).
             ``settings='published'`` starts from the literal settings of the source.
 
     Attributes:
@@ -73,7 +73,7 @@ class PreconditionedAdam(PreconditionedOptimizer):
         model: The module that owns the parameters.
         rule: 'AdamW', 'Adan', 'AdaGrad', 'RAdam' or 'AdaBelief' (see `rules`).
         **settings: Settings of the preconditioner (`damping`, `stat_interval`, `refresh_interval`,
-            ...) and of `PreconditionedOptimizer` (`capture_mb`, `save_curvature`).
+            ...) and of `PreconditionedOptimizer` (`clip_update`, `sharding`, ...).
             ``settings='published'`` starts from the literal settings of the source.
 
     Attributes:

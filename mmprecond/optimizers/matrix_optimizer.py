@@ -11,7 +11,7 @@ from ..checks import argument_names, reject_unexpected
 from ..curvature import unwrap
 from ..rules.base import Group
 from ..rules.matrix import MatrixRule, matrix_shape
-from .rule_optimizer import RuleOptimizer
+from .rule_optimizer import RuleOptimizer, split_module
 
 
 class MatrixOptimizer(RuleOptimizer):
@@ -40,8 +40,7 @@ class MatrixOptimizer(RuleOptimizer):
         unexpected: dict[str, Any],
     ) -> None:
         reject_unexpected(type(self).__name__, unexpected, argument_names(type(self)))
-        if isinstance(params, nn.Module):
-            model, params = params, params.parameters()
+        model, params = split_module(params, model)
         named = [] if model is None else unwrap(model).named_parameters()
         self.names: dict[Tensor, str] = {p: name for name, p in named}
         super().__init__(params, rule, defaults)

@@ -74,9 +74,7 @@ def read_settings(
         ValueError: If a type or value is invalid, or a preconditioner does not work with the rule.
         TypeError: If an option is unknown.
     """
-    unexpected = {
-        key: value for key, value in options.items() if key not in CurvatureOptions.names()
-    }
+    unexpected = CurvatureOptions.unknown(options)
     if isinstance(rule, dict) and set(unexpected) & set(rule):
         keys = ', '.join(sorted(unexpected))
         raise TypeError(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
-
 from ..checks import argument_names, reject_unexpected
 from ..rules.ramda import RAMDARule
 from .length_input import LengthInput
-from .rule_optimizer import RuleOptimizer
+from .rule_optimizer import RuleOptimizer, split_module
 from .settings import takes_settings
 
 
@@ -83,8 +81,7 @@ class RAMDA(LengthInput, RuleOptimizer):
         **unexpected: Any,
     ) -> None:
         reject_unexpected('RAMDA', unexpected, argument_names(RAMDA))
-        if isinstance(params, nn.Module):
-            params = params.parameters()
+        _, params = split_module(params, None)
         defaults = dict(
             lr=lr, momentum=momentum, weight_decay=weight_decay, group_lasso=group_lasso, eps=eps
         )

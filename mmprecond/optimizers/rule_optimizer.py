@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..rules import Group, Rule, State
 
@@ -311,6 +311,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f'the state was saved under another rule than {name}: {error}'
             ) from error
+
+
+def split_module(params: Any, model: nn.Module | None) -> tuple[nn.Module | None, Any]:
+    """The model and its parameters or groups; the first argument may be the module itself."""
+    if isinstance(params, nn.Module):
+        return params, params.parameters()
+    return model, params
 
 
 def _asked_by(module: str) -> bool:

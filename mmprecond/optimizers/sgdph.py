@@ -24,7 +24,7 @@ from ..second_order import (
     mean_over_ranks,
     refuse_single_backward,
 )
-from .rule_optimizer import RuleOptimizer
+from .rule_optimizer import RuleOptimizer, split_module
 from .settings import takes_settings
 
 REFRESHES = ('round_robin', 'all')
@@ -102,8 +102,7 @@ class SGDPH(RuleOptimizer):
         **unexpected: Any,
     ) -> None:
         reject_unexpected('SGDPH', unexpected, argument_names(SGDPH))
-        if isinstance(params, nn.Module):
-            model, params = params, params.parameters()
+        model, params = split_module(params, model)
         if model is not None:
             refuse_single_backward(model, 'SGDPH')
         check_number('hessian_decay', hessian_decay, high=1)

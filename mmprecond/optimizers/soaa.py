@@ -10,7 +10,7 @@ from ..checks import argument_names, reject_unexpected
 from ..rules.soaa import TrustRegionAdam
 from .length_input import LengthInput
 from .loss_input import LossInput
-from .rule_optimizer import RuleOptimizer
+from .rule_optimizer import RuleOptimizer, split_module
 from .settings import takes_settings
 
 #: Key of the trust region in `state_dict()`.
@@ -87,8 +87,7 @@ class SOAA(LossInput, LengthInput, RuleOptimizer):
         **unexpected: Any,
     ) -> None:
         reject_unexpected('SOAA', unexpected, argument_names(SOAA))
-        if isinstance(params, nn.Module):
-            params = params.parameters()
+        _, params = split_module(params, None)
         self._request_steps(total_steps)
         super().__init__(
             params,

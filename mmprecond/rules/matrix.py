@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, first_names
 from ..linalg import at_least_float32
 from .adam import AdamW
 from .base import Group, State
@@ -112,8 +112,7 @@ class MatrixRule(AdamW):
                     name = f'{names[p]} ({size})' if p in names else f'one of {size}'
                     excluded.setdefault(reason, []).append(name)
         return [
-            f'{len(members)} matrices take AdamW, as {reason}: {", ".join(members[:5])}'
-            + (f' and {len(members) - 5} more' if len(members) > 5 else '')
+            f'{len(members)} matrices take AdamW, as {reason}: {first_names(members)}'
             for reason, members in excluded.items()
         ]
 

@@ -48,7 +48,7 @@ def test_an_overview() -> None:
 def test_equal_refusals_are_one_line() -> None:
     model = nn.Sequential(nn.Linear(2, 2), *(nn.Embedding(2, 2) for _ in range(4)))
     text = NKFAC(model, lr=0.1).report()
-    assert 'plain rule: 4 x Embedding, type is not supported (1, 2, ...)' in text
+    assert 'plain rule: 4 x Embedding, type is not supported (1, 2 and 2 more)' in text
 
 
 @pytest.mark.parametrize(
