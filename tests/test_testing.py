@@ -252,7 +252,7 @@ def test_all_convolutions_are_preconditioned(kind: Any, options: dict[str, Any])
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(slot.refreshes for stack in optimizer.curvature.stacks for slot in stack.slots)
+    assert all(member.refreshes for stack in optimizer.curvature.stacks for member in stack.members)
     assert not any(
         t.isnan().any()
         for stack in optimizer.curvature.stacks

@@ -32,9 +32,8 @@ def snapshot(stack: LayerStack) -> BasisSnapshot | None:
     """Returns a snapshot for `rotate`, or None if moments stay as they are."""
     if not stack.method.moves_moments:
         return None
-    return BasisSnapshot(
-        stack, map_tensors(stack.operators, torch.clone), [slot.refreshes for slot in stack.slots]
-    )
+    refreshes = [member.refreshes for member in stack.members]
+    return BasisSnapshot(stack, map_tensors(stack.operators, torch.clone), refreshes)
 
 
 def rotate(
@@ -58,18 +57,18 @@ def rotate(
     """
     stack = before.stack
     changed: dict[tuple[bool, frozenset[str]], list[int]] = {}
-    for k, slot in enumerate(stack.slots):
+    for k, member in enumerate(stack.members):
         past = before.refreshes[k]
         names = {*linear, *quadratic} if stack.method.moves_squares(past) else {*linear}
         # Not by index: the rule's mapping would get an empty state.
-        held = frozenset(states.get(slot.layer.weight, ())) & names
-        if slot.refreshes != past and held:
+        held = frozenset(states.get(member.layer.weight, ())) & names
+        if member.refreshes != past and held:
             changed.setdefault((past == 0, held), []).append(k)
     for (is_first, held), positions in changed.items():
         for chunk in stack.chunks(positions):
             old = {} if is_first else before.operators_of(chunk)  # first: the identity
             change = _Change(stack.method, old, stack.operators_of(chunk))
-            layers = [stack.slots[k].layer for k in chunk]
+            layers = [stack.members[k].layer for k in chunk]
             for name in held.intersection(linear):
                 _replace_moments(name, states, layers, change.rotate_gradients)
             for name in held.intersection(quadratic):

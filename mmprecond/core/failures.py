@@ -28,20 +28,21 @@ class FailurePolicy:
             RefreshError: If a layer reached the number of consecutive failures that stops training.
         """
         for position, outcome in zip(positions, succeeded, strict=True):
-            slot = stack.slots[position]
-            slot.count_refresh(outcome)
+            member = stack.members[position]
+            name = member.layer.name
+            member.count_refresh(outcome)
             if outcome:
                 continue
             consequence = (
-                'its last good operator stays' if slot.refreshes else 'it takes the plain rule'
+                'its last good operator stays' if member.refreshes else 'it takes the plain rule'
             )
             logger.warning(
-                '%s: refresh failed (%d in a row), %s', slot.layer.name, slot.failures, consequence
+                '%s: refresh failed (%d in a row), %s', name, member.failures, consequence
             )
-            if slot.failures >= self.tolerated:
+            if member.failures >= self.tolerated:
                 advice = 'raise `damping`, ' if hasattr(stack.method, 'damping') else ''
                 raise RefreshError(
-                    f'{slot.layer.name}: {slot.failures} refreshes in a row failed although its '
+                    f'{name}: {member.failures} refreshes in a row failed although its '
                     f'statistics are finite; {advice}lower `lr`, or leave the layer out with '
                     'custom_keys={name: dict(precondition=False)}'
                 )

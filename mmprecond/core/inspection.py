@@ -105,8 +105,8 @@ def view_layer(layers: Mapping[Layer, LayerStack], name: str) -> LayerView:
     stack = layers[layer]
     if not stack.holds(layer):
         raise ValueError(f'{layer.name} has no statistics yet; they come with the first captures')
-    position = next(k for k, slot in enumerate(stack.slots) if slot.layer is layer)
-    slot = stack.slots[position]
+    position = next(k for k, member in enumerate(stack.members) if member.layer is layer)
+    member = stack.members[position]
     factors = {}
     for side, factor in stack.factors([position]).items():
         if side == WEIGHT:
@@ -114,9 +114,9 @@ def view_layer(layers: Mapping[Layer, LayerStack], name: str) -> LayerView:
         for part, tensor in enumerate(factor.tensors):
             key = side.name if len(factor.tensors) == 1 else f'{side.name}/{part}'
             factors[key] = tensor[0].clone()
-    operators = named_tensors(stack.operators) if slot.refreshes else {}
+    operators = named_tensors(stack.operators) if member.refreshes else {}
     held = {key: tensor[position].clone() for key, tensor in operators.items()}
-    return LayerView(layer.name, stack.method, slot.samples, slot.refreshes, factors, held)
+    return LayerView(layer.name, stack.method, member.samples, member.refreshes, factors, held)
 
 
 def _is_symmetric(factor: Tensor) -> bool:

@@ -12,10 +12,10 @@ from ..preconditioners import Preconditioner
 from .overhead import OverheadSearch, with_intervals
 
 #: A step, and the intervals of captures and refreshes from that step on.
-Entry = tuple[int, int, int]
+PlannedIntervals = tuple[int, int, int]
 
 
-def check_plan(plan: Sequence[Entry]) -> None:
+def check_plan(plan: Sequence[PlannedIntervals]) -> None:
     """Raises ValueError unless a plan has increasing steps, each with intervals that fit."""
     last = -1
     for entry in plan:
@@ -41,7 +41,7 @@ class IntervalControl:
 
     def __init__(
         self,
-        plan: Sequence[Entry],
+        plan: Sequence[PlannedIntervals],
         share: float | None,
         start: int,
         methods: Iterable[Preconditioner],

@@ -29,9 +29,9 @@ def megabytes(layer: Layer, stack: LayerStack, operators: bool = True) -> float:
 def held_megabytes(stacks: Sequence[LayerStack], sharding: Sharding) -> float:
     """Megabytes of what is held now on this rank."""
     return sum(
-        megabytes(slot.layer, stack, sharding.holds(stack))
+        megabytes(member.layer, stack, sharding.holds(stack))
         for stack in stacks
-        for slot in stack.slots
+        for member in stack.members
     )
 
 

@@ -96,7 +96,7 @@ class Monitor:
             counts: Numbers of layers (see `report.count`).
         """
         self._layers = [(stack, k) for stack, positions in due for k in positions]
-        failures = sum(stack.slots[k].failures > 0 for stack, k in self._layers)
+        failures = sum(stack.members[k].failures > 0 for stack, k in self._layers)
         self.report = RefreshReport(
             step,
             failures=failures,
@@ -113,8 +113,8 @@ class Monitor:
             return
         measurements: dict[str, dict[str, Tensor]] = {}
         for stack, k in self._layers:
-            layer = stack.slots[k].layer
-            if stack.slots[k].refreshes:
+            layer = stack.members[k].layer
+            if stack.members[k].refreshes:
                 measurements[layer.name] = describe(stack, k)
                 if layer.weight in directions and not stack.method.acts_after_rule:
                     measurements[layer.name]['cosine'] = _cosine(layer, gradients, directions)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..checks import check_choice, check_count, check_flag, check_number
 from ..linalg import PRECISIONS
-from .intervals import Entry, check_plan
+from .intervals import PlannedIntervals, check_plan
 from .sharding import SHARDINGS
 
 #: Treatments of parameters that capture cannot read.
@@ -26,7 +26,7 @@ class CurvatureOptions:
     check_memory: bool = True
     stagger: bool = False
     overhead: float | None = None
-    intervals: Sequence[Entry] = ()
+    intervals: Sequence[PlannedIntervals] = ()
     start_step: int = 0
     fallback: str = 'rule'
     matmul_precision: str = 'auto'

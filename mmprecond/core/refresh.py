@@ -74,8 +74,8 @@ def _chunks(stack: LayerStack, positions: Sequence[int]) -> Iterator[tuple[list[
     """Yields positions to refresh together, with True for a refresh from scratch."""
     positions_by_mode: dict[bool, list[int]] = {}
     for k in positions:
-        slot = stack.slots[k]
-        exact = slot.failures > 0 or stack.method.is_exact(slot.refreshes)
+        member = stack.members[k]
+        exact = member.failures > 0 or stack.method.is_exact(member.refreshes)
         positions_by_mode.setdefault(exact, []).append(k)
     for exact, members in positions_by_mode.items():
         for chunk in stack.chunks(members):

@@ -76,8 +76,8 @@ class Schedule:
         at_once = stack.method.refresh_on_first_sample
         return [
             k
-            for k, slot in enumerate(stack.slots)
-            if at_once and slot.waiting or self._is_due(stack, slot.layer, step)
+            for k, member in enumerate(stack.members)
+            if at_once and member.waiting or self._is_due(stack, member.layer, step)
         ]
 
     def stacks_to_refresh(

@@ -28,13 +28,13 @@ from ..preconditioners import Preconditioner
 
 #: Number of bytes of statistics in a group of layers that are refreshed together.
 CHUNK_BYTES = 2**29
-#: Names of a slot's counters.
+#: Names of a member's counters.
 COUNTERS = ('samples', 'refreshes', 'failures')
 
 
 @dataclass
-class Slot:
-    """Counters of one layer: samples merged, refreshes that succeeded, failures in a row."""
+class Member:
+    """One layer of a stack, with its samples merged, refreshes done, and failures in a row."""
 
     layer: Layer
     samples: int = 0
@@ -73,7 +73,7 @@ class LayerStack:
         needed: Statistics that must be nonzero for a sample to count.
         outline: Operators of one layer in their likely shapes, on the meta device.
         archive: Another rank's operators in host memory, for checkpoints only.
-        slots: Layers of the stack, in the order of the stacked tensors.
+        members: Layers of the stack with their counters, in the order of the stacked tensors.
         statistics: Running statistics (k, b, n, m) by tensor name.
         operators: Operators by slot, with leading dimension k. Rows of layers that were never
             refreshed are meaningless.
@@ -112,7 +112,7 @@ class LayerStack:
 
     def clear(self) -> None:
         """Forgets all layers."""
-        self.slots: list[Slot] = []
+        self.members: list[Member] = []
         self.statistics: dict[str, Tensor] = {}
         self.operators: Operators = {}
         self.archive: Operators = {}
@@ -136,18 +136,18 @@ class LayerStack:
         """Forgets one layer."""
         if layer not in self._index:
             return
-        rest = [k for k, slot in enumerate(self.slots) if slot.layer is not layer]
+        rest = [k for k, member in enumerate(self.members) if member.layer is not layer]
         self.statistics = {name: s[rest] for name, s in self.statistics.items()} if rest else {}
         self.operators, self.archive = (
             map_tensors(held, lambda stacked: stacked[rest]) if rest else {}
             for held in (self.operators, self.archive)
         )
-        self.slots = [self.slots[k] for k in rest]
-        self._index = {slot.layer: k for k, slot in enumerate(self.slots)}
+        self.members = [self.members[k] for k in rest]
+        self._index = {member.layer: k for k, member in enumerate(self.members)}
 
     def ready(self) -> list[tuple[int, Layer]]:
         """Positions and layers that have an operator."""
-        return [(k, slot.layer) for k, slot in enumerate(self.slots) if slot.refreshes]
+        return [(k, member.layer) for k, member in enumerate(self.members) if member.refreshes]
 
     def chunks(self, positions: Sequence[int]) -> Iterator[list[int]]:
         """Yields positions in groups of limited memory."""
@@ -171,7 +171,7 @@ class LayerStack:
         """
         newcomers = [layer for layer in samples if layer not in self._index]
         if newcomers:
-            self._add_slots(newcomers, samples[newcomers[0]])
+            self._add_members(newcomers, samples[newcomers[0]])
         average = self.method.average()
         for layer in list(samples):
             self._merge_sample(layer, samples.pop(layer), sizes.get(layer, {}), average)
@@ -184,7 +184,7 @@ class LayerStack:
         average: RunningAverage,
     ) -> None:
         position = self._index[layer]
-        slot = self.slots[position]
+        member = self.members[position]
         for statistic in self.kept:
             tensors = [sample[key] for key in statistic.keys]
             norm: Tensor | float = 1.0
@@ -192,13 +192,13 @@ class LayerStack:
                 known = [sizes[key] for key in statistic.keys if key in sizes]
                 norm = statistic.form.norm(tensors, known)
             for key, tensor in zip(statistic.keys, tensors, strict=True):
-                average.merge(self.statistics[key][position], tensor, slot.samples, norm)
-        slot.count_sample()
+                average.merge(self.statistics[key][position], tensor, member.samples, norm)
+        member.count_sample()
 
-    def _add_slots(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
+    def _add_members(self, layers: list[Layer], sample: dict[str, Tensor]) -> None:
         for layer in layers:
-            self._index[layer] = len(self.slots)
-            self.slots.append(Slot(layer))
+            self._index[layer] = len(self.members)
+            self.members.append(Member(layer))
         for statistic in self.kept:
             for key in statistic.keys:
                 empty = sample[key].new_zeros(len(layers), *sample[key].shape)
@@ -217,7 +217,7 @@ class LayerStack:
             positions: Positions of the layers.
             dtype: Dtype of the result; default: that of the statistics.
         """
-        layers = [self.slots[k].layer for k in positions]
+        layers = [self.members[k].layer for k in positions]
         factors = {}
         for statistic in self.kept:
             tensors = tuple(take(self.statistics[key], positions) for key in statistic.keys)
@@ -244,7 +244,7 @@ class LayerStack:
             reached: Share of its target that the learning rate has reached.
             dampings: Dampings of layers whose damping is not their method's.
         """
-        values = [dampings.get(self.slots[k].layer) for k in positions]
+        values = [dampings.get(self.members[k].layer) for k in positions]
         default = getattr(self.method, 'damping', None)
         if all(value is None for value in values) and (
             default is None or self.method.warmed(default, reached) == default
@@ -257,7 +257,7 @@ class LayerStack:
 
     def operators_of(self, positions: Sequence[int]) -> Operators:
         """Operators of the layers at some positions."""
-        if len(positions) == len(self.slots):
+        if len(positions) == len(self.members):
             return self.operators
         return map_tensors(self.operators, lambda stacked: take(stacked, positions))
 
@@ -265,12 +265,12 @@ class LayerStack:
         """Stores operators where the refresh succeeded."""
         if (
             self.method.rank_search is not None
-            and len(positions) == len(self.slots)
+            and len(positions) == len(self.members)
             and bool(succeeded.all())
         ):  # all old operators are replaced, so the number of columns may shrink
             self.operators = map_tensors(operators, Tensor.contiguous)
             return
-        self.operators = write(self.operators, operators, positions, len(self.slots), succeeded)
+        self.operators = write(self.operators, operators, positions, len(self.members), succeeded)
 
     def receive(self, operators: Operators, archive: bool = False) -> None:
         """Stores another rank's operators; an archive serves checkpoints only."""
@@ -281,21 +281,21 @@ class LayerStack:
 
     def refresh_anew(self) -> None:
         """Makes the next step refresh all operators from scratch, as after new settings."""
-        for slot in self.slots:
-            slot.forget_refreshes()
+        for member in self.members:
+            member.forget_refreshes()
 
     # ---------------------------------------------------------------- checkpoints
 
     def export(self) -> Iterator[tuple[Layer, dict[str, Any]]]:
         """Yields each layer's state as plain tensors and numbers."""
         operators = named_tensors(self.operators or self.archive)
-        for k, slot in enumerate(self.slots):
+        for k, member in enumerate(self.members):
             yield (
-                slot.layer,
+                member.layer,
                 {
                     'statistics': {name: s[k] for name, s in self.statistics.items()},
                     'operator': {name: o[k] for name, o in operators.items()},
-                    **{name: getattr(slot, name) for name in COUNTERS},
+                    **{name: getattr(member, name) for name in COUNTERS},
                 },
             )
 
@@ -313,8 +313,8 @@ class LayerStack:
         rows: list[Operators] = []
         statistics: dict[str, list[Tensor]] = {}
         for layer, state in states.items():
-            self._index[layer] = len(self.slots)
-            self.slots.append(Slot(layer, *(int(state[name]) for name in COUNTERS)))
+            self._index[layer] = len(self.members)
+            self.members.append(Member(layer, *(int(state[name]) for name in COUNTERS)))
             for name, tensor in state['statistics'].items():
                 statistics.setdefault(name, []).append(
                     tensor[None].to(layer.weight.device, layer.working_dtype)

@@ -23,7 +23,7 @@ from ..linalg import stacked_product
 #: A range of indices.
 Span = tuple[int, int]
 #: Blocks by the positions of two kernel entries: both rows, then both columns.
-Blocks = dict[tuple[int, int, int, int], Tensor]
+BlockSums = dict[tuple[int, int, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PatchMoment:
     def __init__(self, rows: Axis, columns: Axis) -> None:
         self.rows = rows
         self.columns = columns
-        self._sums: Blocks = {}
+        self._sums: BlockSums = {}
         self._zero = torch.zeros(0)
 
     def add(self, images: Tensor) -> None:

@@ -22,8 +22,8 @@ def counts(steps: int, **settings: Any) -> list[tuple[int, int]]:
         optimizer.zero_grad()
         model(torch.randn(8, 4)).square().mean().backward()
         optimizer.step()
-        ((slot,),) = (stack.slots for stack in optimizer.curvature.stacks)
-        found.append((slot.samples, slot.refreshes))
+        ((member,),) = (stack.members for stack in optimizer.curvature.stacks)
+        found.append((member.samples, member.refreshes))
     return found
 
 

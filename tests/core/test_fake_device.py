@@ -73,21 +73,21 @@ def test_launches_of_a_detector() -> None:
     seen, optimizer = step_of(
         random_model(cfg), lambda params, **options: NKFAC(params, lr=0.1, **options)
     )
-    stacks = [stack for stack in optimizer.curvature.stacks if stack.slots]
-    assert sum(len(stack.slots) for stack in stacks) == 57
+    stacks = [stack for stack in optimizer.curvature.stacks if stack.members]
+    assert sum(len(stack.members) for stack in stacks) == 57
     assert seen.total() <= 250 and seen.total() <= 12 * len(stacks)
     assert seen['_foreach_norm'] == 2 and 'linalg_vector_norm' not in seen
     counts = {stack: launches_of(stack) for stack in stacks}
     assert max(counts.values()) <= 16
     # Only k x k convolutions take more than 12, those with a joint bias more than 13.
-    above = {stack.slots[0].layer: count for stack, count in counts.items() if count > 12}
+    above = {stack.members[0].layer: count for stack, count in counts.items() if count > 12}
     assert all(layer.kernel_positions > 1 for layer in above) and len(above) <= 4
     assert all(layer.bias is not None for layer, count in above.items() if count > 13)
 
 
 def launches_of(stack: LayerStack) -> int:
     """Number of operations that turn the gradients of a stack into directions."""
-    layers = [slot.layer for slot in stack.slots]
+    layers = [member.layer for member in stack.members]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         gradients: dict[Tensor, Tensor] = {
             p: torch.zeros_like(p) for layer in layers for p in layer.parameters

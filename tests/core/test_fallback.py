@@ -131,10 +131,10 @@ def test_a_layer_that_changes_over_keeps_its_interval() -> None:
         train(model, optimizer, range(step, step + 1))
     assert captured == [0, 4, 8]
     (samples,) = (
-        slot.samples
+        member.samples
         for stack in optimizer.curvature.stacks
-        for slot in stack.slots
-        if slot.layer.name == 'by_hand.weight'
+        for member in stack.members
+        if member.layer.name == 'by_hand.weight'
     )
     assert samples == 3
 

@@ -159,8 +159,8 @@ def test_moments_of_rounded_rows_are_positive(
     x = torch.rand(16, 700) if isinstance(model, nn.Linear) else torch.rand(9, 80, 9, 9)
     model(x + 3).square().mean().backward()
     optimizer.step()
-    (slot,) = optimizer.curvature.stacks[0].slots
-    assert slot.refreshes == 1
+    (member,) = optimizer.curvature.stacks[0].members
+    assert member.refreshes == 1
     values = torch.linalg.eigvalsh(
         optimizer.curvature.stacks[0].statistics['input_moment'].double()
     )
@@ -195,7 +195,7 @@ def test_an_older_torch_has_one_setting_for_all(monkeypatch: pytest.MonkeyPatch)
     model(torch.randn(5, 4)).square().mean().backward()
     optimizer.step()
     assert 'medium' in named and named[-1] == 'highest'
-    assert optimizer.curvature.stacks[0].slots[0].refreshes == 1
+    assert optimizer.curvature.stacks[0].members[0].refreshes == 1
 
 
 def test_attention_is_measured_in_full() -> None:
@@ -219,8 +219,12 @@ def test_attention_is_measured_in_full() -> None:
         x = torch.randn(16, 64, 64)
         model['head'](model['attention'](x, x, x)[0]).square().mean().backward()
         optimizer.step()
-    slots = {slot.layer.name: slot for stack in optimizer.curvature.stacks for slot in stack.slots}
-    assert slots['attention.in_proj_weight'].refreshes == 2
+    members = {
+        member.layer.name: member
+        for stack in optimizer.curvature.stacks
+        for member in stack.members
+    }
+    assert members['attention.in_proj_weight'].refreshes == 2
     for name, statistic in (
         (name, s)
         for stack in optimizer.curvature.stacks

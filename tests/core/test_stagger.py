@@ -39,9 +39,9 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> list[dict[str, tupl
         optimizer.step()
         counts.append(
             {
-                slot.layer.name: (slot.samples, slot.refreshes)
+                member.layer.name: (member.samples, member.refreshes)
                 for stack in optimizer.curvature.stacks
-                for slot in stack.slots
+                for member in stack.members
             }
         )
     return counts

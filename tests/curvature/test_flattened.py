@@ -392,6 +392,6 @@ def test_the_box_head_is_preconditioned_with_its_positions(heads: Any) -> None:
         sum(out.square().mean() for out in head(x)).backward()
         optimizer.step()
     assert not torch.equal(head.shared_fcs[0].weight, before)
-    assert all(slot.refreshes for stack in optimizer.curvature.stacks for slot in stack.slots)
+    assert all(member.refreshes for stack in optimizer.curvature.stacks for member in stack.members)
     statistic = Statistic(GRADIENT, Moment())
     assert any(statistic in stack.kept for stack in optimizer.curvature.stacks)

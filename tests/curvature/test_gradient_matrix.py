@@ -194,7 +194,7 @@ def test_sources_are_mixed_layer_by_layer() -> None:
         for layer, stack in optimizer.curvature.layers.items()
     }
     assert keys['head.weight'] == [True, True] and keys['conv.weight'] == [False, False]
-    assert all(slot.refreshes for stack in optimizer.curvature.stacks for slot in stack.slots)
+    assert all(member.refreshes for stack in optimizer.curvature.stacks for member in stack.members)
 
 
 @pytest.mark.parametrize('kind', [*KINDS, SOAP])

@@ -188,7 +188,7 @@ def test_a_failed_decomposition_is_tried_in_float64(monkeypatch: pytest.MonkeyPa
     model(torch.randn(2, 3, 5, 5)).square().mean().backward()
     optimizer.step()
     (stack,) = optimizer.curvature.stacks
-    assert seen == [torch.float32, torch.float64] and stack.slots[0].refreshes == 1
+    assert seen == [torch.float32, torch.float64] and stack.members[0].refreshes == 1
     assert stack.operators['input'].positions.dtype == torch.float32
 
 

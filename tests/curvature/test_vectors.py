@@ -89,4 +89,6 @@ def test_a_capture_lays_out_no_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = AdaAct(model, lr=0.1)
     model(torch.randn(4, 3, 8, 8)).sum().backward()
     optimizer.step()
-    assert all(slot.refreshes == 1 for stack in optimizer.curvature.stacks for slot in stack.slots)
+    assert all(
+        member.refreshes == 1 for stack in optimizer.curvature.stacks for member in stack.members
+    )

@@ -120,8 +120,8 @@ def amp_statistics(model: nn.Module, **cfg: Any) -> dict[str, Any]:
     return {
         layer.name: {name: s[k] for name, s in stack.statistics.items()}
         for stack in wrapper.optimizer.curvature.stacks
-        for k, slot in enumerate(stack.slots)
-        for layer in [slot.layer]
+        for k, member in enumerate(stack.members)
+        for layer in [member.layer]
     }
 
 
@@ -153,13 +153,13 @@ def test_an_overflow_step_leaves_everything(amp_on_cpu: None) -> None:
     model.train_step(bad, wrapper)
     assert wrapper.optimizer.t == 0
     assert not wrapper.optimizer.curvature.capture.staged
-    assert all(not stack.slots for stack in wrapper.optimizer.curvature.stacks)
+    assert all(not stack.members for stack in wrapper.optimizer.curvature.stacks)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
     model.norm.reset_running_stats()
     model.train_step(batch(), wrapper)
     assert wrapper.optimizer.t == 1
-    assert all(stack.slots for stack in wrapper.optimizer.curvature.stacks)
+    assert all(stack.members for stack in wrapper.optimizer.curvature.stacks)
 
 
 def test_accumulation_equals_the_joint_batch() -> None:

@@ -147,7 +147,7 @@ def test_mask_rcnn_swin_t_trains_at_its_real_size(drop_path_rate: float) -> None
     assert len(wrapper.optimizer.curvature.layers) > 60
     assert (
         all(
-            stack.slots and all(slot.refreshes == 2 for slot in stack.slots)
+            stack.members and all(member.refreshes == 2 for member in stack.members)
             for stack in wrapper.optimizer.curvature.stacks
         )
         or drop_path_rate

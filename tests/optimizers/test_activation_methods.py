@@ -213,7 +213,7 @@ def test_norms_are_measured_and_damped_as_layers(start: int) -> None:
         before, gradient = model.bn1.weight.detach().clone(), model.bn1.weight.grad.clone()
         optimizer.step()
         state = optimizer.state[model.bn1.weight]
-        layer = optimizer.curvature.stacks[0].slots
+        layer = optimizer.curvature.stacks[0].members
         assert state.get('fisher_samples', 0) == (layer[0].samples if layer else 0)
         if step == 0:
             fisher = (state['fisher_gradient'] * state['fisher_input']) if start == 0 else None

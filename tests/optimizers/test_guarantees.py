@@ -123,9 +123,9 @@ def test_a_layer_may_be_frozen_and_thawed(name: str) -> None:
     train(name, model, optimizer, range(5))
     assert all(torch.equal(value, before[key]) for key, value in model.fc1.state_dict().items())
     assert all(
-        slot.layer.weight is not model.fc1.weight
+        member.layer.weight is not model.fc1.weight
         for stack in optimizer.curvature.stacks
-        for slot in stack.slots
+        for member in stack.members
     )
     model.fc1.requires_grad_(True)
     model.stem.requires_grad_(False)
@@ -341,8 +341,8 @@ def test_several_wrappers_in_one() -> None:
         both['conv'].backward(loss)
         both['conv'].step(), both['fc'].step()
         both['conv'].zero_grad(), both['fc'].zero_grad()
-    assert ours.optimizer.curvature.stacks[0].slots[0].samples == 3
-    assert ours.optimizer.curvature.stacks[0].slots[0].refreshes == 2
+    assert ours.optimizer.curvature.stacks[0].members[0].samples == 3
+    assert ours.optimizer.curvature.stacks[0].members[0].refreshes == 2
     for key in ('conv.weight', 'fc.weight'):
         assert not torch.equal(model.state_dict()[key], before[key])
 

@@ -146,10 +146,10 @@ def test_all_captures_of_an_exact_start_are_followed_by_exact_inverses(stagger: 
         loss_at(step)(model).backward()
         optimizer.step()
         for stack in optimizer.curvature.stacks:
-            for slot in stack.slots:
-                assert slot.refreshes == slot.samples or stagger
-                assert all(method.is_exact(k) for k in range(slot.refreshes))
-                assert slot.refreshes > 0 or step < 6
+            for member in stack.members:
+                assert member.refreshes == member.samples or stagger
+                assert all(method.is_exact(k) for k in range(member.refreshes))
+                assert member.refreshes > 0 or step < 6
 
 
 RULES: dict[str, tuple[dict[str, Any], Callable[[], ReferenceRule]]] = {

@@ -68,7 +68,7 @@ def test_it_is_inverted_once_and_never_measured_again() -> None:
         assert not model.conv1._forward_hooks
         step(model, optimizer, seed)
         kept = stack.operator_tensors['input_moment'].clone()
-    assert (stack.slots[0].samples, stack.slots[0].refreshes) == (1, 1)
+    assert (stack.members[0].samples, stack.members[0].refreshes) == (1, 1)
     assert torch.equal(kept, stack.operator_tensors['input_moment'])
 
 
@@ -181,7 +181,7 @@ def test_a_lost_calibration_is_not_made_up(caplog: pytest.LogCaptureFixture) -> 
     assert 'its calibration is lost' in caplog.text and not optimizer.calibrated
     step(model, optimizer, 1)
     stack = optimizer.curvature.layers[optimizer.first_layer]
-    assert set(stack.operator_tensors) == {'input'} and stack.slots[0].refreshes == 1
+    assert set(stack.operator_tensors) == {'input'} and stack.members[0].refreshes == 1
 
 
 def test_a_state_without_curvature_keeps_a_calibration() -> None:

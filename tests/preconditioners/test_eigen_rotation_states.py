@@ -207,8 +207,8 @@ def test_moments_in_a_basis_that_was_not_saved_are_of_no_use() -> None:
 def spoil(optimizer: PreconditionedOptimizer, name: str, value: float = float('nan')) -> None:
     """Sets one entry of a layer's running statistic."""
     for stack in optimizer.curvature.stacks:
-        for k, slot in enumerate(stack.slots):
-            if slot.layer.name == name:
+        for k, member in enumerate(stack.members):
+            if member.layer.name == name:
                 stack.statistics['input_moment'][k, 0, 1, 2] = value
 
 

@@ -177,7 +177,7 @@ def test_neither_installs_hooks(kind: Any) -> None:
     handle = model[0].register_forward_pre_hook(count)
     train(model, optimizer, 3)
     handle.remove()
-    assert set(seen) == {0} and optimizer.curvature.stacks[0].slots[0].samples == 3
+    assert set(seen) == {0} and optimizer.curvature.stacks[0].members[0].samples == 3
 
 
 def test_shampoo_goes_under_momentum_alone() -> None:

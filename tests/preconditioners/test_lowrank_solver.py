@@ -131,7 +131,7 @@ def test_a_side_that_is_not_low_rank_stays_dense() -> None:
     """Its neighbours in the stack go with it, and what they had is carried over."""
     model, optimizer = make('NKFAC', solver='lowrank', tolerance=0.1)
     train(model, optimizer, range(3))
-    stack = next(s for s in optimizer.curvature.stacks if len(s.slots) == 2)
+    stack = next(s for s in optimizer.curvature.stacks if len(s.members) == 2)
     assert 'input_columns' in stack.operator_tensors
     before = columns_to_matrix(
         stack.operator_tensors['input_columns'], stack.operator_tensors['input_scale']

@@ -136,4 +136,4 @@ def test_sketches_may_be_sampled() -> None:
     optimizer = NysAct(model, lr=0.1, rank=4, max_rows=8, settings='published')
     assert [s.key for s in optimizer.curvature.stacks[0].kept] == ['input_sketch_sampled']
     train(model, optimizer, token_batches(3))
-    assert all(slot.refreshes for stack in optimizer.curvature.stacks for slot in stack.slots)
+    assert all(member.refreshes for stack in optimizer.curvature.stacks for member in stack.members)

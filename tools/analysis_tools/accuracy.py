@@ -106,9 +106,9 @@ def compare(optimizer: NKFAC, args: argparse.Namespace) -> dict[str, list[tuple[
     method = NewtonKronecker(rank_share=None)
     rows_by_way: dict[str, list[tuple[Any, ...]]] = {}
     jobs = [
-        (stack, k, slot.layer)
+        (stack, k, member.layer)
         for stack in optimizer.curvature.stacks
-        for k, slot in enumerate(stack.slots)
+        for k, member in enumerate(stack.members)
     ]
     for stack, k, layer in tqdm(jobs, unit='layer'):
         factors = stack.factors([k])
