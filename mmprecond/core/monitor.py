@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import GRADIENT, INPUT, Layer, Moment
-from ..linalg import Dense, LowRank, largest_eigenvalue
+from ..linalg import Dense, LowRank, identity_like, largest_eigenvalue
 from .stack import LayerStack
 
 Values = dict[str, float]
@@ -182,8 +182,7 @@ def fit_damping(moment: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
         (Frobenius norms).
     """
     moment, inverse = moment.double(), inverse.double()
-    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    rest = identity - inverse @ moment
+    rest = identity_like(moment) - inverse @ moment
     damping = (rest * inverse).sum((-2, -1)) / inverse.square().sum((-2, -1))
     error = torch.linalg.matrix_norm(rest - damping[:, None, None] * inverse)
     return damping.mean(), (error / moment.shape[-1] ** 0.5).amax()

@@ -12,7 +12,7 @@ from .calls import Call
 from .capture import Capture
 from .conv import Conv2dLayer
 from .eager import Eager
-from .form import Factor, Form, Power, add_damping
+from .form import Factor, Form, Power
 from .gradient_matrix import (
     MatrixLayer,
     find_matrices,
@@ -98,7 +98,6 @@ __all__ = [
     'TokenAttention',
     'WEIGHT',
     'WindowAttention',
-    'add_damping',
     'AttentionTypes',
     'attention_type',
     'attention_types',

@@ -205,10 +205,3 @@ class Form(ABC):
     ) -> tuple[Operator, Tensor]:
         """See `Factor.damped_power`."""
         raise TypeError(f'{type(self).__name__} is no second moment')
-
-
-def add_damping(matrices: Tensor, damping: Tensor) -> Tensor:
-    """``A + mu I`` for matrices (..., n, n) and dampings mu (...)."""
-    damped = matrices.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-    return damped

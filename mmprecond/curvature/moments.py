@@ -19,14 +19,16 @@ from ..linalg import (
     RankSearch,
     Shape,
     add_product,
+    add_to_diagonal,
     largest_eigenvalue,
     largest_eigenvalue_of_columns,
     low_rank_power,
     nystrom_columns,
     power_of_columns,
     stacked_product,
+    trace,
 )
-from .form import Factor, Form, Power, Slots, add_damping
+from .form import Factor, Form, Power, Slots
 from .gram import gram, gram_flops
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class Moment(Form):
         return Dense.outline((blocks, size, size))
 
     def trace(self, factor: Factor) -> Tensor:
-        return factor.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return trace(factor.tensor)
 
     def largest_eigenvalue(self, factor: Factor) -> Tensor:
         return largest_eigenvalue(factor.tensor)
@@ -86,7 +88,7 @@ class Moment(Form):
             if low_rank is not None:
                 return LowRank(*low_rank[:2]), low_rank[2]
         matrix, succeeded = power.solve(
-            add_damping(factor.tensor, amount(factor)), dense.matrix if dense else None
+            add_to_diagonal(factor.tensor, amount(factor)), dense.matrix if dense else None
         )
         return Dense(matrix), succeeded
 
@@ -130,7 +132,7 @@ class Blocks(Form):
         return BlockDiagonal.outline(*self.shapes(blocks, size))
 
     def trace(self, factor: Factor) -> Tensor:
-        return factor.tensor.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return trace(factor.tensor)
 
     def largest_eigenvalue(self, factor: Factor) -> Tensor:
         """Largest eigenvalue of the whole side for each block, so that all have one damping."""
@@ -145,7 +147,7 @@ class Blocks(Form):
         previous: Operator | None,
     ) -> tuple[Operator, Tensor]:
         last = previous.blocks if isinstance(previous, BlockDiagonal) else None
-        blocks, succeeded = power.solve(add_damping(factor.tensor, amount(factor)), last)
+        blocks, succeeded = power.solve(add_to_diagonal(factor.tensor, amount(factor)), last)
         return BlockDiagonal(blocks), succeeded
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import Operator, PositionMatrix, RankSearch, Shape, largest_eigenvalue, position_power
+from ..linalg import (
+    Operator,
+    PositionMatrix,
+    RankSearch,
+    Shape,
+    largest_eigenvalue,
+    position_power,
+    trace,
+)
 from .form import Factor, Power
 from .patch_form import PatchForm
 
@@ -54,8 +62,8 @@ class Positions(PatchForm):
         return PositionMatrix.outline((blocks, p, p), (blocks, 1, int(self.joint)))
 
     def trace(self, factor: Factor) -> Tensor:
-        trace = self.channels * factor.tensors[0].diagonal(dim1=-2, dim2=-1).sum(-1)
-        return trace + factor.tensors[1][..., 0, 0] if self.joint else trace
+        total = self.channels * trace(factor.tensors[0])
+        return total + factor.tensors[1][..., 0, 0] if self.joint else total
 
     def largest_eigenvalue(self, factor: Factor) -> Tensor:
         value = largest_eigenvalue(factor.tensors[0])

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import Kronecker, Operator, RankSearch, Shape, kronecker_power, largest_eigenvalue
+from ..linalg import (
+    Kronecker,
+    Operator,
+    RankSearch,
+    Shape,
+    kronecker_power,
+    largest_eigenvalue,
+    trace,
+)
 from .form import Factor, Power
 from .patch_form import PatchForm
 
@@ -42,9 +50,9 @@ class Separable(PatchForm):
     def norm(self, samples: Sequence[Tensor], sizes: Sequence[float] | None) -> Tensor | float:
         """Frobenius norm ``|C| |K| / tr`` of the product (b, 1, 1); one divisor for all parts."""
         channels, positions = (torch.linalg.matrix_norm(part) for part in samples[:2])
-        trace = _trace(samples[0])
-        tiny = torch.finfo(trace.dtype).tiny
-        return (channels * positions / trace.clamp_min(tiny))[..., None, None]
+        total = trace(samples[0])
+        tiny = torch.finfo(total.dtype).tiny
+        return (channels * positions / total.clamp_min(tiny))[..., None, None]
 
     def note(self, size: int) -> str:
         return f'as {self.channels} channels x {self.positions} positions'
@@ -61,13 +69,13 @@ class Separable(PatchForm):
         )
 
     def trace(self, factor: Factor) -> Tensor:
-        trace = _trace(factor.tensors[0])
-        return trace + factor.tensors[2][..., 0, 0] if self.joint else trace
+        total = trace(factor.tensors[0])
+        return total + factor.tensors[2][..., 0, 0] if self.joint else total
 
     def largest_eigenvalue(self, factor: Factor) -> Tensor:
         channels, positions = factor.tensors[:2]
-        trace = _trace(channels).clamp_min(torch.finfo(channels.dtype).tiny)
-        value = largest_eigenvalue(channels) * largest_eigenvalue(positions) / trace
+        total = trace(channels).clamp_min(torch.finfo(channels.dtype).tiny)
+        value = largest_eigenvalue(channels) * largest_eigenvalue(positions) / total
         return torch.maximum(value, factor.tensors[2][..., 0, 0]) if self.joint else value
 
     def damped_power(
@@ -87,7 +95,3 @@ class Separable(PatchForm):
         )
         ones = self.power_of_ones(factor, damping, function)
         return Kronecker(basis, shifts, gain, rest, ones), succeeded
-
-
-def _trace(matrices: Tensor) -> Tensor:
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -12,6 +12,7 @@ from .lowrank import (
     nystrom_columns,
     power_of_columns,
 )
+from .matrices import add_to_diagonal, identity_like, trace
 from .operators import (
     BlockDiagonal,
     Dense,
@@ -55,6 +56,7 @@ __all__ = [
     'RankSearch',
     'Shape',
     'add_product',
+    'add_to_diagonal',
     'all_finite',
     'apply_columns',
     'at_least_float32',
@@ -67,6 +69,7 @@ __all__ = [
     'expected_shapes',
     'flatten_like',
     'from_tensors',
+    'identity_like',
     'inverse_power',
     'join',
     'kronecker_power',
@@ -88,6 +91,7 @@ __all__ = [
     'shrink_rows',
     'stacked_product',
     'take',
+    'trace',
     'unflatten_like',
     'unify',
     'write',

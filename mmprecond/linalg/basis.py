@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .eigen import checked_eigh
+from .matrices import identity_like
 from .products import stacked_product
 
 
@@ -20,7 +21,7 @@ def eigenbasis(matrix: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
         Orthogonal matrices (..., n, n) with columns by decreasing eigenvalue, and a bool tensor
         (...) that is False where the matrix or the result is not finite.
     """
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    identity = identity_like(matrix)
     scale = matrix.abs().amax((-2, -1), keepdim=True)
     scaled = matrix / torch.where(scale > 0, scale, 1) + shift * identity
     _, vectors, succeeded = checked_eigh(scaled)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .inverse import all_finite
+from .matrices import identity_like
 
 
 def checked_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +20,7 @@ def checked_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         where a matrix is not finite or its decomposition failed (the identity replaces it).
     """
     finite = all_finite(matrix)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    identity = identity_like(matrix)
     safe = torch.where(finite[..., None, None], matrix, identity)
     try:
         values, vectors = torch.linalg.eigh(safe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .matrices import identity_like
 from .products import stacked_product
 
 
@@ -19,7 +20,7 @@ def cholesky_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
         positive definite or its inverse is not finite (that inverse is then meaningless).
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    identity = identity_like(matrix)
     # A failed factor may be singular, and cholesky_inverse raises for singular factors.
     factor = torch.where((info == 0)[..., None, None], factor, identity)
     inverse = torch.cholesky_inverse(factor)
@@ -90,7 +91,7 @@ def definite_newton_inverse(
 def _optimal_step_size(product: Tensor) -> Tensor:
     """Step sizes (...) that minimize ``||E - a E P||_F``, E = P - I, for products P (..., n, n)."""
     change = stacked_product(product, product) - product
-    residual = product - torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+    residual = product - identity_like(product)
     return (residual * change).sum((-2, -1)) / change.square().sum((-2, -1))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .eigen import checked_eigh
 from .lowrank import RankSearch, negligible_ratio, tail_eigenvalue
+from .matrices import trace
 from .operators import Operator, Shape
 from .products import add_product, stacked_product
 
@@ -182,10 +183,10 @@ def kronecker_power(
     """
     values, vectors, valid = checked_eigh(channels)
     shifts, basis, also_valid = checked_eigh(positions)
-    trace = channels.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    total = trace(channels)[..., None, None]
     tiny = torch.finfo(channels.dtype).tiny
     eigenvalues = (values[..., :, None] * shifts[..., None, :]).clamp_min(0)
-    eigenvalues = eigenvalues / trace.clamp_min(tiny)
+    eigenvalues = eigenvalues / total.clamp_min(tiny)
     damped = eigenvalues + damping[..., None, None]
     powers = damped.pow(-exponent) if function is None else function(damped)
     rest = torch.zeros_like(powers[..., :1, :])

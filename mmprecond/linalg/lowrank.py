@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .eigen import checked_eigh
 from .inverse import all_finite
+from .matrices import add_to_diagonal, identity_like, trace
 from .products import add_product, stacked_product
 
 #: Least number of extra random columns, which find new directions.
@@ -82,11 +83,8 @@ def power_of_columns(
     scale = damping[..., None, None].pow(-exponent)
     valid = (damping > 0) & scale.isfinite()[..., 0, 0]
     if exponent == 1:
-        damped = gram.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping[..., None])
-        factor, info = torch.linalg.cholesky_ex(damped)
-        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        factor = torch.where((info == 0)[..., None, None], factor, identity)
+        factor, info = torch.linalg.cholesky_ex(add_to_diagonal(gram, damping))
+        factor = torch.where((info == 0)[..., None, None], factor, identity_like(gram))
         basis = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False)
         return basis, scale, valid & (info == 0) & all_finite(basis)
     values, vectors, succeeded = checked_eigh(gram)
@@ -188,7 +186,7 @@ def low_rank_power(
         return None
     rank = max(1, min(needed_rank, rank_limit))
     kept_values = torch.where(values > bound[..., None], values, 0)[..., :rank]
-    rest = (matrix.diagonal(dim1=-2, dim2=-1).sum(-1) - kept_values.sum(-1)).clamp_min(0)
+    rest = (trace(matrix) - kept_values.sum(-1)).clamp_min(0)
     rest = rest / (matrix.shape[-1] - (kept_values > 0).sum(-1)).clamp_min(1)
     largest = torch.maximum(residual, torch.where(values > bound[..., None], 0, values).amax(-1))
     bound_exceeded = (counts > rank) | (residual > SLACK * bound)
@@ -252,12 +250,11 @@ def _nystrom_of_image(image: Tensor, core: Tensor) -> Tensor:
     peak = core.diagonal(dim1=-2, dim2=-1).amax(-1)
     shift = core.shape[-1] * torch.where(peak > 0, peak, 1)
     core = (core + core.mT) / 2
-    factor = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device).expand_as(core)
+    factor = identity_like(core).expand_as(core)
     failed = torch.ones_like(peak, dtype=torch.bool)[..., None, None]
     # A moment summed in float32 has float32's rounding errors, even if it is given in float64.
     for dtype in dict.fromkeys((core.dtype, torch.float32)):
-        damped = core.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(dtype).eps * shift[..., None])
+        damped = add_to_diagonal(core, torch.finfo(dtype).eps * shift)
         candidate, info = torch.linalg.cholesky_ex(damped)
         succeeded = ((info == 0) & all_finite(candidate))[..., None, None]
         factor = torch.where(succeeded & failed, candidate, factor)

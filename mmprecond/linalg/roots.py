@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .eigen import checked_eigh
 from .inverse import all_finite, cholesky_inverse
+from .matrices import identity_like, trace
 
 
 def inverse_power(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
@@ -50,30 +51,30 @@ def newton_schulz_inverse_root(matrix: Tensor, steps: int = 10) -> tuple[Tensor,
         The inverse roots (..., n, n), and a bool tensor (...) that is True where they are finite
         and A has a positive trace.
     """
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    y = matrix / trace
-    z = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    scale = trace(matrix)[..., None, None]
+    y = matrix / scale
+    z = identity_like(matrix).expand_as(matrix)
     for _ in range(steps):
         step = -0.5 * (z @ y)
         step.diagonal(dim1=-2, dim2=-1).add_(1.5)
         y, z = y @ step, step @ z
-    root = z / trace.sqrt()
+    root = z / scale.sqrt()
     # Positive semi-definite matrices stay below this bound; a negative eigenvalue exceeds it.
     bound = 1.01 * 1.5**steps * matrix.shape[-1] ** 0.5
     bounded = torch.linalg.matrix_norm(z) <= bound
-    return root, (trace[..., 0, 0] > 0) & bounded & all_finite(root)
+    return root, (scale[..., 0, 0] > 0) & bounded & all_finite(root)
 
 
-def newton_schulz_inverse_root_of_values(values: Tensor, trace: Tensor, steps: int) -> Tensor:
+def newton_schulz_inverse_root_of_values(values: Tensor, total: Tensor, steps: int) -> Tensor:
     """Eigenvalues of `newton_schulz_inverse_root` of a matrix with these eigenvalues.
 
     Args:
         values: Eigenvalues of A (...).
-        trace: tr A, broadcast to the values.
+        total: tr A, broadcast to the values.
         steps: Number of steps.
     """
-    y, z = values / trace, torch.ones_like(values)
+    y, z = values / total, torch.ones_like(values)
     for _ in range(steps):
         step = 1.5 - 0.5 * z * y
         y, z = y * step, z * step
-    return z / trace.sqrt()
+    return z / total.sqrt()

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..curvature import INPUT, Moment, RunningAverage, Statistic, add_damping
-from ..linalg import Dense, Operators, cholesky_inverse
+from ..curvature import INPUT, Moment, RunningAverage, Statistic
+from ..linalg import Dense, Operators, add_to_diagonal, cholesky_inverse
 from .base import Factors, Preconditioner, damping_like
 from .two_sided import two_sided
 
@@ -44,7 +44,7 @@ class CalibratedInput(Preconditioner):
         """The exact inverse (see the base class)."""
         moment = factors[INPUT].tensor
         rho = damping_like(self.damping if damping is None else damping, moment)
-        inverse, succeeded = cholesky_inverse(add_damping(moment, rho[..., 0, 0]))
+        inverse, succeeded = cholesky_inverse(add_to_diagonal(moment, rho[..., 0, 0]))
         if self.compat == 'paper':
             inverse = inverse * rho
         return {INPUT.name: Dense(inverse)}, succeeded.all(-1)

@@ -29,6 +29,7 @@ from ..linalg import (
     PositionBasis,
     assign_columns,
     eigenbasis,
+    identity_like,
     orthogonal_iteration,
 )
 from .base import WHOLE_LAYERS, Factors
@@ -190,7 +191,7 @@ def _basis_type(form: Form) -> type[Operator]:
 
 def _reference_basis(previous: Tensor | None, like: Tensor) -> Tensor:
     """Previous bases, with the identity for layers that had none."""
-    identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
+    identity = identity_like(like).expand_as(like)
     if previous is None:
         return identity
     missing = (previous == 0).flatten(-2).all(-1)[..., None, None]

@@ -16,9 +16,8 @@ from ..curvature import (
     Power,
     RunningAverage,
     Statistic,
-    add_damping,
 )
-from ..linalg import Operators, inverse_power
+from ..linalg import Operators, add_to_diagonal, inverse_power
 from .base import WHOLE_LAYERS, Factors, check_damping
 from .inverse import InversePreconditioner
 from .registry import register_preconditioner
@@ -126,4 +125,4 @@ class InputFeature(InversePreconditioner):
 def damped_inverse(moment: Tensor, damping: Tensor | float) -> tuple[Tensor, Tensor]:
     """``(A + damping lambda_max(A) I)^-1`` of (..., b, n, n), and whether it succeeded."""
     amount = relative_damping(Factor(Moment(), (moment,)), damping)
-    return inverse_power(add_damping(moment, amount), 1)
+    return inverse_power(add_to_diagonal(moment, amount), 1)

@@ -97,7 +97,7 @@ def test_changed_settings_are_measured_anew(
 
 def sabotage(patch: pytest.MonkeyPatch, dtypes: set[torch.dtype]) -> None:
     """Sketches or inverses of side 12 fail in these dtypes."""
-    real, inverse = forms.nystrom_columns, forms.add_damping
+    real, inverse = forms.nystrom_columns, forms.add_to_diagonal
 
     def columns(sketch: Tensor, test: Tensor) -> Tensor:
         bad = sketch.dtype in dtypes and sketch.shape[-2] == 12
@@ -108,7 +108,7 @@ def sabotage(patch: pytest.MonkeyPatch, dtypes: set[torch.dtype]) -> None:
         return inverse(matrix, damping) * (-1.0 if bad else 1.0)
 
     patch.setattr(forms, 'nystrom_columns', columns)
-    patch.setattr(forms, 'add_damping', damped)
+    patch.setattr(forms, 'add_to_diagonal', damped)
 
 
 @pytest.mark.parametrize('form', FORMS)
