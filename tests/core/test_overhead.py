@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -77,6 +77,7 @@ def train(model: nn.Module, optimizer: Any, steps: range, clock: Clock | None = 
 positive = st.floats(1e-4, 1e3)
 
 
+@settings(max_examples=500, deadline=None)
 @given(plain=positive, capture=st.just(0.0) | positive, refresh=st.just(0.0) | positive)
 def test_the_share_is_kept_within_the_bounds(plain: float, capture: float, refresh: float) -> None:
     for share in (0.01, 0.05, 0.5):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -84,6 +84,7 @@ def test_few_rows_of_a_detector_are_not_missed() -> None:
     torch.testing.assert_close(moments[1], moments[0], rtol=1e-12, atol=0)
 
 
+@settings(max_examples=200, deadline=None)
 @given(
     sizes=st.lists(st.floats(0, 1e3, width=32), min_size=2, max_size=40),
     share=st.floats(0, 1),

@@ -31,6 +31,7 @@ from mmprecond.optimizers import NKFAC, AdaNKFAC, RuleOptimizer
 from mmprecond.rules import AdamW
 from tests.support.classifier import Classifier, HalfRateConstructor, Labelled, batch, build
 from tests.support.errors import refused
+from tests.support.states import differences
 
 
 def hooks(model: nn.Module) -> int:
@@ -98,12 +99,22 @@ def test_capture_is_bracketed_by_the_training_step() -> None:
 
 
 def test_a_moving_average_of_the_model_feeds_nothing() -> None:
-    model = Classifier()
-    wrapper = build(model)
-    with wrapper.optim_context(model):
-        average = ExponentialMovingAverage(model)
-        average(**batch())
-        assert not wrapper.optimizer.curvature.capture.staged
+    states = []
+    for averaged in (False, True):
+        torch.manual_seed(0)
+        model = Classifier()
+        wrapper = build(model)
+        with wrapper.optim_context(model):
+            if averaged:
+                average = ExponentialMovingAverage(model)
+                average(**batch(seed=1))
+                assert not wrapper.optimizer.curvature.capture.seen
+            loss = model(**batch(), mode='loss')['loss']
+        if averaged:
+            average(**batch(seed=2), mode='loss')
+        wrapper.update_params(loss)
+        states.append(copy.deepcopy(wrapper.optimizer.state_dict()['precond']))
+    assert differences(*states) == []
 
 
 def test_any_wrapper_class_is_kept() -> None:

@@ -56,7 +56,7 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.parametrize('variant', ['thesis', 'gauss_newton'])
 @pytest.mark.parametrize(
     ('width', 'heads', 'height', 'length'),
-    [(96, 3, 200, 334), (192, 6, 100, 167), (384, 12, 50, 84), (768, 24, 25, 42)],
+    [(96, 3, 200, 334), (768, 24, 25, 42)],  # most windows, and the widest
 )
 def test_a_capture_stays_within_its_memory(
     monkeypatch: pytest.MonkeyPatch, width: int, heads: int, height: int, length: int, variant: str
@@ -86,7 +86,7 @@ def test_a_capture_stays_within_its_memory(
     assert len(peaks) == 1 and statistics < peaks[0] < 64 + 2 * statistics
 
 
-def build(drop_path_rate: float) -> tuple[nn.Module, Any]:
+def build() -> tuple[nn.Module, Any]:
     """The detector and its optimizer wrapper as configured, but without pretrained weights."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
@@ -96,7 +96,7 @@ def build(drop_path_rate: float) -> tuple[nn.Module, Any]:
     register_all_modules(init_default_scope=True)
     config = Config.fromfile(CONFIG)
     config.model.backbone.init_cfg = None
-    config.model.backbone.drop_path_rate = drop_path_rate
+    config.model.backbone.drop_path_rate = 0.0  # so that every layer is called
     torch.manual_seed(0)
     model = MODELS.build(config.model)
     model.init_weights()
@@ -136,21 +136,17 @@ def batch(seed: int, height: int = 800, width: int = 1333, objects: int = 6) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('drop_path_rate', [0.0, 0.2])
-def test_mask_rcnn_swin_t_trains_at_its_real_size(drop_path_rate: float) -> None:
+def test_mask_rcnn_swin_t_trains_at_its_real_size() -> None:
     """Two iterations, each with statistics and an early refresh (about 6.5 GB)."""
-    model, wrapper = build(drop_path_rate)
+    model, wrapper = build()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for seed in range(2):
         losses = model.train_step(batch(seed), wrapper)
         assert all(torch.isfinite(value) for value in losses.values())
     assert len(wrapper.optimizer.curvature.layers) > 60
-    assert (
-        all(
-            stack.members and all(member.refreshes == 2 for member in stack.members)
-            for stack in wrapper.optimizer.curvature.stacks
-        )
-        or drop_path_rate
+    assert all(
+        stack.members and all(member.refreshes == 2 for member in stack.members)
+        for stack in wrapper.optimizer.curvature.stacks
     )
     assert all(p.isfinite().all() for p in model.parameters())
     unchanged = [
@@ -158,4 +154,4 @@ def test_mask_rcnn_swin_t_trains_at_its_real_size(drop_path_rate: float) -> None
         for name, p in model.named_parameters()
         if p.requires_grad and torch.equal(p, before[name])
     ]
-    assert drop_path_rate or not unchanged
+    assert not unchanged

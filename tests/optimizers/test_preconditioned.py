@@ -34,6 +34,7 @@ SMALL = dict(stat_interval=1, refresh_interval=2)
 SGDM = dict(type='SGDM', lr=0.02, momentum=0.8, weight_decay=0.1)
 ADAMW = dict(type='AdamW', lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
 ADAN = dict(type='Adan', lr=0.01, betas=(0.9, 0.8, 0.95), weight_decay=0.1)
+RADAM = dict(ADAMW, type='RAdam')
 PUBLISHED = dict(ADAMW, decay='published')
 
 #: Optimizer, what its rule's arguments lack, rule, preconditioner, settings of both.
@@ -44,6 +45,11 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]
     'FAdam': ('FAdam', {}, ADAMW, 'InputFeature', dict(norm_recovery=False)),
     'AFOpt': ('AFOpt', {}, SGDM, 'AttentionFeature', {}),
     'AdaAFOpt': ('AdaAFOpt', {}, ADAMW, 'AttentionFeature', dict(variant='gauss_newton')),
+    **{
+        f'{name}, {rule["type"]}': (name, dict(rule=rule['type']), rule, method, {})
+        for name, method in (('AdaNKFAC', 'NewtonKronecker'), ('AdamWBK', 'KroneckerRoot'))
+        for rule in (ADAN, RADAM)
+    },
     'AdaAFOpt, Adan': ('AdaAFOpt', dict(rule='Adan'), ADAN, 'AttentionFeature', {}),
 }
 

@@ -79,6 +79,7 @@ hypothesis = pytest.importorskip('hypothesis')
 st = hypothesis.strategies
 
 
+@hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(
     gamma=st.floats(0.01, 0.9),
     total=st.integers(1, 12),
@@ -101,7 +102,7 @@ def test_the_radius_keeps_its_bounds(
             moved = True
         if d != before:
             assert (1 - gamma) ** q * (1 - 1e-12) <= d <= (1 + gamma**q) * (1 + 1e-12)
-    if moved and len(values) == 1:
+    if moved and len(values) == 1 and abs(values[0]) < 1e6:  # rounding of more counts as a fall
         assert float(optimizer.radius) == 1.0
 
 
