@@ -93,6 +93,11 @@ def first_names(names: Iterable[str], limit: int = 5) -> str:
     return ', '.join(names[:limit]) + more
 
 
+def first_line(error: Exception) -> str:
+    """Kind of an error, with the first line of its text if it has one."""
+    return f'{type(error).__name__}: {error}'.splitlines()[0].removesuffix(': ')
+
+
 def did_you_mean(name: Any, names: Iterable[str], likeness: float = 0.6) -> str:
     """``'did you mean A or B? '`` with the nearest names, or ''; upper and lower case are equal.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from pathlib import Path
 
 from .resources import find_root
@@ -40,6 +42,10 @@ def main() -> None:
         else:
             _run(find_root() / 'tools', script)
     except ModuleNotFoundError as error:
+        names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        begun = script is not None and names.count('main') > 1  # this one, and the script's own
+        if begun or os.environ.get('MMPRECOND_TRACEBACK'):
+            raise
         package = str(error.name).split('.')[0]
         parser.exit(
             2, f'mmprecond {given.command} needs the package {package}, which is not installed\n'

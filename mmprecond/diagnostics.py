@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .checks import first_line
 from .core import LayerStack
 from .core.cost import LayerCost, measured_costs
 from .core.overview import stage_of
@@ -109,18 +110,13 @@ def forecast_on_noise(
             failures.append(error)
             continue
         if failures:
-            logger.warning('The loss takes no batch of noise (%s)', _first_line(failures[0]))
+            logger.warning('The loss takes no batch of noise (%s)', first_line(failures[0]))
         return batch, costs, own
     raise ValueError(
-        f'{type(model).__name__} takes no batch of noise ({_first_line(failures[0])}); give '
+        f'{type(model).__name__} takes no batch of noise ({first_line(failures[0])}); give '
         'another --batch or --size, or call mmprecond.diagnostics.forecast with a batch of your '
         'data'
     ) from failures[0]
-
-
-def _first_line(error: Exception) -> str:
-    """Kind of an error, with the first line of its text if it has one."""
-    return f'{type(error).__name__}: {error}'.splitlines()[0].removesuffix(': ')
 
 
 def amortised(layers: Mapping[Layer, LayerStack], costs: Mapping[Layer, LayerCost]) -> float:

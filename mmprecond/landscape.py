@@ -123,8 +123,6 @@ def main() -> None:
     from .engine import landscape_inputs, launch
 
     args = parse_args()
-    if not logger.hasHandlers():
-        logging.basicConfig(level=logging.INFO, format='%(message)s')
     with launch.one_line_errors():
         loss, optimizer = landscape_inputs.build(args)
         explore(

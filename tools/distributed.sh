@@ -29,8 +29,9 @@ launch() {  # launch TOOL GPUS [arguments of the tool ...]: never returns
 
 find_python() {
   # An active environment wins (conda's base, which is often active unasked, does not count).
-  local venv=${MMPRECOND_VENV:-.venv} active=${VIRTUAL_ENV:-}
-  case $venv in /*) ;; *) venv=$root/$venv ;; esac
+  local venv active=${VIRTUAL_ENV:-}
+  # shellcheck source=/dev/null
+  source "$root/tools/setup/venv.sh"
   if [ -z "$active" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then active=$CONDA_DEFAULT_ENV; fi
   if [ -n "${PYTHON:-}" ]; then
     python=$PYTHON

@@ -19,7 +19,7 @@ from statistics import mean
 from common import WORK
 from common.contestants import MODELS, Model
 from common.tables import markdown, spread
-from common.training import Run, RunError, add_options, train
+from common.training import Run, RunError, add_options, length, train
 
 
 def by_label(runs: list[Run]) -> dict[str, list[Run]]:
@@ -152,7 +152,7 @@ def parse_args() -> argparse.Namespace:
     args.data = args.data or WORK / 'data' / args.model.data
     args.optimizers = args.optimizers or ','.join(args.model.contestants)
     args.grid = args.model.grid if args.grid is None else args.grid
-    args.iterations = args.iterations or args.model.iterations
+    args.iterations = length(args, parser)
     args.val_interval = args.val_interval or max(1, args.iterations // 4)
     args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
     return args
@@ -164,7 +164,8 @@ def main() -> None:
         return
     args.model.make_data(args.data, args.images)
     rates = [
-        (name, args.lr or args.model.contestant(name).lr) for name in args.optimizers.split(',')
+        (name, args.model.contestant(name).lr if args.lr is None else args.lr)
+        for name in args.optimizers.split(',')
     ]
     rates += [(args.model.plain, float(lr)) for lr in args.grid.split(',') if lr]
     runs = [Run(name, lr, seed) for seed in args.seeds for name, lr in rates]

@@ -8,18 +8,19 @@ set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd -- "$root"
-venv=${MMPRECOND_VENV:-.venv}
-case $venv in /*) ;; *) venv=$root/$venv ;; esac
+# shellcheck source=/dev/null
+source "$root/tools/setup/venv.sh"
 python=$venv/bin/python
 [ -x "$python" ] || python=python3
 # Prints the help, or complains about the options, before anything is built.
 "$python" tools/quickstart.py --parse-only "$@"
-part=()
+part=() before=''
 for argument in "$@"; do
-  case $argument in
-    -h | --help) exit 0 ;;
-    *-cls) part=(--classification) ;;  # classifiers need no compiled operators
+  case "$before $argument" in
+    *' -h' | *' --help') exit 0 ;;
+    '--model '*-cls | *' --model='*-cls) part=(--classification) ;;  # no compiled operators needed
   esac
+  before=$argument
 done
 bash tools/setup_env.sh --quiet ${part[@]+"${part[@]}"}
 exec "$venv/bin/python" tools/quickstart.py "$@"

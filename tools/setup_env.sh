@@ -26,7 +26,7 @@
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
-for piece in state report machine mmcv; do
+for piece in venv state report machine mmcv; do
   # shellcheck source=/dev/null
   source "$root/tools/setup/$piece.sh"
 done
@@ -47,9 +47,6 @@ while [ $# -gt 0 ]; do
 done
 exec </dev/null
 cd -- "$root"
-venv=${MMPRECOND_VENV:-.venv}
-case $venv in /*) ;; *) venv=$root/$venv ;; esac
-venv=${venv%/}
 if [ -z "$stack" ]; then
   stack=onedl
   for found in "$venv"/lib/python3*/site-packages/mmengine-[0-9]*.dist-info; do

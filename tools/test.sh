@@ -11,8 +11,8 @@ set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd -- "$root"
-venv=${MMPRECOND_VENV:-.venv}
-case $venv in /*) ;; *) venv=$root/$venv ;; esac
+# shellcheck source=/dev/null
+source "$root/tools/setup/venv.sh"
 
 for found in "$venv"/lib/python3*/site-packages/mmengine-[0-9]*.dist-info; do
   if [ -d "$found" ]; then

@@ -162,7 +162,7 @@ def _use_gloo(cfg: Config) -> None:
     cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
 
 
-def check_mmcv(scope: str | None = 'mmdet') -> None:
+def check_mmcv(scope: str | None) -> None:
     """Raises ImportError with the remedy if mmcv was installed without its compiled operators.
 
     Args:

@@ -69,7 +69,7 @@ def check_config(cfg: Config, loaders: Sequence[str] = ('train', 'val')) -> None
         warn_of_old_keys(cfg)
         check_types(cfg)
         check_optimizer(cfg)
-    check_checkpoints(cfg)
+    check_checkpoints(cfg, 'train' in loaders)
     check_data(cfg, loaders)
 
 
@@ -106,9 +106,15 @@ def check_optimizer(cfg: Config) -> None:
         )
 
 
-def check_checkpoints(cfg: Config) -> None:
-    """Raises FileNotFoundError if a checkpoint that the config names is not there."""
-    given = [(key, path) for key, path in _entries(cfg.get('model')) if key == 'checkpoint']
+def check_checkpoints(cfg: Config, initial: bool = True) -> None:
+    """Raises FileNotFoundError if a checkpoint that the config names is not there.
+
+    Args:
+        cfg: The config.
+        initial: Whether the weights that `init_cfg` names are read too, as in a training.
+    """
+    entries = _entries(cfg.get('model')) if initial else ()
+    given = [(key, path) for key, path in entries if key == 'checkpoint']
     for key, path in [('load_from', cfg.get('load_from')), *given]:
         if isinstance(path, str) and _is_missing(path):
             advice = 'init_cfg=None trains from random weights' if key == 'checkpoint' else ''
@@ -134,7 +140,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
             missing += [
                 f'{path} ({loader}_evaluator.ann_file)'
                 for name, path in evaluators
-                if name == 'ann_file' and _is_missing(path)
+                if name == 'ann_file' and isinstance(path, str) and _is_missing(path)
             ]
     if missing:
         found = ', '.join(dict.fromkeys(missing))

@@ -11,12 +11,13 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, PARAM_SCHEDULERS, Registry
 
 from ..checks import did_you_mean
+from ..optimizers.base import GROUP_KEYS
 from .resolution import resolve
 
 #: Entries of a parameter group that schedulers change.
 SCHEDULED = ('lr', 'momentum', 'weight_decay', 'damping', 'betas', 'eps')
 #: Settings of one key of `custom_keys`, of MMEngine and of this package.
-CUSTOM = ('lr_mult', 'decay_mult', 'precondition', 'damping', 'input_positions')
+CUSTOM = ('lr_mult', 'decay_mult', *GROUP_KEYS)
 #: Settings of `clip_grad`.
 CLIPPING = ('type', 'max_norm', 'norm_type', 'error_if_nonfinite', 'foreach', 'clip_value')
 
@@ -61,9 +62,10 @@ def _check_entry(registry: Registry, entry: dict[str, Any]) -> None:
     if not inspect.isclass(kind):
         return
     known = _arguments_of(kind)
+    if known is None or not issubclass(kind, Hook):
+        return  # schedulers by epochs pass further arguments on
     unknown = [key for key in entry if key not in (*known, 'type', '_scope_', 'priority')]
-    # Schedulers by epochs and hooks pass further arguments on, or are made by class methods.
-    if unknown and issubclass(kind, Hook) and known:
+    if unknown:
         near = ''.join(did_you_mean(key, known) for key in unknown)
         raise TypeError(
             f'{kind.__name__} does not take {", ".join(unknown)}; {near}it takes '
@@ -71,11 +73,11 @@ def _check_entry(registry: Registry, entry: dict[str, Any]) -> None:
         )
 
 
-def _arguments_of(kind: type) -> list[str]:
-    """Names of a class's arguments; an empty list if it takes any."""
+def _arguments_of(kind: type) -> list[str] | None:
+    """Names of a class's arguments; None if it takes any."""
     parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
     if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values()):
-        return []
+        return None
     return [name for name in parameters if name != 'self']
 
 

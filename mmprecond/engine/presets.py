@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.registry import OPTIMIZERS
 
 from .. import optimizers
 from ..checks import did_you_mean
-from ..core import parse_layers
+from ..core import CurvatureOptions, parse_layers
+from ..optimizers import PreconditionedOptimizer
+from ..optimizers.catalogue import has_adam_scale
 from ..optimizers.peers import PACKAGE, find_peer, is_peer
+from ..rules import RULES
 from .constructor import PrecondOptimWrapperConstructor
 from .registration import optimizer_types
+from .resolution import resolve
 
 #: Settings of a first-order optimizer that another one takes over.
 CARRIED = ('lr', 'momentum', 'weight_decay', 'betas', 'eps')
 
 #: Hook that calibrates MAC's first layer, as published.
 CALIBRATION = 'CalibrationHook'
+#: Hooks of this package that need an optimizer of some class.
+OWNERS: dict[str, type] = {'CurvatureHook': PreconditionedOptimizer, CALIBRATION: optimizers.MAC}
 
 #: Torch's own optimizers for comparisons, with the settings that a config would give them.
 BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -35,8 +43,9 @@ BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 def use_optimizer(cfg: Config, name: str) -> None:
     """Replaces a config's optimizer, but keeps its learning rate, decay and paramwise_cfg.
 
-    MAC and SMAC get their `CalibrationHook`. A `paper` entry is removed, because it belongs to
-    another optimizer.
+    MAC and SMAC get their `CalibrationHook`. Settings of all layers beside `constructor` stay if
+    the optimizer has such layers. A `paper` entry is removed, because it belongs to another
+    optimizer, and so are hooks that the optimizer has no use for.
 
     Args:
         cfg: A config of MMDetection, MMPretrain or a similar toolbox; changed in place.
@@ -66,7 +75,10 @@ def use_optimizer(cfg: Config, name: str) -> None:
             'that package'
         )
     wrapper = _wrapper_of(cfg, 'take lr and weight_decay from')
+    kind, new = BASELINES.get(name) or (peer or getattr(optimizers, name), {})
     wrapper.pop('precondition', None)
+    options = _take_options(wrapper, kind)
+    _fit_hooks(cfg, kind)
     if name in BASELINES and _is_ours(wrapper.get('constructor')):
         wrapper['precondition'] = None  # a baseline stays one
     old = dict(wrapper['optimizer'])
@@ -75,36 +87,73 @@ def use_optimizer(cfg: Config, name: str) -> None:
     rule = old.get('rule')
     if isinstance(rule, dict):  # of `Preconditioned`
         old.update(rule)
-    kind, new = BASELINES.get(name) or (peer or getattr(optimizers, name), {})
-    parameters = inspect.signature(kind.__init__).parameters
-    usual = getattr(parameters.get('betas'), 'default', None) or (0.9, 0.999)
-    if len(old.get('betas', usual)) != len(usual):
-        del old['betas']  # Adan's, which are three
-    new = new | {key: old[key] for key in CARRIED if key in old and key in parameters}
-    adaptive = 'betas' in parameters or name == 'Adagrad'
-    was_adaptive = str(old['type']).startswith('Ada') or 'Adam' in str(old['type'])
-    if adaptive != was_adaptive and ('momentum' in old or was_adaptive):
-        print_log(
-            f'{name} keeps lr={old.get("lr")} of {old["type"]}, a rule of another kind: its '
-            'best learning rate will differ',
-            logger='current',
-            level=30,
-        )
-    if name in ('Adam', 'Adagrad') and was_adaptive and new.get('weight_decay'):
-        print_log(
-            f'{name} adds weight_decay={new["weight_decay"]} to the gradient; if {old["type"]} has '
-            'it outside, the best weight decay will differ',
-            logger='current',
-            level=30,
-        )
+    new = {**new, **_carried(old, kind), **options}
+    _warn_of_another_scale(name, kind, old, new)
     wrapper['optimizer'] = dict(type=name, **new)
     cfg.pop('paper', None)
-    if name in BASELINES:
-        return
-    _use_constructor(wrapper)
-    hooks = cfg.get('custom_hooks') or []
-    if name in ('MAC', 'SMAC') and CALIBRATION not in [hook['type'] for hook in hooks]:
-        cfg.custom_hooks = [*hooks, dict(type=CALIBRATION)]
+    if name not in BASELINES:
+        _use_constructor(wrapper)
+
+
+def _take_options(wrapper: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Takes the settings of all layers out of a wrapper, for an optimizer with such layers."""
+    options = {key: wrapper.pop(key) for key in CurvatureOptions.names() if key in wrapper}
+    if options and not issubclass(kind, PreconditionedOptimizer):
+        _warn(f'{kind.__name__} has no {", ".join(options)}: left out of optim_wrapper')
+        return {}
+    return options
+
+
+def _fit_hooks(cfg: Config, kind: type) -> None:
+    """Removes hooks that an optimizer cannot have, and adds MAC's."""
+    hooks = list(cfg.get('custom_hooks') or [])
+    names = [str(hook['type']).split('.')[-1] for hook in hooks]
+    unfit = {name for name, owner in OWNERS.items() if not issubclass(kind, owner)}
+    if dropped := unfit.intersection(names):
+        _warn(f'{kind.__name__} has no use for {", ".join(sorted(dropped))}: left out')
+        hooks = [hook for hook, name in zip(hooks, names, strict=True) if name not in unfit]
+    elif issubclass(kind, OWNERS[CALIBRATION]) and CALIBRATION not in names:
+        hooks.append(dict(type=CALIBRATION))
+    if hooks or cfg.get('custom_hooks'):
+        cfg.custom_hooks = hooks
+
+
+def _carried(old: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Settings of a config's optimizer that another one takes over."""
+    parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    usual = getattr(parameters.get('betas'), 'default', None) or (0.9, 0.999)
+    taken = {key: old[key] for key in CARRIED if key in old and key in parameters}
+    if len(taken.get('betas', usual)) != len(usual):
+        del taken['betas']  # Adan's, which are three
+    return taken
+
+
+def _warn_of_another_scale(name: str, kind: type, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Warns if the rate or the weight decay means another thing for the new optimizer."""
+    before = str(old['type'])
+    was_adaptive = _had_adam_scale(old['type'])
+    if was_adaptive not in (None, has_adam_scale(kind)):
+        _warn(
+            f'{name} keeps lr={old.get("lr")} of {before}, a rule of another kind: its best '
+            'learning rate will differ'
+        )
+    if name in ('Adam', 'Adagrad') and was_adaptive and new.get('weight_decay'):
+        _warn(
+            f'{name} adds weight_decay={new["weight_decay"]} to the gradient; if {before} has it '
+            'outside, the best weight decay will differ'
+        )
+
+
+def _had_adam_scale(kind: Any) -> bool | None:
+    """`has_adam_scale` of a config's optimizer or rule; None if the name is unknown."""
+    try:
+        return has_adam_scale(resolve(OPTIMIZERS, kind))
+    except KeyError:
+        return RULES[kind].elementwise if kind in RULES else None
+
+
+def _warn(text: str) -> None:
+    print_log(text, logger='current', level=logging.WARNING)
 
 
 def choose_optimizer(cfg: Config, optimizer: str | None, precondition: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import (
     HOOKS,
     MODELS,
@@ -37,6 +37,9 @@ class _MMEngineHandler(logging.Handler):
     """Handler that passes the package's log to the current MMLogger and its files."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        # In plain PyTorch the user's own handlers, if there are any, have the record already.
+        if logging.getLogger().handlers and not MMLogger._instance_dict:
+            return
         print_log(self.format(record), logger='current', level=record.levelno)
 
 
@@ -57,7 +60,8 @@ def register_all() -> None:
     logger = logging.getLogger('mmprecond')
     if not any(isinstance(handler, _MMEngineHandler) for handler in logger.handlers):
         logger.addHandler(_MMEngineHandler())
-        logger.setLevel(logging.INFO)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
 
 
 def _register(registry: Registry, kind: type[Any]) -> None:

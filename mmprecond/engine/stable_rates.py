@@ -46,9 +46,12 @@ def suggest(args: argparse.Namespace) -> str:
     if cfg.get('load_from'):
         load_checkpoint(model, cfg.load_from, map_location='cpu')
     model.to(get_device())
-    wrapper = build_optim_wrapper(model, launch.in_full_precision(cfg.optim_wrapper))
+    settings = {**launch.in_full_precision(cfg.optim_wrapper), 'accumulative_counts': 1}
+    wrapper = build_optim_wrapper(model, settings)
     stability_bound(wrapper.optimizer)  # before anything slow
     own = max(group['lr'] for group in wrapper.optimizer.param_groups)
+    if not own:
+        raise ValueError('all learning rates of the config are 0; write optimizer=dict(lr=...)')
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
     found = measure_stable_rates(model, wrapper, _endless(loader))
     steps = [FIRST_STEPS + k * STEPS_BETWEEN for k in range(len(found))]

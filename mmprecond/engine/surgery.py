@@ -150,4 +150,4 @@ def with_surgery(base: Any) -> Any:
         raise ValueError(
             'a surgery is not for optimizers that differentiate twice, such as SGDPH; take one out'
         )
-    return type(f'Aggregator{base.__name__}', (SurgeryMixin, base), {'__module__': __name__})
+    return type(f'Surgery{base.__name__}', (SurgeryMixin, base), {'__module__': __name__})

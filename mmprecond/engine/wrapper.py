@@ -160,7 +160,7 @@ class DoubleBackwardMixin(CompiledMixin):
 
 
 class StepCountMixin(CompiledMixin):
-    """Mixin that tells the optimizer the number of steps of the run, and logs its sparsity."""
+    """Mixin that tells the optimizer the number of steps of the run."""
 
     optimizer: Any
 

@@ -16,6 +16,8 @@ from .rule_optimizer import RuleOptimizer
 
 #: Classes that other optimizers are made of.
 BASES = (RuleOptimizer, PreconditionedOptimizer)
+#: Optimizers whose arguments do not tell the size of their learning rates (see `has_adam_scale`).
+ADAM_SCALE = {'AdaAct': False, 'AdaFisher': True, 'AdaFisherW': True, 'Adagrad': True}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,16 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
         {**literal, **kind.published},
         kind.needs,
     )
+
+
+def has_adam_scale(kind: type) -> bool:
+    """True if an optimizer's learning rates are of the size of Adam's, rather than of SGD's.
+
+    Args:
+        kind: Class of this package, of torch or of another package.
+    """
+    known = ADAM_SCALE.get(kind.__name__)
+    return 'betas' in inspect.signature(kind).parameters if known is None else known
 
 
 def _kinds() -> dict[str, type[RuleOptimizer]]:

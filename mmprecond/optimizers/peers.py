@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import did_you_mean
 from ..second_order import detach_gradients, fill_missing, mean_over_ranks
 
 PACKAGE = 'pytorch_optimizer'
@@ -152,11 +152,9 @@ def _load_peer(name: str) -> Any:
     short = name.rsplit('.', 1)[1]
     names = sorted(key for key, kind in vars(package).items() if _is_optimizer(kind))
     if short not in names:
-        like = {key.lower(): key for key in names}
-        close = [like[key] for key in get_close_matches(short.lower(), like, cutoff=0.5)]
+        near = did_you_mean(short, names, 0.5).rstrip()
         raise ValueError(
-            f'{PACKAGE} has no optimizer {short!r}; '
-            + (f'did you mean {", ".join(close)}?' if close else f'it has {", ".join(names)}')
+            f'{PACKAGE} has no optimizer {short!r}; {near or "it has " + ", ".join(names)}'
         )
     return getattr(package, short)
 

@@ -103,23 +103,18 @@ class GradientSurgery:
         """True if the next `resolve` combines the gradients."""
         return self._steps % self.interval == 0
 
-    def backward(
-        self,
-        losses: Mapping[str, Tensor],
-        run_backward: Callable[[Tensor], None] = torch.Tensor.backward,
-    ) -> None:
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Takes the losses' gradients apart, and runs the backward pass of their sum.
 
         Args:
             losses: Scalar losses by name, the same names at each call; at least two.
-            run_backward: Function that runs the backward pass of the sum; default: torch's.
 
         Raises:
             ValueError: If there are fewer than two losses, their names have changed, or their graph
                 is one that has no gradients of parts.
         """
         self.separate(losses)
-        run_backward(torch.stack(list(losses.values())).sum())
+        torch.stack(list(losses.values())).sum().backward()
 
     def separate(self, losses: Mapping[str, Tensor]) -> None:
         """Takes the gradients of all losses but one; the graph stays for their sum.

@@ -68,11 +68,7 @@ def measure(entries: list[Entry], batches: list[dict[str, Any]], cycles: int) ->
     for step in tqdm(range(steps), unit='step', mininterval=5):
         batch = batches[step % BATCHES]
         for entry in entries:
-            if batch['inputs'].is_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            whole, alone = entry.train(batch)
-            if batch['inputs'].is_cuda:
-                entry.peak_mb = max(entry.peak_mb, torch.cuda.max_memory_allocated() / 2**20)
+            whole, alone = entry.train_watched(batch)
             if step >= WARM_UP * REFRESH:
                 entry.seconds[entry.kind(step)].append(whole)
                 entry.steps[entry.kind(step)].append(alone)
@@ -172,6 +168,8 @@ def peak_on_cpu(model: str, spec: str, args: argparse.Namespace) -> float:
         str(args.batch),
         '--size',
         *map(str, args.size),
+        '--device',
+        'cpu',
         '--child',
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -286,7 +284,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with launch.one_line_errors():
-        launch.check_mmcv()
         if args.child:
             child(args)
             return

@@ -64,6 +64,18 @@ class Entry:
             return 'plain'
         return 'statistics' if all(count % REFRESH for count in counts) else 'refresh'
 
+    def train_watched(self, batch: dict[str, Any]) -> tuple[float, float]:
+        """Runs one iteration; on a GPU `peak_mb` is what one takes beside what is held."""
+        device, before = batch['inputs'].device, 0
+        if device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        times = self.train(batch)
+        if device.type == 'cuda':
+            peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+            self.peak_mb = max(self.peak_mb, peak)
+        return times
+
     def train(self, batch: dict[str, Any]) -> tuple[float, float]:
         """Runs one iteration; returns its seconds, and those of the optimizer's step."""
         start = now(batch['inputs'])
@@ -95,7 +107,7 @@ def amortised(seconds: Mapping[str, float], capture: int, refresh: int) -> float
 
 
 def flatten_state(state: Any) -> list[torch.Tensor]:
-    """Yields the tensors in a nested state."""
+    """The tensors in a nested state."""
     if isinstance(state, torch.Tensor):
         return [state]
     values = state.values() if isinstance(state, dict) else state

@@ -67,7 +67,7 @@ def row(result: dict[str, Any], keys: list[str]) -> list[str]:
 def describe(args: argparse.Namespace) -> str:
     """Description of the hardware."""
     if args.device.type == 'cuda':
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(args.device)
     return f'{torch.get_num_threads()} CPU threads, torch {torch.__version__}'
 
 

@@ -146,7 +146,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with launch.one_line_errors():
-        launch.check_mmcv()
         model = build_model(args.model)
         (batch,) = noise(model, args.batch, tuple(args.size), 1)
         optimizer = NKFAC(model, lr=0.1)

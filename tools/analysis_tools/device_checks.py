@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis_tools.device_times import first_line
 from common.vision import Task, batch_of, classifier
 from mmprecond import optimizers
+from mmprecond.checks import first_line
 from mmprecond.optimizers import PreconditionedOptimizer
 
 #: Methods that are checked; the last one is attention's with NKFAC elsewhere.

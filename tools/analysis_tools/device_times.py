@@ -21,6 +21,7 @@ from analysis_tools.benchmark_entry import (
     installed_peers,
 )
 from common.vision import Task, batch_of, classifier, feature_pyramid
+from mmprecond.checks import first_line
 
 #: Cycles of `REFRESH` steps that do not count.
 WARM_UP = 1
@@ -103,7 +104,7 @@ def time_workload(work: Workload, device: torch.device, seconds: float) -> list[
     while entries and (step < least or step % REFRESH or time.perf_counter() < end):
         for entry in list(entries):
             try:
-                _train(entry, batches[step % len(batches)], step, device)
+                _train(entry, batches[step % len(batches)], step)
             except Exception as error:
                 rows.append(dict(name=entry.name, error=first_line(error)))
                 entries.remove(entry)
@@ -114,21 +115,8 @@ def time_workload(work: Workload, device: torch.device, seconds: float) -> list[
     return rows
 
 
-def first_line(error: Exception) -> str:
-    """Type and first line of an error."""
-    lines = str(error).strip().splitlines() or ['']
-    return f'{type(error).__name__}: {lines[0]}'
-
-
-def _train(entry: Entry, batch: dict[str, Any], step: int, device: torch.device) -> None:
-    before = 0
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    whole, _ = entry.train(batch)
-    if device.type == 'cuda':
-        peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-        entry.peak_mb = max(entry.peak_mb, peak)
+def _train(entry: Entry, batch: dict[str, Any], step: int) -> None:
+    whole, _ = entry.train_watched(batch)
     if step >= WARM_UP * REFRESH:
         entry.seconds[entry.kind(step)].append(whole)
 

@@ -36,6 +36,7 @@ from common import ROOT, WORK
 from common.families import FAMILIES, USUAL, Family, make_config, make_data
 from common.logs import entries
 from common.tables import markdown
+from mmprecond.datasets import writer
 
 #: The option that attaches curvature.
 OPTION = 'optim_wrapper.constructor=mmprecond.PrecondOptimWrapperConstructor'
@@ -84,7 +85,7 @@ def run(family: Family, folder: Path, data: Path, options: argparse.Namespace) -
         error='' if done.returncode == 0 else (done.stderr.strip().splitlines() or [''])[-1],
     )
     if not result['error']:
-        record.write_text(json.dumps(result))
+        writer.write_json(record, result)
     return result
 
 
@@ -116,10 +117,8 @@ def prove(name: str, args: argparse.Namespace, data: Path) -> tuple[str, ...]:
     """Row of a family: coverage, losses, and whether a resumed run is the same."""
     family = FAMILIES[name]
     folder = args.work_dir / 'prove' / re.sub(r'\W+', '_', name)
-    options = argparse.Namespace(iterations=args.iterations, saved=None, seed=0, attach=True)
-    straight = run(
-        family, folder / 'straight', data, argparse.Namespace(**vars(options), resume='')
-    )
+    options: dict[str, Any] = dict(iterations=args.iterations, saved=None, seed=0, attach=True)
+    straight = run(family, folder / 'straight', data, argparse.Namespace(**options, resume=False))
     last = f'iter_{args.iterations}.pth'
     if straight['error']:
         return (name, family.config, straight['error'], '', '', '', '')
@@ -129,7 +128,9 @@ def prove(name: str, args: argparse.Namespace, data: Path) -> tuple[str, ...]:
     if middle.exists() and not (out / middle.name).exists():
         os.link(middle, out / middle.name)
         (out / 'last_checkpoint').write_text(str(out / middle.name))
-    resumed = run(family, folder / 'resumed', data, argparse.Namespace(**vars(options), resume='y'))
+    if not (out / middle.name).exists():
+        return (name, family.config, f'there is no {middle.name} to resume from', '', '', '', '')
+    resumed = run(family, folder / 'resumed', data, argparse.Namespace(**options, resume=True))
     verdict = folder / 'equal.json'
     if not verdict.exists():
         equal = not resumed['error'] and same_weights(folder / 'straight/out' / last, out / last)

@@ -97,9 +97,9 @@ def accuracy(args: argparse.Namespace) -> list[Row]:
 
 
 def _train(config: str, name: str, folder: Path, args: argparse.Namespace) -> None:
-    command = [sys.executable, 'tools/train.py', config, '--work-dir', str(folder)]
+    command = [sys.executable, str(ROOT / 'tools/train.py'), config, '--work-dir', str(folder)]
     command += ['--optimizer', name, '--cfg-options', 'model.head.cal_acc=True', *args.options]
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+    if subprocess.run(command, check=False).returncode:
         sys.exit(f'the training with {name} failed; its log is in {folder}')
 
 

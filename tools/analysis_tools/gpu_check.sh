@@ -8,7 +8,8 @@
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
-venv=${MMPRECOND_VENV:-$root/.venv}
+# shellcheck source=/dev/null
+source "$root/tools/setup/venv.sh"
 python=${PYTHON:-$([ -x "$venv/bin/python" ] && printf '%s' "$venv/bin/python" || printf python3)}
 if ! "$python" -c 'import torch, torchvision' 2>/dev/null; then
   printf 'gpu_check: %s has no torch or torchvision; name another by PYTHON=...\n' "$python" >&2

@@ -31,8 +31,8 @@ from mmprecond.engine import launch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis_tools.benchmark import measure
-from analysis_tools.benchmark_entry import Entry, build_optimizer
+from analysis_tools.benchmark import intervals, measure
+from analysis_tools.benchmark_entry import EVERY_STEP, Entry, build_optimizer
 from common.devices import device
 from common.models import CONFIGS, build_model, noise
 from common.tables import markdown
@@ -171,15 +171,24 @@ def parse_args() -> argparse.Namespace:
         default=[8, 64, 512],
         help='default: 8,64,512',
     )
-    parser.add_argument('--intervals', default='20/200', help='captures/refreshes; default: 20/200')
+    parser.add_argument(
+        '--intervals',
+        type=intervals,
+        default=[(20, 200)],
+        metavar='CAPTURE/REFRESH',
+        help='default: 20/200',
+    )
     parser.add_argument(
         '--bandwidth', type=float, default=25.0, help='GB/s of each rank; default: 25'
     )
     parser.add_argument('--latency', type=float, default=20.0, help='microseconds; default: 20')
     args = parser.parse_args()
-    pair = args.intervals.split('/')
-    if len(pair) != 2 or not all(part.isdigit() and int(part) for part in pair):
-        parser.error(f'--intervals {args.intervals} is no pair; write 20/200')
+    if len(args.intervals) > 1:
+        parser.error('--intervals takes one pair, such as 20/200')
+    if args.optimizer.split(':')[0] in EVERY_STEP:
+        parser.error(
+            f'{args.optimizer} measures at every step, so that its captures cannot be timed apart'
+        )
     for name in ('iteration', 'bandwidth', 'latency'):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -189,7 +198,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    capture, refresh = map(int, args.intervals.split('/'))
+    ((capture, refresh),) = args.intervals
     network = Network(1000 * args.bandwidth, args.latency / 1e6)
     model = build_model(args.config, args.device)
     batches = noise(model, args.batch, tuple(args.size), 2) * 4

@@ -24,7 +24,7 @@ from common.contestants import MODELS, Model
 from common.pace import Pace
 from common.suite import TASKS
 from common.tables import markdown, spread
-from common.training import Run, RunError, add_options, command, train
+from common.training import Run, RunError, add_options, command, length, train
 from common.turns import TURN_SCRIPT, take_turns
 
 ANY = (
@@ -79,6 +79,8 @@ def record_file(run: Run, iterations: int, folder: Path) -> Path:
 
 def train_or_load(run: Run, args: argparse.Namespace) -> Run:
     """Record of a run, from an earlier call or from a new training."""
+    from mmprecond.datasets import writer  # help texts must come without an environment
+
     record = record_file(run, args.iterations, args.work_dir)
     if record.exists():
         return Run(**json.loads(record.read_text()))
@@ -88,7 +90,7 @@ def train_or_load(run: Run, args: argparse.Namespace) -> Run:
         if not diverged(str(error)):
             raise
         run.losses.append((args.iterations, run.seconds, float('nan')))
-    record.write_text(json.dumps(asdict(run)))
+    writer.write_json(record, asdict(run))
     return run
 
 
@@ -104,6 +106,8 @@ def measure_paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str
     detector that diverges has less work to do. What an earlier call measured with the same rates is
     kept.
     """
+    from mmprecond.datasets import writer
+
     record = args.work_dir / 'turns.json'
     asked = dict(rates=rates, iterations=args.timed)
     known: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
@@ -120,7 +124,7 @@ def measure_paces(rates: dict[str, float], args: argparse.Namespace) -> dict[str
             names = list(rates)[start : start + MOST_AT_ONCE]
             seconds |= take_turns({name: commands[name] for name in names}, args.timed, folder)
         rounds.append(seconds)
-        record.write_text(json.dumps(dict(asked=asked, rounds=rounds)))
+        writer.write_json(record, dict(asked=asked, rounds=rounds))
     return {name: Pace.of([seconds[name] for seconds in rounds]) for name in rates}
 
 
@@ -240,7 +244,7 @@ def parse_args() -> argparse.Namespace:
     args.work_dir = (args.work_dir or WORK / f'work_dirs/results_{args.model}').resolve()
     args.data = WORK / f'data/results-{args.model}'
     args.model = MODELS[args.model]
-    args.iterations = args.iterations or args.model.iterations
+    args.iterations = length(args, parser)
     args.val_interval = max(1, args.iterations // args.evaluations)
     args.optimizers = args.optimizers.split(',') if args.optimizers else usual(args.model)
     for name in args.optimizers:

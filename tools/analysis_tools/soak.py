@@ -209,7 +209,8 @@ def start(folder: Path, args: argparse.Namespace, *options: str) -> subprocess.P
         str(args.lr),
         *options,
     ]
-    return subprocess.Popen(command, stderr=(folder / 'log.txt').open('a'))
+    with (folder / 'log.txt').open('a') as log:
+        return subprocess.Popen(command, stderr=log)
 
 
 def supervise(args: argparse.Namespace) -> list[str]:

@@ -27,7 +27,7 @@ from analysis_tools.suite_records import Records
 from analysis_tools.suite_report import Results, Runs, draw, overview, report
 from common import ROOT, WORK
 from common.suite import TASKS, Task, schedule
-from common.training import Run
+from common.training import LOGGED, Run
 
 #: Task and seeds of the quick suite.
 QUICK = ('digits-cls', (0,))
@@ -35,8 +35,6 @@ QUICK = ('digits-cls', (0,))
 SCREENING = 4
 #: Ratio of neighbouring rates, and most rates beyond a grid.
 STEP, MOST_BEYOND = 10**0.5, 3
-#: Iterations between two lines of a log; lengths are multiples, so that the end is in the log.
-LOGGED = 10
 #: Recorded runs of the full suite.
 RECORDS = ROOT / 'docs/records'
 #: Iterations of each round of the timing; early ones take longer (see `Pace`).

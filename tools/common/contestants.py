@@ -17,10 +17,6 @@ DECAY = 'optim_wrapper.optimizer.weight_decay'
 ATTACH = '--precondition'
 #: Weight decay for optimizers like SGD (added to the gradient) and like Adam (outside it).
 DECAYS = (1e-4, 0.05)
-TORCH_OPTIMIZERS = ('SGD', 'AdamW', 'Adam', 'RAdam', 'Adagrad')
-#: Overrides of the step scale, which otherwise follows from an optimizer having betas or not.
-KINDS = {'AdaAct': False, 'AdaFisher': True, 'AdaFisherW': True}
-KINDS |= {'AdamW': True, 'Adam': True, 'RAdam': True, 'Adagrad': True}
 #: Optimizers like Adam that still add weight decay to the gradient.
 ADDED_DECAY = ('AdaFisher', 'Adam', 'Adagrad')
 
@@ -46,7 +42,7 @@ class Contestant:
     script: str = 'train.py'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A model with the optimizers that are compared on it.
 
@@ -64,10 +60,10 @@ class Model:
     title: str
     plain: str
     contestants: dict[str, Contestant]
-    grid: str
-    iterations: int
-    rates: tuple[float, float]
     metrics: dict[str, str]
+    grid: str = ''
+    iterations: int = 0
+    rates: tuple[float, float] = (0.0, 0.0)
     data: str = 'shapes'
 
     @property
@@ -102,26 +98,28 @@ class Model:
         if '+' in name:
             return self._attached(name)
         from mmprecond.checks import did_you_mean
+        from mmprecond.engine.presets import BASELINES
         from mmprecond.engine.registration import optimizer_types
+        from mmprecond.optimizers.catalogue import has_adam_scale
         from mmprecond.optimizers.peers import find_peer, is_peer
 
         kinds: dict[str, type] = {
             kind.__name__: kind for kind in optimizer_types() if kind.__name__ != 'Preconditioned'
         }
+        kinds |= {baseline: kind for baseline, (kind, _) in BASELINES.items()}
         if is_peer(name):
             try:
                 kinds[name] = find_peer(name)
             except (ImportError, ValueError) as error:
                 sys.exit(str(error))
-        choices = sorted({*self.contestants, *kinds, *TORCH_OPTIMIZERS})
+        choices = sorted({*self.contestants, *kinds})
         if name not in choices:
             sys.exit(
                 f'there is no optimizer {name}; {did_you_mean(name, choices)}choose from '
                 f'{", ".join(choices)}'
             )
-        taken = inspect.signature(kinds[name]).parameters if name in kinds else {}
-        adaptive = KINDS.get(name, 'betas' in taken)
-        decays = name in TORCH_OPTIMIZERS or 'weight_decay' in taken
+        adaptive = has_adam_scale(kinds[name])
+        decays = 'weight_decay' in inspect.signature(kinds[name]).parameters
         decay = DECAYS[adaptive and name not in ADDED_DECAY]
         return Contestant(
             self.contestants[self.plain].config,
@@ -152,95 +150,91 @@ MASKS = {'coco/segm_mAP': 'mask AP', 'coco/segm_mAP_50': 'mask AP50'}
 TOP_1 = {'accuracy/top1': 'top-1 %'}
 MODELS = {
     'r18': Model(
-        'Faster R-CNN R18-FPN',
-        'SGD',
-        {
+        title='Faster R-CNN R18-FPN',
+        plain='SGD',
+        contestants={
             'SGD': Contestant(R18, 0.01),
             'NKFAC': Contestant(R18, 0.01, ('--optimizer', 'NKFAC')),
         },
-        '0.02',
-        150,
-        (0.01, 1e-3),
-        BOXES,
+        grid='0.02',
+        iterations=150,
+        rates=(0.01, 1e-3),
+        metrics=BOXES,
     ),
     'r18-narrow': Model(
-        'Faster R-CNN R18-FPN at half width',
-        'SGD',
-        {'SGD': Contestant(f'{R18}_narrow', 0.02)},
-        '',
-        200,
-        (0.02, 1e-3),
-        BOXES,
+        title='Faster R-CNN R18-FPN at half width',
+        plain='SGD',
+        contestants={'SGD': Contestant(f'{R18}_narrow', 0.02)},
+        iterations=200,
+        rates=(0.02, 1e-3),
+        metrics=BOXES,
     ),
     'digits': Model(
-        'Faster R-CNN R18-FPN at half width, digits in photographs',
-        'SGD',
-        {
+        title='Faster R-CNN R18-FPN at half width, digits in photographs',
+        plain='SGD',
+        contestants={
             'SGD': Contestant(DIGITS, 0.02),
             'NKFAC': Contestant(DIGITS, 0.02, ('--optimizer', 'NKFAC')),
         },
-        '',
-        400,
-        (0.02, 1e-3),
-        BOXES,
-        'digits',
+        iterations=400,
+        rates=(0.02, 1e-3),
+        metrics=BOXES,
+        data='digits',
     ),
     'swin': Model(
-        'Mask R-CNN, small Swin',
-        'AdamW',
-        {
+        title='Mask R-CNN, small Swin',
+        plain='AdamW',
+        contestants={
             'AdamW': Contestant(SWIN, 2.5e-4, adaptive=True),
             'AdaAFOpt': Contestant(f'{SWIN}_adaafopt', 1e-3, adaptive=True),
             'AFOpt+NKFAC': Contestant(SWIN, 1e-3, (ATTACH, 'AFOpt+NKFAC'), adaptive=True),
             'AFOpt+AdamR': Contestant(SWIN, 1e-3, (ATTACH, 'AFOpt+AdamR'), adaptive=True),
         },
-        '',
-        300,
-        (0.02, 1e-3),
-        BOXES | MASKS,
+        iterations=300,
+        rates=(0.02, 1e-3),
+        metrics=BOXES | MASKS,
     ),
     'retinanet': Model(
-        'RetinaNet, small Swin',
-        'SGD',
-        {
+        title='RetinaNet, small Swin',
+        plain='SGD',
+        contestants={
             'SGD': Contestant(RETINA, 0.01),
             'AFOpt+NKFAC': Contestant(RETINA, 0.01, (ATTACH, 'AFOpt+NKFAC')),
         },
-        '',
-        300,
-        (0.01, 1e-3),
-        BOXES,
+        iterations=300,
+        rates=(0.01, 1e-3),
+        metrics=BOXES,
     ),
     'resnet-cls': Model(
-        'ResNet-18 classifier',
-        'SGD',
-        {
+        title='ResNet-18 classifier',
+        plain='SGD',
+        contestants={
             'SGD': Contestant(RESNET_CLS, 0.05),
             'NKFAC': Contestant(RESNET_CLS, 0.05, ('--optimizer', 'NKFAC')),
         },
-        '0.02,0.1',
-        400,
-        (0.05, 1e-3),
-        TOP_1,
-        'shapes-cls',
+        grid='0.02,0.1',
+        iterations=400,
+        rates=(0.05, 1e-3),
+        metrics=TOP_1,
+        data='shapes-cls',
     ),
     'digits-cls': Model(
-        'ResNet-18 classifier, digits',
-        'SGD',
-        {
+        title='ResNet-18 classifier, digits',
+        plain='SGD',
+        contestants={
             'SGD': Contestant(DIGITS_CLS, 0.05),
             'NKFAC': Contestant(DIGITS_CLS, 0.05, ('--optimizer', 'NKFAC')),
         },
-        '0.02,0.1',
-        200,
-        (0.05, 1e-3),
-        TOP_1,
-        'digits-cls',
+        grid='0.02,0.1',
+        iterations=200,
+        rates=(0.05, 1e-3),
+        metrics=TOP_1,
+        data='digits-cls',
     ),
     'swin-cls': Model(
-        'small Swin classifier',
-        'AdamW',
-        {
+        title='small Swin classifier',
+        plain='AdamW',
+        contestants={
             'AdamW': Contestant(SWIN_CLS, 1e-3, adaptive=True),
             'AdaAFOpt': Contestant(
                 SWIN_CLS, 1e-3, ('--optimizer', 'AdaAFOpt'), {DECAY: 0.05}, adaptive=True
@@ -248,10 +242,9 @@ MODELS = {
             'AFOpt+NKFAC': Contestant(SWIN_CLS, 1e-3, (ATTACH, 'AFOpt+NKFAC'), adaptive=True),
             'AFOpt+AdamR': Contestant(SWIN_CLS, 1e-3, (ATTACH, 'AFOpt+AdamR'), adaptive=True),
         },
-        '',
-        400,
-        (0.05, 1e-3),
-        TOP_1,
-        'shapes-cls',
+        iterations=400,
+        rates=(0.05, 1e-3),
+        metrics=TOP_1,
+        data='shapes-cls',
     ),
 }

@@ -22,7 +22,9 @@ CONFIGS = {
 def build_model(name: str, device: torch.device | str = 'cpu') -> nn.Module:
     """Returns a model of `CONFIGS`, or of a config file, in training mode."""
     torch.manual_seed(0)
-    return random_model(launch.load_config(CONFIGS.get(name, name))).to(device)
+    cfg = launch.load_config(CONFIGS.get(name, name))
+    launch.check_mmcv(cfg.get('default_scope'))
+    return random_model(cfg).to(device)
 
 
 def noise(model: nn.Module, batch: int, size: tuple[int, int], count: int) -> list[dict[str, Any]]:

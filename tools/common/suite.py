@@ -39,7 +39,7 @@ RATES = {
 WARM_UP = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One task of the suite.
 
@@ -112,14 +112,11 @@ def _model(title: str, config: str, plain: str, metrics: dict[str, str], data: s
         'AFOpt+NKFAC': replace(base, arguments=('--optimizer', 'AdamW', ATTACH, 'AFOpt+NKFAC'))
     }
     return Model(
-        title,
-        plain,
-        {plain: base, **(attached if adaptive else {})},
-        '',
-        0,
-        (0.0, 0.0),
-        metrics,
-        data,
+        title=title,
+        plain=plain,
+        contestants={plain: base, **(attached if adaptive else {})},
+        metrics=metrics,
+        data=data,
     )
 
 
@@ -129,46 +126,49 @@ ATTENTION = ('AdaNKFAC', 'FAdam', 'AFOpt+NKFAC', 'SOAP')
 REST, ATTENTION_REST = ('AdamR', 'ARO', 'SKFAC'), ('AdamR', 'ARO', 'AdaAFOpt')
 _ALL = (
     Task(
-        'digits-cls',
-        _model('ResNet-18, digits', 'resnet_digits', 'SGD', TOP_1, 'digits-cls'),
-        300,
-        4000,
-        CONVOLUTIONS,
-        REST,
+        name='digits-cls',
+        model=_model('ResNet-18, digits', 'resnet_digits', 'SGD', TOP_1, 'digits-cls'),
+        iterations=300,
+        images=4000,
+        ours=CONVOLUTIONS,
+        rest=REST,
         whole_seeds=3,
     ),
     Task(
-        'swin-digits-cls',
-        _model('Swin, digits', 'swin_digits', 'AdamW', TOP_1, 'digits-cls'),
-        800,
-        4000,
-        (*ATTENTION, 'AdamR'),  # at equal iterations ARO leads it, at equal seconds it leads ARO
-        ('ARO', 'AdaAFOpt'),
+        name='swin-digits-cls',
+        model=_model('Swin, digits', 'swin_digits', 'AdamW', TOP_1, 'digits-cls'),
+        iterations=800,
+        images=4000,
+        # At equal iterations ARO leads AdamR, at equal seconds AdamR leads ARO.
+        ours=(*ATTENTION, 'AdamR'),
+        rest=('ARO', 'AdaAFOpt'),
         whole_seeds=3,
     ),
     Task(
-        'shapes',
-        _model('Faster R-CNN, shapes', 'faster-rcnn_shapes', 'SGD', BOXES, 'shapes'),
-        800,
-        400,
-        CONVOLUTIONS,
-        REST,
+        name='shapes',
+        model=_model('Faster R-CNN, shapes', 'faster-rcnn_shapes', 'SGD', BOXES, 'shapes'),
+        iterations=800,
+        images=400,
+        ours=CONVOLUTIONS,
+        rest=REST,
     ),
     Task(
-        'digits',
-        _model('Faster R-CNN, digits in photographs', 'faster-rcnn_digits', 'SGD', BOXES, 'digits'),
-        1000,
-        800,
-        CONVOLUTIONS,
-        REST,
+        name='digits',
+        model=_model(
+            'Faster R-CNN, digits in photographs', 'faster-rcnn_digits', 'SGD', BOXES, 'digits'
+        ),
+        iterations=1000,
+        images=800,
+        ours=CONVOLUTIONS,
+        rest=REST,
     ),
     Task(
-        'swin',
-        _model('Swin Mask R-CNN, shapes', 'mask-rcnn_shapes', 'AdamW', BOXES, 'shapes'),
-        800,
-        400,
-        ATTENTION,
-        ATTENTION_REST,
+        name='swin',
+        model=_model('Swin Mask R-CNN, shapes', 'mask-rcnn_shapes', 'AdamW', BOXES, 'shapes'),
+        iterations=800,
+        images=400,
+        ours=ATTENTION,
+        rest=ATTENTION_REST,
     ),
 )
 #: Tasks by name, the cheap ones first.

@@ -56,6 +56,22 @@ ENVIRONMENT = {
 }
 
 
+#: Iterations between two lines of a log; lengths of the suite are multiples, so that their end is
+#: in the log.
+LOGGED = 10
+#: Settings that the arguments of a comparison give, and these arguments.
+FIXED = {
+    'train_cfg.max_iters': '--iterations',
+    'train_cfg.val_interval': 'the interval of the evaluations',
+    'default_hooks.checkpoint.interval': '--iterations',
+    'randomness.seed': '--seeds',
+    RATE: 'the rates',
+    'train_dataloader.dataset.data_root': '--data',
+    'val_dataloader.dataset.data_root': '--data',
+    'val_evaluator.ann_file': '--data',
+}
+
+
 class RunError(RuntimeError):
     """A run ended early; the text is the end of its log."""
 
@@ -72,8 +88,9 @@ def _folder(run: Run, args: argparse.Namespace) -> Path:
 def command(run: Run, args: argparse.Namespace, script: str | None = None) -> list[str]:
     """Command of one run, by default with the contestant's own script."""
     contestant = args.model.contestant(run.optimizer)
-    options = dict(args.options or [])
-    options |= {
+    options = {
+        **contestant.options,
+        **dict(args.options or []),
         'train_cfg.max_iters': args.iterations,
         'train_cfg.val_interval': args.val_interval,
         'default_hooks.checkpoint.interval': args.iterations,
@@ -81,7 +98,6 @@ def command(run: Run, args: argparse.Namespace, script: str | None = None) -> li
         RATE: run.lr,
         'train_dataloader.dataset.data_root': f'{args.data}/',
         'val_dataloader.dataset.data_root': f'{args.data}/',
-        **contestant.options,
     }
     if args.model.detects:
         options['val_evaluator.ann_file'] = f'{args.data}/annotations/val.json'
@@ -155,6 +171,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         metavar='KEY=VALUE',
         default=[],
-        type=lambda text: tuple(text.split('=', 1)),
+        type=_option,
         help='settings of every run, as for --cfg-options of tools/train.py',
     )
+
+
+def length(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Iterations of a run: those given, or the model's; without a logged one an error follows."""
+    iterations: int = args.model.iterations if args.iterations is None else args.iterations
+    logged = int(dict(args.options).get('default_hooks.logger.interval', LOGGED))
+    if iterations < logged:
+        parser.error(f'--iterations {iterations} is less than {logged}, the interval of the logs')
+    return iterations
+
+
+def _option(text: str) -> tuple[str, str]:
+    """Key and value of one option; raises an argparse error for what the runs set themselves."""
+    key, equals, value = text.partition('=')
+    if not equals:
+        raise argparse.ArgumentTypeError(f'{text!r} is no KEY=VALUE')
+    if key in FIXED:
+        raise argparse.ArgumentTypeError(f'{key} has an argument of its own: {FIXED[key]}')
+    return key, value

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import ROOT
 from common.tables import markdown
+from mmprecond.checks import first_line
 from paper.departures import departures, plain, schedulers
 from paper.rows import row_of
 
@@ -234,7 +235,7 @@ def _adapt_to_cpu(cfg: Any, data: Path) -> str:
             data_prefix=dict(img='train/'),
         )
     if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper' and not torch.cuda.is_available():
-        cfg.optim_wrapper.type = 'OptimWrapper'
+        cfg.optim_wrapper = launch.in_full_precision(cfg.optim_wrapper)
         notes.append('OptimWrapper in place of AmpOptimWrapper')
     optimizer = cfg.optim_wrapper.optimizer
     entries = [
@@ -282,7 +283,7 @@ def prove(path: Path, data: Path | None, steps: int) -> Outcome:
         problems = differences(path)
         outcome = take_steps(path, data, steps) if data else Outcome([], [])
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        outcome = Outcome([f'{type(error).__name__}: {error}'.splitlines()[0]], [])
+        outcome = Outcome([first_line(error)], [])
     outcome.problems = problems + outcome.problems
     return outcome
 

@@ -65,6 +65,19 @@ class LandscapeHook(Hook):  # type: ignore[misc]
         self.mode = mode
         self.settings = {'plane': 'none', 'progress': False, **settings}
 
+    def before_train(self, runner: Any) -> None:
+        """Raises ValueError if the run has fewer epochs or iterations than the hook waits for."""
+        loop = runner.train_loop
+        for name, wanted, length in (
+            ('epochs', self.epochs, loop.max_epochs),
+            ('iters', self.iters, loop.max_iters),
+        ):
+            if wanted and max(wanted) > length:
+                raise ValueError(
+                    f'LandscapeHook has {name}={sorted(wanted)}, and the run ends after {length}'
+                    + ('; give iters instead' if name == 'epochs' and length == 1 else '')
+                )
+
     def after_train_epoch(self, runner: Any) -> None:
         """Looks after one of the epochs."""
         if runner.epoch + 1 in self.epochs:
