@@ -49,6 +49,30 @@ def test_mistakes_are_one_line(
     assert done.stderr == 'mmprecond train needs the package mmengine, which is not installed\n'
 
 
+def test_a_module_that_a_running_training_lacks_is_no_missing_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv('MMPRECOND_TRACEBACK', raising=False)
+    tools = tmp_path / 'tools'
+    tools.mkdir()
+    code = "def main():\n    raise ModuleNotFoundError('no', name='theirs')\n\nmain()\n"
+    (tools / 'train.py').write_text(code)
+    monkeypatch.setattr(cli, 'find_root', lambda: tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['mmprecond', 'train'])
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main()
+    (tools / 'analysis_tools').mkdir()
+    (tools / 'analysis_tools/compare_runs.py').write_text(code)
+    assert call(monkeypatch, 'compare') == 2  # it imports matplotlib when it draws
+    (tools / 'train.py').write_text('import theirs_that_is_missing\n')
+    assert call(monkeypatch, 'train') == 2
+    monkeypatch.setenv('MMPRECOND_TRACEBACK', '1')
+    monkeypatch.setattr(sys, 'argv', ['mmprecond', 'train'])
+    with pytest.raises(ModuleNotFoundError):
+        cli.main()
+
+
 def test_a_clone_has_them_on_top() -> None:
     assert find_root() == ROOT
 

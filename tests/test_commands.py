@@ -68,6 +68,14 @@ def accept(script: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatc
             runpy.run_module(script, run_name='__main__', alter_sys=True)
 
 
+#: Scripts of a shell that pass arguments on, and the place of the number of GPUs among these.
+LAUNCHERS = {
+    'tools/quickstart.sh': ('tools/quickstart.py', 0),
+    'tools/dist_train.sh': ('tools/train.py', 1),
+    'tools/dist_test.sh': ('tools/test.py', 2),
+}
+
+
 def test_commands_are_found() -> None:
     assert len(COMMANDS) > 50
     assert any('--suite' in words for words in COMMANDS) and any('-m' in w for w in COMMANDS)
@@ -82,9 +90,11 @@ def test_a_script_takes_the_arguments(
     program, first, *rest = words
     if program == 'bash':
         assert (ROOT / first).is_file()
-        if first != 'tools/quickstart.sh':
+        if first not in LAUNCHERS:
             return
-        program, first = 'python', 'tools/quickstart.py'
+        first, skipped = LAUNCHERS[first]
+        rest = rest[:skipped] + rest[skipped + 1 :] if skipped else rest
+        program = 'python'
     elif program == 'mmprecond':
         script = cli.COMMANDS[first][0]
         root = find_root() / 'tools'
@@ -94,7 +104,10 @@ def test_a_script_takes_the_arguments(
     accept(first, rest, monkeypatch)
 
 
-def test_a_wrong_argument_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_argument_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip('mmengine')
     with pytest.raises(SystemExit):
-        accept(str(TOOLS / 'analysis_tools/results.py'), ['--suit', 'fast'], monkeypatch)
+        accept(str(TOOLS / 'analysis_tools/results.py'), ['--siute=quick'], monkeypatch)
+    assert 'unrecognized arguments: --siute' in capsys.readouterr().err

@@ -17,6 +17,7 @@ import torch
 from mmprecond.engine import launch
 from mmprecond.engine.registration import optimizer_types
 from mmprecond.engine.synthetic import random_model, synthetic_batch
+from mmprecond.optimizers import get_optimizer_info
 from mmprecond.preconditioners import METHODS
 from tests.support.paths import ROOT
 
@@ -199,3 +200,40 @@ def test_guarantees_name_tests_that_there_are() -> None:
         assert not test or f'def {test}(' in source, f'{file}::{test}'
         count += 1
     assert count > 60
+
+
+#: Optimizers of each method's word in the table of settings; all of those that it names share it.
+FORMS = {
+    'NKFAC': ('NKFAC',),
+    'KFAC': ('KFAC', 'SKFAC'),
+    'AFOpt': ('AFOpt', 'AdaAFOpt'),
+    'AdaBK': ('SGDMBK', 'AdamWBK'),
+    'AdaFisher': ('AdaFisher', 'AdaFisherW'),
+}
+
+
+def test_defaults_of_the_settings_are_those_of_the_table() -> None:
+    """Intervals and dampings of docs/choosing.md, method by method."""
+    text = (ROOT / 'docs/choosing.md').read_text()
+    (intervals,) = re.findall(r'\| `stat_interval`, `refresh_interval` \| (.*?) \|', text)
+    found = {}
+    for pair, names in re.findall(r'(\d+, \d+) for ([\w, ]+?(?: and \w+)?)(?:;|$)', intervals):
+        for word in re.split(r', | and ', names):
+            for name in FORMS.get(word, (word,)):
+                found[name] = tuple(int(number) for number in pair.split(', '))
+    assert len(found) > 15
+    for name, pair in found.items():
+        settings = get_optimizer_info(name).settings
+        assert (settings['stat_interval'], settings['refresh_interval']) == pair, name
+    (dampings,) = re.findall(r'\| `damping` \| (.*?) \|', text)
+    usual, rest = dampings.split(';', 1)
+    given = {
+        form: float(number)
+        for names, number in re.findall(r'((?:\w+, )*\w+) ([\d.e-]+\d|\d)', rest)
+        for word in names.split(', ')
+        for form in FORMS.get(word, (word,))
+    }
+    for name in found:
+        expected = given.get(name, float(usual))
+        if 'damping' in get_optimizer_info(name).settings:
+            assert get_optimizer_info(name).settings['damping'] == expected, name

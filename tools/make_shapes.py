@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a synthetic shapes data set: COCO format, or class folders with --classification.
+"""Makes a synthetic shapes data set: COCO format, or class folders with --classification.
 
 Example:
     python tools/make_shapes.py data/shapes --images 400 --size 160 --seed 0 --split train
@@ -22,7 +22,7 @@ SCRIPT = data_sets.Script(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the set; return the exit status."""
+    """Makes the set; returns the exit status."""
     return data_sets.main(SCRIPT, argv)
 
 

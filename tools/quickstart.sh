@@ -18,7 +18,7 @@ part=() before=''
 for argument in "$@"; do
   case "$before $argument" in
     *' -h' | *' --help') exit 0 ;;
-    '--model '*-cls | *' --model='*-cls) part=(--classification) ;;  # no compiled operators needed
+    '--m'*' '*-cls | *' --m'*=*-cls) part=(--classification) ;;  # no compiled operators needed
   esac
   before=$argument
 done

@@ -73,7 +73,8 @@ def main() -> None:
         if isinstance(runner, Runner):  # early, so that errors of settings also take one line
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
             scale_rates(runner)
-    with launch.one_line_errors(inside='check_state_dict'):  # of a checkpoint to resume
+    # Of a checkpoint to resume, and of a LandscapeHook.
+    with launch.one_line_errors('check_state_dict', 'check_length'):
         runner.train()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,11 @@ class LayerView:
 
 def view_layer(layers: Mapping[Layer, LayerStack], name: str) -> LayerView:
     """Copies what is held of one layer (see `Curvature.layer`)."""
-    by_module = {layer.name.rpartition('.')[0]: layer for layer in layers}
-    layer = {**by_module, **{layer.name: layer for layer in layers}}.get(name)
+    known = _by_name(layers)
+    layer = known.get(name)
     if layer is None:
         raise ValueError(
-            f'no layer {name!r} is preconditioned; {did_you_mean(name, by_module)}'
+            f'no layer {name!r} is preconditioned; {did_you_mean(name, known)}'
             'optimizer.table() has all modules'
         )
     stack = layers[layer]
@@ -117,6 +117,15 @@ def view_layer(layers: Mapping[Layer, LayerStack], name: str) -> LayerView:
     operators = named_tensors(stack.operators) if member.refreshes else {}
     held = {key: tensor[position].clone() for key, tensor in operators.items()}
     return LayerView(layer.name, stack.method, member.samples, member.refreshes, factors, held)
+
+
+def _by_name(layers: Iterable[Layer]) -> dict[str, Layer]:
+    """Layers by the names of their weights, and of modules that hold one of these weights."""
+    by_module: dict[str, list[Layer]] = {}
+    for layer in layers:
+        by_module.setdefault(layer.name.rpartition('.')[0], []).append(layer)
+    alone = {module: held[0] for module, held in by_module.items() if len(held) == 1}
+    return {**alone, **{layer.name: layer for layer in layers}}
 
 
 def _is_symmetric(factor: Tensor) -> bool:

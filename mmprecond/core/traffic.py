@@ -42,7 +42,8 @@ def traffic(layers: Mapping[Layer, LayerStack], sharding: Sharding) -> Traffic:
         sharding: Division of the work among ranks.
     """
     trained = assign_stacks(layers, sharding)
-    rows = torch.empty(len(layers), dtype=torch.float64, device='meta')
+    # Rows and calls of each layer, and whether any was called (see `SampleCollector`).
+    counts = torch.empty(2 * len(layers) + 1, dtype=torch.float64, device='meta')
     statistics = (
         torch.empty(shape, dtype=layer.working_dtype, device='meta')
         for layer, stack in trained.items()
@@ -50,7 +51,7 @@ def traffic(layers: Mapping[Layer, LayerStack], sharding: Sharding) -> Traffic:
         if not statistic.of_matrix
         for shape in layer.shapes(statistic).values()
     )
-    capture = _count([[rows], *sum_buckets(statistics)])
+    capture = _count([[counts], *sum_buckets(statistics)])
     if sharding.mode == 'none':
         return Traffic(capture, Messages(), Messages())
     return Traffic(capture, _refresh(trained, sharding), _step(trained, sharding))

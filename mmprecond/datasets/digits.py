@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from .render import contrasting_colour
-from .writer import Array, Family, Record, make_stamp, need, write_coco, write_folders
+from .writer import Array, Record, SetFamily, make_stamp, need, write_coco, write_folders
 
 DIGIT_CLASSES = tuple('0123456789')
-DIGITS = Family(
+DIGITS = SetFamily(
     generator='mmprecond.datasets.digits',
     maker='make_digits',
     version=1,
@@ -47,7 +47,7 @@ def make_digits(
     progress: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write a detection set of handwritten digits in photographs, in COCO format.
+    """Writes a detection set of handwritten digits in photographs, in COCO format.
 
     Makes ``out/<split>/000000.png ...`` and ``out/annotations/<split>.json``, with boxes and
     without masks. An image has 1 to 5 digits, whose longer sides are 16 % to 48 % of the image's. A
@@ -91,7 +91,7 @@ def make_digit_folders(
     progress: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write a classification set of the digits alone, white on black, one folder per class.
+    """Writes a classification set of the digits alone, white on black, one folder per class.
 
     Makes ``out/<split>/<class>/000000.png ...``, as RGB. The classes alternate, so their counts
     differ by at most one. No digit occurs twice. Image k depends only on
@@ -129,7 +129,7 @@ def make_digit_folders(
 def render_digits(
     rng: np.random.Generator, size: int, split: str = 'train'
 ) -> tuple[Array, list[Record]]:
-    """Draw one image of 1 to 5 digits on a crop of a photograph.
+    """Draws one image of 1 to 5 digits on a crop of a photograph.
 
     Args:
         rng: Source of all randomness.
@@ -157,7 +157,7 @@ def render_digits(
 
 
 def render_digit(index: int, size: int, seed: int, split: str) -> Array:
-    """Draw the digit of image ``index`` of a classification set: uint8 (size, size, 3)."""
+    """Draws the digit of image ``index`` of a classification set: uint8 (size, size, 3)."""
     position, label = divmod(index, len(DIGIT_CLASSES))
     digits, labels = load_digits()
     choices = split_indices(split)
@@ -200,7 +200,7 @@ def _crop(rng: np.random.Generator, size: int) -> Array:
 
 
 def _resize(pixels: Array, height: int, width: int) -> Array:
-    """Resize uint8 pixels, smoothed where they shrink; Pillow does so in whole numbers."""
+    """Resizes uint8 pixels, smoothed where they shrink; Pillow does so in whole numbers."""
     pil = need('PIL.Image', 'pillow')
     image = pil.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((width, height), pil.Resampling.BICUBIC))
@@ -209,7 +209,7 @@ def _resize(pixels: Array, height: int, width: int) -> Array:
 def _place(
     rng: np.random.Generator, digit: Array, size: int, boxes: list[Array]
 ) -> tuple[Array, Array] | None:
-    """Resize a digit and find a place for it.
+    """Resizes a digit and find a place for it.
 
     Returns:
         The ink, uint8 (size, size), and its box (left, top, right, bottom); None without a place.

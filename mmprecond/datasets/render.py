@@ -25,7 +25,7 @@ Points = list[tuple[float, float]]
 
 
 def render_image(rng: np.random.Generator, size: int) -> tuple[Array, list[Record]]:
-    """Draw one image of 1 to 5 overlapping shapes; later shapes cover earlier ones.
+    """Draws one image of 1 to 5 overlapping shapes; later shapes cover earlier ones.
 
     Args:
         rng: Source of all randomness.
@@ -64,7 +64,7 @@ def _angle(rng: np.random.Generator) -> float:
 
 
 def render_single(rng: np.random.Generator, size: int, label: int) -> Array:
-    """Draw one shape near the middle: uint8 (size, size, 3)."""
+    """Draws one shape near the middle: uint8 (size, size, 3)."""
     canvas = _background(rng, size)
     diameter = size * rng.uniform(0.5, 0.85)
     centre = size * rng.uniform(0.42, 0.58, 2)
@@ -192,6 +192,6 @@ def _smooth_noise(rng: np.random.Generator, size: int, cells: int, spread: float
 
 
 def _add_noise(rng: np.random.Generator, canvas: Array) -> Array:
-    """Add pixel noise and round to uint8."""
+    """Adds pixel noise and rounds to uint8."""
     noisy: Array = canvas + rng.uniform(3, 10) * rng.standard_normal(canvas.shape)
     return noisy.round().clip(0, 255).astype(np.uint8)

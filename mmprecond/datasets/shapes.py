@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 
 from .render import CLASSES, RENDER_VERSION, render_image, render_single
-from .writer import Family, make_stamp, write_coco, write_folders
+from .writer import SetFamily, make_stamp, write_coco, write_folders
 
-SHAPES = Family(
+SHAPES = SetFamily(
     generator='mmprecond.datasets.shapes',
     maker='make_shapes',
     version=RENDER_VERSION,
@@ -33,7 +33,7 @@ def make_shapes(
     progress: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write a detection and instance segmentation set in COCO format.
+    """Writes a detection and instance segmentation set in COCO format.
 
     Makes ``out/<split>/000000.png ...`` and ``out/annotations/<split>.json``. Boxes, areas and
     polygons are those of the whole shape clipped to the image, including hidden parts. Image k
@@ -72,7 +72,7 @@ def make_shape_folders(
     progress: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Write a classification set with one shape per image and one folder per class.
+    """Writes a classification set with one shape per image and one folder per class.
 
     Makes ``out/<split>/<class>/000000.png ...``. The classes alternate, so their counts differ by
     at most one. Readers of this layout number the classes by sorted folder name (circle, square,

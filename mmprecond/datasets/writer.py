@@ -22,7 +22,7 @@ MIN_SIZE = 32  # pixels; in smaller images the objects look alike
 
 
 @dataclass(frozen=True)
-class Family:
+class SetFamily:
     """Properties that all sets of one generator share.
 
     Attributes:
@@ -45,14 +45,14 @@ class Family:
 
 
 def write_coco(
-    family: Family,
+    family: SetFamily,
     root: Path,
     stamp: Record,
     draw: Callable[[np.random.Generator, int], tuple[Array, list[Record]]],
     progress: bool,
     overwrite: bool,
 ) -> Path:
-    """Write a detection set in COCO format, unless it is there already.
+    """Writes a detection set in COCO format, unless it is there already.
 
     Args:
         family: The generator.
@@ -82,7 +82,7 @@ def write_coco(
 
 
 def _coco_content(
-    family: Family, stamp: Record, names: list[str], annotations: list[Record]
+    family: SetFamily, stamp: Record, names: list[str], annotations: list[Record]
 ) -> Record:
     """Content of an annotation file."""
     licence, url = family.licence
@@ -109,14 +109,14 @@ def _coco_content(
 
 
 def write_folders(
-    family: Family,
+    family: SetFamily,
     root: Path,
     stamp: Record,
     draw: Callable[[np.random.Generator, int, int], Array],
     progress: bool,
     overwrite: bool,
 ) -> Path:
-    """Write a classification set with one folder per class, unless it is there already.
+    """Writes a classification set with one folder per class, unless it is there already.
 
     Image k is of class ``k % len(classes)``.
 
@@ -148,7 +148,7 @@ def write_folders(
 
 
 def make_stamp(
-    family: Family,
+    family: SetFamily,
     kind: str,
     images: int,
     size: int,
@@ -156,7 +156,7 @@ def make_stamp(
     split: str,
     limits: tuple[int, int] = (1, 10**6),
 ) -> Record:
-    """Check the arguments and return them as the record that identifies a set.
+    """Checks the arguments and returns them as the record that identifies a set.
 
     Args:
         family: The generator.
@@ -196,9 +196,9 @@ def image_generator(stamp: Record, index: int) -> np.random.Generator:
 
 
 def prepare_folders(
-    family: Family, root: Path, stamp: Record, names: list[str], overwrite: bool
+    family: SetFamily, root: Path, stamp: Record, names: list[str], overwrite: bool
 ) -> bool:
-    """Prepare the folders; False if the set is already there and complete."""
+    """Prepares the folders; False if the set is already there and complete."""
     folder, path = root / stamp['split'], root / f'{stamp["split"]}.meta.json'
     labels = root / 'annotations' / f'{stamp["split"]}.json'
     coco = [labels] if stamp['kind'] == 'coco' else []
@@ -245,7 +245,7 @@ def prepare_folders(
 
 
 def write_json(path: Path, content: Record) -> None:
-    """Write atomically: a reader sees the old or the new file, never a part."""
+    """Writes atomically: a reader sees the old or the new file, never a part."""
     part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         part.write_text(json.dumps(content, separators=(',', ':')) + '\n', 'utf-8')
@@ -264,7 +264,7 @@ def progress_bar(count: int, progress: bool, title: str) -> Any:
 
 
 def need(module: str, package: str) -> Any:
-    """Import an optional module, with a one-line error that names a missing package."""
+    """Imports an optional module, with a one-line error that names a missing package."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

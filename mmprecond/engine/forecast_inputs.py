@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     launch.add_cfg_options(parser)
 
 
-class Inputs(NamedTuple):
+class ForecastInputs(NamedTuple):
     """A model, its optimizer, the number of images, and their size (None: the model's own)."""
 
     model: nn.Module
@@ -81,7 +81,7 @@ def load(args: argparse.Namespace, attach: bool = True) -> Any:
     return cfg
 
 
-def build(args: argparse.Namespace) -> Inputs:
+def build(args: argparse.Namespace) -> ForecastInputs:
     """Builds the model with random weights, and its optimizer.
 
     Args:
@@ -92,7 +92,7 @@ def build(args: argparse.Namespace) -> Inputs:
     """
     cfg = load(args)
     loader = cfg.get('train_dataloader') or {}
-    return Inputs(
+    return ForecastInputs(
         *build_model(cfg),
         args.batch or loader.get('batch_size') or 2,
         args.size or image_size(loader.get('dataset')),

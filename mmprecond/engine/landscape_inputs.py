@@ -25,14 +25,14 @@ from .synthetic import random_model
 logger = logging.getLogger('mmprecond')
 
 
-class Inputs(NamedTuple):
+class LandscapeInputs(NamedTuple):
     """Loss of some training batches, and the optimizer of the checkpoint if it has curvature."""
 
     loss: Loss
     optimizer: PreconditionedOptimizer | None
 
 
-def build(args: argparse.Namespace) -> Inputs:
+def build(args: argparse.Namespace) -> LandscapeInputs:
     """Builds the model, its loss on the first training batches, and its optimizer.
 
     Args:
@@ -54,7 +54,7 @@ def build(args: argparse.Namespace) -> Inputs:
     set_random_seed(args.seed)  # of the order of images and of their augmentation
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=args.seed)
     batches = list(islice(loader, args.batches))
-    return Inputs(
+    return LandscapeInputs(
         loss_of(model, batches, args.mode), _optimizer(model, cfg, checkpoint.get('optimizer'))
     )
 

@@ -198,17 +198,17 @@ def in_full_precision(wrapper: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def one_line_errors(inside: str = '') -> Iterator[None]:
+def one_line_errors(*inside: str) -> Iterator[None]:
     """Ends the program with a one-line message for errors that a user can fix.
 
     Args:
-        inside: Name of the function whose errors are meant; default: all.
+        inside: Names of the functions whose errors are meant; default: all.
     """
     try:
         yield
     except (ValueError, TypeError, KeyError, OSError, ImportError, SyntaxError) as error:
         names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-        if os.environ.get('MMPRECOND_TRACEBACK') or (inside and inside not in names):
+        if os.environ.get('MMPRECOND_TRACEBACK') or (inside and not set(inside) & set(names)):
             raise
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         if int(os.environ.get('LOCAL_RANK', 0)):

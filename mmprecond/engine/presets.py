@@ -40,7 +40,7 @@ BASELINES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def use_optimizer(cfg: Config, name: str) -> None:
+def use_optimizer(cfg: Config, name: str, attached: bool = False) -> None:
     """Replaces a config's optimizer, but keeps its learning rate, decay and paramwise_cfg.
 
     MAC and SMAC get their `CalibrationHook`. Settings of all layers beside `constructor` stay if
@@ -52,6 +52,7 @@ def use_optimizer(cfg: Config, name: str) -> None:
         name: Name of an optimizer of this package. For comparisons also torch's 'SGD' (momentum 0.9
             unless the config has another), 'AdamW', 'Adam', 'Adagrad' and 'RAdam' (with decoupled
             decay), or one of another package, such as 'pytorch_optimizer.SOAP'.
+        attached: Whether curvature is added to it afterwards (see `attach`).
 
     Raises:
         ValueError: If the name is unknown, or the config has no optimizer.
@@ -77,8 +78,8 @@ def use_optimizer(cfg: Config, name: str) -> None:
     wrapper = _wrapper_of(cfg, 'take lr and weight_decay from')
     kind, new = BASELINES.get(name) or (peer or getattr(optimizers, name), {})
     wrapper.pop('precondition', None)
-    options = _take_options(wrapper, kind)
-    _fit_hooks(cfg, kind)
+    options = {} if attached else _take_options(wrapper, kind)
+    _fit_hooks(cfg, optimizers.Preconditioned if attached else kind)
     if name in BASELINES and _is_ours(wrapper.get('constructor')):
         wrapper['precondition'] = None  # a baseline stays one
     old = dict(wrapper['optimizer'])
@@ -107,7 +108,7 @@ def _take_options(wrapper: dict[str, Any], kind: type) -> dict[str, Any]:
 def _fit_hooks(cfg: Config, kind: type) -> None:
     """Removes hooks that an optimizer cannot have, and adds MAC's."""
     hooks = list(cfg.get('custom_hooks') or [])
-    names = [str(hook['type']).split('.')[-1] for hook in hooks]
+    names = [_hook_name(hook) for hook in hooks]
     unfit = {name for name, owner in OWNERS.items() if not issubclass(kind, owner)}
     if dropped := unfit.intersection(names):
         _warn(f'{kind.__name__} has no use for {", ".join(sorted(dropped))}: left out')
@@ -116,6 +117,12 @@ def _fit_hooks(cfg: Config, kind: type) -> None:
         hooks.append(dict(type=CALIBRATION))
     if hooks or cfg.get('custom_hooks'):
         cfg.custom_hooks = hooks
+
+
+def _hook_name(hook: Any) -> str:
+    """Name of the class of a hook in a config; '' for what is no dict."""
+    kind = hook.get('type') if isinstance(hook, dict) else ''
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
 
 def _carried(old: dict[str, Any], kind: type) -> dict[str, Any]:
@@ -170,7 +177,7 @@ def choose_optimizer(cfg: Config, optimizer: str | None, precondition: str | Non
     if optimizer and precondition and optimizer not in BASELINES:
         raise ValueError(f'--precondition adds curvature to SGD or AdamW, not to {optimizer}')
     if optimizer:
-        use_optimizer(cfg, optimizer)
+        use_optimizer(cfg, optimizer, attached=bool(precondition))
     if precondition:
         attach(cfg, precondition)
 

@@ -26,8 +26,8 @@ class PartialHessianSGDM(SGDM):
             the momentum. 'decoupled' adds it to the update, after the momentum.
 
     Attributes:
-        cycle: n, the number of the cycle over all 1-D parameters, from 1; from the last step of a
-            cycle on that of the next one, as in the published code.
+        cycle: n, the number of the cycle, in which each 1-D parameter is refreshed once, from 1;
+            from the last step of a cycle on that of the next one, as in the published code.
     """
 
     def __init__(self, rate: float, eps: float, decay: str = 'published') -> None:

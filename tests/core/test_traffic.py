@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,11 +53,11 @@ class Noted:
         self.work.wait()
 
 
-def worker(rank: int, folder: str, sharding: str) -> None:
-    dist.init_process_group(
-        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
-    )
-    torch.set_num_threads(1)
+MODES = ('none', 'refresh', 'apply')
+
+
+def messages_of(rank: int, sharding: str) -> list[list[Event]]:
+    """What a rank sends in each of seven steps."""
     torch.manual_seed(0)
     model = Net()
     optimizer = NKFAC(
@@ -90,8 +89,24 @@ def worker(rank: int, folder: str, sharding: str) -> None:
         events.clear()
         optimizer.step()
         steps.append(list(events))
-    torch.save(steps, f'{folder}/{rank}.pt')
+    return steps
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
+    )
+    torch.set_num_threads(1)
+    torch.save({mode: messages_of(rank, mode) for mode in MODES}, f'{folder}/{rank}.pt')
     leave()
+
+
+@pytest.fixture(scope='module')
+def sent(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[list[Event]]]]:
+    """Messages of both ranks by mode, all in one pair of processes."""
+    folder = tmp_path_factory.mktemp('ranks')
+    mp.spawn(worker, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f'{rank}.pt') for rank in range(2)]
 
 
 def total(events: list[Event]) -> Messages:
@@ -101,10 +116,9 @@ def total(events: list[Event]) -> Messages:
     return Messages(len(sizes) + objects, sum(sizes) / 2**20)
 
 
-@pytest.mark.parametrize('mode', ['none', 'refresh', 'apply'])
-def test_the_forecast_counts_the_messages(mode: str, tmp_path: Path) -> None:
-    mp.spawn(worker, (str(tmp_path), mode), nprocs=2)  # type: ignore[no-untyped-call]
-    steps = torch.load(tmp_path / '0.pt')
+@pytest.mark.parametrize('mode', MODES)
+def test_the_forecast_counts_the_messages(mode: str, sent: list[Any]) -> None:
+    steps = sent[0][mode]
     model = Net()
     optimizer = NKFAC(model, lr=0.01, solver='cholesky')
     layers = optimizer.curvature.layers
@@ -119,11 +133,10 @@ def test_the_forecast_counts_the_messages(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('mode', ['none', 'refresh'])
-def test_sums_travel_while_directions_are_computed(mode: str, tmp_path: Path) -> None:
-    mp.spawn(worker, (str(tmp_path), mode), nprocs=2)  # type: ignore[no-untyped-call]
-    for steps in (torch.load(tmp_path / f'{rank}.pt') for rank in range(2)):
+def test_sums_travel_while_directions_are_computed(mode: str, sent: list[Any]) -> None:
+    for steps in (found[mode] for found in sent):
         names = [[name for name, _ in step] for step in steps]
         for step, alone in ((2, True), (4, False), (6, True)):  # the refresh of step 4 needs them
-            sent = names[step].index('all_reduce', 1)  # after the numbers of rows
-            needed, used = names[step].index('precondition'), names[step].index('wait', sent)
-            assert sent < needed and (used > needed) == alone
+            start = names[step].index('all_reduce', 1)  # after the numbers of rows
+            needed, used = names[step].index('precondition'), names[step].index('wait', start)
+            assert start < needed and (used > needed) == alone

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -119,6 +120,17 @@ def test_ranks_evaluate_a_loss_with_collectives_together(tmp_path: Path) -> None
     first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1))
     assert first == second and first['landscape/largest'] > 0
     assert (tmp_path / 'landscape/iter_1/spectrum.csv').is_file()
+
+
+@pytest.mark.parametrize(
+    'when, message',
+    [(dict(epochs=[3]), 'give iters instead'), (dict(iters=[4, 9]), 'ends after 8')],
+)
+def test_what_never_comes_is_refused(tmp_path: Path, when: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(
+            tmp_path, [dict(type='LandscapeHook', **when)], type='IterBasedTrainLoop', max_iters=8
+        )
 
 
 def test_what_it_refuses() -> None:

@@ -127,6 +127,22 @@ def test_a_good_config_passes(tmp_path: Path) -> None:
         check_config(config(train_dataloader=dict(dataset=repeated)))
 
 
+def test_an_evaluator_may_have_no_annotations() -> None:
+    loader = dict(dataset=dict(type='mmengine.dataset.BaseDataset'))
+    evaluator = dict(type='CocoMetric', ann_file=None)
+    check_config(config(val_dataloader=loader, val_evaluator=evaluator))
+
+
+def test_an_evaluation_needs_no_initial_weights() -> None:
+    cfg = config(model__head__init_cfg=dict(type='Pretrained', checkpoint='none/here.pth'))
+    check_config(cfg, ['test'])
+    with pytest.raises(FileNotFoundError, match='init_cfg=None'):
+        check_config(cfg)
+    cfg.load_from = 'none/there.pth'
+    with pytest.raises(FileNotFoundError, match='no checkpoint none/there.pth'):
+        check_config(cfg, ['test'])
+
+
 def test_the_classes_of_a_detector_are_those_of_the_data() -> None:
     cfg = Config.fromfile(ROOT / 'configs/quickstart/faster-rcnn_r18_fpn_shapes.py')
     cfg.model.roi_head.bbox_head.num_classes = 80

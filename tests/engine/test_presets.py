@@ -13,7 +13,8 @@ from mmengine.optim.scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 from mmengine.registry import OPTIMIZERS
 
 import mmprecond.optimizers
-from mmprecond.engine import constructor, use_optimizer
+from mmprecond.engine import CurvatureHook, constructor, use_optimizer
+from mmprecond.engine.presets import choose_optimizer
 from mmprecond.optimizers import AdaAFOpt, Preconditioned
 from tests.support.classifier import HalfRateConstructor, batch
 from tests.support.preconditioned_configs import (
@@ -250,3 +251,69 @@ def test_a_preset_replaces_a_preconditioned_config() -> None:
     assert isinstance(cfg.optim_wrapper.optimizer, ConfigDict)
     assert cfg.optim_wrapper.optimizer.get('lr') == RULE['lr']
     assert cfg.optim_wrapper.optimizer.get('weight_decay') == RULE['weight_decay']
+
+
+def attached_config(**more: Any) -> Config:
+    return Config(
+        dict(
+            optim_wrapper=dict(
+                constructor='mmprecond.PrecondOptimWrapperConstructor',
+                precondition='NKFAC',
+                clip_update=0.5,
+                optimizer=dict(type='SGD', lr=0.02, momentum=0.9),
+            ),
+            custom_hooks=[dict(type='mmprecond.CurvatureHook'), dict(type='NumClassCheckHook')],
+            **more,
+        )
+    )
+
+
+@pytest.mark.parametrize('name', ['SGD', 'ARO', 'NKFAC', 'MAC'])
+def test_options_and_hooks_follow_the_optimizer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr('mmprecond.engine.presets.print_log', lambda text, **_: said.append(text))
+    cfg = attached_config()
+    use_optimizer(cfg, name)
+    wrapper = build_optim_wrapper(model(), cfg.optim_wrapper)
+    hooks = [hook['type'].split('.')[-1] for hook in cfg.custom_hooks]
+    if name in ('NKFAC', 'MAC'):
+        assert wrapper.optimizer.curvature.options.clip_update == 0.5 and said == []
+        added = ['CalibrationHook'] if name == 'MAC' else []
+        assert hooks == ['CurvatureHook', 'NumClassCheckHook', *added]
+    else:
+        assert type(wrapper.optimizer).__name__ == name and hooks == ['NumClassCheckHook']
+        assert any('has no clip_update' in text for text in said)
+        assert any('no use for CurvatureHook' in text for text in said)
+
+
+def test_a_baseline_that_gets_curvature_keeps_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr('mmprecond.engine.presets.print_log', lambda text, **_: said.append(text))
+    cfg = attached_config()
+    cfg.custom_hooks = [*cfg.custom_hooks, 'a text', dict(type=CurvatureHook)]
+    choose_optimizer(cfg, 'SGD', 'NKFAC')
+    assert said == [] and len(cfg.custom_hooks) == 4
+    wrapper = build_optim_wrapper(model(), cfg.optim_wrapper)
+    assert wrapper.optimizer.curvature.options.clip_update == 0.5
+
+
+@pytest.mark.parametrize(
+    'old, name, warned',
+    [
+        (dict(type='SGD', lr=0.1), 'AdaAct', False),
+        (dict(type='SGD', lr=0.1), 'AdaFisher', True),
+        (dict(type='SGD', lr=0.1), 'SOAP', True),
+        (dict(type='AdamW', lr=0.1), 'AdaFisher', False),
+        (dict(type='AdamW', lr=0.1), 'NKFAC', True),
+        (dict(type='Preconditioned', rule=dict(type='SGDM', lr=0.1)), 'NKFAC', False),
+        (dict(type='Preconditioned', rule=dict(type='AdaBelief', lr=0.1)), 'NKFAC', True),
+    ],
+    ids=str,
+)
+def test_a_rate_of_another_size_is_told(
+    old: dict[str, Any], name: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr('mmprecond.engine.presets.print_log', lambda text, **_: said.append(text))
+    use_optimizer(Config(dict(optim_wrapper=dict(optimizer=old))), name)
+    assert any('a rule of another kind' in text for text in said) == warned

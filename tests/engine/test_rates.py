@@ -16,9 +16,9 @@ from mmprecond.engine.rates import scale_rates
 from mmprecond.optimizers import NKFAC, AdaNKFAC
 
 
-def scaled(*optimizers: torch.optim.Optimizer, enable: bool = True) -> list[float]:
+def scaled(*optimizers: torch.optim.Optimizer, enable: bool = True, counts: int = 1) -> list[float]:
     """Rates after ours and MMEngine's scaling from 16 images to 2 x 32."""
-    wrappers = [OptimWrapper(optimizer) for optimizer in optimizers]
+    wrappers = [OptimWrapper(optimizer, accumulative_counts=counts) for optimizer in optimizers]
     named = {str(number): wrapper for number, wrapper in enumerate(wrappers)}
     wrapper: Any = OptimWrapperDict(**named) if len(wrappers) > 1 else wrappers[0]
     runner = SimpleNamespace(
@@ -50,3 +50,11 @@ def test_a_mixture_and_none() -> None:
     pair = torch.optim.SGD(first.parameters(), lr=0.1), torch.optim.AdamW(second.parameters(), 0.1)
     assert scaled(*pair) == pytest.approx([0.4, 0.2])
     assert scaled(torch.optim.AdamW(first.parameters(), 0.1), enable=False) == [0.1]
+
+
+def test_rules_without_betas_and_accumulation() -> None:
+    """AdaGrad divides by a root too; accumulated batches are a part of the step."""
+    model = nn.Linear(2, 2)
+    assert scaled(torch.optim.Adagrad(model.parameters(), lr=0.1)) == pytest.approx([0.2])
+    assert scaled(AdaNKFAC(model, lr=0.1, rule='AdaGrad')) == pytest.approx([0.2])
+    assert scaled(torch.optim.SGD(model.parameters(), lr=0.1), counts=4) == pytest.approx([1.6])

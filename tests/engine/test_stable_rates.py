@@ -70,6 +70,15 @@ def test_the_command_suggests_a_rate(data: str) -> None:
 
 
 @pytest.mark.slow
+def test_accumulation_and_a_rate_of_zero(data: str) -> None:
+    wrapper = 'optim_wrapper.accumulative_counts=16'
+    done = diagnose(CONFIG, '--optimizer', 'FAdam', '--cfg-options', data, wrapper)
+    assert done.returncode == 0, done.stderr[-1500:]
+    done = diagnose(CONFIG, '--cfg-options', data, 'optim_wrapper.optimizer.lr=0')
+    assert done.returncode == 2 and 'all learning rates of the config are 0' in done.stderr
+
+
+@pytest.mark.slow
 def test_what_has_no_rate_is_one_line(data: str) -> None:
     done = diagnose(CONFIG, '--optimizer', 'ARO', '--cfg-options', data)
     assert done.returncode == 2

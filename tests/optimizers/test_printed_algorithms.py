@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -122,6 +123,11 @@ def test_algorithm_5_with_decoupled_decay() -> None:
     compare(model, optimizer, reference(model))
     with pytest.raises(AssertionError):
         compare(other, AdaNKFAC(other, lr=0.01, **hyper, **literal, **common), reference(other))
+    alike = net()  # the decay alone differs
+    hyper['weight_decay'] = 0.0
+    rule = ReferenceAdamW((0.8, 0.95), 1e-7)
+    plain = PrintedNKFAC(plain_copy(alike), rule, 0.01, 0.0, first=0, **common)
+    compare(alike, AdaNKFAC(alike, lr=0.01, **hyper, **literal, **common), plain)
 
 
 def test_settings_without_effect_are_refused() -> None:
@@ -205,10 +211,11 @@ def test_equation_2_7() -> None:
 
 
 def test_the_published_decay_is_another() -> None:
-    settings = dict(lr=0.05, momentum=0.9, weight_decay=0.05)
-    model = net()
-    reference = PrintedPartialHessian(
-        plain_copy(model), rate=1e-3, hessian_decay=0.9, eps=1e-4, **settings
-    )
-    with pytest.raises(AssertionError):
-        compare(model, SGDPH(model, **settings), reference)
+    for decay in (0.05, 0.0):
+        settings = dict(lr=0.05, momentum=0.9, weight_decay=decay)
+        model = net()
+        reference = PrintedPartialHessian(
+            plain_copy(model), rate=1e-3, hessian_decay=0.9, eps=1e-4, **settings
+        )
+        with pytest.raises(AssertionError) if decay else nullcontext():
+            compare(model, SGDPH(model, **settings), reference)

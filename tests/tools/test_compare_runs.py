@@ -129,7 +129,7 @@ def test_seconds_that_leave_iterations_out_are_marked(tmp_path: Path) -> None:
 
 
 def test_detectors_without_masks_have_sizes_instead() -> None:
-    run = compare_runs.Run(
+    run = compare_runs.LoggedRun(
         'a',
         paper=dict(result=dict(AP=39.7, APm=43.3)),
         scores={'coco/bbox_mAP': [(1, 1.0, 0.4)], 'coco/bbox_mAP_m': [(1, 1.0, 0.44)]},
@@ -242,9 +242,9 @@ def test_scores_of_segmentation(tmp_path: Path) -> None:
 def test_absent_values(tmp_path: Path) -> None:
     """A run that was not trained or evaluated; a key that one config does not have."""
     runs = [
-        compare_runs.Run('a', config={'x': 1, 'y': '-'}, scores={'mIoU': [(1, 1.0, 0.5)]}),
-        compare_runs.Run('b', config={'x': 1}),
-        compare_runs.Run('c', notes=['its config cannot be read']),
+        compare_runs.LoggedRun('a', config={'x': 1, 'y': '-'}, scores={'mIoU': [(1, 1.0, 0.5)]}),
+        compare_runs.LoggedRun('b', config={'x': 1}),
+        compare_runs.LoggedRun('c', notes=['its config cannot be read']),
     ]
     assert compare_runs.run_table(runs)[1][1] == ['b', 'unknown', '0', '-', '-']
     assert compare_runs.config_differences(runs) == [('y', ["'-'", 'not set', 'unknown'])]
@@ -310,7 +310,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_classifiers_are_compared_by_top_1() -> None:
-    run = compare_runs.Run(
+    run = compare_runs.LoggedRun(
         'a',
         paper=dict(table='3.5', result=dict(top1=71.12)),
         scores={'accuracy/top1': [(1, 1.0, 70.5)]},

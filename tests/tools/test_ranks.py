@@ -53,3 +53,24 @@ def test_tables() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert 'least time' in done.stdout and '| apply ' in done.stdout
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--optimizer', 'SOAP'], 'measures at every step'),
+        (['--intervals', '20/200,5/25'], 'takes one pair'),
+        (['--intervals', '20'], 'is not like 20/200'),
+        (['--latency', '0'], 'out of range'),
+    ],
+)
+def test_what_cannot_be_simulated(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, 'argv', ['ranks.py', 'resnet18', *words])
+    with pytest.raises(SystemExit):
+        ranks.parse_args()
+    assert message in capsys.readouterr().err

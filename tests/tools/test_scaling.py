@@ -38,10 +38,11 @@ def test_table_and_figure(tmp_path: Path) -> None:
     assert (tmp_path / 'scaling.png').stat().st_size > 1000
 
 
-def test_rows_must_fill_images() -> None:
+def test_rows_must_fill_images(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['scaling.py', '--rows', '100'])
         scaling.parse_args()
+    assert 'takes multiples of' in capsys.readouterr().err
 
 
 def test_slopes_are_exponents_of_the_larger_half() -> None:

@@ -353,3 +353,31 @@ def test_help_needs_no_environment() -> None:
     """Without site-packages, as before the set-up."""
     done = run_python('-S', ROOT / 'tools/analysis_tools/results.py', '--help')
     assert done.returncode == 0 and '--suite' in done.stdout, done.stderr
+
+
+def test_options_of_the_user_win_and_fixed_ones_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    import quickstart
+    from common.training import command
+
+    decay = 'optim_wrapper.optimizer.weight_decay'
+    words = ['quickstart.py', '--options', f'{decay}=0']
+    monkeypatch.setattr(sys, 'argv', words)
+    args = quickstart.parse_args()
+    for name in ('SGD', 'AdamW', 'FSGD'):  # the last two have a decay of their own
+        assert f'{decay}=0' in command(Run(name, 0.1, 0), args)
+    for option, message in (
+        ('randomness.seed=1', 'randomness.seed is set by --seeds'),
+        ('weight_decay', 'is no KEY=VALUE'),
+    ):
+        monkeypatch.setattr(sys, 'argv', ['quickstart.py', '--options', option])
+        with pytest.raises(SystemExit):
+            quickstart.parse_args()
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(sys, 'argv', ['quickstart.py', '--iterations', '5'])
+    with pytest.raises(SystemExit):
+        quickstart.parse_args()
+    assert 'the interval of the logs' in capsys.readouterr().err

@@ -267,12 +267,32 @@ def test_train_resume_and_test(tmp_path: Path, shapes: Path) -> None:
         ([f'{QUICK}.py', '--launcher', 'pytorch'], 'RANK is not set'),
     ],
 )
-def test_errors_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_errors_are_one_line(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import train
+
     if torch.cuda.is_available() and '--amp' in arguments:
         pytest.skip('there is a GPU')
-    output = tool(sys.executable, 'tools/train.py', *arguments, '--work-dir', tmp_path, expect=2)
-    assert message in ''.join(output.splitlines()[-2:]) and 'Traceback' not in output
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['train.py', *arguments, '--work-dir', str(tmp_path)])
+    monkeypatch.setenv('LOCAL_RANK', '0')  # which the tool would leave behind
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    said = capfd.readouterr()
+    output = said.out + said.err
+    assert ended.value.code == 2 and message in ''.join(output.splitlines()[-2:])
     assert len(output.splitlines()) < 12  # neither the environment nor the config was logged
+
+
+def test_an_error_ends_the_process_without_a_traceback(tmp_path: Path) -> None:
+    arguments = [f'{QUICK}.py', '--optimizer', 'KNFAC', '--work-dir', tmp_path]
+    output = tool(sys.executable, 'tools/train.py', *arguments, expect=2)
+    assert 'choose one of AFOpt' in output and 'Traceback' not in output
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ UNINTERESTING = ('work_dir', 'resume', 'load_from', 'launcher', 'visualizer', 'v
 
 
 @dataclass
-class Run(Curves):
+class LoggedRun(Curves):
     """One training run, read from its folder.
 
     Attributes:
@@ -105,7 +105,7 @@ class Run(Curves):
         return [(name, unit * score, value) for name, score, value in scores if score is not None]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> LoggedRun:
     """Reads a work folder; of a resumed run's several logs the later ones count.
 
     Raises:
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Run:
             f'{folder} has no */vis_data/scalars.json; give the work folder of a '
             'training by MMEngine'
         )
-    run = Run(folder.name)
+    run = LoggedRun(folder.name)
     for file in files:
         run.read(file)
     for log in sorted(folder.glob('*/*.log'))[-1:]:
@@ -132,7 +132,7 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _read_config(run: Run, file: Path) -> None:
+def _read_config(run: LoggedRun, file: Path) -> None:
     """Reads a dumped config, whose custom modules may be missing here."""
     try:
         config = Config.fromfile(file, import_custom_modules=False).to_dict()
@@ -153,7 +153,7 @@ def _read_config(run: Run, file: Path) -> None:
         )
 
 
-def _paper_departures(config: dict[str, Any], run: Run) -> list[str]:
+def _paper_departures(config: dict[str, Any], run: LoggedRun) -> list[str]:
     """Reasons against a comparison of its scores with the row that its config names."""
     try:
         row = row_of(config)
@@ -210,7 +210,7 @@ def flat(config: Any, prefix: str = '') -> dict[str, Any]:
     return {prefix.rstrip('.'): config}
 
 
-def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
+def config_differences(runs: list[LoggedRun]) -> list[tuple[str, list[str]]]:
     """Keys in which the configs differ, with the value of each run."""
     known = [run for run in runs if run.config]
     differences = []
@@ -222,19 +222,19 @@ def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     return differences
 
 
-def _setting(run: Run, key: str) -> str:
+def _setting(run: LoggedRun, key: str) -> str:
     """Value of a key in a run's config as text."""
     if not run.config:
         return 'unknown'
     return repr(run.config[key]) if key in run.config else 'not set'
 
 
-def main_scores(runs: list[Run]) -> list[str]:
+def main_scores(runs: list[LoggedRun]) -> list[str]:
     """Scores with a column and a curve: the main ones of each run."""
     return list(dict.fromkeys(name for run in runs for name in headlines(run.scores)))
 
 
-def run_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+def run_table(runs: list[LoggedRun]) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the table of runs; the first `TEXTS` columns are text."""
     scores = main_scores(runs)
     return ['run', 'optimizer', 'iterations', 'training time', *scores], [
@@ -249,7 +249,7 @@ def run_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def other_scores(runs: list[Run]) -> list[tuple[str, list[str]]]:
+def other_scores(runs: list[LoggedRun]) -> list[tuple[str, list[str]]]:
     """Scores without a column in the table of runs, with the last value of each run."""
     names = dict.fromkeys(name for run in runs for name in run.scores)
     shown = main_scores(runs)
@@ -263,7 +263,7 @@ def _number(score: float | None) -> str:
     return '-' if score is None or score == -1 else f'{score:.3f}'
 
 
-def draw(runs: list[Run], score: str | None) -> Figure:
+def draw(runs: list[LoggedRun], score: str | None) -> Figure:
     """Plots the loss, or a score, against iterations and seconds."""
     from matplotlib.figure import Figure
 
@@ -285,7 +285,7 @@ def draw(runs: list[Run], score: str | None) -> Figure:
     return figure
 
 
-def write_pictures(runs: list[Run], folder: Path) -> list[dict[str, str]]:
+def write_pictures(runs: list[LoggedRun], folder: Path) -> list[dict[str, str]]:
     """Writes the curves as PNG; returns the title, file name and SVG of each picture."""
     pictures = []
     for score in (None, *main_scores(runs)):
@@ -300,7 +300,7 @@ def write_pictures(runs: list[Run], folder: Path) -> list[dict[str, str]]:
     return pictures
 
 
-def write(runs: list[Run], folder: Path, title: str) -> tuple[Path, Path]:
+def write(runs: list[LoggedRun], folder: Path, title: str) -> tuple[Path, Path]:
     """Writes report.md, its pictures and report.html; returns the paths of the reports."""
     folder.mkdir(parents=True, exist_ok=True)
     headers, rows = run_table(runs)

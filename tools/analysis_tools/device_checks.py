@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.vision import Task, batch_of, classifier
+from common.vision import VisionModel, batch_of, classifier
 from mmprecond import optimizers
 from mmprecond.checks import first_line
 from mmprecond.optimizers import PreconditionedOptimizer
@@ -69,10 +69,10 @@ def attempt(
         return Check(name, subject, False, first_line(error))
 
 
-def small_model(device: torch.device, dtype: torch.dtype = torch.float32) -> Task:
+def small_model(device: torch.device, dtype: torch.dtype = torch.float32) -> VisionModel:
     """A small Swin with convolution, attention and linear layers."""
     torch.manual_seed(0)
-    model: Task = classifier('swin-mini').to(device, dtype)
+    model: VisionModel = classifier('swin-mini').to(device, dtype)
     return model
 
 
@@ -82,7 +82,7 @@ def small_batch(device: torch.device, dtype: torch.dtype, step: int) -> dict[str
     return dict(inputs=batch['inputs'].to(device, dtype), targets=batch['targets'].to(device))
 
 
-def build(method: str, model: Task, **settings: Any) -> PreconditionedOptimizer:
+def build(method: str, model: VisionModel, **settings: Any) -> PreconditionedOptimizer:
     """Optimizer that measures every second step and refreshes every fourth."""
     settings = dict(stat_interval=2, refresh_interval=4, early_refreshes=False) | settings
     if '+' in method:
@@ -98,7 +98,7 @@ def build(method: str, model: Task, **settings: Any) -> PreconditionedOptimizer:
 
 
 def train(
-    model: Task, optimizer: PreconditionedOptimizer, steps: range, dtype: torch.dtype
+    model: VisionModel, optimizer: PreconditionedOptimizer, steps: range, dtype: torch.dtype
 ) -> None:
     """Takes some steps."""
     device = next(model.parameters()).device

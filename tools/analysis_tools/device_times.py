@@ -20,7 +20,7 @@ from analysis_tools.benchmark_entry import (
     build_optimizer,
     installed_peers,
 )
-from common.vision import Task, batch_of, classifier, feature_pyramid
+from common.vision import VisionModel, batch_of, classifier, feature_pyramid
 from mmprecond.checks import first_line
 
 #: Cycles of `REFRESH` steps that do not count.
@@ -42,7 +42,7 @@ class Workload:
     """
 
     name: str
-    make: Callable[[], Task]
+    make: Callable[[], VisionModel]
     images: int
     size: tuple[int, int]
     optimizers: tuple[str, ...]

@@ -128,7 +128,7 @@ def prove(name: str, args: argparse.Namespace, data: Path) -> tuple[str, ...]:
     if middle.exists() and not (out / middle.name).exists():
         os.link(middle, out / middle.name)
         (out / 'last_checkpoint').write_text(str(out / middle.name))
-    if not (out / middle.name).exists():
+    if not ((out / middle.name).exists() or (folder / 'resumed/record.json').exists()):
         return (name, family.config, f'there is no {middle.name} to resume from', '', '', '', '')
     resumed = run(family, folder / 'resumed', data, argparse.Namespace(**options, resume=True))
     verdict = folder / 'equal.json'

@@ -39,12 +39,12 @@ class _Parser(argparse.ArgumentParser):
     """Argument parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        """Print ``message`` and exit with status 2."""
+        """Prints ``message`` and exits with status 2."""
         self.exit(2, f'{self.prog}: {message} (see --help)\n')
 
 
 def parse_args(script: Script, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parses the command line."""
     parser = _Parser(prog=script.name, description=script.summary)
     parser.add_argument('out', metavar='OUT', help='data root, made if it is missing')
     parser.add_argument(
@@ -76,7 +76,7 @@ def parse_args(script: Script, argv: Sequence[str] | None = None) -> argparse.Na
 
 
 def main(script: Script, argv: Sequence[str] | None = None) -> int:
-    """Make the set and print its path.
+    """Makes the set and prints its path.
 
     Returns:
         The exit status: 0, 2 after an error, 130 after Ctrl-C.

@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw
 
 from mmprecond.datasets import CLASSES, make_shape_folders, make_shapes
 from mmprecond.engine import launch
-from mmprecond.engine.launch import in_full_precision
 
 SIZE = 160  # pixels of a drawn image
 KEYPOINTS = 17  # as many as COCO's
@@ -178,7 +177,7 @@ def make_config(family: Family, data: Path, iterations: int, saved: int, seed: i
     cfg.custom_imports = dict(imports=[*imports, 'common.seeding'], allow_failed_imports=False)
     cfg.randomness = dict(seed=seed)
     cfg.log_processor = dict(type='LogProcessor', window_size=10, by_epoch=False)
-    cfg.optim_wrapper = in_full_precision(cfg.optim_wrapper)
+    cfg.optim_wrapper = launch.in_full_precision(cfg.optim_wrapper)
     cfg.load_from = None
     return cfg
 

@@ -59,16 +59,16 @@ ENVIRONMENT = {
 #: Iterations between two lines of a log; lengths of the suite are multiples, so that their end is
 #: in the log.
 LOGGED = 10
-#: Settings that the arguments of a comparison give, and these arguments.
+#: Settings that a comparison gives, and by what.
 FIXED = {
     'train_cfg.max_iters': '--iterations',
-    'train_cfg.val_interval': 'the interval of the evaluations',
+    'train_cfg.val_interval': 'the number of evaluations',
     'default_hooks.checkpoint.interval': '--iterations',
     'randomness.seed': '--seeds',
     RATE: 'the rates',
-    'train_dataloader.dataset.data_root': '--data',
-    'val_dataloader.dataset.data_root': '--data',
-    'val_evaluator.ann_file': '--data',
+    'train_dataloader.dataset.data_root': 'the data set',
+    'val_dataloader.dataset.data_root': 'the data set',
+    'val_evaluator.ann_file': 'the data set',
 }
 
 
@@ -179,7 +179,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def length(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Iterations of a run: those given, or the model's; without a logged one an error follows."""
     iterations: int = args.model.iterations if args.iterations is None else args.iterations
-    logged = int(dict(args.options).get('default_hooks.logger.interval', LOGGED))
+    given = str(dict(args.options).get('default_hooks.logger.interval', LOGGED))
+    logged = int(given) if given.isdigit() else LOGGED  # MMEngine complains of anything else
     if iterations < logged:
         parser.error(f'--iterations {iterations} is less than {logged}, the interval of the logs')
     return iterations
@@ -191,5 +192,5 @@ def _option(text: str) -> tuple[str, str]:
     if not equals:
         raise argparse.ArgumentTypeError(f'{text!r} is no KEY=VALUE')
     if key in FIXED:
-        raise argparse.ArgumentTypeError(f'{key} has an argument of its own: {FIXED[key]}')
+        raise argparse.ArgumentTypeError(f'{key} is set by {FIXED[key]}')
     return key, value

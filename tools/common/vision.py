@@ -12,7 +12,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 
-class Task(nn.Module):
+class VisionModel(nn.Module):
     """A network with its loss, which is called as MMEngine's models are.
 
     Args:
@@ -113,7 +113,7 @@ class Merge(nn.Module):
         return self.reduction(self.norm(torch.cat(parts, -1)))
 
 
-def classifier(name: str) -> Task:
+def classifier(name: str) -> VisionModel:
     """'resnet18', 'resnet50', 'swin-t' or 'swin-mini', with random weights."""
     networks: dict[str, Callable[[], nn.Module]] = {
         'resnet18': resnet18,
@@ -121,13 +121,13 @@ def classifier(name: str) -> Task:
         'swin-t': Swin,
         'swin-mini': lambda: Swin(32, (2, 2), 4, 10),
     }
-    return Task(networks[name](), F.cross_entropy)
+    return VisionModel(networks[name](), F.cross_entropy)
 
 
-def feature_pyramid(backbone: str = 'resnet50') -> Task:
+def feature_pyramid(backbone: str = 'resnet50') -> VisionModel:
     """ResNet with a feature pyramid, whose levels shall be zero."""
     network = resnet_fpn_backbone(backbone_name=backbone, weights=None, trainable_layers=5)
-    return Task(network, lambda levels, _: sum(v.square().mean() for v in levels.values()))
+    return VisionModel(network, lambda levels, _: sum(v.square().mean() for v in levels.values()))
 
 
 def batch_of(images: int, size: tuple[int, int], classes: int, seed: int) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -39,8 +40,8 @@ class LandscapeHook(Hook):  # type: ignore[misc]
             default of `plane` is 'none' here, and no progress bar is shown.
 
     Raises:
-        ValueError: If neither epochs nor iters are given, one is no number from 1, or a setting is
-            invalid.
+        ValueError: If neither epochs nor iters are given, one is no number from 1 or beyond the end
+            of the run, or a setting is invalid.
         TypeError: If a setting is unknown.
     """
 
@@ -66,12 +67,13 @@ class LandscapeHook(Hook):  # type: ignore[misc]
         self.settings = {'plane': 'none', 'progress': False, **settings}
 
     def before_train(self, runner: Any) -> None:
-        """Raises ValueError if the run has fewer epochs or iterations than the hook waits for."""
-        loop = runner.train_loop
-        for name, wanted, length in (
-            ('epochs', self.epochs, loop.max_epochs),
-            ('iters', self.iters, loop.max_iters),
-        ):
+        """Checks that the run is long enough."""
+        self.check_length(runner.train_loop)
+
+    def check_length(self, loop: Any) -> None:
+        """Raises ValueError if a run has fewer epochs or iterations than the hook waits for."""
+        for name, wanted in (('epochs', self.epochs), ('iters', self.iters)):
+            length = getattr(loop, f'max_{name}', math.inf)
             if wanted and max(wanted) > length:
                 raise ValueError(
                     f'LandscapeHook has {name}={sorted(wanted)}, and the run ends after {length}'
