@@ -37,8 +37,9 @@ class _MMEngineHandler(logging.Handler):
     """Handler that passes the package's log to the current MMLogger and its files."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        # In plain PyTorch the user's own handlers, if there are any, have the record already.
-        if logging.getLogger().handlers and not MMLogger._instance_dict:
+        # Without a runner, whose logger has another name, the user's own handlers have it already.
+        default = MMLogger.get_current_instance().instance_name == 'mmengine'
+        if default and logging.getLogger().handlers:
             return
         print_log(self.format(record), logger='current', level=record.levelno)
 

@@ -364,3 +364,13 @@ def test_one_constructor_serves_two_models() -> None:
     assert type(wrappers[0]) is type(wrappers[1])
     owners = [next(iter(w.optimizer.curvature.layers)).weight for w in wrappers]
     assert owners[0] is not owners[1]
+
+
+@pytest.mark.parametrize('configured', ['', 'logging.basicConfig(level=logging.INFO);'])
+def test_plain_pytorch_sees_each_line_once(configured: str) -> None:
+    code = (
+        f'import logging; {configured} import mmprecond.engine;'
+        "logging.getLogger('mmprecond').info('a line')"
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).count('a line') == 1
