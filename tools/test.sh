@@ -2,8 +2,8 @@
 # Runs every check: ruff, mypy, then pytest. Sets the environment up first, if need be.
 #
 # Usage: bash tools/test.sh                 everything: the fast tests in two processes, then the slow
-#                                           ones, about 35 minutes on two cores
-#        bash tools/test.sh --fast          without the tests that are marked as slow, about 12 minutes
+#                                           ones, up to an hour on two cores
+#        bash tools/test.sh --fast          without the tests that are marked as slow, 12 to 18 minutes
 #        bash tools/test.sh PYTEST-ARGS...  pytest alone, from the project's root, with these arguments
 #
 # MMPRECOND_VENV names another environment than .venv; its stack (onedl or openmmlab) is kept.

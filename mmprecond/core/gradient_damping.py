@@ -65,12 +65,12 @@ class GradientDamping:
         """
         norm = _norms(gradients).norm()
         loss = loss.to(norm.device, torch.float64)
-        if self._norms:  # those of a checkpoint may be elsewhere
+        if self._norms and self._norms['first'].device != norm.device:  # of a checkpoint
             self._norms, self._sums = (
                 {name: value.to(norm.device) for name, value in held.items()}
                 for held in (self._norms, self._sums)
             )
-        else:
+        if not self._norms:
             zero = torch.zeros_like(norm)
             self._norms = dict(first=norm, average=norm, last=norm, length=zero)
             self._sums = dict(loss=zero.clone(), bound=zero.clone(), count=zero.clone())

@@ -209,7 +209,7 @@ def _resize(pixels: Array, height: int, width: int) -> Array:
 def _place(
     rng: np.random.Generator, digit: Array, size: int, boxes: list[Array]
 ) -> tuple[Array, Array] | None:
-    """Resizes a digit and find a place for it.
+    """Resizes a digit and finds a place for it.
 
     Returns:
         The ink, uint8 (size, size), and its box (left, top, right, bottom); None without a place.
