@@ -151,6 +151,7 @@ def test_a_preconditioner_of_others() -> None:
         ),
         (lambda: method(statistics=('grad_moment',)), TypeError, "'grad_moment', which is no Stat"),
         (lambda: method(published=dict(dampign=1.0)), ValueError, 'names dampign'),
+        (lambda: method(__annotations__={'extra': int}), ValueError, 'has no default for extra'),
         (lambda: method(variants=dict(Own=dict(dampign=1.0))), ValueError, 'Own of Other names'),
         (lambda: method('InputFeature'), ValueError, "'InputFeature' belongs to mmprecond"),
     ],

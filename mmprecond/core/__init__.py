@@ -4,6 +4,7 @@ from ..preconditioners import RefreshError
 from .assignment import Assignment, parse_layers, split_words
 from .basis import rotate
 from .curvature import Curvature
+from .directions import frozen_biases
 from .monitor import Monitor, RefreshReport
 from .options import CurvatureOptions
 from .stack import LayerStack
@@ -16,6 +17,7 @@ __all__ = [
     'Monitor',
     'RefreshError',
     'RefreshReport',
+    'frozen_biases',
     'parse_layers',
     'rotate',
     'split_words',

@@ -95,6 +95,23 @@ def transform_all(stacks: Iterable[LayerStack], tensors: dict[Tensor, Tensor]) -
     return [batch for stack in stacks for batch in transform(stack, stack.method.apply, tensors)]
 
 
+def frozen_biases(
+    layers: Mapping[Layer, LayerStack], gradients: Mapping[Tensor, Tensor]
+) -> dict[Tensor, Tensor]:
+    """Zeros for joint biases that have no gradient and are rotated with their weight.
+
+    A rotation mixes the columns of a matrix, so that the rule needs moments of all of them.
+    """
+    return {
+        layer.bias: torch.zeros_like(layer.bias)
+        for layer, stack in layers.items()
+        if stack.method.rotates
+        and layer.bias is not None
+        and layer.bias not in gradients
+        and layer.weight in gradients
+    }
+
+
 def _gather(layers: Sequence[Layer], tensors: Mapping[Tensor, Tensor]) -> Tensor:
     """Matrices (k, b, o, i) of some layers' tensors; that of a single weight is not copied."""
     weights = [layer.weight_matrix(tensors[layer.weight]) for layer in layers]

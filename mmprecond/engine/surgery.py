@@ -85,7 +85,7 @@ class SurgeryMixin:
         if bool(error > rounding * detached.abs().sum()):  # one wait for the device; false for NaN
             raise ValueError(
                 f'the losses add up to {float(total):.4g}, and the model trains on '
-                f'{float(loss):.4g}: a surgery needs their sum'
+                f'{float(loss.detach()):.4g}: a surgery needs their sum'
             )
         self.surgery.separate({name: part * scale for name, part in parts.items()})
         super().backward(loss, **kwargs)  # type: ignore[misc]

@@ -8,7 +8,15 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..checks import check_count, check_number, did_you_mean, reject_unexpected
-from ..core import Assignment, Curvature, CurvatureOptions, Monitor, checkpoint, rotate
+from ..core import (
+    Assignment,
+    Curvature,
+    CurvatureOptions,
+    Monitor,
+    checkpoint,
+    frozen_biases,
+    rotate,
+)
 from ..curvature import LeftOut
 from ..linalg import matmul_precision
 from ..preconditioners import Preconditioner
@@ -223,12 +231,15 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
                 rotate(snapshot, self.state, self.rule.linear_moments, self.rule.quadratic_moments)
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        return self.curvature.precondition(gradients, self.param_groups)
+        frozen = frozen_biases(self.curvature.layers, gradients)
+        return self.curvature.precondition(gradients | frozen, self.param_groups)
 
     def _restore_updates(self, updates: dict[Tensor, Tensor]) -> None:
         self.curvature.restore(updates)
 
     def _apply_updates(self, batches: list[Batch], updates: dict[Tensor, Tensor]) -> None:
+        trained = [batch.with_gradients() for batch in batches]
+        batches = [batch for batch in trained if batch.params]
         if (control := self.curvature.dampings.gradient) is not None:
             scaled = self.rule.scales_by_rate
             rates = [b.group['lr'] if scaled else 1.0 for b in batches for _ in b.params]

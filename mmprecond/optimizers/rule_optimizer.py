@@ -21,6 +21,11 @@ class Batch(NamedTuple):
     params: list[Tensor]
     states: list[State]
 
+    def with_gradients(self) -> Batch:
+        """The same without parameters that have no gradient."""
+        kept = [k for k, p in enumerate(self.params) if p.grad is not None]
+        return Batch(self.group, [self.params[k] for k in kept], [self.states[k] for k in kept])
+
 
 #: Entries of a group that `print` leaves out: the parameters, and notes of schedulers.
 HIDDEN = ('params', 'initial_lr', 'initial_momentum', 'initial_damping')

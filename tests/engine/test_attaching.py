@@ -333,7 +333,7 @@ def test_the_wrapper_and_forms_of_the_value(amp_on_cpu: None) -> None:
     ('optimizer', 'precondition', 'message'),
     [
         (dict(type='SGD', lr=0.1, momentum=0.9, dampening=0.1), 'NKFAC', 'leave dampening out'),
-        (dict(type='AdamW', lr=0.1, amsgrad=True), 'NKFAC', 'amsgrad=True'),
+        (dict(type='AdamW', lr=0.1, amsgrad=True), 'NKFAC', 'amsgrad=True.*precondition=None'),
         (dict(type='Adam', lr=0.1, weight_decay=0.1), 'NKFAC', "take type='AdamW'"),
         (dict(type='RMSprop', lr=0.1), 'NKFAC', 'RMSprop cannot be a rule .* SGD, Adam, AdamW'),
         (dict(type='NKFAC', lr=0.1), 'NKFAC', 'leave precondition out'),

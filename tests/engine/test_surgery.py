@@ -147,6 +147,8 @@ def test_a_checkpoint_without_a_surgery_is_taken() -> None:
 
 def test_what_is_refused() -> None:
     refused(ValueError, lambda: build('CAGrad'), 'CAGrad')
+    names = dict(type='PCGrad', groups=['loss_a', 'loss_b'])
+    refused(ValueError, lambda: build(names), "write groups=[['loss_rpn_*'], ...]")
     refused(ValueError, lambda: build('GCond', dict(type='SGDPH', lr=0.1)), 'differentiate twice')
     model, wrapper = build(dict(type='PCGrad', groups=[['loss_cls'], ['loss_box']]))
     refused(ValueError, lambda: model.train_step(batch(), wrapper), 'each of the losses')

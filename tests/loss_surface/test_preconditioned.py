@@ -10,6 +10,7 @@ from torch import nn
 
 from mmprecond import optimizers
 from mmprecond.loss_surface import Loss, find_spectrum, preconditioner_of
+from mmprecond.loss_surface.preconditioned import direction_map
 from tests.reference.landscape import dense
 
 
@@ -20,7 +21,9 @@ def trained(kind: str, **options: Any) -> tuple[Any, Loss]:
     model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     inputs, targets = (torch.randn(200, 8) * sizes).double(), torch.randn(200, 3).double()
     loss = Loss.of_batches(model, nn.functional.mse_loss, [(inputs, targets)])
-    settings = dict(dict(stat_interval=1, refresh_interval=1, max_rows=None), **options)
+    settings = dict(dict(stat_interval=1, refresh_interval=1), **options)
+    if kind != 'AdamR':
+        settings['max_rows'] = None
     optimizer = getattr(optimizers, kind)(model, lr=1e-3, **settings)
     for _ in range(3):
         optimizer.zero_grad()
@@ -73,3 +76,5 @@ def test_what_has_no_symmetric_map_is_refused() -> None:
     fresh = optimizers.NKFAC(loss.model, lr=0.1)
     with pytest.raises(ValueError, match='no operators yet'):
         preconditioner_of(fresh, loss)
+    with pytest.raises(ValueError, match='works in a rotated space'):
+        direction_map(*trained('AdamR'))

@@ -128,6 +128,8 @@ def test_what_has_no_known_rate_is_refused() -> None:
         largest_rate(loss, torch.optim.Adam(model.parameters()))
     with pytest.raises(ValueError, match='no operators yet'):
         largest_rate(loss, optimizers.NKFAC(model, lr=0.1))
+    with pytest.raises(ValueError, match='SGD never moves'):
+        largest_rate(loss, sgd(model, momentum=0.9, dampening=1))
 
 
 def test_a_loss_that_curves_down_has_no_bound() -> None:
