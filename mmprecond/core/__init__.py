@@ -4,7 +4,7 @@ from ..preconditioners import RefreshError
 from .assignment import Assignment, parse_layers, split_words
 from .basis import rotate
 from .curvature import Curvature
-from .directions import frozen_biases
+from .directions import frozen_parts
 from .monitor import Monitor, RefreshReport
 from .options import CurvatureOptions
 from .stack import LayerStack
@@ -17,7 +17,7 @@ __all__ = [
     'Monitor',
     'RefreshError',
     'RefreshReport',
-    'frozen_biases',
+    'frozen_parts',
     'parse_layers',
     'rotate',
     'split_words',

@@ -113,13 +113,14 @@ class Curvature:
     def reassign(self, layer: Layer, method: Preconditioner) -> None:
         """Gives a layer another preconditioner and restarts its statistics."""
         self.layers[layer].leave(layer)
-        self._add_layer(layer, self._intervals.applied(method))
+        self._add_layer(layer, method)
+        self.layers[layer].change_intervals(self._intervals.applied)
 
     def _take_gradients(self, layers: Iterable[Layer]) -> list[Layer]:
         """Gives layers that no hook sees their method on the gradient matrix; returns those."""
         taken = []
         for layer in layers:
-            if (method := self.layers[layer].method.with_gradient_source()) is not None:
+            if (method := self.layers[layer].original.with_gradient_source()) is not None:
                 self.reassign(layer, method)
                 taken.append(layer)
         return taken
@@ -140,7 +141,7 @@ class Curvature:
     def _change_intervals(self) -> None:
         """Captures and refreshes at other intervals from the next step on."""
         for stack in self.stacks:
-            stack.change_method(self._intervals.applied(stack.method))
+            stack.change_intervals(self._intervals.applied)
         methods = {layer: stack.method for layer, stack in self.layers.items()}
         # While times are measured, all layers are captured at the same steps.
         self.schedule.plan(methods, self.options.stagger and not self._intervals.searching)

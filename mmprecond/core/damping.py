@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..checks import check_number
@@ -43,15 +44,17 @@ class Dampings:
         self.gradient = GradientDamping(min(windows)) if windows else None
         self._given: dict[Layer, float] = {}
         self._start: dict[Layer, float] = {}
+        self._methods = {
+            layer: method for layer, method in methods.items() if hasattr(method, 'damping')
+        }
+        _refuse_without_effect(groups, methods)
         owned = _group_of_each(groups)
-        for layer, method in methods.items():
+        for layer, method in self._methods.items():
             given = owned.get(layer.weight, {}).get(KEY)
-            usual = getattr(method, 'damping', None)
             if given is not None:
+                replace(method, **{KEY: given})  # the method's own checks
                 self._given[layer] = given
-            start = usual if given is None else given
-            if start is not None:
-                self._start[layer] = start
+            self._start[layer] = method.damping if given is None else given
 
     @property
     def default(self) -> dict[str, float]:
@@ -96,6 +99,7 @@ class Dampings:
             if now != initial:
                 check_number(f'damping of the group of {layer.name}', now, open_low=True)
                 found[layer] = start * (now / initial)
+                replace(self._methods[layer], **{KEY: found[layer]})  # the method's own checks
             elif layer in self._given:
                 found[layer] = start
             if layer in self._following:
@@ -110,6 +114,19 @@ class Dampings:
         """Loads what `state_dict` returned."""
         if self.gradient:
             self.gradient.load_state_dict(saved or {})
+
+
+def _refuse_without_effect(
+    groups: Iterable[Mapping[str, Any]], methods: Mapping[Layer, Preconditioner]
+) -> None:
+    """Raises ValueError for a damping in a group whose methods all have none."""
+    by_weight = {layer.weight: method for layer, method in methods.items()}
+    for group in groups:
+        found = [by_weight[p] for p in group['params'] if p in by_weight]
+        if group.get(KEY) is not None and found and not any(hasattr(m, KEY) for m in found):
+            raise ValueError(
+                f'a parameter group has damping, which {found[0].title} does not take: leave it out'
+            )
 
 
 def _group_of_each(groups: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:

@@ -95,21 +95,22 @@ def transform_all(stacks: Iterable[LayerStack], tensors: dict[Tensor, Tensor]) -
     return [batch for stack in stacks for batch in transform(stack, stack.method.apply, tensors)]
 
 
-def frozen_biases(
+def frozen_parts(
     layers: Mapping[Layer, LayerStack], gradients: Mapping[Tensor, Tensor]
 ) -> dict[Tensor, Tensor]:
-    """Zeros for joint biases that have no gradient and are rotated with their weight.
+    """Zeros for a weight or a joint bias without a gradient, if the other one is rotated.
 
     A rotation mixes the columns of a matrix, so that the rule needs moments of all of them.
     """
-    return {
-        layer.bias: torch.zeros_like(layer.bias)
-        for layer, stack in layers.items()
-        if stack.method.rotates
-        and layer.bias is not None
-        and layer.bias not in gradients
-        and layer.weight in gradients
-    }
+    parts: dict[Tensor, Tensor] = {}
+    for layer, stack in layers.items():
+        if not stack.method.rotates or layer.bias is None:
+            continue
+        if layer.weight in gradients and layer.bias not in gradients:
+            parts[layer.bias] = torch.zeros_like(layer.bias)
+        elif layer.bias in gradients and layer.weight not in gradients and stack.holds(layer):
+            parts[layer.weight] = torch.zeros_like(layer.weight)
+    return parts
 
 
 def _gather(layers: Sequence[Layer], tensors: Mapping[Tensor, Tensor]) -> Tensor:

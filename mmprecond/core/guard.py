@@ -13,6 +13,12 @@ logger = logging.getLogger('mmprecond')
 MISSES = 2
 
 
+def has_gradient(layer: Layer) -> bool:
+    """True if the weight has a gradient that is not all zeros; waits for the device."""
+    gradient = layer.weight.grad
+    return gradient is not None and bool(gradient.any())
+
+
 class SilenceGuard:
     """Warns of layers that have gradients and were missed by two captures in a row.
 
@@ -26,12 +32,11 @@ class SilenceGuard:
 
     def note(self, layer: Layer, measured: bool) -> None:
         """Takes the outcome of one capture; a layer without a gradient misses nothing."""
-        gradient = layer.weight.grad
         if measured:
             self._missed[layer] = 0
-        elif gradient is None and layer.is_replaced:
+        elif layer.weight.grad is None and layer.is_replaced:
             self._replaced.append(layer)
-        elif gradient is not None and bool(gradient.any()):
+        elif has_gradient(layer):
             self._missed[layer] = self._missed.get(layer, 0) + 1
 
     def excuse(self, layer: Layer) -> None:

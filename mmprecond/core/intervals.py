@@ -59,7 +59,7 @@ class IntervalControl:
         return self._search is not None and self._search.found is None
 
     def applied(self, method: Preconditioner) -> Preconditioner:
-        """The method at the intervals of now."""
+        """A method, given as at construction, at the intervals of now."""
         if self._intervals is None or method.precomputed:
             return method
         if self._search is not None:
@@ -86,7 +86,7 @@ class IntervalControl:
             True if that step has other intervals.
         """
         if self._search is not None:
-            return self._take(self._search.end(*self._kind))
+            return self._take(self._search.end(*self._kind) or self._intervals)
         planned = [entry for entry in self._plan if entry[0] <= step]
         return self._take(planned[-1][1:] if planned else None)
 
@@ -96,10 +96,12 @@ class IntervalControl:
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> bool:
         """Takes the intervals that a saved run found; returns True if they change."""
-        return self._search is not None and self._take(self._search.load_state_dict(saved))
+        if self._search is None:
+            return False  # a plan follows at `end`
+        return self._take(self._search.load_state_dict(saved) or self._intervals)
 
     def _take(self, intervals: tuple[int, int] | None) -> bool:
-        if intervals is None or intervals == self._intervals:
+        if intervals == self._intervals:
             return False
         self._intervals = intervals
         return True

@@ -48,7 +48,8 @@ def summary(
     covered = sum(p.numel() for layer, _ in trained for p in layer.parameters)
     total = sum(p.numel() for group in groups for p in group['params'] if p.requires_grad)
     methods = Counter(stack.method.title for stack in layers.values())
-    kept, more = (sum(sizes) for sizes in zip(*forecast(layers, sharding).values(), strict=True))
+    sizes = forecast(layers, sharding).values()  # empty if all layers are frozen
+    kept, more = (sum(size[k] for size in sizes) for k in range(2))
     idle = ''.join(
         f'; {method.title} takes no layer, because no attention module is trained and can be read'
         for method in coverage.idle

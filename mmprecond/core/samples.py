@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import first_names
 from ..curvature import Capture, Layer, Statistic, measure_matrix
 from ..distributed import start_sum, sum_over_ranks, world_size
-from .guard import SilenceGuard
+from .guard import SilenceGuard, has_gradient
 from .stack import LayerStack
 
 logger = logging.getLogger('mmprecond')
@@ -222,7 +222,7 @@ class SampleCollector:
 
     def _warn_uncalled(self, layer: Layer, called: set[Layer]) -> None:
         """Warns once that a weight is trained although no rank calls its module."""
-        if layer not in called and layer.weight.grad is not None:
+        if layer not in called and has_gradient(layer):
             self._capture.seen.add(layer)
             self._guard.excuse(layer)
             if self._collects:

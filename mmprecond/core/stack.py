@@ -69,6 +69,8 @@ class LayerStack:
         owner: Rank that refreshes the stack, or None if every rank does.
 
     Attributes:
+        method: The preconditioner, at the intervals of now.
+        original: The preconditioner, at the intervals of the start.
         kept: Statistics that the stack keeps.
         needed: Statistics that must be nonzero for a sample to count.
         outline: Operators of one layer in their likely shapes, on the meta device.
@@ -80,7 +82,7 @@ class LayerStack:
     """
 
     def __init__(self, method: Preconditioner, layer: Layer, owner: int | None = None) -> None:
-        self.method = method
+        self.method = self.original = method
         self.owner = owner
         self.kept = method.selected_statistics(layer)
         self.needed = method.must_be_nonzero(layer)
@@ -104,11 +106,11 @@ class LayerStack:
     @property
     def key(self) -> tuple[Any, ...]:
         """Key that is equal for all layers of one stack."""
-        return (self.method, *self._layout)
+        return (self.original, *self._layout)
 
-    def change_method(self, method: Preconditioner) -> None:
-        """Replaces the method by one that differs in its intervals only."""
-        self.method = method
+    def change_intervals(self, applied: Callable[[Preconditioner], Preconditioner]) -> None:
+        """Takes the method at other intervals, made from the one of the start."""
+        self.method = applied(self.original)
 
     def clear(self) -> None:
         """Forgets all layers."""

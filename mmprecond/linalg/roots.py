@@ -10,7 +10,9 @@ from .inverse import all_finite, cholesky_inverse
 from .matrices import identity_like, trace
 
 
-def inverse_power(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+def inverse_power(
+    matrix: Tensor, exponent: float, least: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
     """``A^-exponent`` of symmetric positive definite matrices.
 
     The inverse uses a Cholesky factorisation, other powers use an eigendecomposition.
@@ -18,6 +20,8 @@ def inverse_power(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
     Args:
         matrix: A (..., n, n), symmetric; float32 or float64.
         exponent: Positive; 1 for the inverse, 0.5 for the inverse root.
+        least: Least eigenvalue in exact arithmetic, for powers other than 1; smaller ones are
+            rounding errors; default: 0.
 
     Returns:
         The power (..., n, n), and a bool tensor (...) that is False where a matrix was not positive
@@ -26,6 +30,7 @@ def inverse_power(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
     if exponent == 1:
         return cholesky_inverse(matrix)
     values, vectors, succeeded = checked_eigh(matrix)
+    values = values.clamp(min=least)
     succeeded = succeeded & (values[..., 0] > 0)
     powers = torch.where(succeeded[..., None], values, 1).pow(-exponent)
     result = (vectors * powers[..., None, :]) @ vectors.mT

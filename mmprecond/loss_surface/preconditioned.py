@@ -28,8 +28,8 @@ def preconditioner_of(optimizer: torch.optim.Optimizer, loss: Loss) -> Callable[
         A function from vectors (n,) to vectors (n,).
 
     Raises:
-        ValueError: If the optimizer has no curvature, a rule other than SGDM, a method that works
-            in a rotated space, or no operator yet.
+        ValueError: If the optimizer has no curvature, a rule other than SGDM, a method that acts
+            after the rule (AdamR, SOAP, Shampoo, AdaAct, AdaFisher), or no operator yet.
     """
     name = type(optimizer).__name__
     if not isinstance(optimizer, PreconditionedOptimizer):
@@ -46,15 +46,18 @@ def direction_map(optimizer: PreconditionedOptimizer, loss: Loss) -> Callable[[T
     """Linear map from a gradient (n,) to the rule's direction (n,); see `preconditioner_of`.
 
     Raises:
-        ValueError: If a method works in a rotated space, each rank has a part of the operators, or
+        ValueError: If a method acts after the rule, each rank has a part of the operators, or
             there are none yet.
     """
     if optimizer.curvature.sharding.mode == 'apply':
         raise ValueError("under sharding='apply' a rank holds only its part of the operators")
     stacks = optimizer.curvature.stacks
-    rotating = [stack.method for stack in stacks if stack.method.rotates]
-    if rotating:
-        raise ValueError(f'{type(rotating[0]).__name__} works in a rotated space, and has no map P')
+    for method in (stack.method for stack in stacks):
+        if method.acts_after_rule:
+            raise ValueError(
+                f'{method.title} changes the updates of the rule, so that no map P of gradients '
+                'describes it; take NKFAC, FSGD, AFOpt or KFAC'
+            )
     tensors = _by_parameter(loss, loss.gradient())
     scalars = [_recovery(batch) for batch in transform_all(stacks, tensors)]
     if not scalars:

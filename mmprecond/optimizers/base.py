@@ -14,7 +14,7 @@ from ..core import (
     CurvatureOptions,
     Monitor,
     checkpoint,
-    frozen_biases,
+    frozen_parts,
     rotate,
 )
 from ..curvature import LeftOut
@@ -231,7 +231,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
                 rotate(snapshot, self.state, self.rule.linear_moments, self.rule.quadratic_moments)
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        frozen = frozen_biases(self.curvature.layers, gradients)
+        frozen = frozen_parts(self.curvature.layers, gradients)
         return self.curvature.precondition(gradients | frozen, self.param_groups)
 
     def _restore_updates(self, updates: dict[Tensor, Tensor]) -> None:

@@ -19,6 +19,7 @@ from ..curvature import Eager
 from ..rules.partial_hessian import PartialHessianSGDM
 from ..second_order import (
     detach_gradients,
+    differentiate_again,
     fill_missing,
     is_vector,
     mean_over_ranks,
@@ -235,9 +236,7 @@ class SGDPH(RuleOptimizer):
             return [torch.zeros_like(p) for p in params]
         ones = [torch.full_like(g, sign) for g, sign in used]
         with torch.enable_grad():
-            products = torch.autograd.grad(
-                [g for g, _ in used], list(params), ones, retain_graph=keep, allow_unused=True
-            )
+            products = differentiate_again([g for g, _ in used], params, ones, keep)
         return [
             torch.zeros_like(p) if product is None else product
             for p, product in zip(params, products, strict=True)

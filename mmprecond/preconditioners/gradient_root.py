@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_flag, check_number
 from ..curvature import GRADIENT, INPUT, Factor, Moment, Power, RunningAverage, Side, Statistic
 from ..linalg import Operators, inverse_power
-from .base import WHOLE_LAYERS, Factors, check_damping
+from .base import WHOLE_LAYERS, Factors, check_damping, damping_like
 from .inverse import InversePreconditioner
 from .registry import register_preconditioner
 from .two_sided import damped_powers, exact_relative_damping, two_sided
@@ -110,7 +110,10 @@ class GradientRoot(InversePreconditioner):
             return torch.as_tensor(damping, dtype=value.dtype, device=value.device).expand_as(value)
 
         def root(damped: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-            return inverse_power(damped, EXPONENT)
+            if self.damping_form == 'relative':
+                return inverse_power(damped, EXPONENT)
+            # An absolute damping may be less than the rounding errors of a large moment.
+            return inverse_power(damped, EXPONENT, damping_like(damping, damped).min())
 
         return damped_powers(factors, amount, Power(root, EXPONENT, self.rank_search), previous)
 

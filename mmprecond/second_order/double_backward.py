@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import first_line
 from ..curvature import qualified_name
 from ..distributed import sum_over_ranks, world_size
 
@@ -53,6 +54,34 @@ def refuse_single_backward(model: nn.Module, owner: str) -> None:
                 f'{name} has with_cp=True, whose recomputation cannot be '
                 f'differentiated twice as {owner} needs; set with_cp=False'
             )
+
+
+def differentiate_again(
+    gradients: Sequence[Tensor], params: Sequence[Tensor], weights: Sequence[Tensor], keep: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``sum <g, w>`` over gradients g with weights w.
+
+    Args:
+        gradients: Gradients with a graph.
+        params: Parameters to differentiate with respect to.
+        weights: A weight for each gradient, of its shape.
+        keep: Whether the graph stays for another call.
+
+    Returns:
+        A gradient for each parameter, None where there is no dependence.
+
+    Raises:
+        ValueError: If an operation of the model has no second derivative.
+    """
+    try:
+        return torch.autograd.grad(gradients, params, weights, retain_graph=keep, allow_unused=True)
+    except RuntimeError as error:
+        if 'is not implemented' not in str(error):
+            raise
+        raise ValueError(
+            f'the model cannot be differentiated twice ({first_line(error)}); for fused attention, '
+            'run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)'
+        ) from error
 
 
 def fill_missing(groups: Sequence[dict[str, Any]]) -> set[Tensor]:

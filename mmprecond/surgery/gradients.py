@@ -127,7 +127,7 @@ class GradientSurgery:
             return
         if not self._shared:
             self._find_shared(losses)
-        if all(p.grad is None for p in self._shared):
+        if self._sums and not any(p.grad is not None and bool(p.grad.any()) for p in self._shared):
             self._sums = {}  # of a step that was given up
         for name, loss in losses.items():
             if name == self._remainder:
@@ -184,10 +184,6 @@ class GradientSurgery:
         ):
             if p.grad is not None:
                 p.grad.copy_(piece)
-
-    def reset(self) -> None:
-        """Forgets the gradients of a step that is given up after its gradients were zeroed."""
-        self._sums = {}
 
     def _gradient(self, loss: Tensor) -> Tensor:
         """Gradient (n,) of a loss with respect to the shared parameters."""

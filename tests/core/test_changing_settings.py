@@ -11,7 +11,16 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.optim.scheduler import LinearParamScheduler
 from torch import Tensor, nn
 
-from mmprecond.optimizers import KFAC, MAC, NKFAC, AdamR, Preconditioned, PreconditionedOptimizer
+from mmprecond.optimizers import (
+    KFAC,
+    MAC,
+    NKFAC,
+    SGDMBK,
+    AdamR,
+    Preconditioned,
+    PreconditionedOptimizer,
+)
+from tests.support.errors import refused
 
 
 def net() -> nn.Module:
@@ -132,6 +141,24 @@ def test_added_groups_have_the_entry_too() -> None:
     assert [group['damping'] for group in optimizer.param_groups] == [0.01, 0.01]
 
 
+def test_a_damping_of_a_group_is_one_that_the_method_takes() -> None:
+    """AdaBK's 'lowrank' has a bound, which a group and a scheduler cannot pass."""
+    model = net()
+    settings: dict[str, Any] = dict(lr=0.1, solver='lowrank', damping=1e-2, **EVERY)
+    group = dict(params=model.parameters(), damping=1e-6)
+    refused(ValueError, lambda: SGDMBK([group], model=model, **settings), 'damping=1e-06')
+    optimizer = SGDMBK(model, **settings)
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0]['damping'] = 1e-7
+    refused(ValueError, lambda: train(model, optimizer, range(2, 3)), 'damping=1e-07')
+
+
+def test_a_damping_without_effect_is_refused() -> None:
+    model = net()
+    group = dict(params=model.parameters(), damping=0.5)
+    refused(ValueError, lambda: AdamR([group], lr=0.1, model=model), 'AdamR does not take')
+
+
 # ---------------------------------------------------------------- intervals
 
 
@@ -155,6 +182,23 @@ def test_changing_intervals_resume_to_the_bit() -> None:
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert train(part, second, range(7, 14)) == [9, 12]
     assert equal(whole, part)
+
+
+def test_a_rollback_undoes_the_plan() -> None:
+    """A state of before the planned step takes the intervals of before with it."""
+    settings: dict[str, Any] = dict(intervals=[(10, 5, 25)], stat_interval=2, refresh_interval=4)
+    models = net(), net()
+    first = NKFAC(models[0], lr=0.01, **settings)
+    train(models[0], first, range(6))
+    saved, before = copy.deepcopy(first.state_dict()), copy.deepcopy(models[0].state_dict())
+    train(models[0], first, range(6, 12))
+    models[0].load_state_dict(before)
+    models[1].load_state_dict(before)
+    fresh = NKFAC(models[1], lr=0.01, **settings)
+    for model, optimizer in zip(models, (first, fresh), strict=True):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        train(model, optimizer, range(6, 14))
+    assert equal(*models)
 
 
 @pytest.mark.parametrize(

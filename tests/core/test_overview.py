@@ -84,3 +84,9 @@ def test_the_whole_table_is_beside_the_log(tmp_path: Path) -> None:
     assert (tmp_path / 'layers.txt').read_text() == wrapper.optimizer.table() + '\n'
     log = (tmp_path / 'run.log').read_text()
     assert 'every module: ' in log and '2 BatchNorm2d' in log and 'embed  ' not in log
+
+
+def test_a_model_whose_layers_are_all_frozen_has_a_report() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model[0].requires_grad_(False), model[2].requires_grad_(False)
+    assert 'which hold 0.0 % of' in NKFAC(model, lr=0.1).report()

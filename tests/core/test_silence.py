@@ -141,6 +141,7 @@ def test_a_single_layer_and_none_without_gradients(caplog: pytest.LogCaptureFixt
         optimizer.step()
     (warning,) = said(caplog)
     assert '1 of the layers' in warning and 'lost.weight' in warning
+    assert not any('never' in text for text in warnings_of(caplog))
 
 
 # ------------------------------------------------------------------- counts

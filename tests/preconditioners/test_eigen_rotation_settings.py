@@ -33,6 +33,19 @@ def test_frozen_parameters(frozen: str) -> None:
     assert equals(model, reference.model, 1e-9) or equals(model, alone.model, 1e-9)
 
 
+@pytest.mark.parametrize('frozen', ['third.weight', 'third.bias'])
+def test_a_part_that_is_frozen_in_the_run(frozen: str) -> None:
+    """The other part goes on in the rotated space, where the frozen one has zero gradients."""
+    model, optimizer, reference = both(Tokens, **SECOND)
+    for steps in (range(5), range(5, 12)):
+        run(model, optimizer, steps)
+        for step in steps:
+            reference.step(*tokens(step))
+        for net in (model, reference.model):
+            net.get_parameter(frozen).requires_grad_(False)
+    assert equals(model, reference.model, 1e-9)
+
+
 def mixed(rule: dict[str, Any]) -> list[dict[str, Any]]:
     settings = dict(stat_interval=2, refresh_interval=4, **LATE)
     return [

@@ -201,3 +201,19 @@ def test_shampoo_goes_under_momentum_alone() -> None:
 )
 def test_wrong_settings_are_one_line(kind: Any, settings: dict[str, Any], message: str) -> None:
     refused(ValueError, lambda: kind(net(), lr=0.1, **settings), message)
+
+
+@pytest.mark.parametrize('size', [1.0, 10.0])
+def test_published_shampoo_survives_rounding(size: float) -> None:
+    """Gradients of a softmax have a null direction; its moment's eigenvalue may round below 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = Shampoo(model, lr=0.01, settings='published')
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(
+            model(size * torch.randn(64, 64)), torch.randint(10, (64,))
+        )
+        loss.backward()
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())

@@ -147,7 +147,8 @@ class ReferenceRotation(ReferenceNKFAC):
         self.t += 1
         if self.t % self.settings['stat_interval'] == 0:
             for weight, module in self.layers.items():
-                self._capture(weight, self.is_joint(module), list(losses))
+                if weight.requires_grad:
+                    self._capture(weight, self.is_joint(module), list(losses))
         if self.t % self.settings['refresh_interval'] == 0:
             for sides in self.sides.values():
                 for side in (*sides[0], *sides[1]):
@@ -158,10 +159,14 @@ class ReferenceRotation(ReferenceNKFAC):
         )
         gradients = {p: g for p, g in zip(trained, slopes, strict=True) if g is not None}
         with torch.no_grad():
-            biases = {m.bias for w, m in self.layers.items() if self.is_joint(m) and w in gradients}
-            for p in gradients:
-                if p not in biases:
-                    self._update(p, gradients)
+            joint = {
+                weight: module.bias
+                for weight, module in self.layers.items()
+                if self.is_joint(module)
+                and (weight in gradients or (weight in self.history and module.bias in gradients))
+            }
+            for p in {*gradients, *joint} - {*joint.values()}:
+                self._update(p, gradients)
 
     def _capture(self, weight: nn.Parameter, joint: bool, losses: list[Loss]) -> None:
         right, left = moments(self.model, losses, weight, joint)
@@ -181,7 +186,8 @@ class ReferenceRotation(ReferenceNKFAC):
         """Moves a parameter, or a weight together with its joint bias."""
         module = self.layers.get(p)
         joint = module is not None and self.is_joint(module)
-        matrix = gradients[p].reshape(len(p), -1) if p.dim() else gradients[p].reshape(1, 1)
+        gradient = gradients.get(p, torch.zeros_like(p))
+        matrix = gradient.reshape(len(p), -1) if p.dim() else gradient.reshape(1, 1)
         if joint:
             column = gradients.get(module.bias, torch.zeros(len(p)).double())
             matrix = torch.cat([matrix, column[:, None]], 1)
@@ -198,7 +204,8 @@ class ReferenceRotation(ReferenceNKFAC):
         seen.append(Seen(pieces, left, right, turns))
         direction = seen[-1].restore(self._direction(p, seen)).reshape(matrix.shape)
         width = matrix.shape[1] - joint
-        self._move(p, direction[:, :width].reshape(p.shape))
+        if p in gradients:
+            self._move(p, direction[:, :width].reshape(p.shape))
         if joint and module.bias in gradients:
             self._move(module.bias, direction[:, -1])
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmprecond.optimizers import SGDPH, WeightNormConv2d, weight_norm
 from tests.support.classifier import Classifier, batch, build
@@ -326,3 +327,23 @@ def test_cleared_gradients_do_not_count_as_measured() -> None:
     loss_of(model, 1).backward(create_graph=True)
     optimizer.step()
     assert all(not p.grad.requires_grad for p in model.parameters())
+
+
+def test_fused_attention_is_refused_with_the_remedy() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.norm = nn.MultiheadAttention(8, 2), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.attention(x, x, x, need_weights=False)[0])
+
+    model = Attends()
+    optimizer = SGDPH(model, lr=0.01, refresh='all')
+    x = torch.randn(5, 3, 8)
+    model(x).square().sum().backward(create_graph=True)
+    refused(ValueError, optimizer.step, 'cannot be differentiated twice', 'SDPBackend.MATH')
+    optimizer.zero_grad()
+    with sdpa_kernel(SDPBackend.MATH):
+        model(x).square().sum().backward(create_graph=True)
+    optimizer.step()

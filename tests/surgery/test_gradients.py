@@ -157,12 +157,13 @@ def _tensors(value: Any, prefix: str = '') -> dict[str, Tensor]:
     return {k: v for key, part in items for k, v in _tensors(part, f'{prefix}/{key}').items()}
 
 
-def test_a_step_that_was_given_up_leaves_nothing() -> None:
+@pytest.mark.parametrize('set_to_none', [True, False])
+def test_a_step_that_was_given_up_leaves_nothing(set_to_none: bool) -> None:
     model, batch = build()
     first, second = by_hand(model, [batch])
     surgery = GradientSurgery(model.parameters(), 'PCGrad')
-    surgery.separate(losses_of(model, batch))
-    model.zero_grad()
+    surgery.backward(losses_of(model, batch))
+    model.zero_grad(set_to_none)
     surgery.backward(losses_of(model, batch))
     surgery.resolve()
     flat = torch.stack([torch.cat([g.flatten() for g in part[:2]]) for part in (first, second)])
