@@ -42,6 +42,16 @@ def preconditioner_of(optimizer: torch.optim.Optimizer, loss: Loss) -> Callable[
     return direction_map(optimizer, loss)
 
 
+def check_map(optimizer: PreconditionedOptimizer) -> None:
+    """Raises ValueError if a method acts after the rule, so that no map of gradients describes it."""
+    for method in (stack.method for stack in optimizer.curvature.stacks):
+        if method.acts_after_rule:
+            raise ValueError(
+                f'{method.title} changes the updates of the rule, so that no map P of gradients '
+                'describes it; take NKFAC, FSGD, AFOpt or KFAC'
+            )
+
+
 def direction_map(optimizer: PreconditionedOptimizer, loss: Loss) -> Callable[[Tensor], Tensor]:
     """Linear map from a gradient (n,) to the rule's direction (n,); see `preconditioner_of`.
 
@@ -51,13 +61,8 @@ def direction_map(optimizer: PreconditionedOptimizer, loss: Loss) -> Callable[[T
     """
     if optimizer.curvature.sharding.mode == 'apply':
         raise ValueError("under sharding='apply' a rank holds only its part of the operators")
+    check_map(optimizer)
     stacks = optimizer.curvature.stacks
-    for method in (stack.method for stack in stacks):
-        if method.acts_after_rule:
-            raise ValueError(
-                f'{method.title} changes the updates of the rule, so that no map P of gradients '
-                'describes it; take NKFAC, FSGD, AFOpt or KFAC'
-            )
     tensors = _by_parameter(loss, loss.gradient())
     scalars = [_recovery(batch) for batch in transform_all(stacks, tensors)]
     if not scalars:

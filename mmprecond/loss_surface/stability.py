@@ -12,7 +12,7 @@ from ..checks import check_count, check_installed
 from ..optimizers import PreconditionedOptimizer
 from ..rules import EMASGD, SGDM, AdamW
 from .loss import Loss
-from .preconditioned import direction_map
+from .preconditioned import check_map, direction_map
 from .products import choose_product
 
 
@@ -92,6 +92,8 @@ def stability_bound(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     rule = optimizer.rule if isinstance(optimizer, PreconditionedOptimizer) else None
     kind = type(optimizer if rule is None else rule)
+    if isinstance(optimizer, PreconditionedOptimizer):
+        check_map(optimizer)
     if kind in (torch.optim.SGD, SGDM):
         momentum = group['momentum']
         nesterov = group.get('nesterov') or getattr(rule, 'nesterov', False)
