@@ -43,7 +43,7 @@ def preconditioner_of(optimizer: torch.optim.Optimizer, loss: Loss) -> Callable[
 
 
 def check_map(optimizer: PreconditionedOptimizer) -> None:
-    """Raises ValueError if a method acts after the rule, so that no map of gradients describes it."""
+    """Raises ValueError if a method acts after the rule: no map of gradients describes it."""
     for method in (stack.method for stack in optimizer.curvature.stacks):
         if method.acts_after_rule:
             raise ValueError(
