@@ -41,11 +41,12 @@ def kl_clip(
     ]
     if not clipped:
         return
-    products = [rates[p] ** 2 * (directions[p].double() * raw[p].double()).sum() for p in clipped]
-    total = torch.stack([product.to(products[0].device) for product in products]).sum()
+    pairs = [_at_least_float32([held[p] for p in clipped]) for held in (directions, raw)]
+    sums = [product.sum(dtype=torch.float64) for product in torch._foreach_mul(*pairs)]
+    terms = torch._foreach_mul(sums, [rates[p] ** 2 for p in clipped])
+    total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
     factor = (bound / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1)
-    for p in clipped:
-        directions[p] = directions[p] * factor.to(directions[p])
+    _scale(directions, clipped, factor)
 
 
 def clip_norm(directions: dict[Tensor, Tensor], largest: float) -> None:
@@ -57,10 +58,21 @@ def clip_norm(directions: dict[Tensor, Tensor], largest: float) -> None:
     """
     if not directions:
         return
-    device = next(iter(directions.values())).device
-    wide = [d.to(at_least_float32(d.dtype)) for d in directions.values()]
-    norms = torch._foreach_norm(wide)
-    total = torch.stack([norm.to(device, torch.float64) for norm in norms]).norm()
+    norms = torch._foreach_norm(_at_least_float32(list(directions.values())))
+    total = torch.stack([norm.to(norms[0].device) for norm in norms]).double().norm()
     factor = (largest / total.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1)
-    for p, direction in directions.items():
-        directions[p] = direction * factor.to(direction)
+    _scale(directions, list(directions), factor)
+
+
+def _at_least_float32(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.to(at_least_float32(tensor.dtype)) for tensor in tensors]
+
+
+def _scale(directions: dict[Tensor, Tensor], params: Sequence[Tensor], factor: Tensor) -> None:
+    """Replaces the directions of some parameters by their products with a factor."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in params:
+        alike.setdefault((directions[p].device, directions[p].dtype), []).append(p)
+    for (device, dtype), members in alike.items():
+        scaled = torch._foreach_mul([directions[p] for p in members], factor.to(device, dtype))
+        directions.update(zip(members, scaled, strict=True))

@@ -142,4 +142,4 @@ class GradientDamping:
 def _norms(tensors: Iterable[Tensor]) -> Tensor:
     """Norms (k,) of k tensors, in float64 on the device of the first."""
     norms = torch._foreach_norm(list(tensors))
-    return torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).double()
