@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
 from numbers import Real
 from typing import Any
+
+import numpy as np
 
 
 def check_number(
@@ -36,8 +39,26 @@ def check_number(
         raise ValueError(f'{name}={value!r} is out of range; give a number {bound}{below}')
 
 
+def plain_numbers(value: Any) -> Any:
+    """The value with numbers of Python in place of numpy's, also in tuples and lists."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (tuple, list):
+        return type(value)(map(plain_numbers, value))
+    return value
+
+
+def make_plain(settings: Any) -> None:
+    """Replaces numbers of numpy by Python's in the fields of a dataclass, frozen or not."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        object.__setattr__(settings, field.name, plain_numbers(value))
+
+
 def check_count(name: str, value: Any, low: int = 1) -> None:
     """Raises ValueError unless value is an integer of at least `low`."""
+    if isinstance(value, np.integer):
+        raise ValueError(f'{name} is a {type(value).__name__} of numpy; give int({value})')
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f'{name}={value!r} is out of range; give an integer of at least {low}')
 

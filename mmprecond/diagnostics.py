@@ -231,7 +231,10 @@ def parse_args() -> argparse.Namespace:
     from .engine import forecast_inputs
 
     parser = argparse.ArgumentParser(
-        prog='python -m mmprecond.diagnostics', description=__doc__.splitlines()[0]
+        prog=sys.argv[0]
+        if sys.argv[0].startswith('mmprecond ')
+        else 'python -m mmprecond.diagnostics',
+        description=__doc__.splitlines()[0],
     )
     forecast_inputs.add_arguments(parser)
     parser.add_argument('--layers', action='store_true', help='a row for each layer')

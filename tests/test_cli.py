@@ -31,8 +31,7 @@ def test_every_command_is_a_script(
     pytest.importorskip('mmengine')
     assert call(monkeypatch, command, '--help') == 0
     text = capsys.readouterr().out
-    name = 'python -m mmprecond.diagnostics' if command == 'diagnose' else f'mmprecond {command}'
-    assert text.startswith(f'usage: {name} ')
+    assert text.startswith(f'usage: mmprecond {command} ')
 
 
 def test_mistakes_are_one_line(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from ..checks import check_choice, check_count, check_flag, check_number
+from ..checks import check_choice, check_count, check_flag, check_number, make_plain
 from ..linalg import PRECISIONS
 from .intervals import PlannedIntervals, check_plan
 from .sharding import SHARDINGS
@@ -35,6 +35,7 @@ class CurvatureOptions:
     published: ClassVar[dict[str, Any]] = dict(matmul_precision='highest')
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ('save_curvature', 'check_memory', 'stagger'):
             check_flag(name, getattr(self, name))
         if self.overhead is not None:

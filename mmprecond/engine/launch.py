@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
-from ..checks import did_you_mean
+from ..checks import did_you_mean, first_line
 from .preflight import check_options
 from .toolboxes import find_config, installed
 
@@ -89,16 +89,24 @@ def load_config(path: str) -> Config:
 
     Raises:
         FileNotFoundError: If the file or the toolbox does not exist.
+        ValueError: If the file, or one that it is based on, cannot be read.
     """
     if '::' in path:
-        return Config.fromfile(find_config(path))
+        return _read(find_config(path))
     if not Path(path).is_file():
         near = did_you_mean(path, map(str, Path(path).parent.glob('*.py')))
         raise FileNotFoundError(
             f'there is no config {path}; {near}give a file, or TOOLBOX::FOLDER/NAME.py for one of '
             f'{" or ".join(installed()) or "an installed toolbox"}'
         )
-    return Config.fromfile(path)
+    return _read(path)
+
+
+def _read(path: str | Path) -> Config:
+    try:
+        return Config.fromfile(path)
+    except (AssertionError, AttributeError, NameError, RuntimeError) as error:
+        raise ValueError(f'{path} cannot be read: {first_line(error)}') from error
 
 
 def config_name(path: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..checks import check_count, check_number, did_you_mean, reject_unexpected
+from ..checks import check_count, check_number, did_you_mean, plain_numbers, reject_unexpected
 from ..core import (
     Assignment,
     Curvature,
@@ -137,6 +137,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         if group.get('damping') is not None:
             check_number('damping', group['damping'], open_low=True)
         if group.get('input_positions') is not None:
+            group['input_positions'] = plain_numbers(group['input_positions'])
             check_count('input_positions', group['input_positions'])
 
     def _check_entries(self, entries: Iterable[str]) -> None:
@@ -204,9 +205,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         """Removes the hooks; the measured sums stay until the step."""
         self.curvature.disarm()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears gradients and the statistics measured with them."""
-        super().zero_grad(set_to_none)
+    def _drop_measured(self) -> None:
         self.curvature.capture.drop()
 
     # ---------------------------------------------------------------- step

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import plain_numbers
 from ..distributed import sum_over_ranks, world_size
 
 
@@ -37,7 +38,7 @@ class LossInput:
                     'or a tensor of one'
                 )
             loss = loss.detach().reshape(())
-        elif loss is not None and not isinstance(loss, (int, float)):
+        elif loss is not None and not isinstance(loss := plain_numbers(loss), (int, float)):
             raise ValueError(f'loss={loss!r} is no number; give the loss of the step')
         self._loss = loss
 

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
+from ..checks import plain_numbers
 from ..rules import Group, Rule, State
 
 
@@ -27,6 +29,8 @@ class Batch(NamedTuple):
         return Batch(self.group, [self.params[k] for k in kept], [self.states[k] for k in kept])
 
 
+#: Settings of torch's optimizers that no rule has, at the values that change nothing.
+FOREIGN_SETTINGS = {'maximize': False, 'dampening': 0, 'amsgrad': False}
 #: Entries of a group that `print` leaves out: the parameters, and notes of schedulers.
 HIDDEN = ('params', 'initial_lr', 'initial_momentum', 'initial_damping')
 
@@ -114,6 +118,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._prepare_next_step()
 
+    @_disable_dynamo  # of a user's compiled step the graph breaks here
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Takes one optimizer step.
@@ -124,6 +129,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         Returns:
             Loss of the closure, or None.
         """
+        if self.t == 0:  # torch's initialisation of an optimizer without a state takes a step
+            self._refuse_distributed_checkpoints()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -138,6 +145,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.t += 1
         self._prepare_next_step()
         return loss
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients, and what subclasses measured with them."""
+        super().zero_grad(set_to_none)
+        self._drop_measured()
 
     @property
     def needs_loss(self) -> bool:
@@ -161,6 +174,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _prepare_next_step(self) -> None:
         """Prepares the next forward pass; called after a step."""
+
+    def _drop_measured(self) -> None:
+        """Forgets what was measured with gradients that are cleared."""
 
     def _gradients(self) -> dict[Tensor, Tensor]:
         gradients = {
@@ -231,7 +247,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             ValueError: If `torch.distributed.checkpoint` asks, which would drop those keys.
         """
         self._refuse_distributed_checkpoints()
-        return super().state_dict()
+        state = super().state_dict()
+        for group in state['param_groups']:  # schedules write numbers of numpy, as users do
+            group.update({key: plain_numbers(value) for key, value in group.items()})
+        return state
 
     def _refuse_distributed_checkpoints(self) -> None:
         if self.adds_to_state and _asked_by('torch.distributed.checkpoint.state_dict'):
@@ -263,6 +282,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state that `load_state_dict` refuses."""
         self._refuse_distributed_checkpoints()
+        if not {'param_groups', 'state'} <= state_dict.keys():
+            raise ValueError(
+                f'the state has {", ".join(map(str, state_dict)) or "nothing"} in place of state '
+                'and param_groups: it is no state of an optimizer of torch; start afresh from the '
+                'weights alone (load_from without resume)'
+            )
         for group in state_dict['param_groups']:
             self._check_saved(group)
         own_sizes, saved_sizes = (
@@ -310,6 +335,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f'the state was saved under another rule: its groups have {reason}; start afresh '
                 'from the weights alone (load_from without resume)'
             )
+        own = FOREIGN_SETTINGS | {'nesterov': getattr(self.rule, 'nesterov', False)}
+        for key, value in own.items():
+            if group.get(key, value) != value:
+                raise ValueError(
+                    f'the state was saved with {key}={group[key]}, and {type(self).__name__} has '
+                    f'{key}={value}; start afresh from the weights alone (load_from without resume)'
+                )
         try:
             self.rule.check(group)
         except ValueError as error:
@@ -328,7 +360,7 @@ def split_module(params: Any, model: nn.Module | None) -> tuple[nn.Module | None
 def _asked_by(module: str) -> bool:
     """True if one of the next callers is a function of this module."""
     frame = inspect.currentframe()
-    for _ in range(6):
+    for _ in range(12):
         frame = frame and frame.f_back
         if frame and frame.f_globals.get('__name__') == module:
             return True

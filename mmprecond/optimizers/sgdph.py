@@ -143,9 +143,7 @@ class SGDPH(RuleOptimizer):
         """True if this step's backward pass must be differentiable."""
         return self.t % self.interval == 0
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears gradients and the record that they were measured."""
-        super().zero_grad(set_to_none)
+    def _drop_measured(self) -> None:
         self._measured = False
 
     def measure(self) -> None:

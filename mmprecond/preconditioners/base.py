@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_flag, check_number
+from ..checks import check_choice, check_count, check_flag, check_number, make_plain
 from ..curvature import (
     ALL,
     AttentionReading,
@@ -131,6 +131,7 @@ class Preconditioner(ABC):
     acts_after_rule: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ('stat_interval', 'refresh_interval'):
             check_count(name, getattr(self, name))
         for name in ('max_dim', 'max_rank', 'max_rows'):

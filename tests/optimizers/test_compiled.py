@@ -12,7 +12,16 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from tests.support.every_optimizer import MEASURED, SETTINGS, make, mostly_slow, net, train
+from tests.support.every_optimizer import (
+    MEASURED,
+    SETTINGS,
+    backward,
+    images,
+    make,
+    mostly_slow,
+    net,
+    train,
+)
 from tests.support.states import differences
 
 EAGER = 'eager'
@@ -176,3 +185,23 @@ def test_states_of_eager_and_compiled_runs_are_interchangeable() -> None:
         {k: v['samples'] for k, v in layers[0].items()},
         {k: v['samples'] for k, v in layers[1].items()},
     )
+
+
+@pytest.mark.parametrize('name', mostly_slow(SETTINGS))
+def test_a_compiled_step_breaks_its_graph_at_the_optimizer(name: str) -> None:
+    """A user's function of the whole step, `zero_grad` and `step` included."""
+    weights = []
+    for compiled in (False, True):
+        model = net()
+        optimizer = make(name, model)
+
+        def step(x: Any, y: Any, model: Any = model, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            backward(name, optimizer, nn.functional.cross_entropy(model(x), y))
+            optimizer.step()
+
+        run: Any = torch.compile(step, backend='aot_eager') if compiled else step
+        for seed in range(5):
+            run(*images(seed))
+        weights.append(model)
+    close(*weights)

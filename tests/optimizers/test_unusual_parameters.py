@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmprecond import optimizers
-from mmprecond.optimizers import NKFAC, SGDPH, AdamR, Preconditioned
+from mmprecond.optimizers import NKFAC, RAMDA, SGDPH, AdamR, AdaNKFAC, Preconditioned
 from tests.support.errors import refused
 from tests.support.every_optimizer import (
     HOOKED,
@@ -163,6 +164,27 @@ def test_numpys_numbers_are_numbers(name: str) -> None:
     refused(ValueError, lambda: make(name, net(), lr=np.float32('nan')), 'lr=')
 
 
+def test_numbers_of_numpy_do_not_reach_checkpoints() -> None:
+    model = net()
+    optimizer = AdaNKFAC(
+        model,
+        lr=0.1,
+        stat_interval=np.int64(2),
+        refresh_interval=4,
+        damping=np.float32(0.1),
+        betas=(np.float32(0.9), np.float64(0.99)),
+        intervals=[(np.int64(9), 3, 6)],
+    )
+    optimizer.param_groups[0]['lr'] = np.float32(0.05)  # as a schedule writes it
+    train('AdaNKFAC', model, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert state['param_groups'][0]['lr'] == float(np.float32(0.05))
+    refused(ValueError, lambda: RAMDA(net().parameters(), total_steps=np.int64(9)), 'int(9)')
+
+
 # ------------------------------------------------------------------- SGDPH's parameters
 
 
@@ -259,6 +281,15 @@ def test_distributed_checkpoints_are_exact_or_refused(name: str) -> None:
 
     model = net()
     optimizer = make(name, model)
+    if optimizer.adds_to_state:  # torch initialises a fresh optimizer by a step
+        refused(
+            ValueError,
+            lambda: get_optimizer_state_dict(model, optimizer),
+            'torch.distributed.checkpoint would drop',
+        )
+        assert optimizer.t == 0
+        optimizer.zero_grad()
+        optimizer = make(name, model)
     train(name, model, optimizer, range(3))
     if optimizer.adds_to_state:
         for call in (
@@ -293,3 +324,24 @@ def test_the_state_of_soap_is_refused() -> None:
     optimizer = AdamR(model, lr=0.1)
     with pytest.raises(ValueError, match='which no optimizer of mmprecond has; start afresh from'):
         optimizer.load_state_dict(soap.state_dict())
+
+
+def test_states_that_are_none() -> None:
+    optimizer = NKFAC(net(), lr=0.1)
+    refused(ValueError, lambda: optimizer.load_state_dict({'steps': 1, 'layers': {}}), 'steps, lay')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'settings', 'plain'),
+    [
+        (NKFAC, dict(maximize=True), torch.optim.SGD),
+        (NKFAC, dict(nesterov=True, momentum=0.9), torch.optim.SGD),
+        (NKFAC, dict(dampening=0.5, momentum=0.9), torch.optim.SGD),
+        (AdaNKFAC, dict(amsgrad=True), torch.optim.AdamW),
+    ],
+)
+def test_settings_of_torch_that_would_be_ignored(kind: Any, settings: Any, plain: Any) -> None:
+    model = net()
+    state = plain(model.parameters(), lr=0.1, **settings).state_dict()
+    name, value = next(iter(settings.items()))
+    refused(ValueError, lambda: kind(model, lr=0.1).load_state_dict(state), f'{name}={value}')
