@@ -80,7 +80,8 @@ class Dampings:
         for group, before in zip(groups, own, strict=True):
             changed = INITIAL in group and group[KEY] != group[INITIAL]
             if KEY in before and not changed:
-                group[KEY], group[INITIAL] = before[KEY], before[INITIAL]
+                group[KEY] = before[KEY]
+                group[INITIAL] = before.get(INITIAL, before[KEY])  # a group that was added has none
         self.complete(groups)
 
     def advance(self) -> None:

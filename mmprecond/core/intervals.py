@@ -17,9 +17,14 @@ PlannedIntervals = tuple[int, int, int]
 
 def check_plan(plan: Sequence[PlannedIntervals]) -> None:
     """Raises ValueError unless a plan has increasing steps, each with intervals that fit."""
+    if not isinstance(plan, (list, tuple)):
+        raise ValueError(
+            f'intervals={plan!r} is no list; give entries (step, stat_interval, refresh_interval)'
+        )
     last = -1
     for entry in plan:
-        whole = len(entry) == 3 and all(type(number) is int for number in entry)
+        whole = isinstance(entry, (list, tuple)) and len(entry) == 3
+        whole = whole and all(type(number) is int for number in entry)
         if not whole or entry[0] <= last or entry[1] < 1 or entry[2] < 1 or entry[2] % entry[1]:
             raise ValueError(
                 f'intervals has {entry!r}; give entries (step, stat_interval, refresh_interval) '

@@ -121,14 +121,14 @@ class Capture:
     def _install_hooks(self, at_forward: bool = False) -> None:
         if at_forward:
             _ignore_warning(GLOBAL_HOOKS)
-            begin = weakref.WeakMethod(self._begin)  # the registry is global
-            hook = register_module_forward_pre_hook(Tap(lambda *_: _call(begin)))
-            self._handles.append(hook)
-            if self._finalizer is None:
-                self._finalizer = weakref.finalize(self, _remove, self._handles)
-            return
-        for layer in self._statistics:
-            self._handles += layer.watch(self.observe, self._warn_unmeasured)
+            begin = _weak(self._begin)
+            self._handles.append(register_module_forward_pre_hook(Tap(lambda *_: begin())))
+        else:
+            observe, warn = _weak(self.observe), _weak(self._warn_unmeasured)
+            for layer in self._statistics:
+                self._handles += layer.watch(observe, warn)
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(self, _release, self._handles, self._staging)
 
     def _begin(self) -> None:
         """Installs the hooks, at the first call of a module whose graph is recorded."""
@@ -249,10 +249,22 @@ def _ignore_warning(message: str) -> None:
         warnings.filterwarnings('ignore', message=message)
 
 
-def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
-    bound = method()
-    if bound is not None:
-        bound()
+def _release(handles: list[RemovableHandle], staging: Staging) -> None:
+    """Removes the hooks on modules and weights of a deleted optimizer."""
+    _remove(handles)
+    staging.drop()
+
+
+def _weak(method: Callable[..., None]) -> Callable[..., None]:
+    """The method, which does not keep its object alive: hooks outlive a deleted optimizer."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        bound = reference()
+        if bound is not None:
+            bound(*args)
+
+    return call
 
 
 def _is_traced() -> bool:

@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..checks import check_count, check_number, did_you_mean, plain_numbers, reject_unexpected
+from ..checks import (
+    check_count,
+    check_flag,
+    check_number,
+    did_you_mean,
+    plain_numbers,
+    reject_unexpected,
+)
 from ..core import (
     Assignment,
     Curvature,
@@ -133,6 +140,8 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if 'precondition' in group:
+            check_flag('precondition', group['precondition'])
         self._check_entries(group.keys() - self.defaults.keys())
         if group.get('damping') is not None:
             check_number('damping', group['damping'], open_low=True)

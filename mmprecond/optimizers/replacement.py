@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core import checkpoint
 from ..rules import RULES
 from .preconditioned import Preconditioned
 
@@ -100,8 +101,12 @@ def precondition(
         groups.append(kept | {key: value for key, value in own.items() if key in hyper})
     built = Preconditioned(groups, model=model, rule=rule, layers=layers, **options)
     if optimizer.state:
-        moments = copy.deepcopy(optimizer.state_dict()['state'])
-        built.load_state_dict({**built.state_dict(), 'state': moments})
+        state = built.state_dict()
+        state['state'] = copy.deepcopy(optimizer.state_dict()['state'])
+        state[checkpoint.CURVATURE_KEY]['reached'] = (
+            1.0  # a rate below the first is one that has decayed
+        )
+        built.load_state_dict(state)
     return built
 
 

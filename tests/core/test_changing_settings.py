@@ -159,6 +159,22 @@ def test_a_damping_without_effect_is_refused() -> None:
     refused(ValueError, lambda: AdamR([group], lr=0.1, model=model), 'AdamR does not take')
 
 
+def test_a_state_with_added_groups_loads() -> None:
+    model = net()
+    optimizer = NKFAC(model[0].parameters(), lr=0.1, model=model)
+    optimizer.add_param_group({'params': list(model[2].parameters())})
+    train(model, optimizer, range(2))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [group['damping'] for group in optimizer.param_groups] == [0.01, 0.01]
+
+
+@pytest.mark.parametrize('wrong', ['False', 'SOAP', None, 0])
+def test_precondition_of_a_group_is_a_flag(wrong: Any) -> None:
+    model = net()
+    group = dict(params=model.parameters(), precondition=wrong)
+    refused(ValueError, lambda: NKFAC([group], lr=0.1, model=model), 'neither True nor False')
+
+
 # ---------------------------------------------------------------- intervals
 
 
@@ -202,7 +218,19 @@ def test_a_rollback_undoes_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    'plan', [[(0, 2, 3)], [(0, 2)], [(5, 1, 1), (5, 2, 2)], [(0, 0, 1)], [(0.5, 1, 1)]], ids=str
+    'plan',
+    [
+        [(0, 2, 3)],
+        [(0, 2)],
+        [(5, 1, 1), (5, 2, 2)],
+        [(0, 0, 1)],
+        [(0.5, 1, 1)],
+        [5],
+        5,
+        None,
+        (0, 5, 25),
+    ],
+    ids=str,
 )
 def test_bad_intervals_are_refused(plan: Any) -> None:
     with pytest.raises(ValueError, match='give entries .step, stat_interval, refresh_interval.'):

@@ -275,3 +275,16 @@ def test_an_optimizer_that_is_deleted_leaves_no_global_hook() -> None:
     del optimizer, other
     gc.collect()
     assert len(torch_module._global_forward_pre_hooks) == before
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_hooks_end_with_an_optimizer_that_is_deleted_within_a_step(backward: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    optimizer = NKFAC(model, lr=0.1)
+    loss = model(torch.randn(5, 4)).sum()
+    if backward:
+        loss.backward()
+    del optimizer, loss
+    gc.collect()
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
