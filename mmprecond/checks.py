@@ -48,11 +48,13 @@ def plain_numbers(value: Any) -> Any:
     return value
 
 
-def make_plain(settings: Any) -> None:
-    """Replaces numbers of numpy by Python's in the fields of a dataclass, frozen or not."""
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        object.__setattr__(settings, field.name, plain_numbers(value))
+class PlainNumbers:
+    """Base of dataclasses whose fields take numbers of numpy and hold Python's."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value = plain_numbers(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)  # the dataclass may be frozen
 
 
 def check_count(name: str, value: Any, low: int = 1) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from ..checks import check_choice, check_count, check_flag, check_number, make_plain
+from ..checks import PlainNumbers, check_choice, check_count, check_flag, check_number
 from ..linalg import PRECISIONS
 from .intervals import PlannedIntervals, check_plan
 from .sharding import SHARDINGS
@@ -16,7 +16,7 @@ FALLBACKS = ('rule', 'gradient')
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvatureOptions:
+class CurvatureOptions(PlainNumbers):
     """Settings that hold for all layers (see `PreconditionedOptimizer`)."""
 
     capture_mb: float = 64.0
@@ -35,7 +35,7 @@ class CurvatureOptions:
     published: ClassVar[dict[str, Any]] = dict(matmul_precision='highest')
 
     def __post_init__(self) -> None:
-        make_plain(self)
+        super().__post_init__()
         for name in ('save_curvature', 'check_memory', 'stagger'):
             check_flag(name, getattr(self, name))
         if self.overhead is not None:

@@ -246,6 +246,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         self.curvature.restore(updates)
 
     def _apply_updates(self, batches: list[Batch], updates: dict[Tensor, Tensor]) -> None:
+        # Frozen parts of a rotated layer had updates, for the others' sake; they do not move.
         trained = [batch.with_gradients() for batch in batches]
         batches = [batch for batch in trained if batch.params]
         if (control := self.curvature.dampings.gradient) is not None:

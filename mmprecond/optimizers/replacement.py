@@ -103,9 +103,8 @@ def precondition(
     if optimizer.state:
         state = built.state_dict()
         state['state'] = copy.deepcopy(optimizer.state_dict()['state'])
-        state[checkpoint.CURVATURE_KEY]['reached'] = (
-            1.0  # a rate below the first is one that has decayed
-        )
+        # A rate below the first one has decayed: it is not warming up.
+        state[checkpoint.CURVATURE_KEY]['reached'] = 1.0
         built.load_state_dict(state)
     return built
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_flag, check_number, make_plain
+from ..checks import PlainNumbers, check_choice, check_count, check_flag, check_number
 from ..curvature import (
     ALL,
     AttentionReading,
@@ -54,7 +54,7 @@ OVERSIZE = ('skip', 'one_sided', 'block', 'lowrank')
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preconditioner(ABC):
+class Preconditioner(PlainNumbers, ABC):
     """One method with its settings. Shapes: k layers, b blocks, gradient matrices o x i.
 
     Attributes:
@@ -131,7 +131,7 @@ class Preconditioner(ABC):
     acts_after_rule: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        make_plain(self)
+        super().__post_init__()
         for name in ('stat_interval', 'refresh_interval'):
             check_count(name, getattr(self, name))
         for name in ('max_dim', 'max_rank', 'max_rows'):

@@ -73,3 +73,14 @@ def test_what_is_missing_is_said_in_one_line(toolbox: Path, name: str, message: 
     with pytest.raises(FileNotFoundError, match=message) as caught:
         launch.load_config(name)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'text', ["_base_ = 'mmprecond::nothing/there.py'\n", 'model = dict(type=undefined)\n']
+)
+def test_a_config_that_cannot_be_read_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / 'broken.py'
+    file.write_text(text)
+    with pytest.raises(ValueError, match='broken.py cannot be read: ') as caught:
+        launch.load_config(str(file))
+    assert '\n' not in str(caught.value)

@@ -207,7 +207,7 @@ def test_wrong_settings_are_one_line(kind: Any, settings: dict[str, Any], messag
 def test_published_shampoo_survives_rounding(size: float) -> None:
     """Gradients of a softmax have a null direction; its moment's eigenvalue may round below 0."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = Shampoo(model, lr=0.01, settings='published')
     for _ in range(25):
         optimizer.zero_grad()
