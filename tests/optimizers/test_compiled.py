@@ -187,7 +187,8 @@ def test_states_of_eager_and_compiled_runs_are_interchangeable() -> None:
     )
 
 
-@pytest.mark.parametrize('name', mostly_slow(SETTINGS))
+# Torch's compiler cannot trace an assignment to an attribute of an optimizer, such as SOAA's loss.
+@pytest.mark.parametrize('name', mostly_slow([name for name in SETTINGS if name != 'SOAA']))
 def test_a_compiled_step_breaks_its_graph_at_the_optimizer(name: str) -> None:
     """A user's function of the whole step, `zero_grad` and `step` included."""
     weights = []
