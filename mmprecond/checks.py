@@ -90,7 +90,7 @@ def argument_names(kind: type) -> list[str]:
     return [
         name
         for name, p in signature.items()
-        if p.kind is not p.VAR_KEYWORD and name not in ('self', 'params')
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and name not in ('self', 'params')
     ]
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..checks import (
     check_count,
-    check_flag,
     check_number,
-    did_you_mean,
     plain_numbers,
     reject_unexpected,
 )
@@ -29,11 +26,11 @@ from ..linalg import matmul_precision
 from ..preconditioners import Preconditioner
 from ..rules import Rule
 from .loss_input import LossInput
-from .rule_optimizer import Batch, RuleOptimizer, split_module
+from .rule_optimizer import GROUP_KEYS, Batch, RuleOptimizer, split_module
 from .settings import FullSignature
 
-#: Entries of a parameter group that choose how its weights are preconditioned.
-GROUP_KEYS = ('precondition', 'damping', 'initial_damping', 'input_positions')
+#: Entries of a parameter group that choose layers when the optimizer is built, and not later.
+ATTACHING = ('precondition', 'input_positions')
 
 
 class PreconditionedOptimizer(LossInput, RuleOptimizer):
@@ -50,7 +47,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
             several methods their dampings keep their ratios. ``input_positions=49`` says that
             linear layers read a flattened feature map of 49 positions, for their `input_factor`.
             Box heads of MMDetection say so themselves. Groups that are added later take the plain
-            rule.
+            rule, and 'precondition' and 'input_positions' must not change.
         model: The module that owns the parameters, wrapped in DistributedDataParallel or not.
         rule: The rule.
         method: The preconditioner of every supported layer, or one for each by an assignment.
@@ -105,6 +102,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
 
     needs = 'capture'
     adds_to_state = True
+    group_keys = GROUP_KEYS
     #: Settings whose default differs from the preconditioner's own.
     preset: ClassVar[dict[str, Any]] = {}
     __signature__ = FullSignature()
@@ -130,7 +128,8 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         chosen = CurvatureOptions(**options)
         methods = [method] if isinstance(method, Preconditioner) else method.methods
         own = {name for each in methods for name in each.options()}
-        self._common_settings = {*own, *CurvatureOptions.names()}.difference(GROUP_KEYS, defaults)
+        self._layer_settings = {*own, *CurvatureOptions.names()}
+        self._chosen: list[dict[str, Any]] = []
         super().__init__(params, rule, defaults)
         self._arms_itself = True
         self.curvature = Curvature(model, self.param_groups, method, type(self).__name__, chosen)
@@ -138,29 +137,44 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         self.defaults.update(self.curvature.dampings.default)  # of groups that are added later
         self._prepare_next_step()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as in torch; a group that is added later is not attached.
+
+        Raises:
+            ValueError: As of other optimizers, and for entries that ask for preconditioning in a
+                group that is added later.
+        """
+        if hasattr(self, 'curvature'):
+            asked = [
+                key
+                for key in ('precondition', 'damping', 'input_positions')
+                if param_group.get(key) not in (None, False, self.defaults.get(key))
+            ]
+            if asked:
+                raise ValueError(
+                    f'a parameter group that is added later has {", ".join(asked)}, but takes the '
+                    'plain rule: give the group to the constructor, or leave the entries out'
+                )
+        super().add_param_group(param_group)
+        self._chosen.append(_choice(self.param_groups[-1]))
+
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if 'precondition' in group:
-            check_flag('precondition', group['precondition'])
-        self._check_entries(group.keys() - self.defaults.keys())
         if group.get('damping') is not None:
             check_number('damping', group['damping'], open_low=True)
         if group.get('input_positions') is not None:
             group['input_positions'] = plain_numbers(group['input_positions'])
             check_count('input_positions', group['input_positions'])
 
-    def _check_entries(self, entries: Iterable[str]) -> None:
-        """Raises ValueError for an entry that is meant for us and would be ignored."""
-        for key in sorted(set(entries) - set(GROUP_KEYS)):
-            if key in self._common_settings:
-                raise ValueError(
-                    f'a parameter group has {key}, which all groups have in common: pass it to the '
-                    'optimizer, or give the layers a method of their own in a list '
-                    "layers=[dict(match=dict(name='...'), preconditioner=dict(type=...))], in a "
-                    'config precondition=[...]'
-                )
-            if near := did_you_mean(key, GROUP_KEYS, 0.9):
-                raise ValueError(f'a parameter group has {key}; {near.rstrip()}')
+    def _common_settings(self) -> set[str]:
+        return {*super()._common_settings(), *self._layer_settings}.difference(self.defaults)
+
+    def _advice_for_common(self) -> str:
+        return (
+            f'{super()._advice_for_common()}, or give the layers a method of their own in a list '
+            "layers=[dict(match=dict(name='...'), preconditioner=dict(type=...))], in a "
+            'config precondition=[...]'
+        )
 
     # ---------------------------------------------------------------- capture
 
@@ -225,6 +239,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         return self.curvature.dampings.gradient is not None
 
     def _update_curvature(self) -> None:
+        self._refuse_late_choices()
         if (control := self.curvature.dampings.gradient) is not None:
             gradients = list(self._gradients().values())
             device = next(iter(self.curvature.layers)).weight.device
@@ -237,6 +252,16 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         with matmul_precision('highest'):
             for snapshot in snapshots:
                 rotate(snapshot, self.state, self.rule.linear_moments, self.rule.quadratic_moments)
+
+    def _refuse_late_choices(self) -> None:
+        """Raises ValueError if a group's choice of layers was changed after it was read."""
+        for group, chosen in zip(self.param_groups, self._chosen, strict=False):
+            if (now := _choice(group)) != chosen:
+                key = next(key for key in ATTACHING if now[key] != chosen[key])
+                raise ValueError(
+                    f'{key} of a parameter group was changed from {chosen[key]} to {now[key]}, but '
+                    f'{type(self).__name__} reads it when it is built: build another optimizer'
+                )
 
     def _precondition(self, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         frozen = frozen_parts(self.curvature.layers, gradients)
@@ -287,6 +312,10 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         rest = {key: value for key, value in state_dict.items() if key != checkpoint.CURVATURE_KEY}
         own = [dict(group) for group in self.param_groups]
         super().load_state_dict(rest)
+        for group, before in zip(self.param_groups, own, strict=True):
+            for key in ATTACHING:  # layers are attached by this optimizer's groups
+                group.pop(key, None)
+                group.update({key: before[key]} if key in before else {})
         self.curvature.dampings.restore(self.param_groups, own)
         restored = self.curvature.load_state_dict(state_dict.get(checkpoint.CURVATURE_KEY))
         self.t = restored.steps
@@ -313,3 +342,10 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
     def _notes(self) -> list[str]:
         names: dict[Tensor, str] = {layer.weight: layer.name for layer in self.curvature.layers}
         return self.rule.notes(self.param_groups, names)
+
+
+def _choice(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's entries that choose layers, with their defaults."""
+    return {'precondition': group.get('precondition', True), 'input_positions': None} | {
+        key: group[key] for key in ATTACHING if key in group
+    }

@@ -30,6 +30,7 @@ class MatrixOptimizer(RuleOptimizer):
     """
 
     rule: MatrixRule
+    group_keys = ('precondition',)
 
     def __init__(
         self,

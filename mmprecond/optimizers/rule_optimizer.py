@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from ..checks import plain_numbers
+from ..checks import argument_names, check_flag, did_you_mean, plain_numbers
 from ..rules import Group, Rule, State
 
 
@@ -29,6 +29,8 @@ class Batch(NamedTuple):
         return Batch(self.group, [self.params[k] for k in kept], [self.states[k] for k in kept])
 
 
+#: Entries of a parameter group that choose how its weights are preconditioned.
+GROUP_KEYS = ('precondition', 'damping', 'initial_damping', 'input_positions')
 #: Settings of torch's optimizers that no rule has, at the values that change nothing.
 FOREIGN_SETTINGS = {'maximize': False, 'dampening': 0, 'amsgrad': False}
 #: Entries of a group that `print` leaves out: the parameters, and notes of schedulers.
@@ -65,6 +67,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     needs: ClassVar[str] = ''
     #: True if `state_dict` has keys that torch's has not.
     adds_to_state: ClassVar[bool] = False
+    #: Those of `GROUP_KEYS` that the optimizer reads.
+    group_keys: ClassVar[tuple[str, ...]] = ()
     #: Settings of the source, by which published numbers were made, beside the preconditioner's.
     published: ClassVar[dict[str, Any]] = {}
 
@@ -103,7 +107,36 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f'a parameter group has betas, which {type(self).__name__} does not take: its rule '
                 f'{type(self.rule).__name__} has {", ".join(self.rule.hyper)}'
             )
+        if 'precondition' in group:
+            check_flag('precondition', group['precondition'])
+        self._check_entries(group)
         self.rule.check(group)
+
+    def _check_entries(self, group: Group) -> None:
+        """Raises ValueError for an entry that is meant for us and would be ignored."""
+        common = self._common_settings()
+        for key in sorted(group.keys() - self.defaults.keys() - set(self.group_keys)):
+            if key in GROUP_KEYS or group[key] != FOREIGN_SETTINGS.get(key, group[key]):
+                raise ValueError(
+                    f'a parameter group has {key}={group[key]}, which {type(self).__name__} does '
+                    'not read: leave it out'
+                )
+            if key in common:
+                raise ValueError(
+                    f'a parameter group has {key}, which all groups have in common: '
+                    f'{self._advice_for_common()}'
+                )
+            if near := did_you_mean(key, self.group_keys, 0.9):
+                raise ValueError(f'a parameter group has {key}; {near.rstrip()}')
+
+    def _common_settings(self) -> set[str]:
+        """Names of the settings that all groups have in common."""
+        own = {*argument_names(type(self)), *argument_names(type(self.rule))}
+        return own.difference(self.defaults)
+
+    def _advice_for_common(self) -> str:
+        """Where to give a setting that all groups have in common."""
+        return 'pass it to the optimizer'
 
     def _has_foreign_betas(self, group: Group) -> bool:
         """True if a group has betas, as of Adam, and the rule has not."""

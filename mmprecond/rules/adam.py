@@ -54,6 +54,7 @@ class AdamW(Rule):
     def check_state(self, param: Tensor, state: State, group: Group) -> None:
         """Raises ValueError if the state lacks moments of this rule, as another rule's does."""
         names = (*self.linear_moments, *self.quadratic_moments)
+        super().check_state(param, state, group)
         missing = [name for name in names if 'step' in state and name not in state]
         if missing:
             raise ValueError(

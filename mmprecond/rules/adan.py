@@ -34,6 +34,7 @@ class Adan(AdamW):
 
     def check_state(self, param: Tensor, state: State, group: Group) -> None:
         """Raises ValueError for the state of another Adan, which has other names."""
+        super().check_state(param, state, group)
         missing = [name for name in ('step', *self.linear_moments) if name not in state]
         if missing:
             raise ValueError(

@@ -72,8 +72,15 @@ class Rule(ABC):
     ) -> None:
         """Moves the parameters along the negative updates, in place."""
 
-    def check_state(self, param: Tensor, state: State, group: Group) -> None:  # noqa: B027
+    def check_state(self, param: Tensor, state: State, group: Group) -> None:
         """Raises ValueError if the saved state of a parameter, never empty, does not fit."""
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != param.shape:
+                raise ValueError(
+                    f'the saved {name} of a parameter of shape {tuple(param.shape)} has shape '
+                    f'{tuple(value.shape)}: it was saved for another model or under another rule; '
+                    'start afresh from the weights alone (load_from without resume)'
+                )
 
     def notes(self, groups: list[Group], names: Mapping[Tensor, str]) -> list[str]:
         """Lines for the log about parameters that the rule treats differently."""

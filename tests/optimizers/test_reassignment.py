@@ -7,8 +7,17 @@ import logging
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from mmprecond.optimizers import Preconditioned
+from mmprecond.optimizers import (
+    NKFAC,
+    SGDPH,
+    DCTAdamW,
+    FAdam,
+    Preconditioned,
+    RuleOptimizer,
+)
 from tests.support.errors import refused, warnings_of
 from tests.support.mixed import (
     ALL,
@@ -152,3 +161,37 @@ def test_a_state_of_another_rule_is_refused(saved: str, loaded: str) -> None:
     before = second.state_dict()
     refused(ValueError, lambda: second.load_state_dict(first.state_dict()), 'another rule')
     assert second.state_dict().keys() == before.keys()
+
+
+def trained(kind: type[RuleOptimizer], features: int, **settings: Any) -> RuleOptimizer:
+    """An optimizer after one step of a small model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, features), nn.Linear(features, 2))
+    optimizer = kind(model, lr=0.01, **settings)
+    model(torch.randn(5, 4)).square().sum().backward(create_graph=kind is SGDPH)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize('kind', [FAdam, NKFAC, SGDPH])
+def test_a_state_of_another_model_of_as_many_parameters_is_refused(
+    kind: type[RuleOptimizer],
+) -> None:
+    """Its moments would fail in the next step, or be broadcast."""
+    settings = {} if kind is SGDPH else dict(early_refreshes=False)
+    optimizer, other = (trained(kind, features, **settings) for features in (3, 1))
+    before = copy.deepcopy(optimizer.state_dict())
+    refused(
+        ValueError,
+        lambda: optimizer.load_state_dict(saved(other.state_dict())),
+        'has shape (1, 4)',
+        'another model',
+    )
+    assert differences(optimizer.state_dict(), before) == []
+
+
+def test_a_state_of_rotated_moments_is_refused() -> None:
+    """DCTAdamW has AdamW's hyper-parameters, and moments of projections under the same names."""
+    rotated = saved(trained(DCTAdamW, 6, rank=2).state_dict())
+    optimizer = trained(FAdam, 6)
+    refused(ValueError, lambda: optimizer.load_state_dict(rotated), 'another rule')
