@@ -25,13 +25,16 @@ class Restored:
     """Outcome of loading a state.
 
     Attributes:
-        steps: Number of steps taken; 0 if the schedule starts over.
+        steps: Number of steps taken.
+        start: First step that measures, where that is later than the given one: without operators
+            the schedule starts over.
         reached: Share of its target that the learning rate had reached.
         unfit: Layers whose saved state does not fit.
         lost: Layers whose moments are in a basis that was not restored.
     """
 
     steps: int
+    start: int
     reached: float
     unfit: list[Layer] = field(default_factory=list)
     lost: list[Layer] = field(default_factory=list)
@@ -145,10 +148,10 @@ def restore(
     lost = [layer for layer in layers if layer.name in rotated and layer not in fitting]
     if lost:
         logger.warning('%d layers lost the basis of their moments, which start anew', len(lost))
-    # Without operators the schedule starts over: step 0 captures and refreshes.
-    resumed = steps if (fitting or whole) and isinstance(steps, int) else 0
+    start = saved.get('start') if fitting or whole else steps
+    resumed, start = (number if isinstance(number, int) else 0 for number in (steps, start))
     reached = saved.get('reached', 1.0)
-    return Restored(resumed, reached if isinstance(reached, float) else 1.0, unfit, lost)
+    return Restored(resumed, start, reached if isinstance(reached, float) else 1.0, unfit, lost)
 
 
 def _match_states(

@@ -55,7 +55,6 @@ class Curvature:
         dampings: Dampings of the layers, which the parameter groups may change.
         schedule: Steps at which layers are measured and refreshed.
         capture: Hooks, with the sums that they measured since the last step.
-        dropped: Number of samples that were dropped because they were not finite.
         reached: Share of its target that the learning rate has reached so far.
         monitor: Monitor that reports refreshes, or None (see `watch_refreshes`).
 
@@ -261,8 +260,7 @@ class Curvature:
                 outcomes = self._refresh_own_stacks(due, self.dampings.current(groups))
         except Exception as raised:  # the other ranks must hear of it first
             error = raised
-        device = next(iter(self.layers)).weight.device
-        agreed = self.sharding.agree(outcomes, error, device)
+        agreed = self.sharding.agree(outcomes, error, next(iter(self.layers)).weight.device)
         for (stack, positions), succeeded in zip(due, agreed, strict=True):
             self._failures.count(stack, positions, succeeded)
         self.sharding.exchange_operators([stack for stack, _ in due])
@@ -346,7 +344,8 @@ class Curvature:
         """State after a number of steps: tensors, numbers and strings by parameter name."""
         complete = self.options.save_curvature
         state = checkpoint.export(self.layers, self.sharding, steps, self.reached, complete)
-        return state | self._intervals.state_dict() | self.dampings.state_dict()
+        state |= self.schedule.state_dict() | self._intervals.state_dict()
+        return state | self.dampings.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> checkpoint.Restored:
         """Loads a state; missing statistics are measured at the next step.
@@ -359,6 +358,7 @@ class Curvature:
             self._take_gradients(checkpoint.of_gradients(self.layers, saved))
         restored = checkpoint.restore(self.layers, self.sharding, saved)
         self.reached = restored.reached
+        self.schedule.restart(restored.start)
         self.dampings.load_state_dict(saved)
         if self._intervals.load_state_dict(saved):
             self._change_intervals()

@@ -40,13 +40,21 @@ class Schedule:
     def __init__(
         self, methods: Mapping[Layer, Preconditioner], stagger: bool, start: int = 0
     ) -> None:
-        self._start = start
+        self._given_start = self._start = start
         self._recaptured: set[Layer] = set()
         self.plan(methods, stagger)
 
     def plan(self, methods: Mapping[Layer, Preconditioner], stagger: bool) -> None:
         """Takes methods with other intervals."""
         self._offsets = assign_offsets(methods) if stagger else {}
+
+    def restart(self, step: int) -> None:
+        """Counts intervals from a step on, if that is later than the given start."""
+        self._start = max(self._given_start, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """First step that measures, if it is not the given one."""
+        return {} if self._start == self._given_start else {'start': self._start}
 
     def captures(self, stack: LayerStack, layer: Layer, step: int) -> bool:
         """True if a layer is measured at a step.

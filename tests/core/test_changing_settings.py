@@ -21,6 +21,7 @@ from mmprecond.optimizers import (
     PreconditionedOptimizer,
 )
 from tests.support.errors import refused
+from tests.support.states import saved
 
 
 def net() -> nn.Module:
@@ -330,3 +331,35 @@ def test_the_scheduler_of_the_docs_works() -> None:
     for _ in range(1000):
         scheduler.step()
     assert optimizer.param_groups[0]['damping'] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ('plan', 'expected'),
+    [
+        (dict(start_step=4), [8, 10, 12, 14]),
+        (dict(start_step=10), [10, 12, 14]),
+        (dict(intervals=[(6, 3, 3)]), [8, 11, 14]),
+        (dict(intervals=[(11, 4, 4)]), [8, 10, 12]),
+    ],
+    ids=str,
+)
+def test_a_run_without_saved_curvature_goes_on_at_its_step(
+    plan: dict[str, Any], expected: list[int]
+) -> None:
+    """It measures at once, or at the given start, and its plan is not gone through again."""
+    settings = dict(lr=0.1, stat_interval=2, refresh_interval=2, early_refreshes=False, **plan)
+    model = net()
+    optimizer = NKFAC(model, **settings, save_curvature=False)
+    train(model, optimizer, range(8))
+    twin = copy.deepcopy(model)
+    resumed = NKFAC(twin, **settings)
+    resumed.load_state_dict(saved(optimizer.state_dict()))
+    assert resumed.t == 8
+    assert train(twin, resumed, range(8, 13)) == [step for step in expected if step < 13]
+    again = NKFAC(copy.deepcopy(twin), **settings)
+    again.load_state_dict(saved(resumed.state_dict()))  # which measures at other steps than planned
+    assert [step for step in range(13, 15) if again.curvature.due(step)] == [
+        step for step in expected if step >= 13
+    ]
+    optimizer.load_state_dict(NKFAC(net(), **settings).state_dict())
+    assert optimizer.curvature.schedule.state_dict() == {}  # a start of before is forgotten
