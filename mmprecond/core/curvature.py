@@ -205,7 +205,7 @@ class Curvature:
             with matmul_precision(self.options.matmul_precision):
                 self._samples.take_matrices(matrices, self.layers, step, gradients())
         if self.reached < 1:
-            self.reached = max(self.reached, share_reached(groups))
+            self.reached = share_reached(groups, self.reached)
         if self._intervals.searching:
             self._intervals.note(
                 bool(measured or matrices),

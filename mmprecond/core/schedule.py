@@ -12,20 +12,31 @@ from .stack import LayerStack
 
 #: Lower limit of `share_reached`.
 LEAST_REACHED = 0.01
+#: Relative error of a rate that a scheduler computes.
+ROUNDING = 1e-6
 
 
-def share_reached(groups: Iterable[Mapping[str, Any]]) -> float:
-    """Largest share of its target that the learning rate of a group has, `LEAST_REACHED` to 1.
+def share_reached(groups: Iterable[Mapping[str, Any]], before: float = LEAST_REACHED) -> float:
+    """Largest share of its target that the learning rate has reached, `LEAST_REACHED` to 1.
+
+    The target of a group is `initial_lr`, or the `max_lr` of OneCycleLR; schedulers write them into
+    groups. A group without them counts as 1. A rate that falls has no target any more, and counts
+    as 1 too: schedules such as Noam's stay far below `initial_lr`.
 
     Args:
-        groups: The optimizer's parameter groups. The target is `initial_lr`, which schedulers write
-            into a group. A group without it counts as 1.
+        groups: The optimizer's parameter groups.
+        before: The share of the step before.
     """
     shares = [
-        float(group['lr']) / float(group['initial_lr']) if group.get('initial_lr') else 1.0
-        for group in groups
+        float(group['lr']) / target if (target := _target(group)) else 1.0 for group in groups
     ]
-    return min(1.0, max([LEAST_REACHED, *shares]))
+    share = min(1.0, max([LEAST_REACHED, *shares]))
+    return 1.0 if share < before * (1 - ROUNDING) else max(share, before)
+
+
+def _target(group: Mapping[str, Any]) -> float:
+    """Rate at the end of a group's warm-up; 0 if it is not known."""
+    return max(float(group.get('initial_lr') or 0), float(group.get('max_lr') or 0))
 
 
 class Schedule:

@@ -13,6 +13,7 @@ from mmprecond.core.directions import recover_norms
 from mmprecond.core.schedule import share_reached
 from mmprecond.optimizers import (
     FSGD,
+    MAC,
     NKFAC,
     AdamR,
     AdaNKFAC,
@@ -53,6 +54,57 @@ def test_the_share_of_the_rate() -> None:
     assert share_reached([dict(lr=0.0, initial_lr=0.1)]) == 0.01
     assert share_reached([dict(lr=0.3, initial_lr=0.1)]) == 1  # a cycle that rises above it
     assert share_reached([dict(lr=0.0, initial_lr=0.0)]) == 1
+
+
+def test_a_rate_that_falls_has_reached_its_target() -> None:
+    """Noam's schedule multiplies a rate of 1 by factors far below 1."""
+    model = net()
+    optimizer = NKFAC(model, **SETTINGS | dict(lr=1.0))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: 0.04 * min((k + 1) / 4, (4 / (k + 1)) ** 0.5)
+    )
+    seen = []
+    for seed in range(6):
+        step(model, optimizer, seed)
+        scheduler.step()
+        seen.append(optimizer.curvature.reached)
+    assert seen == pytest.approx([0.01, 0.02, 0.03, 0.04, 1.0, 1.0])
+
+
+def test_a_constant_warm_up_does_not_fall() -> None:
+    groups = [dict(lr=0.3 * (1 - 1e-12), initial_lr=1.0)]
+    assert share_reached(groups, 0.3) == 0.3
+
+
+def test_the_target_of_one_cycle_is_its_largest_rate() -> None:
+    model = net()
+    optimizer = NKFAC(model, **SETTINGS)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=50)
+    step(model, optimizer, 0)
+    assert optimizer.curvature.reached == pytest.approx(1 / 25)
+
+
+def test_a_calibrated_layer_has_its_damping_in_a_warm_up() -> None:
+    """It is inverted once, before the first step; a resumed run does so with the same damping."""
+    model, images = net(), torch.randn(40, 6, dtype=torch.float64)
+    optimizer = MAC(model, **SETTINGS, damping=0.5)
+    optimizer.calibrate_first_layer(images)
+    for group in optimizer.param_groups:
+        group.update(lr=0.001, initial_lr=0.1)
+    step(model, optimizer, 0)
+    rows = torch.cat([images, torch.ones(40, 1, dtype=torch.float64)], 1)
+    moment = rows.T @ rows / 40
+    identity = torch.eye(7, dtype=torch.float64)
+    expected = 0.5 * torch.linalg.inv(moment + 0.5 * identity)
+    (operator,) = optimizer.curvature.layer('0').operators.values()
+    torch.testing.assert_close(operator[0], expected, rtol=1e-10, atol=1e-12)
+    resumed = copy.deepcopy(model)
+    again = MAC(resumed, **SETTINGS, damping=0.5)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for trained, its in ((model, optimizer), (resumed, again)):
+        its.param_groups[0]['lr'] = 0.05
+        step(trained, its, 1)
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
 
 
 @pytest.mark.parametrize('share', [0.25, 0.5])
