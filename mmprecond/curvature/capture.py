@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from ..checks import check_number
 from ..linalg import matmul_precision, rounded
 from .calls import Call, Tap
 from .eager import Eager
@@ -138,6 +140,12 @@ class Capture:
 
     def scale_by(self, scale: Any) -> None:
         """Sets the factor of the loss (see `loss_scale`)."""
+        if not (scale is None or hasattr(scale, 'is_enabled') and hasattr(scale, 'get_scale')):
+            if not isinstance(scale, Real):
+                raise TypeError(
+                    f'loss_scale is a {type(scale).__name__}; give a number, a GradScaler, or None'
+                )
+            check_number('loss_scale', scale, open_low=True)
         self.loss_scale = scale
 
     def restart(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from .flattened import find_flattened
 from .layer import Layer
@@ -116,7 +117,8 @@ class _Search:
         self.attention = attention
         self.joins_bias = joins_bias
         self.types = types
-        self.owned = {id(p): group for group in groups for p in group['params']}
+        self.groups = list(groups)
+        self.owned = {id(p): group for group in self.groups for p in group['params']}
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.flattened = find_flattened(model)
         self.users: dict[int, list[nn.Module]] = {}
@@ -132,7 +134,16 @@ class _Search:
             self._visit_attention(name, module)
             if module not in self.claimed and any(True for _ in module.parameters(recurse=False)):
                 self._visit(name, module)
+        self._visit_strangers()
         return self.layers, self.left_out
+
+    def _visit_strangers(self) -> None:
+        """Leaves out the optimizer's parameters that are not the model's."""
+        for k, group in enumerate(self.groups):
+            for p in group['params']:
+                if id(p) not in self.names:
+                    place = f'{" x ".join(map(str, p.shape)) or "scalar"} in group {k}'
+                    self.left_out.append(LeftOut(place, type(p).__name__, 'not in the model'))
 
     def _visit(self, name: str, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
@@ -227,10 +238,14 @@ def _is_preconditioned(parameter: Tensor, owned: dict[int, dict[str, Any]]) -> b
     return group is not None and bool(group.get('precondition', True))
 
 
-def _type_refusal(module: nn.Module) -> str:
+def _type_refusal(module: Any) -> str:
     """Reason why the parameters that a module owns belong to no layer."""
     if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return 'nn.MultiheadAttention uses its weight without calling it'
+    if is_parametrized(module):
+        return f'{", ".join(module.parametrizations)} is parametrised, no plain parameter'
+    if isinstance(module, ParametrizationList):
+        return 'parameters of a parametrised weight'
     if any(True for _ in module.children()):
         names = ', '.join(name for name, _ in module.named_parameters(recurse=False))
         return f'{names}: no weight of a layer; its layers are listed apart'

@@ -19,10 +19,10 @@ from ..core import CurvatureOptions
 from ..curvature import unwrap
 from ..distributed import rank
 from ..optimizers import Preconditioned, PreconditionedOptimizer, RuleOptimizer
+from ..optimizers.groups import GROUP_KEYS
 from ..optimizers.peers import find_peer, is_peer, needs_of, with_groups
 from ..optimizers.preconditioned import read_settings
 from ..optimizers.replacement import rule_for
-from ..optimizers.rule_optimizer import GROUP_KEYS
 from ..rules import build_rule
 from ..second_order import refuse_single_backward
 from .base_constructor import find_base

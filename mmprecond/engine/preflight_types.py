@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, PARAM_SCHEDULERS, Registry
 
 from ..checks import did_you_mean
-from ..optimizers.rule_optimizer import GROUP_KEYS
+from ..optimizers.groups import GROUP_KEYS
 from .resolution import resolve
 
 #: Entries of a parameter group that schedulers change.

@@ -25,8 +25,9 @@ from ..curvature import LeftOut
 from ..linalg import matmul_precision
 from ..preconditioners import Preconditioner
 from ..rules import Rule
+from .groups import GROUP_KEYS
 from .loss_input import LossInput
-from .rule_optimizer import GROUP_KEYS, Batch, RuleOptimizer, split_module
+from .rule_optimizer import Batch, RuleOptimizer, split_module
 from .settings import FullSignature
 
 #: Entries of a parameter group that choose layers when the optimizer is built, and not later.

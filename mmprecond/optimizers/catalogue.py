@@ -60,7 +60,7 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
         ValueError: If the name is unknown; the message has the nearest names.
     """
     kinds = {known.lower(): kind for known, kind in _kinds().items()}
-    kind = kinds.get(name.lower())
+    kind = kinds.get(str(name).lower())
     if kind is None:
         names = list_optimizers()
         raise ValueError(

@@ -79,7 +79,13 @@ def precondition(
 
     Raises:
         ValueError: If no rule does what the optimizer does, or `layers` is invalid.
+        TypeError: If the arguments are no model and no optimizer.
     """
+    if not (isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)):
+        raise TypeError(
+            f'precondition was given a {type(model).__name__} and a {type(optimizer).__name__}; '
+            'give the model, then an optimizer of torch'
+        )
     kind = type(optimizer)
     names = inspect.signature(kind).parameters  # `defaults` has entries too that are no arguments
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from ..checks import argument_names, check_flag, did_you_mean, plain_numbers
+from ..checks import argument_names, check_flag, plain_numbers
 from ..rules import Group, Rule, State
+from .groups import FOREIGN_SETTINGS, refuse_without_effect
 
 
 class Batch(NamedTuple):
@@ -29,10 +30,6 @@ class Batch(NamedTuple):
         return Batch(self.group, [self.params[k] for k in kept], [self.states[k] for k in kept])
 
 
-#: Entries of a parameter group that choose how its weights are preconditioned.
-GROUP_KEYS = ('precondition', 'damping', 'initial_damping', 'input_positions')
-#: Settings of torch's optimizers that no rule has, at the values that change nothing.
-FOREIGN_SETTINGS = {'maximize': False, 'dampening': 0, 'amsgrad': False}
 #: Entries of a group that `print` leaves out: the parameters, and notes of schedulers.
 HIDDEN = ('params', 'initial_lr', 'initial_momentum', 'initial_damping')
 
@@ -109,25 +106,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         if 'precondition' in group:
             check_flag('precondition', group['precondition'])
-        self._check_entries(group)
+        refuse_without_effect(
+            {key: value for key, value in group.items() if key not in self.defaults},
+            type(self).__name__,
+            self.group_keys,
+            self._common_settings(),
+            self._advice_for_common(),
+        )
         self.rule.check(group)
-
-    def _check_entries(self, group: Group) -> None:
-        """Raises ValueError for an entry that is meant for us and would be ignored."""
-        common = self._common_settings()
-        for key in sorted(group.keys() - self.defaults.keys() - set(self.group_keys)):
-            if key in GROUP_KEYS or group[key] != FOREIGN_SETTINGS.get(key, group[key]):
-                raise ValueError(
-                    f'a parameter group has {key}={group[key]}, which {type(self).__name__} does '
-                    'not read: leave it out'
-                )
-            if key in common:
-                raise ValueError(
-                    f'a parameter group has {key}, which all groups have in common: '
-                    f'{self._advice_for_common()}'
-                )
-            if near := did_you_mean(key, self.group_keys, 0.9):
-                raise ValueError(f'a parameter group has {key}; {near.rstrip()}')
 
     def _common_settings(self) -> set[str]:
         """Names of the settings that all groups have in common."""
@@ -384,7 +370,13 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 def split_module(params: Any, model: nn.Module | None) -> tuple[nn.Module | None, Any]:
-    """The model and its parameters or groups; the first argument may be the module itself."""
+    """The model and its parameters or groups; the first argument may be the module itself.
+
+    Raises:
+        TypeError: If the model is no module.
+    """
+    if not (model is None or isinstance(model, nn.Module)):
+        raise TypeError(f'model is a {type(model).__name__}; give the nn.Module that is trained')
     if isinstance(params, nn.Module):
         return params, params.parameters()
     return model, params

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
+from torch import nn
+
 from ..preconditioners import GradientRoot
 from ..rules import EMASGD
 from .families import PreconditionedSGDM
@@ -17,7 +21,8 @@ class Shampoo(PreconditionedSGDM):
     Args:
         params: Parameters or groups, with `model`; or the module itself.
         lr: Learning rate.
-        momentum: Decay of the gradients' average, whose start is corrected.
+        momentum: Decay of the gradients' average, whose start is corrected; default: 0.9, or none
+            with ``settings='published'``.
         weight_decay: Decoupled weight decay.
         model: The module that owns the parameters.
         **settings: Settings of `GradientRoot` and of `PreconditionedOptimizer`.
@@ -30,3 +35,19 @@ class Shampoo(PreconditionedSGDM):
 
     preconditioner = GradientRoot
     rule_type = EMASGD
+    published: ClassVar[dict[str, Any]] = dict(momentum=0.0)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float | None = None,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+        **settings: Any,
+    ) -> None:
+        if momentum is None:
+            literal = settings.get('settings') == 'published'
+            momentum = self.published['momentum'] if literal else EMASGD.defaults['momentum']
+        super().__init__(params, lr, momentum, weight_decay, model=model, **settings)

@@ -87,7 +87,7 @@ class SOAA(LossInput, LengthInput, RuleOptimizer):
         **unexpected: Any,
     ) -> None:
         reject_unexpected('SOAA', unexpected, argument_names(SOAA))
-        _, params = split_module(params, None)
+        _, params = split_module(params, model)
         self._request_steps(total_steps)
         super().__init__(
             params,

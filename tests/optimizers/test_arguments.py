@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmprecond.optimizers import NKFAC, AdaNKFAC, PreconditionedOptimizer
+from mmprecond.optimizers import (
+    ARO,
+    NKFAC,
+    SGDPH,
+    SOAA,
+    AdaNKFAC,
+    PreconditionedOptimizer,
+    precondition,
+)
 from tests.support.errors import refused
 
 Kind = type[PreconditionedOptimizer]
@@ -321,3 +329,47 @@ def test_valid_arguments_give_no_warning(caplog: pytest.LogCaptureFixture) -> No
             model(torch.randn(3, 4)).sum().backward()
             optimizer.step()
     assert not caplog.records
+
+
+@pytest.mark.parametrize('kind', [NKFAC, SOAA, ARO, SGDPH])
+def test_a_model_that_is_no_module(kind: Any) -> None:
+    model = nn.Linear(3, 3)
+    refused(TypeError, lambda: kind(model.parameters(), lr=0.1, model=[model]), 'model is a list')
+
+
+def test_arguments_of_precondition_in_the_wrong_order() -> None:
+    model = nn.Linear(3, 3)
+    swapped: tuple[Any, Any] = torch.optim.SGD(model.parameters(), lr=0.1), model
+    refused(TypeError, lambda: precondition(*swapped), 'was given a SGD and a Linear', 'the model')
+
+
+@pytest.mark.parametrize(
+    ('scale', 'kind', 'remedy'),
+    [
+        ('dynamic', TypeError, 'is a str; give a number, a GradScaler, or None'),
+        (torch.tensor(2.0), TypeError, 'is a Tensor'),
+        (0.0, ValueError, 'greater than 0'),
+        (float('nan'), ValueError, 'greater than 0'),
+        (-2.0, ValueError, 'greater than 0'),
+    ],
+)
+def test_a_loss_scale_that_is_none(scale: Any, kind: type[Exception], remedy: str) -> None:
+    optimizer = NKFAC(nn.Linear(3, 3), lr=0.1)
+    refused(kind, lambda: setattr(optimizer, 'loss_scale', scale), remedy)
+    assert optimizer.loss_scale is None
+
+
+def test_parameters_that_are_not_in_the_model_are_named() -> None:
+    model, other = nn.Linear(3, 3), nn.Parameter(torch.zeros(2, 4))
+    groups = [dict(params=list(model.parameters())), dict(params=[other])]
+    report = NKFAC(groups, model=model, lr=0.1).report()
+    assert '1 x Parameter, not in the model (2 x 4 in group 1)' in report
+
+
+def test_parametrised_weights_have_their_own_reason() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    left = NKFAC(nn.Sequential(nn.Linear(3, 3), layer), lr=0.1).left_out
+    assert [(part.name, part.reason) for part in left] == [
+        ('1', 'weight is parametrised, no plain parameter'),
+        ('1.parametrizations.weight', 'parameters of a parametrised weight'),
+    ]

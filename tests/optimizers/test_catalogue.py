@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pydoc
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mmprecond.optimizers import (
     SOAP,
     AdaNKFAC,
     Preconditioned,
+    Shampoo,
     get_optimizer_info,
     list_optimizers,
 )
@@ -61,19 +63,25 @@ def test_defaults_are_those_of_the_optimizer() -> None:
         assert getattr(method, key) == info.settings[key], key
 
 
-def test_published_settings_give_the_published_optimizer() -> None:
-    published = get_optimizer_info('SOAP').published
-    assert published['betas'] == (0.95, 0.95) and published['matmul_precision'] == 'highest'
+@pytest.mark.parametrize(('kind', 'own'), [(SOAP, 'betas'), (Shampoo, 'momentum')])
+def test_published_settings_give_the_published_optimizer(kind: Any, own: str) -> None:
+    published = get_optimizer_info(kind.__name__).published
+    assert own in published and published['matmul_precision'] == 'highest'
     model = nn.Linear(3, 2)
-    by_name, by_hand = SOAP(model, settings='published'), SOAP(model, **published)
+    by_name = kind(model, lr=0.1, settings='published')
+    by_hand = kind(model, lr=0.1, **published)
     assert by_name.curvature.stacks[0].method == by_hand.curvature.stacks[0].method
     assert by_name.curvature.options == by_hand.curvature.options
     assert by_name.defaults == by_hand.defaults
+    assert by_name.defaults[own] == published[own] != kind(model, lr=0.1).defaults[own]
 
 
 def test_an_unknown_name() -> None:
     with pytest.raises(ValueError, match='unknown optimizer .NKFA.; did you mean NKFAC'):
         get_optimizer_info('NKFA')
+    nothing: Any = None
+    with pytest.raises(ValueError, match='unknown optimizer None'):
+        get_optimizer_info(nothing)
 
 
 def test_signatures_name_every_setting() -> None:
