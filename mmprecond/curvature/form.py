@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..linalg import Operator, RankSearch, Shape
+from ..linalg import Dense, Operator, RankSearch, Shape
 
 if TYPE_CHECKING:
     from .layer import Layer
@@ -127,6 +127,8 @@ class Form(ABC):
     is_placed: ClassVar[bool] = False
     #: Whether only sides that declare this form support it.
     is_special: ClassVar[bool] = False
+    #: Operator that rotates by the eigenvectors of the form's moments.
+    basis: ClassVar[type[Operator]] = Dense
 
     def keys(self, key: str) -> tuple[str, ...]:
         """Names of the form's tensors, given the name of the statistic."""

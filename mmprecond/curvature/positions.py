@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..linalg import (
     Operator,
+    PositionBasis,
     PositionMatrix,
     RankSearch,
     Shape,
@@ -38,6 +39,7 @@ class Positions(PatchForm):
     """
 
     suffix: ClassVar[str] = 'kernel'
+    basis: ClassVar[type[Operator]] = PositionBasis
 
     def keys(self, key: str) -> tuple[str, ...]:
         parts = ('positions', 'ones') if self.joint else ('positions',)

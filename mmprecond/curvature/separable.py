@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..linalg import (
     Kronecker,
+    KroneckerBasis,
     Operator,
     RankSearch,
     Shape,
@@ -35,6 +36,7 @@ class Separable(PatchForm):
     """
 
     suffix: ClassVar[str] = 'separable'
+    basis: ClassVar[type[Operator]] = KroneckerBasis
 
     def keys(self, key: str) -> tuple[str, ...]:
         parts = ('channels', 'positions', 'ones') if self.joint else ('channels', 'positions')

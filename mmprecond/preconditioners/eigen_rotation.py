@@ -12,21 +12,14 @@ from ..checks import check_choice, check_flag, check_number
 from ..curvature import (
     GRADIENT,
     INPUT,
-    Form,
     Layer,
     Moment,
-    Positions,
     RunningAverage,
-    Separable,
     Side,
     Statistic,
 )
 from ..linalg import (
-    Dense,
-    KroneckerBasis,
-    Operator,
     Operators,
-    PositionBasis,
     assign_columns,
     eigenbasis,
     identity_like,
@@ -126,7 +119,7 @@ class EigenRotation(PatchPreconditioner):
         operators: Operators = {}
         outcomes = []
         for side, factor in factors.items():
-            kind = _basis_type(factor.form)
+            kind = factor.form.basis
             last = previous[side.name].tensors if previous else [None] * len(kind.suffixes)
             bases = []
             # The basis of a joint bias, a last tensor of its own in forms of patches, is 1.
@@ -160,7 +153,7 @@ class EigenRotation(PatchPreconditioner):
         """Bases of one layer, on the meta device (see the base class)."""
         outline: Operators = {}
         for statistic in self.selected_statistics(layer):
-            kind = _basis_type(statistic.form)
+            kind = statistic.form.basis
             shapes = list(layer.shapes(statistic).values())[: len(kind.suffixes)]
             outline[statistic.side.name] = kind.outline(*shapes)
         return outline
@@ -180,13 +173,6 @@ def _transpose_side(operators: Operators, side: Side) -> Operators:
         return operators
     transposed = operators[side.name].map(lambda basis: basis.mT)
     return {**operators, side.name: transposed}
-
-
-def _basis_type(form: Form) -> type[Operator]:
-    """Operator that rotates by the eigenvectors of a moment in this form."""
-    if isinstance(form, Separable):
-        return KroneckerBasis
-    return PositionBasis if isinstance(form, Positions) else Dense
 
 
 def _reference_basis(previous: Tensor | None, like: Tensor) -> Tensor:
