@@ -42,8 +42,8 @@ class Capture:
         around: Function that returns the context in which products are computed.
 
     Attributes:
-        loss_scale: By what the loss was multiplied before backward: None, a number, or a
-            `torch.amp.GradScaler`.
+        loss_scale: By what the loss was multiplied before backward: None, a number, a
+            tensor of one, or a `torch.amp.GradScaler`.
         seen: Layers whose module was called while armed.
     """
 
@@ -140,12 +140,14 @@ class Capture:
 
     def scale_by(self, scale: Any) -> None:
         """Sets the factor of the loss (see `loss_scale`)."""
-        if not (scale is None or hasattr(scale, 'is_enabled') and hasattr(scale, 'get_scale')):
-            if not isinstance(scale, Real):
-                raise TypeError(
-                    f'loss_scale is a {type(scale).__name__}; give a number, a GradScaler, or None'
-                )
+        scaler = hasattr(scale, 'is_enabled') and hasattr(scale, 'get_scale')
+        single = isinstance(scale, Tensor) and scale.numel() == 1  # on a device: it is not read
+        if isinstance(scale, Real):
             check_number('loss_scale', scale, open_low=True)
+        elif not (scale is None or scaler or single):
+            raise TypeError(
+                f'loss_scale is a {type(scale).__name__}; give a number, a GradScaler, or None'
+            )
         self.loss_scale = scale
 
     def restart(self) -> None:

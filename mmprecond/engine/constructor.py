@@ -238,10 +238,7 @@ def _attach(
         known = set(inspect.signature(kind).parameters) - {'params'}
         for group in groups:
             given = {key: value for key, value in group.items() if key in known}
-            if rule_of({**settings, **given}).get('nesterov') != rule.get('nesterov'):
-                raise ValueError(
-                    'nesterov must be the same in all groups; leave it out of custom_keys'
-                )
+            rule_of({**settings, **given})  # raises its errors
 
     rule = rule_of(settings)
     return check_groups, type(optimizer)(

@@ -219,13 +219,17 @@ def test_a_constructor_that_reads_the_decay_when_it_is_called(
     ('optimizer', 'settings', 'message'),
     [
         (dict(type='Adam', lr=0.1), dict(weight_decay=0.1), 'Adam with weight_decay=0.1'),
-        (ADAMW, dict(amsgrad=True), 'AdamW with amsgrad=True'),
+        (ADAMW, dict(amsgrad=True), 'has amsgrad=True, which Preconditioned does not read'),
         (
             dict(type='SGD', lr=0.1, momentum=0.9),
             dict(nesterov=True),
-            'nesterov must be the same in all groups',
+            'has nesterov, which all groups have in common',
         ),
-        (dict(type='SGD', lr=0.1, momentum=0.9), dict(dampening=0.1), 'SGD with dampening=0.1'),
+        (
+            dict(type='SGD', lr=0.1, momentum=0.9),
+            dict(dampening=0.1),
+            'has dampening=0.1, which Preconditioned does not read',
+        ),
     ],
 )
 def test_settings_of_groups_that_no_rule_has(

@@ -347,7 +347,7 @@ def test_arguments_of_precondition_in_the_wrong_order() -> None:
     ('scale', 'kind', 'remedy'),
     [
         ('dynamic', TypeError, 'is a str; give a number, a GradScaler, or None'),
-        (torch.tensor(2.0), TypeError, 'is a Tensor'),
+        (torch.ones(2), TypeError, 'is a Tensor'),
         (0.0, ValueError, 'greater than 0'),
         (float('nan'), ValueError, 'greater than 0'),
         (-2.0, ValueError, 'greater than 0'),
