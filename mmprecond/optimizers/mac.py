@@ -63,7 +63,7 @@ class MAC(PreconditionedSGDM):
             return "the model's first Linear or convolution is not preconditioned"
         if self.calibrated:
             return f'{layer.name} is calibrated already'
-        if self.t:
+        if self.t and any(s.holds(known) for known, s in self.curvature.layers.items()):
             return f'this is after {self.t} steps, not before the first'
         if not layer.weight.requires_grad:
             return f'{layer.name} is frozen'
@@ -78,6 +78,8 @@ class MAC(PreconditionedSGDM):
     def calibrate_first_layer(self, inputs: Tensor | Iterable[Tensor]) -> None:
         """Gives the first layer the exact inverse of its inputs' second moment, permanently.
 
+        It comes before the first step, or after a resume that brought no statistics.
+
         With several ranks each rank passes its own share of the inputs.
 
         Args:
@@ -85,9 +87,9 @@ class MAC(PreconditionedSGDM):
                 or many batches.
 
         Raises:
-            ValueError: If a step was already taken, there are no inputs, an input is not finite,
-                the moment cannot be inverted, or the first layer is left out, frozen, shared or
-                too large.
+            ValueError: If a layer was measured already, there are no inputs, an input is not
+                finite, the moment cannot be inverted, or the first layer is left out, frozen,
+                shared or too large.
         """
         layer = self.first_layer
         if layer is None or self.calibration_blocker:

@@ -123,8 +123,9 @@ def test_calibration_that_cannot_be() -> None:
     refused(ValueError, lambda: weak.calibrate_first_layer(torch.ones(1, 3, 6, 7)), 'raise damping')
     optimizer.calibrate_first_layer(photos(0))
     refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0)), 'calibrated already')
-    other = MAC(network(), lr=0.1)
-    step(model, other, 0)
+    trained = network()
+    other = MAC(trained, lr=0.1)
+    step(trained, other, 0)
     refused(ValueError, lambda: other.calibrate_first_layer(photos(0)), 'after 1 steps')
     small = MAC(network(), lr=0.1, max_dim=28, oversize='block')
     small._usual = ActivationMean(max_dim=26)
@@ -289,10 +290,9 @@ def run(
         ),
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=steps),
         optim_wrapper=dict(
-            constructor='PrecondOptimWrapperConstructor',
-            optimizer=dict(type='MAC', lr=0.01),
-            **options,
-        ),
+            constructor='PrecondOptimWrapperConstructor', optimizer=dict(type='MAC', lr=0.01)
+        )
+        | options,
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2)),
         randomness=dict(seed=0),
     )
@@ -322,6 +322,13 @@ def test_a_resumed_run_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         'mmprecond.engine.hooks.calibration_hook._inputs_of', lambda *_: pytest.fail('read')
     )
     runner = run(tmp_path, 'InfiniteSampler', 1, steps=4, resume=True)
+    assert runner.optim_wrapper.optimizer.calibrated and runner.optim_wrapper.optimizer.t == 4
+
+
+def test_a_run_resumed_without_curvature_calibrates_again(tmp_path: Path) -> None:
+    small = dict(type='MAC', lr=0.01, save_curvature=False)
+    run(tmp_path, 'InfiniteSampler', 1, steps=2, optimizer=small)
+    runner = run(tmp_path, 'InfiniteSampler', 1, steps=4, resume=True, optimizer=small)
     assert runner.optim_wrapper.optimizer.calibrated and runner.optim_wrapper.optimizer.t == 4
 
 

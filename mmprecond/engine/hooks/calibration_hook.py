@@ -22,7 +22,8 @@ class CalibrationHook(Hook):  # type: ignore[misc]
     """Hook that calibrates the first layer of `MAC` or `SMAC` before the first step.
 
     The hook has a sampler of its own, so it does not change the order of the training data. A
-    resumed run has the result in its checkpoint and reads no batches. A first layer that is frozen
+    resumed run has the result in its checkpoint and reads no batches, but for checkpoints without
+    curvature. A first layer that is frozen
     or left out is not calibrated, and the log says so.
 
     Args:
@@ -44,7 +45,7 @@ class CalibrationHook(Hook):  # type: ignore[misc]
                 f'CalibrationHook is for MAC and SMAC, not {type(optimizer).__name__};'
                 ' take it out of custom_hooks'
             )
-        if optimizer.t or optimizer.calibrated:
+        if optimizer.calibrated:
             return
         if optimizer.first_layer is None or optimizer.calibration_blocker:
             logger.info('the first layer is not calibrated: %s', optimizer.calibration_blocker)
