@@ -26,8 +26,7 @@ class Restored:
 
     Attributes:
         steps: Number of steps taken.
-        start: First step that measures, where that is later than the given one: without operators
-            the schedule starts over.
+        start: First step of the schedule; that of the checkpoint if no operators were restored.
         reached: Share of its target that the learning rate had reached.
         unfit: Layers whose saved state does not fit.
         lost: Layers whose moments are in a basis that was not restored.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from ..checks import first_names
 from .flattened import find_flattened
 from .layer import Layer
 from .linear import LinearLayer
@@ -34,7 +35,7 @@ class LeftOut:
     """A module whose parameters take the plain rule.
 
     Attributes:
-        name: The module's name in the model.
+        name: The module's name in the model; of parameters that are not in it, their groups.
         kind: Name of its class.
         reason: Reason why it is not preconditioned.
     """
@@ -134,16 +135,20 @@ class _Search:
             self._visit_attention(name, module)
             if module not in self.claimed and any(True for _ in module.parameters(recurse=False)):
                 self._visit(name, module)
-        self._visit_strangers()
+        self._visit_foreign_parameters()
         return self.layers, self.left_out
 
-    def _visit_strangers(self) -> None:
+    def _visit_foreign_parameters(self) -> None:
         """Leaves out the optimizer's parameters that are not the model's."""
-        for k, group in enumerate(self.groups):
-            for p in group['params']:
-                if id(p) not in self.names:
-                    place = f'{" x ".join(map(str, p.shape)) or "scalar"} in group {k}'
-                    self.left_out.append(LeftOut(place, type(p).__name__, 'not in the model'))
+        places = [
+            f'{" x ".join(map(str, p.shape)) or "scalar"} in group {k}'
+            for k, group in enumerate(self.groups)
+            for p in group['params']
+            if id(p) not in self.names
+        ]
+        if places:
+            reason = f'{len(places)} of the optimizer that are not in the model'
+            self.left_out.append(LeftOut(first_names(places), 'parameters', reason))
 
     def _visit(self, name: str, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):

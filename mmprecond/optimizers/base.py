@@ -130,7 +130,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
         methods = [method] if isinstance(method, Preconditioner) else method.methods
         own = {name for each in methods for name in each.options()}
         self._layer_settings = {*own, *CurvatureOptions.names()}
-        self._chosen: list[dict[str, Any]] = []
+        self._chosen: dict[Tensor, dict[str, Any]] = {}  # by the first parameter of a group
         super().__init__(params, rule, defaults)
         self._arms_itself = True
         self.curvature = Curvature(model, self.param_groups, method, type(self).__name__, chosen)
@@ -149,7 +149,7 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
             asked = [
                 key
                 for key in ('precondition', 'damping', 'input_positions')
-                if param_group.get(key) not in (None, False, self.defaults.get(key))
+                if param_group.get(key) not in (None, False, *self._values_now(key))
             ]
             if asked:
                 raise ValueError(
@@ -157,7 +157,13 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
                     'plain rule: give the group to the constructor, or leave the entries out'
                 )
         super().add_param_group(param_group)
-        self._chosen.append(_choice(self.param_groups[-1]))
+        group = self.param_groups[-1]
+        self._chosen.update({p: _choice(group) for p in group['params'][:1]})
+
+    def _values_now(self, key: str) -> list[Any]:
+        """Dampings of the groups, which a copied group may have; other entries are requests."""
+        held = (self.defaults, *self.param_groups) if key == 'damping' else ()
+        return [group[key] for group in held if key in group]
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -167,21 +173,19 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
             group['input_positions'] = plain_numbers(group['input_positions'])
             check_count('input_positions', group['input_positions'])
 
-    def _common_settings(self) -> set[str]:
-        return {*super()._common_settings(), *self._layer_settings}.difference(self.defaults)
-
-    def _advice_for_common(self) -> str:
-        return (
-            f'{super()._advice_for_common()}, or give the layers a method of their own in a list '
+    def _common_settings(self) -> dict[str, str]:
+        place = (
+            'pass it to the optimizer, or give the layers a method of their own in a list '
             "layers=[dict(match=dict(name='...'), preconditioner=dict(type=...))], in a "
             'config precondition=[...]'
         )
+        return super()._common_settings() | dict.fromkeys(self._layer_settings, place)
 
     # ---------------------------------------------------------------- capture
 
     @property
     def loss_scale(self) -> Any:
-        """Factor of the loss: None, a number, or a `torch.amp.GradScaler`."""
+        """Factor of the loss: None, a number, a tensor of one, or a `torch.amp.GradScaler`."""
         return self.curvature.capture.loss_scale
 
     @loss_scale.setter
@@ -256,8 +260,10 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
 
     def _refuse_late_choices(self) -> None:
         """Raises ValueError if a group's choice of layers was changed after it was read."""
-        for group, chosen in zip(self.param_groups, self._chosen, strict=False):
-            if (now := _choice(group)) != chosen:
+        for group in self.param_groups:
+            first = next(iter(group['params']), None)
+            chosen = self._chosen.get(first) if first is not None else None
+            if chosen is not None and (now := _choice(group)) != chosen:
                 key = next(key for key in ATTACHING if now[key] != chosen[key])
                 raise ValueError(
                     f'{key} of a parameter group was changed from {chosen[key]} to {now[key]}, but '

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checks import did_you_mean
@@ -17,8 +17,7 @@ def refuse_without_effect(
     entries: Mapping[str, Any],
     owner: str,
     read: Sequence[str],
-    common: Container[str],
-    advice: str,
+    common: Mapping[str, str],
 ) -> None:
     """Raises ValueError for an entry that is meant for us and would be ignored.
 
@@ -26,18 +25,18 @@ def refuse_without_effect(
         entries: Entries of a group that are no hyper-parameters.
         owner: The optimizer's name.
         read: Those of `GROUP_KEYS` that the optimizer reads.
-        common: Names of the settings that all groups have in common.
-        advice: Where to give a setting that all groups have in common.
+        common: Settings that all groups have in common, with the place where to give them.
     """
     for key in sorted(entries.keys() - set(read)):
-        if key in GROUP_KEYS or entries[key] != FOREIGN_SETTINGS.get(key, entries[key]):
+        foreign = key in FOREIGN_SETTINGS and entries[key] != FOREIGN_SETTINGS[key]
+        if key in GROUP_KEYS or foreign:
             raise ValueError(
                 f'a parameter group has {key}={entries[key]}, which {owner} does not read: leave '
                 'it out'
             )
         if key in common:
             raise ValueError(
-                f'a parameter group has {key}, which all groups have in common: {advice}'
+                f'a parameter group has {key}, which all groups have in common: {common[key]}'
             )
         if near := did_you_mean(key, read, 0.9):
             raise ValueError(f'a parameter group has {key}; {near.rstrip()}')

@@ -47,6 +47,8 @@ class Preconditioned(PreconditionedOptimizer):
             not work with the rule, or the model is missing.
     """
 
+    place_of_rule = 'write it in rule=dict(type=..., ...)'
+
     def __init__(
         self,
         params: Any,

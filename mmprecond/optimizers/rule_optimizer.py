@@ -66,6 +66,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     adds_to_state: ClassVar[bool] = False
     #: Those of `GROUP_KEYS` that the optimizer reads.
     group_keys: ClassVar[tuple[str, ...]] = ()
+    #: Place of the rule's settings that are no arguments of the optimizer.
+    place_of_rule: ClassVar[str] = 'take another rule by Preconditioned'
     #: Settings of the source, by which published numbers were made, beside the preconditioner's.
     published: ClassVar[dict[str, Any]] = {}
 
@@ -106,23 +108,17 @@ class RuleOptimizer(torch.optim.Optimizer):
             )
         if 'precondition' in group:
             check_flag('precondition', group['precondition'])
+        own = self.defaults.keys() | {k for k, v in vars(self.rule).items() if group.get(k) is v}
+        entries = {key: value for key, value in group.items() if key not in own}
         refuse_without_effect(
-            {key: value for key, value in group.items() if key not in self.defaults},
-            type(self).__name__,
-            self.group_keys,
-            self._common_settings(),
-            self._advice_for_common(),
+            entries, type(self).__name__, self.group_keys, self._common_settings()
         )
         self.rule.check(group)
 
-    def _common_settings(self) -> set[str]:
-        """Names of the settings that all groups have in common."""
-        own = {*argument_names(type(self)), *argument_names(type(self.rule))}
-        return own.difference(self.defaults)
-
-    def _advice_for_common(self) -> str:
-        """Where to give a setting that all groups have in common."""
-        return 'pass it to the optimizer'
+    def _common_settings(self) -> dict[str, str]:
+        """Settings that all groups have in common, with the place where to give them."""
+        of_rule = dict.fromkeys(argument_names(type(self.rule)), self.place_of_rule)
+        return of_rule | dict.fromkeys(argument_names(type(self)), 'pass it to the optimizer')
 
     def _has_foreign_betas(self, group: Group) -> bool:
         """True if a group has betas, as of Adam, and the rule has not."""

@@ -71,8 +71,8 @@ class Preconditioner(PlainNumbers, ABC):
         warm_up: Whether preconditioning follows a warm-up of the learning rate (default: True). Let
             s be the largest share of `initial_lr` that the rate has reached so far, from 0.01 to 1.
             A scheduler writes `initial_lr`, or OneCycleLR `max_lr`, into the parameter groups;
-            without them, and once the rate falls, s is 1. Refreshes divide the damping by s^2.
-            Directions d that would get the gradient's norm are lengthened until
+            without them, and once the rate has fallen by a tenth, s is 1. Refreshes divide the
+            damping by s^2. Directions d that would get the gradient's norm are lengthened until
             ``<d, g> = |g|^2``, to at most |g| / s. Small steps then go along the gradient g, as
             those of the implicit step ``(lr A + I)^-1 g`` do.
         max_dim: Largest side of a factor; None for no limit. A matrix of side 8192 takes 268 MB in

@@ -30,7 +30,7 @@ class CalibratedInput(Preconditioner):
 
     damping: float = 1.0
     compat: str = 'paper'
-    warm_up: bool = False  # its only refresh comes before the first step
+    warm_up: bool = False  # its only refresh comes while the rate is lowest
 
     statistics: ClassVar[tuple[Statistic, ...]] = (Statistic(INPUT, Moment()),)
     precomputed: ClassVar[bool] = True

@@ -361,5 +361,5 @@ def test_a_run_without_saved_curvature_goes_on_at_its_step(
     assert [step for step in range(13, 15) if again.curvature.due(step)] == [
         step for step in expected if step >= 13
     ]
-    optimizer.load_state_dict(NKFAC(net(), **settings).state_dict())
-    assert optimizer.curvature.schedule.state_dict() == {}  # a start of before is forgotten
+    resumed.load_state_dict(NKFAC(net(), **settings).state_dict())
+    assert resumed.curvature.schedule.state_dict() == {}  # a start of before is forgotten

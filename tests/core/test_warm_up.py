@@ -71,9 +71,16 @@ def test_a_rate_that_falls_has_reached_its_target() -> None:
     assert seen == pytest.approx([0.01, 0.02, 0.03, 0.04, 1.0, 1.0])
 
 
-def test_a_constant_warm_up_does_not_fall() -> None:
-    groups = [dict(lr=0.3 * (1 - 1e-12), initial_lr=1.0)]
-    assert share_reached(groups, 0.3) == 0.3
+@pytest.mark.parametrize('rate', [0.3, 0.3 * (1 - 1e-12), 0.28, 0.0])
+def test_small_dips_end_no_warm_up(rate: float) -> None:
+    """Such as those of a decay epoch by epoch, or a rate that is zero for a step."""
+    assert share_reached([dict(lr=rate, initial_lr=1.0)], 0.3) == 0.3
+    assert share_reached([dict(lr=0.26, initial_lr=1.0)], 0.3) == 1
+
+
+def test_a_group_without_a_rate_has_no_share() -> None:
+    groups = [dict(lr=0.0, initial_lr=0.0), dict(lr=0.2, initial_lr=1.0)]
+    assert share_reached(groups) == 0.2
 
 
 def test_the_target_of_one_cycle_is_its_largest_rate() -> None:

@@ -353,7 +353,7 @@ def test_arguments_of_precondition_in_the_wrong_order() -> None:
         (-2.0, ValueError, 'greater than 0'),
     ],
 )
-def test_a_loss_scale_that_is_none(scale: Any, kind: type[Exception], remedy: str) -> None:
+def test_invalid_loss_scales(scale: Any, kind: type[Exception], remedy: str) -> None:
     optimizer = NKFAC(nn.Linear(3, 3), lr=0.1)
     refused(kind, lambda: setattr(optimizer, 'loss_scale', scale), remedy)
     assert optimizer.loss_scale is None
@@ -363,7 +363,9 @@ def test_parameters_that_are_not_in_the_model_are_named() -> None:
     model, other = nn.Linear(3, 3), nn.Parameter(torch.zeros(2, 4))
     groups = [dict(params=list(model.parameters())), dict(params=[other])]
     report = NKFAC(groups, model=model, lr=0.1).report()
-    assert '1 x Parameter, not in the model (2 x 4 in group 1)' in report
+    assert (
+        '1 x parameters, 1 of the optimizer that are not in the model (2 x 4 in group 1)' in report
+    )
 
 
 def test_parametrised_weights_have_their_own_reason() -> None:

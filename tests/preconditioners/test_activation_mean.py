@@ -114,11 +114,8 @@ def test_calibration_that_cannot_be() -> None:
     optimizer = MAC(model, lr=0.1)
     refused(ValueError, lambda: optimizer.calibrate_first_layer([]), '0 rows')
     refused(ValueError, lambda: optimizer.calibrate_first_layer(photos(0) * float('inf')), 'finite')
-    refused(
-        ValueError,
-        lambda: optimizer.calibrate_first_layer([(photos(0), 1)]),
-        'given a tuple; give tensors',
-    )
+    pairs = [(photos(0), 1)]
+    refused(ValueError, lambda: optimizer.calibrate_first_layer(pairs), 'tuple; give tensors')
     weak = MAC(network().float(), lr=0.1, damping=1e-30)
     refused(ValueError, lambda: weak.calibrate_first_layer(torch.ones(1, 3, 6, 7)), 'raise damping')
     optimizer.calibrate_first_layer(photos(0))
@@ -231,9 +228,8 @@ def test_linear_first_layers_with_biases() -> None:
 
 
 def calibrate_half(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
-    )
+    store = f'file://{folder}/rendezvous'
+    dist.init_process_group('gloo', init_method=store, rank=rank, world_size=2)
     optimizer = MAC(network(), lr=0.1)
     optimizer.calibrate_first_layer(photos(rank, count=2 + rank))
     stack = optimizer.curvature.layers[optimizer.first_layer]
@@ -264,6 +260,9 @@ class Pictures(Dataset):
         )
 
 
+WRAPPER = dict(constructor='PrecondOptimWrapperConstructor', optimizer=dict(type='MAC', lr=0.01))
+
+
 def run(
     folder: Path,
     sampler: str,
@@ -289,10 +288,7 @@ def run(
             sampler=dict(type=sampler, shuffle=True),
         ),
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=steps),
-        optim_wrapper=dict(
-            constructor='PrecondOptimWrapperConstructor', optimizer=dict(type='MAC', lr=0.01)
-        )
-        | options,
+        optim_wrapper=WRAPPER | options,
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2)),
         randomness=dict(seed=0),
     )
@@ -327,8 +323,8 @@ def test_a_resumed_run_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_run_resumed_without_curvature_calibrates_again(tmp_path: Path) -> None:
     small = dict(type='MAC', lr=0.01, save_curvature=False)
-    run(tmp_path, 'InfiniteSampler', 1, steps=2, optimizer=small)
-    runner = run(tmp_path, 'InfiniteSampler', 1, steps=4, resume=True, optimizer=small)
+    for steps in (2, 4):
+        runner = run(tmp_path, 'InfiniteSampler', 1, steps, steps > 2, optimizer=small)
     assert runner.optim_wrapper.optimizer.calibrated and runner.optim_wrapper.optimizer.t == 4
 
 

@@ -89,4 +89,4 @@ def test_change_and_price_of_short_trainings(tmp_path: Path) -> None:
     pytest.importorskip('pytorch_optimizer')
     rows = draw(tmp_path, 'partial', '--intervals', '1,4', '--steps', '2')
     assert {row['line'] for row in rows} == {'SGDPH, round_robin', 'SGDPH, all', 'AdaHessian'}
-    assert all(float(row['time']) > 0.3 and float(row['memory']) >= 1 for row in rows)
+    assert all(float(row['time']) > 0 and float(row['memory']) >= 1 for row in rows)

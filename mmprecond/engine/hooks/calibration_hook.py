@@ -22,8 +22,8 @@ class CalibrationHook(Hook):  # type: ignore[misc]
     """Hook that calibrates the first layer of `MAC` or `SMAC` before the first step.
 
     The hook has a sampler of its own, so it does not change the order of the training data. A
-    resumed run has the result in its checkpoint and reads no batches, but for checkpoints without
-    curvature. A first layer that is frozen
+    resumed run has the result in its checkpoint and reads no batches, unless its checkpoint holds
+    no curvature. A first layer that is frozen
     or left out is not calibrated, and the log says so.
 
     Args:
