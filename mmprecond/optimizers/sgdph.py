@@ -159,8 +159,10 @@ class SGDPH(RuleOptimizer):
         rows = self._row_sums() if self.needs_graph else {}
         mean_over_ranks([*detach_gradients(self.param_groups), *rows.values()])
         for p, row in rows.items():
-            if 'hessian' in self.state[p]:
-                self.state[p]['hessian'].lerp_(row.abs(), 1 - self.hessian_decay)
+            hessian = self.state[p].get('hessian')
+            if hessian is not None:  # a NaN would never leave the average
+                known = torch.where(row.isfinite(), row.abs(), hessian)
+                hessian.lerp_(known, 1 - self.hessian_decay)
         self._measured = True
 
     def _prepare_hessians(self) -> None:

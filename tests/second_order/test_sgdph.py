@@ -114,6 +114,24 @@ def test_elsewhere_it_is_a_row_sum(name: str) -> None:
     assert (block.diag().abs() - block.sum(1).abs()).abs().max() > 1e-3  # and not the diagonal
 
 
+def test_a_second_derivative_that_is_not_finite_stays_out_of_the_average() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0, 4.0]))
+    optimizer = SGDPH([weight, nn.Parameter(torch.zeros(2))], lr=0.0, refresh='all', probes=1)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        (weight.abs() ** 1.5).sum().backward(create_graph=True)
+        optimizer.step()
+        return optimizer.state[weight]['hessian'].clone()
+
+    before = step()
+    with torch.no_grad():
+        weight[1] = 0.0  # the gradient is 0, the second derivative infinite
+    after = step()
+    assert after[1] == before[1] > 0
+    assert after[0] > before[0] and after[2] > before[2]
+
+
 def test_all_at_once_estimates_the_row_sums() -> None:
     model = conv_net()
     wanted = full_block(model, 'bn1.weight').sum(1).abs()
