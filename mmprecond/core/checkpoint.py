@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ logger = logging.getLogger('mmprecond')
 
 #: Key of the curvature in `state_dict()`.
 CURVATURE_KEY = 'precond'
+#: Key of the positions of parameters with rotated moments.
+ROTATED_KEY = 'rotated_positions'
 
 
 @dataclass
@@ -27,14 +29,16 @@ class Restored:
     Attributes:
         steps: Number of steps taken.
         start: First step of the schedule; that of the checkpoint if no operators were restored.
-        reached: Share of its target that the learning rate had reached.
+        share: Share of its target that the learning rate had reached.
+        restored: Layers whose state was restored.
         unfit: Layers whose saved state does not fit.
         lost: Layers whose moments are in a basis that was not restored.
     """
 
     steps: int
     start: int
-    reached: float
+    share: float
+    restored: list[Layer] = field(default_factory=list)
     unfit: list[Layer] = field(default_factory=list)
     lost: list[Layer] = field(default_factory=list)
 
@@ -43,7 +47,7 @@ def export(
     layers: Mapping[Layer, LayerStack],
     sharding: Sharding,
     steps: int,
-    reached: float,
+    share: float,
     complete: bool,
 ) -> dict[str, Any]:
     """Exports the steps and, if `complete`, each layer's method, statistics and operators.
@@ -52,7 +56,7 @@ def export(
         layers: The layers and their stacks.
         sharding: Distribution of the operators over ranks.
         steps: Number of steps taken.
-        reached: Share of its target that the learning rate has reached so far.
+        share: Share of its target that the learning rate has reached so far.
         complete: Whether to save statistics and operators.
     """
     stacks = list(dict.fromkeys(layers.values()))
@@ -68,7 +72,7 @@ def export(
     rotated = [layer.name for stack in stacks if stack.method.rotates for _, layer in stack.ready()]
     return {
         'steps': steps,
-        **({'reached': reached} if reached < 1 else {}),
+        **({'reached': share} if share < 1 else {}),
         'complete': complete,
         'rotated': rotated,
         'whole': not saved or sharding.is_whole(),
@@ -145,12 +149,45 @@ def restore(
             stack.load(states, sharding.holds(stack), sharding.is_whole())
     rotated = set(saved.get('rotated') or ())
     lost = [layer for layer in layers if layer.name in rotated and layer not in fitting]
-    if lost:
-        logger.warning('%d layers lost the basis of their moments, which start anew', len(lost))
     start = saved.get('start') if fitting or whole else steps
     resumed, start = (number if isinstance(number, int) else 0 for number in (steps, start))
-    reached = saved.get('reached', 1.0)
-    return Restored(resumed, start, reached if isinstance(reached, float) else 1.0, unfit, lost)
+    share = saved.get('reached', 1.0)
+    share = share if isinstance(share, float) else 1.0
+    return Restored(resumed, start, share, list(fitting), unfit, lost)
+
+
+def rotated_positions(
+    saved: Mapping[str, Any], layers: Iterable[Layer], params: Sequence[Tensor]
+) -> list[int]:
+    """Positions of the parameters whose moments are in a layer's basis.
+
+    Args:
+        saved: Result of `export`.
+        layers: The layers.
+        params: Parameters of the optimizer's groups, in their order.
+    """
+    names = set(saved['rotated'])
+    rotated = {p for layer in layers if layer.name in names for p in layer.parameters}
+    return [position for position, p in enumerate(params) if p in rotated]
+
+
+def lost_parameters(
+    saved: Mapping[str, Any] | None, restored: Restored, params: Sequence[Tensor]
+) -> set[Tensor]:
+    """Parameters whose saved moments are in a basis that was not restored.
+
+    They may belong to no layer now, or to one of another name: their positions tell.
+    """
+    lost: set[Tensor] = {p for layer in restored.lost for p in layer.parameters}
+    kept = {p for layer in restored.restored for p in layer.parameters}
+    positions = (saved or {}).get(ROTATED_KEY) or ()
+    lost.update(params[k] for k in positions if params[k] not in kept)
+    if lost:
+        logger.warning(
+            'the moments of %d parameters are in bases that were not restored; they start anew',
+            len(lost),
+        )
+    return lost
 
 
 def _match_states(

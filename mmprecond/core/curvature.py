@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..curvature import Capture, Layer, Statistic, unwrap
+from ..curvature import Capture, Layer, Statistic, unwrap_measured
 from ..distributed import rank, world_size
 from ..linalg import matmul_precision
 from ..preconditioners import Preconditioner
@@ -30,9 +30,10 @@ from .options import CurvatureOptions
 from .overview import overview
 from .refresh import finish_refresh, start_refresh
 from .samples import SampleCollector, by_hooks, to_host
-from .schedule import LEAST_REACHED, Schedule, share_reached
+from .schedule import Schedule
 from .sharding import Sharding
 from .stack import LayerStack
+from .warm_up import WarmUp
 
 logger = logging.getLogger('mmprecond')
 
@@ -55,7 +56,7 @@ class Curvature:
         dampings: Dampings of the layers, which the parameter groups may change.
         schedule: Steps at which layers are measured and refreshed.
         capture: Hooks, with the sums that they measured since the last step.
-        reached: Share of its target that the learning rate has reached so far.
+        warm_up: Progress of the learning rate's warm-up.
         monitor: Monitor that reports refreshes, or None (see `watch_refreshes`).
 
     Raises:
@@ -74,9 +75,9 @@ class Curvature:
         self.options = options
         self.sharding = Sharding(options.sharding, options.save_curvature)
         self.monitor: Monitor | None = None
-        self.reached = LEAST_REACHED
+        self.warm_up = WarmUp()
         self._failures = FailurePolicy()
-        own_model = unwrap(model)
+        own_model = unwrap_measured(model)
         self.model_name = type(own_model).__name__
         self.coverage = assign_methods(own_model, groups, method, owner, options)
         methods, self.left_out = self.coverage.methods, self.coverage.left_out
@@ -87,9 +88,8 @@ class Curvature:
             self._add_layer(layer, chosen)
         self.dampings = Dampings(groups, methods)
         self.schedule = Schedule(methods, options.stagger, options.start_step)
-        device = next(iter(methods)).weight.device
         self._intervals = IntervalControl(
-            options.intervals, options.overhead, options.start_step, methods.values(), device
+            options.intervals, options.overhead, options.start_step, methods
         )
         if options.check_memory:
             check_memory_budget(self.layers, self.sharding, owner)
@@ -204,8 +204,7 @@ class Curvature:
         if matrices:
             with matmul_precision(self.options.matmul_precision):
                 self._samples.take_matrices(matrices, self.layers, step, gradients())
-        if self.reached < 1:
-            self.reached = share_reached(groups, self.reached)
+        self.warm_up.update(groups)
         if self._intervals.searching:
             self._intervals.note(
                 bool(measured or matrices),
@@ -273,8 +272,9 @@ class Curvature:
         self, due: Sequence[tuple[LayerStack, list[int]]], dampings: Mapping[Layer, float]
     ) -> list[list[bool]]:
         """Refreshes this rank's stacks, with one wait for the device; returns the successes."""
+        reached = self.warm_up.reached
         started = [
-            start_refresh(stack, positions, self.reached, dampings)
+            start_refresh(stack, positions, reached, dampings)
             if self.sharding.mine(stack)
             else None
             for stack, positions in due
@@ -284,7 +284,7 @@ class Curvature:
             [False] * len(positions)
             if outcome is None
             else finish_refresh(
-                stack, positions, [bool(next(flags)) for _ in positions], self.reached, dampings
+                stack, positions, [bool(next(flags)) for _ in positions], reached, dampings
             )
             for (stack, positions), outcome in zip(due, started, strict=True)
         ]
@@ -304,7 +304,7 @@ class Curvature:
         with matmul_precision(self.options.matmul_precision):
             held = [stack for stack in self.stacks if self.sharding.holds(stack)]
             batches = transform_all(held, directions)
-        recover_norms(batches, self.reached)
+        recover_norms(batches, self.warm_up.reached)
         for batch in batches:
             batch.write(directions)
         self.sharding.exchange_directions(self.stacks, directions)
@@ -343,7 +343,7 @@ class Curvature:
     def state_dict(self, steps: int) -> dict[str, Any]:
         """State after a number of steps: tensors, numbers and strings by parameter name."""
         complete = self.options.save_curvature
-        state = checkpoint.export(self.layers, self.sharding, steps, self.reached, complete)
+        state = checkpoint.export(self.layers, self.sharding, steps, self.warm_up.share, complete)
         state |= self.schedule.state_dict() | self._intervals.state_dict()
         return state | self.dampings.state_dict()
 
@@ -357,7 +357,7 @@ class Curvature:
         if self.options.fallback == 'gradient':
             self._take_gradients(checkpoint.of_gradients(self.layers, saved))
         restored = checkpoint.restore(self.layers, self.sharding, saved)
-        self.reached = restored.reached
+        self.warm_up.share = restored.share
         self.schedule.restart(restored.start)
         self.dampings.load_state_dict(saved)
         if self._intervals.load_state_dict(saved):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from ..curvature import Layer
 from ..preconditioners import Preconditioner
 from .overhead import OverheadSearch, with_intervals
 
@@ -41,7 +40,6 @@ class IntervalControl:
         share: Share of the time for a search (see `OverheadSearch`), or None.
         start: First step that may capture.
         methods: Preconditioner of each layer.
-        device: Device of the model.
     """
 
     def __init__(
@@ -49,11 +47,10 @@ class IntervalControl:
         plan: Sequence[PlannedIntervals],
         share: float | None,
         start: int,
-        methods: Iterable[Preconditioner],
-        device: torch.device,
+        methods: Mapping[Layer, Preconditioner],
     ) -> None:
         self._plan = list(plan)
-        self._search = None if share is None else OverheadSearch(share, device, methods)
+        self._search = None if share is None else OverheadSearch(share, methods)
         self._start = start
         self._kind = False, False  # whether the step captured and refreshed
         self._intervals: tuple[int, int] | None = None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
 
+from ..curvature import Layer
 from ..distributed import share_objects, world_size
 from ..preconditioners import Preconditioner
 
@@ -60,8 +61,7 @@ class OverheadSearch:
 
     Args:
         share: Largest share of a plain iteration that captures and refreshes may add per iteration.
-        device: Device of the model.
-        methods: The methods. An interval that the user gave to all of them is not chosen.
+        methods: Preconditioner of each layer. An interval that the user gave to all is not chosen.
 
     Raises:
         ValueError: If both intervals are given.
@@ -70,24 +70,25 @@ class OverheadSearch:
         found: Intervals of captures and refreshes, or None during the search.
     """
 
-    def __init__(
-        self, share: float, device: torch.device, methods: Iterable[Preconditioner]
-    ) -> None:
-        methods = list(methods)
+    def __init__(self, share: float, methods: Mapping[Layer, Preconditioner]) -> None:
         self.share = share
-        self._given = _common_intervals(methods)
+        self._given = _common_intervals(methods.values())
         self.found: tuple[int, int] | None = None
-        if all({'stat_interval', 'refresh_interval'} <= method.given for method in methods):
+        both = {'stat_interval', 'refresh_interval'}
+        if all(both <= method.given for method in methods.values()):
             raise ValueError(
                 f'overhead={share:g} chooses intervals, but stat_interval and refresh_interval '
                 'are given; leave one of them out'
             )
-        self._device = device
+        self._weight = next(iter(methods)).weight
+        self._device = self._weight.device
         self._steps: list[_Step] = []
         self._begin: Any = None
 
     def begin(self) -> None:
         """Starts an optimizer's step, after the backward pass."""
+        if not self._steps:
+            self._device = self._weight.device  # the model may have been moved
         self._begin = self._mark() if self.found is None else None
 
     def end(self, captured: bool, refreshed: bool) -> tuple[int, int] | None:
@@ -273,7 +274,7 @@ def with_intervals(method: Preconditioner, intervals: tuple[int, int]) -> Precon
     return replace(method, stat_interval=capture, refresh_interval=refresh)
 
 
-def _common_intervals(methods: Sequence[Preconditioner]) -> tuple[int | None, int | None]:
+def _common_intervals(methods: Collection[Preconditioner]) -> tuple[int | None, int | None]:
     """Intervals that the user gave to all methods, or None."""
     common = [
         values.pop() if len(values) == 1 else None

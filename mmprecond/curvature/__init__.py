@@ -38,7 +38,7 @@ from .registry import (
     register_layer,
     unread_attention,
 )
-from .selection import AttentionReading, LeftOut, find_layers, unwrap
+from .selection import AttentionReading, LeftOut, find_layers, unwrap, unwrap_measured
 from .separable import Separable
 from .staging import Staged
 from .statistic import (
@@ -114,4 +114,5 @@ __all__ = [
     'softmax_gram',
     'unread_attention',
     'unwrap',
+    'unwrap_measured',
 ]

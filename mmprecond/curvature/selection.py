@@ -68,6 +68,27 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
+def unwrap_measured(model: nn.Module) -> nn.Module:
+    """`unwrap` for a model whose layers are to be measured.
+
+    Raises:
+        ValueError: If the model is sharded, is copied to several devices within one process, or is
+            on an Apple GPU, which lacks float64 and most of the solvers.
+    """
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(
+            f'DataParallel copies the model to {len(model.device_ids)} devices, where its layers '
+            'cannot be measured; use DistributedDataParallel, or device_ids with one device'
+        )
+    inner = unwrap(model)
+    if any(p.device.type == 'mps' for p in inner.parameters()):
+        raise ValueError(
+            'the model is on an Apple GPU (mps), which lacks float64 and solvers that '
+            'preconditioners need; move it to the CPU or to a CUDA device'
+        )
+    return inner
+
+
 def find_layers(
     model: nn.Module,
     groups: Iterable[dict[str, Any]],

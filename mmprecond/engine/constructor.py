@@ -187,7 +187,8 @@ def _write_table(optimizer: torch.optim.Optimizer) -> None:
     log = getattr(MMLogger.get_current_instance(), 'log_file', None)
     if isinstance(optimizer, PreconditionedOptimizer) and log and rank() == 0:
         file = Path(log).with_name('layers.txt')
-        file.write_text(optimizer.table() + '\n')
+        with file.open('a') as written:  # of several optimizers of a run
+            written.write(optimizer.table() + '\n')
         print_log(f'every module: {file}', logger='current')
 
 

@@ -15,6 +15,7 @@ from ..optimizers.replacement import REPLACEMENTS
 from . import launch
 from .constructor import DEFAULT
 from .presets import choose_optimizer
+from .resolution import class_name
 from .synthetic import random_model
 
 #: Texts of MMEngine's warnings about frozen parameters and about its registries.
@@ -102,7 +103,7 @@ def build(args: argparse.Namespace) -> ForecastInputs:
 def _usual(cfg: Any, optimizer: str | None) -> str | None:
     """Methods that are attached by default, for a config whose optimizer can be a rule."""
     wrapper = cfg.get('optim_wrapper') or {}
-    kind = (wrapper.get('optimizer') or {}).get('type')
+    kind = class_name((wrapper.get('optimizer') or {}).get('type'))
     usual = kind in REPLACEMENTS and not optimizer and 'precondition' not in wrapper
     return DEFAULT if usual else None
 
@@ -116,7 +117,7 @@ def image_size(dataset: Any) -> tuple[int, int] | None:
         return None
     found = None
     for transform in dataset.get('pipeline') or ():
-        kind = str(transform.get('type')).split('.')[-1] if isinstance(transform, dict) else ''
+        kind = class_name(transform.get('type')) if isinstance(transform, dict) else ''
         for key in SIZES.get(kind, ()):
             given = transform.get(key)
             pair = (

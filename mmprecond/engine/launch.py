@@ -19,6 +19,7 @@ from mmengine.config import Config, DictAction
 
 from ..checks import did_you_mean, first_line
 from .preflight import check_options
+from .resolution import class_name
 from .toolboxes import find_config, installed
 
 #: Settings of MMEngine's `AmpOptimWrapper` alone.
@@ -200,8 +201,9 @@ def check_training_data(cfg: Config) -> None:
 def in_full_precision(wrapper: dict[str, Any]) -> dict[str, Any]:
     """Settings of a wrapper without those of mixed precision, which needs a GPU."""
     kept = {key: value for key, value in wrapper.items() if key not in MIXED_PRECISION}
-    if isinstance(wrapper.get('type'), str):
-        kept['type'] = wrapper['type'].replace('AmpOptim', 'Optim')
+    kind = wrapper.get('type')
+    if 'AmpOptim' in (name := kind if isinstance(kind, str) else class_name(kind)):
+        kept['type'] = name.replace('AmpOptim', 'Optim')
     return kept
 
 

@@ -136,11 +136,10 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
             if loader == 'train' and type(built).__module__.split('.')[0] in KNOW_CLASSES:
                 check_classes(cfg, built.metainfo.get('classes'))
         if cfg.get(key):
-            evaluators = [(k, path) for k, path in _entries(cfg.get(f'{loader}_evaluator'))]
             missing += [
                 f'{path} ({loader}_evaluator.ann_file)'
-                for name, path in evaluators
-                if name == 'ann_file' and isinstance(path, str) and _is_missing(path)
+                for path in _annotations(cfg.get(f'{loader}_evaluator'))
+                if _is_missing(path)
             ]
     if missing:
         found = ', '.join(dict.fromkeys(missing))
@@ -221,8 +220,7 @@ def _datasets(dataset: Any) -> Iterator[dict[str, Any]]:
 def _build_lazily(dataset: dict[str, Any]) -> BaseDataset | None:
     """A dataset with its paths, which has read nothing; None where that is not possible."""
     kind = resolve(DATASETS, dataset['type'])
-    backend = (dataset.get('backend_args') or {}).get('backend', 'local')
-    if not isinstance(kind, type) or not issubclass(kind, BaseDataset) or backend != 'local':
+    if not isinstance(kind, type) or not issubclass(kind, BaseDataset) or not _is_local(dataset):
         return None
     left_out = ('type', '_scope_', *LAZY)
     settings = {key: value for key, value in dataset.items() if key not in left_out}
@@ -231,6 +229,19 @@ def _build_lazily(dataset: dict[str, Any]) -> BaseDataset | None:
     except (TypeError, AssertionError):  # it does not know `lazy_init`, or looks for its files
         known = {key: settings[key] for key in PATHS if key in settings}
         return BaseDataset(**known, **LAZY)
+
+
+def _is_local(part: dict[str, Any]) -> bool:
+    """True unless a dataset or an evaluator reads from a remote storage."""
+    return bool((part.get('backend_args') or {}).get('backend', 'local') == 'local')
+
+
+def _annotations(evaluator: Any) -> Iterator[str]:
+    """Local files of annotations that an evaluator, or each in a list, will read."""
+    for part in evaluator if isinstance(evaluator, list | tuple) else [evaluator]:
+        if isinstance(part, dict) and _is_local(part):
+            files = (path for key, path in _entries(part) if key == 'ann_file')
+            yield from (path for path in files if isinstance(path, str))
 
 
 def _paths(dataset: BaseDataset) -> list[str]:

@@ -20,7 +20,7 @@ from ..optimizers.peers import PACKAGE, find_peer, is_peer
 from ..rules import RULES
 from .constructor import PrecondOptimWrapperConstructor
 from .registration import optimizer_types
-from .resolution import resolve
+from .resolution import class_name, resolve
 
 #: Settings of a first-order optimizer that another one takes over.
 CARRIED = ('lr', 'momentum', 'weight_decay', 'betas', 'eps')
@@ -83,7 +83,7 @@ def use_optimizer(cfg: Config, name: str, attached: bool = False) -> None:
     if name in BASELINES and _is_ours(wrapper.get('constructor')):
         wrapper['precondition'] = None  # a baseline stays one
     old = dict(wrapper['optimizer'])
-    if name in BASELINES and old['type'] == name:
+    if name in BASELINES and old['type'] in (name, BASELINES[name][0]):
         return
     rule = old.get('rule')
     if isinstance(rule, dict):  # of `Preconditioned`
@@ -121,8 +121,7 @@ def _fit_hooks(cfg: Config, kind: type) -> None:
 
 def _hook_name(hook: Any) -> str:
     """Name of the class of a hook in a config; '' for what is no dict."""
-    kind = hook.get('type') if isinstance(hook, dict) else ''
-    return getattr(kind, '__name__', str(kind)).split('.')[-1]
+    return class_name(hook.get('type')) if isinstance(hook, dict) else ''
 
 
 def _carried(old: dict[str, Any], kind: type) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def _carried(old: dict[str, Any], kind: type) -> dict[str, Any]:
 
 def _warn_of_another_scale(name: str, kind: type, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Warns if the rate or the weight decay means another thing for the new optimizer."""
-    before = str(old['type'])
+    before = class_name(old['type'])
     was_adaptive = _had_adam_scale(old['type'])
     if was_adaptive not in (None, has_adam_scale(kind)):
         _warn(
@@ -214,11 +213,12 @@ def _wrapper_of(cfg: Config, purpose: str) -> Any:
 def _use_constructor(wrapper: dict[str, Any]) -> None:
     """Names our constructor, with a toolbox's own as its base."""
     base = wrapper.pop('constructor', None)
-    if base not in (None, 'DefaultOptimWrapperConstructor') and not _is_ours(base):
+    usual = base is None or class_name(base) == 'DefaultOptimWrapperConstructor'
+    if not (usual or _is_ours(base)):
         wrapper['base_constructor'] = base
     wrapper['constructor'] = PrecondOptimWrapperConstructor.__name__
 
 
 def _is_ours(constructor: Any) -> bool:
     """True if a config's constructor is this package's, by its name or by a dotted path to it."""
-    return str(constructor).split('.')[-1] == PrecondOptimWrapperConstructor.__name__
+    return class_name(constructor) == PrecondOptimWrapperConstructor.__name__

@@ -9,6 +9,11 @@ from mmengine.registry import Registry
 from ..checks import did_you_mean
 
 
+def class_name(kind: Any) -> str:
+    """Name of the class that a config gives as `type`: the class, its name or a dotted path."""
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
+
+
 def resolve(registry: Registry, kind: Any) -> Any:
     """Class that a config's `type` names, in the run's scope or by its dotted path.
 

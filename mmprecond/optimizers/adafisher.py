@@ -97,7 +97,7 @@ class AdaFisher(PreconditionedOptimizer):
         super()._restore_updates(updates)
         for group in self.param_groups:
             damping = group.get('damping') or self.method.damping
-            damping = self.method.warmed(damping, self.curvature.reached)
+            damping = self.method.warmed(damping, self.curvature.warm_up.reached)
             for p in group['params']:
                 if p in updates and p not in self._layer_params and 'fisher_input' in self.state[p]:
                     state = self.state[p]

@@ -304,9 +304,16 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
 
         Under sharding='apply' only the first rank's state is complete and can be loaded.
         """
-        state = super().state_dict()
-        state[checkpoint.CURVATURE_KEY] = self.curvature.state_dict(self.t)
+        state, curvature = super().state_dict(), self.curvature
+        saved = state[checkpoint.CURVATURE_KEY] = curvature.state_dict(self.t)
+        positions = checkpoint.rotated_positions(saved, curvature.layers, self._params)
+        saved.update({checkpoint.ROTATED_KEY: positions} if positions else {})
         return state
+
+    @property
+    def _params(self) -> list[Tensor]:
+        """Parameters in the order of their numbers in `state_dict`."""
+        return [p for group in self.param_groups for p in group['params']]
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError for a state that `load_state_dict` refuses."""
@@ -324,11 +331,11 @@ class PreconditionedOptimizer(LossInput, RuleOptimizer):
                 group.pop(key, None)
                 group.update({key: before[key]} if key in before else {})
         self.curvature.dampings.restore(self.param_groups, own)
-        restored = self.curvature.load_state_dict(state_dict.get(checkpoint.CURVATURE_KEY))
+        saved = state_dict.get(checkpoint.CURVATURE_KEY)
+        restored = self.curvature.load_state_dict(saved)
         self.t = restored.steps
-        for layer in restored.lost:
-            for p in layer.parameters:
-                self.state.pop(p, None)
+        for p in checkpoint.lost_parameters(saved, restored, self._params):
+            self.state.pop(p, None)
         self._prepare_next_step()
 
     def _description(self) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import checkpoint
 from ..rules import RULES
 from .preconditioned import Preconditioned
 
@@ -109,9 +108,11 @@ def precondition(
     if optimizer.state:
         state = built.state_dict()
         state['state'] = copy.deepcopy(optimizer.state_dict()['state'])
-        # A rate below the first one has decayed: it is not warming up.
-        state[checkpoint.CURVATURE_KEY]['reached'] = 1.0
         built.load_state_dict(state)
+    if optimizer.state or any('initial_lr' in group for group in optimizer.param_groups):
+        built.curvature.warm_up.share = (
+            1.0  # a rate below its first one has decayed: it is no warm-up
+        )
     return built
 
 

@@ -86,7 +86,8 @@ class GradientSurgery:
         self.aggregator = build_aggregator(method)
         self.interval = interval
         self.diagnostics: dict[str, float] = {}
-        self._params = [p for p in params if p.requires_grad]
+        self._all = list(params)
+        self._params = [p for p in self._all if p.requires_grad]
         devices = {str(p.device) for p in self._params}
         if len(devices) > 1:
             raise ValueError(
@@ -234,15 +235,28 @@ class GradientSurgery:
             'steps': self._steps,
             'names': list(self._names),
             'shared': [places[p] for p in self._shared],
+            'sizes': self._sizes(),
             'remainder': self._remainder,
             'aggregator': self.aggregator.state_dict(),
         }
 
+    def _sizes(self) -> list[int]:
+        """Numbers of entries of all parameters, 0 for those that are not trained."""
+        trained = set(self._params)
+        return [p.numel() if p in trained else 0 for p in self._all]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; that of another method is left out, with a warning."""
+        """Loads what `state_dict` returned.
+
+        That of another method, or of parameters that are not trained now, is left out, with a
+        warning.
+        """
         kind = type(self.aggregator).__name__
         if state['type'] != kind:
             logger.warning('the saved surgery is %s; %s starts anew', state['type'], kind)
+            return
+        if state.get('sizes') != self._sizes():
+            logger.warning('the saved surgery trains other parameters; %s starts anew', kind)
             return
         self._steps, self._names = state['steps'], tuple(state['names'])
         self._shared = [self._params[k] for k in state['shared']]

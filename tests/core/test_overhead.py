@@ -7,6 +7,7 @@ import logging
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -321,3 +322,27 @@ def test_all_ranks_take_the_choice_of_the_first(tmp_path: Path) -> None:
     mp.spawn(worker, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
     first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
     assert first == second == {'share': 0.05, 'intervals': [5, 25]}
+
+
+def test_times_are_those_of_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer may be built before the model is moved to a GPU."""
+    marks = []
+
+    class Event:
+        def __init__(self, **settings: Any) -> None:
+            marks.append(self)
+
+        def record(self, stream: Any) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: None)
+
+    class Layer:
+        weight = SimpleNamespace(device=torch.device('cpu'))
+
+    layer: Any = Layer()
+    search = overhead.OverheadSearch(0.1, {layer: NewtonKronecker()})
+    layer.weight.device = torch.device('cuda')
+    search.begin()
+    search.end(captured=False, refreshed=False)
+    assert len(marks) == 2

@@ -77,11 +77,13 @@ def test_the_whole_table_is_beside_the_log(tmp_path: Path) -> None:
         MMLogger.get_instance('overview', log_file=str(tmp_path / 'run.log'))
         optimizer = dict(type='NKFAC', lr=0.1)
         cfg = dict(constructor='PrecondOptimWrapperConstructor', optimizer=optimizer)
-        wrapper = build_optim_wrapper(Net(), cfg)
+        wrapper = build_optim_wrapper(Net(), copy.deepcopy(cfg))
+        second = build_optim_wrapper(Net(), cfg)
     finally:
         MMLogger._instance_dict.clear()
         MMLogger._instance_dict.update(known)
-    assert (tmp_path / 'layers.txt').read_text() == wrapper.optimizer.table() + '\n'
+    tables = [built.optimizer.table() + '\n' for built in (wrapper, second)]
+    assert (tmp_path / 'layers.txt').read_text() == ''.join(tables)
     log = (tmp_path / 'run.log').read_text()
     assert 'every module: ' in log and '2 BatchNorm2d' in log and 'embed  ' not in log
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmprecond.core.directions import recover_norms
-from mmprecond.core.schedule import share_reached
+from mmprecond.core.warm_up import WarmUp, share_reached
 from mmprecond.optimizers import (
     FSGD,
     MAC,
@@ -51,7 +51,7 @@ def train(optimizer_of: Any, rates: list[float], **groups: Any) -> list[torch.Te
 def test_the_share_of_the_rate() -> None:
     assert share_reached([dict(lr=0.1)]) == 1
     assert share_reached([dict(lr=0.01, initial_lr=0.1), dict(lr=0.05, initial_lr=0.1)]) == 0.5
-    assert share_reached([dict(lr=0.0, initial_lr=0.1)]) == 0.01
+    assert share_reached([dict(lr=0.0, initial_lr=0.1)]) == 0
     assert share_reached([dict(lr=0.3, initial_lr=0.1)]) == 1  # a cycle that rises above it
     assert share_reached([dict(lr=0.0, initial_lr=0.0)]) == 1
 
@@ -67,8 +67,18 @@ def test_a_rate_that_falls_has_reached_its_target() -> None:
     for seed in range(6):
         step(model, optimizer, seed)
         scheduler.step()
-        seen.append(optimizer.curvature.reached)
+        seen.append(optimizer.curvature.warm_up.reached)
     assert seen == pytest.approx([0.01, 0.02, 0.03, 0.04, 1.0, 1.0])
+
+
+def test_a_target_far_above_the_rates_is_no_warm_up_for_good() -> None:
+    """Noam's schedule of a transformer rises to 0.0007 of a rate of 1."""
+    warm_up = WarmUp()
+    for k in range(1, 5000):
+        rate = 512**-0.5 * min(k**-0.5, k * 4000**-1.5)
+        warm_up.update([dict(lr=rate, initial_lr=1.0)])
+        assert warm_up.reached == 0.01 or k > 4000
+    assert warm_up.reached == 1
 
 
 @pytest.mark.parametrize('rate', [0.3, 0.3 * (1 - 1e-12), 0.28, 0.0])
@@ -88,7 +98,7 @@ def test_the_target_of_one_cycle_is_its_largest_rate() -> None:
     optimizer = NKFAC(model, **SETTINGS)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=50)
     step(model, optimizer, 0)
-    assert optimizer.curvature.reached == pytest.approx(1 / 25)
+    assert optimizer.curvature.warm_up.reached == pytest.approx(1 / 25)
 
 
 def test_a_calibrated_layer_has_its_damping_in_a_warm_up() -> None:
@@ -223,4 +233,4 @@ def test_checkpoints_from_before_have_reached_the_rate() -> None:
     state = optimizer.state_dict()
     assert 'reached' not in state['precond']
     optimizer.load_state_dict(state)
-    assert optimizer.curvature.reached == 1.0
+    assert optimizer.curvature.warm_up.reached == 1.0

@@ -13,7 +13,7 @@ from mmengine.registry import HOOKS, OPTIMIZERS
 
 import mmprecond
 from mmprecond.engine import PrecondOptimWrapperConstructor, launch, preflight
-from mmprecond.engine.preflight import check_config
+from mmprecond.engine.preflight import check_config, check_data
 from mmprecond.engine.resolution import resolve
 from tests.support.classifier import Classifier
 from tests.support.paths import ROOT
@@ -241,3 +241,13 @@ def test_an_optimizer_of_old_configs_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert said == [
         'the config has optimizer, which MMEngine ignores; it reads optim_wrapper.optimizer'
     ]
+
+
+def test_annotations_in_a_remote_storage_are_not_looked_up() -> None:
+    remote = dict(backend='petrel', path_mapping={'./data/': 's3://bucket/data/'})
+    evaluator = dict(type='CocoMetric', ann_file='/no/val.json', backend_args=remote)
+    cfg = Config(dict(val_dataloader=dict(batch_size=1), val_evaluator=evaluator))
+    check_data(cfg, ['val'])
+    del cfg.val_evaluator['backend_args']
+    with pytest.raises(FileNotFoundError, match='/no/val.json'):
+        check_data(cfg, ['val'])

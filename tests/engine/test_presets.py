@@ -7,13 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
 from mmengine.optim.scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 from mmengine.registry import OPTIMIZERS
 
 import mmprecond.optimizers
-from mmprecond.engine import CurvatureHook, constructor, use_optimizer
+from mmprecond.engine import (
+    CurvatureHook,
+    PrecondOptimWrapperConstructor,
+    constructor,
+    use_optimizer,
+)
+from mmprecond.engine.launch import in_full_precision
 from mmprecond.engine.presets import choose_optimizer
 from mmprecond.optimizers import AdaAFOpt, Preconditioned
 from tests.support.classifier import HalfRateConstructor, batch
@@ -317,3 +324,25 @@ def test_a_rate_of_another_size_is_told(
     monkeypatch.setattr('mmprecond.engine.presets.print_log', lambda text, **_: said.append(text))
     use_optimizer(Config(dict(optim_wrapper=dict(optimizer=old))), name)
     assert any('a rule of another kind' in text for text in said) == warned
+
+
+def test_classes_in_place_of_names() -> None:
+    """As in configs that are Python modules."""
+
+    def with_classes() -> Config:
+        optimizer = dict(type=torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+        kinds = dict(type=OptimWrapper, constructor=PrecondOptimWrapperConstructor)
+        return Config(dict(optim_wrapper=dict(**kinds, optimizer=optimizer)))
+
+    baseline = with_classes()
+    choose_optimizer(baseline, 'SGD', None)
+    wrapper = build_optim_wrapper(model(), baseline.optim_wrapper)
+    assert type(wrapper.optimizer) is torch.optim.SGD
+    assert wrapper.optimizer.defaults['nesterov']
+    attached = with_classes()
+    choose_optimizer(attached, None, 'NKFAC')
+    assert 'base_constructor' not in attached.optim_wrapper
+    wrapper = build_optim_wrapper(model(), attached.optim_wrapper)
+    assert type(wrapper.optimizer) is Preconditioned
+    full = in_full_precision(dict(type=AmpOptimWrapper, loss_scale=1.0))
+    assert full['type'] == 'OptimWrapper'

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from mmprecond.optimizers import (
     ARO,
@@ -319,6 +320,16 @@ def test_wrapped_by_fsdp_is_refused() -> None:
         'FSDP',
         'DistributedDataParallel',
     )
+
+
+def test_devices_that_cannot_measure_are_refused() -> None:
+    model: Any = nn.DataParallel(net())
+    model.device_ids = [0, 1]
+    refused(ValueError, lambda: NKFAC(model, lr=0.1), '2 devices', 'DistributedDataParallel')
+    model = nn.Linear(3, 2)
+    with FakeTensorMode():
+        model.weight = nn.Parameter(torch.zeros(2, 3, device='mps'))
+    refused(ValueError, lambda: NKFAC(model, lr=0.1), 'Apple GPU', 'CPU')
 
 
 def test_valid_arguments_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:

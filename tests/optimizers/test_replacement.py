@@ -157,12 +157,14 @@ def test_what_no_rule_does_is_refused() -> None:
         mmprecond.precondition(model, kind(model.parameters()))
 
 
-def test_a_decayed_rate_is_no_warm_up() -> None:
+@pytest.mark.parametrize('momentum', [0.9, 0.0])
+def test_a_decayed_rate_is_no_warm_up(momentum: float) -> None:
+    """Also without momentum, where the optimizer has no state."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    plain = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    plain = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
     schedule = torch.optim.lr_scheduler.MultiStepLR(plain, [1, 2], 0.1)
     for _ in range(2):
         plain.zero_grad()
         model(torch.randn(8, 6)).square().mean().backward()
         plain.step(), schedule.step()
-    assert mmprecond.precondition(model, plain, 'NKFAC').curvature.reached == 1.0
+    assert mmprecond.precondition(model, plain, 'NKFAC').curvature.warm_up.reached == 1.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmprecond.core import RefreshError
 from mmprecond.curvature import INPUT, Factor, Side
-from mmprecond.optimizers import AdamR, AdamWBK, PreconditionedOptimizer
+from mmprecond.optimizers import SOAP, AdamR, AdamWBK, PreconditionedOptimizer
 from mmprecond.preconditioners import EigenRotation
 from tests.reference.factors import plain_copy
 from tests.support.errors import warnings_of
@@ -199,6 +199,26 @@ def test_moments_in_a_basis_that_was_not_saved_are_of_no_use() -> None:
     fresh = copy.deepcopy(model)
     anew = stepped(fresh, AdamR(fresh, **settings, **LATE), 6)['first.weight']
     torch.testing.assert_close(moved, anew, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('kind', [AdamR, SOAP])
+def test_rotated_moments_of_a_weight_that_is_in_no_layer_now_start_anew(
+    kind: type[PreconditionedOptimizer], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = dict(lr=0.01, stat_interval=1, refresh_interval=2)
+    model = Tokens()
+    groups = [
+        dict(params=[model.first.weight, model.first.bias], precondition=False),
+        dict(params=[p for n, p in model.named_parameters() if not n.startswith('first')]),
+    ]
+    optimizer = kind(groups, model=model, **settings)
+    before = kind([dict(params=g['params']) for g in groups], model=model, **settings)
+    late(model, before, range(6))
+    with caplog.at_level(logging.WARNING, 'mmprecond'):
+        optimizer.load_state_dict(saved(before.state_dict()))
+    assert 'the moments of 2 parameters' in caplog.text
+    assert model.first.weight not in optimizer.state
+    assert 'exp_avg' in optimizer.state[model.third.weight]
 
 
 # ------------------------------------------------------------------- failures

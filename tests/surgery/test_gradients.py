@@ -211,6 +211,30 @@ def test_another_surgery_starts_anew(caplog: pytest.LogCaptureFixture) -> None:
     other.resolve()
 
 
+def test_a_surgery_of_other_trained_parameters_starts_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run may be resumed with other frozen layers."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+
+    def losses() -> dict[str, Tensor]:
+        first, second = (p.sum() for p in params[1:])
+        return dict(a=first + second, b=first * second)
+
+    saved = GradientSurgery(params, 'GCond')
+    saved.backward(losses())
+    saved.resolve()
+    same = GradientSurgery(params, 'GCond')
+    same.load_state_dict(saved.state_dict())
+    assert same.state_dict()['shared'] == saved.state_dict()['shared'] == [1, 2]
+    params[0].requires_grad_(False)
+    other = GradientSurgery(params, 'GCond')
+    with caplog.at_level('WARNING', 'mmprecond'):
+        other.load_state_dict(saved.state_dict())
+    assert 'trains other parameters' in caplog.text
+    assert other.state_dict()['shared'] == []
+
+
 def test_compiled_and_reentrant_graphs_are_refused() -> None:
     model, batch = build()
     compiled = torch.compile(model, backend='aot_eager')
