@@ -184,8 +184,7 @@ def lost_parameters(
     lost.update(params[k] for k in positions if params[k] not in kept)
     if lost:
         logger.warning(
-            'the moments of %d parameters are in bases that were not restored; they start anew',
-            len(lost),
+            'moments in bases that were not restored start anew (of parameters: %d)', len(lost)
         )
     return lost
 

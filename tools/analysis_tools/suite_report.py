@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -149,9 +149,10 @@ def report(results: Results) -> str:
 def overview(done: Sequence[Results]) -> str:
     """Tables of all tasks, a column each: scores in equal seconds, prices, losses.
 
-    Optimizers of this package are in bold.
+    Scores in equal iterations follow, of the tasks that have them. Optimizers of this package are
+    in bold.
     """
-    tables = {
+    tables: dict[str, Callable[[Results, str], str]] = {
         'Score in equal seconds': lambda results, name: results.score(results.fitted[name]),
         'Price of an iteration, and time to the best first-order score': (
             lambda results, name: f'{results.price(name):.2f}, {results.time(name)}'
@@ -162,27 +163,30 @@ def overview(done: Sequence[Results]) -> str:
             )
         ),
     }
-    if any(results.whole for results in done):
-        tables['Score in equal iterations'] = lambda results, name: results.score(
-            results.whole.get(name, [])
+    parts = [_table(title, done, cell) for title, cell in tables.items()]
+    if whole := [results for results in done if results.whole]:
+        parts.append(
+            _table(
+                'Score in equal iterations',
+                whole,
+                lambda results, name: results.score(results.whole[name]),
+            )
         )
+    return '\n'.join(parts)
+
+
+def _table(title: str, done: Sequence[Results], cell: Callable[[Results, str], str]) -> str:
+    """A heading, and a table with a row for each optimizer and a column for each task."""
     names = dict.fromkeys(name for results in done for name in results.ranking)
     heads = ('optimizer', *(results.task.model.title for results in done))
-    return '\n'.join(
-        f'## {title}\n\n'
-        + markdown(
-            heads,
-            [
-                (
-                    label(name) if name in EXTERNAL else f'**{label(name)}**',
-                    *(cell(results, name) if name in results.fitted else '' for results in done),
-                )
-                for name in names
-            ],
+    rows = [
+        (
+            label(name) if name in EXTERNAL else f'**{label(name)}**',
+            *(cell(results, name) if name in results.fitted else '' for results in done),
         )
-        + '\n'
-        for title, cell in tables.items()
-    )
+        for name in names
+    ]
+    return f'## {title}\n\n{markdown(heads, rows)}\n'
 
 
 def label(name: str) -> str:
