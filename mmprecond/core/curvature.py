@@ -357,7 +357,7 @@ class Curvature:
         if self.options.fallback == 'gradient':
             self._take_gradients(checkpoint.of_gradients(self.layers, saved))
         restored = checkpoint.restore(self.layers, self.sharding, saved)
-        self.warm_up.share = restored.share
+        self.warm_up.restore(restored.share)
         self.schedule.restart(restored.start)
         self.dampings.load_state_dict(saved)
         if self._intervals.load_state_dict(saved):

@@ -27,6 +27,10 @@ class WarmUp:
         """The share that damping and norms are computed with: not below `LEAST_REACHED`."""
         return max(LEAST_REACHED, self.share)
 
+    def restore(self, share: float) -> None:
+        """Takes the share that a saved run had reached."""
+        self.share = share
+
     def update(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Takes the rates of a step."""
         if self.share < 1:

@@ -110,9 +110,8 @@ def precondition(
         state['state'] = copy.deepcopy(optimizer.state_dict()['state'])
         built.load_state_dict(state)
     if optimizer.state or any('initial_lr' in group for group in optimizer.param_groups):
-        built.curvature.warm_up.share = (
-            1.0  # a rate below its first one has decayed: it is no warm-up
-        )
+        # A rate below its first one has decayed: it is no warm-up.
+        built.curvature.warm_up.restore(1.0)
     return built
 
 

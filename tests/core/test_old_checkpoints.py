@@ -159,6 +159,7 @@ def test_it_loads_to_the_bit_and_goes_on_as_it_did(case: str) -> None:
         for group in loaded['param_groups']:  # which were not there yet
             group.pop('damping', None)
             group.pop('initial_damping', None)
+        loaded.get('precond', {}).pop('rotated_positions', None)
         assert differences(loaded, recorded['optimizer']) == []
     train(case, model, optimizer, range(3, 6))
     moved = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,14 @@ def test_a_family_is_proven_and_compared(tmp_path: Path, monkeypatch: pytest.Mon
     if 'mmpretrain' not in installed():
         pytest.skip('mmpretrain is not installed')
     data = make_data(tmp_path / 'data', images=8)
-    args: Any = argparse.Namespace(work_dir=tmp_path, iterations=2, seeds=[0])
+    args: Any = argparse.Namespace(work_dir=tmp_path, iterations=2, seeds=[0], precondition=None)
     name, config, layers, share, plain, loss, resumed = families.prove('DeiT-T', args, data)
     assert resumed == 'to the bit' and 'AFOpt 24' in layers and float(share) > 95
     assert 'norms' in plain and loss.startswith('6.9')
     monkeypatch.setattr(families, 'TAIL', 1)
     row = families.compare('DeiT-T', args, data)
     assert row[1].startswith('AdamW, ') and 0.9 < float(row[-1]) < 1.1
+    args.precondition = 'AdamR'
+    families.compare('DeiT-T', args, data)
+    (record,) = (tmp_path / 'compare/DeiT_T').glob('*AdamR/record.json')
+    assert json.loads(record.read_text())['attached'][0].startswith('AdamR ')

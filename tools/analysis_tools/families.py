@@ -63,7 +63,8 @@ def run(family: Family, folder: Path, data: Path, options: argparse.Namespace) -
     command = [sys.executable, str(script), 'config.py', '--work-dir', 'out']
     command += ['--resume'] if options.resume else []
     if options.attach:
-        command += ['--cfg-options', OPTION]
+        methods = [f'optim_wrapper.precondition={options.methods}'] * bool(options.methods)
+        command += ['--cfg-options', OPTION, *methods]
     paths = [str(ROOT), str(ROOT / 'tools'), *filter(None, [os.environ.get('PYTHONPATH')])]
     done = subprocess.run(
         command,
@@ -116,8 +117,12 @@ def find_script(toolbox: str) -> Path:
 def prove(name: str, args: argparse.Namespace, data: Path) -> tuple[str, ...]:
     """Row of a family: coverage, losses, and whether a resumed run is the same."""
     family = FAMILIES[name]
-    folder = args.work_dir / 'prove' / re.sub(r'\W+', '_', name)
-    options: dict[str, Any] = dict(iterations=args.iterations, saved=None, seed=0, attach=True)
+    folder = (
+        args.work_dir / 'prove' / re.sub(r'\W+', '_', f'{name} {args.precondition or ""}'.strip())
+    )
+    options: dict[str, Any] = dict(
+        iterations=args.iterations, saved=None, seed=0, attach=True, methods=args.precondition
+    )
     straight = run(family, folder / 'straight', data, argparse.Namespace(**options, resume=False))
     last = f'iter_{args.iterations}.pth'
     if straight['error']:
@@ -167,9 +172,16 @@ def compare(name: str, args: argparse.Namespace, data: Path) -> tuple[str, ...]:
     ends: dict[bool, list[float]] = {False: [], True: []}
     for seed in args.seeds:
         for attach in (False, True):
-            folder = args.work_dir / 'compare' / re.sub(r'\W+', '_', name) / f'{attach}_{seed}'
+            methods = args.precondition if attach else None
+            folder = args.work_dir / 'compare' / re.sub(r'\W+', '_', name)
+            folder /= '_'.join([f'{attach}_{seed}', *([methods] if methods else [])])
             options = argparse.Namespace(
-                iterations=args.iterations, saved=10**6, seed=seed, attach=attach, resume=''
+                iterations=args.iterations,
+                saved=10**6,
+                seed=seed,
+                attach=attach,
+                methods=methods,
+                resume='',
             )
             result = run(family, folder, data, options)
             drop_checkpoints(folder)
@@ -197,6 +209,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('task', choices=['prove', 'compare'])
     parser.add_argument('--families', help='names, separated by commas; default: all of the task')
+    parser.add_argument(
+        '--precondition', metavar='METHODS', help="such as AdamR; default: the constructor's own"
+    )
     parser.add_argument('--iterations', type=launch.count, help='default: 4, or 100 to compare')
     parser.add_argument(
         '--seeds', type=lambda text: [int(k) for k in text.split(',')], default=[0, 1, 2]
